@@ -1,0 +1,1 @@
+"""The `molora` command: one file a verb, no logic."""

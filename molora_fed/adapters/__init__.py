@@ -1,0 +1,1 @@
+"""Adapters: kinds, file format, compatibility, algebra on the product B@A."""

@@ -1,0 +1,69 @@
+"""What the core itself registers, through the same hooks as every plugin."""
+
+from molora_fed.hookspecs import Register
+from molora_fed.plugins import hookimpl
+
+_OWN = "own definition"
+
+
+@hookimpl
+def register_domains(register: Register) -> None:
+    """Register the domains that every machine with this package has text for."""
+    module = "molora_fed.corpus.builtin"
+    register(
+        "python",
+        f"{module}:read_python",
+        summary="Source of Python's standard library",
+        source=_OWN,
+    )
+    register(
+        "cpp", f"{module}:read_cpp", summary="C++ headers shipped with torch", source=_OWN
+    )
+    register(
+        "science", f"{module}:read_science", summary="Docstrings of scipy and numpy", source=_OWN
+    )
+    register(
+        "readme",
+        f"{module}:read_readme",
+        summary="Long descriptions of installed distributions and Python's language reference",
+        source=_OWN,
+    )
+
+
+@hookimpl
+def register_adapter_kinds(register: Register) -> None:
+    """Register the kinds of adapter a contributor can train."""
+    module = "molora_fed.adapters.kinds"
+    register(
+        "lora",
+        f"{module}:LoraKind",
+        summary="Low-rank factors trained directly on all linear layers (PEFT, rsLoRA)",
+        source="arXiv 2106.09685, arXiv 2312.03732",
+    )
+    register(
+        "svd",
+        f"{module}:SvdKind",
+        summary="Linear layers trained fully, shipped as the truncated SVD of the difference",
+        source=_OWN,
+    )
+    register(
+        "delta",
+        f"{module}:DeltaKind",
+        summary="Linear layers trained fully, shipped as the difference",
+        source=_OWN,
+    )
+
+
+@hookimpl
+def register_admission_checks(register: Register) -> None:
+    """Register the checks every contribution passes before it is admitted."""
+    module = "molora_fed.contributions.checks"
+    for name, attribute, summary in (
+        ("charter-identity", "check_charter_identity", "Signed for this cooperative"),
+        ("base-fingerprint", "check_base_fingerprint", "Trained on this base and tokenizer"),
+        ("tensor-layout", "check_tensor_layout", "Tensor names, shapes and dtypes fit the base"),
+        ("adapter-limits", "check_adapter_limits", "Kind, rank and bytes within the charter"),
+        ("finite-values", "check_finite_values", "No NaN or infinity in any tensor"),
+        ("own-domain-loss", "check_own_domain_loss", "Better than the base where it trained"),
+    ):
+        register(name, f"{module}:{attribute}", summary=summary, source=_OWN)

@@ -1,0 +1,262 @@
+"""The charter: what contributors of a cooperative agreed on, `cooperative.toml`.
+
+Its identity, the hash of `[identity]`, can never change; everything else is an amendment
+(numbered; signed and kept in the ledger), so that a cooperative can grow without voiding
+anyone's signature.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from molora_fed.errors import CharterError
+from molora_fed.files import canonical_json, hash_bytes, write_bytes
+from molora_fed.types import Mixture
+
+__all__ = [
+    "AdapterRules",
+    "Amendment",
+    "BaseIdentity",
+    "Charter",
+    "CorpusRules",
+    "FusionRules",
+    "Identity",
+    "TrainingRules",
+    "load_charter",
+    "parse_charter",
+    "write_charter",
+]
+
+MAX_CHARTER_BYTES = 1_000_000
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseIdentity(_Strict):
+    """Which base checkpoint, by content.
+
+    Attributes:
+        id: Name for people, e.g. "builtin" or "EleutherAI/pythia-410m".
+        revision: Revision for people; the fingerprints decide.
+        weights: Hash over sorted tensor names, shapes, dtypes and bytes.
+        tokenizer: Hash over the tokenizer's files.
+    """
+
+    id: str
+    revision: str = ""
+    weights: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tokenizer: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class AdapterRules(_Strict):
+    """What an adapter may be.
+
+    Attributes:
+        kinds: Names of registered adapter kinds that are accepted.
+        max_rank: Largest rank of a low-rank update.
+        max_bytes: Largest adapter file, bytes.
+        frozen_depth: K; the first K blocks stay bit-identical to the base.
+    """
+
+    kinds: tuple[str, ...] = ("lora", "svd", "delta")
+    max_rank: int = Field(default=64, ge=1)
+    max_bytes: int = Field(default=256 * 2**20, ge=1)
+    frozen_depth: int = Field(default=0, ge=0)
+
+
+class CorpusRules(_Strict):
+    """How text becomes blocks; part of the evaluation protocol.
+
+    Attributes:
+        block_size: T, tokens per block.
+        split_seed: Seed of the assignment of clusters to splits.
+        evaluation_batch: Blocks per forward pass wherever a loss is reported.
+    """
+
+    block_size: int = Field(default=128, ge=8)
+    split_seed: int = 42
+    evaluation_batch: int = Field(default=16, ge=1)
+
+
+class Identity(_Strict):
+    """What can never change."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    base: BaseIdentity
+    adapters: AdapterRules = AdapterRules()
+    corpus: CorpusRules = CorpusRules()
+    privacy_mode: Literal["pooled"] = "pooled"
+
+
+class TrainingRules(_Strict):
+    """How contributors train, unless they say otherwise.
+
+    Attributes:
+        kind: Adapter kind made by `molora join`.
+        rank: Rank of low-rank kinds.
+        steps: Optimiser steps.
+        batch: Blocks per step.
+        learning_rate: Peak of AdamW's rate; None takes the kind's default.
+        validate_every: Steps between validations.
+        patience: Validations without improvement before stopping.
+    """
+
+    kind: str = "svd"
+    rank: int = Field(default=32, ge=1)
+    steps: int = Field(default=300, ge=1)
+    batch: int = Field(default=16, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    validate_every: int = Field(default=25, ge=1)
+    patience: int = Field(default=4, ge=1)
+
+
+class SampleRules(_Strict):
+    """Blocks each contributor sends under the pooled privacy mode; nothing else leaves.
+
+    Attributes:
+        calibration: Blocks the routers are fitted on.
+        admission: Blocks the coordinator measures a contribution on before admitting it.
+        held_out: Blocks of the reported figures.
+    """
+
+    calibration: int = Field(default=150, ge=0)
+    admission: int = Field(default=32, ge=1)
+    held_out: int = Field(default=160, ge=1)
+
+
+class AdmissionRules(_Strict):
+    """Thresholds of the built-in admission checks.
+
+    Attributes:
+        max_loss_rise: Largest own-domain loss above the base's on the admission sample, nats.
+        checks: Names of registered checks to run; empty means all.
+    """
+
+    max_loss_rise: float = Field(default=0.05, ge=0)
+    checks: tuple[str, ...] = ()
+
+
+class FusionRules(_Strict):
+    """How the coordinator fuses.
+
+    Attributes:
+        router: The router that is published.
+        options: Its options; unknown keys are refused by the router.
+        compare: Further routers fitted and reported beside it, with default options.
+        mixture: Probability mixture (default) or logit mixture (as published by KALAVAI).
+        base_expert: Whether the base is expert 0.
+        collapse_nats: A domain this far above its best expert after fitting is a collapse.
+        restarts: Refits from another initialisation after a collapse.
+    """
+
+    router: str = "evidence"
+    options: dict[str, Any] = {}
+    compare: tuple[str, ...] = ("evidence-zero", "linear")
+    mixture: Mixture = "probability"
+    base_expert: bool = True
+    collapse_nats: float = Field(default=0.05, gt=0)
+    restarts: int = Field(default=3, ge=0)
+
+
+class Amendment(_Strict):
+    """What may change: numbered from 0, the latest counts.
+
+    Attributes:
+        number: 0 in the charter; each later one adds 1.
+        domains: Domains the cooperative asks for.
+        expected: Contributions to wait for before fusing.
+        deadline_seconds: Fuse with what is admitted after this many seconds; 0 waits for ever.
+        seed: Seed of routers, bootstraps and generated samples.
+    """
+
+    number: int = Field(default=0, ge=0)
+    domains: tuple[str, ...] = ()
+    expected: int = Field(default=0, ge=0)
+    deadline_seconds: float = Field(default=0.0, ge=0)
+    seed: int = 42
+    training: TrainingRules = TrainingRules()
+    samples: SampleRules = SampleRules()
+    admission: AdmissionRules = AdmissionRules()
+    fusion: FusionRules = FusionRules()
+
+
+class Charter(_Strict):
+    """A parsed `cooperative.toml`."""
+
+    identity: Identity
+    amendment: Amendment = Amendment()
+
+    @property
+    def identity_hash(self) -> str:
+        """SHA-256 of the canonical JSON of `[identity]`, lower-case hex."""
+        return hash_bytes(canonical_json(self.identity.model_dump(mode="json")))
+
+
+def parse_charter(text: str, *, where: str = "cooperative.toml") -> Charter:
+    """Parse and check a charter.
+
+    Args:
+        text: TOML.
+        where: Name used in errors.
+
+    Raises:
+        CharterError: If it is not TOML, a key is unknown or missing, or a value is out of range;
+            all offenders are named at once.
+    """
+    try:
+        return Charter.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise CharterError(
+            f"Cannot read charter '{where}': expected TOML, got {error}. Correct that line."
+        ) from error
+    except ValidationError as error:
+        offenders = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'charter'}: {item['msg']}"
+            f" (got {item['input']!r})"[:200]
+            for item in error.errors()
+        )
+        raise CharterError(
+            f"Cannot read charter '{where}': expected only known keys with valid values, "
+            f"got {offenders}. Correct or remove these."
+        ) from error
+
+
+def load_charter(path: Path) -> Charter:
+    """Read `cooperative.toml`, or the one inside a folder.
+
+    Raises:
+        CharterError: If it is missing, too large, not UTF-8, or malformed.
+    """
+    file = path / "cooperative.toml" if path.is_dir() else path
+    try:
+        if file.stat().st_size > MAX_CHARTER_BYTES:
+            raise CharterError(
+                f"Cannot read charter '{file}': expected at most {MAX_CHARTER_BYTES} bytes, "
+                f"got {file.stat().st_size}. Check that this is the right file."
+            )
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CharterError(
+            f"Cannot read charter '{file}': expected a readable UTF-8 file, got {error}. "
+            "Make one with `molora coop create NAME`."
+        ) from error
+    return parse_charter(text, where=str(file))
+
+
+def write_charter(charter: Charter, path: Path) -> None:
+    """Write a charter as TOML, whole or not at all.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+    data = charter.model_dump(mode="json", exclude_none=True)
+    header = (
+        f"# Cooperative '{charter.identity.name}', identity {charter.identity_hash}\n"
+        "# [identity] can never change; [amendment] may, with a higher number.\n\n"
+    )
+    write_bytes(path, (header + tomli_w.dumps(data)).encode())

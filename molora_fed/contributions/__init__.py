@@ -1,0 +1,1 @@
+"""Contributions: keys, manifest, signature, admission, ledger."""

@@ -1,0 +1,1 @@
+"""Text to blocks: domains, near-duplicate clusters, splits, packing, contamination."""

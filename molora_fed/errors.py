@@ -1,0 +1,181 @@
+"""Every failure a user may meet, each with the exit code the command line ends with.
+
+A message is one line: what failed, for which thing, expected, got, and one thing to do next.
+Ranges: 10s configuration and input, 20s adapters, 30s routing, 40s population, 50s federation,
+60s plugins.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "AdapterError",
+    "AdmissionError",
+    "BankError",
+    "BaseCheckpointError",
+    "CharterError",
+    "ConfigError",
+    "CorpusError",
+    "FederationError",
+    "IncompatibleAdapterError",
+    "LedgerError",
+    "MoloraError",
+    "PluginError",
+    "PortTakenError",
+    "RoutingError",
+    "ServerUnreachableError",
+    "ShapeError",
+    "SignatureError",
+    "StorageError",
+    "TrainingError",
+    "UnknownNameError",
+    "describe_mismatch",
+]
+
+
+def describe_mismatch(what: str, *, expected: object, got: object, fix: str) -> str:
+    """Compose the one-line message of the error template.
+
+    Args:
+        what: What failed and for which thing, e.g. "Cannot fuse contribution 'legal-07'".
+        expected: What was needed.
+        got: What was found.
+        fix: One thing to do next, a full sentence.
+
+    Returns:
+        `<what>: expected <expected>, got <got>. <fix>`
+    """
+    return f"{what}: expected {expected}, got {got}. {fix}"
+
+
+class MoloraError(Exception):
+    """Base of all errors shown to users as a single line."""
+
+    exit_code = 1
+
+
+class ConfigError(MoloraError, ValueError):
+    """An option or a setting is wrong."""
+
+    exit_code = 10
+
+
+class CharterError(ConfigError):
+    """A charter or an amendment is malformed or contradicts another."""
+
+    exit_code = 11
+
+
+class CorpusError(ConfigError):
+    """Text could not be read, or there is too little of it."""
+
+    exit_code = 12
+
+
+class BaseCheckpointError(ConfigError):
+    """A base checkpoint is missing, unreadable or not the one expected."""
+
+    exit_code = 13
+
+
+class StorageError(MoloraError, OSError):
+    """The disk refused: full, read-only or not permitted."""
+
+    exit_code = 14
+
+
+class AdapterError(MoloraError, ValueError):
+    """An adapter's files are malformed, too large or unsafe."""
+
+    exit_code = 20
+
+
+class IncompatibleAdapterError(AdapterError):
+    """An adapter does not fit the base checkpoint."""
+
+    exit_code = 21
+
+
+class AdmissionError(AdapterError):
+    """A contribution was refused by an admission check."""
+
+    exit_code = 22
+
+
+class SignatureError(AdapterError):
+    """A signature does not verify, or a key cannot be used."""
+
+    exit_code = 23
+
+
+class TrainingError(AdapterError):
+    """Training cannot start, go on or be resumed."""
+
+    exit_code = 24
+
+
+class LedgerError(MoloraError, ValueError):
+    """The ledger refused a change that would break its rules."""
+
+    exit_code = 25
+
+
+class RoutingError(MoloraError, ValueError):
+    """A router cannot be fitted or used this way."""
+
+    exit_code = 30
+
+
+class ShapeError(RoutingError):
+    """A tensor has the wrong shape."""
+
+    exit_code = 31
+
+
+class BankError(RoutingError):
+    """A bank lacks a column, or one does not belong to it."""
+
+    exit_code = 32
+
+
+class FederationError(MoloraError, RuntimeError):
+    """The federation's processes or messages failed."""
+
+    exit_code = 50
+
+
+class ServerUnreachableError(FederationError):
+    """No server answers at the address."""
+
+    exit_code = 51
+
+
+class PortTakenError(FederationError):
+    """A port that is needed is in use."""
+
+    exit_code = 52
+
+
+class PluginError(MoloraError, RuntimeError):
+    """A plugin broke a rule of registration or of its contract."""
+
+    exit_code = 60
+
+
+class UnknownNameError(MoloraError, KeyError):
+    """A name is registered by nobody; lists near names and all names."""
+
+    exit_code = 61
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+        self.message = (
+            f"Unknown {kind} '{name}': expected one of {', '.join(names) or '(none registered)'}."
+            f"{hint} See `molora plugins list`."
+        )
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message  # KeyError would print the repr, with quotes around it

@@ -1,0 +1,1 @@
+"""Flower apps, mailboxes, workers and the supervisors around them."""

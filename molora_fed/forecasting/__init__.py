@@ -1,0 +1,1 @@
+"""Forecasts of the fusion gain, with intervals, recorded before the outcome."""

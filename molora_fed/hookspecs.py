@@ -1,0 +1,57 @@
+"""The hooks a plugin may implement; entry-point group `molora_fed`.
+
+Each hook hands the plugin a `register` callable, `register(name, target, *, summary, source)`:
+`name` is lower-case-with-dashes, `target` the object or a "module:attr" string that is imported
+on first use only, `summary` one line for `molora plugins list`, `source` the citation.
+A hook exists only while a first-party plugin uses it.
+"""
+
+from typing import Protocol
+
+import pluggy
+
+GROUP = "molora_fed"
+
+hookspec = pluggy.HookspecMarker(GROUP)
+
+
+class Register(Protocol):
+    """What every hook receives to register one thing with."""
+
+    def __call__(self, name: str, target: object, *, summary: str, source: str) -> None:
+        """Register `target` under `name`.
+
+        Args:
+            name: Lower-case words joined by dashes, unique within the hook.
+            target: The object, or a "module:attr" string resolved on first use.
+            summary: One line that says what it does.
+            source: Citation: a paper with equation, or "own definition".
+
+        Raises:
+            PluginError: If the name is malformed or taken.
+        """
+
+
+@hookspec
+def register_routers(register: Register) -> None:
+    """Register routers: subclasses of `molora_fed.routing.contract.OutputRouter`."""
+
+
+@hookspec
+def register_gain_predictors(register: Register) -> None:
+    """Register gain predictors: callables `(LossMatrix) -> Forecast | None`."""
+
+
+@hookspec
+def register_admission_checks(register: Register) -> None:
+    """Register admission checks: callables `(Candidate) -> Finding | None`."""
+
+
+@hookspec
+def register_domains(register: Register) -> None:
+    """Register domains: callables `() -> Iterable[Document]` that read local text."""
+
+
+@hookspec
+def register_adapter_kinds(register: Register) -> None:
+    """Register adapter kinds: subclasses of `molora_fed.adapters.kinds.AdapterKind`."""

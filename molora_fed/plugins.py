@@ -1,0 +1,161 @@
+"""Finds, loads and freezes plugins; the result is a `Plugins` object, never a module global.
+
+`MOLORA_LOAD_PLUGINS=a,b` restricts loading to the entry points named a and b (the core's own is
+always loaded); `MOLORA_TRACE_HOOKS=1` prints every hook call to standard error.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from molora_fed import contracts, hookspecs
+from molora_fed.errors import PluginError
+from molora_fed.hookspecs import GROUP
+from molora_fed.registry import Entry, Registry
+
+__all__ = ["Plugins", "get_plugins", "hookimpl", "load_plugins"]
+
+hookimpl = pluggy.HookimplMarker(GROUP)
+"""Marks a function of a plugin as the implementation of the hook of the same name."""
+
+CORE_ENTRY_POINT = "core"
+
+
+@dataclass
+class Plugins:
+    """All registered things, one registry per hook.
+
+    Attributes:
+        failures: Plugins that could not be loaded, each with its one-line reason.
+    """
+
+    routers: Registry = field(
+        default_factory=lambda: Registry("router", contracts.check_router)
+    )
+    gain_predictors: Registry = field(
+        default_factory=lambda: Registry("gain predictor", contracts.check_callable)
+    )
+    admission_checks: Registry = field(
+        default_factory=lambda: Registry("admission check", contracts.check_callable)
+    )
+    domains: Registry = field(
+        default_factory=lambda: Registry("domain", contracts.check_callable)
+    )
+    adapter_kinds: Registry = field(
+        default_factory=lambda: Registry("adapter kind", contracts.check_adapter_kind)
+    )
+    failures: list[PluginError] = field(default_factory=list)
+
+    def registries(self) -> dict[str, Registry]:
+        """The registries by hook suffix, e.g. "routers" for `register_routers`."""
+        return {n: v for n, v in vars(self).items() if isinstance(v, Registry)}
+
+
+def _build_register(registry: Registry, origin: str) -> Callable[..., None]:
+    def register(name: str, target: object, *, summary: str, source: str) -> None:
+        registry.add(Entry(name, target, summary, source, origin))
+
+    return register
+
+
+def _load_one(manager: pluggy.PluginManager, plugins: Plugins, module: Any, origin: str) -> None:
+    """Load one plugin whole or not at all.
+
+    Raises:
+        PluginError: If a hook is misspelled or has wrong arguments, or registering fails.
+    """
+    try:
+        if manager.register(module, name=origin) is None:
+            raise PluginError(f"the plugin '{origin}' is blocked")
+        manager.check_pending()
+        implemented = {caller.name for caller in manager.get_hookcallers(module) or []}
+        # A subset caller per plugin: `register` must know the origin, which pluggy does not pass.
+        others = [p for p in manager.get_plugins() if p is not module]
+        for suffix, registry in plugins.registries().items():
+            hook = f"register_{suffix}"
+            if hook in implemented:
+                caller = manager.subset_hook_caller(hook, remove_plugins=others)
+                caller(register=_build_register(registry, origin))
+    except Exception as error:
+        if manager.is_registered(module):
+            manager.unregister(module)
+        for registry in plugins.registries().values():
+            registry.remove_origin(origin)
+        reason = error.args[0] if error.args else type(error).__name__
+        text = " ".join(str(reason).split())
+        raise PluginError(
+            f"Cannot load plugin {origin}: {text} Correct or uninstall it, or leave it out with "
+            "MOLORA_LOAD_PLUGINS."
+        ) from error
+
+
+def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
+    """Load all installed plugins, then freeze every registry.
+
+    A plugin that fails is left out whole and listed in `Plugins.failures`; the core's own
+    registration failing is an error.
+
+    Args:
+        extra: Further plugins as (origin, module or object), for tests and one-file plugins;
+            a failure of one of these raises.
+
+    Returns:
+        A fresh `Plugins`.
+
+    Raises:
+        PluginError: If the core or an `extra` plugin cannot be loaded.
+    """
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    if os.environ.get("MOLORA_TRACE_HOOKS"):
+        manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
+        manager.enable_tracing()
+    plugins = Plugins()
+    wanted = os.environ.get("MOLORA_LOAD_PLUGINS")
+    names = None if wanted is None else {n.strip() for n in wanted.split(",") if n.strip()}
+    for point in sorted(entry_points(group=GROUP), key=_load_order):
+        if names is not None and point.name not in names and point.name != CORE_ENTRY_POINT:
+            continue
+        version = point.dist.version if point.dist else "?"
+        distribution = point.dist.name if point.dist else "?"
+        origin = f"{point.name} ({distribution} {version})"
+        try:
+            try:
+                module = point.load()
+            except Exception as error:
+                raise PluginError(
+                    f"Cannot load plugin {origin}: importing '{point.value}' failed with "
+                    f"{type(error).__name__}: {error}. Correct or uninstall it, or leave it out "
+                    "with MOLORA_LOAD_PLUGINS."
+                ) from error
+            _load_one(manager, plugins, module, origin)
+        except PluginError as error:
+            if point.name == CORE_ENTRY_POINT:
+                raise
+            plugins.failures.append(error)
+    for origin, module in extra:
+        _load_one(manager, plugins, module, origin)
+    for registry in plugins.registries().values():
+        registry.freeze()
+    return plugins
+
+
+def _load_order(point: EntryPoint) -> tuple[bool, str, str]:
+    """The core first, then by name: clashes are reported alike on every machine."""
+    return (point.name != CORE_ENTRY_POINT, point.name, point.value)
+
+
+@cache
+def get_plugins() -> Plugins:
+    """The installed plugins of this process, loaded once.
+
+    Pass a `Plugins` explicitly wherever a function takes one; this is the default for the
+    command line. Tests call `load_plugins()` for a fresh set.
+    """
+    return load_plugins()

@@ -1,0 +1,1 @@
+"""Gate maths, fitting on a bank, the fused model and decoding."""

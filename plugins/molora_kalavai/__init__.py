@@ -1,0 +1,59 @@
+"""KALAVAI (arXiv 2603.22755) on molora-fed's public hooks: routers and gain predictors."""
+
+from molora_fed import hookimpl
+from molora_fed.hookspecs import Register
+
+_PAPER = "arXiv 2603.22755"
+
+
+@hookimpl
+def register_routers(register: Register) -> None:
+    """Register the paper's router, its causal form, and the evidence routers."""
+    register(
+        "linear",
+        "molora_kalavai.linear:LinearRouter",
+        summary="Linear softmax gates on a causal running mean of hidden states",
+        source=f"{_PAPER}, made causal",
+    )
+    register(
+        "linear-noncausal",
+        "molora_kalavai.linear:NoncausalLinearRouter",
+        summary="As published: pooled over the whole sequence; reproduction only",
+        source=_PAPER,
+    )
+    register(
+        "evidence",
+        "molora_kalavai.evidence:EvidenceRouter",
+        summary="Bayesian mixture of experts, decays and weights fitted on calibration",
+        source="own derivation, see docs/routers.md",
+    )
+    register(
+        "evidence-zero",
+        "molora_kalavai.evidence:ZeroTrainingEvidenceRouter",
+        summary="Bayesian mixture of experts with nothing fitted",
+        source="own derivation, see docs/routers.md",
+    )
+
+
+@hookimpl
+def register_gain_predictors(register: Register) -> None:
+    """Register forecasts of the fusion gain from loss matrices."""
+    module = "molora_kalavai.predictors"
+    register(
+        "kalavai-law",
+        f"{module}:predict_kalavai_law",
+        summary="gain = 0.82 x mean divergence - 2.72",
+        source=f"{_PAPER}, abstract",
+    )
+    register(
+        "own-loss",
+        f"{module}:predict_own_loss",
+        summary="Gain over the best specialist from own-domain losses, no fitted constant",
+        source="own derivation, see docs/forecasts.md",
+    )
+    register(
+        "own-loss-bracket",
+        f"{module}:predict_own_loss_bracket",
+        summary="Bracket of the gain over the best anyone has alone, from own-domain losses",
+        source="own derivation, see docs/forecasts.md",
+    )
