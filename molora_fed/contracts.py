@@ -31,7 +31,7 @@ def check_router(target: Any) -> str | None:
     options = getattr(target, "Options", None)
     if not inspect.isclass(options) or not hasattr(options, "model_validate"):
         return "expected a pydantic model as attribute 'Options'"
-    if options.model_config.get("extra") != "forbid":
+    if getattr(options, "model_config", {}).get("extra") != "forbid":
         return "expected 'Options' to refuse unknown keys (extra='forbid')"
     return None
 

@@ -35,18 +35,14 @@ class Plugins:
         failures: Plugins that could not be loaded, each with its one-line reason.
     """
 
-    routers: Registry = field(
-        default_factory=lambda: Registry("router", contracts.check_router)
-    )
+    routers: Registry = field(default_factory=lambda: Registry("router", contracts.check_router))
     gain_predictors: Registry = field(
         default_factory=lambda: Registry("gain predictor", contracts.check_callable)
     )
     admission_checks: Registry = field(
         default_factory=lambda: Registry("admission check", contracts.check_callable)
     )
-    domains: Registry = field(
-        default_factory=lambda: Registry("domain", contracts.check_callable)
-    )
+    domains: Registry = field(default_factory=lambda: Registry("domain", contracts.check_callable))
     adapter_kinds: Registry = field(
         default_factory=lambda: Registry("adapter kind", contracts.check_adapter_kind)
     )

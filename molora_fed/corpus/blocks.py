@@ -131,6 +131,5 @@ def load_blocks(path: Path, *, max_bytes: int = MAX_BLOCKS_BYTES) -> Blocks:
         raise
     except (OSError, SafetensorError, ValueError) as error:
         raise CorpusError(
-            f"{what}: expected a safetensors file of blocks, got {error}. "
-            "Prepare the corpus again."
+            f"{what}: expected a safetensors file of blocks, got {error}. Prepare the corpus again."
         ) from error
