@@ -84,7 +84,7 @@ def _load_one(manager: pluggy.PluginManager, plugins: Plugins, module: Any, orig
         for registry in plugins.registries().values():
             registry.remove_origin(origin)
         reason = error.args[0] if error.args else type(error).__name__
-        text = " ".join(str(reason).split())
+        text = " ".join(str(reason).split()).rstrip(".") + "."
         raise PluginError(
             f"Cannot load plugin {origin}: {text} Correct or uninstall it, or leave it out with "
             "MOLORA_LOAD_PLUGINS."

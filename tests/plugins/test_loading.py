@@ -1,0 +1,190 @@
+"""Plugins load whole or not at all, clashes name both origins, and order never matters."""
+
+import itertools
+import subprocess
+import sys
+import types
+
+import pytest
+
+from molora_fed import hookimpl
+from molora_fed.errors import PluginError, UnknownNameError
+from molora_fed.plugins import load_plugins
+
+
+def build_plugin(**registrations):
+    """A plugin object; each keyword is a hook suffix with a list of (name, target)."""
+    module = types.ModuleType("stranger")
+    for suffix, entries in registrations.items():
+
+        def implementation(register, entries=tuple(entries)):
+            for name, target in entries:
+                register(name, target, summary="A test entry", source="own definition")
+
+        setattr(module, f"register_{suffix}", hookimpl(implementation))
+    return module
+
+
+def predict_nothing(matrix):
+    return None
+
+
+def test_first_party_plugins_load_and_resolve():
+    plugins = load_plugins()
+    assert plugins.failures == []
+    assert {"linear", "linear-noncausal", "evidence", "evidence-zero"} <= set(
+        plugins.routers.names()
+    )
+    assert {"kalavai-law", "own-loss", "own-loss-bracket"} <= set(plugins.gain_predictors.names())
+    assert {"lora", "svd", "delta"} <= set(plugins.adapter_kinds.names())
+    for registry in plugins.registries().values():
+        for entry in registry:
+            registry.resolve(entry.name)
+
+
+def test_a_stranger_registers_through_the_same_hooks():
+    plugin = build_plugin(gain_predictors=[("mine", predict_nothing)])
+    plugins = load_plugins(extra=[("stranger 1.0", plugin)])
+    assert plugins.gain_predictors.resolve("mine") is predict_nothing
+    assert plugins.gain_predictors.entry("mine").origin == "stranger 1.0"
+
+
+def test_misspelled_hook_is_refused_and_named():
+    plugin = build_plugin(rooters=[("mine", predict_nothing)])
+    with pytest.raises(PluginError, match=r"stranger 1\.0.*register_rooters"):
+        load_plugins(extra=[("stranger 1.0", plugin)])
+
+
+def test_wrong_hook_argument_is_refused_and_named():
+    module = types.ModuleType("stranger")
+    module.register_routers = hookimpl(lambda registrar: None)
+    with pytest.raises(PluginError, match=r"stranger 1\.0.*registrar"):
+        load_plugins(extra=[("stranger 1.0", module)])
+
+
+def test_clash_names_both_origins():
+    plugin = build_plugin(gain_predictors=[("own-loss", predict_nothing)])
+    with pytest.raises(PluginError, match=r"'own-loss' of stranger 1\.0.*kalavai \(molora-fed"):
+        load_plugins(extra=[("stranger 1.0", plugin)])
+
+
+@pytest.mark.parametrize("name", ["Upper", "under_score", "", "two--dashes", "-front", 7])
+def test_malformed_name_is_refused(name):
+    plugin = build_plugin(gain_predictors=[(name, predict_nothing)])
+    with pytest.raises(PluginError, match="lower-case words joined by dashes"):
+        load_plugins(extra=[("stranger 1.0", plugin)])
+
+
+@pytest.mark.parametrize("target", [None, "no-colon", "a:b:c", ":attr", "module:"])
+def test_malformed_target_is_refused(target):
+    plugin = build_plugin(gain_predictors=[("mine", target)])
+    with pytest.raises(PluginError, match="'module:attr'"):
+        load_plugins(extra=[("stranger 1.0", plugin)])
+
+
+def test_a_failing_plugin_leaves_nothing_behind(monkeypatch):
+    """The first hook succeeds, the second raises: neither may remain."""
+    module = types.ModuleType("stranger")
+
+    def register_gain_predictors(register):
+        register("mine", predict_nothing, summary="A test entry", source="own definition")
+
+    def register_routers(register):
+        raise RuntimeError("boom")
+
+    module.register_gain_predictors = hookimpl(register_gain_predictors)
+    module.register_routers = hookimpl(register_routers)
+
+    class Distribution:
+        name, version = "stranger", "1.0"
+
+    class Point:
+        name, value, dist = "stranger", "stranger", Distribution
+
+        @staticmethod
+        def load():
+            return module
+
+    from molora_fed import plugins as loader
+
+    installed = loader.entry_points(group=loader.GROUP)
+    monkeypatch.setattr(loader, "entry_points", lambda group: [*installed, Point])
+    plugins = load_plugins()
+    assert [str(failure) for failure in plugins.failures] == [
+        "Cannot load plugin stranger (stranger 1.0): boom. Correct or uninstall it, or leave it "
+        "out with MOLORA_LOAD_PLUGINS."
+    ]
+    assert "mine" not in plugins.gain_predictors.names()
+    assert "linear" in plugins.routers.names()
+
+
+def test_import_failure_is_named_on_first_use_only():
+    plugin = build_plugin(routers=[("broken", "molora_no_such_module:Router")])
+    plugins = load_plugins(extra=[("stranger 1.0", plugin)])
+    with pytest.raises(PluginError, match=r"router 'broken' of stranger 1\.0.*ModuleNotFoundError"):
+        plugins.routers.resolve("broken")
+
+
+def test_contract_is_checked_on_first_use():
+    plugin = build_plugin(routers=[("hollow", "collections:OrderedDict")])
+    plugins = load_plugins(extra=[("stranger 1.0", plugin)])
+    with pytest.raises(PluginError, match=r"router 'hollow' of stranger 1\.0.*fit"):
+        plugins.routers.resolve("hollow")
+
+
+def test_unknown_name_lists_near_and_all_names():
+    with pytest.raises(UnknownNameError) as caught:
+        load_plugins().routers.resolve("evidense")
+    assert "Did you mean 'evidence'" in str(caught.value)
+    assert "linear-noncausal" in str(caught.value)
+    assert caught.value.exit_code == 61
+
+
+def test_registration_ends_after_loading():
+    kept = []
+    module = types.ModuleType("stranger")
+    module.register_routers = hookimpl(lambda register: kept.append(register))
+    load_plugins(extra=[("stranger 1.0", module)])
+    with pytest.raises(PluginError, match="registration has ended"):
+        kept[0]("late", predict_nothing, summary="Too late", source="own definition")
+
+
+def test_order_of_plugins_never_matters():
+    extras = [
+        (f"stranger-{i} 1.0", build_plugin(gain_predictors=[(f"mine-{i}", predict_nothing)]))
+        for i in range(3)
+    ]
+    seen = {
+        tuple(load_plugins(extra=order).gain_predictors.names())
+        for order in itertools.permutations(extras)
+    }
+    assert len(seen) == 1
+
+
+def test_load_plugins_can_be_restricted(monkeypatch):
+    monkeypatch.setenv("MOLORA_LOAD_PLUGINS", "")
+    plugins = load_plugins()
+    assert plugins.routers.names() == []
+    assert "python" in plugins.domains.names()
+
+
+def test_importing_the_package_and_its_plugins_is_light():
+    code = (
+        "import sys; from molora_fed.plugins import load_plugins; load_plugins(); "
+        "heavy = {'torch', 'transformers', 'flwr', 'numpy'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# One test per hook: a stranger's registration arrives under its name. ------------------------
+
+
+@pytest.mark.parametrize(
+    "suffix", ["routers", "gain_predictors", "admission_checks", "domains", "adapter_kinds"]
+)
+def test_hook_reaches_its_registry(suffix):
+    plugin = build_plugin(**{suffix: [("mine", "molora_no_such_module:thing")]})
+    plugins = load_plugins(extra=[("stranger 1.0", plugin)])
+    assert "mine" in plugins.registries()[suffix].names()
