@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from molora_fed.errors import StorageError
 
@@ -19,9 +19,11 @@ __all__ = [
     "hash_bytes",
     "hash_file",
     "replace_folder",
+    "stream_bytes",
     "sync_folder",
     "write_bytes",
     "write_json",
+    "write_pieces",
 ]
 
 
@@ -74,6 +76,37 @@ def _storage_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def stream_bytes(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """Write a file piece by piece; it appears, whole and on disk, only if the block succeeds.
+
+    Args:
+        path: Target; its folder is made.
+        mode: Permission bits.
+
+    Yields:
+        A binary file to write into.
+
+    Raises:
+        StorageError: If the disk refuses; nothing is left behind.
+    """
+    with _storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+
+
 def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Write a file so that it is whole or not there, and on disk when this returns.
 
@@ -85,21 +118,8 @@ def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     Raises:
         StorageError: If the disk refuses; nothing is left behind.
     """
-    with _storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-            raise
-        sync_folder(path.parent)
+    with stream_bytes(path, mode=mode) as file:
+        file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
