@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.types import Progress
 
-__all__ = ["Capture", "Pass", "run_blocks"]
+__all__ = ["Capture", "Pass", "capturing", "evaluating", "run_blocks"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def run_blocks(
     device = next(model.parameters()).device
     for start in range(0, len(ids), batch):
         rows = ids[start : start + batch].to(device=device, dtype=torch.long)
-        with torch.inference_mode(), _evaluating(model), _capturing(model, kept) as states:
+        with torch.inference_mode(), evaluating(model), capturing(model, kept) as states:
             logits = model(input_ids=rows, use_cache=False).logits
             logprob = _target_logprob(logits, rows)
         yield Pass(start, logprob, states.get("hidden"), states.get("prefix"))
@@ -111,7 +111,7 @@ def _target_logprob(logits: Tensor, rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; each module's own mode is restored after."""
     training = [module for module in model.modules() if module.training]
     if not training:
@@ -126,7 +126,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _capturing(model: Any, capture: Capture) -> Iterator[dict[str, Tensor]]:
+def capturing(model: Any, capture: Capture) -> Iterator[dict[str, Tensor]]:
     """Collect the states asked for while the model runs; hooks are gone after."""
     states: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
