@@ -122,6 +122,22 @@ def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         file.write(data)
 
 
+def write_pieces(path: Path, pieces: Iterable[bytes], *, mode: int = 0o644) -> None:
+    """Write a file from pieces that need not fit in memory together, like `write_bytes`.
+
+    Args:
+        path: Target; its folder is made.
+        pieces: Content, in order.
+        mode: Permission bits.
+
+    Raises:
+        StorageError: If the disk refuses; nothing is left behind.
+    """
+    with stream_bytes(path, mode=mode) as file:
+        for piece in pieces:
+            file.write(piece)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON value for people (indented, sorted keys), whole or not at all.
 
