@@ -19,6 +19,7 @@ __all__ = [
     "hash_bytes",
     "hash_file",
     "replace_folder",
+    "storage_errors",
     "stream_bytes",
     "sync_folder",
     "write_bytes",
@@ -59,7 +60,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
     """Turn an OSError of writing into the one-line error users see."""
     try:
         yield
@@ -90,7 +91,7 @@ def stream_bytes(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
     Raises:
         StorageError: If the disk refuses; nothing is left behind.
     """
-    with _storage_errors(path):
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -159,7 +160,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: If the disk refuses; what was at `path` before stays.
     """
-    with _storage_errors(path):
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         temporary.mkdir()

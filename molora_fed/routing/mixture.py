@@ -1,0 +1,142 @@
+"""How gates turn experts' predictions into one: the probability and the logit mixture."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from molora_fed.errors import RoutingError
+from molora_fed.forward import Capture, capture_states
+
+__all__ = ["Readout", "compute_logit_nll", "compute_probability_nll", "find_readout"]
+
+_NO_GATE = 1e-38  # smallest normal float32: a gate of 0 stays differentiable as a logarithm
+
+
+def compute_probability_nll(gates: Tensor, logprob: Tensor) -> Tensor:
+    """Loss of the mixture of the experts' distributions.
+
+    Args:
+        gates: (B, T, E), non-negative, summing to 1 over E; position t weighs x_{t+1}.
+        logprob: `log p_e(x_t | x_<t)` in nats, (B, T, E).
+
+    Returns:
+        -log sum_e gates[t, e] p_e(x_{t+1} | x_<=t) in nats, (B, T-1).
+    """
+    log_gates = gates[:, :-1].clamp_min(_NO_GATE).log()
+    return -torch.logsumexp(log_gates + logprob[:, 1:], dim=-1)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How a hidden state becomes logits, found by comparing numbers, not by architecture.
+
+    Attributes:
+        weight: Head weight, (V, D).
+        bias: Head bias, (V,), or None.
+        scale: Constant the head's output is multiplied with.
+        softcap: c of c * tanh(logits / c), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, (..., D) -> (..., V), in the head's dtype."""
+        logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def mix(self, gates: Tensor, hidden: Tensor) -> Tensor:
+        """Gate-weighted sum of the experts' logits.
+
+        Without a soft-cap the head is linear, so it is applied once, to the gate-weighted state
+        (its bias counts once because gates sum to 1); with one it is applied to every expert.
+
+        Args:
+            gates: (..., E), summing to 1 over E.
+            hidden: States that enter the head, (..., E, D).
+
+        Returns:
+            Logits, (..., V).
+        """
+        if self.softcap is None:
+            mixed = torch.einsum("...e,...ed->...d", gates, hidden.to(gates.dtype))
+            return self.logits(mixed)
+        logits: Tensor = torch.zeros((), dtype=gates.dtype, device=gates.device)
+        for expert in range(gates.shape[-1]):
+            weighted = gates[..., expert, None] * self.logits(hidden[..., expert, :])
+            logits = logits + weighted
+        return logits
+
+
+def compute_logit_nll(gates: Tensor, hidden: Tensor, tokens: Tensor, readout: Readout) -> Tensor:
+    """Loss of the mixture of the experts' logits, as published by KALAVAI.
+
+    Args:
+        gates: (B, T, E), summing to 1 over E; position t weighs x_{t+1}.
+        hidden: Experts' states that enter the head, (B, T, E, D).
+        tokens: Token ids, (B, T), integer.
+        readout: The head they share.
+
+    Returns:
+        Cross-entropy of x_1 .. x_{T-1} in nats, (B, T-1) float32.
+
+    Source: arXiv 2603.22755, protocol.
+    """
+    logits = readout.mix(gates[:, :-1], hidden[:, :-1]).float()
+    targets = tokens[:, 1:].long()
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten().to(logits.device), reduction="none"
+    )
+    return losses.view(targets.shape)
+
+
+@torch.no_grad()
+def find_readout(model: Any) -> Readout:
+    """Find how a model's hidden states become its logits, by running it on a few tokens.
+
+    Args:
+        model: Any Hugging Face causal language model; in evaluation mode.
+
+    Returns:
+        A readout that reproduces the model's logits.
+
+    Raises:
+        RoutingError: If neither the head, the head times a constant, nor the head under the
+            configured soft-cap gives the model's logits; logits cannot be mixed then.
+    """
+    head = model.get_output_embeddings()
+    device = head.weight.device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rows = (torch.arange(16, device=device) * 7919 % vocabulary)[None]
+    with capture_states(model, Capture(hidden=True)) as states:
+        logits = model(input_ids=rows, use_cache=False).logits.double()
+    bias = getattr(head, "bias", None)
+    weight = head.weight.detach()
+    plain = Readout(weight, None if bias is None else bias.detach(), 1.0, None)
+    raw = plain.logits(states["hidden"]).double()
+    scale = float((raw * logits).sum() / (raw * raw).sum())
+    configuration = model.config.get_text_config()
+    cap = getattr(configuration, "final_logit_softcapping", None)
+    candidates = [plain, Readout(weight, plain.bias, scale, None)]
+    if cap is not None:
+        candidates.insert(0, Readout(weight, plain.bias, 1.0, float(cap)))
+    # A 16-bit model rounds its logits after the last operation; 32-bit agrees to rounding.
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
+    for readout in candidates:
+        found = readout.logits(states["hidden"]).double()
+        if torch.allclose(found, logits, rtol=tolerance, atol=tolerance * float(logits.std())):
+            return readout
+    raise RoutingError(
+        f"Cannot mix logits of '{type(model).__name__}': expected its logits to be its head's "
+        f"output, alone, scaled or soft-capped, got a difference of "
+        f"{float((raw - logits).abs().max()):.3g}. Use the probability mixture."
+    )
