@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.types import Progress
 
-__all__ = ["Capture", "Pass", "capturing", "evaluating", "run_blocks"]
+__all__ = ["Capture", "Pass", "capture_states", "evaluating", "run_blocks"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def run_blocks(
     device = next(model.parameters()).device
     for start in range(0, len(ids), batch):
         rows = ids[start : start + batch].to(device=device, dtype=torch.long)
-        with torch.inference_mode(), evaluating(model), capturing(model, kept) as states:
+        with torch.inference_mode(), evaluating(model), capture_states(model, kept) as states:
             logits = model(input_ids=rows, use_cache=False).logits
             logprob = _target_logprob(logits, rows)
         yield Pass(start, logprob, states.get("hidden"), states.get("prefix"))
@@ -126,7 +126,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def capturing(model: Any, capture: Capture) -> Iterator[dict[str, Tensor]]:
+def capture_states(model: Any, capture: Capture) -> Iterator[dict[str, Tensor]]:
     """Collect the states asked for while the model runs; hooks are gone after."""
     states: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
