@@ -1,0 +1,298 @@
+"""The figures of a report as PNG bytes: labelled units, colours told apart without colour vision.
+
+Drawn on `matplotlib.figure.Figure` directly, without pyplot: nothing global, no display needed.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from molora_fed.reporting.methods import list_methods
+
+__all__ = [
+    "draw_forecasts",
+    "draw_gates",
+    "draw_loss_matrix",
+    "draw_losses",
+    "draw_training_curves",
+]
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+"""Okabe and Ito's colours; blue and vermilion come first because they differ most."""
+
+KIND_STYLE = {
+    "alone": ("#7A7A7A", "o", "anyone alone"),
+    "control": ("#E69F00", "D", "base continued, equal compute"),
+    "baseline": ("#56B4E9", "s", "fused without a router"),
+    "fused": ("#0072B2", "o", "fused with a router"),
+    "oracle": ("#000000", "^", "oracle (not usable)"),
+}
+_LINES = ("-", "--", "-.", ":")
+_DPI = 150
+_INK = "#222222"
+
+
+def _new(width: float, height: float) -> tuple[Figure, Any]:
+    """An empty figure with one plain pair of axes; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _tidy(axes)
+    return figure, axes
+
+
+def _tidy(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(labelsize=9, colors=_INK)
+
+
+def _title(axes: Any, text: str) -> None:
+    axes.set_title(text, fontsize=11, loc="left", color=_INK)
+
+
+def _save(figure: Figure) -> bytes:
+    """The figure as PNG; without dates or versions, so that equal input gives equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw_cells(axes: Any, values: np.ndarray, colours: Any, labels: Sequence[Sequence[str]]) -> Any:
+    """A heat map with a number in every cell, dark on light and light on dark."""
+    image = axes.imshow(values, aspect="auto", **colours)
+    rgba = image.cmap(image.norm(values))
+    luminance = rgba[..., :3] @ np.array([0.2126, 0.7152, 0.0722])
+    for row, column in np.ndindex(*values.shape):
+        axes.text(
+            column,
+            row,
+            labels[row][column],
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="white" if luminance[row, column] < 0.5 else _INK,
+        )
+    axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return image
+
+
+def draw_loss_matrix(result: Mapping[str, Any]) -> bytes:
+    """Heat map of held-out loss by method (rows) and domain (columns).
+
+    Cells hold the loss in nats per token; colour is its change against the base in percent, so
+    that domains of different difficulty can be compared.
+
+    Args:
+        result: Content of report.json.
+
+    Returns:
+        PNG bytes.
+    """
+    domains = list(result["domains"])
+    methods = list_methods(result)
+    losses = np.array([[method.losses[d] for d in domains] for method in methods])  # (M, domains)
+    base = np.array([result["losses"]["base"][d] for d in domains])
+    change = 100.0 * (losses - base) / base
+    limit = max(1.0, float(np.quantile(np.abs(change), 0.9)))
+    figure, axes = _new(2.6 + 1.25 * len(domains), 1.5 + 0.36 * len(methods))
+    labels = [[f"{value:.3f}" for value in row] for row in losses]
+    colours = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
+    image = _draw_cells(axes, change, colours, labels)
+    axes.set_xticks(range(len(domains)), domains)
+    axes.set_yticks(range(len(methods)), [method.label for method in methods])
+    axes.set_xlabel("domain of the held-out text", fontsize=9)
+    _title(axes, "Held-out loss, nats per token")
+    bar = figure.colorbar(image, ax=axes, extend="both", fraction=0.05, pad=0.02)
+    bar.set_label("change against the base, %\n(purple: lower loss)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    return _save(figure)
+
+
+def draw_gates(result: Mapping[str, Any]) -> bytes:
+    """Mean gate of every expert on every domain's held-out text, one panel per router.
+
+    Args:
+        result: Content of report.json, with `gates`.
+
+    Returns:
+        PNG bytes.
+    """
+    gates = result.get("gates", {})
+    published = result.get("router")
+    routers = sorted(gates, key=lambda router: (router != published, router))
+    domains = list(result["domains"])
+    experts = list(next(iter(gates[routers[0]].values()))) if routers else []
+    width = 1.6 + max(1, len(routers)) * (0.6 + 0.72 * max(1, len(experts)))
+    figure = Figure(figsize=(width, 1.9 + 0.42 * len(domains)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = np.atleast_1d(figure.subplots(1, max(1, len(routers)), sharey=True))
+    image = None
+    for axes, router in zip(panels, routers, strict=False):
+        _tidy(axes)
+        values = np.array([[gates[router][d].get(e, 0.0) for e in experts] for d in domains])
+        labels = [[f"{value:.2f}" for value in row] for row in values]
+        image = _draw_cells(axes, values, {"cmap": "Blues", "vmin": 0.0, "vmax": 1.0}, labels)
+        axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
+        axes.set_yticks(range(len(domains)), domains)
+        axes.set_xlabel("expert", fontsize=9)
+        _title(axes, router + (" (published)" if router == published else ""))
+    panels[0].set_ylabel("domain of the text", fontsize=9)
+    if image is not None:
+        bar = figure.colorbar(image, ax=list(panels), fraction=0.03, pad=0.01)
+        bar.set_label("mean gate (rows sum to 1)", fontsize=9)
+        bar.ax.tick_params(labelsize=8)
+    return _save(figure)
+
+
+def draw_losses(result: Mapping[str, Any]) -> bytes:
+    """Equal-weight loss of every method with its interval, best first.
+
+    Args:
+        result: Content of report.json.
+
+    Returns:
+        PNG bytes.
+    """
+    methods = sorted(list_methods(result), key=lambda method: -method.point)
+    alone = min(method.point for method in methods if method.kind == "alone")
+    figure, axes = _new(8.0, 1.5 + 0.34 * len(methods))
+    seen: set[str] = set()
+    for row, method in enumerate(methods):
+        colour, marker, legend = KIND_STYLE[method.kind]
+        if method.low is not None and method.high is not None:
+            axes.plot([method.low, method.high], [row, row], color=colour, linewidth=2, alpha=0.6)
+        label = None if method.kind in seen else legend
+        seen.add(method.kind)
+        axes.plot(
+            method.point, row, marker, color=colour, markersize=7, linestyle="none", label=label
+        )
+        axes.annotate(
+            f"{method.point:.3f}  ({method.change_percent:+.1f} %)",
+            (method.high if method.high is not None else method.point, row),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=_INK,
+        )
+    axes.axvline(alone, color="#D55E00", linewidth=1.2, linestyle="--", zorder=0)
+    axes.annotate(
+        " best anyone has alone",
+        (alone, len(methods) - 0.4),
+        fontsize=8,
+        color="#B24E00",
+        annotation_clip=False,
+    )
+    axes.set_yticks(range(len(methods)), [method.label for method in methods])
+    axes.set_ylim(-0.6, len(methods) + 0.1)
+    axes.margins(x=0.18)
+    axes.grid(axis="x", color="#E5E5E5")
+    axes.set_axisbelow(True)
+    axes.set_xlabel(
+        "held-out loss, nats per token, equal weight over domains (lower is better; line: 95 % "
+        "interval)",
+        fontsize=9,
+    )
+    figure.legend(fontsize=8, frameon=False, loc="outside upper right", ncols=3)
+    return _save(figure)
+
+
+def draw_forecasts(result: Mapping[str, Any]) -> bytes:
+    """Forecast gain with its interval against the outcome, one row per predictor.
+
+    Args:
+        result: Content of report.json, with `forecasts`.
+
+    Returns:
+        PNG bytes.
+    """
+    forecasts = dict(sorted(result["forecasts"].items(), reverse=True))
+    figure, axes = _new(8.0, 1.6 + 0.62 * max(1, len(forecasts)))
+    for row, (_, forecast) in enumerate(forecasts.items()):
+        low, high, point = (forecast[name] for name in ("low", "high", "point"))
+        first = row == 0
+        if low is not None and high is not None:
+            axes.plot(
+                [low, high],
+                [row, row],
+                color="#56B4E9",
+                linewidth=9,
+                solid_capstyle="butt",
+                label="forecast interval" if first else None,
+            )
+        if point is not None:
+            axes.plot(point, row, "|", color="#0072B2", markersize=18, markeredgewidth=2.5)
+        if forecast["actual"] is not None:
+            axes.plot(
+                forecast["actual"],
+                row,
+                "D",
+                color="#D55E00",
+                markersize=8,
+                markeredgecolor="white",
+                label="outcome" if first else None,
+            )
+    axes.axvline(0.0, color="#999999", linewidth=1)
+    labels = []
+    for name, forecast in forecasts.items():
+        against = forecast["reference"].replace("_", " ")
+        level = forecast["level"]
+        nominal = "" if level is None else f", level {100 * level:.0f} %"
+        labels.append(f"{name}\nagainst {against}{nominal}")
+    axes.set_yticks(range(len(forecasts)), labels)
+    axes.set_ylim(-0.6, len(forecasts) - 0.4)
+    axes.grid(axis="x", color="#E5E5E5")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("fusion gain, % of the reference's equal-weight loss", fontsize=9)
+    if forecasts:
+        axes.plot([], [], "|", color="#0072B2", markeredgewidth=2.5, label="forecast point")
+        figure.legend(fontsize=8, frameon=False, loc="outside upper right", ncols=3)
+    return _save(figure)
+
+
+def draw_training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """Validation loss on the contributor's own text by optimiser step, one line per contributor.
+
+    Args:
+        metrics: Rows of each contributor's metrics.jsonl, by contributor; rows with
+            "validation_loss" are drawn.
+
+    Returns:
+        PNG bytes.
+    """
+    figure, axes = _new(8.0, 4.0)
+    for index, (name, rows) in enumerate(metrics.items()):
+        points = [
+            (row["step"], row["validation_loss"])
+            for row in rows
+            if row.get("validation_loss") is not None
+        ]
+        if not points:
+            continue
+        steps, losses = zip(*points, strict=True)
+        axes.plot(
+            steps,
+            losses,
+            color=PALETTE[index % len(PALETTE)],
+            linestyle=_LINES[index % len(_LINES)],
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+    axes.grid(color="#E5E5E5")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("optimiser step", fontsize=9)
+    axes.set_ylabel("validation loss, nats per token", fontsize=9)
+    if axes.lines:
+        axes.legend(fontsize=8, frameon=False)
+    return _save(figure)

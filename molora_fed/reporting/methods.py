@@ -1,0 +1,107 @@
+"""The methods a report compares: their names, order, losses and intervals, read from a result."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Method", "compute_equal_weight", "list_methods"]
+
+_LABELS = {
+    "base": "base",
+    "control": "base continued, equal compute",
+    "uniform": "uniform gates",
+    "weight_average": "weight average (B@A)",
+    "domain_oracle": "domain oracle",
+    "token_oracle": "token oracle",
+}
+_KINDS = {
+    "base": "alone",
+    "control": "control",
+    "uniform": "baseline",
+    "weight_average": "baseline",
+    "domain_oracle": "oracle",
+    "token_oracle": "oracle",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a report's tables.
+
+    Attributes:
+        key: Its key in `equal_weight`, e.g. "fused:evidence".
+        label: Name for people.
+        kind: "alone", "control", "baseline", "oracle" or "fused".
+        losses: Held-out loss by domain, nats per token.
+        point: Equal-weight loss over domains, nats per token.
+        low: Lower end of the interval, None if there is none.
+        high: Upper end, None likewise.
+        change_percent: Loss against the best anyone has alone, percent; negative is better.
+    """
+
+    key: str
+    label: str
+    kind: str
+    losses: Mapping[str, float]
+    point: float
+    low: float | None
+    high: float | None
+    change_percent: float
+
+
+def compute_equal_weight(losses: Mapping[str, float]) -> float:
+    """The plain mean over domains, nats per token."""
+    return sum(losses.values()) / len(losses)
+
+
+def list_methods(result: Mapping[str, Any]) -> list[Method]:
+    """All methods of a result: what anyone has alone, baselines, routers, oracles.
+
+    Args:
+        result: Content of report.json.
+
+    Returns:
+        Methods in reporting order: base, specialists, control, baselines, routers (the published
+        one first), oracles. Methods the result lacks are left out.
+    """
+    losses = result["losses"]
+    rows: list[tuple[str, str, str, Mapping[str, float]]] = []
+
+    def add(key: str) -> None:
+        if key in losses:
+            rows.append((key, _LABELS[key], _KINDS[key], losses[key]))
+
+    add("base")
+    own = result.get("own_domain", {})
+    for name, values in losses["specialists"].items():
+        domain = own.get(name, name)
+        suffix = "" if domain == name else f" ({domain})"
+        rows.append((f"specialist:{name}", f"specialist {name}{suffix}", "alone", values))
+    for key in ("control", "uniform", "weight_average"):
+        add(key)
+    published = result.get("router")
+    for name in sorted(losses["fused"], key=lambda router: (router != published, router)):
+        rows.append((f"fused:{name}", f"fused, {name}", "fused", losses["fused"][name]))
+    for key in ("domain_oracle", "token_oracle"):
+        add(key)
+
+    alone = min(compute_equal_weight(values) for _, _, kind, values in rows if kind == "alone")
+    intervals = result.get("equal_weight", {})
+    methods = []
+    for key, label, kind, values in rows:
+        interval = intervals.get(key, {})
+        point = interval.get("point", compute_equal_weight(values))
+        change = 100.0 * (point - alone) / alone
+        methods.append(
+            Method(
+                key,
+                label,
+                kind,
+                values,
+                point,
+                interval.get("low"),
+                interval.get("high"),
+                change,
+            )
+        )
+    return methods
