@@ -1,0 +1,324 @@
+"""A contribution: adapter files, counted samples, and a signed manifest that names every byte.
+
+The folder of a contribution::
+
+    manifest.json  signature  adapter/adapter_config.json  adapter/adapter_model.safetensors
+    [adapter/molora_adapter.json]  samples/{calibration,admission,held-out}.safetensors
+
+Its id is the SHA-256 of the manifest's canonical JSON; the signature is over the same bytes. The
+manifest holds no time of day, so the same training gives the same id.
+"""
+
+import stat
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from molora_fed.contributions.keys import verify
+from molora_fed.corpus.blocks import Blocks, load_blocks
+from molora_fed.errors import AdapterError
+from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.types import Split
+
+__all__ = [
+    "ADAPTER_FILES",
+    "SAMPLE_SPLITS",
+    "Contribution",
+    "FileEntry",
+    "Manifest",
+    "SampleEntry",
+    "describe_offenders",
+    "load_contribution",
+    "parse_manifest",
+    "read_signature",
+]
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 1_000_000
+MAX_SIGNATURE_BYTES = 1_000
+MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "signature"
+
+AdapterFile = Literal["adapter_config.json", "adapter_model.safetensors", "molora_adapter.json"]
+ADAPTER_FILES: tuple[AdapterFile, ...] = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "molora_adapter.json",
+)
+"""The only file names an adapter may have, so that no name from outside becomes a path."""
+
+REQUIRED_ADAPTER_FILES: tuple[AdapterFile, ...] = ADAPTER_FILES[:2]
+
+SAMPLE_SPLITS: tuple[Split, ...] = (Split.CALIBRATION, Split.ADMISSION, Split.HELD_OUT)
+"""The splits of which blocks may leave a contributor's machine; never train or validation."""
+
+
+def _check_may_leave(split: Split) -> Split:
+    if split not in SAMPLE_SPLITS:
+        raise ValueError(f"blocks of split '{split}' must not leave the contributor's machine")
+    return split
+
+
+Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+SampleSplit = Annotated[Split, AfterValidator(_check_may_leave)]
+Loss = Annotated[float, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class FileEntry(_Strict):
+    """One file: SHA-256 as lower-case hex, and size in bytes."""
+
+    sha256: Sha
+    bytes: int = Field(ge=1)
+
+
+class SampleEntry(FileEntry):
+    """The file of one split's blocks, with the number of blocks and of tokens in it."""
+
+    blocks: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+
+
+class Manifest(_Strict):
+    """What a contributor signs.
+
+    Attributes:
+        format_version: Version of this form.
+        contributor: The contributor's name in this cooperative.
+        public_key: The contributor's P-384 public key, PEM.
+        domain: Domain the specialist was trained on.
+        charter_identity: Identity hash of the charter.
+        amendment: Number of the amendment the contributor saw.
+        base_weights: Fingerprint of the base's weights.
+        base_tokenizer: Fingerprint of the base's tokenizer.
+        kind: Adapter kind.
+        adapter_files: Every file of the adapter by name.
+        sample_files: Every split of which blocks leave the contributor's machine.
+        training: Training record: threads, dtype, versions, steps, seed, ...
+        base_loss: The base's loss on the contributor's validation blocks, nats per token.
+        specialist_loss: The specialist's loss on the same blocks, nats per token.
+        contamination: Share of held-out word 8-grams that occur in train, in [0, 1]; None if
+            the corpus was not prepared here.
+    """
+
+    format_version: Literal[1] = 1
+    contributor: Name
+    public_key: str = Field(max_length=1_000)
+    domain: Name
+    charter_identity: Sha
+    amendment: int = Field(ge=0)
+    base_weights: Sha
+    base_tokenizer: Sha
+    kind: Name
+    adapter_files: dict[AdapterFile, FileEntry]
+    sample_files: dict[SampleSplit, SampleEntry]
+    training: dict[str, JsonValue]
+    base_loss: Loss
+    specialist_loss: Loss
+    contamination: float | None = Field(default=None, ge=0, le=1)
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The bytes that are hashed and signed."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @cached_property
+    def contribution_id(self) -> str:
+        """SHA-256 of the canonical bytes, lower-case hex."""
+        return hash_bytes(self.canonical)
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """Every file by its path inside the contribution's folder."""
+        adapter = {f"adapter/{name}": entry for name, entry in self.adapter_files.items()}
+        samples = {f"samples/{s}.safetensors": entry for s, entry in self.sample_files.items()}
+        return {**adapter, **samples}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files together, without manifest and signature."""
+        return sum(entry.bytes for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A contribution on disk whose signature was verified.
+
+    Attributes:
+        folder: Its folder.
+        manifest: The signed manifest.
+        signature: Hex signature over the manifest's canonical bytes.
+    """
+
+    folder: Path
+    manifest: Manifest
+    signature: str
+
+    @property
+    def id(self) -> str:
+        """The contribution id, 64 hex digits."""
+        return self.manifest.contribution_id
+
+    @property
+    def adapter_folder(self) -> Path:
+        """Folder with the adapter's files."""
+        return self.folder / "adapter"
+
+    def load_samples(self, split: Split) -> Blocks:
+        """Read the blocks of one split and hold them against the manifest.
+
+        Raises:
+            AdapterError: If the manifest lists no such blocks, or the file has other blocks than
+                it states.
+            CorpusError: If the file is malformed.
+        """
+        manifest = self.manifest
+        entry = next((e for s, e in manifest.sample_files.items() if s == split), None)
+        what = f"Cannot read {split} sample of '{manifest.contributor}'"
+        if entry is None:
+            raise AdapterError(
+                f"{what}: expected one in the manifest, got {', '.join(manifest.sample_files)}. "
+                "Ask the contributor for a contribution with these blocks."
+            )
+        path = self.folder / "samples" / f"{split}.safetensors"
+        blocks = load_blocks(path, max_bytes=entry.bytes)
+        stated = (manifest.domain, split, entry.blocks, entry.tokens)
+        found = (blocks.domain, blocks.split, len(blocks), blocks.tokens.size)
+        if stated != found:
+            raise AdapterError(
+                f"{what}: expected (domain, split, blocks, tokens) = {_list(stated)} as the "
+                f"manifest states, got {_list(found)}. Build the contribution again."
+            )
+        return blocks
+
+
+def _list(values: tuple[object, ...]) -> str:
+    return f"({', '.join(str(value) for value in values)})"
+
+
+def parse_manifest(data: bytes, *, where: str = MANIFEST_FILE) -> Manifest:
+    """Parse a manifest; safe on bytes from outside.
+
+    Args:
+        data: JSON, in any layout.
+        where: Name used in errors.
+
+    Raises:
+        AdapterError: If it is too large, not JSON, or a key is unknown, missing or has a bad
+            value; all offenders are named at once.
+    """
+    what = f"Cannot read manifest '{where}'"
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise AdapterError(
+            f"{what}: expected at most {MAX_MANIFEST_BYTES} bytes, got {len(data)}. "
+            "Shorten the training record."
+        )
+    try:
+        manifest = Manifest.model_validate_json(data)
+        manifest.canonical  # noqa: B018 (raises on NaN inside the training record)
+    except ValidationError as error:
+        raise AdapterError(
+            f"{what}: expected the keys of format {FORMAT_VERSION} with valid values, "
+            f"got {describe_offenders(error)}. Build the contribution again."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"{what}: expected plain JSON values, got {error}. Build the contribution again."
+        ) from error
+    missing = [name for name in REQUIRED_ADAPTER_FILES if name not in manifest.adapter_files]
+    if missing:
+        raise AdapterError(
+            f"{what}: expected adapter files {', '.join(REQUIRED_ADAPTER_FILES)}, "
+            f"got none called {', '.join(missing)}. Build the contribution again."
+        )
+    return manifest
+
+
+def describe_offenders(error: ValidationError) -> str:
+    """Name the keys that are wrong, and why, in one line without their values."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in item['loc'])[:80] or 'manifest'}: {item['msg']}"[:200]
+        for item in error.errors(include_url=False, include_input=False)[:10]
+    )
+
+
+def read_signature(data: bytes) -> str:
+    """The hex text of a signature file.
+
+    Raises:
+        AdapterError: If it is too large or not ASCII.
+    """
+    if len(data) > MAX_SIGNATURE_BYTES or not data.isascii():
+        raise AdapterError(
+            f"Cannot read signature: expected at most {MAX_SIGNATURE_BYTES} hex digits, "
+            f"got {len(data)} bytes of something else. Build the contribution again."
+        )
+    return data.decode("ascii").strip()
+
+
+def load_contribution(folder: Path) -> Contribution:
+    """Read a contribution's folder: manifest, signature, and which files are there.
+
+    The files' sizes are held against the manifest here; their hashes when they are stored
+    (`molora_fed.contributions.receive.receive_contribution`).
+
+    Args:
+        folder: Folder of a contribution.
+
+    Raises:
+        AdapterError: If the manifest or a file is missing, malformed, of another size than
+            stated, a link, or not named in the manifest; all offending files are named.
+        SignatureError: If the signature does not verify.
+    """
+    manifest = parse_manifest(
+        _read_small(folder / MANIFEST_FILE, MAX_MANIFEST_BYTES), where=str(folder / MANIFEST_FILE)
+    )
+    signature = read_signature(_read_small(folder / SIGNATURE_FILE, MAX_SIGNATURE_BYTES))
+    what = f"contribution of '{manifest.contributor}'"
+    verify(manifest.public_key, manifest.canonical, signature, what=what)
+    problems = [
+        f"{name}: {found}"
+        for name, entry in manifest.files.items()
+        if (found := _describe_file(folder / name)) != f"{entry.bytes} bytes"
+    ]
+    for part in ("adapter", "samples"):
+        if (folder / part).is_symlink():
+            problems.append(f"{part}: a link")
+        elif (folder / part).is_dir():
+            there = {f"{part}/{path.name}" for path in (folder / part).iterdir()}
+            problems += [f"{name}: not signed" for name in sorted(there - manifest.files.keys())]
+    if problems:
+        raise AdapterError(
+            f"Cannot read {what} in '{folder}': expected exactly the plain files of its manifest "
+            f"with their sizes, got {'; '.join(problems)}. Build the contribution again."
+        )
+    return Contribution(folder, manifest, signature)
+
+
+def _describe_file(path: Path) -> str:
+    try:
+        status = path.lstat()
+    except OSError:
+        return "missing"
+    return f"{status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "not a plain file"
+
+
+def _read_small(path: Path, max_bytes: int) -> bytes:
+    """Read a file of at most `max_bytes`."""
+    found = _describe_file(path)
+    try:
+        if found.endswith("bytes") and path.lstat().st_size <= max_bytes:
+            return path.read_bytes()
+    except OSError as error:
+        found = error.strerror or "an error"
+    raise AdapterError(
+        f"Cannot read '{path}': expected a plain file of at most {max_bytes} bytes, got {found}. "
+        "Point to the folder of a contribution."
+    )
