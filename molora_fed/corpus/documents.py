@@ -1,0 +1,248 @@
+"""Reads a contributor's own text: .txt, .md, .jsonl and .parquet files, or folders of them."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from molora_fed.errors import CorpusError
+from molora_fed.types import Document
+
+__all__ = ["SUFFIXES", "choose_evenly", "cut_long_documents", "read_documents"]
+
+MAX_SHARE = 0.05
+PIECES = 250
+MIN_PIECE_CHARACTERS = 2_000
+_SHOWN_PROBLEMS = 3
+
+
+_Item = TypeVar("_Item")
+
+
+class _UnreadableError(Exception):
+    """Why one file cannot be read; collected over all files before anything is raised."""
+
+
+def _decode(data: bytes) -> str:
+    """UTF-8 text of a file, a byte-order mark removed.
+
+    Raises:
+        _UnreadableError: If it is binary or in another encoding.
+    """
+    if b"\0" in data:
+        raise _UnreadableError("binary data")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _UnreadableError(f"no UTF-8 at byte {error.start}") from error
+
+
+def _check_text(value: object, where: str) -> str:
+    """A record's text.
+
+    Raises:
+        _UnreadableError: If it is no text, or holds half characters that no encoding can write.
+    """
+    if not isinstance(value, str):
+        raise _UnreadableError(f"{where}: no text in field 'text' but {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _UnreadableError(f"{where}: half a character (surrogate)") from error
+    return value
+
+
+def _read_plain(path: Path, name: str) -> Iterator[Document]:
+    yield Document(name, _decode(path.read_bytes()))
+
+
+def _read_json_lines(path: Path, name: str) -> Iterator[Document]:
+    for number, line in enumerate(_decode(path.read_bytes()).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _UnreadableError(f"{where}: no JSON object") from error
+        if not isinstance(record, dict):
+            raise _UnreadableError(f"{where}: no JSON object but {type(record).__name__}")
+        yield Document(f"{name}:{number}", _check_text(record.get("text"), where))
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                columns = ", ".join(file.schema_arrow.names)
+                raise _UnreadableError(f"no column 'text' among {columns or 'none'}")
+            for batch in file.iter_batches(columns=["text"]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield Document(f"{name}:{number}", _check_text(value, f"row {number}"))
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise _UnreadableError(f"no parquet that can be read ({reason})") from error
+
+
+_Reader = Callable[[Path, str], Iterator[Document]]
+_READERS: dict[str, _Reader] = {
+    ".txt": _read_plain,
+    ".md": _read_plain,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}
+
+SUFFIXES = tuple(_READERS)
+"""Endings of the files that can be read."""
+
+
+def _list_files(path: Path) -> list[tuple[Path, str]]:
+    """The readable files of a folder with their names inside it, hidden ones left out, sorted."""
+    found = []
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in names:
+            file = Path(folder) / name
+            if not name.startswith(".") and file.suffix.lower() in _READERS:
+                found.append((file, f"{path.name}/{file.relative_to(path).as_posix()}"))
+    return sorted(found, key=lambda item: item[1])
+
+
+def _find_files(paths: Sequence[Path], problems: list[str]) -> list[tuple[Path, str]]:
+    """All files to read with unique names; what is wrong with a path goes to `problems`."""
+    files: dict[Path, str] = {}
+    for path in paths:
+        resolved = path.expanduser().resolve()
+        if resolved.is_dir():
+            inside = _list_files(resolved)
+            if not inside:
+                problems.append(f"'{path}': no {', '.join(SUFFIXES)} file in it")
+            for file, name in inside:
+                files.setdefault(file.resolve(), name)
+        elif not resolved.is_file():
+            problems.append(f"'{path}': no such file or folder")
+        elif resolved.suffix.lower() not in _READERS:
+            problems.append(f"'{path}': ending '{resolved.suffix}' is not read")
+        else:
+            files.setdefault(resolved, resolved.name)
+    seen: dict[str, int] = {}
+    named = []
+    for file, name in files.items():
+        seen[name] = seen.get(name, 0) + 1
+        named.append((file, name if seen[name] == 1 else f"{name}~{seen[name]}"))
+    return named
+
+
+def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
+    """Read text files and folders of them, in a fixed order.
+
+    A .txt or .md file is one document; a .jsonl file holds one JSON object with a string "text"
+    per line; a .parquet file has a string column "text". Text is UTF-8. Folders are read with
+    their subfolders; files with other endings in them and hidden files are passed over, and so
+    are documents of white space only.
+
+    Args:
+        paths: Files and folders.
+
+    Yields:
+        Documents with unique names, relative to the paths given.
+
+    Raises:
+        CorpusError: If a path is missing or not readable, or nothing but white space was found;
+            all problems are collected into one message.
+    """
+    problems: list[str] = []
+    files = _find_files(paths, problems)
+    num_documents = 0
+    for file, name in files:
+        try:
+            for document in _READERS[file.suffix.lower()](file, name):
+                if document.text.strip():
+                    num_documents += 1
+                    # Nothing of a bad collection is used; reading on only completes the message.
+                    if not problems:
+                        yield document
+        except _UnreadableError as error:
+            problems.append(f"'{name}': {error}")
+        except OSError as error:
+            problems.append(f"'{name}': {error.strerror or error}")
+    shown = ", ".join(f"'{path}'" for path in paths) or "(no path)"
+    if problems:
+        more = len(problems) - _SHOWN_PROBLEMS
+        tail = f"; and {more} more" if more > 0 else ""
+        raise CorpusError(
+            f"Cannot read text from {shown}: expected UTF-8 files {', '.join(SUFFIXES)}, got "
+            f"{'; '.join(problems[:_SHOWN_PROBLEMS])}{tail}. Correct these or leave them out."
+        )
+    if num_documents == 0:
+        raise CorpusError(
+            f"Cannot read text from {shown}: expected at least one document with text, got "
+            f"{len(files)} files without any. Add text."
+        )
+
+
+def cut_long_documents(documents: Sequence[Document]) -> list[Document]:
+    """Cut up documents that alone hold more than a twentieth of all text.
+
+    One large file could otherwise not be split at all. Its pieces, of about 1/250 of all text
+    each, end at blank lines where possible and are documents of their own from then on, so that
+    neighbouring pieces may lie in different splits. All other documents stay whole.
+
+    Args:
+        documents: All documents of a domain.
+
+    Returns:
+        The documents in the same order; pieces are named "<name>#1", "<name>#2", ...
+    """
+    total = sum(len(document.text) for document in documents)
+    piece = max(total // PIECES, MIN_PIECE_CHARACTERS)
+    result: list[Document] = []
+    for document in documents:
+        if len(document.text) > max(MAX_SHARE * total, piece):
+            parts = _cut(document.text, piece)
+            result += (Document(f"{document.name}#{n}", part) for n, part in enumerate(parts, 1))
+        else:
+            result.append(document)
+    return result
+
+
+def _cut(text: str, size: int) -> list[str]:
+    """Pieces of at least half of and at most `size` characters (the last may be shorter)."""
+    pieces, start = [], 0
+    while len(text) - start > size:
+        window = text[start + size // 2 : start + size]
+        cuts = [window.rfind("\n\n") + 2, window.rfind("\n") + 1, window.rfind(" ") + 1]
+        found = next((cut for cut, width in zip(cuts, (2, 1, 1), strict=True) if cut >= width), 0)
+        end = start + (size // 2 + found if found else size)
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]] if text[start:].strip() else pieces
+
+
+def choose_evenly(items: Sequence[_Item], sizes: Iterable[int], cap: int) -> list[_Item]:
+    """Keep every so-maniest item so that about `cap` characters remain.
+
+    Args:
+        items: Items in a fixed order.
+        sizes: Characters of each.
+        cap: Characters to keep.
+
+    Returns:
+        Items spread evenly over the whole sequence, in order; all of them if they fit.
+    """
+    total = sum(sizes)
+    if total <= cap:
+        return list(items)
+    share, due, kept = cap / total, 0.5, []
+    for item in items:
+        due += share
+        if due >= 1:
+            due -= 1
+            kept.append(item)
+    return kept

@@ -1,0 +1,433 @@
+"""The whole way from documents to blocks: clean, cluster, split, pack, measure, keep."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molora_fed.charter import CorpusRules
+from molora_fed.corpus.blocks import Blocks, load_blocks
+from molora_fed.corpus.clusters import cluster_documents
+from molora_fed.corpus.contamination import compute_contamination, compute_overlap
+from molora_fed.corpus.documents import cut_long_documents
+from molora_fed.corpus.packing import fingerprint_encoding, pack_documents
+from molora_fed.corpus.shingles import compute_shingles
+from molora_fed.corpus.splits import SPLIT_FRACTIONS, assign_shards, assign_splits
+from molora_fed.errors import CorpusError
+from molora_fed.files import canonical_json, hash_bytes, replace_folder, write_json
+from molora_fed.types import Document, Progress, Split
+
+__all__ = [
+    "Corpus",
+    "CorpusReport",
+    "SplitDocuments",
+    "SplitReport",
+    "build_contamination_report",
+    "load_corpus",
+    "prepare_corpus",
+    "split_documents",
+]
+
+FORMAT_VERSION = 1
+MIN_HELD_OUT_CLUSTERS = 20
+MIN_HELD_OUT_BLOCKS = 64
+MAX_CONTAMINATION = 0.02
+_REPORT_FILE = "corpus.json"
+_MAX_REPORT_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What one split holds.
+
+    Attributes:
+        documents: Documents.
+        clusters: Near-duplicate clusters.
+        characters: Characters of the documents.
+        tokens: Tokens in blocks, end-of-text tokens included; the incomplete last block is not.
+        blocks: Blocks.
+        contamination: Share of the split's word 8-grams that occur in the domain's train split,
+            in [0, 1]; 0 for train itself.
+    """
+
+    documents: int
+    clusters: int
+    characters: int
+    tokens: int
+    blocks: int
+    contamination: float
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """What a prepared corpus holds; of one shard where a domain is shared.
+
+    Attributes:
+        domain: Domain name.
+        shard: Index of this contributor among those who share the domain, and their number.
+        documents: Documents after copies were dropped and long ones cut, all splits and shards.
+        duplicates: Documents dropped because another has the same words.
+        clusters: Near-duplicate clusters, all splits and shards.
+        largest_cluster: Share of the characters in the largest cluster, in [0, 1].
+        characters: Characters, all splits and shards.
+        splits: What each split of this shard holds, by split name.
+        block_size: T, tokens per block.
+    """
+
+    domain: str
+    shard: tuple[int, int]
+    documents: int
+    duplicates: int
+    clusters: int
+    largest_cluster: float
+    characters: int
+    splits: Mapping[str, SplitReport]
+    block_size: int
+
+    @property
+    def contamination(self) -> float:
+        """Share of the held-out word 8-grams that occur in train, in [0, 1]."""
+        return self.splits[Split.HELD_OUT].contamination
+
+    @property
+    def qualifies(self) -> bool:
+        """Whether held-out is large enough for reported figures: 20 clusters and 64 blocks."""
+        held_out = self.splits[Split.HELD_OUT]
+        return held_out.clusters >= MIN_HELD_OUT_CLUSTERS and held_out.blocks >= MIN_HELD_OUT_BLOCKS
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values, with `contamination` and `qualifies` written out."""
+        return asdict(self) | {
+            "splits": {str(name): asdict(split) for name, split in self.splits.items()},
+            "shard": list(self.shard),
+            "contamination": self.contamination,
+            "qualifies": self.qualifies,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A domain as blocks.
+
+    Attributes:
+        domain: Domain name.
+        folder: Where it is kept; None if it is in memory only.
+        blocks: Blocks by split.
+        report: Counts and contamination.
+    """
+
+    domain: str
+    folder: Path | None
+    blocks: Mapping[Split, Blocks]
+    report: CorpusReport
+
+
+@dataclass(frozen=True, eq=False)
+class SplitDocuments(Mapping[Split, list[Document]]):
+    """Documents by split; indexing gives the documents of a split.
+
+    Attributes:
+        documents: Documents by split.
+        clusters: Cluster of each document by split, (N_split,); numbered over all splits.
+        duplicates: Documents dropped because another has the same words.
+    """
+
+    documents: Mapping[Split, list[Document]]
+    clusters: Mapping[Split, NDArray[np.int32]]
+    duplicates: int
+
+    def __getitem__(self, split: Split) -> list[Document]:
+        return self.documents[split]
+
+    def __iter__(self) -> Iterator[Split]:
+        return iter(self.documents)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+
+def _drop_copies(documents: Iterable[Document]) -> tuple[list[Document], int]:
+    """The first of each set of documents with the same words, and how many were dropped."""
+    kept: dict[tuple[str, ...] | str, Document] = {}
+    total = 0
+    for document in documents:
+        total += 1
+        kept.setdefault(hash_bytes(" ".join(document.text.split()).encode()), document)
+    return list(kept.values()), total - len(kept)
+
+
+def split_documents(
+    documents: Iterable[Document], *, seed: int, progress: Progress | None = None
+) -> SplitDocuments:
+    """Split a domain's documents; depends on the documents and the seed alone.
+
+    Copies are dropped, a document too large to be split is cut, near-duplicates are clustered,
+    and whole clusters are dealt to the splits.
+
+    Args:
+        documents: All documents of the domain, in a fixed order.
+        seed: Seed of the charter's corpus rules.
+        progress: Called with documents compared of all.
+
+    Returns:
+        Documents and clusters of the five splits, none of them empty.
+
+    Raises:
+        CorpusError: If there are fewer than five clusters.
+    """
+    distinct, duplicates = _drop_copies(documents)
+    distinct = cut_long_documents(distinct)
+    sizes = np.array([len(document.text) for document in distinct], dtype=np.int64)
+    clusters = cluster_documents(distinct, seed=seed, progress=progress)
+    overlap = compute_overlap(compute_shingles(d.text for d in distinct), clusters)
+    splits = assign_splits(clusters, sizes, seed=seed, overlap=overlap)
+    rows = {split: [n for n, s in enumerate(splits) if s is split] for split in SPLIT_FRACTIONS}
+    return SplitDocuments(
+        {split: [distinct[n] for n in chosen] for split, chosen in rows.items()},
+        {split: clusters[chosen] for split, chosen in rows.items()},
+        duplicates,
+    )
+
+
+def _take_shard(whole: SplitDocuments, shard: tuple[int, int]) -> SplitDocuments:
+    """The part of every split that belongs to one of the contributors of a domain."""
+    index, num_shards = shard
+    documents, clusters = {}, {}
+    for split, members in whole.items():
+        sizes = np.array([len(document.text) for document in members], dtype=np.int64)
+        mine = np.flatnonzero(assign_shards(whole.clusters[split], sizes, num_shards) == index)
+        documents[split] = [members[n] for n in mine]
+        clusters[split] = whole.clusters[split][mine]
+    return SplitDocuments(documents, clusters, whole.duplicates)
+
+
+def _build_report(
+    domain: str,
+    whole: SplitDocuments,
+    part: SplitDocuments,
+    blocks: Mapping[Split, Blocks],
+    shard: tuple[int, int],
+    block_size: int,
+) -> CorpusReport:
+    """Count everything and measure how much of each split occurs in the domain's train split."""
+    train_texts = [document.text for document in whole[Split.TRAIN]]
+    splits = {}
+    for split, members in part.items():
+        texts = [document.text for document in members]
+        splits[str(split)] = SplitReport(
+            documents=len(members),
+            clusters=len(np.unique(part.clusters[split])),
+            characters=sum(map(len, texts)),
+            tokens=int(blocks[split].tokens.size),
+            blocks=len(blocks[split]),
+            contamination=(
+                0.0 if split is Split.TRAIN else compute_contamination(train_texts, texts)
+            ),
+        )
+    sizes = [len(document.text) for members in whole.values() for document in members]
+    clusters = np.concatenate(list(whole.clusters.values()))
+    cluster_sizes = np.bincount(clusters, weights=sizes)
+    return CorpusReport(
+        domain=domain,
+        shard=shard,
+        documents=len(sizes),
+        duplicates=whole.duplicates,
+        clusters=len(np.unique(clusters)),
+        largest_cluster=float(cluster_sizes.max() / cluster_sizes.sum()),
+        characters=sum(sizes),
+        splits=splits,
+        block_size=block_size,
+    )
+
+
+def _check_blocks(report: CorpusReport) -> None:
+    """Refuse a corpus with an empty split.
+
+    Raises:
+        CorpusError: Says how much text was read and how much is needed.
+    """
+    empty = [name for name, split in report.splits.items() if split.blocks == 0]
+    if not empty:
+        return
+    smallest = min(SPLIT_FRACTIONS.values())
+    # Twice what the smallest split needs on average, at a cautious 4 characters per token.
+    needed = round(2 * 4 * report.block_size * report.shard[1] / smallest)
+    raise CorpusError(
+        f"Cannot prepare domain '{report.domain}': expected at least one block of "
+        f"{report.block_size} tokens in each of the five splits, got none in {', '.join(empty)} "
+        f"from {report.documents} documents of {report.characters} characters in all. "
+        f"Add text: about {needed} characters are needed."
+    )
+
+
+def _compute_key(
+    domain: str,
+    documents: Sequence[Document],
+    tokenizer: Any,
+    rules: CorpusRules,
+    shard: tuple[int, int],
+) -> str:
+    """SHA-256 over everything that decides the blocks."""
+    parts = [
+        FORMAT_VERSION,
+        domain,
+        fingerprint_encoding(tokenizer),
+        rules.block_size,
+        rules.split_seed,
+        list(shard),
+        [[document.name, hash_bytes(document.text.encode())] for document in documents],
+    ]
+    return hash_bytes(canonical_json(parts))
+
+
+def prepare_corpus(
+    domain: str,
+    documents: Iterable[Document],
+    tokenizer: Any,
+    *,
+    rules: CorpusRules,
+    folder: Path | None = None,
+    shard: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+) -> Corpus:
+    """Turn a domain's documents into blocks, or load them if the same were prepared before.
+
+    Args:
+        domain: Domain name.
+        documents: All documents of the domain, in a fixed order.
+        tokenizer: Hugging Face tokenizer of the base checkpoint.
+        rules: Block size and seed, from the charter.
+        folder: Where to keep the blocks and the report; None keeps them in memory only.
+        shard: Index of this contributor among those who share the domain, and their number;
+            the shards are disjoint in every split.
+        progress: Called with documents compared of all.
+
+    Returns:
+        The blocks of the five splits, none of them empty, and the report.
+
+    Raises:
+        CorpusError: If there is too little text; says what was read and what is needed.
+        StorageError: If the disk refuses.
+    """
+    index, num_shards = shard
+    if not 0 <= index < num_shards:
+        raise CorpusError(
+            f"Cannot prepare domain '{domain}': expected a shard index below {num_shards}, got "
+            f"{index}. Count contributors from 0."
+        )
+    everything = [document for document in documents if document.text.strip()]
+    characters = sum(len(document.text) for document in everything)
+    key = _compute_key(domain, everything, tokenizer, rules, shard)
+    if folder is not None and _read_header(folder).get("key") == key:
+        return load_corpus(folder)
+    try:
+        whole = split_documents(everything, seed=rules.split_seed, progress=progress)
+    except CorpusError as error:
+        raise CorpusError(
+            f"Cannot prepare domain '{domain}' from {len(everything)} documents of {characters} "
+            f"characters in all: {error}"
+        ) from error
+    part = _take_shard(whole, shard)
+    blocks = {
+        split: pack_documents(
+            members,
+            part.clusters[split],
+            tokenizer,
+            domain=domain,
+            split=split,
+            block_size=rules.block_size,
+        )
+        for split, members in part.items()
+    }
+    report = _build_report(domain, whole, part, blocks, shard, rules.block_size)
+    _check_blocks(report)
+    if folder is not None:
+        with replace_folder(folder) as temporary:
+            for split, packed in blocks.items():
+                packed.save(temporary / f"{split}.safetensors")
+            write_json(temporary / _REPORT_FILE, {"key": key, "report": report.to_json()})
+    return Corpus(domain, folder, blocks, report)
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    """The key and report of a prepared corpus; empty if there is none that can be read."""
+    path = folder / _REPORT_FILE
+    try:
+        if path.stat().st_size > _MAX_REPORT_BYTES:
+            return {}
+        header = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _parse_report(value: dict[str, Any]) -> CorpusReport:
+    fields = {name: value[name] for name in CorpusReport.__dataclass_fields__}
+    index, num_shards = value["shard"]
+    fields["shard"] = (index, num_shards)
+    fields["splits"] = {
+        str(Split(name)): SplitReport(**split) for name, split in value["splits"].items()
+    }
+    return CorpusReport(**fields)
+
+
+def load_corpus(folder: Path) -> Corpus:
+    """Read a corpus that `prepare_corpus` kept.
+
+    Raises:
+        CorpusError: If the folder is missing, incomplete or malformed.
+    """
+    try:
+        report = _parse_report(_read_header(folder)["report"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorpusError(
+            f"Cannot load corpus '{folder}': expected a prepared corpus, got no valid "
+            f"{_REPORT_FILE}. Prepare it again."
+        ) from error
+    blocks = {split: load_blocks(folder / f"{split}.safetensors") for split in SPLIT_FRACTIONS}
+    for split, packed in blocks.items():
+        expected = report.splits[split].blocks
+        if len(packed) != expected or packed.split is not split:
+            raise CorpusError(
+                f"Cannot load corpus '{folder}': expected {expected} blocks of split '{split}', "
+                f"got {len(packed)} of '{packed.split}'. Prepare it again."
+            )
+    return Corpus(report.domain, folder, blocks, report)
+
+
+def build_contamination_report(reports: Iterable[CorpusReport]) -> dict[str, dict[str, Any]]:
+    """Contamination per domain, for printing and for the run's folder.
+
+    Args:
+        reports: Reports of prepared corpora; shards of one domain count together, by the worst.
+
+    Returns:
+        By domain: `contamination` (share of held-out word 8-grams found in train),
+        `limit`, `within_limit`, `by_split`, and the counts that say what it was measured on.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for report in sorted(reports, key=lambda r: (r.domain, r.contamination)):
+        held_out = report.splits[Split.HELD_OUT]
+        result[report.domain] = {
+            "contamination": report.contamination,
+            "limit": MAX_CONTAMINATION,
+            "within_limit": report.contamination <= MAX_CONTAMINATION,
+            "by_split": {
+                name: split.contamination
+                for name, split in report.splits.items()
+                if name != Split.TRAIN
+            },
+            "documents": report.documents,
+            "duplicates": report.duplicates,
+            "clusters": report.clusters,
+            "largest_cluster": report.largest_cluster,
+            "held_out_clusters": held_out.clusters,
+            "held_out_blocks": held_out.blocks,
+            "held_out_tokens": held_out.tokens,
+            "qualifies": report.qualifies,
+        }
+    return result
