@@ -1,0 +1,227 @@
+"""Builds banks: announces their size, then one pass per expert, resumable after each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from molora_fed.adapters.apply import applied
+from molora_fed.bank.assembly import (
+    check_blocks,
+    check_experts,
+    describe_blocks,
+    open_column_of,
+    open_columns,
+)
+from molora_fed.bank.bank import Bank, CalibrationBank, HeldOutBank
+from molora_fed.bank.passes import ColumnMaker, Expert, Wanted, check_room, estimate_bank_bytes
+from molora_fed.corpus.blocks import Blocks
+from molora_fed.errors import BankError
+from molora_fed.routing.mixture import find_readout
+from molora_fed.types import Mixture, Progress, Reading, Split
+
+if TYPE_CHECKING:
+    from molora_fed.adapters.updates import Adapter
+    from molora_fed.base import Base
+
+__all__ = ["build_calibration_bank", "build_held_out_bank"]
+
+AnyBank = TypeVar("AnyBank", bound=Bank)
+
+
+@dataclass(frozen=True)
+class BankPlan:
+    """What a bank is built for.
+
+    Attributes:
+        readings: Columns that routers read.
+        mixture: How the bank's `nll` mixes.
+        batch: Blocks per forward pass.
+        frozen_depth: K, for `prefix_hidden`.
+    """
+
+    readings: frozenset[Reading]
+    mixture: Mixture
+    batch: int
+    frozen_depth: int
+
+
+def build_calibration_bank(
+    folder: Path,
+    base: "Base",
+    experts: Sequence[Expert],
+    blocks: Sequence[Blocks],
+    *,
+    readings: frozenset[Reading] = frozenset({"evidence"}),
+    mixture: Mixture = "probability",
+    batch: int = 16,
+    frozen_depth: int = 0,
+    progress: Progress | None = None,
+) -> CalibrationBank:
+    """Build, or find again, the bank that routers are fitted on.
+
+    Args:
+        folder: Where columns are kept; several banks may share it.
+        base: The base checkpoint.
+        experts: Experts in canonical order; if the base is one, it is the first.
+        blocks: Blocks of any split but held-out, of equal block size.
+        readings: Columns that routers read; others are not made.
+        mixture: How the bank's `nll` mixes; the logit mixture keeps every expert's state.
+        batch: Blocks per forward pass.
+        frozen_depth: K, for `prefix_hidden`.
+        progress: Receives blocks done and in all over all passes, with `bank_bytes` and `expert`.
+
+    Returns:
+        The bank. Killed and called again, it goes on with the first unfinished expert.
+
+    Raises:
+        BankError: If blocks or experts do not fit together, or an expert's numbers are not finite.
+        IncompatibleAdapterError: If an adapter does not fit the base.
+        RoutingError: If logits cannot be mixed with this base.
+        StorageError: If the disk has no room.
+    """
+    if any(part.split == Split.HELD_OUT for part in blocks):
+        raise BankError(
+            "Cannot build a calibration bank: expected no held-out blocks, got some. "
+            "Use the calibration split; held-out blocks are for reports."
+        )
+    plan = BankPlan(readings, mixture, batch, frozen_depth)
+    return _build(CalibrationBank, folder, base, experts, blocks, plan, progress)
+
+
+def build_held_out_bank(
+    folder: Path,
+    base: "Base",
+    experts: Sequence[Expert],
+    blocks: Sequence[Blocks],
+    *,
+    readings: frozenset[Reading] = frozenset({"evidence"}),
+    mixture: Mixture = "probability",
+    batch: int = 16,
+    frozen_depth: int = 0,
+    progress: Progress | None = None,
+) -> HeldOutBank:
+    """Build, or find again, the bank that figures are reported from.
+
+    Arguments, result and errors as of `build_calibration_bank`, but every block must be of the
+    held-out split, and no router can be fitted on the result.
+
+    Raises:
+        BankError: If a block is of another split.
+    """
+    if any(part.split != Split.HELD_OUT for part in blocks):
+        raise BankError(
+            "Cannot build a held-out bank: expected only held-out blocks, got others. "
+            "Use the held-out split."
+        )
+    plan = BankPlan(readings, mixture, batch, frozen_depth)
+    return _build(HeldOutBank, folder, base, experts, blocks, plan, progress)
+
+
+def _build(
+    kind: type[AnyBank],
+    folder: Path,
+    base: "Base",
+    experts: Sequence[Expert],
+    blocks: Sequence[Blocks],
+    plan: BankPlan,
+    progress: Progress | None,
+) -> AnyBank:
+    check_experts(experts)
+    check_blocks(blocks)
+    model = base.model
+    readout = find_readout(model) if plan.mixture == "logit" else None
+    hidden_size = int(model.get_output_embeddings().weight.shape[1])
+    wanted = Wanted.of(plan.readings, plan.mixture)
+    num_bytes = estimate_bank_bytes(
+        num_tokens=sum(part.tokens.size for part in blocks),
+        num_experts=len(experts),
+        hidden_size=hidden_size,
+        itemsize=model.dtype.itemsize,
+        readings=plan.readings,
+        mixture=plan.mixture,
+    )
+    check_room(folder, num_bytes)
+    makers = [
+        ColumnMaker(folder, base, part, plan.batch, plan.frozen_depth, hidden_size)
+        for part in blocks
+    ]
+    order = _run_passes(makers, experts, wanted, num_bytes, progress)
+    return kind(
+        **describe_blocks(blocks),
+        **open_columns(folder, makers, order, wanted),
+        expert_names=tuple(expert.name for expert in experts),
+        has_base_expert=experts[0].adapter is None,
+        hidden_size=hidden_size,
+        readings=plan.readings,
+        mixture=plan.mixture,
+        readout=readout,
+        folder=folder,
+        device=model.device,
+        measure=partial(_measure, makers),
+    )
+
+
+def _run_passes(
+    makers: Sequence[ColumnMaker],
+    experts: Sequence[Expert],
+    wanted: Wanted,
+    num_bytes: int,
+    progress: Progress | None,
+) -> list[str]:
+    """Make what is missing, one expert in memory at a time; returns the experts' hashes."""
+    order = [_hash_of(expert) for expert in experts]
+    passes = [*enumerate(experts)]
+    if "" not in order:
+        passes.insert(0, (-1, Expert("base", None)))
+    total = len(passes) * sum(len(maker.blocks) for maker in makers)
+    done = 0
+    if progress is not None:
+        progress(0, total, bank_bytes=num_bytes)
+    for index, expert in passes:
+        works = [maker.plan(order, index, wanted) for maker in makers]
+        with applied(makers[0].base.model, expert.load() if any(works) else None):
+            for maker, work in zip(makers, works, strict=True):
+                if work:
+                    step = _shift(progress, done, total, expert.name)
+                    maker.run(expert.name, order, index, work, progress=step)
+                done += len(maker.blocks)
+        if progress is not None:
+            progress(done, total, bank_bytes=num_bytes, expert=expert.name)
+    return order
+
+
+def _hash_of(expert: Expert) -> str:
+    adapter = expert.load()
+    return "" if adapter is None else adapter.hash
+
+
+def _shift(progress: Progress | None, before: int, whole: int, expert: str) -> Progress | None:
+    """Progress of one list of blocks, told as progress of all passes."""
+    if progress is None:
+        return None
+    report = progress
+
+    def shifted(done: int, total: int, **fields: float | str) -> None:
+        report(before + done, whole, expert=expert, **fields)
+
+    return shifted
+
+
+def _measure(
+    makers: Sequence[ColumnMaker], adapter: "Adapter", progress: Progress | None = None
+) -> Tensor:
+    """Loss of an adapter that is no expert on the bank's blocks, (N, T-1) nats."""
+    order = [adapter.hash]
+    wanted = Wanted(base=False, prefix=False, mean=False, experts=False)
+    works = [maker.plan(order, 0, wanted) for maker in makers]
+    if any(works):
+        with applied(makers[0].base.model, adapter):
+            for maker, work in zip(makers, works, strict=True):
+                if work:
+                    maker.run(adapter.name, order, 0, work, progress=progress)
+    return -torch.cat([open_column_of(maker, "logprob", order) for maker in makers])[:, 1:]

@@ -1,0 +1,277 @@
+"""One frozen pass of the base or of one expert over blocks, and the columns it leaves on disk."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+from torch import Tensor
+
+from molora_fed.bank.columns import ColumnKey, column_path, open_column, write_rows
+from molora_fed.corpus.blocks import Blocks
+from molora_fed.errors import BankError, StorageError
+from molora_fed.files import stream_bytes
+from molora_fed.forward import Capture, Pass, run_blocks
+from molora_fed.types import Mixture, Progress, Reading
+
+if TYPE_CHECKING:
+    from molora_fed.adapters.updates import Adapter
+    from molora_fed.base import Base
+
+__all__ = ["ColumnMaker", "Expert", "Wanted", "Work", "check_room", "estimate_bank_bytes"]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert of a bank.
+
+    Attributes:
+        name: Unique name; the contributor's.
+        adapter: Its adapter, or a function that loads it when its turn comes, so that one
+            adapter at a time is in memory; None is the base itself.
+    """
+
+    name: str
+    adapter: "Adapter | Callable[[], Adapter] | None"
+
+    def load(self) -> "Adapter | None":
+        """The adapter, loaded now if it is not in memory."""
+        return self.adapter() if callable(self.adapter) else self.adapter
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which columns a bank needs beside the log-probabilities.
+
+    Attributes:
+        base: The base's hidden state.
+        prefix: The state after the shared frozen blocks.
+        mean: The experts' average state.
+        experts: Every expert's state.
+    """
+
+    base: bool
+    prefix: bool
+    mean: bool
+    experts: bool
+
+    @staticmethod
+    def of(readings: frozenset[Reading], mixture: Mixture) -> "Wanted":
+        """The columns that these readings and this mixture need."""
+        return Wanted(
+            base="base_hidden" in readings,
+            prefix="prefix_hidden" in readings,
+            mean="mean_hidden" in readings,
+            experts="experts_hidden" in readings or mixture == "logit",
+        )
+
+
+def estimate_bank_bytes(
+    *,
+    num_tokens: int,
+    num_experts: int,
+    hidden_size: int,
+    itemsize: int,
+    readings: frozenset[Reading],
+    mixture: Mixture = "probability",
+) -> int:
+    """Bytes on disk a bank takes at its largest, before it is built.
+
+    Args:
+        num_tokens: N * T.
+        num_experts: E.
+        hidden_size: D.
+        itemsize: Bytes per number of the model's dtype.
+        readings: Columns that routers read.
+        mixture: The logit mixture keeps every expert's state.
+    """
+    wanted = Wanted.of(readings, mixture)
+    logprob = 4 * (2 * num_experts + 1)  # each column, and the copy with experts side by side
+    states = itemsize * (wanted.base + wanted.prefix + wanted.mean + wanted.experts * num_experts)
+    sums = 2 * 4 * wanted.mean  # the old and the new float32 running sum
+    return num_tokens * (logprob + hidden_size * (states + sums))
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse a bank that the disk has no room for, before the first pass.
+
+    Raises:
+        StorageError: If less than `needed` bytes are free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"Cannot build bank in '{folder}': expected {needed} free bytes, got {free}. "
+            "Free some space, or choose a router that reads fewer columns."
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass has to leave on disk.
+
+    Attributes:
+        own: Hash of the adapter it runs; "" is the base.
+        columns: Its own columns that are missing.
+        adds: Whether its state goes into the experts' running sum.
+    """
+
+    own: str
+    columns: tuple[str, ...]
+    adds: bool
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.columns) or self.adds
+
+
+@dataclass(frozen=True)
+class ColumnMaker:
+    """Makes the columns of one list of blocks, each expert's in one pass, and only missing ones.
+
+    Attributes:
+        folder: Where columns lie.
+        base: The base checkpoint.
+        blocks: Blocks of one domain and split.
+        batch: Blocks per forward pass.
+        depth: Frozen depth K.
+        hidden_size: D.
+    """
+
+    folder: Path
+    base: "Base"
+    blocks: Blocks
+    batch: int
+    depth: int
+    hidden_size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype, which states are kept in."""
+        return self.base.model.dtype
+
+    def key(self, name: str, adapters: Sequence[str]) -> ColumnKey:
+        """The key of one of this maker's columns; `adapters` are hashes, "" is the base."""
+        dtype = torch.float32 if name in ("logprob", "sum") else self.dtype
+        return ColumnKey(
+            name=name,
+            base=self.base.weights,
+            adapters=tuple(adapters),
+            blocks=self.blocks.fingerprint,
+            dtype=dtype,
+            batch=self.batch,
+            depth=self.depth if name == "prefix" else -1,
+        )
+
+    def path(self, name: str, adapters: Sequence[str]) -> Path:
+        """Where a column lies."""
+        return column_path(self.folder, self.key(name, adapters))
+
+    def open(self, name: str, adapters: Sequence[str]) -> Tensor | None:
+        """The column, mapped, or None if it has not been made."""
+        shape = self.blocks.tokens.shape
+        key = self.key(name, adapters)
+        full = shape if name == "logprob" else (*shape, self.hidden_size)
+        return open_column(column_path(self.folder, key), full, key.dtype)
+
+    def _needs_sum(self, order: Sequence[str], index: int) -> bool:
+        """Whether expert `index`'s state still has to be added to the running sum."""
+        if self.open("mean", order) is not None:
+            return False
+        return all(self.open("sum", order[: end + 1]) is None for end in range(index, len(order)))
+
+    def plan(self, order: Sequence[str], index: int, wanted: Wanted) -> Work:
+        """What is missing on disk.
+
+        Args:
+            order: Hashes of all experts, in canonical order.
+            index: Which of them; -1 is the base where it is no expert.
+            wanted: Columns beside the log-probabilities.
+        """
+        own = order[index] if index >= 0 else ""
+        names = ["logprob"]
+        if (wanted.experts and index >= 0) or (wanted.base and own == ""):
+            names.append("hidden")
+        if wanted.prefix and own == "":
+            names.append("prefix")
+        missing = tuple(name for name in names if self.open(name, [own]) is None)
+        adds = index >= 0 and wanted.mean and self._needs_sum(order, index)
+        return Work(own, missing, adds)
+
+    def run(
+        self,
+        what: str,
+        order: Sequence[str],
+        index: int,
+        work: Work,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
+        """Run the model once over the blocks and write the columns that are missing.
+
+        Args:
+            what: Expert's name, for errors.
+            order: Hashes of all experts, in canonical order.
+            index: Which of them the model is now; -1 is the base where it is no expert.
+            work: From `plan`.
+            progress: Receives blocks done and blocks in all.
+
+        Raises:
+            BankError: If a log-probability is not finite; no column is left behind.
+            StorageError: If the disk refuses; likewise.
+        """
+        capture = Capture(
+            hidden=work.adds or "hidden" in work.columns,
+            prefix_depth=self.depth if "prefix" in work.columns else None,
+        )
+        with ExitStack() as stack:
+            files = {
+                name: stack.enter_context(stream_bytes(self.path(name, [work.own])))
+                for name in work.columns
+            }
+            total = self._sum_path(order, index) if work.adds else None
+            summing = stack.enter_context(stream_bytes(total)) if total else None
+            before = self.open("sum", order[:index]) if work.adds and index > 0 else None
+            steps = run_blocks(
+                self.base.model,
+                self.blocks.tokens,
+                batch=self.batch,
+                capture=capture,
+                progress=progress,
+            )
+            for step in steps:
+                _check_finite(step, what, self.blocks.domain)
+                for name, file in files.items():
+                    write_rows(file, getattr(step, name))
+                if summing is not None:
+                    self._add(summing, step, before, order, index)
+        if work.adds and index > 0:
+            self.path("sum", order[:index]).unlink(missing_ok=True)
+
+    def _sum_path(self, order: Sequence[str], index: int) -> Path:
+        """The running sum up to an expert; the last one's is the finished mean."""
+        last = index == len(order) - 1
+        return self.path("mean", order) if last else self.path("sum", order[: index + 1])
+
+    def _add(
+        self, file: BinaryIO, step: Pass, before: Tensor | None, order: Sequence[str], index: int
+    ) -> None:
+        total = step.hidden.float().cpu()  # type: ignore[union-attr]
+        if before is not None:
+            total = total + before[step.start : step.start + len(total)]
+        if index == len(order) - 1:
+            total = (total / len(order)).to(self.dtype)
+        write_rows(file, total)
+
+
+def _check_finite(step: Pass, what: str, domain: str) -> None:
+    bad = int((~torch.isfinite(step.logprob)).sum())
+    if bad:
+        raise BankError(
+            f"Cannot build bank for expert '{what}' on domain '{domain}': expected finite "
+            f"log-probabilities, got {bad} that are not. Leave this contribution out."
+        )
