@@ -1,0 +1,133 @@
+"""Whether an adapter fits a base model: names, shapes, bounds and finite numbers."""
+
+from typing import Any
+
+import torch
+
+from molora_fed.adapters.layout import (
+    adaptable_modules,
+    bias_of,
+    block_index,
+    decoder_blocks,
+    weight_of,
+)
+from molora_fed.adapters.updates import Adapter, LinearUpdate
+from molora_fed.charter import AdapterRules
+from molora_fed.errors import IncompatibleAdapterError
+
+__all__ = ["check_adapter_fits", "find_misfits", "find_non_finite", "matches_target"]
+
+_SHOWN = 5
+
+
+def matches_target(name: str, targets: tuple[str, ...]) -> bool:
+    """Whether a module is named by a list of full names or endings, as PEFT matches them."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def find_non_finite(adapter: Adapter) -> list[str]:
+    """Name every tensor that holds NaN or infinity, e.g. "model.layers.0.mlp.up_proj.a"."""
+    return [
+        f"{name}.{part}"
+        for name, update in adapter.updates.items()
+        for part, tensor in update.tensors().items()
+        if not bool(torch.isfinite(tensor).all())
+    ]
+
+
+def find_misfits(adapter: Adapter, model: Any, *, rules: AdapterRules | None = None) -> list[str]:
+    """Say everything about names, shapes, dtypes and ranks that does not fit the model.
+
+    Args:
+        adapter: The adapter to check.
+        model: The base model, as loaded.
+        rules: The charter's rules; without them only the adapter's own frozen depth counts.
+
+    Returns:
+        One phrase per offender ("... expected ..., got ..."); empty if it fits.
+    """
+    depth = max(adapter.frozen_depth, rules.frozen_depth if rules else 0)
+    prefix, blocks = decoder_blocks(model)
+    if depth >= len(blocks):
+        return [f"frozen depth: expected below the base's {len(blocks)} blocks, got {depth}"]
+    allowed = adaptable_modules(model, depth)
+    offenders: list[str] = []
+    if rules is not None and adapter.kind not in rules.kinds:
+        offenders.append(f"kind: expected one of {', '.join(rules.kinds)}, got {adapter.kind}")
+    if rules is not None and adapter.max_rank > rules.max_rank:
+        offenders.append(f"rank: expected at most {rules.max_rank}, got {adapter.max_rank}")
+    if not adapter.updates:
+        offenders.append("updates: expected at least one, got none")
+    for name, update in adapter.updates.items():
+        module = allowed.get(name)
+        if module is None:
+            index = block_index(name, prefix)
+            why = (
+                f"block {index} below the frozen depth {depth}"
+                if index is not None and index < depth
+                else "none of that name"
+            )
+            offenders.append(f"{name}: expected a linear layer in blocks >= {depth}, got {why}")
+        else:
+            offenders += _compare(name, update, module)
+    if adapter.targets is not None:
+        offenders += [
+            f"{name}: expected an update, as its config names this module, got none"
+            for name in adaptable_modules(model, 0)
+            if name not in adapter.updates and matches_target(name, adapter.targets)
+        ]
+    return offenders
+
+
+def _compare(name: str, update: LinearUpdate, module: Any) -> list[str]:
+    """Phrases on what of one update does not fit its module."""
+    offenders = []
+    shape = tuple(weight_of(module).shape)
+    if update.shape != shape:
+        offenders.append(f"{name}: expected a change of shape {shape}, got {update.shape}")
+    if not weight_of(module).dtype.is_floating_point:
+        offenders.append(f"{name}: expected a floating-point weight, got {module.weight.dtype}")
+    for part, tensor in update.tensors().items():
+        if not tensor.dtype.is_floating_point:
+            offenders.append(f"{name}.{part}: expected floating point, got {tensor.dtype}")
+    if update.bias is not None:
+        bias = bias_of(module)
+        expected = None if bias is None else tuple(bias.shape)
+        if expected != tuple(update.bias.shape):
+            offenders.append(
+                f"{name}.bias: expected {expected or 'no bias'}, got {tuple(update.bias.shape)}"
+            )
+    return offenders
+
+
+def check_adapter_fits(
+    adapter: Adapter,
+    model: Any,
+    *,
+    rules: AdapterRules | None = None,
+    finite: bool = True,
+) -> None:
+    """Refuse an adapter that does not fit; all offenders are collected first.
+
+    Args:
+        adapter: The adapter to check.
+        model: The base model, as loaded.
+        rules: The charter's rules, if a charter applies.
+        finite: Whether every number is read, too, to refuse NaN and infinity.
+
+    Raises:
+        IncompatibleAdapterError: Naming the adapter and every offender, in one line.
+    """
+    offenders = find_misfits(adapter, model, rules=rules)
+    if finite:
+        offenders += [
+            f"{name}: expected finite numbers, got NaN or infinity"
+            for name in find_non_finite(adapter)
+        ]
+    if offenders:
+        more = len(offenders) - _SHOWN
+        shown = "; ".join(offenders[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        raise IncompatibleAdapterError(
+            f"Cannot use adapter '{adapter.name}' on base '{type(model).__name__}': {shown}. "
+            "Export it again from training on this base."
+        )

@@ -1,0 +1,102 @@
+"""The `delta` format: differences of weights and biases under the modules' own names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from molora_fed.adapters.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterMeta,
+    hash_adapter_files,
+    load_meta,
+    write_adapter_folder,
+)
+from molora_fed.adapters.tensor_files import (
+    TensorHeader,
+    describe_unreadable,
+    load_json,
+    load_tensors,
+)
+from molora_fed.adapters.updates import Adapter, LinearUpdate
+from molora_fed.charter import AdapterRules
+
+__all__ = ["load_delta", "write_delta"]
+
+
+def write_delta(folder: Path, updates: Mapping[str, LinearUpdate], meta: AdapterMeta) -> None:
+    """Write updates as dense differences, float32; low-rank ones are multiplied out.
+
+    Args:
+        folder: Target, replaced whole or not at all.
+        updates: Updates by full module name.
+        meta: Content of `molora_adapter.json`.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+    tensors = {f"{name}.weight": update.product() for name, update in updates.items()}
+    tensors |= {f"{n}.bias": u.bias.float() for n, u in updates.items() if u.bias is not None}
+    config = {"kind": "delta", "tensors": sorted(tensors)}
+    write_adapter_folder(folder, config, tensors, meta)
+
+
+def load_delta(folder: Path, rules: AdapterRules | None, name: str) -> Adapter:
+    """Read a folder written by `write_delta`; safe on files from outside.
+
+    Args:
+        folder: The adapter's folder.
+        rules: Limits on bytes.
+        name: The adapter's name, for errors.
+
+    Raises:
+        AdapterError: If a file is missing, malformed, too large or unsafe.
+    """
+    config = load_json(folder / CONFIG_FILE, name)
+    declared = config.get("tensors")
+    if (
+        set(config) != {"kind", "tensors"}
+        or config["kind"] != "delta"
+        or not isinstance(declared, list)
+        or not all(isinstance(key, str) for key in declared)
+    ):
+        raise describe_unreadable(
+            name,
+            expected=f"kind 'delta' and a list of tensors in '{CONFIG_FILE}'",
+            got=f"keys {', '.join(sorted(config))[:200]}",
+            fix="Export the adapter again.",
+        )
+
+    def check(headers: Mapping[str, TensorHeader]) -> None:
+        offenders = [f"extra tensor '{k}'" for k in sorted(headers.keys() - set(declared))]
+        offenders += [f"missing tensor '{k}'" for k in sorted(set(declared) - headers.keys())]
+        for key, header in headers.items():
+            module, _, part = key.rpartition(".")
+            dimensions = {"weight": 2, "bias": 1}.get(part)
+            if dimensions != len(header.shape) or not module:
+                offenders.append(f"'{key}' of shape {header.shape}")
+            elif part == "bias" and f"{module}.weight" not in headers:
+                offenders.append(f"'{key}' without '{module}.weight'")
+        if offenders or not headers:
+            raise describe_unreadable(
+                name,
+                expected=f"the (D_out, D_in) weights and (D_out,) biases '{CONFIG_FILE}' lists",
+                got="; ".join(offenders[:5]) or "no tensor",
+                fix="Export the adapter again.",
+            )
+
+    limit = None if rules is None else rules.max_bytes
+    tensors = load_tensors(folder / WEIGHTS_FILE, name, max_bytes=limit, check=check)
+    meta = load_meta(folder, name)
+    modules = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
+    return Adapter(
+        name=name,
+        kind=meta.kind,
+        frozen_depth=meta.frozen_depth,
+        updates={
+            m: LinearUpdate(dense=tensors[f"{m}.weight"], bias=tensors.get(f"{m}.bias"))
+            for m in modules
+        },
+        hash=hash_adapter_files(folder),
+        num_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        base_weights=meta.base_weights,
+    )

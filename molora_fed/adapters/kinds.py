@@ -1,0 +1,306 @@
+"""The kinds of adapter a contributor can train: `lora`, `svd` and `delta`.
+
+Every kind changes the linear layers of blocks >= K and nothing else (`delta` their biases, too),
+so that embedding, head, norms and the first K blocks stay the base's.
+"""
+
+import abc
+import copy
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from molora_fed.adapters.delta_files import load_delta, write_delta
+from molora_fed.adapters.files import AdapterMeta
+from molora_fed.adapters.layout import adaptable_modules, bias_of, is_transposed, weight_of
+from molora_fed.adapters.low_rank_files import load_low_rank, write_low_rank
+from molora_fed.adapters.updates import Adapter, LinearUpdate
+from molora_fed.charter import AdapterRules
+from molora_fed.errors import AdapterError
+
+__all__ = ["AdapterKind", "DeltaKind", "LoraKind", "SvdKind", "truncate"]
+
+
+class AdapterKind(abc.ABC):
+    """How one kind of adapter is trained, written and read; registered as a class, no arguments.
+
+    Attributes:
+        name: The name it is registered under.
+        default_learning_rate: Peak of AdamW's rate where nobody chose one.
+    """
+
+    name: ClassVar[str]
+    default_learning_rate: ClassVar[float]
+
+    @abc.abstractmethod
+    def prepare(
+        self, model: Any, rules: AdapterRules, rank: int, *, seed: int = 0
+    ) -> tuple[Any, list[nn.Parameter]]:
+        """Make a model that can be trained, beside the base, which stays as it is.
+
+        Frozen weights are shared with the base, trained ones are its own.
+
+        Args:
+            model: The base model.
+            rules: The charter's rules; the frozen depth and the largest rank count here.
+            rank: R of low-rank kinds.
+            seed: Seed of random initial factors.
+
+        Returns:
+            The model to train, and its trained parameters in a fixed order. Before the first step
+            its logits are the base's.
+
+        Raises:
+            AdapterError: If rank or frozen depth are against rules or base.
+        """
+
+    @abc.abstractmethod
+    def export(
+        self,
+        trained: Any,
+        base_model: Any,
+        folder: Path,
+        rank: int,
+        rules: AdapterRules,
+        *,
+        base_weights: str = "",
+    ) -> None:
+        """Write what was trained as an adapter; equal weights give equal bytes.
+
+        Args:
+            trained: The model `prepare` made, after training.
+            base_model: The base model.
+            folder: Target, replaced whole or not at all.
+            rank: R of low-rank kinds.
+            rules: The rules given to `prepare`.
+            base_weights: Fingerprint of the base, written beside.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+
+    @abc.abstractmethod
+    def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
+        """Read what `export` wrote; safe on files from outside.
+
+        Args:
+            folder: The adapter's folder.
+            limits: Limits on rank and bytes, checked before anything is allocated.
+            name: Name for errors; the folder's path by default.
+
+        Raises:
+            AdapterError: If the files are malformed, unsafe or beyond the limits.
+        """
+
+
+def _copy_sharing(model: Any, own: Iterable[nn.Parameter]) -> Any:
+    """Copy a model; parameters outside `own` share memory with the original, frozen."""
+    owned = {id(parameter) for parameter in own}
+    # A new Parameter around the same memory: freezing it must not touch the base's flags.
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+        for parameter in model.parameters()
+        if id(parameter) not in owned
+    }
+    shared = {id(parameter) for parameter in memo.values()}
+    copied = copy.deepcopy(model, memo)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(id(parameter) not in shared)
+    return copied
+
+
+def _check_rank(rank: int, rules: AdapterRules, kind: str) -> None:
+    """Refuse a rank that admission would refuse, before hours of training."""
+    if not 1 <= rank <= rules.max_rank:
+        raise AdapterError(
+            f"Cannot train kind '{kind}': expected a rank from 1 to {rules.max_rank}, "
+            f"got {rank}. Choose another rank."
+        )
+
+
+class LoraKind(AdapterKind):
+    """Low-rank factors trained directly (PEFT) on all linear layers, scale alpha / sqrt(R).
+
+    Source: arXiv 2106.09685; rsLoRA scale arXiv 2312.03732, eq. 5.
+    """
+
+    name = "lora"
+    default_learning_rate = 2e-3
+    alpha: ClassVar[int] = 16
+
+    def prepare(
+        self, model: Any, rules: AdapterRules, rank: int, *, seed: int = 0
+    ) -> tuple[Any, list[nn.Parameter]]:
+        """Wrap a copy of the base that shares all weights; see `AdapterKind.prepare`."""
+        _check_rank(rank, rules, self.name)
+        modules = adaptable_modules(model, rules.frozen_depth)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=self.alpha,
+            lora_dropout=0.0,  # a dropout would make the result depend on the device's generator
+            use_rslora=True,
+            target_modules=list(modules),
+            fan_in_fan_out=_is_all_transposed(modules.values()),
+        )
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5 for an attribute by its old name.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            torch.manual_seed(seed)
+            wrapped = get_peft_model(_copy_sharing(model, ()), config)
+        return wrapped, [p for p in wrapped.parameters() if p.requires_grad]
+
+    def export(
+        self,
+        trained: Any,
+        base_model: Any,
+        folder: Path,
+        rank: int,
+        rules: AdapterRules,
+        *,
+        base_weights: str = "",
+    ) -> None:
+        """Write the factors in PEFT's format; see `AdapterKind.export`."""
+        modules = adaptable_modules(base_model, rules.frozen_depth)
+        updates = {}
+        for name in modules:
+            layer = trained.base_model.model.get_submodule(name)
+            updates[name] = LinearUpdate(
+                a=layer.lora_A["default"].weight.detach(),
+                b=layer.lora_B["default"].weight.detach(),
+                scale=float(layer.scaling["default"]),
+            )
+        write_low_rank(
+            folder,
+            updates,
+            _meta(self.name, rules, base_weights),
+            transposed=_is_all_transposed(modules.values()),
+            use_rslora=True,
+        )
+
+    def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
+        """Read a folder of PEFT's format; see `AdapterKind.load`."""
+        return load_low_rank(folder, limits, name or str(folder))
+
+
+class SvdKind(AdapterKind):
+    """Linear layers trained fully, shipped as the best rank-R approximation of the difference.
+
+    Source: own definition; Eckart-Young theorem for "best".
+    """
+
+    name = "svd"
+    default_learning_rate = 1e-3
+
+    def prepare(
+        self, model: Any, rules: AdapterRules, rank: int, *, seed: int = 0
+    ) -> tuple[Any, list[nn.Parameter]]:
+        """Copy the base with its linear weights free; see `AdapterKind.prepare`."""
+        _check_rank(rank, rules, self.name)
+        modules = adaptable_modules(model, rules.frozen_depth)
+        copied = _copy_sharing(model, [m.weight for m in modules.values()])
+        return copied, [p for p in copied.parameters() if p.requires_grad]
+
+    def export(
+        self,
+        trained: Any,
+        base_model: Any,
+        folder: Path,
+        rank: int,
+        rules: AdapterRules,
+        *,
+        base_weights: str = "",
+    ) -> None:
+        """Write the truncated SVD in PEFT's format; see `AdapterKind.export`."""
+        modules = adaptable_modules(base_model, rules.frozen_depth)
+        updates = {}
+        for name, module in modules.items():
+            own = weight_of(trained.get_submodule(name)).detach().float()
+            a, b = truncate(own - weight_of(module).detach().float(), rank)
+            updates[name] = LinearUpdate(a=a, b=b)
+        write_low_rank(
+            folder,
+            updates,
+            _meta(self.name, rules, base_weights),
+            transposed=_is_all_transposed(modules.values()),
+            use_rslora=False,
+        )
+
+    def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
+        """Read a folder of PEFT's format; see `AdapterKind.load`."""
+        return load_low_rank(folder, limits, name or str(folder))
+
+
+class DeltaKind(AdapterKind):
+    """Linear layers trained fully, weights and biases, shipped as the difference.
+
+    Source: own definition.
+    """
+
+    name = "delta"
+    default_learning_rate = 1e-3
+
+    def prepare(
+        self, model: Any, rules: AdapterRules, rank: int, *, seed: int = 0
+    ) -> tuple[Any, list[nn.Parameter]]:
+        """Copy the base with its linear layers free; see `AdapterKind.prepare`."""
+        modules = adaptable_modules(model, rules.frozen_depth)
+        own = [p for module in modules.values() for p in module.parameters()]
+        copied = _copy_sharing(model, own)
+        return copied, [p for p in copied.parameters() if p.requires_grad]
+
+    def export(
+        self,
+        trained: Any,
+        base_model: Any,
+        folder: Path,
+        rank: int,
+        rules: AdapterRules,
+        *,
+        base_weights: str = "",
+    ) -> None:
+        """Write the differences; see `AdapterKind.export`."""
+        updates = {}
+        for name, module in adaptable_modules(base_model, rules.frozen_depth).items():
+            own = trained.get_submodule(name)
+            bias, own_bias = bias_of(module), bias_of(own)
+            updates[name] = LinearUpdate(
+                dense=weight_of(own).detach().float() - weight_of(module).detach().float(),
+                bias=None if bias is None else own_bias.detach().float() - bias.detach().float(),
+            )
+        write_delta(folder, updates, _meta(self.name, rules, base_weights))
+
+    def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
+        """Read a folder of differences; see `AdapterKind.load`."""
+        return load_delta(folder, limits, name or str(folder))
+
+
+def truncate(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a matrix by factors of at most rank R (truncated SVD).
+
+    Args:
+        difference: (D_out, D_in) float32.
+        rank: R; a smaller dimension of the matrix lowers it.
+
+    Returns:
+        A (R, D_in) and B (D_out, R) with B @ A the approximation; both carry the root of the
+        singular values, so that their numbers are of like size.
+    """
+    u, values, vh = torch.linalg.svd(difference, full_matrices=False)
+    kept = min(rank, len(values))
+    roots = values[:kept].sqrt()
+    return roots[:, None] * vh[:kept], u[:, :kept] * roots
+
+
+def _is_all_transposed(modules: Iterable[nn.Module]) -> bool:
+    """PEFT's `fan_in_fan_out`: one flag for all modules of an adapter."""
+    return all(is_transposed(module) for module in modules)
+
+
+def _meta(kind: str, rules: AdapterRules, base_weights: str) -> AdapterMeta:
+    return AdapterMeta(kind=kind, frozen_depth=rules.frozen_depth, base_weights=base_weights)

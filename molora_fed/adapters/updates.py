@@ -1,0 +1,101 @@
+"""What an adapter is in memory: per linear layer, a low-rank or dense change of its weight.
+
+Everything is kept in nn.Linear orientation, (D_out, D_in), whatever the module stores.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from molora_fed.errors import AdapterError
+
+__all__ = ["Adapter", "LinearUpdate"]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearUpdate:
+    """The change of one linear layer: `scale * b @ a`, or `dense`; and of its bias.
+
+    Attributes:
+        a: Low-rank factor A, (R, D_in); None if dense.
+        b: Low-rank factor B, (D_out, R); None if dense.
+        scale: Factor of the product, unitless; 1 if dense.
+        dense: Weight difference, (D_out, D_in); None if low-rank.
+        bias: Bias difference, (D_out,); None if the bias does not change.
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    dense: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        low_rank = self.a is not None and self.b is not None and self.dense is None
+        dense = self.a is None and self.b is None and self.dense is not None and self.scale == 1.0
+        if not (low_rank or dense):
+            raise AdapterError(
+                "Cannot build an update: expected both factors, or one dense difference, "
+                "got something else. Pass a and b, or dense."
+            )
+        if low_rank and (self.a.ndim != 2 or self.b.ndim != 2 or len(self.a) != self.b.shape[1]):
+            raise AdapterError(
+                f"Cannot build an update: expected factors (R, D_in) and (D_out, R), got "
+                f"{tuple(self.a.shape)} and {tuple(self.b.shape)}. Correct the factors."
+            )
+
+    @property
+    def rank(self) -> int | None:
+        """R of a low-rank update; None if dense."""
+        return None if self.a is None else int(self.a.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(D_out, D_in) of the weight it changes."""
+        if self.dense is not None:
+            return tuple(self.dense.shape)
+        return (int(self.b.shape[0]), int(self.a.shape[1]))
+
+    def product(self) -> Tensor:
+        """The weight difference itself, (D_out, D_in) float32."""
+        if self.dense is not None:
+            return self.dense.float()
+        return torch.mul(self.b.float() @ self.a.float(), self.scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors it is made of, by attribute name."""
+        parts = {"a": self.a, "b": self.b, "dense": self.dense, "bias": self.bias}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A whole adapter: what it changes, and where it came from.
+
+    Attributes:
+        name: Name for people, used in errors.
+        kind: Adapter kind, e.g. "lora".
+        frozen_depth: K it declares; blocks below it are not changed.
+        updates: Updates by full module name of the base, e.g. "gpt_neox.layers.0.mlp.dense_h_to_4h".
+        hash: SHA-256 by content (of its files, where it has files), lower-case hex.
+        num_bytes: Bytes of its files, or of its tensors where it has none.
+        base_weights: Fingerprint of the base it says it was trained on; empty if it does not say.
+        targets: Module names or name endings its config declares as changed; every linear layer
+            that matches must have an update. None if the config restricts them further.
+    """
+
+    name: str
+    kind: str
+    frozen_depth: int
+    updates: Mapping[str, LinearUpdate] = field(repr=False)
+    hash: str
+    num_bytes: int
+    base_weights: str = ""
+    targets: tuple[str, ...] | None = field(default=None, repr=False)
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank of its low-rank updates; 0 if all are dense."""
+        return max((update.rank or 0 for update in self.updates.values()), default=0)

@@ -1,0 +1,29 @@
+"""What tests and plugin authors test with: tiny models and adapters, and checks of contracts.
+
+Names are looked up on first use, so that importing this package loads neither torch nor
+transformers.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "ARCHITECTURES": "models",
+    "build_random_adapter": "models",
+    "build_tiny_checkpoint": "models",
+    "build_tiny_model": "models",
+    "build_tiny_tokenizer": "models",
+    "check_router_conformance": "routers",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)
