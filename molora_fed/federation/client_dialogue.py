@@ -1,0 +1,165 @@
+"""The contributor's side of the correspondence: answers letters from files on disk, in seconds.
+
+Imports neither torch nor flwr, and does no heavy work: a new process starts for every message.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from molora_fed.contributions.keys import build_public_pem, load_key, sign
+from molora_fed.errors import FederationError, StorageError
+from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.mailbox import read_json, read_parts, take_batch
+from molora_fed.federation.records import (
+    MAX_BATCH_BYTES,
+    Envelope,
+    Letter,
+    Part,
+    parse_part_names,
+    parse_shipment,
+    plan_parts,
+)
+from molora_fed.files import canonical_json, write_json
+
+__all__ = ["answer", "build_hello_bytes"]
+
+MAX_WAIT_SECONDS = 30.0
+_LOOK_SECONDS = 0.2
+
+
+def build_hello_bytes(nonce: str) -> bytes:
+    """What a contributor signs to show that it holds its key."""
+    return canonical_json({"purpose": "molora-hello-1", "nonce": nonce})
+
+
+def answer(
+    home: ContributorHome,
+    envelope: Envelope,
+    *,
+    is_orphan: Callable[[], bool] = lambda: False,
+) -> Envelope:
+    """Answer one envelope of the server; answering it twice changes nothing.
+
+    Args:
+        home: The contributor's home.
+        envelope: What the server sent.
+        is_orphan: True once nobody is left to take the answer; ends waiting.
+
+    Returns:
+        The reply: always the state, and whatever was asked for.
+
+    Raises:
+        FederationError: If a letter is malformed.
+    """
+    letters: list[Letter] = []
+    parts: list[Part] = []
+    try:
+        _store(home, envelope)
+        home.board.post("")
+    except StorageError as error:
+        home.board.post(str(error))
+    for letter in envelope.letters:
+        if letter.kind == "hello":
+            letters.append(_build_hello(home, str(letter.body.get("nonce", ""))))
+        elif letter.kind == "fetch":
+            parts += _collect(home, letter.body)
+        elif letter.kind == "wait":
+            _wait(home, letter.body, is_orphan)
+            parts += _collect_early(home, int(letter.body.get("parts_bytes", 0)))
+    offer = read_json(home.offer_file)
+    if offer is not None:
+        letters.append(Letter("manifest", {"files": offer["files"]}))
+    if parts:
+        letters.append(Letter("parts", {"names": [str(part.name) for part in parts]}))
+    letters.append(Letter("state", _build_state(home)))
+    return Envelope(tuple(letters), tuple(parts))
+
+
+def _store(home: ContributorHome, envelope: Envelope) -> None:
+    """Put letters and parts into the inbox, where the worker finds them."""
+    for part in envelope.parts:
+        home.parts.put(part)
+    for letter in envelope.letters:
+        if letter.kind == "charter":
+            write_json(home.charter_letter, dict(letter.body))
+        elif letter.kind == "task":
+            home.tasks.offer(str(letter.body.get("id", "")), letter.body)
+        elif letter.kind == "acknowledgement":
+            write_json(home.acknowledgement_letter, dict(letter.body))
+        elif letter.kind == "result":
+            write_json(home.result_letter, dict(letter.body))
+        elif letter.kind == "refusal":
+            write_json(home.refusal_letter, dict(letter.body))
+
+
+def _build_hello(home: ContributorHome, nonce: str) -> Letter:
+    settings = home.read_settings()
+    key = load_key(home.key)
+    return Letter(
+        "hello",
+        {
+            "public_key": build_public_pem(key),
+            "signature": sign(key, build_hello_bytes(nonce)),
+            "name": settings.name,
+            "domain": settings.domain,
+        },
+    )
+
+
+def _build_state(home: ContributorHome) -> dict[str, Any]:
+    """Where the contributor stands: what it holds, and what its worker last reported."""
+    charter = read_json(home.charter_letter) or {}
+    acknowledgement = read_json(home.acknowledgement_letter) or {}
+    received = (
+        sorted(path.name for path in home.shipments.iterdir()) if home.shipments.is_dir() else []
+    )
+    return {
+        **home.read_state(),
+        "charter": str(charter.get("id", "")),
+        "tasks": sorted(home.tasks.known()),
+        "acknowledged": str(acknowledgement.get("shipment", "")),
+        "refused": home.refusal_letter.exists(),
+        "received": received,
+        "held": sorted(str(name) for name in home.parts.held()),
+        "problem": home.board.read(),
+    }
+
+
+def _collect(home: ContributorHome, body: Any) -> list[Part]:
+    """Read the parts that are asked for, as far as they are still offered."""
+    offer = read_json(home.offer_file)
+    names = parse_part_names(body.get("names", []))
+    if offer is None:
+        return []
+    shipment = parse_shipment(offer["files"])
+    known = {entry.sha256 for entry in shipment.files}
+    wanted = [name for name in names if name.sha256 in known]
+    return read_parts(home.contribution, shipment, take_batch(wanted))
+
+
+def _collect_early(home: ContributorHome, parts_bytes: int) -> list[Part]:
+    """The first parts of a fresh contribution, sent before they are asked for: saves a round."""
+    offer = read_json(home.offer_file)
+    if offer is None or parts_bytes <= 0:
+        return []
+    size = min(parts_bytes, MAX_BATCH_BYTES)
+    shipment = parse_shipment(offer["files"])
+    batch = take_batch(plan_parts(shipment, part_bytes=size), max_bytes=size)
+    return read_parts(home.contribution, shipment, batch)
+
+
+def _wait(home: ContributorHome, body: Any, is_orphan: Callable[[], bool]) -> None:
+    """Wait until the worker enters another phase or offers a contribution, or time is up."""
+    seconds = body.get("seconds", 0)
+    if not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
+        raise FederationError(
+            f"Cannot wait: expected 0 to {MAX_WAIT_SECONDS} seconds, got {seconds!r}. "
+            "Run the same molora-fed version on both sides."
+        )
+    deadline = time.monotonic() + seconds
+    phase = body.get("phase")
+    while time.monotonic() < deadline and not is_orphan():
+        if home.offer_file.exists() or home.read_state().get("phase") != phase:
+            return
+        time.sleep(_LOOK_SECONDS)

@@ -1,0 +1,228 @@
+"""Where everything lies in the home folders of a coordinator and of a contributor."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from molora_fed.errors import ConfigError, FederationError
+from molora_fed.federation.mailbox import Board, PartStore, TaskQueue, read_json
+from molora_fed.federation.records import MAX_BATCH_BYTES
+from molora_fed.files import write_json
+
+__all__ = [
+    "CONTRIBUTOR_HOME",
+    "COORDINATOR_HOME",
+    "MESSAGE_BYTES",
+    "ContributorHome",
+    "CoordinatorHome",
+    "JoinSettings",
+    "home_from_environment",
+    "message_bytes",
+    "public_state",
+]
+
+COORDINATOR_HOME = "MOLORA_COORDINATOR_HOME"
+"""Environment variable that tells the ServerApp its home folder."""
+CONTRIBUTOR_HOME = "MOLORA_CONTRIBUTOR_HOME"
+"""Environment variable that tells the ClientApp its home folder."""
+MESSAGE_BYTES = "MOLORA_MESSAGE_BYTES"
+"""Environment variable of the server: largest part and message in bytes; smaller for slow lines."""
+
+_STATE_FIELDS: Mapping[str, type | tuple[type, ...]] = {
+    "phase": str,
+    "message": str,
+    "step": int,
+    "total": int,
+    "loss": (int, float),
+    "eta_seconds": (int, float),
+}
+
+
+def home_from_environment(variable: str) -> Path:
+    """The home folder of a Flower app.
+
+    Raises:
+        ConfigError: If the variable is not set or not a folder.
+    """
+    value = os.environ.get(variable, "")
+    if not value or not Path(value).is_dir():
+        raise ConfigError(
+            f"Cannot start the app: expected a folder in {variable}, got {value!r}. "
+            "Start it through `molora serve` or `molora join`."
+        )
+    return Path(value)
+
+
+def message_bytes() -> int:
+    """Largest part and largest sum of parts in a message, bytes.
+
+    Raises:
+        ConfigError: If MOLORA_MESSAGE_BYTES is not a number from 1024 to 64 MB.
+    """
+    text = os.environ.get(MESSAGE_BYTES, str(MAX_BATCH_BYTES))
+    if not text.isdigit() or not 1_024 <= int(text) <= MAX_BATCH_BYTES:
+        raise ConfigError(
+            f"Cannot use {MESSAGE_BYTES}: expected 1024 to {MAX_BATCH_BYTES}, got {text!r}. "
+            "Unset it."
+        )
+    return int(text)
+
+
+def public_state(value: Any) -> dict[str, Any]:
+    """The known fields of a worker's state, with their types checked; safe on outside input."""
+    if not isinstance(value, dict):
+        return {}
+    state: dict[str, Any] = {}
+    for name, kinds in _STATE_FIELDS.items():
+        item = value.get(name)
+        if isinstance(item, kinds) and not isinstance(item, bool):
+            state[name] = item[:300] if isinstance(item, str) else item
+    return state
+
+
+class _Home:
+    """What both kinds of home have."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.mail = self.root / "mail"
+        self.base = self.root / "base"
+        self.logs = self.root / "logs"
+        self.state_file = self.root / "state.json"
+        self.error_file = self.root / "error.json"
+        self.board = Board(self.mail / "board")
+
+    def read_state(self) -> dict[str, Any]:
+        """The worker's last reported state; empty before the first."""
+        return public_state(read_json(self.state_file))
+
+
+class CoordinatorHome(_Home):
+    """A coordinator's home: `cooperative.toml`, ledger, blobs, mail, bank, fused model, report."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.key = self.root / "keys" / "coordinator.pem"
+        self.charter = self.root / "cooperative.toml"
+        self.outbox = self.mail / "outbox"
+        self.stop_file = self.mail / "stop"
+        self.pulse = Board(self.mail / "pulse")
+        self.received = self.root / "received"
+
+    def contributor(self, fingerprint: str) -> "ContributorBox":
+        """The mailbox of one contributor, named by the fingerprint of its public key."""
+        return ContributorBox(self.mail / "contributors" / fingerprint)
+
+    def contributors(self) -> list["ContributorBox"]:
+        """The mailboxes of all contributors that ever said hello, by fingerprint."""
+        folder = self.mail / "contributors"
+        if not folder.is_dir():
+            return []
+        return [ContributorBox(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+
+
+class ContributorBox:
+    """What the server holds of one contributor: who it is, where it stands, what it sent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fingerprint = folder.name
+        self.hello_file = folder / "hello.json"
+        self.state_file = folder / "state.json"
+        self.offer_file = folder / "offer.json"
+        self.refusal_file = folder / "refusal.json"
+        self.parts = PartStore(folder / "parts")
+
+    def acknowledgement_file(self, shipment_id: str) -> Path:
+        """Where the coordinator writes what became of a contribution."""
+        return self.folder / "acknowledgements" / f"{shipment_id}.json"
+
+    @property
+    def name(self) -> str:
+        """The contributor's name, or the start of its fingerprint before it said one."""
+        hello = read_json(self.hello_file) or {}
+        return str(hello.get("name", self.fingerprint[:12]))
+
+
+class ContributorHome(_Home):
+    """A contributor's home: key, charter, base, corpus, training, contribution, mail, result."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.key = self.root / "key.pem"
+        self.settings_file = self.root / "join.json"
+        self.charter = self.root / "charter"
+        self.corpus = self.root / "corpus"
+        self.training = self.root / "training"
+        self.contribution = self.root / "contribution"
+        self.result = self.root / "result"
+        self.charter_letter = self.mail / "inbox" / "charter.json"
+        self.acknowledgement_letter = self.mail / "inbox" / "acknowledgement.json"
+        self.refusal_letter = self.mail / "inbox" / "refusal.json"
+        self.result_letter = self.mail / "inbox" / "result.json"
+        self.offer_file = self.mail / "outbox" / "offer.json"
+        self.shipments = self.mail / "received"
+        self.parts = PartStore(self.mail / "parts")
+        self.tasks = TaskQueue(self.mail / "tasks")
+
+    def read_settings(self) -> "JoinSettings":
+        """The settings of `molora join`.
+
+        Raises:
+            FederationError: If they are missing or malformed.
+        """
+        return JoinSettings.from_json(read_json(self.settings_file))
+
+
+@dataclass(frozen=True)
+class JoinSettings:
+    """What a contributor joins with; kept in its home, read by the worker and the ClientApp.
+
+    Attributes:
+        name: Contributor's name, unique in the cooperative; letters, digits and dashes.
+        domain: Domain it trains on.
+        data: Files and folders of text; empty takes the built-in domain of that name.
+        adapter: Folder of an adapter trained earlier, or empty to train one.
+        shard: (i, n): this contributor's share i of n of the documents of its domain.
+        threads: Threads of training.
+    """
+
+    name: str
+    domain: str
+    data: tuple[str, ...] = ()
+    adapter: str = ""
+    shard: tuple[int, int] = (0, 1)
+    threads: int = 1
+
+    def save(self, path: Path) -> None:
+        """Write the settings, whole or not at all.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+        write_json(path, asdict(self))
+
+    @classmethod
+    def from_json(cls, value: Any) -> "JoinSettings":
+        """Read what `save` wrote.
+
+        Raises:
+            FederationError: If it is missing or malformed.
+        """
+        try:
+            index, count = value["shard"]
+            return cls(
+                name=str(value["name"]),
+                domain=str(value["domain"]),
+                data=tuple(str(path) for path in value["data"]),
+                adapter=str(value["adapter"]),
+                shard=(int(index), int(count)),
+                threads=int(value["threads"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FederationError(
+                f"Cannot read the settings of a contributor: expected join.json as written by "
+                f"`molora join`, got {error!r}. Run `molora join` again."
+            ) from error

@@ -1,0 +1,342 @@
+"""`molora join`: keeps a contributor's worker and SuperNode alive until its result is there."""
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from molora_fed.contributions.keys import build_public_pem, key_fingerprint, load_or_make_key
+from molora_fed.errors import ConfigError, FederationError, ServerUnreachableError
+from molora_fed.federation.events import FederationEvent, OnEvent
+from molora_fed.federation.gateway import parse_server
+from molora_fed.federation.homes import CONTRIBUTOR_HOME, ContributorHome, JoinSettings
+from molora_fed.federation.mailbox import hold_lock, read_json
+from molora_fed.federation.supervise import (
+    ProcessGroup,
+    build_flower_environment,
+    find_free_port,
+    is_healthy,
+    raise_recorded,
+)
+
+__all__ = ["ContributorSupervisor", "join"]
+
+POLL_SECONDS = 0.3
+HEALTH_SECONDS = 1.0
+LINGER_SECONDS = 2.0
+MAX_RESTARTS = 5
+WORKER_MODULE = "molora_fed.federation.worker"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+def join(
+    server: str,
+    domain: str,
+    data: Sequence[Path] = (),
+    home: Path = Path("contributor"),
+    adapter: Path | None = None,
+    on_event: OnEvent = lambda event: None,
+    *,
+    name: str = "",
+    shard: tuple[int, int] = (0, 1),
+    threads: int = 1,
+    wait_seconds: float = 15.0,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Take part in a cooperative until the fused model is there, or it is told to stop.
+
+    Ctrl-C (KeyboardInterrupt) ends it too; either way no process is left behind, and the same
+    command goes on where it stopped.
+
+    Args:
+        server: "HOST:PORT" of the cooperative's server.
+        domain: Domain to train on.
+        data: Files and folders of text; empty takes the built-in domain of that name.
+        home: Folder for the key, the training and the result.
+        adapter: Folder of an adapter trained earlier; None trains one.
+        on_event: Receives what changes.
+        name: Contributor's name in reports; empty takes domain and start of the key.
+        shard: (i, n): share i of n of the domain's documents, if n contributors split it.
+        threads: Threads of training; kept in the training record.
+        wait_seconds: How long to wait for a server that does not answer at first.
+        stop: Set it to end early.
+
+    Returns:
+        The acknowledgement: `state` and `contribution_id` as the coordinator's ledger has them.
+
+    Raises:
+        ConfigError: If the server is not on this machine, or a setting is wrong.
+        ServerUnreachableError: If no server answers.
+        AdmissionError: If the contribution was not admitted.
+        FederationError: If this contributor was refused, or its processes keep failing.
+        MoloraError: Whatever ended the worker.
+    """
+    stop = stop or threading.Event()
+    settings = JoinSettings(
+        name=name,
+        domain=domain,
+        data=tuple(str(path.absolute()) for path in data),
+        adapter=str(adapter.absolute()) if adapter else "",
+        shard=shard,
+        threads=threads,
+    )
+    supervisor = ContributorSupervisor(server, home, settings, on_event, wait_seconds=wait_seconds)
+    with supervisor:
+        while not supervisor.is_finished and not stop.wait(POLL_SECONDS):
+            supervisor.poll()
+    return supervisor.acknowledgement
+
+
+class ContributorSupervisor:
+    """A contributor's processes; a context manager that leaves none behind.
+
+    Entering starts them, `poll` (about three times a second) watches and reports, until
+    `is_finished`.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        home: Path,
+        settings: JoinSettings,
+        on_event: OnEvent,
+        *,
+        wait_seconds: float = 15.0,
+    ) -> None:
+        self._host, self._port = parse_server(server)
+        self.home = ContributorHome(home)
+        self.settings = settings
+        self.is_finished = False
+        self._on_event = on_event
+        self._wait_seconds = wait_seconds
+        self._processes = ProcessGroup(self.home.logs, self.home.root / "processes.json")
+        self._lock = hold_lock(self.home.root / "join.lock", what="a contributor")
+        self._worker_restarts = 0
+        self._node_restarts = 0
+        self._node_started = 0.0
+        self._node_port = 0
+        self._last_health = 0.0
+        self._server_gone = False
+        self._worker_done = False
+        self._quiet_since = 0.0
+        self._shown: FederationEvent | None = None
+        self._problem = ""
+
+    @property
+    def acknowledgement(self) -> dict[str, Any]:
+        """What the coordinator acknowledged; empty before it did."""
+        return dict(read_json(self.home.acknowledgement_letter) or {})
+
+    def __enter__(self) -> "ContributorSupervisor":
+        """Start everything; what was started ends again if something fails."""
+        self._lock.__enter__()
+        try:
+            self._processes.end_leftovers()
+            self._prepare()
+            self._wait_for_server()
+            self._start_worker()
+            self._start_node()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End everything."""
+        self._stop()
+
+    def _prepare(self) -> None:
+        """Make the key at the first join, and note the settings for worker and ClientApp."""
+        key = load_or_make_key(self.home.key)
+        settings = self.settings
+        if not settings.name:
+            fingerprint = key_fingerprint(build_public_pem(key))
+            settings = replace(settings, name=f"{settings.domain}-{fingerprint[:6]}")
+        for what, value in (("name", settings.name), ("domain", settings.domain)):
+            if not _NAME.fullmatch(value):
+                raise ConfigError(
+                    f"Cannot join with {what} '{value}': expected lower-case letters, digits and "
+                    f"dashes, got something else. Choose another with --{what}."
+                )
+        earlier = read_json(self.home.settings_file)
+        if earlier is not None and JoinSettings.from_json(earlier).domain != settings.domain:
+            raise ConfigError(
+                f"Cannot join in '{self.home.root}': expected domain "
+                f"'{JoinSettings.from_json(earlier).domain}' as at the first join, got "
+                f"'{settings.domain}'. Use another --home for another domain."
+            )
+        for path in settings.data:
+            if not Path(path).exists():
+                raise ConfigError(
+                    f"Cannot join with data '{path}': expected a file or folder, got nothing "
+                    "there. Check the path."
+                )
+        self.settings = settings
+        settings.save(self.home.settings_file)
+        self.home.board.prepare()
+        self.home.refusal_letter.unlink(missing_ok=True)
+        self.home.error_file.unlink(missing_ok=True)
+
+    def _wait_for_server(self) -> None:
+        """Wait until the server answers.
+
+        Raises:
+            ServerUnreachableError: If it does not in time.
+        """
+        deadline = time.monotonic() + self._wait_seconds
+        while not is_healthy(self._host, self._port):
+            if time.monotonic() >= deadline:
+                raise ServerUnreachableError(
+                    f"Cannot join at {self._host}:{self._port}: expected a server, got no answer "
+                    f"for {self._wait_seconds:.0f} s. Check the address, or start it with "
+                    "`molora serve`."
+                )
+            time.sleep(0.3)
+
+    def _start_worker(self) -> None:
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(self.settings.threads),
+            "PYTHONUNBUFFERED": "1",
+        }
+        command = [sys.executable, "-m", WORKER_MODULE, str(self.home.root)]
+        self._processes.start("worker", command, env)
+
+    def _start_node(self) -> None:
+        env = build_flower_environment(self.home.root, **{CONTRIBUTOR_HOME: str(self.home.root)})
+        self._node_port = find_free_port()
+        command = [
+            "flower-supernode", "--insecure", "--superlink", f"{self._host}:{self._port}",
+            "--port", str(self._node_port),
+        ]  # fmt: skip
+        self._processes.start("supernode", command, env)
+        self._node_started = time.monotonic()
+
+    def poll(self) -> None:
+        """Look after the processes once, and report what changed.
+
+        Raises:
+            FederationError: If this contributor was refused, or processes keep failing.
+            MoloraError: Whatever ended the worker.
+        """
+        self._processes.observe()
+        self._report()
+        refusal = read_json(self.home.refusal_letter)
+        if refusal is not None:
+            raise FederationError(str(refusal.get("reason", "The server refused."))[:500])
+        if not self._worker_done:
+            self._watch_worker()
+        elif self._is_quiet():
+            self._finish()
+        self._watch_node()
+
+    def _watch_worker(self) -> None:
+        code = self._processes.exit_code("worker")
+        if code is None:
+            return
+        if code >= 0:
+            self._worker_done = True  # well or not, the server's last question is still answered
+            return
+        self._worker_restarts += 1
+        log = self._processes.log("worker")
+        if self._worker_restarts > MAX_RESTARTS:
+            raise FederationError(
+                f"Cannot keep the worker running: expected it to stay up, got signal {-code} "
+                f"{self._worker_restarts} times. See {log}."
+            )
+        self._warn(f"the worker was ended by signal {-code}; started again, it resumes")
+        self._start_worker()
+
+    def _is_quiet(self) -> bool:
+        """Whether the last answer has left: no ClientApp for a while.
+
+        A reply is lost if its SuperNode goes before the server has pulled it.
+        """
+        busy = self._server_gone
+        for process in self._processes.descendants("supernode"):
+            try:
+                busy = busy or any("flwr-clientapp" in word for word in process.cmdline())
+            except Exception:  # the process ended between the two calls
+                continue
+        now = time.monotonic()
+        if busy or not self._quiet_since:
+            self._quiet_since = now
+        return now - self._quiet_since >= LINGER_SECONDS
+
+    def _finish(self) -> None:
+        code = self._processes.exit_code("worker")
+        if code:
+            raise_recorded(
+                self.home.error_file,
+                otherwise=f"Cannot go on: expected the worker to end well, got exit status "
+                f"{code}. See {self._processes.log('worker')}.",
+            )
+        self.is_finished = True
+
+    def _watch_node(self) -> None:
+        """Restart the SuperNode when it died, or when the server came back without its tables."""
+        now = time.monotonic()
+        if now - self._last_health >= HEALTH_SECONDS:
+            self._last_health = now
+            healthy = is_healthy(self._host, self._port, timeout_seconds=5.0)
+            if not healthy and not self._server_gone:
+                self._server_gone = True
+                self._warn("the server does not answer; work goes on, waiting for it")
+            elif healthy and self._server_gone:
+                self._server_gone = False
+                self._emit_message("the server is back")
+                self._processes.stop("supernode", grace_seconds=4.0)
+                self._start_node()
+        if self._processes.exit_code("supernode") is None:
+            if now - self._node_started > 60:
+                self._node_restarts = 0
+            return
+        self._node_restarts += 1
+        if self._node_restarts > MAX_RESTARTS and not self._server_gone:
+            raise FederationError(
+                "Cannot stay connected: expected the SuperNode to stay up, got "
+                f"{self._node_restarts} failures. See {self._processes.log('supernode')}."
+            )
+        if now - self._node_started > 2 * self._node_restarts:
+            self._processes.stop("supernode", grace_seconds=4.0)
+            self._start_node()
+
+    def _emit(self, event: FederationEvent) -> None:
+        self._on_event(replace(event, contributor=self.settings.name))
+
+    def _emit_message(self, message: str) -> None:
+        phase = self.home.read_state().get("phase", "JOINING")
+        self._emit(FederationEvent(phase, message=message))
+
+    def _warn(self, message: str) -> None:
+        phase = self.home.read_state().get("phase", "JOINING")
+        self._emit(FederationEvent(phase, message=message, problem=True))
+
+    def _report(self) -> None:
+        problem = self.home.board.read()
+        if problem != self._problem:
+            self._problem = problem
+            if problem:
+                self._warn(problem)
+            else:
+                self._emit_message("the disk takes data again; going on")
+        state = self.home.read_state()
+        if not state:
+            return
+        ledger_state = str(self.acknowledgement.get("state", ""))
+        event = FederationEvent(**state, state=ledger_state)
+        if event != self._shown:
+            self._shown = event
+            self._emit(event)
+
+    def _stop(self) -> None:
+        try:
+            self._processes.stop_all()
+        finally:
+            self._lock.__exit__(None, None, None)
+            self._emit(FederationEvent("STOPPED", message="contributor stopped"))

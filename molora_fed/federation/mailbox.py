@@ -1,0 +1,354 @@
+"""Mailboxes on disk: parts of files, tasks claimed under a lease, and a board for bad news.
+
+Everything is written whole or not at all, so a process may be killed at any moment and the next
+one goes on from the folders. Imports neither torch nor flwr.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molora_fed.errors import FederationError, StorageError
+from molora_fed.federation.records import (
+    MAX_BATCH_BYTES,
+    MAX_PART_BYTES,
+    Part,
+    PartName,
+    Shipment,
+    parse_part_names,
+    plan_parts,
+)
+from molora_fed.files import hash_file, replace_folder, write_bytes, write_json
+
+__all__ = [
+    "Board",
+    "Claim",
+    "PartStore",
+    "TaskQueue",
+    "hold_lock",
+    "read_json",
+    "read_parts",
+    "take_batch",
+]
+
+_COPY_BYTES = 2**20
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file, or None if it is not there.
+
+    Raises:
+        FederationError: If it is there and not JSON; files here are written whole, so somebody
+            changed it.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise FederationError(
+            f"Cannot read '{path}': expected JSON, got {error}. Delete the file and try again."
+        ) from error
+
+
+@contextmanager
+def hold_lock(path: Path, *, what: str) -> Iterator[None]:
+    """Hold an exclusive lock for the block; the system frees it however the process ends.
+
+    Raises:
+        FederationError: If another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FederationError(
+                f"Cannot start {what} in '{path.parent}': expected nobody else there, got a "
+                "running one. Stop it first, or use another folder."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def take_batch(names: Sequence[PartName], *, max_bytes: int = MAX_BATCH_BYTES) -> list[PartName]:
+    """The first of these parts that fit into one envelope; at least one if there is one."""
+    batch: list[PartName] = []
+    total = 0
+    for name in names:
+        total += name.length
+        if batch and total > max_bytes:
+            break
+        batch.append(name)
+    return batch
+
+
+def read_parts(folder: Path, shipment: Shipment, names: Sequence[PartName]) -> list[Part]:
+    """Read parts of a shipment from the folder it describes.
+
+    Raises:
+        FederationError: If a part is not of this shipment, or the folder changed meanwhile.
+    """
+    paths = {entry.sha256: folder / entry.name for entry in shipment.files}
+    parts = []
+    for name in names:
+        path = paths.get(name.sha256)
+        if path is None:
+            raise FederationError(
+                f"Cannot send part {name}: expected a file of shipment {shipment.id[:12]}, got an "
+                "unknown hash. The server will ask again."
+            )
+        with path.open("rb") as file:
+            file.seek(name.offset)
+            data = file.read(name.length)
+        if len(data) != name.length:
+            raise FederationError(
+                f"Cannot send part {name} of '{path}': expected {name.length} bytes, got "
+                f"{len(data)}. The file changed; start the contribution again."
+            )
+        parts.append(Part(name, data))
+    return parts
+
+
+class PartStore:
+    """Parts that have arrived, by hash and offset; each a file that is whole or not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, part: Part) -> None:
+        """Keep a part; keeping it again changes nothing.
+
+        Raises:
+            StorageError: If the disk refuses; nothing is left behind.
+        """
+        path = self._folder / str(part.name)
+        if not path.exists() or path.stat().st_size != part.name.length:
+            write_bytes(path, part.data)
+
+    def held(self) -> set[PartName]:
+        """The parts that are here."""
+        if not self._folder.is_dir():
+            return set()
+        names = (name for name in os.listdir(self._folder) if not name.startswith("."))
+        return set(parse_part_names(names))
+
+    def missing(self, shipment: Shipment, *, part_bytes: int = MAX_PART_BYTES) -> list[PartName]:
+        """The parts of a shipment that are not here, in order."""
+        held = self.held()
+        return [name for name in plan_parts(shipment, part_bytes=part_bytes) if name not in held]
+
+    def assemble(
+        self, shipment: Shipment, target: Path, *, part_bytes: int = MAX_PART_BYTES
+    ) -> None:
+        """Put a shipment together as a folder; the parts stay until `discard`.
+
+        Raises:
+            FederationError: If parts are missing, or a file's bytes do not hash to its name; the
+                parts of that file are dropped so that they are fetched again.
+            StorageError: If the disk refuses; what was at `target` before stays.
+        """
+        missing = self.missing(shipment, part_bytes=part_bytes)
+        if missing:
+            raise FederationError(
+                f"Cannot assemble '{target}': expected all parts, got {len(missing)} missing. "
+                "Wait for them."
+            )
+        with replace_folder(target) as temporary:
+            for entry in shipment.files:
+                path = temporary / entry.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                own = Shipment((entry,))
+                with path.open("wb") as file:
+                    for name in plan_parts(own, part_bytes=part_bytes):
+                        with (self._folder / str(name)).open("rb") as part:
+                            while piece := part.read(_COPY_BYTES):
+                                file.write(piece)
+                if hash_file(path) != entry.sha256:
+                    self.discard(own, part_bytes=part_bytes)
+                    raise FederationError(
+                        f"Cannot assemble '{target}': expected SHA-256 {entry.sha256} of file "
+                        f"'{entry.name}', got {hash_file(path)}. It will be fetched again."
+                    )
+
+    def discard(self, shipment: Shipment, *, part_bytes: int = MAX_PART_BYTES) -> None:
+        """Forget the parts of a shipment."""
+        for name in plan_parts(shipment, part_bytes=part_bytes):
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / str(name)).unlink()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A task taken by one worker.
+
+    Attributes:
+        task_id: Which task.
+        task: What the server asked for.
+        fence: Grows with every claim of the task; the holder of an older one has lost it.
+        path: The claimed file; its modification time is when the lease ends.
+    """
+
+    task_id: str
+    task: Mapping[str, Any]
+    fence: int
+    path: Path
+
+
+class TaskQueue:
+    """Tasks in folders `pending`, `claimed` and `done`, moved by atomic rename.
+
+    A claimed file is named `<id>~<fence>~<owner>.json`. A lease that ran out, or one held by the
+    same owner before it was killed, may be taken over under the next fence; from then on the
+    older holder's `renew` and `complete` fail.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._pending, self._claimed, self._done = (
+            folder / name for name in ("pending", "claimed", "done")
+        )
+
+    def offer(self, task_id: str, task: Mapping[str, Any]) -> None:
+        """Add a task unless it is known in any state.
+
+        Raises:
+            FederationError: If the id is not of letters, digits, dots and dashes.
+            StorageError: If the disk refuses.
+        """
+        if not task_id or not all(c.isascii() and (c.isalnum() or c in ".-") for c in task_id):
+            raise FederationError(
+                f"Cannot take task '{task_id}': expected an id of letters, digits, dots and "
+                "dashes, got others. Run the same molora-fed version on both sides."
+            )
+        if task_id not in self.known():
+            write_json(self._pending / f"{task_id}.json", dict(task))
+
+    def known(self) -> set[str]:
+        """Ids of all tasks in any state."""
+        return {
+            path.name.removesuffix(".json").split("~")[0]
+            for folder in (self._pending, self._claimed, self._done)
+            if folder.is_dir()
+            for path in folder.iterdir()
+            if not path.name.startswith(".")
+        }
+
+    def claim(self, owner: str, *, lease_seconds: float) -> Claim | None:
+        """Take a task nobody works on, or None.
+
+        Args:
+            owner: Who claims; letters, digits and dashes. Its own earlier claims count as free,
+                so an owner must make sure that it exists once (`hold_lock`).
+            lease_seconds: How long until others may take it over, unless renewed.
+        """
+        for folder in (self._pending, self._claimed):
+            folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        candidates = [(path, 0) for path in sorted(self._pending.glob("*.json"))]
+        for path in sorted(self._claimed.glob("*.json")):
+            _, number, holder = path.name.removesuffix(".json").split("~")
+            with contextlib.suppress(FileNotFoundError):
+                if holder == owner or path.stat().st_mtime < now:
+                    candidates.append((path, int(number)))
+        for path, fence in candidates:
+            task_id = path.name.removesuffix(".json").split("~")[0]
+            target = self._claimed / f"{task_id}~{fence + 1}~{owner}.json"
+            try:
+                # The lease is set before the rename: a fresh claim must not look run out.
+                os.utime(path, (now, now + lease_seconds))
+                path.rename(target)
+            except FileNotFoundError:
+                continue  # somebody else was faster
+            return Claim(task_id, read_json(target) or {}, fence + 1, target)
+        return None
+
+    def renew(self, claim: Claim, *, lease_seconds: float) -> None:
+        """Extend a lease.
+
+        Raises:
+            FederationError: If another worker has taken the task over.
+        """
+        now = time.time()
+        try:
+            os.utime(claim.path, (now, now + lease_seconds))
+        except FileNotFoundError as error:
+            raise _lost(claim) from error
+
+    def complete(self, claim: Claim) -> None:
+        """Mark a task as done.
+
+        Raises:
+            FederationError: If another worker has taken the task over.
+        """
+        self._done.mkdir(parents=True, exist_ok=True)
+        try:
+            claim.path.rename(self._done / f"{claim.task_id}~{claim.fence}.json")
+        except FileNotFoundError as error:
+            raise _lost(claim) from error
+
+
+def _lost(claim: Claim) -> FederationError:
+    return FederationError(
+        f"Cannot go on with task '{claim.task_id}': expected to hold it under fence "
+        f"{claim.fence}, got taken over by another worker. Leave it to that one."
+    )
+
+
+class Board:
+    """One short message in a file of fixed size, so that it can be changed on a full disk."""
+
+    _SIZE = 4_096
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def prepare(self) -> None:
+        """Reserve the space while there is some; what was posted before is cleared.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+        if not self._path.exists() or self._path.stat().st_size != self._SIZE:
+            write_bytes(self._path, b" " * self._SIZE)
+        self.post("")
+
+    def post(self, message: str) -> None:
+        """Replace the message in place; an empty one clears the board.
+
+        Raises:
+            StorageError: If the disk refuses even that.
+        """
+        if message == self.read():
+            return
+        data = message.encode()[: self._SIZE]
+        if not self._path.exists():
+            if message:
+                write_bytes(self._path, data.ljust(self._SIZE))
+            return
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY)
+            try:
+                os.pwrite(descriptor, data.ljust(self._SIZE), 0)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StorageError(
+                f"Cannot write '{self._path}': expected a writable disk, got {error.strerror}. "
+                "Free some space."
+            ) from error
+
+    def read(self) -> str:
+        """The message, empty if there is none."""
+        try:
+            return self._path.read_bytes().decode(errors="replace").strip()
+        except FileNotFoundError:
+            return ""

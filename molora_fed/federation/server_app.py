@@ -1,0 +1,189 @@
+"""The Flower ServerApp: a mailbox. It moves letters and decides nothing about contributions.
+
+One message at a time is under way per node. Only ids whose node is online now are pulled (Flower
+turns the others into final errors), and whatever is lost is sent again as a fresh message.
+"""
+
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import ServerApp
+
+from molora_fed.errors import MoloraError, StorageError
+from molora_fed.federation.homes import (
+    COORDINATOR_HOME,
+    CoordinatorHome,
+    home_from_environment,
+    message_bytes,
+)
+from molora_fed.federation.mailbox import hold_lock
+from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
+from molora_fed.federation.wire import pack_envelope, unpack_envelope
+
+__all__ = ["Postman", "app"]
+
+LOOP_SECONDS = 0.3
+PULSE_SECONDS = 1.0
+REPLY_SECONDS = 300.0
+PAUSE_SECONDS = 2.0
+MESSAGE_TTL_SECONDS = 3_600.0
+MAX_BYTES_UNDER_WAY = 256 * 2**20
+MAX_FAILURES = 20
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Any, context: Any) -> None:
+    """Carry mail until the supervisor writes the stop file."""
+    home = CoordinatorHome(home_from_environment(COORDINATOR_HOME))
+    _end_with_parent()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with hold_lock(home.mail / "postman.lock", what="the mail carrier"):
+                Postman(home, grid, run_id=context.run_id).carry()
+            return
+        except MoloraError:
+            # The carrier of an earlier run may still be ending.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent dies; Flower leaves a ServerApp that is pulling behind."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@dataclass
+class _Node:
+    """One connected node and the message under way to it.
+
+    Attributes:
+        correspondent: Who it is and where it stands.
+        message_id: Message under way, or empty.
+        sent: When it was sent, monotonic seconds.
+        num_bytes: Bytes of parts that it carries or asks for.
+        not_before: No message before this time, monotonic seconds; set after a failure.
+    """
+
+    correspondent: Correspondent = field(default_factory=Correspondent)
+    message_id: str = ""
+    sent: float = 0.0
+    num_bytes: int = 0
+    not_before: float = 0.0
+
+
+class Postman:
+    """Carries letters between the coordinator's folders and the connected nodes."""
+
+    def __init__(self, home: CoordinatorHome, grid: Any, *, run_id: int) -> None:
+        self._home = home
+        self._grid = grid
+        self._run_id = run_id
+        self._message_bytes = message_bytes()
+        self._dialogue = ServerDialogue(home, message_bytes=self._message_bytes)
+        self._nodes: dict[int, _Node] = {}
+        self._pulse = 0.0
+
+    def carry(self) -> None:
+        """Loop until the stop file is there."""
+        failures = 0
+        while not self._home.stop_file.exists():
+            try:
+                self._round()
+                failures = 0
+            except Exception as error:
+                # Flower reports its transport's failures as many types; the run ends only if
+                # they go on, and is then submitted again by the supervisor.
+                failures += 1
+                print(f"{type(error).__name__}: {error}", flush=True)
+                if failures >= MAX_FAILURES:
+                    raise
+                time.sleep(1.0)
+            time.sleep(LOOP_SECONDS)
+
+    def _round(self) -> None:
+        online = {node.node_id for node in self._grid.get_nodes()}
+        for node_id in set(self._nodes) - online:
+            del self._nodes[node_id]
+        for node_id in online:
+            self._nodes.setdefault(node_id, _Node())
+        self._collect()
+        for node_id, node in self._nodes.items():
+            if not node.message_id and time.monotonic() >= node.not_before:
+                self._send(node_id, node)
+        self._beat()
+
+    def _collect(self) -> None:
+        """Take the answers that are there, and give up those that do not come."""
+        under_way = {n.message_id: n for n in self._nodes.values() if n.message_id}
+        if not under_way:
+            return
+        for message in self._grid.pull_messages(list(under_way)):
+            node = under_way.get(message.metadata.reply_to_message_id)
+            if node is None:
+                continue
+            node.message_id = ""
+            self._accept(node, message)
+        for node in under_way.values():
+            if node.message_id and time.monotonic() - node.sent > REPLY_SECONDS:
+                node.message_id = ""
+
+    def _accept(self, node: _Node, message: Any) -> None:
+        try:
+            if message.has_error():
+                node.not_before = time.monotonic() + PAUSE_SECONDS
+                print(f"node error {message.error.code}: {message.error.reason}", flush=True)
+                return
+            self._dialogue.accept(node.correspondent, unpack_envelope(message.content))
+            self._home.board.post("")
+            if node.correspondent.state.get("problem"):
+                node.not_before = time.monotonic() + PAUSE_SECONDS
+        except StorageError as error:
+            self._home.board.post(str(error))
+            node.not_before = time.monotonic() + PAUSE_SECONDS
+        except MoloraError as error:
+            node.not_before = time.monotonic() + PAUSE_SECONDS
+            print(f"refused: {error}", flush=True)
+
+    def _send(self, node_id: int, node: _Node) -> None:
+        envelope = self._dialogue.next_envelope(node.correspondent)
+        if envelope is None:
+            return
+        fetch = envelope.find("fetch")
+        node.num_bytes = envelope.num_bytes + (self._message_bytes if fetch else 0)
+        under_way = sum(n.num_bytes for n in self._nodes.values() if n.message_id)
+        if under_way and under_way + node.num_bytes > MAX_BYTES_UNDER_WAY:
+            return
+        message = Message(
+            pack_envelope(envelope),
+            dst_node_id=node_id,
+            message_type="query",
+            ttl=MESSAGE_TTL_SECONDS,
+        )
+        (node.message_id,) = self._grid.push_messages([message])
+        node.sent = time.monotonic()
+
+    def _beat(self) -> None:
+        """Tell the supervisor that mail is being carried, and by which process."""
+        now = time.time()
+        if now - self._pulse < PULSE_SECONDS:
+            return
+        self._pulse = now
+        pulse = {"pid": os.getpid(), "run_id": str(self._run_id), "nodes": len(self._nodes)}
+        # A board, not a file written whole: a pulse must neither wear nor wait for the disk.
+        self._home.pulse.post(json.dumps({**pulse, "time": now}))

@@ -1,0 +1,254 @@
+"""The server's side of the correspondence: what to send next, and where answers are kept.
+
+Works on folders only, so it can be stopped at any moment and is tested without Flower. Imports
+neither torch nor flwr.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from molora_fed.contributions.keys import key_fingerprint, verify
+from molora_fed.errors import FederationError, SignatureError
+from molora_fed.federation.client_dialogue import build_hello_bytes
+from molora_fed.federation.homes import (
+    ContributorBox,
+    CoordinatorHome,
+    public_state,
+)
+from molora_fed.federation.mailbox import read_json, read_parts, take_batch
+from molora_fed.federation.records import (
+    Envelope,
+    Letter,
+    Shipment,
+    parse_part_names,
+    parse_shipment,
+    plan_parts,
+)
+from molora_fed.files import write_json
+
+__all__ = ["Correspondent", "ServerDialogue"]
+
+WAIT_SECONDS = 20.0
+_MAX_LIST = 20_000
+
+
+@dataclass
+class Correspondent:
+    """What the server knows of one connected node; forgotten when the node goes.
+
+    Attributes:
+        nonce: What the node must sign; fresh for every node.
+        fingerprint: Fingerprint of the public key it showed; empty before it did.
+        state: The state of its last reply.
+    """
+
+    nonce: str = field(default_factory=lambda: secrets.token_hex(32))
+    fingerprint: str = ""
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ServerDialogue:
+    """Decides the next envelope for a contributor and files its answers.
+
+    Args:
+        home: The coordinator's home.
+        message_bytes: Largest part and largest sum of parts in an envelope.
+        wait_seconds: How long a contributor may hold back an answer when there is no news.
+    """
+
+    def __init__(
+        self, home: CoordinatorHome, *, message_bytes: int, wait_seconds: float = WAIT_SECONDS
+    ) -> None:
+        self._home = home
+        self._message_bytes = message_bytes
+        self._wait_seconds = wait_seconds
+
+    def next_envelope(self, correspondent: Correspondent) -> Envelope | None:
+        """What to send to a node now, or None if nothing is to be said."""
+        if not correspondent.fingerprint:
+            return Envelope((Letter("hello", {"nonce": correspondent.nonce}),))
+        box = self._home.contributor(correspondent.fingerprint)
+        state = correspondent.state
+        refusal = read_json(box.refusal_file)
+        if refusal is not None:
+            return None if state.get("refused") else Envelope((Letter("refusal", refusal),))
+        charter = read_json(self._home.outbox / "charter.json")
+        if charter is None:
+            return None  # the coordinator's worker is still starting
+        opening = self._opening(state, charter)
+        if opening is not None:
+            return opening
+        offer = read_json(box.offer_file)
+        if offer is None or not state.get("offer"):
+            return Envelope((self._wait_letter(state),))
+        return self._about_contribution(box, state, parse_shipment(offer["files"]))
+
+    def _opening(self, state: Mapping[str, Any], charter: Mapping[str, Any]) -> Envelope | None:
+        """Charter, tasks and the base, in as few envelopes as possible."""
+        letters = []
+        if state.get("charter") != charter["id"]:
+            letters.append(Letter("charter", charter))
+        known = set(state.get("tasks", ()))
+        letters += [Letter("task", task) for task in charter["tasks"] if task["id"] not in known]
+        base = parse_shipment(charter["base"])
+        delivery = self._deliver(self._home.base, base, state)
+        if delivery is not None:
+            letters.append(Letter("parts", {"names": [str(p.name) for p in delivery.parts]}))
+            return Envelope(tuple(letters), delivery.parts)
+        return Envelope((*letters, self._wait_letter(state))) if letters else None
+
+    def _deliver(
+        self, folder: Path, shipment: Shipment, state: Mapping[str, Any]
+    ) -> Envelope | None:
+        """The next parts of a shipment that the contributor lacks, or None."""
+        if shipment.id in state.get("received", ()):
+            return None
+        held = set(parse_part_names(state.get("held", ())))
+        parts = plan_parts(shipment, part_bytes=self._message_bytes)
+        missing = [name for name in parts if name not in held]
+        if not missing:
+            return None
+        batch = take_batch(missing, max_bytes=self._message_bytes)
+        return Envelope(parts=tuple(read_parts(folder, shipment, batch)))
+
+    def _wait_letter(self, state: Mapping[str, Any]) -> Letter:
+        return Letter(
+            "wait",
+            {
+                "seconds": self._wait_seconds,
+                "phase": state.get("phase"),
+                "parts_bytes": self._message_bytes,
+            },
+        )
+
+    def _about_contribution(
+        self, box: ContributorBox, state: Mapping[str, Any], shipment: Shipment
+    ) -> Envelope | None:
+        """Fetch what is missing; acknowledge what is committed; bring the result."""
+        acknowledgement = read_json(box.acknowledgement_file(shipment.id))
+        if acknowledgement is None:
+            missing = box.parts.missing(shipment, part_bytes=self._message_bytes)
+            if not missing:
+                return None  # complete; the coordinator's worker is at it
+            batch = take_batch(missing, max_bytes=self._message_bytes)
+            return Envelope((Letter("fetch", {"names": [str(name) for name in batch]}),))
+        if state.get("acknowledged") != shipment.id:
+            return Envelope((Letter("acknowledgement", acknowledgement),))
+        result = read_json(self._home.outbox / "result.json")
+        if result is None or acknowledgement["state"] != "ADMITTED":
+            return None
+        folder = self._home.outbox / "result" / result["id"]
+        delivery = self._deliver(folder, parse_shipment(result["files"]), state)
+        if delivery is None:
+            return None
+        names = [str(part.name) for part in delivery.parts]
+        letters = (Letter("result", result), Letter("parts", {"names": names}))
+        return Envelope(letters, delivery.parts)
+
+    def accept(self, correspondent: Correspondent, reply: Envelope) -> None:
+        """File an answer in the contributor's mailbox.
+
+        Raises:
+            SignatureError: If a hello is not signed by the key it shows.
+            FederationError: If the answer is malformed, or the contribution is too large.
+            StorageError: If the disk refuses; the answer is then asked for again.
+        """
+        hello = reply.find("hello")
+        if not correspondent.fingerprint:
+            if hello is None:
+                raise FederationError(
+                    "Cannot talk to a node: expected its public key and signature, got neither. "
+                    "Run the same molora-fed version on both sides."
+                )
+            self._accept_hello(correspondent, hello)
+        box = self._home.contributor(correspondent.fingerprint)
+        manifest = reply.find("manifest")
+        if manifest is not None:
+            self._accept_manifest(box, manifest)
+        self._accept_parts(box, reply)
+        state = reply.find("state")
+        if state is not None:
+            correspondent.state = {**_check_state(state), "offer": manifest is not None}
+            shown = {**public_state(state), "problem": correspondent.state["problem"]}
+            if read_json(box.state_file) != shown:
+                write_json(box.state_file, shown)
+
+    def _accept_hello(self, correspondent: Correspondent, hello: Mapping[str, Any]) -> None:
+        public_key = str(hello.get("public_key", ""))
+        try:
+            verify(
+                public_key,
+                build_hello_bytes(correspondent.nonce),
+                str(hello.get("signature", "")),
+                what="hello",
+            )
+        except SignatureError:
+            correspondent.nonce = secrets.token_hex(32)
+            raise
+        name, domain = str(hello.get("name", ""))[:63], str(hello.get("domain", ""))[:63]
+        box = self._home.contributor(key_fingerprint(public_key))
+        taken = any(
+            other.name == name and other.fingerprint != box.fingerprint
+            for other in self._home.contributors()
+        )
+        if taken:
+            reason = (
+                f"Cannot join as '{name}': expected a name nobody else has, got one that belongs "
+                "to another key. Choose another with --name."
+            )
+            write_json(box.refusal_file, {"reason": reason})
+        else:
+            box.refusal_file.unlink(missing_ok=True)
+            record = {"public_key": public_key, "name": name, "domain": domain}
+            if read_json(box.hello_file) != record:
+                write_json(box.hello_file, record)
+        correspondent.fingerprint = box.fingerprint
+
+    def _accept_manifest(self, box: ContributorBox, manifest: Mapping[str, Any]) -> None:
+        """Note which files a contributor offers, within the charter's limits."""
+        limits = read_json(self._home.outbox / "limits.json")
+        if limits is None:
+            return  # asked again once the coordinator's worker has said what is allowed
+        try:
+            shipment = parse_shipment(manifest.get("files"), max_bytes=limits["contribution_bytes"])
+        except FederationError as error:
+            write_json(box.refusal_file, {"reason": str(error)})
+            raise
+        offer = {"id": shipment.id, "files": shipment.to_json()}
+        if read_json(box.offer_file) != offer:
+            write_json(box.offer_file, offer)
+
+    def _accept_parts(self, box: ContributorBox, reply: Envelope) -> None:
+        """Keep the parts that belong to the offered contribution and are still needed."""
+        offer = read_json(box.offer_file)
+        if offer is None or not reply.parts:
+            return
+        shipment = parse_shipment(offer["files"])
+        if read_json(box.acknowledgement_file(shipment.id)) is not None:
+            return
+        wanted = set(plan_parts(shipment, part_bytes=self._message_bytes))
+        for part in reply.parts:
+            if part.name in wanted:
+                box.parts.put(part)
+
+
+def _check_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a contributor's state that the dialogue reads, with their types checked."""
+    checked: dict[str, Any] = {**public_state(dict(state)), "refused": bool(state.get("refused"))}
+    for name in ("charter", "acknowledged", "problem"):
+        value = state.get(name, "")
+        checked[name] = value[:4_096] if isinstance(value, str) else ""
+    for name in ("tasks", "received", "held"):
+        values = state.get(name, [])
+        if not isinstance(values, list) or len(values) > _MAX_LIST:
+            raise FederationError(
+                f"Cannot read a contributor's state: expected a list of at most {_MAX_LIST} in "
+                f"'{name}', got {type(values).__name__}. Run the same molora-fed version on both "
+                "sides."
+            )
+        checked[name] = [value for value in values if isinstance(value, str)]
+    parse_part_names(checked["held"])
+    return checked

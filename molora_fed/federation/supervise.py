@@ -1,0 +1,307 @@
+"""Supervision of processes: start, watch, and end whole trees with nothing left behind.
+
+Logs go to files, never to pipes: Flower's children inherit them and outlive their parents for
+seconds. A tree's processes are recorded while it lives, because Flower starts some detached.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from molora_fed import errors
+from molora_fed.errors import FederationError, MoloraError, PortTakenError
+from molora_fed.federation.mailbox import read_json
+from molora_fed.files import write_json
+
+__all__ = [
+    "ProcessGroup",
+    "build_flower_environment",
+    "check_port_free",
+    "find_free_port",
+    "is_healthy",
+    "parse_answer",
+    "raise_recorded",
+    "record_errors",
+    "run_command",
+]
+
+GRACE_SECONDS = 10.0
+
+# Ends the program with its supervisor however that one dies; a supervisor that is killed cannot
+# stop anything itself. Linux only; elsewhere the next start does it (`end_leftovers`).
+_LAUNCH = (
+    "import ctypes,os,signal,sys;"
+    "ctypes.CDLL(None).prctl(1,signal.SIGTERM);"
+    "os.getppid()==int(sys.argv[1]) or sys.exit(1);"
+    "os.execvp(sys.argv[2],sys.argv[2:])"
+)
+
+
+def build_flower_environment(home: Path, **extra: str) -> dict[str, str]:
+    """Environment of Flower's processes: private home, no outbound calls, fast polling.
+
+    Args:
+        home: Home folder of the coordinator or contributor; Flower's own files go below it.
+        extra: Further variables; a ServerApp and a ClientApp inherit them.
+    """
+    scripts = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
+    return {
+        **os.environ,
+        # Flower finds its own children through PATH.
+        "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", "")]),
+        "FLWR_HOME": str(home / "flower"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        **extra,
+    }
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Check that nobody listens on a port.
+
+    Raises:
+        PortTakenError: If somebody does, or the port may not be used.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PortTakenError(
+                f"Cannot serve on port {port}: expected a free port on {host}, got "
+                f"{error.strerror}. Stop the program that uses it, or choose another with --port."
+            ) from error
+
+
+def find_free_port(host: str = "127.0.0.1") -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def is_healthy(host: str, port: int, *, timeout_seconds: float = 2.0) -> bool:
+    """Whether a SuperLink or SuperNode answers there."""
+    try:
+        with urllib.request.urlopen(
+            f"http://{host}:{port}/health", timeout=timeout_seconds
+        ) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def run_command(
+    command: Sequence[str], *, env: Mapping[str, str], log: Path, timeout_seconds: float = 60.0
+) -> str:
+    """Run a short command to its end and return its standard output.
+
+    Raises:
+        FederationError: If it takes too long or cannot be started.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    output = log.with_suffix(".out")
+    try:
+        with output.open("wb") as out, log.open("ab") as err:
+            subprocess.run(
+                command, env=env, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
+                timeout=timeout_seconds, check=False,
+            )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise FederationError(
+            f"Cannot run '{command[0]}': expected it to end within {timeout_seconds:.0f} s, got "
+            f"{error}. See {log}."
+        ) from error
+    return output.read_text(encoding="utf-8", errors="replace")
+
+
+class ProcessGroup:
+    """Named processes with all of their descendants.
+
+    Args:
+        logs: Folder of their logs, `<name>.log` each.
+        record: File in which running processes are noted, so that the next start can end what a
+            killed supervisor left.
+    """
+
+    def __init__(self, logs: Path, record: Path) -> None:
+        self._logs = logs
+        self._record = record
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._family: dict[str, dict[int, psutil.Process]] = {}
+
+    def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
+        """Start a process under a name; an ended one of that name is forgotten."""
+        self._logs.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "linux":
+            launch = [sys.executable, "-S", "-E", "-c", _LAUNCH, str(os.getpid())]
+            command = [*launch, *command]
+        with (self._logs / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+        self._running[name] = process
+        self._family.setdefault(name, {})
+        self.observe()
+
+    def exit_code(self, name: str) -> int | None:
+        """How a process ended (negative: the signal), or None while it runs."""
+        return self._running[name].poll()
+
+    def pid(self, name: str) -> int:
+        """Process id of a started process."""
+        return self._running[name].pid
+
+    def log(self, name: str) -> Path:
+        """Log file of a process."""
+        return self._logs / f"{name}.log"
+
+    def descendants(self, name: str) -> list[psutil.Process]:
+        """The living descendants of a process, its own included."""
+        return [process for process in self._family.get(name, {}).values() if _is_alive(process)]
+
+    def observe(self) -> None:
+        """Note the descendants of all processes while their parents can still be asked."""
+        changed = False
+        for name, process in self._running.items():
+            family = self._family[name]
+            with contextlib.suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(process.pid)
+                for member in (parent, *parent.children(recursive=True)):
+                    if family.get(member.pid) != member:
+                        family[member.pid] = member
+                        changed = True
+        if changed:
+            members = [m for family in self._family.values() for m in family.values()]
+            with contextlib.suppress(errors.StorageError):
+                write_json(self._record, [_describe(m) for m in members if _is_alive(m)])
+
+    def end_leftovers(self) -> None:
+        """End what an earlier supervisor of this record left running when it was killed."""
+        left = []
+        for entry in read_json(self._record) or []:
+            with contextlib.suppress(psutil.NoSuchProcess, KeyError, TypeError):
+                process = psutil.Process(entry["pid"])
+                if process.create_time() == entry["created"]:
+                    left.append(process)
+        _end(left, GRACE_SECONDS)
+        self._record.unlink(missing_ok=True)
+
+    def stop(self, *names: str, grace_seconds: float = GRACE_SECONDS) -> None:
+        """End processes and all of their descendants: SIGTERM, wait, SIGTERM, then SIGKILL."""
+        self.observe()
+        started = [self._running[name] for name in names if name in self._running]
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+        members = [m for name in names for m in self._family.get(name, {}).values()]
+        deadline = time.monotonic() + grace_seconds
+        psutil.wait_procs([m for m in members if _is_alive(m)], timeout=grace_seconds / 2)
+        _end(members, max(1.0, deadline - time.monotonic()))
+        for process in started:
+            process.wait()
+        for name in names:
+            self._running.pop(name, None)
+            self._family.pop(name, None)
+
+    def stop_all(self) -> None:
+        """End everything, in the order of starting."""
+        self.stop(*list(self._running))
+        self._record.unlink(missing_ok=True)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _describe(process: psutil.Process) -> dict[str, Any]:
+    try:
+        return {"pid": process.pid, "created": process.create_time()}
+    except psutil.NoSuchProcess:
+        return {"pid": process.pid, "created": 0.0}
+
+
+def _end(processes: Iterable[psutil.Process], grace_seconds: float) -> None:
+    """SIGTERM, wait, SIGKILL."""
+    alive = [process for process in processes if _is_alive(process)]
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(alive, timeout=grace_seconds)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=grace_seconds)
+
+
+@contextmanager
+def record_errors(path: Path) -> Iterator[None]:
+    """In a worker: leave an error for people in a file, then end with its exit code.
+
+    Raises:
+        SystemExit: With the error's exit code.
+    """
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except MoloraError as error:
+        print(str(error), file=sys.stderr, flush=True)
+        record = {"type": type(error).__name__, "message": str(error), "code": error.exit_code}
+        with contextlib.suppress(errors.StorageError):
+            write_json(path, record)
+        raise SystemExit(error.exit_code) from error
+
+
+def raise_recorded(path: Path, *, otherwise: str) -> None:
+    """In a supervisor: raise the error that a worker left.
+
+    Args:
+        path: File written by `record_errors`.
+        otherwise: Message if the worker left none.
+
+    Raises:
+        MoloraError: Of the type that the worker met.
+    """
+    record = read_json(path)
+    if record is None:
+        raise FederationError(otherwise)
+    kind = getattr(errors, str(record["type"]), MoloraError)
+    if not (isinstance(kind, type) and issubclass(kind, MoloraError)):
+        kind = MoloraError
+    if kind.__init__ is not MoloraError.__init__:
+        kind = MoloraError  # takes other arguments than a message
+    error = kind(record["message"])
+    error.exit_code = int(record["code"])
+    raise error
+
+
+def parse_answer(text: str) -> dict[str, Any]:
+    """The JSON object in the output of `flwr ... --format json`; empty if there is none."""
+    start, end = text.find("{"), text.rfind("}")
+    try:
+        value = json.loads(text[start : end + 1])
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
