@@ -220,8 +220,8 @@ class SvdKind(AdapterKind):
         modules = adaptable_modules(base_model, rules.frozen_depth)
         updates = {}
         for name, module in modules.items():
-            own = weight_of(trained.get_submodule(name)).detach().float()
-            a, b = truncate(own - weight_of(module).detach().float(), rank)
+            own = weight_of(trained.get_submodule(name))
+            a, b = truncate(_difference(own, weight_of(module)), rank)
             updates[name] = LinearUpdate(a=a, b=b)
         write_low_rank(
             folder,
@@ -268,10 +268,9 @@ class DeltaKind(AdapterKind):
         updates = {}
         for name, module in adaptable_modules(base_model, rules.frozen_depth).items():
             own = trained.get_submodule(name)
-            bias, own_bias = bias_of(module), bias_of(own)
             updates[name] = LinearUpdate(
-                dense=weight_of(own).detach().float() - weight_of(module).detach().float(),
-                bias=None if bias is None else own_bias.detach().float() - bias.detach().float(),
+                dense=_difference(weight_of(own), weight_of(module)),
+                bias=_difference(bias_of(own), bias_of(module)),
             )
         write_delta(folder, updates, _meta(self.name, rules, base_weights))
 
@@ -295,6 +294,13 @@ def truncate(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     kept = min(rank, len(values))
     roots = values[:kept].sqrt()
     return roots[:, None] * vh[:kept], u[:, :kept] * roots
+
+
+def _difference(own: Tensor | None, base: Tensor | None) -> Any:
+    """Trained minus base in float32; None where a module has no such tensor."""
+    if own is None or base is None:
+        return None
+    return own.detach().float() - base.detach().float()
 
 
 def _is_all_transposed(modules: Iterable[nn.Module]) -> bool:

@@ -33,17 +33,17 @@ class LinearUpdate:
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
-        low_rank = self.a is not None and self.b is not None and self.dense is None
-        dense = self.a is None and self.b is None and self.dense is not None and self.scale == 1.0
-        if not (low_rank or dense):
+        a, b = self.a, self.b
+        if a is not None and b is not None and self.dense is None:
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                raise AdapterError(
+                    "Cannot build an update: expected factors (R, D_in) and (D_out, R), got "
+                    f"{tuple(a.shape)} and {tuple(b.shape)}. Correct the factors."
+                )
+        elif a is not None or b is not None or self.dense is None or self.scale != 1.0:
             raise AdapterError(
-                "Cannot build an update: expected both factors, or one dense difference, "
-                "got something else. Pass a and b, or dense."
-            )
-        if low_rank and (self.a.ndim != 2 or self.b.ndim != 2 or len(self.a) != self.b.shape[1]):
-            raise AdapterError(
-                f"Cannot build an update: expected factors (R, D_in) and (D_out, R), got "
-                f"{tuple(self.a.shape)} and {tuple(self.b.shape)}. Correct the factors."
+                "Cannot build an update: expected both factors, or one dense difference of scale "
+                "1, got something else. Pass a and b, or dense alone."
             )
 
     @property
@@ -54,15 +54,15 @@ class LinearUpdate:
     @property
     def shape(self) -> tuple[int, ...]:
         """(D_out, D_in) of the weight it changes."""
-        if self.dense is not None:
-            return tuple(self.dense.shape)
-        return (int(self.b.shape[0]), int(self.a.shape[1]))
+        if self.a is not None and self.b is not None:
+            return (int(self.b.shape[0]), int(self.a.shape[1]))
+        return () if self.dense is None else tuple(self.dense.shape)
 
     def product(self) -> Tensor:
         """The weight difference itself, (D_out, D_in) float32."""
-        if self.dense is not None:
-            return self.dense.float()
-        return torch.mul(self.b.float() @ self.a.float(), self.scale)
+        if self.a is not None and self.b is not None:
+            return torch.mul(self.b.float() @ self.a.float(), self.scale)
+        return torch.as_tensor(self.dense).float()
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors it is made of, by attribute name."""
@@ -78,7 +78,7 @@ class Adapter:
         name: Name for people, used in errors.
         kind: Adapter kind, e.g. "lora".
         frozen_depth: K it declares; blocks below it are not changed.
-        updates: Updates by full module name of the base, e.g. "gpt_neox.layers.0.mlp.dense_h_to_4h".
+        updates: Updates by full module name of the base, e.g. "model.layers.0.mlp.up_proj".
         hash: SHA-256 by content (of its files, where it has files), lower-case hex.
         num_bytes: Bytes of its files, or of its tensors where it has none.
         base_weights: Fingerprint of the base it says it was trained on; empty if it does not say.

@@ -1,0 +1,50 @@
+"""Fixtures every room's tests share: tiny random models, built once per run and handed out fresh."""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molora_fed.testing.models import ARCHITECTURES, build_tiny_checkpoint, build_tiny_model
+
+_built = cache(build_tiny_model)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Any]:
+    """`tiny_model(architecture, seed=0)`: a copy of a tiny random model, free to be changed."""
+    return lambda architecture="gpt_neox", seed=0: copy.deepcopy(_built(architecture, seed))
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request) -> str:
+    """Runs the test once for each tiny architecture."""
+    return request.param
+
+
+@pytest.fixture
+def model(tiny_model, architecture) -> Any:
+    """A tiny model of every architecture in turn."""
+    return tiny_model(architecture)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
+    """`tiny_checkpoint(architecture, seed=0)`: a saved model and tokenizer; do not write to it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def build(architecture: str = "gpt_neox", seed: int = 0) -> Path:
+        return build_tiny_checkpoint(root / f"{architecture}-{seed}", architecture, seed)
+
+    return build
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Random token ids of the tiny vocabulary, (2, 24)."""
+    return torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(7))
