@@ -1,4 +1,4 @@
-"""Fixtures every room's tests share: tiny random models, built once per run and handed out fresh."""
+"""Fixtures every room shares: tiny random models, built once per run and handed out fresh."""
 
 import copy
 from collections.abc import Callable
