@@ -16,9 +16,7 @@ def register_domains(register: Register) -> None:
         summary="Source of Python's standard library",
         source=_OWN,
     )
-    register(
-        "cpp", f"{module}:read_cpp", summary="C++ headers shipped with torch", source=_OWN
-    )
+    register("cpp", f"{module}:read_cpp", summary="C++ headers shipped with torch", source=_OWN)
     register(
         "science", f"{module}:read_science", summary="Docstrings of scipy and numpy", source=_OWN
     )
@@ -28,6 +26,24 @@ def register_domains(register: Register) -> None:
         summary="Long descriptions of installed distributions and Python's language reference",
         source=_OWN,
     )
+    for name, attribute, language in (
+        ("man-de", "read_german", "German"),
+        ("man-fr", "read_french", "French"),
+        ("man-es", "read_spanish", "Spanish"),
+        ("man-it", "read_italian", "Italian"),
+        ("man-nl", "read_dutch", "Dutch"),
+        ("man-sv", "read_swedish", "Swedish"),
+        ("man-pl", "read_polish", "Polish"),
+        ("man-ru", "read_russian", "Russian"),
+        ("man-ja", "read_japanese", "Japanese"),
+        ("man-pt-br", "read_brazilian", "Brazilian Portuguese"),
+    ):
+        register(
+            name,
+            f"molora_fed.corpus.manuals:{attribute}",
+            summary=f"Manual pages in {language}, where this machine has them",
+            source=_OWN,
+        )
 
 
 @hookimpl

@@ -46,7 +46,7 @@ def cluster_documents(
     if total == 0:
         return np.empty(0, dtype=np.int32)
     stripped = compute_shingles(strip_boilerplate(document.text) for document in documents)
-    distinct = [np.unique(hashes) for hashes in stripped]
+    distinct = [_drop_repeats(np.sort(hashes)) for hashes in stripped]
     edges = np.concatenate(
         [_find_similar(distinct, seed, progress), _find_containing(distinct)], axis=1
     )  # (2, number of links)
@@ -57,6 +57,13 @@ def cluster_documents(
     rank = np.empty(first.size, dtype=np.int32)
     rank[np.argsort(first)] = np.arange(first.size, dtype=np.int32)
     return rank[inverse]
+
+
+def _drop_repeats(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Distinct values of a sorted array; np.unique takes three times as long on short ones."""
+    new = np.ones(hashes.size, dtype=np.bool_)
+    new[1:] = hashes[1:] != hashes[:-1]
+    return hashes[new]
 
 
 def _find_similar(

@@ -7,7 +7,29 @@ from numpy.typing import NDArray
 
 from molora_fed.corpus.shingles import compute_shingles
 
-__all__ = ["compute_contamination", "compute_overlap"]
+__all__ = ["compute_containment", "compute_contamination", "compute_overlap", "index_shingles"]
+
+
+def index_shingles(texts: Iterable[str]) -> NDArray[np.uint64]:
+    """The word 8-grams of all texts as one sorted array, the form containment is looked up in."""
+    return np.sort(_join(compute_shingles(texts)))
+
+
+def compute_containment(index: NDArray[np.uint64], texts: Iterable[str]) -> float:
+    """Share of the texts' word 8-grams, counted by position, that occur in an index.
+
+    Args:
+        index: Sorted hashes, from `index_shingles`.
+        texts: Whole texts, licence headers included.
+
+    Returns:
+        A fraction in [0, 1]; 0 if the texts hold no run of 8 words.
+    """
+    hashes = _join(compute_shingles(texts))
+    if hashes.size == 0 or index.size == 0:
+        return 0.0
+    places = np.minimum(np.searchsorted(index, hashes), index.size - 1)
+    return float((index[places] == hashes).mean())
 
 
 def compute_contamination(train_texts: Iterable[str], held_out_texts: Iterable[str]) -> float:
@@ -20,11 +42,7 @@ def compute_contamination(train_texts: Iterable[str], held_out_texts: Iterable[s
     Returns:
         A fraction in [0, 1]; 0 if the held-out texts hold no run of 8 words.
     """
-    train = _join(compute_shingles(train_texts))
-    held_out = _join(compute_shingles(held_out_texts))
-    if held_out.size == 0:
-        return 0.0
-    return float(np.isin(held_out, np.unique(train)).mean())
+    return compute_containment(index_shingles(train_texts), held_out_texts)
 
 
 def compute_overlap(

@@ -12,7 +12,11 @@ from numpy.typing import NDArray
 from molora_fed.charter import CorpusRules
 from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.corpus.clusters import cluster_documents
-from molora_fed.corpus.contamination import compute_contamination, compute_overlap
+from molora_fed.corpus.contamination import (
+    compute_containment,
+    compute_overlap,
+    index_shingles,
+)
 from molora_fed.corpus.documents import cut_long_documents
 from molora_fed.corpus.packing import fingerprint_encoding, pack_documents
 from molora_fed.corpus.shingles import compute_shingles
@@ -152,7 +156,7 @@ class SplitDocuments(Mapping[Split, list[Document]]):
 
 def _drop_copies(documents: Iterable[Document]) -> tuple[list[Document], int]:
     """The first of each set of documents with the same words, and how many were dropped."""
-    kept: dict[tuple[str, ...] | str, Document] = {}
+    kept: dict[str, Document] = {}
     total = 0
     for document in documents:
         total += 1
@@ -214,7 +218,7 @@ def _build_report(
     block_size: int,
 ) -> CorpusReport:
     """Count everything and measure how much of each split occurs in the domain's train split."""
-    train_texts = [document.text for document in whole[Split.TRAIN]]
+    train = index_shingles(document.text for document in whole[Split.TRAIN])
     splits = {}
     for split, members in part.items():
         texts = [document.text for document in members]
@@ -224,9 +228,7 @@ def _build_report(
             characters=sum(map(len, texts)),
             tokens=int(blocks[split].tokens.size),
             blocks=len(blocks[split]),
-            contamination=(
-                0.0 if split is Split.TRAIN else compute_contamination(train_texts, texts)
-            ),
+            contamination=0.0 if split is Split.TRAIN else compute_containment(train, texts),
         )
     sizes = [len(document.text) for members in whole.values() for document in members]
     clusters = np.concatenate(list(whole.clusters.values()))
