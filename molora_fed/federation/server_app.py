@@ -161,7 +161,13 @@ class Postman:
             print(f"refused: {error}", flush=True)
 
     def _send(self, node_id: int, node: _Node) -> None:
-        envelope = self._dialogue.next_envelope(node.correspondent)
+        try:
+            envelope = self._dialogue.next_envelope(node.correspondent)
+        except (MoloraError, OSError) as error:
+            # A file changed while it was read, such as a result that a newer one replaces.
+            node.not_before = time.monotonic() + PAUSE_SECONDS
+            print(f"not sent: {error}", flush=True)
+            return
         if envelope is None:
             return
         fetch = envelope.find("fetch")

@@ -1,0 +1,130 @@
+"""The contributor's worker at its mailbox: takes charter, base and result, offers a contribution.
+
+Imports neither torch nor flwr. Every function may be interrupted and called again.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from molora_fed.charter import Charter, load_charter, parse_charter
+from molora_fed.contributions.keys import key_fingerprint, verify
+from molora_fed.errors import FederationError
+from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.records import Shipment, describe_folder, parse_shipment
+from molora_fed.files import canonical_json, hash_bytes, replace_folder, write_bytes, write_json
+
+__all__ = [
+    "build_charter_bytes",
+    "offer_contribution",
+    "receive_charter",
+    "receive_shipment",
+    "wait_for",
+]
+
+_LOOK_SECONDS = 0.2
+Found = TypeVar("Found")
+
+
+def wait_for(look: Callable[[], Found | None]) -> Found:
+    """Look a few times a second until something is found; the supervisor ends the wait."""
+    while True:
+        found = look()
+        if found is not None:
+            return found
+        time.sleep(_LOOK_SECONDS)
+
+
+def build_charter_bytes(text: str) -> bytes:
+    """What the coordinator signs of a charter's text."""
+    return canonical_json({"purpose": "molora-charter-1", "text": hash_bytes(text.encode())})
+
+
+def receive_charter(home: ContributorHome) -> Charter | None:
+    """Check a charter that has arrived, and keep it; None if none has.
+
+    The coordinator's key and the charter's identity are those of the first join ever after.
+
+    Raises:
+        SignatureError: If it is not signed by the coordinator.
+        CharterError: If it is malformed.
+        FederationError: If it is another coordinator's or another cooperative's.
+    """
+    letter = read_json(home.charter_letter)
+    if letter is None:
+        return None
+    text, public_key = str(letter.get("text", "")), str(letter.get("public_key", ""))
+    verify(public_key, build_charter_bytes(text), str(letter.get("signature", "")), what="charter")
+    charter = parse_charter(text, where="charter of the server")
+    pinned = home.charter / "coordinator.pem"
+    kept = home.charter / "cooperative.toml"
+    if pinned.exists():
+        known = key_fingerprint(pinned.read_text(encoding="utf-8"))
+        if known != key_fingerprint(public_key):
+            raise _stranger(home, "coordinator's key", known, key_fingerprint(public_key))
+    if kept.exists():
+        identity = load_charter(kept).identity_hash
+        if identity != charter.identity_hash:
+            raise _stranger(home, "charter identity", identity, charter.identity_hash)
+    with replace_folder(home.charter) as folder:
+        write_bytes(folder / "coordinator.pem", public_key.encode())
+        write_bytes(folder / "cooperative.toml", text.encode())
+    return charter
+
+
+def _stranger(home: ContributorHome, what: str, expected: str, got: str) -> FederationError:
+    return FederationError(
+        f"Cannot join in '{home.root}': expected the {what} {expected[:16]} of the first join, "
+        f"got {got[:16]}. Check the server's address, or use another --home for another "
+        "cooperative."
+    )
+
+
+def receive_shipment(home: ContributorHome, letter: Path, field: str, target: Path) -> bool:
+    """Put a shipment together once all of its parts are here.
+
+    Args:
+        home: The contributor's home.
+        letter: Letter that lists the files.
+        field: Key of the list in the letter.
+        target: Folder to make of them.
+
+    Returns:
+        Whether the target holds the shipment now.
+
+    Raises:
+        FederationError: If the letter is malformed.
+        StorageError: If the disk refuses.
+    """
+    value = read_json(letter)
+    if value is None:
+        return False
+    shipment = parse_shipment(value.get(field))
+    marker = home.shipments / shipment.id
+    if marker.exists() and target.is_dir():
+        return True
+    part_bytes = int(value["part_bytes"])
+    if home.parts.missing(shipment, part_bytes=part_bytes):
+        return False
+    try:
+        home.parts.assemble(shipment, target, part_bytes=part_bytes)
+    except FederationError:
+        return False  # damaged parts were dropped and are sent again
+    write_bytes(marker, b"")
+    home.parts.discard(shipment, part_bytes=part_bytes)
+    return True
+
+
+def offer_contribution(home: ContributorHome) -> Shipment:
+    """Offer the contribution's folder to the server.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+    shipment = describe_folder(home.contribution)
+    offer: dict[str, Any] = {"id": shipment.id, "files": shipment.to_json()}
+    if read_json(home.offer_file) != offer:
+        write_json(home.offer_file, offer)
+    return shipment

@@ -1,0 +1,54 @@
+"""A contributor's worker that trains nothing: offers random bytes, takes the result."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.supervise import record_errors
+from molora_fed.federation.worker_mail import (
+    offer_contribution,
+    receive_charter,
+    receive_shipment,
+    wait_for,
+)
+from molora_fed.files import replace_folder, write_json
+
+CONTRIBUTION_BYTES = 2_000_000
+
+
+def work(home: ContributorHome) -> None:
+    def report(phase: str) -> None:
+        write_json(home.state_file, {"phase": phase, "pid": os.getpid()})
+
+    report("JOINING")
+    wait_for(lambda: receive_charter(home))
+    wait_for(lambda: receive_shipment(home, home.charter_letter, "base", home.base) or None)
+    claim = wait_for(lambda: home.tasks.claim("worker", lease_seconds=60)) if not (
+        home.contribution / "adapter.bin").exists() else None
+    report("TRAINING")
+    if claim is not None:
+        time.sleep(1.0)
+        seed = home.read_settings().name.encode()
+        with replace_folder(home.contribution) as folder:
+            (folder / "adapter.bin").write_bytes((seed * CONTRIBUTION_BYTES)[:CONTRIBUTION_BYTES])
+            (folder / "samples").mkdir()
+            (folder / "samples" / "a.bin").write_bytes(seed)
+        home.tasks.complete(claim)
+    shipment = offer_contribution(home)
+    report("SUBMITTING")
+    wait_for(
+        lambda: (read_json(home.acknowledgement_letter) or {}).get("shipment") == shipment.id
+        or None
+    )
+    report("ADMITTED")
+    wait_for(lambda: receive_shipment(home, home.result_letter, "files", home.result) or None)
+    report("DONE")
+
+
+if __name__ == "__main__":
+    contributor = ContributorHome(Path(sys.argv[1]))
+    with record_errors(contributor.error_file):
+        work(contributor)
