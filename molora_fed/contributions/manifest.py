@@ -39,8 +39,11 @@ __all__ = [
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 1_000_000
 MAX_SIGNATURE_BYTES = 1_000
+MAX_CONFIG_BYTES = 1_000_000
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "signature"
+
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 AdapterFile = Literal["adapter_config.json", "adapter_model.safetensors", "molora_adapter.json"]
 ADAPTER_FILES: tuple[AdapterFile, ...] = (

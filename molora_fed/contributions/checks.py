@@ -1,0 +1,142 @@
+"""The admission checks that the core registers."""
+
+from molora_fed.adapters.files import find_misfits, find_non_finite
+from molora_fed.contributions.admission import Candidate, Stage, needs
+from molora_fed.types import Finding
+
+__all__ = [
+    "check_adapter_limits",
+    "check_base_fingerprint",
+    "check_charter_identity",
+    "check_finite_values",
+    "check_own_domain_loss",
+    "check_tensor_layout",
+]
+
+_SHOWN = 5
+
+
+@needs(Stage.MANIFEST)
+def check_charter_identity(candidate: Candidate) -> Finding | None:
+    """Find a contribution signed for another cooperative, or under an amendment yet unknown."""
+    manifest, charter = candidate.contribution.manifest, candidate.charter
+    expected = f"charter {charter.identity_hash[:16]} up to amendment {charter.amendment.number}"
+    if (
+        manifest.charter_identity == charter.identity_hash
+        and manifest.amendment <= charter.amendment.number
+    ):
+        return None
+    return Finding(
+        expected,
+        f"charter {manifest.charter_identity[:16]}, amendment {manifest.amendment}",
+        "Join this cooperative and sign its charter.",
+    )
+
+
+@needs(Stage.ADAPTER)
+def check_base_fingerprint(candidate: Candidate) -> Finding | None:
+    """Find a specialist trained on another base or tokenizer."""
+    manifest, identity = candidate.contribution.manifest, candidate.charter.identity.base
+    pairs = [
+        ("weights", identity.weights, manifest.base_weights),
+        ("tokenizer", identity.tokenizer, manifest.base_tokenizer),
+        # An adapter that does not say what it was trained on is judged by its loss.
+        ("adapter trained on", identity.weights, candidate.adapter.base_weights),
+    ]
+    wrong = [(name, want, got) for name, want, got in pairs if got and got != want]
+    if not wrong:
+        return None
+    return Finding(
+        ", ".join(f"{name} {want[:16]}" for name, want, _ in wrong),
+        ", ".join(f"{name} {got[:16]}" for name, _, got in wrong),
+        f"Retrain on the cooperative's base '{identity.id}' or leave it out.",
+    )
+
+
+@needs(Stage.ADAPTER)
+def check_adapter_limits(candidate: Candidate) -> Finding | None:
+    """Find an adapter of a kind, rank, size or frozen depth that the charter does not allow."""
+    manifest, rules = candidate.contribution.manifest, candidate.charter.identity.adapters
+    adapter = candidate.adapter
+    largest = max(entry.bytes for entry in manifest.adapter_files.values())
+    wrong = []
+    if adapter.kind not in rules.kinds:
+        wrong.append((f"kind {' or '.join(rules.kinds)}", f"kind {adapter.kind}"))
+    if adapter.kind != manifest.kind:
+        wrong.append((f"kind {manifest.kind} as the manifest states", f"kind {adapter.kind}"))
+    if adapter.max_rank > rules.max_rank:
+        wrong.append((f"rank at most {rules.max_rank}", f"rank {adapter.max_rank}"))
+    if largest > rules.max_bytes:
+        wrong.append((f"files of at most {rules.max_bytes} bytes", f"{largest} bytes"))
+    if not wrong:
+        return None
+    return Finding(
+        ", ".join(want for want, _ in wrong),
+        ", ".join(got for _, got in wrong),
+        "Export the adapter again within the charter's [identity.adapters].",
+    )
+
+
+@needs(Stage.ADAPTER)
+def check_tensor_layout(candidate: Candidate) -> Finding | None:
+    """Find tensors whose name, shape, dtype or block does not fit the base and frozen depth."""
+    rules = candidate.charter.identity.adapters
+    # Kind and rank are another check's: its own values take their place in the rules.
+    own = rules.model_copy(
+        update={
+            "kinds": (candidate.adapter.kind,),
+            "max_rank": max(rules.max_rank, candidate.adapter.max_rank),
+        }
+    )
+    offenders = find_misfits(candidate.adapter, candidate.base.model, rules=own)
+    if not offenders:
+        return None
+    return Finding(
+        f"linear layers of the base in blocks >= {rules.frozen_depth}",
+        _shorten(offenders),
+        "Train on the cooperative's base with its frozen depth and export again.",
+    )
+
+
+@needs(Stage.ADAPTER)
+def check_finite_values(candidate: Candidate) -> Finding | None:
+    """Find NaN or infinity in any tensor."""
+    offenders = find_non_finite(candidate.adapter)
+    if not offenders:
+        return None
+    return Finding(
+        "finite numbers in every tensor",
+        f"NaN or infinity in {_shorten(offenders)}",
+        "Train again with a lower learning rate.",
+    )
+
+
+@needs(Stage.MODEL)
+def check_own_domain_loss(candidate: Candidate) -> Finding | None:
+    """Find a specialist that does not improve on the base where it was trained.
+
+    By its own statement it must be better than the base on the contributor's validation blocks;
+    on the admission sample, measured here, it may be worse by the charter's threshold at most.
+    """
+    manifest = candidate.contribution.manifest
+    if not manifest.specialist_loss < manifest.base_loss:
+        return Finding(
+            f"a validation loss below the base's {manifest.base_loss:.4f} nats",
+            f"{manifest.specialist_loss:.4f} nats",
+            "Train longer or with another learning rate, or keep the base.",
+        )
+    rise = candidate.charter.amendment.admission.max_loss_rise
+    losses = candidate.losses
+    if not losses.specialist <= losses.base + rise:  # Written so that NaN is refused.
+        return Finding(
+            f"at most {losses.base + rise:.4f} nats on the admission sample of "
+            f"'{manifest.domain}' (base {losses.base:.4f} + {rise:g})",
+            f"{losses.specialist:.4f} nats",
+            "Train on text like the admission sample, or lower the learning rate.",
+        )
+    return None
+
+
+def _shorten(offenders: list[str]) -> str:
+    more = len(offenders) - _SHOWN
+    return "; ".join(offenders[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,252 @@
+"""The way of a contribution into the ledger; the same for a folder and for an upload.
+
+Each step is committed before the next begins, and done again it changes nothing: after a crash
+the same call goes on where it stopped.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from molora_fed.charter import Charter, SampleRules
+from molora_fed.contributions.admission import Candidate, Decision, Refusal, admit
+from molora_fed.contributions.building import compute_sample_bytes, count_samples
+from molora_fed.contributions.ledger import Ledger, LedgerReader
+from molora_fed.contributions.manifest import (
+    MANIFEST_FILE,
+    MAX_CONFIG_BYTES,
+    SIGNATURE_FILE,
+    WEIGHTS_FILE,
+    Contribution,
+    Manifest,
+    load_contribution,
+)
+from molora_fed.contributions.reading import LedgerEntry
+from molora_fed.contributions.states import ContributionState
+from molora_fed.contributions.store import BlobStore
+from molora_fed.errors import AdapterError, AdmissionError, LedgerError
+from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.types import Progress
+
+if TYPE_CHECKING:
+    from molora_fed.base import Base
+
+__all__ = [
+    "Receipt",
+    "admit_pending",
+    "check_announced",
+    "load_admitted",
+    "load_stored",
+    "receive_contribution",
+]
+
+SIZES_CHECK = "announced-sizes"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Where a contribution stands after it was received; given only after the commit.
+
+    Attributes:
+        contribution_id: Its id.
+        contributor: The contributor's name.
+        domain: Domain.
+        state: Committed state.
+        decision: What admission decided and found; None if it has not decided.
+        known: True if it had been decided before, so that nothing was done now.
+    """
+
+    contribution_id: str
+    contributor: str
+    domain: str
+    state: ContributionState
+    decision: Decision | None
+    known: bool
+
+
+def receive_contribution(
+    ledger: Ledger,
+    store: BlobStore,
+    folder: Path,
+    *,
+    charter: Charter,
+    base: "Base",
+    plugins: Plugins | None = None,
+    actor: str = "coordinator",
+    progress: Progress | None = None,
+) -> Receipt:
+    """Verify, store and judge a contribution; the same one again returns what was decided.
+
+    Args:
+        ledger: Open for writing.
+        store: Where its files go.
+        folder: Folder of the contribution; not needed any more afterwards.
+        charter: The charter with the amendment that counts now.
+        base: The cooperative's base.
+        plugins: Where checks and kinds are looked up; the installed plugins by default.
+        actor: Who does this, for the history.
+        progress: Receives blocks done while losses are measured.
+
+    Returns:
+        A receipt, also for a contribution that is rejected; see `Decision.check_admitted`.
+
+    Raises:
+        AdapterError: If manifest or files are malformed, or a file is not the one signed.
+        AdmissionError: If the manifest announces more than the charter allows.
+        SignatureError: If the signature does not verify.
+        LedgerError: If the contributor's name is bound to another key, or has another admitted
+            contribution.
+        StorageError: If the disk refuses; nothing is left half-written.
+    """
+    try:
+        contribution = load_contribution(folder)
+        manifest = contribution.manifest
+        entry = ledger.find_contribution(contribution.id)
+        if entry is not None and entry.decision is not None:
+            return _build_receipt(entry, known=True)
+        check_announced(manifest, charter, _find_rules(ledger, charter, manifest.amendment))
+        ledger.check_no_other_admitted(manifest.contributor, contribution.id)
+        store.remove_leftovers()
+        ledger.receive(manifest, contribution.signature, actor=actor)
+        _store_files(contribution, store)
+    except (AdapterError, LedgerError) as error:
+        data = {"reason": str(error)[:2_000]}
+        ledger.add_event("contribution-refused", actor=actor, subject=folder.name, data=data)
+        raise
+    entry = _find(ledger, contribution.id)
+    if entry.state == ContributionState.RECEIVED:
+        ledger.set_state(entry.id, ContributionState.VERIFIED, actor=actor)
+    candidate = Candidate(
+        load_stored(entry, store), charter, base, plugins or get_plugins(), progress
+    )
+    return _decide(ledger, candidate, actor=actor)
+
+
+def admit_pending(
+    ledger: Ledger,
+    store: BlobStore,
+    *,
+    charter: Charter,
+    base: "Base",
+    plugins: Plugins | None = None,
+    actor: str = "coordinator",
+    progress: Progress | None = None,
+) -> list[Receipt]:
+    """Judge what was verified but not decided, because a run was stopped in between.
+
+    The arguments are those of `receive_contribution`.
+
+    Returns:
+        A receipt for each, in canonical order.
+    """
+    return [
+        _decide(
+            ledger,
+            Candidate(load_stored(entry, store), charter, base, plugins or get_plugins(), progress),
+            actor=actor,
+        )
+        for entry in ledger.contributions(ContributionState.VERIFIED)
+    ]
+
+
+def load_admitted(ledger: LedgerReader, store: BlobStore) -> list[Contribution]:
+    """All admitted contributions, from the store, in canonical order (by id)."""
+    entries = ledger.contributions(ContributionState.ADMITTED)
+    return [load_stored(entry, store) for entry in entries]
+
+
+def load_stored(entry: LedgerEntry, store: BlobStore) -> Contribution:
+    """A verified contribution as a folder laid out from the store.
+
+    Raises:
+        StorageError: If a blob is missing or the disk refuses.
+        AdapterError: If it is not yet verified, so that files may be missing.
+    """
+    if entry.state == ContributionState.RECEIVED:
+        raise AdapterError(
+            f"Cannot open contribution {entry.id[:16]} of '{entry.contributor}': expected a "
+            "verified one, got one whose files have not all arrived. Send it again."
+        )
+    files = {name: file.sha256 for name, file in entry.manifest.files.items()}
+    files[MANIFEST_FILE] = store.put_bytes(entry.canonical.encode())
+    files[SIGNATURE_FILE] = store.put_bytes(f"{entry.signature}\n".encode())
+    return Contribution(store.put_folder(files), entry.manifest, entry.signature)
+
+
+def check_announced(manifest: Manifest, charter: Charter, rules: SampleRules) -> None:
+    """Refuse a manifest that announces more than was agreed, before a file is read or sent.
+
+    Args:
+        manifest: What is announced.
+        charter: The cooperative's charter.
+        rules: The samples asked for by the amendment the contributor saw.
+
+    Raises:
+        AdmissionError: Naming every size that is out of bounds.
+    """
+    asked, size = count_samples(rules), charter.identity.corpus.block_size
+    wrong = []
+    for name, file in manifest.adapter_files.items():
+        limit = charter.identity.adapters.max_bytes if name == WEIGHTS_FILE else MAX_CONFIG_BYTES
+        if file.bytes > limit:
+            wrong.append((f"{name} of at most {limit} bytes", f"{file.bytes}"))
+    for split, count in asked.items():
+        if split not in manifest.sample_files:
+            wrong.append((f"1 to {count} {split} blocks", "none"))
+    for split, sample in manifest.sample_files.items():
+        limit = asked.get(split, 0)
+        if sample.blocks > limit:
+            wrong.append((f"at most {limit} {split} blocks", f"{sample.blocks}"))
+        elif sample.tokens != sample.blocks * size:
+            wrong.append((f"{sample.blocks * size} {split} tokens", f"{sample.tokens}"))
+        elif sample.bytes > compute_sample_bytes(sample.blocks, size):
+            most = compute_sample_bytes(sample.blocks, size)
+            wrong.append((f"a {split} file of at most {most} bytes", f"{sample.bytes}"))
+    if wrong:
+        refusal = Refusal(
+            manifest.contributor,
+            SIZES_CHECK,
+            expected=", ".join(want for want, _ in wrong),
+            found=", ".join(got for _, got in wrong),
+            fix="Build the contribution again under the charter's rules.",
+        )
+        raise AdmissionError(refusal.message)
+
+
+def _find_rules(ledger: LedgerReader, charter: Charter, number: int) -> SampleRules:
+    """The samples that amendment `number` asks for; those of now if there is no such one."""
+    known = ledger.amendments()
+    return known[number].amendment.samples if number < len(known) else charter.amendment.samples
+
+
+def _store_files(contribution: Contribution, store: BlobStore) -> None:
+    manifest = contribution.manifest
+    for name, file in manifest.files.items():
+        store.put_file(
+            contribution.folder / name,
+            expected=file.sha256,
+            max_bytes=file.bytes,
+            what=f"'{name}' of '{manifest.contributor}'",
+        )
+
+
+def _decide(ledger: Ledger, candidate: Candidate, *, actor: str) -> Receipt:
+    decision = admit(candidate)
+    identity = candidate.contribution.id
+    ledger.set_state(identity, decision.state, actor=actor, decision=decision.to_json())
+    return _build_receipt(_find(ledger, identity), known=False)
+
+
+def _find(ledger: LedgerReader, contribution_id: str) -> LedgerEntry:
+    entry = ledger.find_contribution(contribution_id)
+    if entry is None:
+        raise LedgerError(
+            f"Cannot find contribution {contribution_id[:16]}: expected it in the ledger, "
+            "got nothing. Restore the ledger from a backup."
+        )
+    return entry
+
+
+def _build_receipt(entry: LedgerEntry, *, known: bool) -> Receipt:
+    decision = None if entry.decision is None else Decision.from_json(entry.decision)
+    return Receipt(entry.id, entry.contributor, entry.domain, entry.state, decision, known)
