@@ -13,7 +13,12 @@ from torch import Tensor
 from molora_fed.bank.columns import make_scratch
 from molora_fed.errors import BankError, ShapeError
 from molora_fed.routing.contract import RouterView
-from molora_fed.routing.mixture import Readout, compute_logit_nll, compute_probability_nll
+from molora_fed.routing.mixture import (
+    Readout,
+    compute_log_gates,
+    compute_logit_nll,
+    compute_probability_nll,
+)
 from molora_fed.types import Mixture, Progress, Reading
 
 if TYPE_CHECKING:
@@ -130,15 +135,34 @@ class Bank:
         Raises:
             ShapeError: If the gates do not fit the blocks.
         """
-        if gates.shape[1:] != (self.block_size, self.num_experts):
-            raise ShapeError(
-                f"Cannot mix experts: expected gates (B, {self.block_size}, {self.num_experts}), "
-                f"got {tuple(gates.shape)}. Use a router fitted for these experts."
-            )
+        self._check_gates(gates)
         if self.readout is None:
-            return compute_probability_nll(gates, self._take(self.logprob, rows))
-        tokens = self._take(self.tokens, rows)
-        return compute_logit_nll(gates, self._hidden_of_experts(rows), tokens, self.readout)
+            return self._probability_nll(compute_log_gates(gates), rows)
+        return self._logit_nll(gates, rows, self.readout)
+
+    def score_nll(self, scores: Tensor, rows: Rows) -> Tensor:
+        """Loss of the gates softmax(scores): cheaper to fit through than `nll`.
+
+        Args:
+            scores: (B, T, E), any finite numbers; position t ranks experts for x_{t+1}.
+            rows: The blocks they are for, a slice or indices (B,) int64.
+
+        Returns:
+            Loss of x_1 .. x_{T-1} in nats, (B, T-1); differentiable in `scores`.
+
+        Raises:
+            ShapeError: If the scores do not fit the blocks.
+        """
+        self._check_gates(scores)
+        if self.readout is None:
+            return self._probability_nll(torch.log_softmax(scores, dim=-1), rows)
+        return self._logit_nll(torch.softmax(scores, dim=-1), rows, self.readout)
+
+    def uniform_gates(self, rows: Rows) -> Tensor:
+        """The same gate for every expert, (B, T, E)."""
+        count = len(range(*rows.indices(self.num_blocks))) if isinstance(rows, slice) else len(rows)
+        shape = (count, self.block_size, self.num_experts)
+        return torch.full(shape, 1 / self.num_experts, device=self.device)
 
     def base_nll(self) -> Tensor:
         """Loss of the base alone, (N, T-1) nats."""
@@ -195,6 +219,20 @@ class Bank:
                 raise BankError(f"Cannot derive '{name}': expected blocks, got none. Add some.")
             self._derived[name] = whole
         return self._derived[name]
+
+    def _check_gates(self, gates: Tensor) -> None:
+        if gates.shape[1:] != (self.block_size, self.num_experts):
+            raise ShapeError(
+                f"Cannot mix experts: expected gates (B, {self.block_size}, {self.num_experts}), "
+                f"got {tuple(gates.shape)}. Use a router fitted for these experts."
+            )
+
+    def _probability_nll(self, log_gates: Tensor, rows: Rows) -> Tensor:
+        return compute_probability_nll(log_gates, self._take(self.logprob, rows))
+
+    def _logit_nll(self, gates: Tensor, rows: Rows, readout: Readout) -> Tensor:
+        tokens = self._take(self.tokens, rows)
+        return compute_logit_nll(gates, self._hidden_of_experts(rows), tokens, readout)
 
     def _take(self, column: Tensor, rows: Rows) -> Tensor:
         taken = column[rows] if isinstance(rows, slice) else column.index_select(0, rows)

@@ -10,23 +10,33 @@ from torch.nn import functional
 from molora_fed.errors import RoutingError
 from molora_fed.forward import Capture, capture_states
 
-__all__ = ["Readout", "compute_logit_nll", "compute_probability_nll", "find_readout"]
+__all__ = [
+    "Readout",
+    "compute_log_gates",
+    "compute_logit_nll",
+    "compute_probability_nll",
+    "find_readout",
+]
 
 _NO_GATE = 1e-38  # smallest normal float32: a gate of 0 stays differentiable as a logarithm
 
 
-def compute_probability_nll(gates: Tensor, logprob: Tensor) -> Tensor:
+def compute_log_gates(gates: Tensor) -> Tensor:
+    """Logarithm of gates that stays finite, and differentiable, where a gate is 0."""
+    return gates.clamp_min(_NO_GATE).log()
+
+
+def compute_probability_nll(log_gates: Tensor, logprob: Tensor) -> Tensor:
     """Loss of the mixture of the experts' distributions.
 
     Args:
-        gates: (B, T, E), non-negative, summing to 1 over E; position t weighs x_{t+1}.
+        log_gates: (B, T, E), their exponentials sum to 1 over E; position t weighs x_{t+1}.
         logprob: `log p_e(x_t | x_<t)` in nats, (B, T, E).
 
     Returns:
         -log sum_e gates[t, e] p_e(x_{t+1} | x_<=t) in nats, (B, T-1).
     """
-    log_gates = gates[:, :-1].clamp_min(_NO_GATE).log()
-    return -torch.logsumexp(log_gates + logprob[:, 1:], dim=-1)
+    return -torch.logsumexp(log_gates[:, :-1] + logprob[:, 1:], dim=-1)
 
 
 @dataclass(frozen=True)

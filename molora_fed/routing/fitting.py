@@ -1,0 +1,179 @@
+"""Fits routers on a bank: mini-batch AdamW as published, or all of it at once for few numbers."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from molora_fed.errors import RoutingError
+from molora_fed.types import Progress
+
+if TYPE_CHECKING:
+    from molora_fed.bank import CalibrationBank
+
+__all__ = ["check_calibration", "draw_batches", "fit_on_batches", "fit_on_whole"]
+
+_REPORT_EVERY = 25  # steps between reports of progress
+_CHUNK_NUMBERS = 2**22  # numbers of the features handled at once when the whole bank is read
+
+Scores = Callable[[Tensor], Tensor]
+"""Turns features of B blocks (B, T, ...) into scores (B, T, E)."""
+
+
+def check_calibration(bank: object) -> None:
+    """Refuse anything but a calibration bank; every router's `fit` calls this first.
+
+    Raises:
+        RoutingError: If it is a held-out bank or no bank at all.
+    """
+    from molora_fed.bank import CalibrationBank
+
+    if not isinstance(bank, CalibrationBank):
+        raise RoutingError(
+            f"Cannot fit a router: expected a CalibrationBank, got {type(bank).__name__}. "
+            "Held-out blocks are for reports; build a bank of the calibration split."
+        )
+
+
+def draw_batches(bank: "CalibrationBank", *, steps: int, batch: int, seed: int) -> Tensor:
+    """Choose the blocks of every step, domains in turn, so that each counts equally.
+
+    Blocks of a domain are gone through in random order, then again in another.
+
+    Args:
+        bank: Where they come from.
+        steps: Number of steps.
+        batch: Blocks per step.
+        seed: Of the order.
+
+    Returns:
+        Block indices, (steps, batch) int64.
+    """
+    generator = np.random.default_rng(seed)
+    count = steps * batch
+    domains = len(bank.domains)
+    turns = -(-count // domains)
+    order = np.concatenate([generator.permutation(domains) for _ in range(turns)])[:count]
+    chosen = np.empty(count, dtype=np.int64)
+    for domain in range(domains):
+        rows = np.flatnonzero(bank.domain_of == domain)
+        places = np.flatnonzero(order == domain)
+        epochs = -(-len(places) // len(rows))
+        shuffled = [generator.permutation(rows) for _ in range(epochs)]
+        if shuffled:
+            chosen[places] = np.concatenate(shuffled)[: len(places)]
+    return torch.from_numpy(chosen.reshape(steps, batch))
+
+
+def fit_on_batches(
+    bank: "CalibrationBank",
+    features: Tensor,
+    parameters: Sequence[Tensor],
+    scores: Scores,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    progress: Progress | None = None,
+) -> None:
+    """Fit parameters with AdamW on mini-batches, in place; no model runs.
+
+    Args:
+        bank: Gives the losses, under its mixture.
+        features: What scores are computed from, (N, T, ...), e.g. from `bank.derive`.
+        parameters: Leaf tensors that `scores` uses; trainable while this runs.
+        scores: Turns features of B blocks into scores (B, T, E), differentiably.
+        steps: Optimiser steps.
+        batch: Blocks per step.
+        learning_rate: Of AdamW, constant.
+        seed: Of the blocks' order.
+        progress: Receives steps done and in all, with the batch's `loss` in nats.
+
+    Raises:
+        RoutingError: If the loss is not finite at the end.
+    """
+    schedule = draw_batches(bank, steps=steps, batch=batch, seed=seed)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(list(parameters), lr=learning_rate, fused=True)
+    loss = torch.zeros(())
+    for step, rows in enumerate(schedule, start=1):
+        chosen = features.index_select(0, rows).to(bank.device)
+        loss = bank.score_nll(scores(chosen), rows).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if progress is not None and (step % _REPORT_EVERY == 0 or step == steps):
+            progress(step, steps, loss=float(loss.detach()))
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    if not bool(torch.isfinite(loss)):
+        raise RoutingError(
+            f"Cannot fit the router: expected a finite loss, got {float(loss)}. "
+            "Lower the learning rate."
+        )
+
+
+def fit_on_whole(
+    bank: "CalibrationBank",
+    features: Tensor,
+    parameters: Sequence[Tensor],
+    scores: Scores,
+    *,
+    iterations: int,
+    progress: Progress | None = None,
+) -> float:
+    """Fit a few parameters with L-BFGS on the whole bank, in place; never worse than the start.
+
+    The loss is the equal-weight mean over domains, the figure that is reported.
+
+    Args:
+        bank: Gives the losses, under its mixture.
+        features: What scores are computed from, (N, T, ...).
+        parameters: Leaf tensors that `scores` uses, at their start; at their best afterwards.
+        scores: Turns features of B blocks into scores (B, T, E), differentiably.
+        iterations: Largest number of L-BFGS iterations.
+        progress: Receives evaluations done and an estimate of all, with `loss` in nats.
+
+    Returns:
+        The equal-weight calibration loss of the parameters kept, nats.
+    """
+    per_domain = np.bincount(bank.domain_of, minlength=len(bank.domains))
+    weights = torch.from_numpy(1.0 / (per_domain[bank.domain_of] * len(bank.domains))).float()
+    chunk = max(1, _CHUNK_NUMBERS // max(1, features[0].numel()))
+    best_loss = float("inf")
+    best = [parameter.detach().clone() for parameter in parameters]
+    evaluations = 0
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        list(parameters), max_iter=iterations, line_search_fn="strong_wolfe", tolerance_change=1e-7
+    )
+
+    def closure() -> Tensor:
+        nonlocal best_loss, evaluations
+        optimizer.zero_grad()
+        total = 0.0
+        for start in range(0, bank.num_blocks, chunk):
+            rows = slice(start, min(start + chunk, bank.num_blocks))
+            block_losses = bank.score_nll(scores(features[rows].to(bank.device)), rows).mean(dim=1)
+            loss = torch.dot(block_losses, weights[rows].to(bank.device))
+            loss.backward()
+            total += float(loss.detach())
+        if total < best_loss:
+            best_loss = total
+            for kept, parameter in zip(best, parameters, strict=True):
+                kept.copy_(parameter.detach())
+        evaluations += 1
+        if progress is not None:
+            progress(min(evaluations, iterations), iterations, loss=total)
+        return torch.tensor(total)
+
+    optimizer.step(closure)
+    for kept, parameter in zip(best, parameters, strict=True):
+        parameter.requires_grad_(False)
+        parameter.copy_(kept)
+    return best_loss
