@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from molora_fed.errors import TrainingError
 from molora_fed.evaluation import compute_block_losses
 from molora_fed.files import hash_bytes
+from molora_fed.training_data import take_batch
 from molora_fed.training_state import (
     CheckpointStore,
     Counters,
@@ -40,7 +40,6 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "compute_learning_rate",
-    "take_batch",
     "train",
 ]
 
@@ -124,29 +123,6 @@ def compute_learning_rate(step: int, config: TrainConfig) -> float:
         return config.learning_rate * (step + 1) / warmup
     share = (step - warmup) / max(1, config.steps - warmup)
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
-
-
-@lru_cache(maxsize=2)  # a batch may span the end of one epoch and the start of the next
-def _permutation(seed: int, epoch: int, num_blocks: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(num_blocks)
-
-
-def take_batch(blocks: NDArray[np.int32], step: int, *, batch: int, seed: int) -> NDArray[np.int32]:
-    """The blocks of a step: epochs follow each other, each in its own order of (seed, epoch).
-
-    Args:
-        blocks: Training blocks (N, T).
-        step: Step from 0.
-        batch: Blocks per step B.
-        seed: Seed of the order.
-
-    Returns:
-        Tokens (B, T).
-    """
-    num_blocks = len(blocks)
-    places = range(step * batch, (step + 1) * batch)
-    rows = [_permutation(seed, p // num_blocks, num_blocks)[p % num_blocks] for p in places]
-    return blocks[rows]
 
 
 def _compute_loss(model: Any, tokens: Tensor) -> Tensor:
