@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+RESERVED_NAMES = ("base",)  # The base is an expert of this name beside the contributors'.
 MAX_MANIFEST_BYTES = 1_000_000
 MAX_SIGNATURE_BYTES = 1_000
 MAX_CONFIG_BYTES = 1_000_000
@@ -65,8 +66,15 @@ def _check_may_leave(split: Split) -> Split:
     return split
 
 
+def _check_not_reserved(name: str) -> str:
+    if name in RESERVED_NAMES:
+        raise ValueError(f"'{name}' names something else in reports; choose another name")
+    return name
+
+
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+ContributorName = Annotated[Name, AfterValidator(_check_not_reserved)]
 SampleSplit = Annotated[Split, AfterValidator(_check_may_leave)]
 Loss = Annotated[float, Field(ge=0)]
 
@@ -112,7 +120,7 @@ class Manifest(_Strict):
     """
 
     format_version: Literal[1] = 1
-    contributor: Name
+    contributor: ContributorName
     public_key: str = Field(max_length=1_000)
     domain: Name
     charter_identity: Sha
