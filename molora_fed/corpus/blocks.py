@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from molora_fed.errors import CorpusError
-from molora_fed.files import hash_bytes, write_bytes
+from molora_fed.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.types import Split
 
 __all__ = ["Blocks", "load_blocks"]
@@ -83,7 +83,9 @@ class Blocks:
     def to_bytes(self) -> bytes:
         """The safetensors form that `load_blocks` reads."""
         tensors = {n: np.ascontiguousarray(getattr(self, n), dtype=np.int32) for n in _TENSORS}
-        return save(tensors, metadata={"domain": self.domain, "split": str(self.split)})
+        head = {"domain": self.domain, "split": str(self.split)}
+        # One entry only: safetensors writes several in an order that differs from call to call.
+        return save(tensors, metadata={"blocks": canonical_json(head).decode()})
 
     def save(self, path: Path) -> None:
         """Write the blocks, whole or not at all.
@@ -112,9 +114,13 @@ def load_blocks(path: Path, *, max_bytes: int = MAX_BLOCKS_BYTES) -> Blocks:
                 f"{what}: expected at most {max_bytes} bytes, got {size}. Send fewer blocks."
             )
         with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+            head = json.loads((file.metadata() or {}).get("blocks", "{}"))
             names = set(file.keys())
-            if names != set(_TENSORS) or not {"domain", "split"} <= metadata.keys():
+            if (
+                names != set(_TENSORS)
+                or not isinstance(head, dict)
+                or not {"domain", "split"} <= head.keys()
+            ):
                 raise CorpusError(
                     f"{what}: expected tensors {', '.join(_TENSORS)} with domain and split, "
                     f"got {', '.join(sorted(names))}. Prepare the corpus again."
@@ -126,10 +132,10 @@ def load_blocks(path: Path, *, max_bytes: int = MAX_BLOCKS_BYTES) -> Blocks:
                     f"{what}: expected int32 in '{name}', got {array.dtype}. "
                     "Prepare the corpus again."
                 )
-        return Blocks(metadata["domain"], Split(metadata["split"]), **arrays)
+        return Blocks(str(head["domain"]), Split(head["split"]), **arrays)
     except CorpusError:
         raise
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CorpusError(
             f"{what}: expected a safetensors file of blocks, got {error}. Prepare the corpus again."
         ) from error

@@ -109,7 +109,8 @@ def _list_files(path: Path) -> list[tuple[Path, str]]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
             file = Path(folder) / name
-            if not name.startswith(".") and file.suffix.lower() in _READERS:
+            readable = file.suffix.lower() in _READERS and file.is_file()
+            if readable and not name.startswith("."):
                 found.append((file, f"{path.name}/{file.relative_to(path).as_posix()}"))
     return sorted(found, key=lambda item: item[1])
 

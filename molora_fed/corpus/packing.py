@@ -1,5 +1,6 @@
 """Documents to blocks: tokens laid end to end, cut into blocks of equal length, no padding."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import CorpusError
-from molora_fed.files import hash_bytes
+from molora_fed.files import canonical_json, hash_bytes
 from molora_fed.types import Document, Split
 
 __all__ = ["fingerprint_encoding", "pack_documents", "tokenize_documents"]
@@ -19,8 +20,14 @@ _ORDER_SEED = 0
 def fingerprint_encoding(tokenizer: Any) -> str:
     """SHA-256 of everything that decides which ids a text becomes (Hugging Face tokenizer)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hash_bytes(f"{tokenizer.eos_token_id}\n{rules}".encode())
+    if backend is None:
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        return hash_bytes(canonical_json([tokenizer.eos_token_id, vocabulary]))
+    rules = json.loads(backend.to_str())
+    # Left behind by the last call of anyone; every call sets them anew.
+    rules.pop("truncation", None)
+    rules.pop("padding", None)
+    return hash_bytes(canonical_json([tokenizer.eos_token_id, rules]))
 
 
 def tokenize_documents(documents: Sequence[Document], tokenizer: Any) -> list[NDArray[np.int32]]:

@@ -23,7 +23,7 @@ SPLIT_FRACTIONS: Mapping[Split, float] = MappingProxyType(
 """Share of the characters each split gets; part of the evaluation protocol."""
 
 # A cluster above a step is used outside train only when those below it do not suffice.
-_OVERLAP_STEPS = (0.03, 0.06, 0.12, 0.25, 0.5)
+_OVERLAP_STEPS = (0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.25, 0.5)
 _SIZE_STEPS = (1 / 12, 1 / 6, 1 / 3, 1.0)
 
 

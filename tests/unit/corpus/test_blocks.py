@@ -43,7 +43,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, damage):
     blocks = build_blocks()
     blocks.save(path)
     arrays = {n: getattr(blocks, n) for n in ("tokens", "documents", "clusters")}
-    metadata = {"domain": "legal", "split": "held-out"}
+    metadata = {"blocks": '{"domain": "legal", "split": "held-out"}'}
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-7])
     elif damage == "pickle":
@@ -57,6 +57,10 @@ def test_bad_files_are_refused_in_one_line(tmp_path, damage):
     with pytest.raises(CorpusError) as caught:
         load_blocks(path)
     assert "\n" not in str(caught.value)
+
+
+def test_equal_blocks_are_equal_bytes():
+    assert len({build_blocks().to_bytes() for _ in range(20)}) == 1
 
 
 def test_too_large_a_file_is_refused_before_it_is_read(tmp_path):
