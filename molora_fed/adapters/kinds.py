@@ -43,7 +43,8 @@ class AdapterKind(abc.ABC):
     ) -> tuple[Any, list[nn.Parameter]]:
         """Make a model that can be trained, beside the base, which stays as it is.
 
-        Frozen weights are shared with the base, trained ones are its own.
+        Frozen weights are shared with the base, trained ones are its own: do not run it while an
+        adapter is `applied` to the base.
 
         Args:
             model: The base model.

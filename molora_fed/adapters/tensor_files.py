@@ -41,9 +41,9 @@ def describe_unreadable(name: str, *, expected: str, got: str, fix: str) -> Adap
 
 
 def _file_size(path: Path, name: str) -> int:
-    """Size of a regular file; a link, pipe or device is refused."""
+    """Size of a regular file; a pipe or a device, which could never end, is refused."""
     try:
-        info = path.lstat()
+        info = path.stat()
     except OSError as error:
         raise describe_unreadable(
             name,
@@ -55,7 +55,7 @@ def _file_size(path: Path, name: str) -> int:
         raise describe_unreadable(
             name,
             expected=f"a regular file '{path.name}'",
-            got="a link or a special file",
+            got="a folder or a special file",
             fix="Copy the file itself into the folder.",
         )
     return info.st_size
