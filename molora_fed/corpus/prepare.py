@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ from molora_fed.corpus.contamination import (
 )
 from molora_fed.corpus.documents import cut_long_documents
 from molora_fed.corpus.packing import fingerprint_encoding, pack_documents
+from molora_fed.corpus.report import (
+    CorpusReport,
+    SplitReport,
+    build_contamination_report,
+    parse_report,
+)
 from molora_fed.corpus.shingles import compute_shingles
 from molora_fed.corpus.splits import SPLIT_FRACTIONS, assign_shards, assign_splits
 from molora_fed.errors import CorpusError
@@ -37,80 +43,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-MIN_HELD_OUT_CLUSTERS = 20
-MIN_HELD_OUT_BLOCKS = 64
-MAX_CONTAMINATION = 0.02
 _REPORT_FILE = "corpus.json"
 _MAX_REPORT_BYTES = 1_000_000
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """What one split holds.
-
-    Attributes:
-        documents: Documents.
-        clusters: Near-duplicate clusters.
-        characters: Characters of the documents.
-        tokens: Tokens in blocks, end-of-text tokens included; the incomplete last block is not.
-        blocks: Blocks.
-        contamination: Share of the split's word 8-grams that occur in the domain's train split,
-            in [0, 1]; 0 for train itself.
-    """
-
-    documents: int
-    clusters: int
-    characters: int
-    tokens: int
-    blocks: int
-    contamination: float
-
-
-@dataclass(frozen=True)
-class CorpusReport:
-    """What a prepared corpus holds; of one shard where a domain is shared.
-
-    Attributes:
-        domain: Domain name.
-        shard: Index of this contributor among those who share the domain, and their number.
-        documents: Documents after copies were dropped and long ones cut, all splits and shards.
-        duplicates: Documents dropped because another has the same words.
-        clusters: Near-duplicate clusters, all splits and shards.
-        largest_cluster: Share of the characters in the largest cluster, in [0, 1].
-        characters: Characters, all splits and shards.
-        splits: What each split of this shard holds, by split name.
-        block_size: T, tokens per block.
-    """
-
-    domain: str
-    shard: tuple[int, int]
-    documents: int
-    duplicates: int
-    clusters: int
-    largest_cluster: float
-    characters: int
-    splits: Mapping[str, SplitReport]
-    block_size: int
-
-    @property
-    def contamination(self) -> float:
-        """Share of the held-out word 8-grams that occur in train, in [0, 1]."""
-        return self.splits[Split.HELD_OUT].contamination
-
-    @property
-    def qualifies(self) -> bool:
-        """Whether held-out is large enough for reported figures: 20 clusters and 64 blocks."""
-        held_out = self.splits[Split.HELD_OUT]
-        return held_out.clusters >= MIN_HELD_OUT_CLUSTERS and held_out.blocks >= MIN_HELD_OUT_BLOCKS
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON values, with `contamination` and `qualifies` written out."""
-        return asdict(self) | {
-            "splits": {str(name): asdict(split) for name, split in self.splits.items()},
-            "shard": list(self.shard),
-            "contamination": self.contamination,
-            "qualifies": self.qualifies,
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,6 +180,23 @@ def _build_report(
     )
 
 
+def _pack(
+    domain: str, part: SplitDocuments, tokenizer: Any, block_size: int
+) -> dict[Split, Blocks]:
+    """Blocks of every split."""
+    return {
+        split: pack_documents(
+            members,
+            part.clusters[split],
+            tokenizer,
+            domain=domain,
+            split=split,
+            block_size=block_size,
+        )
+        for split, members in part.items()
+    }
+
+
 def _check_blocks(report: CorpusReport) -> None:
     """Refuse a corpus with an empty split.
 
@@ -324,8 +275,9 @@ def prepare_corpus(
     everything = [document for document in documents if document.text.strip()]
     characters = sum(len(document.text) for document in everything)
     key = _compute_key(domain, everything, tokenizer, rules, shard)
-    if folder is not None and _read_header(folder).get("key") == key:
-        return load_corpus(folder)
+    found = _find_prepared(folder, key)
+    if found is not None:
+        return found
     try:
         whole = split_documents(everything, seed=rules.split_seed, progress=progress)
     except CorpusError as error:
@@ -334,17 +286,7 @@ def prepare_corpus(
             f"characters in all: {error}"
         ) from error
     part = _take_shard(whole, shard)
-    blocks = {
-        split: pack_documents(
-            members,
-            part.clusters[split],
-            tokenizer,
-            domain=domain,
-            split=split,
-            block_size=rules.block_size,
-        )
-        for split, members in part.items()
-    }
+    blocks = _pack(domain, part, tokenizer, rules.block_size)
     report = _build_report(domain, whole, part, blocks, shard, rules.block_size)
     _check_blocks(report)
     if folder is not None:
@@ -353,6 +295,16 @@ def prepare_corpus(
                 packed.save(temporary / f"{split}.safetensors")
             write_json(temporary / _REPORT_FILE, {"key": key, "report": report.to_json()})
     return Corpus(domain, folder, blocks, report)
+
+
+def _find_prepared(folder: Path | None, key: str) -> Corpus | None:
+    """The corpus in a folder if it was made from the same input and is undamaged."""
+    if folder is None or _read_header(folder).get("key") != key:
+        return None
+    try:
+        return load_corpus(folder)
+    except CorpusError:
+        return None  # damaged since; it is prepared anew
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
@@ -367,16 +319,6 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header if isinstance(header, dict) else {}
 
 
-def _parse_report(value: dict[str, Any]) -> CorpusReport:
-    fields = {name: value[name] for name in CorpusReport.__dataclass_fields__}
-    index, num_shards = value["shard"]
-    fields["shard"] = (index, num_shards)
-    fields["splits"] = {
-        str(Split(name)): SplitReport(**split) for name, split in value["splits"].items()
-    }
-    return CorpusReport(**fields)
-
-
 def load_corpus(folder: Path) -> Corpus:
     """Read a corpus that `prepare_corpus` kept.
 
@@ -384,7 +326,7 @@ def load_corpus(folder: Path) -> Corpus:
         CorpusError: If the folder is missing, incomplete or malformed.
     """
     try:
-        report = _parse_report(_read_header(folder)["report"])
+        report = parse_report(_read_header(folder)["report"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorpusError(
             f"Cannot load corpus '{folder}': expected a prepared corpus, got no valid "
@@ -399,37 +341,3 @@ def load_corpus(folder: Path) -> Corpus:
                 f"got {len(packed)} of '{packed.split}'. Prepare it again."
             )
     return Corpus(report.domain, folder, blocks, report)
-
-
-def build_contamination_report(reports: Iterable[CorpusReport]) -> dict[str, dict[str, Any]]:
-    """Contamination per domain, for printing and for the run's folder.
-
-    Args:
-        reports: Reports of prepared corpora; shards of one domain count together, by the worst.
-
-    Returns:
-        By domain: `contamination` (share of held-out word 8-grams found in train),
-        `limit`, `within_limit`, `by_split`, and the counts that say what it was measured on.
-    """
-    result: dict[str, dict[str, Any]] = {}
-    for report in sorted(reports, key=lambda r: (r.domain, r.contamination)):
-        held_out = report.splits[Split.HELD_OUT]
-        result[report.domain] = {
-            "contamination": report.contamination,
-            "limit": MAX_CONTAMINATION,
-            "within_limit": report.contamination <= MAX_CONTAMINATION,
-            "by_split": {
-                name: split.contamination
-                for name, split in report.splits.items()
-                if name != Split.TRAIN
-            },
-            "documents": report.documents,
-            "duplicates": report.duplicates,
-            "clusters": report.clusters,
-            "largest_cluster": report.largest_cluster,
-            "held_out_clusters": held_out.clusters,
-            "held_out_blocks": held_out.blocks,
-            "held_out_tokens": held_out.tokens,
-            "qualifies": report.qualifies,
-        }
-    return result

@@ -12,6 +12,7 @@ from molora_fed.corpus.prepare import (
     prepare_corpus,
     split_documents,
 )
+from molora_fed.corpus.report import parse_report
 from molora_fed.errors import CorpusError
 from molora_fed.types import Document, Split
 
@@ -116,6 +117,10 @@ def test_shards_are_disjoint_and_complete(tokenizer, make_documents):
         assert sum(p.report.splits[split].documents for p in parts) == (
             whole.report.splits[split].documents
         )
+    table = build_contamination_report(p.report for p in parts)
+    held_out = whole.report.splits[Split.HELD_OUT]
+    assert table["d"]["held_out_clusters"] == held_out.clusters
+    assert table["d"]["contamination"] == max(p.report.contamination for p in parts)
     with pytest.raises(CorpusError, match="shard index below 3, got 3"):
         prepare_corpus("d", documents, tokenizer, rules=RULES, shard=(3, 3))
 
@@ -169,7 +174,9 @@ def test_damaged_folder(tokenizer, make_documents, tmp_path):
     (folder / "train.safetensors").write_bytes((folder / "held-out.safetensors").read_bytes())
     with pytest.raises(CorpusError, match=r"blocks of split 'train', got .* of 'held-out'"):
         load_corpus(folder)
-    prepare_corpus("e", documents, tokenizer, rules=RULES, folder=folder)
+    # The same input again repairs it.
+    again = prepare_corpus("d", documents, tokenizer, rules=RULES, folder=folder)
+    assert load_corpus(folder).report == again.report
     header = json.loads((folder / "corpus.json").read_text())
     del header["report"]["shard"]
     (folder / "corpus.json").write_text(json.dumps(header))
@@ -189,4 +196,5 @@ def test_contamination_report(tokenizer, make_documents):
     assert set(table["a"]["by_split"]) == {"validation", "calibration", "admission", "held-out"}
     json.dumps(table)
     value = corpora[0].report.to_json()
+    assert parse_report(value) == corpora[0].report
     assert json.loads(json.dumps(value)) == value
