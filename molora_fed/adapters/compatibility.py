@@ -51,6 +51,7 @@ def find_misfits(adapter: Adapter, model: Any, *, rules: AdapterRules | None = N
     if depth >= len(blocks):
         return [f"frozen depth: expected below the base's {len(blocks)} blocks, got {depth}"]
     allowed = adaptable_modules(model, depth)
+    modules = dict(model.named_modules())
     offenders: list[str] = []
     if rules is not None and adapter.kind not in rules.kinds:
         offenders.append(f"kind: expected one of {', '.join(rules.kinds)}, got {adapter.kind}")
@@ -62,12 +63,11 @@ def find_misfits(adapter: Adapter, model: Any, *, rules: AdapterRules | None = N
         module = allowed.get(name)
         if module is None:
             index = block_index(name, prefix)
-            why = (
-                f"block {index} below the frozen depth {depth}"
-                if index is not None and index < depth
-                else "none of that name"
-            )
-            offenders.append(f"{name}: expected a linear layer in blocks >= {depth}, got {why}")
+            if index is not None and index < depth:
+                got = f"block {index} below the frozen depth {depth}"
+            else:
+                got = "another module" if name in modules else "no such module"
+            offenders.append(f"{name}: expected a linear layer in blocks >= {depth}, got {got}")
         else:
             offenders += _compare(name, update, module)
     if adapter.targets is not None:

@@ -19,11 +19,11 @@ from molora_fed.adapters.delta_files import load_delta, write_delta
 from molora_fed.adapters.files import AdapterMeta
 from molora_fed.adapters.layout import adaptable_modules, bias_of, is_transposed, weight_of
 from molora_fed.adapters.low_rank_files import load_low_rank, write_low_rank
-from molora_fed.adapters.updates import Adapter, LinearUpdate
+from molora_fed.adapters.updates import Adapter, LinearUpdate, truncate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
 
-__all__ = ["AdapterKind", "DeltaKind", "LoraKind", "SvdKind", "truncate"]
+__all__ = ["AdapterKind", "DeltaKind", "LoraKind", "SvdKind"]
 
 
 class AdapterKind(abc.ABC):
@@ -278,23 +278,6 @@ class DeltaKind(AdapterKind):
     def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
         """Read a folder of differences; see `AdapterKind.load`."""
         return load_delta(folder, limits, name or str(folder))
-
-
-def truncate(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of a matrix by factors of at most rank R (truncated SVD).
-
-    Args:
-        difference: (D_out, D_in) float32.
-        rank: R; a smaller dimension of the matrix lowers it.
-
-    Returns:
-        A (R, D_in) and B (D_out, R) with B @ A the approximation; both carry the root of the
-        singular values, so that their numbers are of like size.
-    """
-    u, values, vh = torch.linalg.svd(difference, full_matrices=False)
-    kept = min(rank, len(values))
-    roots = values[:kept].sqrt()
-    return roots[:, None] * vh[:kept], u[:, :kept] * roots
 
 
 def _difference(own: Tensor | None, base: Tensor | None) -> Any:

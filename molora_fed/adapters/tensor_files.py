@@ -169,7 +169,8 @@ def load_tensors(
                     fix="Convert them before saving.",
                 )
             check(headers)
-            return {key: file.get_tensor(key) for key in headers}
+            # Copies: what safetensors returns is the mapped file, which may be cut short later.
+            return {key: file.get_tensor(key).clone() for key in headers}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, AdapterError):
             raise

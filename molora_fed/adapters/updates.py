@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molora_fed.errors import AdapterError
 
-__all__ = ["Adapter", "LinearUpdate"]
+__all__ = ["Adapter", "LinearUpdate", "truncate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,3 +99,20 @@ class Adapter:
     def max_rank(self) -> int:
         """Largest rank of its low-rank updates; 0 if all are dense."""
         return max((update.rank or 0 for update in self.updates.values()), default=0)
+
+
+def truncate(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a matrix by factors of at most rank R (truncated SVD).
+
+    Args:
+        difference: (D_out, D_in) float32.
+        rank: R; a smaller dimension of the matrix lowers it.
+
+    Returns:
+        A (R, D_in) and B (D_out, R) with B @ A the approximation; both carry the root of the
+        singular values, so that their numbers are of like size.
+    """
+    u, values, vh = torch.linalg.svd(difference, full_matrices=False)
+    kept = min(rank, len(values))
+    roots = values[:kept].sqrt()
+    return roots[:, None] * vh[:kept], u[:, :kept] * roots

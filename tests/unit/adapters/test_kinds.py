@@ -8,8 +8,9 @@ from peft import PeftModel
 
 from molora_fed.adapters.apply import applied
 from molora_fed.adapters.files import ADAPTER_FILES, check_adapter_fits
-from molora_fed.adapters.kinds import DeltaKind, LoraKind, SvdKind, truncate
+from molora_fed.adapters.kinds import DeltaKind, LoraKind, SvdKind
 from molora_fed.adapters.layout import adaptable_modules, weight_of
+from molora_fed.adapters.updates import truncate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
 from molora_fed.plugins import load_plugins
