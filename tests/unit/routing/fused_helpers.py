@@ -1,0 +1,100 @@
+"""A router that reads whatever it is told to, and fused models of tiny random experts."""
+
+import torch
+
+from molora_fed.routing.contract import OutputRouter, RouterOptions
+from molora_fed.routing.fused import FusedExpert, FusedModel
+from molora_fed.testing import build_random_adapter
+
+
+class ProbeOptions(RouterOptions):
+    columns: tuple[str, ...] = ("evidence",)
+    sharpness: float = 0.3
+
+
+class ProbeRouter(OutputRouter):
+    """Scores every column it reads, and sums the evidence of a document so far."""
+
+    Options = ProbeOptions
+
+    def __init__(self, num_experts, options, projection):
+        super().__init__(num_experts, options)
+        self.projection = projection  # (D, E)
+
+    @classmethod
+    def build(cls, num_experts, hidden_size, columns, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        projection = torch.randn(hidden_size, num_experts, generator=generator)
+        return cls(num_experts, ProbeOptions(columns=columns), projection)
+
+    @classmethod
+    def reads(cls, options):
+        return frozenset(options.columns)
+
+    @classmethod
+    def fit(cls, bank, options, seed, progress=None):
+        return cls.build(bank.num_experts, bank.hidden_size, options.columns, seed)
+
+    def scores(self, view):
+        return self._score(view, self.init_state(len(view.document_starts)))[0]
+
+    def _score(self, view, state):
+        total = torch.zeros(*view.document_starts.shape, self.num_experts)
+        for name in ("base_hidden", "prefix_hidden", "mean_hidden"):
+            if name in self.options.columns:
+                total = total + getattr(view, name).float() @ self.projection
+        if "experts_hidden" in self.options.columns:
+            total = total + (view.experts_hidden.float() * self.projection.T).sum(-1)
+        carry = state["sum"]
+        if "evidence" in self.options.columns:
+            sums = []
+            for t in range(total.shape[1]):
+                keep = (~view.document_starts[:, t]).float().unsqueeze(-1)
+                carry = carry * keep + view.evidence[:, t]
+                sums.append(carry)
+            total = total + torch.stack(sums, dim=1)
+        return self.options.sharpness * total, {"sum": carry}
+
+    def init_state(self, batch_size):
+        return {"sum": torch.zeros(batch_size, self.num_experts)}
+
+    def step(self, view, state):
+        scores, state = self._score(view, state)
+        return torch.softmax(scores, dim=-1), state
+
+    def state_tensors(self):
+        return {"projection": self.projection}
+
+    @classmethod
+    def from_state(cls, num_experts, options, tensors):
+        return cls(num_experts, options, tensors["projection"])
+
+
+class NoncausalRouter(ProbeRouter):
+    causal = False
+
+
+def build_fused(
+    base, *, kinds=("lora", None, "delta"), columns=("evidence",), mixture="probability", depth=1
+):
+    """One expert for each kind (None is the base), each with random weights of its own."""
+    experts = tuple(
+        FusedExpert("base", None)
+        if kind is None
+        else FusedExpert(
+            f"expert-{index}",
+            build_random_adapter(
+                base.model, kind=kind, seed=index, rank=2 + index, frozen_depth=depth
+            ),
+            domain=f"domain-{index}",
+        )
+        for index, kind in enumerate(kinds)
+    )
+    hidden_size = base.model.get_output_embeddings().weight.shape[1]
+    router = ProbeRouter.build(len(experts), hidden_size, columns)
+    return FusedModel(base, experts, router, "probe", mixture, depth)
+
+
+def random_tokens(batch, length, seed=0, vocabulary=256):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (batch, length), generator=generator)
