@@ -14,8 +14,8 @@ from molora_fed.base_files import (
     download_checkpoint,
     fingerprint_tokenizer,
     fingerprint_weights,
-    hide_progress_bars,
     load_json_file,
+    quiet_transformers,
 )
 from molora_fed.builtin_base import (
     BUILTIN_ID,
@@ -122,13 +122,14 @@ def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
     weights = fingerprint_weights(folder)
     tokenizer_fingerprint = fingerprint_tokenizer(folder)
     try:
-        with hide_progress_bars():
+        with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(
@@ -140,7 +141,7 @@ def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
             f"{what}: expected a causal language model with its tokenizer, "
             f"got {type(error).__name__}: {reason} Check config.json and the tokenizer's files."
         ) from error
-    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    missing = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
     if missing:
         raise BaseCheckpointError(
             f"{what}: expected all parameters of {type(model).__name__}, got none or another "

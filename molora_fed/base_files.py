@@ -24,8 +24,8 @@ __all__ = [
     "find_weight_files",
     "fingerprint_tokenizer",
     "fingerprint_weights",
-    "hide_progress_bars",
     "load_json_file",
+    "quiet_transformers",
 ]
 
 MAX_JSON_BYTES = 64 * 2**20  # the largest tokenizer.json in use is below 40 MB
@@ -212,12 +212,15 @@ def download_checkpoint(repository: str, revision: str) -> Path:
 
 
 @contextmanager
-def hide_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing progress bars of its own while it loads or saves."""
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing bars and printing reports; what is wrong, we say ourselves."""
     shown = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from molora_fed.base_files import hide_progress_bars
+from molora_fed.base_files import quiet_transformers
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.corpus.packing import pack_documents
 from molora_fed.corpus.prepare import SplitDocuments, split_documents
@@ -100,7 +100,7 @@ class TrainedBase:
         Raises:
             StorageError: If the disk refuses.
         """
-        with storage_errors(folder), hide_progress_bars():
+        with storage_errors(folder), quiet_transformers():
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             (folder / METRICS_NAME).write_bytes(self.metrics.read_bytes())
