@@ -66,7 +66,7 @@ def find_misfits(adapter: Adapter, model: Any, *, rules: AdapterRules | None = N
             if index is not None and index < depth:
                 got = f"block {index} below the frozen depth {depth}"
             else:
-                got = "another module" if name in modules else "no such module"
+                got = "another module" if name in modules else "none of that name"
             offenders.append(f"{name}: expected a linear layer in blocks >= {depth}, got {got}")
         else:
             offenders += _compare(name, update, module)
