@@ -291,12 +291,12 @@ def _find_unreadable(candidate: Candidate) -> Iterator[Finding]:
         try:
             blocks = candidate.contribution.load_samples(split)
         except (AdapterError, CorpusError) as error:
-            yield Finding(f"a {split} sample that can be read safely", str(error), fix)
+            yield Finding(f"{split} blocks that can be read safely", str(error), fix)
             continue
         low, high = int(blocks.tokens.min()), int(blocks.tokens.max())
         if blocks.block_size != size or low < 0 or high >= vocabulary:
             yield Finding(
-                f"a {split} sample of blocks of {size} tokens, ids 0 to {vocabulary - 1}",
+                f"{split} blocks of {size} tokens, ids 0 to {vocabulary - 1}",
                 f"blocks of {blocks.block_size} tokens, ids {low} to {high}",
                 "Prepare the corpus with the cooperative's tokenizer and block size.",
             )

@@ -11,7 +11,6 @@ manifest holds no time of day, so the same training gives the same id.
 
 import stat
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -135,12 +134,12 @@ class Manifest(_Strict):
     specialist_loss: Loss
     contamination: float | None = Field(default=None, ge=0, le=1)
 
-    @cached_property
+    @property
     def canonical(self) -> bytes:
         """The bytes that are hashed and signed."""
         return canonical_json(self.model_dump(mode="json"))
 
-    @cached_property
+    @property
     def contribution_id(self) -> str:
         """SHA-256 of the canonical bytes, lower-case hex."""
         return hash_bytes(self.canonical)

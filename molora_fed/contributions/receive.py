@@ -113,9 +113,9 @@ def receive_contribution(
         data = {"reason": str(error)[:2_000]}
         ledger.add_event("contribution-refused", actor=actor, subject=folder.name, data=data)
         raise
+    if _find(ledger, contribution.id).state == ContributionState.RECEIVED:
+        ledger.set_state(contribution.id, ContributionState.VERIFIED, actor=actor)
     entry = _find(ledger, contribution.id)
-    if entry.state == ContributionState.RECEIVED:
-        ledger.set_state(entry.id, ContributionState.VERIFIED, actor=actor)
     candidate = Candidate(
         load_stored(entry, store), charter, base, plugins or get_plugins(), progress
     )
@@ -201,7 +201,7 @@ def check_announced(manifest: Manifest, charter: Charter, rules: SampleRules) ->
             wrong.append((f"{sample.blocks * size} {split} tokens", f"{sample.tokens}"))
         elif sample.bytes > compute_sample_bytes(sample.blocks, size):
             most = compute_sample_bytes(sample.blocks, size)
-            wrong.append((f"a {split} file of at most {most} bytes", f"{sample.bytes}"))
+            wrong.append((f"{split} blocks in at most {most} bytes", f"{sample.bytes}"))
     if wrong:
         refusal = Refusal(
             manifest.contributor,
