@@ -40,6 +40,26 @@ def write_delta(folder: Path, updates: Mapping[str, LinearUpdate], meta: Adapter
     write_adapter_folder(folder, config, tensors, meta)
 
 
+def _check_headers(headers: Mapping[str, TensorHeader], declared: list[str], name: str) -> None:
+    """Judge names and numbers of dimensions by the header alone."""
+    offenders = [f"extra tensor '{key}'" for key in sorted(headers.keys() - set(declared))]
+    offenders += [f"missing tensor '{key}'" for key in sorted(set(declared) - headers.keys())]
+    for key, header in headers.items():
+        module, _, part = key.rpartition(".")
+        dimensions = {"weight": 2, "bias": 1}.get(part)
+        if dimensions != len(header.shape) or not module:
+            offenders.append(f"'{key}' of shape {header.shape}")
+        elif part == "bias" and f"{module}.weight" not in headers:
+            offenders.append(f"'{key}' without '{module}.weight'")
+    if offenders or not headers:
+        raise describe_unreadable(
+            name,
+            expected=f"the (D_out, D_in) weights and (D_out,) biases '{CONFIG_FILE}' lists",
+            got="; ".join(offenders[:5]) or "no tensor",
+            fix="Export the adapter again.",
+        )
+
+
 def load_delta(folder: Path, rules: AdapterRules | None, name: str) -> Adapter:
     """Read a folder written by `write_delta`; safe on files from outside.
 
@@ -66,26 +86,12 @@ def load_delta(folder: Path, rules: AdapterRules | None, name: str) -> Adapter:
             fix="Export the adapter again.",
         )
 
-    def check(headers: Mapping[str, TensorHeader]) -> None:
-        offenders = [f"extra tensor '{k}'" for k in sorted(headers.keys() - set(declared))]
-        offenders += [f"missing tensor '{k}'" for k in sorted(set(declared) - headers.keys())]
-        for key, header in headers.items():
-            module, _, part = key.rpartition(".")
-            dimensions = {"weight": 2, "bias": 1}.get(part)
-            if dimensions != len(header.shape) or not module:
-                offenders.append(f"'{key}' of shape {header.shape}")
-            elif part == "bias" and f"{module}.weight" not in headers:
-                offenders.append(f"'{key}' without '{module}.weight'")
-        if offenders or not headers:
-            raise describe_unreadable(
-                name,
-                expected=f"the (D_out, D_in) weights and (D_out,) biases '{CONFIG_FILE}' lists",
-                got="; ".join(offenders[:5]) or "no tensor",
-                fix="Export the adapter again.",
-            )
-
-    limit = None if rules is None else rules.max_bytes
-    tensors = load_tensors(folder / WEIGHTS_FILE, name, max_bytes=limit, check=check)
+    tensors = load_tensors(
+        folder / WEIGHTS_FILE,
+        name,
+        max_bytes=None if rules is None else rules.max_bytes,
+        check=lambda headers: _check_headers(headers, declared, name),
+    )
     meta = load_meta(folder, name)
     modules = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
     return Adapter(

@@ -80,7 +80,7 @@ class Adapter:
         frozen_depth: K it declares; blocks below it are not changed.
         updates: Updates by full module name of the base, e.g. "model.layers.0.mlp.up_proj".
         hash: SHA-256 by content (of its files, where it has files), lower-case hex.
-        num_bytes: Bytes of its files, or of its tensors where it has none.
+        num_bytes: Bytes of its weights file, or of its tensors where it has none.
         base_weights: Fingerprint of the base it says it was trained on; empty if it does not say.
         targets: Module names or name endings its config declares as changed; every linear layer
             that matches must have an update. None if the config restricts them further.
