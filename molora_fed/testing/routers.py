@@ -1,0 +1,317 @@
+"""Conformance checks of routers, and banks of made-up numbers to fit them on.
+
+`check_router_conformance(MyRouter)` is the whole test a router plugin needs; it proves causality
+by changing the future.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from molora_fed.bank import Bank, CalibrationBank, HeldOutBank
+from molora_fed.errors import PluginError, RoutingError
+from molora_fed.evaluation import compute_router_losses
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterView
+from molora_fed.types import Reading
+
+__all__ = ["build_synthetic_bank", "check_router_conformance", "permute_experts"]
+
+ALL_READINGS: frozenset[Reading] = frozenset(
+    {"base_hidden", "prefix_hidden", "mean_hidden", "experts_hidden", "evidence"}
+)
+STEP_TOLERANCE = 1e-4
+ORDER_TOLERANCE_NATS = 0.02
+
+
+def build_synthetic_bank(
+    kind: type[Bank] = CalibrationBank,
+    *,
+    num_experts: int = 3,
+    blocks_per_domain: int = 8,
+    block_size: int = 24,
+    hidden_size: int = 16,
+    seed: int = 0,
+    readings: frozenset[Reading] = ALL_READINGS,
+) -> Any:
+    """Make up a bank in which expert e is good at domain e and hidden states tell domains apart.
+
+    Args:
+        kind: CalibrationBank or HeldOutBank.
+        num_experts: E, and the number of domains.
+        blocks_per_domain: Blocks of each domain.
+        block_size: T.
+        hidden_size: D.
+        seed: Of all numbers but the domains' directions, which are always the same.
+        readings: Columns the bank has.
+
+    Returns:
+        A bank of `kind` in memory, for the probability mixture.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(
+        num_experts, hidden_size, generator=torch.Generator().manual_seed(num_experts)
+    )
+    domain_of = torch.arange(num_experts).repeat_interleave(blocks_per_domain)
+    shape = (len(domain_of), block_size)
+    starts = torch.rand(shape, generator=generator) < 0.08
+    starts[:, 0] = True
+    is_own = domain_of[:, None, None] == torch.arange(num_experts)
+    logprob = 0.8 * is_own - 3 - torch.rand((*shape, num_experts), generator=generator)
+    logprob[:, 0] = 0.0
+    base_logprob = -3.2 - torch.rand(shape, generator=generator)
+    base_logprob[:, 0] = 0.0
+
+    def make_hidden() -> Tensor:
+        noise = torch.randn((*shape, hidden_size), generator=generator)
+        return directions[domain_of][:, None] + noise
+
+    experts = tuple(make_hidden() for _ in range(num_experts))
+    columns = {
+        "base_hidden": make_hidden(),
+        "prefix_hidden": make_hidden(),
+        "mean_hidden": torch.stack(experts).mean(0),
+        "experts_hidden": experts,
+    }
+    return kind(
+        tokens=torch.randint(0, 50, shape, generator=generator, dtype=torch.int32),
+        document_starts=starts,
+        clusters=(domain_of[:, None] * 4 + torch.arange(shape[0])[:, None] % 4)
+        .expand(shape)
+        .numpy()
+        .astype(np.int64),
+        domains=tuple(f"domain-{index}" for index in range(num_experts)),
+        domain_of=domain_of.numpy(),
+        expert_names=tuple(f"expert-{index}" for index in range(num_experts)),
+        has_base_expert=False,
+        base_logprob=base_logprob,
+        logprob=logprob,
+        hidden_size=hidden_size,
+        readings=readings,
+        **{name: column for name, column in columns.items() if name in readings},
+    )
+
+
+def permute_experts(bank: Bank, order: list[int]) -> Any:
+    """The same bank with its experts in another order; expert i is the old `order[i]`."""
+    experts = bank.experts_hidden
+    return replace(
+        bank,
+        expert_names=tuple(bank.expert_names[index] for index in order),
+        logprob=bank.logprob[..., order],
+        experts_hidden=None if experts is None else tuple(experts[index] for index in order),
+        _derived={},
+    )
+
+
+def check_router_conformance(
+    router: type[OutputRouter], options: RouterOptions | None = None
+) -> None:
+    """Check a router class against the whole contract, on made-up banks.
+
+    Args:
+        router: The class that is registered.
+        options: Its options; its defaults if None.
+
+    Raises:
+        PluginError: Naming every rule that is broken, with what was found.
+    """
+    chosen = router.Options() if options is None else options
+    reads = router.reads(chosen)
+    if not reads <= ALL_READINGS:
+        raise PluginError(
+            f"Router '{router.__name__}' breaks its contract: expected reads among "
+            f"{sorted(ALL_READINGS)}, got {sorted(reads)}. Correct `reads`."
+        )
+    bank = build_synthetic_bank(readings=reads)
+    held_out = build_synthetic_bank(HeldOutBank, seed=1, readings=reads)
+    case = _Case(router, chosen, bank, held_out, router.fit(bank, chosen, 0))
+    checks = [*_ALWAYS, *(_CAUSAL if router.causal else (_refuses_to_step,))]
+    broken = [text for check in checks if (text := check(case)) is not None]
+    if broken:
+        raise PluginError(
+            f"Router '{router.__name__}' breaks its contract: {'; '.join(broken)}. "
+            "See docs/writing_plugins.md."
+        )
+
+
+@dataclass(frozen=True)
+class _Case:
+    router: type[OutputRouter]
+    options: RouterOptions
+    bank: CalibrationBank
+    held_out: HeldOutBank
+    fitted: OutputRouter
+
+    @property
+    def view(self) -> RouterView:
+        return self.held_out.view(torch.tensor([0, 5, 9, 17]))
+
+
+_Check = Callable[[_Case], str | None]
+
+
+def _gates_are_distributions(case: _Case) -> str | None:
+    gates = case.fitted.gates(case.view)
+    shape = (*case.view.document_starts.shape, case.bank.num_experts)
+    if tuple(gates.shape) != shape:
+        return f"expected gates of shape {shape}, got {tuple(gates.shape)}"
+    if bool((gates < 0).any()) or not _close(gates.sum(-1), torch.ones(shape[:2]), 1e-5):
+        return "expected gates that are non-negative and sum to 1, got others"
+    scores = case.fitted.scores(case.view)
+    if tuple(scores.shape) != shape or not torch.equal(scores.argmax(-1), gates.argmax(-1)):
+        return "expected scores that rank experts as gates do, got another order"
+    return None
+
+
+def _fit_is_deterministic(case: _Case) -> str | None:
+    before = torch.get_rng_state()
+    try:
+        torch.manual_seed(991)  # a fit that draws from the global generator differs now
+        again = case.router.fit(case.bank, case.options, 0).state_tensors()
+    finally:
+        torch.set_rng_state(before)
+    first = case.fitted.state_tensors()
+    same = first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
+    return None if same else "expected the same router from the same bank and seed, got another"
+
+
+def _fit_refuses_held_out(case: _Case) -> str | None:
+    held_out: Any = case.held_out
+    try:
+        case.router.fit(held_out, case.options, 0)
+    except RoutingError:
+        return None
+    return "expected fit to raise RoutingError on a HeldOutBank (check_calibration), got a router"
+
+
+def _leaves_inputs_alone(case: _Case) -> str | None:
+    fresh = build_synthetic_bank(readings=case.bank.readings)
+    everything = slice(0, fresh.num_blocks)
+    same = torch.equal(fresh.logprob, case.bank.logprob) and _same_view(
+        fresh.view(everything), case.bank.view(everything)
+    )
+    view, copy = case.view, case.view
+    case.fitted.gates(view)
+    return None if same and _same_view(view, copy) else "expected inputs as they were, got changed"
+
+
+def _survives_saving(case: _Case) -> str | None:
+    tensors = {name: t.contiguous() for name, t in case.fitted.state_tensors().items()}
+    loaded = case.router.from_state(case.bank.num_experts, case.options, load(save(tensors)))
+    if torch.equal(loaded.gates(case.view), case.fitted.gates(case.view)):
+        return None
+    return "expected the same gates after saving and loading, got others"
+
+
+def _does_not_prefer_places(case: _Case) -> str | None:
+    order = [2, 0, 1]
+    moved = case.router.fit(permute_experts(case.bank, order), case.options, 0)
+    there = compute_router_losses(permute_experts(case.held_out, order), moved).nll.mean()
+    here = compute_router_losses(case.held_out, case.fitted).nll.mean()
+    difference = abs(float(there - here))
+    if difference <= ORDER_TOLERANCE_NATS:
+        return None
+    return f"expected a loss that experts' order does not change, got {difference:.3f} nats"
+
+
+def _gives_a_lone_expert_everything(case: _Case) -> str | None:
+    bank = build_synthetic_bank(num_experts=1, readings=case.bank.readings)
+    gates = case.router.fit(bank, case.options, 0).gates(bank.view(slice(0, 2)))
+    return None if bool((gates == 1).all()) else "expected gate 1 for a lone expert, got less"
+
+
+def _sees_no_future(case: _Case) -> str | None:
+    view = case.view
+    full = case.fitted.gates(view)
+    length = view.document_starts.shape[1]
+    for now in (0, 1, length // 2, length - 2):
+        changed = case.fitted.gates(_change_future(view, now))
+        if not _close(changed[:, : now + 1], full[:, : now + 1], 1e-6):
+            return f"expected gates at position {now} to ignore later ones, got others"
+    return None
+
+
+def _steps_like_the_full_form(case: _Case) -> str | None:
+    view = case.view
+    found = _step_through(case.fitted, view, (1, 1, 2, 5, 100))
+    if _close(found, case.fitted.gates(view), STEP_TOLERANCE):
+        return None
+    return "expected step to give the gates of the full form, got others"
+
+
+def _reorders_state(case: _Case) -> str | None:
+    view, index = case.view, torch.tensor([2, 0, 0, 3])
+    length, half = view.document_starts.shape[1], 9
+    state = case.fitted.init_state(4)
+    _, state = case.fitted.step(view.at(0, half), state)
+    state = case.fitted.reorder(state, index)
+    found, _ = case.fitted.step(_rows(view.at(half, length), index), state)
+    expected = case.fitted.gates(_rows(view, index))[:, half:]
+    if _close(found, expected, STEP_TOLERANCE):
+        return None
+    return "expected reorder to move the state's rows, got other gates"
+
+
+def _refuses_to_step(case: _Case) -> str | None:
+    try:
+        case.fitted.step(case.view, {})
+    except RoutingError:
+        return None
+    return "expected a non-causal router to raise RoutingError in step, got gates"
+
+
+_ALWAYS: tuple[_Check, ...] = (
+    _gates_are_distributions,
+    _fit_is_deterministic,
+    _fit_refuses_held_out,
+    _leaves_inputs_alone,
+    _survives_saving,
+    _does_not_prefer_places,
+    _gives_a_lone_expert_everything,
+)
+_CAUSAL: tuple[_Check, ...] = (_sees_no_future, _steps_like_the_full_form, _reorders_state)
+
+
+def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return torch.allclose(found.float(), expected.float(), rtol=0.0, atol=tolerance)
+
+
+def _columns(view: RouterView) -> dict[str, Tensor]:
+    columns = {f.name: getattr(view, f.name) for f in fields(view)}
+    return {name: column for name, column in columns.items() if column is not None}
+
+
+def _rows(view: RouterView, index: Tensor) -> RouterView:
+    return RouterView(**{name: column[index] for name, column in _columns(view).items()})
+
+
+def _same_view(one: RouterView, other: RouterView) -> bool:
+    first, second = _columns(one), _columns(other)
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _change_future(view: RouterView, now: int) -> RouterView:
+    """The view with everything after position `now` replaced."""
+    changed = {}
+    for name, column in _columns(view).items():
+        future = column[:, now + 1 :]
+        other = ~future if future.dtype == torch.bool else future.flip(0) * -2 + 1
+        changed[name] = torch.cat([column[:, : now + 1], other], dim=1)
+    return RouterView(**changed)
+
+
+def _step_through(router: OutputRouter, view: RouterView, pieces: tuple[int, ...]) -> Tensor:
+    batch, length = view.document_starts.shape
+    state = router.init_state(batch)
+    gates, start = [], 0
+    for piece in pieces:
+        stop = min(start + piece, length)
+        part, state = router.step(view.at(start, stop), state)
+        gates.append(part)
+        start = stop
+    return torch.cat(gates, dim=1)

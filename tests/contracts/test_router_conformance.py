@@ -1,0 +1,77 @@
+"""Every registered router, built in or installed, keeps the contract; broken ones are caught."""
+
+import pytest
+import torch
+from molora_kalavai.evidence import EvidenceOptions, ZeroTrainingEvidenceRouter
+from molora_kalavai.linear import LinearOptions, LinearRouter, NoncausalLinearRouter
+
+from molora_fed.errors import PluginError
+from molora_fed.plugins import load_plugins
+from molora_fed.testing import check_router_conformance
+
+ROUTERS = load_plugins().routers
+
+
+@pytest.mark.parametrize("name", ROUTERS.names())
+def test_registered_router_conforms(name):
+    check_router_conformance(ROUTERS.resolve(name))
+
+
+@pytest.mark.parametrize("reading", ["base_hidden", "prefix_hidden"])
+def test_linear_conforms_on_other_inputs(reading):
+    check_router_conformance(LinearRouter, LinearOptions(input=reading))
+
+
+def test_evidence_conforms_with_prior_and_other_decays():
+    router = ROUTERS.resolve("evidence")
+    check_router_conformance(router, EvidenceOptions(decays=(1.0, 0.5), prior=True))
+
+
+class PretendsToBeCausal(NoncausalLinearRouter):
+    causal = True
+    step = LinearRouter.step
+
+
+class ForgetsToReorder(LinearRouter):
+    def reorder(self, state, index):
+        return state
+
+
+class LearnsFromChance(LinearRouter):
+    @classmethod
+    def fit(cls, bank, options, seed, progress=None):
+        router = super().fit(bank, options, seed, progress)
+        router.weight += torch.randn_like(router.weight)
+        return router
+
+
+class PrefersTheFirst(ZeroTrainingEvidenceRouter):
+    def scores(self, view):
+        return super().scores(view) + torch.tensor([9.0, 0.0, 0.0])[: self.num_experts]
+
+
+class ForgetsTheDocument(LinearRouter):
+    def step(self, view, state):
+        return super().step(view, self.init_state(len(view.document_starts)))
+
+
+class TakesAnyBank(ZeroTrainingEvidenceRouter):
+    @classmethod
+    def fit(cls, bank, options, seed, progress=None):
+        return cls.of(bank.num_experts, options)
+
+
+@pytest.mark.parametrize(
+    ("router", "reason"),
+    [
+        (PretendsToBeCausal, "ignore later ones"),
+        (ForgetsToReorder, "reorder to move"),
+        (LearnsFromChance, "same bank and seed"),
+        (PrefersTheFirst, "order does not change"),
+        (ForgetsTheDocument, "step to give"),
+        (TakesAnyBank, "HeldOutBank"),
+    ],
+)
+def test_broken_router_is_caught(router, reason):
+    with pytest.raises(PluginError, match=reason):
+        check_router_conformance(router)
