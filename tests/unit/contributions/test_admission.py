@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -58,6 +59,9 @@ def edit_tensors(change):
         tensors = load_file(path)
         change(tensors)
         save_file(tensors, path, metadata={"format": "pt"})
+        config = folder / "adapter_config.json"
+        if '"tensors"' in config.read_text():
+            config.write_text(json.dumps({"kind": "delta", "tensors": sorted(tensors)}))
 
     return edit
 
