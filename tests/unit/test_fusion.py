@@ -11,6 +11,7 @@ from molora_fed.errors import (
     BaseCheckpointError,
     CharterError,
     ConfigError,
+    IncompatibleAdapterError,
     RoutingError,
     UnknownNameError,
 )
@@ -270,6 +271,6 @@ def test_a_specialist_of_another_kind_of_base_is_refused(
     base, contributions = cooperative
     other = load_base(tiny_checkpoint("llama"))
     stranger = build_contributed(other, tmp_path / "adapters", "llama-1", "llama", seed=4)
-    with pytest.raises(Exception, match="llama-1"):
+    with pytest.raises(IncompatibleAdapterError, match="llama-1"):
         fuse(base, build_charter(base), [*contributions, stranger], tmp_path, plugins=plugins)
     assert not (tmp_path / "fused").exists()

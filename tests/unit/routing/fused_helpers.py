@@ -2,6 +2,7 @@
 
 import torch
 
+from molora_fed.errors import ShapeError
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.testing import build_random_adapter
@@ -67,6 +68,8 @@ class ProbeRouter(OutputRouter):
 
     @classmethod
     def from_state(cls, num_experts, options, tensors):
+        if tensors["projection"].shape[1] != num_experts:
+            raise ShapeError(f"expected {num_experts} experts")
         return cls(num_experts, options, tensors["projection"])
 
 
