@@ -48,7 +48,9 @@ def publish_charter(
         StorageError: If the disk refuses.
     """
     text = home.charter.read_text(encoding="utf-8")
-    base = describe_folder(home.base)
+    # Only the checkpoint's own files: what lies in folders below is of its training.
+    files = describe_folder(home.base).files
+    base = Shipment(tuple(entry for entry in files if "/" not in entry.name))
     task = {"id": f"train-{charter.amendment.number}", "kind": "train"}
     head = {"text": text, "base": base.to_json(), "tasks": [task], "part_bytes": part_bytes}
     letter_id = hash_bytes(canonical_json(head))

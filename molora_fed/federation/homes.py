@@ -110,6 +110,7 @@ class CoordinatorHome(_Home):
         self.stop_file = self.mail / "stop"
         self.pulse = Board(self.mail / "pulse")
         self.received = self.root / "received"
+        self.worker_board = Board(self.mail / "worker-board")
 
     def contributor(self, fingerprint: str) -> "ContributorBox":
         """The mailbox of one contributor, named by the fingerprint of its public key."""
@@ -166,6 +167,10 @@ class ContributorHome(_Home):
         self.shipments = self.mail / "received"
         self.parts = PartStore(self.mail / "parts")
         self.tasks = TaskQueue(self.mail / "tasks")
+
+    def training_folder(self, recipe: str) -> Path:
+        """Folder of the training that a contribution of this recipe comes from."""
+        return self.training / recipe[:16]
 
     def read_settings(self) -> "JoinSettings":
         """The settings of `molora join`.

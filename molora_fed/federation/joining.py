@@ -30,6 +30,7 @@ POLL_SECONDS = 0.3
 HEALTH_SECONDS = 1.0
 LINGER_SECONDS = 2.0
 MAX_RESTARTS = 5
+BASE_EXPERT = "base"
 WORKER_MODULE = "molora_fed.federation.worker"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -163,6 +164,11 @@ class ContributorSupervisor:
                     f"Cannot join with {what} '{value}': expected lower-case letters, digits and "
                     f"dashes, got something else. Choose another with --{what}."
                 )
+        if settings.name == BASE_EXPERT:
+            raise ConfigError(
+                f"Cannot join with name '{BASE_EXPERT}': expected another name, got that of the "
+                "base in every report. Choose another with --name."
+            )
         earlier = read_json(self.home.settings_file)
         if earlier is not None and JoinSettings.from_json(earlier).domain != settings.domain:
             raise ConfigError(

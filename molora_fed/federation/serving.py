@@ -284,7 +284,7 @@ class ServerSupervisor:
 
     def _report(self) -> None:
         """Emit an event for whatever changed in the coordinator's state and the mailboxes."""
-        problem = self.home.board.read()
+        problem = self.home.board.read() or self.home.worker_board.read()
         if problem != self._problem:
             self._problem = problem
             recovered = "the disk takes data again; going on"

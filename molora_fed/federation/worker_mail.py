@@ -117,14 +117,22 @@ def receive_shipment(home: ContributorHome, letter: Path, field: str, target: Pa
     return True
 
 
-def offer_contribution(home: ContributorHome) -> Shipment:
+def offer_contribution(home: ContributorHome, *, recipe: str = "") -> Shipment:
     """Offer the contribution's folder to the server.
+
+    Args:
+        home: The contributor's home.
+        recipe: Hash of what it was made from, kept beside the offer.
 
     Raises:
         StorageError: If the disk refuses.
     """
     shipment = describe_folder(home.contribution)
-    offer: dict[str, Any] = {"id": shipment.id, "files": shipment.to_json()}
+    offer: dict[str, Any] = {
+        "id": shipment.id,
+        "files": shipment.to_json(),
+        "recipe": recipe,
+    }
     if read_json(home.offer_file) != offer:
         write_json(home.offer_file, offer)
     return shipment

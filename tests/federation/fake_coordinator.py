@@ -33,9 +33,7 @@ def work(home: CoordinatorHome) -> None:
             )  # fmt: skip
             names = sorted(path.name for path in received.iterdir())
             if len(names) == charter.amendment.expected:
-                publish_result(
-                    home, {name: received / name for name in names}, {}, part_bytes=size
-                )
+                publish_result(home, {name: received / name for name in names}, {}, part_bytes=size)
                 write_json(home.state_file, {"phase": "PUBLISHED"})
         time.sleep(0.2)
 
@@ -44,5 +42,3 @@ if __name__ == "__main__":
     coordinator = CoordinatorHome(Path(sys.argv[1]))
     with record_errors(coordinator.error_file):
         work(coordinator)
-
-

@@ -26,8 +26,11 @@ def work(home: ContributorHome) -> None:
     report("JOINING")
     wait_for(lambda: receive_charter(home))
     wait_for(lambda: receive_shipment(home, home.charter_letter, "base", home.base) or None)
-    claim = wait_for(lambda: home.tasks.claim("worker", lease_seconds=60)) if not (
-        home.contribution / "adapter.bin").exists() else None
+    claim = (
+        wait_for(lambda: home.tasks.claim("worker", lease_seconds=60))
+        if not (home.contribution / "adapter.bin").exists()
+        else None
+    )
     report("TRAINING")
     if claim is not None:
         time.sleep(1.0)
@@ -40,8 +43,9 @@ def work(home: ContributorHome) -> None:
     shipment = offer_contribution(home)
     report("SUBMITTING")
     wait_for(
-        lambda: (read_json(home.acknowledgement_letter) or {}).get("shipment") == shipment.id
-        or None
+        lambda: (
+            (read_json(home.acknowledgement_letter) or {}).get("shipment") == shipment.id or None
+        )
     )
     report("ADMITTED")
     wait_for(lambda: receive_shipment(home, home.result_letter, "files", home.result) or None)

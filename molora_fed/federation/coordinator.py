@@ -1,0 +1,318 @@
+"""The coordinator's worker, its own process and the ledger's only writer: admits and fuses.
+
+`python -m molora_fed.federation.coordinator HOME`. Nothing is acknowledged before it is committed,
+and every step done again changes nothing, so the process may be killed at any moment.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from molora_fed.charter import load_charter, write_charter
+from molora_fed.contributions.keys import key_fingerprint, load_key
+from molora_fed.contributions.states import ContributionState, CooperativeState
+from molora_fed.cooperative import Cooperative, open_cooperative
+from molora_fed.errors import AdapterError, FederationError, LedgerError, StorageError
+from molora_fed.federation.coordinator_mail import (
+    Delivery,
+    acknowledge,
+    complete_deliveries,
+    publish_charter,
+    publish_result,
+)
+from molora_fed.federation.homes import CoordinatorHome, message_bytes
+from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.states import StateFile
+from molora_fed.federation.supervise import record_errors
+from molora_fed.files import write_json
+from molora_fed.plugins import Plugins, get_plugins
+
+if TYPE_CHECKING:
+    from molora_fed.base import Base
+    from molora_fed.contributions.ledger import Ledger
+    from molora_fed.contributions.receive import Receipt
+    from molora_fed.forecasting.records import ForecastRecord
+
+__all__ = ["CoordinatorWorker", "main"]
+
+LOOK_SECONDS = 0.3
+RETRY_SECONDS = 2.0
+MIN_CONTRIBUTIONS = 2
+ACTOR = "server"
+
+_S = CooperativeState
+
+
+class CoordinatorWorker:
+    """Does the coordinator's work between its folders.
+
+    Args:
+        home: The coordinator's home.
+        cooperative: The same folder as a cooperative, with the amendment that counts.
+        ledger: Its ledger, open for writing.
+        plugins: Where routers, kinds, checks and predictors are registered.
+    """
+
+    def __init__(
+        self,
+        home: CoordinatorHome,
+        cooperative: Cooperative,
+        ledger: "Ledger",
+        plugins: Plugins,
+    ) -> None:
+        self._home = home
+        self._cooperative = cooperative
+        self._charter = cooperative.charter
+        self._ledger = ledger
+        self._plugins = plugins
+        self._key = load_key(cooperative.key_path)
+        self._state = StateFile(home.state_file)
+        self._message_bytes = message_bytes()
+        self._loaded_base: Base | None = None
+        self._opened = 0.0
+
+    def run(self) -> None:
+        """Publish the charter, then take contributions and fuse for as long as the process lives.
+
+        Raises:
+            MoloraError: Whatever cannot be mended by waiting for space on the disk.
+        """
+        if load_charter(self._home.charter) != self._charter:
+            write_charter(self._charter, self._home.charter)
+        publish_charter(self._home, self._charter, self._key, part_bytes=self._message_bytes)
+        self._opened = self._note_opening()
+        if self._ledger.cooperative_state == _S.CREATED:
+            self._ledger.advance(_S.RECRUITING, actor=ACTOR)
+        self._show()
+        self._admit_pending()
+        while True:
+            with self._mending():
+                self.look()
+            time.sleep(LOOK_SECONDS)
+
+    def look(self) -> None:
+        """Take what is complete, and fuse if it is time."""
+        self._advance_to_training()
+        for delivery in list(complete_deliveries(self._home, part_bytes=self._message_bytes)):
+            self._take(delivery)
+        if self._is_time_to_fuse():
+            self._fuse()
+
+    @property
+    def _base(self) -> "Base":
+        """The cooperative's base, loaded at the first use; a plain look needs no torch."""
+        if self._loaded_base is None:
+            from molora_fed.base import check_base, load_base
+
+            base = load_base(self._cooperative.base_folder)
+            check_base(base, self._charter.identity.base)
+            self._loaded_base = base
+        return self._loaded_base
+
+    @contextmanager
+    def _mending(self) -> Iterator[None]:
+        """On a full disk say so and try again later; whatever was begun goes on."""
+        try:
+            yield
+            self._home.worker_board.post("")
+        except StorageError as error:
+            self._home.worker_board.post(str(error))
+            time.sleep(RETRY_SECONDS)
+
+    def _note_opening(self) -> float:
+        """When this server first opened, from which the deadline counts."""
+        path = self._home.mail / "opened.json"
+        noted = read_json(path)
+        if noted is None:
+            noted = {"time": time.time()}
+            write_json(path, noted)
+        return float(noted["time"])
+
+    def _show(self, message: str = "") -> None:
+        self._state.enter(str(self._ledger.cooperative_state), message or self._count())
+
+    def _count(self) -> str:
+        """How many contributions are in, of how many."""
+        admitted = len(self._ledger.contributions(ContributionState.ADMITTED))
+        return f"{admitted} of {self._needed} contributions admitted"
+
+    @property
+    def _needed(self) -> int:
+        """Contributions to wait for: as the amendment says, or one for each domain."""
+        amendment = self._charter.amendment
+        return amendment.expected or max(MIN_CONTRIBUTIONS, len(amendment.domains))
+
+    def _advance_to_training(self) -> None:
+        if self._ledger.cooperative_state == _S.RECRUITING and any(
+            (read_json(box.state_file) or {}).get("phase") not in (None, "JOINING")
+            for box in self._home.contributors()
+        ):
+            self._ledger.advance(_S.TRAINING, actor=ACTOR)
+            self._show()
+
+    def _admit_pending(self) -> None:
+        """Decide what a run that was killed had stored and not decided."""
+        if self._ledger.contributions(ContributionState.VERIFIED):
+            from molora_fed.contributions.receive import admit_pending
+
+            admit_pending(
+                self._ledger,
+                self._cooperative.store,
+                charter=self._charter,
+                base=self._base,
+                plugins=self._plugins,
+                actor=ACTOR,
+            )
+
+    def _take(self, delivery: Delivery) -> None:
+        """Receive one contribution and acknowledge what the ledger has committed."""
+        folder = self._home.received / delivery.shipment.id[:16]
+        try:
+            delivery.unpack(folder, part_bytes=self._message_bytes)
+        except StorageError:
+            raise
+        except FederationError as error:
+            # The damaged parts are gone and are fetched again.
+            print(str(error), file=sys.stderr, flush=True)
+            return
+        try:
+            receipt = self._receive(delivery, folder)
+            contribution_id, state = receipt.contribution_id, str(receipt.state)
+            refusals = receipt.decision.refusals if receipt.decision else ()
+            findings = [refusal.message for refusal in refusals]
+        except (AdapterError, LedgerError) as error:
+            contribution_id, state, findings = "", "REJECTED", [str(error)]
+        acknowledge(
+            delivery,
+            self._key,
+            contribution_id=contribution_id,
+            state=state,
+            findings=findings,
+            part_bytes=self._message_bytes,
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        self._show()
+
+    def _receive(self, delivery: Delivery, folder: Path) -> "Receipt":
+        from molora_fed.contributions.manifest import load_contribution
+        from molora_fed.contributions.receive import receive_contribution
+
+        manifest = load_contribution(folder).manifest
+        shown, signed = key_fingerprint(delivery.public_key), key_fingerprint(manifest.public_key)
+        if shown != signed or manifest.contributor != delivery.name:
+            raise AdapterError(
+                f"Cannot admit contribution of '{delivery.name}': expected one signed by "
+                f"'{delivery.name}' with key {shown[:16]}, got '{manifest.contributor}' with key "
+                f"{signed[:16]}. Submit only your own."
+            )
+        return receive_contribution(
+            self._ledger,
+            self._cooperative.store,
+            folder,
+            charter=self._charter,
+            base=self._base,
+            plugins=self._plugins,
+            actor=ACTOR,
+        )
+
+    def _is_time_to_fuse(self) -> bool:
+        admitted = [entry.id for entry in self._ledger.contributions(ContributionState.ADMITTED)]
+        if not admitted or self._published() == (self._charter.amendment.number, admitted):
+            return False
+        deadline = self._charter.amendment.deadline_seconds
+        is_late = bool(deadline) and time.time() - self._opened >= deadline
+        return len(admitted) >= self._needed or is_late
+
+    def _published(self) -> tuple[int, list[str]] | None:
+        """Amendment and contributions of the result in the outbox, None if there is none."""
+        letter = read_json(self._home.outbox / "result.json")
+        if letter is None:
+            return None
+        return letter["summary"]["amendment"], letter["summary"]["contributions"]
+
+    def _fuse(self) -> None:
+        """Fuse what is admitted, keep the forecasts in the ledger, publish the result."""
+        from molora_fed.contributions.receive import load_admitted
+        from molora_fed.fusion import fuse
+        from molora_fed.fusion_plan import collect_contributed
+
+        state = self._ledger.cooperative_state
+        if state == _S.RECRUITING:
+            self._ledger.advance(_S.TRAINING, actor=ACTOR)
+        self._ledger.advance(
+            _S.GROWING if state in (_S.PUBLISHED, _S.GROWING) else _S.FUSING, actor=ACTOR
+        )
+        admitted = load_admitted(self._ledger, self._cooperative.store)
+        phase = str(self._ledger.cooperative_state)
+        numbers: dict[str, int] = {}
+        result = fuse(
+            self._base,
+            self._charter,
+            [collect_contributed(contribution) for contribution in admitted],
+            self._home.root,
+            plugins=self._plugins,
+            control=self._load_control(),
+            on_phase=lambda name: self._state.enter(phase, name),
+            on_forecasts=lambda records: self._keep_forecasts(records, numbers),
+            progress=self._state.progress,
+        )
+        summary = {
+            "amendment": self._charter.amendment.number,
+            "contributions": [contribution.id for contribution in admitted],
+            "gain_percent": result.result.get("gain_percent", {}),
+        }
+        report = self._home.outbox / "report"
+        write_json(report / "report.json", result.result)
+        publish_result(
+            self._home,
+            {"fused": result.fused_folder, "report": report},
+            summary,
+            part_bytes=self._message_bytes,
+        )
+        self._ledger.advance(_S.PUBLISHED, actor=ACTOR)
+        self._show(f"{len(admitted)} contributions fused")
+
+    def _keep_forecasts(self, records: "Sequence[ForecastRecord]", numbers: dict[str, int]) -> None:
+        """Write forecasts down before the outcome, and the outcome beside them afterwards."""
+        for record in records:
+            name = f"{record.predictor}/{record.router}/{record.forecast.reference}"
+            if record.actual is None:
+                numbers[name] = self._ledger.add_record("forecast", record.to_json(), actor=ACTOR)
+            elif name in numbers:
+                outcome: Mapping[str, Any] = {"actual": record.actual}
+                self._ledger.score_record(numbers[name], outcome, actor=ACTOR)
+
+    def _load_control(self) -> Any:
+        """A control trained on this machine's pooled data, if the coordinator put one there."""
+        folder = self._home.root / "control"
+        if not (folder / "record.json").exists():
+            return None
+        from molora_fed.adapters.files import load_adapter
+        from molora_fed.fusion import Control
+        from molora_fed.specialists import load_specialist
+
+        control = load_specialist(folder)
+        adapter = load_adapter(control.adapter_folder, plugins=self._plugins, name="control")
+        return Control(adapter, control.record)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the worker of a home folder.
+
+    Raises:
+        SystemExit: With the exit code of whatever a step refused.
+    """
+    home = CoordinatorHome(Path(arguments[0]))
+    with record_errors(home.error_file):
+        home.worker_board.prepare()
+        cooperative = open_cooperative(home.root)
+        with cooperative.open_ledger() as ledger:
+            CoordinatorWorker(home, cooperative, ledger, get_plugins()).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

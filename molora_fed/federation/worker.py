@@ -1,0 +1,300 @@
+"""The contributor's worker, its own process: corpus, training, contribution, result.
+
+`python -m molora_fed.federation.worker HOME`. Every step is durable and found again, so the process
+may be killed at any moment and started again; it ends with the same bytes.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from molora_fed.charter import Charter
+from molora_fed.contributions.keys import load_key, verify
+from molora_fed.errors import AdmissionError, FederationError
+from molora_fed.federation.coordinator_mail import build_acknowledgement_bytes
+from molora_fed.federation.homes import ContributorHome, JoinSettings
+from molora_fed.federation.mailbox import Claim, hold_lock, read_json
+from molora_fed.federation.states import StateFile
+from molora_fed.federation.supervise import record_errors
+from molora_fed.federation.worker_mail import (
+    offer_contribution,
+    receive_charter,
+    receive_shipment,
+    wait_for,
+)
+from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.types import Document, Split
+
+if TYPE_CHECKING:
+    from molora_fed.base import Base
+    from molora_fed.corpus.prepare import Corpus
+
+__all__ = ["ContributorWorker", "main"]
+
+LEASE_SECONDS = 120.0
+OWNER = "worker"
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a contribution needs of a specialist: adapter folder, kind, losses, record."""
+
+    adapter: Path
+    kind: str
+    base_loss: float
+    loss: float
+    record: dict[str, Any]
+
+
+class ContributorWorker:
+    """Does a contributor's work between its folders.
+
+    Args:
+        home: The contributor's home, with key and settings.
+        plugins: Where domains and adapter kinds are registered.
+    """
+
+    def __init__(self, home: ContributorHome, plugins: Plugins) -> None:
+        self._home = home
+        self._plugins = plugins
+        self._settings: JoinSettings = home.read_settings()
+        self._state = StateFile(home.state_file)
+
+    def run(self) -> None:
+        """Work until the result is there.
+
+        Raises:
+            AdmissionError: If the contribution was not admitted.
+            FederationError: If the charter is another cooperative's, or has no use for the domain.
+            MoloraError: Whatever a step refuses.
+        """
+        home = self._home
+        self._state.enter("JOINING", "waiting for the charter")
+        if not home.offer_file.exists():
+            # Takes seconds, like the first messages: both go on at once.
+            importlib.import_module("molora_fed.specialists")
+        charter = wait_for(lambda: receive_charter(home))
+        self._check_domain(charter)
+        if not self._is_offered(charter):
+            self._contribute(charter)
+        self._state.enter("SUBMITTED", "waiting for the coordinator's decision")
+        wait_for(self._read_decision)
+        self._state.enter("ADMITTED", "waiting for the fused model")
+        wait_for(lambda: receive_shipment(home, home.result_letter, "files", home.result) or None)
+        self._link_base()
+        self._state.enter("DONE", f"the fused model is in {home.result}")
+
+    def _check_domain(self, charter: Charter) -> None:
+        domains = charter.amendment.domains
+        if domains and self._settings.domain not in domains:
+            raise FederationError(
+                f"Cannot join cooperative '{charter.identity.name}': expected one of the domains "
+                f"{', '.join(domains)}, got '{self._settings.domain}'. Choose one of these, or "
+                "ask the coordinator for an amendment."
+            )
+
+    def _is_offered(self, charter: Charter) -> bool:
+        """Whether a contribution made from these settings and this amendment is offered."""
+        offer = read_json(self._home.offer_file) or {}
+        return bool(offer.get("recipe") == self._recipe(charter))
+
+    def _recipe(self, charter: Charter) -> str:
+        """Hash of what a contribution is made from."""
+        settings = self._settings
+        return hash_bytes(
+            canonical_json(
+                {
+                    "identity": charter.identity_hash,
+                    "amendment": charter.amendment.number,
+                    "name": settings.name,
+                    "domain": settings.domain,
+                    "data": list(settings.data),
+                    "adapter": settings.adapter,
+                    "shard": list(settings.shard),
+                }
+            )
+        )
+
+    def _contribute(self, charter: Charter) -> None:
+        """Train, build the contribution and offer it, under the lease of the server's task."""
+        home = self._home
+        self._state.enter("JOINING", "waiting for the base")
+        wait_for(lambda: receive_shipment(home, home.charter_letter, "base", home.base) or None)
+        task_id = f"train-{charter.amendment.number}"
+        wait_for(lambda: task_id in home.tasks.known() or None)
+        # None: the task was done before, and now made from other settings once more.
+        claim = home.tasks.claim(OWNER, lease_seconds=LEASE_SECONDS)
+        base = self._load_base(charter)
+        corpus = self._prepare_corpus(charter, base)
+        trained = (
+            self._measure(charter, base, corpus)
+            if self._settings.adapter
+            else self._train(charter, base, corpus, claim)
+        )
+        self._state.enter("SUBMITTING", "building the contribution")
+        self._build(charter, corpus, trained)
+        offer_contribution(home, recipe=self._recipe(charter))
+        if claim is not None:
+            home.tasks.complete(claim)
+
+    def _load_base(self, charter: Charter) -> "Base":
+        from molora_fed.base import check_base, load_base
+
+        self._state.enter("CORPUS", "loading the base")
+        base = load_base(self._home.base)
+        check_base(base, charter.identity.base)
+        return base
+
+    def _prepare_corpus(self, charter: Charter, base: "Base") -> "Corpus":
+        from molora_fed.corpus.documents import read_documents
+        from molora_fed.corpus.prepare import prepare_corpus
+
+        self._state.enter("CORPUS", "clustering, splitting and packing the text")
+        settings = self._settings
+        documents: Iterable[Document] = (
+            read_documents([Path(path) for path in settings.data])
+            if settings.data
+            else self._plugins.domains.resolve(settings.domain)()
+        )
+        return prepare_corpus(
+            settings.domain,
+            documents,
+            base.tokenizer,
+            rules=charter.identity.corpus,
+            folder=self._home.corpus,
+            shard=settings.shard,
+            progress=self._state.progress,
+        )
+
+    def _train(
+        self, charter: Charter, base: "Base", corpus: "Corpus", claim: Claim | None
+    ) -> _Trained:
+        from molora_fed.specialists import train_specialist
+
+        def progress(done: int, total: int, **fields: float | str) -> None:
+            if claim is not None:
+                self._home.tasks.renew(claim, lease_seconds=LEASE_SECONDS)
+            self._state.progress(done, total, **fields)
+
+        self._state.enter("TRAINING")
+        rules = charter.amendment.training
+        specialist = train_specialist(
+            base,
+            corpus.blocks[Split.TRAIN],
+            corpus.blocks[Split.VALIDATION],
+            kind=rules.kind,
+            rules=charter.identity.adapters,
+            training=rules,
+            seed=charter.amendment.seed,
+            threads=self._settings.threads,
+            folder=self._home.training_folder(self._recipe(charter)),
+            plugins=self._plugins,
+            evaluation_batch=charter.identity.corpus.evaluation_batch,
+            progress=progress,
+        )
+        return _Trained(
+            specialist.adapter_folder,
+            specialist.kind,
+            specialist.base_loss,
+            specialist.loss,
+            dict(specialist.record),
+        )
+
+    def _measure(self, charter: Charter, base: "Base", corpus: "Corpus") -> _Trained:
+        """An adapter trained earlier: read it, and measure it on this contributor's own text."""
+        from molora_fed.adapters.apply import applied
+        from molora_fed.adapters.files import load_adapter
+        from molora_fed.evaluation import compute_block_losses
+
+        self._state.enter("TRAINING", "measuring the adapter trained earlier")
+        given = Path(self._settings.adapter)
+        folder = given / "adapter" if (given / "adapter").is_dir() else given
+        adapter = load_adapter(
+            folder, rules=charter.identity.adapters, plugins=self._plugins, name=str(given)
+        )
+        losses = []
+        for update in (None, adapter):
+            with applied(base.model, update) as model:
+                nll = compute_block_losses(
+                    model,
+                    corpus.blocks[Split.VALIDATION].tokens,
+                    batch=charter.identity.corpus.evaluation_batch,
+                    progress=self._state.progress,
+                )
+            losses.append(float(nll.double().mean()))
+        record = read_json(given / "record.json") or {"source": "an adapter trained earlier"}
+        return _Trained(folder, adapter.kind, losses[0], losses[1], record)
+
+    def _build(self, charter: Charter, corpus: "Corpus", trained: _Trained) -> None:
+        from molora_fed.contributions.building import build_contribution
+
+        build_contribution(
+            self._home.contribution,
+            adapter=trained.adapter,
+            kind=trained.kind,
+            samples=corpus.blocks,
+            key=load_key(self._home.key),
+            charter=charter,
+            contributor=self._settings.name,
+            domain=self._settings.domain,
+            training=trained.record,
+            base_loss=trained.base_loss,
+            specialist_loss=trained.loss,
+            contamination=corpus.report.contamination,
+        )
+
+    def _read_decision(self) -> bool | None:
+        """True once the coordinator has admitted what is offered; None while it has not decided.
+
+        Raises:
+            AdmissionError: If it was not admitted.
+            SignatureError: If the acknowledgement is not the coordinator's.
+        """
+        home = self._home
+        letter = read_json(home.acknowledgement_letter) or {}
+        offer = read_json(home.offer_file) or {}
+        if not letter or letter.get("shipment") != offer.get("id"):
+            return None
+        verify(
+            (home.charter / "coordinator.pem").read_text(encoding="utf-8"),
+            build_acknowledgement_bytes(letter),
+            str(letter.get("signature", "")),
+            what="acknowledgement",
+        )
+        if letter["state"] == "ADMITTED":
+            return True
+        findings = " ".join(str(finding) for finding in letter["findings"])
+        self._state.enter(str(letter["state"]), findings)
+        raise AdmissionError(
+            findings
+            or f"Cannot take part: expected an admitted contribution, got {letter['state']}. "
+            "Ask the coordinator."
+        )
+
+    def _link_base(self) -> None:
+        """Let the fused model find its base at the path it recorded, `../base`."""
+        link = self._home.result / "base"
+        if not link.exists():
+            link.symlink_to(Path("..") / self._home.base.name)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the worker of a home folder.
+
+    Raises:
+        SystemExit: With the exit code of whatever a step refused.
+    """
+    home = ContributorHome(Path(arguments[0]))
+    with (
+        record_errors(home.error_file),
+        hold_lock(home.root / "worker.lock", what="a contributor's worker"),
+    ):
+        ContributorWorker(home, get_plugins()).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
