@@ -108,7 +108,7 @@ def generate(
         top_p: See `Sampling`.
         seed: See `Sampling`.
         evidence_from: See `Sampling`.
-        progress: Receives tokens done and tokens in all.
+        progress: Receives tokens done and tokens in all, per prompt length.
 
     Returns:
         One generation a prompt, in their order.
@@ -130,13 +130,27 @@ def generate(
     for done, length in enumerate(sorted(by_length)):
         rows = by_length[length]
         tokens, gates = decode_tokens(
-            fused, torch.tensor([encoded[i] for i in rows]), sampling, streams=rows
+            fused,
+            torch.tensor([encoded[i] for i in rows]),
+            sampling,
+            streams=rows,
+            progress=_shift(progress, done, len(by_length)),
         )
         for row, index in enumerate(rows):
             results[index] = _describe(fused, texts[index], tokens[row], gates[row])
-        if progress is not None:
-            progress(done + 1, len(by_length))
     return [results[index] for index in range(len(texts))]
+
+
+def _shift(progress: Progress | None, group: int, groups: int) -> Progress | None:
+    """Progress of one group of prompts, told as progress of all."""
+    if progress is None:
+        return None
+    report = progress
+
+    def shifted(done: int, total: int, **fields: float | str) -> None:
+        report(group * total + done, groups * total, **fields)
+
+    return shifted
 
 
 def _describe(fused: FusedModel, prompt: str, tokens: Tensor, gates: Tensor) -> Generation:

@@ -1,6 +1,8 @@
 import json
 import math
 from importlib.resources import files
+from pathlib import Path
+from statistics import mean
 
 import pytest
 from molora_kalavai.predictors import (
@@ -13,7 +15,8 @@ from molora_kalavai.predictors import (
     predict_own_loss_bracket,
 )
 
-from molora_fed.forecasting.divergence import compute_gains
+from molora_fed.forecasting.divergence import compute_divergences, compute_gains
+from molora_fed.forecasting.intervals import fit_line, leave_one_out_residuals
 from molora_fed.plugins import load_plugins
 from molora_fed.types import LossMatrix
 
@@ -126,3 +129,22 @@ def test_worse_specialists_give_an_ordered_bracket():
     )
     forecast = predict_own_loss_bracket(losses)
     assert forecast.low <= forecast.high
+
+
+def test_the_page_on_forecasts_shows_the_residuals_of_the_table():
+    page = (Path(__file__).parents[2] / "docs" / "forecasts.md").read_text()
+    divergence = group_means(lambda run: mean(compute_divergences(run.losses).values()))
+    gain = group_means(lambda run: compute_gains(run.losses, run.fused)["best_specialist"])
+    law = leave_one_out_residuals(divergence, gain, fit_line)
+    own = group_means(
+        lambda run: (
+            compute_gains(run.losses, run.fused)["best_specialist"]
+            - predict_own_loss(run.losses).point
+        )
+    )
+    groups = sorted({run.group for run in load_published_runs()})
+    for name, *residuals in zip(groups, law, own, strict=True):
+        first, second = (f"{value:+.2f}".replace("-", "\u2212") for value in residuals)
+        assert f"| {name} | {first} | {second} |" in page
+    assert f"± {max(map(abs, law)):.1f} for the law" in page
+    assert f"± {max(map(abs, own)):.1f} for `own-loss`" in page

@@ -20,6 +20,7 @@ from molora_fed.forecasting.records import parse_record
 from molora_fed.fusion import PHASES, Control, fuse
 from molora_fed.plugins import load_plugins
 from molora_fed.routing.bundle import load_fused
+from molora_fed.routing.decoding import generate
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import LossMatrix
 
@@ -154,6 +155,17 @@ def test_the_saved_model_has_the_reported_losses(fusion, cooperative):
     base, contributions = cooperative
     found = measure_saved(result.fused_folder, contributions, base.folder)
     assert found == pytest.approx(result.result["losses"]["fused"]["evidence"], abs=2e-4)
+
+
+def test_the_saved_model_generates(fusion, cooperative):
+    told = []
+    fused = load_fused(fusion[0].fused_folder, base_folder=cooperative[0].folder)
+    results = generate(
+        fused, ["ab", "cd", "longer"], max_new_tokens=5, progress=lambda *a, **_: told.append(a)
+    )
+    assert [len(r.tokens) for r in results] == [5, 5, 5]
+    assert results[0].gates.keys() == {"base", "law-1", "law-2", "art-1"}
+    assert told[-1] == (10, 10)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt2"])
