@@ -14,6 +14,8 @@ from molora_fed.contributions.keys import build_public_pem, sign
 from molora_fed.contributions.manifest import (
     ADAPTER_FILES,
     MANIFEST_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_MANIFEST_BYTES,
     REQUIRED_ADAPTER_FILES,
     SAMPLE_SPLITS,
     SIGNATURE_FILE,
@@ -105,7 +107,9 @@ def describe_outgoing(source: Manifest | Charter) -> list[OutgoingRow]:
         )
         for split, count in count_samples(source.amendment.samples).items()
     ]
-    rows.append(OutgoingRow("adapter", 0, 0, source.identity.adapters.max_bytes, exact=False))
+    adapter = source.identity.adapters.max_bytes + 2 * MAX_CONFIG_BYTES
+    rows.append(OutgoingRow("adapter", 0, 0, adapter, exact=False))
+    rows.append(OutgoingRow("manifest", 0, 0, MAX_MANIFEST_BYTES, exact=False))
     return rows
 
 
@@ -150,40 +154,47 @@ def build_contribution(
     """
     chosen = _choose_samples(samples, charter, domain=domain)
     with replace_folder(folder) as temporary:
-        adapter_files = _copy_adapter(adapter, temporary / "adapter")
-        sample_files = {}
-        for split, blocks in chosen.items():
-            path = temporary / "samples" / f"{split}.safetensors"
-            blocks.save(path)
-            sample_files[split] = SampleEntry(
-                **_describe(path), blocks=len(blocks), tokens=blocks.tokens.size
-            )
-        try:
-            manifest = Manifest(
-                contributor=contributor,
-                public_key=build_public_pem(key),
-                domain=domain,
-                charter_identity=charter.identity_hash,
-                amendment=charter.amendment.number,
-                base_weights=charter.identity.base.weights,
-                base_tokenizer=charter.identity.base.tokenizer,
-                kind=kind,
-                adapter_files=adapter_files,
-                sample_files=sample_files,
-                training=dict(training),
-                base_loss=base_loss,
-                specialist_loss=specialist_loss,
-                contamination=contamination,
-            )
-        except ValidationError as error:
-            raise AdapterError(
-                f"Cannot build contribution of '{contributor}': expected values a manifest can "
-                f"hold, got {describe_offenders(error)}. Correct these."
-            ) from error
-        parse_manifest(manifest.canonical)  # What a coordinator would refuse is refused here.
+        manifest = _make_manifest(
+            contributor=contributor,
+            public_key=build_public_pem(key),
+            domain=domain,
+            charter_identity=charter.identity_hash,
+            amendment=charter.amendment.number,
+            base_weights=charter.identity.base.weights,
+            base_tokenizer=charter.identity.base.tokenizer,
+            kind=kind,
+            adapter_files=_copy_adapter(adapter, temporary / "adapter"),
+            sample_files=_write_samples(chosen, temporary / "samples"),
+            training=dict(training),
+            base_loss=base_loss,
+            specialist_loss=specialist_loss,
+            contamination=contamination,
+        )
         write_json(temporary / MANIFEST_FILE, manifest.model_dump(mode="json"))
         write_bytes(temporary / SIGNATURE_FILE, (sign(key, manifest.canonical) + "\n").encode())
     return load_contribution(folder)
+
+
+def _make_manifest(**fields: Any) -> Manifest:
+    """A manifest that a coordinator can read."""
+    try:
+        return parse_manifest(Manifest(**fields).canonical)
+    except ValidationError as error:
+        raise AdapterError(
+            f"Cannot build contribution of '{fields['contributor']}': expected values a manifest "
+            f"can hold, got {describe_offenders(error)}. Correct these."
+        ) from error
+
+
+def _write_samples(chosen: Mapping[Split, Blocks], folder: Path) -> dict[Split, SampleEntry]:
+    entries = {}
+    for split, blocks in chosen.items():
+        path = folder / f"{split}.safetensors"
+        blocks.save(path)
+        entries[split] = SampleEntry(
+            **_describe(path), blocks=len(blocks), tokens=blocks.tokens.size
+        )
+    return entries
 
 
 def _choose_samples(

@@ -232,15 +232,16 @@ def parse_manifest(data: bytes, *, where: str = MANIFEST_FILE) -> Manifest:
         )
     try:
         manifest = Manifest.model_validate_json(data)
-        manifest.canonical  # noqa: B018 (raises on NaN inside the training record)
+        manifest.canonical  # noqa: B018 (pydantic lets NaN through in the training record)
     except ValidationError as error:
         raise AdapterError(
             f"{what}: expected the keys of format {FORMAT_VERSION} with valid values, "
             f"got {describe_offenders(error)}. Build the contribution again."
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise AdapterError(
-            f"{what}: expected plain JSON values, got {error}. Build the contribution again."
+            f"{what}: expected values that JSON can carry in the training record, got {error}. "
+            "Build the contribution again."
         ) from error
     missing = [name for name in REQUIRED_ADAPTER_FILES if name not in manifest.adapter_files]
     if missing:

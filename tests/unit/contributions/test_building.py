@@ -70,6 +70,7 @@ def test_outgoing_is_counted_exactly_and_bounded_before(contribute, charter):
     )
     before = {row.what: row for row in describe_outgoing(charter)}
     assert all(not row.exact for row in before.values())
+    assert [*before] == [*rows]
     for what, bound in before.items():
         assert rows[what].blocks <= bound.blocks
         assert rows[what].bytes <= bound.bytes
@@ -90,6 +91,8 @@ def test_missing_adapter_and_bad_values_leave_nothing(contribute, tmp_path):
         contribute(adapter=tmp_path)
     with pytest.raises(AdapterError, match="base_loss: Input should be a finite number"):
         contribute(base_loss=float("inf"))
+    with pytest.raises(AdapterError, match=r"training\.loss.*finite number"):
+        contribute(training={"loss": [float("nan")]})
     with pytest.raises(AdapterError, match="contributor: String should match"):
         contribute(contributor="Legal 07")
     assert list(tmp_path.iterdir()) == []

@@ -100,11 +100,13 @@ def test_manifest_that_is_none_is_refused(data):
         parse_manifest(data)
 
 
-def test_nan_inside_the_training_record_is_refused(contribute):
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"\\ud800"', "9" * 5_000])
+def test_what_json_cannot_carry_is_refused_in_the_training_record(contribute, value):
     folder = contribute().folder
-    text = (folder / "manifest.json").read_text().replace('"threads": 1', '"threads": NaN')
-    with pytest.raises(AdapterError, match="Cannot read manifest"):
+    text = (folder / "manifest.json").read_text().replace('"threads": 1', f'"threads": {value}')
+    with pytest.raises(AdapterError, match="Cannot read manifest") as caught:
         parse_manifest(text.encode())
+    assert "\n" not in str(caught.value)
 
 
 def test_large_manifest_is_refused_before_it_is_read(contribute):
