@@ -4,6 +4,7 @@ Drawn on `matplotlib.figure.Figure` directly, without pyplot: nothing global, no
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,10 +133,15 @@ def draw_gates(result: Mapping[str, Any]) -> bytes:
     routers = sorted(gates, key=lambda router: (router != published, router))
     domains = list(result["domains"])
     experts = list(next(iter(gates[routers[0]].values()))) if routers else []
-    width = 1.6 + max(1, len(routers)) * (0.6 + 0.72 * max(1, len(experts)))
-    figure = Figure(figsize=(width, 1.9 + 0.42 * len(domains)), layout="constrained")
+    columns = min(2, max(1, len(routers)))
+    rows = max(1, math.ceil(len(routers) / columns))
+    width = max(7.0, 1.6 + columns * (0.6 + 0.72 * max(1, len(experts))))
+    height = rows * (1.3 + 0.42 * len(domains)) + 0.3
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = np.atleast_1d(figure.subplots(1, max(1, len(routers)), sharey=True))
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for unused in panels[len(routers) :]:
+        unused.set_axis_off()
     image = None
     for axes, router in zip(panels, routers, strict=False):
         _tidy(axes)
@@ -146,7 +152,8 @@ def draw_gates(result: Mapping[str, Any]) -> bytes:
         axes.set_yticks(range(len(domains)), domains)
         axes.set_xlabel("expert", fontsize=9)
         _title(axes, router + (" (published)" if router == published else ""))
-    panels[0].set_ylabel("domain of the text", fontsize=9)
+    for axes in panels[::columns]:
+        axes.set_ylabel("domain of the text", fontsize=9)
     if image is not None:
         bar = figure.colorbar(image, ax=list(panels), fraction=0.03, pad=0.01)
         bar.set_label("mean gate (rows sum to 1)", fontsize=9)
@@ -184,6 +191,7 @@ def draw_losses(result: Mapping[str, Any]) -> bytes:
             va="center",
             fontsize=8,
             color=_INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )
     axes.axvline(alone, color="#D55E00", linewidth=1.2, linestyle="--", zorder=0)
     axes.annotate(
