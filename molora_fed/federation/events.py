@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["FederationEvent", "OnEvent"]
 
@@ -22,6 +23,8 @@ class FederationEvent:
         eta_seconds: Estimated seconds left of the current work.
         message: One line for people; empty if the fields say it all.
         problem: True if the message is bad news that is being retried.
+        seen_by: Who reports it: the server (of a contributor, what its last message said), or
+            the contributor itself.
     """
 
     phase: str
@@ -33,6 +36,7 @@ class FederationEvent:
     eta_seconds: float | None = None
     message: str = ""
     problem: bool = False
+    seen_by: Literal["server", "contributor"] = "server"
 
 
 OnEvent = Callable[[FederationEvent], None]

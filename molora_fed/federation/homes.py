@@ -134,6 +134,7 @@ class ContributorBox:
         self.state_file = folder / "state.json"
         self.offer_file = folder / "offer.json"
         self.refusal_file = folder / "refusal.json"
+        self.delivered_file = folder / "delivered.json"
         self.parts = PartStore(folder / "parts")
 
     def acknowledgement_file(self, shipment_id: str) -> Path:

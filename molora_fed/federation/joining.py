@@ -313,7 +313,8 @@ class ContributorSupervisor:
             self._start_node()
 
     def _emit(self, event: FederationEvent) -> None:
-        self._on_event(replace(event, contributor=self.settings.name))
+        own = replace(event, contributor=self.settings.name, seen_by="contributor")
+        self._on_event(own)
 
     def _emit_message(self, message: str) -> None:
         phase = self.home.read_state().get("phase", "JOINING")

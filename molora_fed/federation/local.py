@@ -128,7 +128,9 @@ class _Crew:
         self._members: list[threading.Thread] = []
 
     def emit(self, event: FederationEvent) -> None:
-        """Hand on one event at a time."""
+        """Hand on one event at a time; of a contributor, what it says itself."""
+        if event.contributor and event.seen_by == "server" and not event.problem:
+            return  # older news of the same
         with self._lock:
             self._on_event(event)
 

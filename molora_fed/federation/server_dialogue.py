@@ -143,6 +143,8 @@ class ServerDialogue:
         folder = self._home.outbox / "result" / result["id"]
         delivery = self._deliver(folder, parse_shipment(result["files"]), state)
         if delivery is None:
+            if (read_json(box.delivered_file) or {}).get("id") != result["id"]:
+                write_json(box.delivered_file, {"id": result["id"]})
             return None
         names = [str(part.name) for part in delivery.parts]
         letters = (Letter("result", result), Letter("parts", {"names": names}))

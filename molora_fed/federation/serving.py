@@ -319,6 +319,7 @@ def _describe(box: ContributorBox) -> FederationEvent:
     """One contributor as the server sees it."""
     state = read_json(box.state_file) or {}
     problem = str(state.pop("problem", ""))
+    last_phase = str(state.pop("phase", "JOINING"))
     refusal = read_json(box.refusal_file) or {}
     offer = read_json(box.offer_file) or {}
     ledger_state = ""
@@ -326,7 +327,7 @@ def _describe(box: ContributorBox) -> FederationEvent:
         acknowledgement = read_json(box.acknowledgement_file(offer["id"])) or {}
         ledger_state = str(acknowledgement.get("state", ""))
     event = FederationEvent(
-        phase=str(state.pop("phase", "JOINING")),
+        phase="DONE" if box.delivered_file.exists() else last_phase,
         contributor=box.name,
         state=ledger_state,
         **state,

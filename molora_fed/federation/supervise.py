@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ __all__ = [
 ]
 
 GRACE_SECONDS = 10.0
+PARENT_SECONDS = 3.0
 
 # Ends the program with its supervisor however that one dies; a supervisor that is killed cannot
 # stop anything itself. Linux only; elsewhere the next start does it (`end_leftovers`).
@@ -214,9 +214,12 @@ class ProcessGroup:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
         members = [m for name in names for m in self._family.get(name, {}).values()]
-        deadline = time.monotonic() + grace_seconds
-        psutil.wait_procs([m for m in members if _is_alive(m)], timeout=grace_seconds / 2)
-        _end(members, max(1.0, deadline - time.monotonic()))
+        # Parents first and by themselves: a SuperNode says goodbye to its server in this time.
+        psutil.wait_procs(
+            [m for m in members if _is_alive(m) and any(m.pid == p.pid for p in started)],
+            timeout=min(PARENT_SECONDS, grace_seconds),
+        )
+        _end(members, grace_seconds)
         for process in started:
             process.wait()
         for name in names:
