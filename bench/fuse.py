@@ -15,7 +15,6 @@ bound = steps * batch * E / (N_cal * (E + 1)): the ratio of sequence passes.
 import argparse
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -268,7 +267,9 @@ def print_own_memory(
     with tempfile.TemporaryDirectory() as bank_folder:
         blocks = build_blocks(num_blocks)
         run_bank(Path(bank_folder), base, experts, blocks, "probability", steps, batch)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    # Not ru_maxrss: it starts at the peak of the process that forked this one.
+    status = Path("/proc/self/status").read_text()
+    print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 
 
 def print_tables(rows: list[Row], memory: dict[int, int]) -> None:

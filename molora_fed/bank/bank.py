@@ -1,9 +1,9 @@
 """What a bank holds, and how routers and the evaluator read it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -157,6 +157,10 @@ class Bank:
         if self.readout is None:
             return self._probability_nll(torch.log_softmax(scores, dim=-1), rows)
         return self._logit_nll(torch.softmax(scores, dim=-1), rows, self.readout)
+
+    def under_probability_mixture(self) -> Self:
+        """The same bank with the experts' distributions mixed; columns are shared."""
+        return replace(self, mixture="probability", readout=None)
 
     def uniform_gates(self, rows: Rows) -> Tensor:
         """The same gate for every expert, (B, T, E)."""

@@ -1,6 +1,7 @@
 """Fits routers on a bank: mini-batch AdamW as published, or all of it at once for few numbers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,13 @@ from molora_fed.types import Progress
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
 
-__all__ = ["check_calibration", "draw_batches", "fit_on_batches", "fit_on_whole"]
+__all__ = [
+    "check_calibration",
+    "compute_score_loss",
+    "draw_batches",
+    "fit_on_batches",
+    "fit_on_whole",
+]
 
 _REPORT_EVERY = 25  # steps between reports of progress
 _CHUNK_NUMBERS = 2**22  # numbers of the features handled at once when the whole bank is read
@@ -100,14 +107,15 @@ def fit_on_batches(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(list(parameters), lr=learning_rate, fused=True)
     loss = torch.zeros(())
-    for step, rows in enumerate(schedule, start=1):
-        chosen = features.index_select(0, rows).to(bank.device)
-        loss = bank.score_nll(scores(chosen), rows).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if progress is not None and (step % _REPORT_EVERY == 0 or step == steps):
-            progress(step, steps, loss=float(loss.detach()))
+    with _threads_for(bank):
+        for step, rows in enumerate(schedule, start=1):
+            chosen = features.index_select(0, rows).to(bank.device)
+            loss = bank.score_nll(scores(chosen), rows).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if progress is not None and (step % _REPORT_EVERY == 0 or step == steps):
+                progress(step, steps, loss=float(loss.detach()))
     for parameter in parameters:
         parameter.requires_grad_(False)
     if not bool(torch.isfinite(loss)):
@@ -141,9 +149,6 @@ def fit_on_whole(
     Returns:
         The equal-weight calibration loss of the parameters kept, nats.
     """
-    per_domain = np.bincount(bank.domain_of, minlength=len(bank.domains))
-    weights = torch.from_numpy(1.0 / (per_domain[bank.domain_of] * len(bank.domains))).float()
-    chunk = max(1, _CHUNK_NUMBERS // max(1, features[0].numel()))
     best_loss = float("inf")
     best = [parameter.detach().clone() for parameter in parameters]
     evaluations = 0
@@ -157,10 +162,7 @@ def fit_on_whole(
         nonlocal best_loss, evaluations
         optimizer.zero_grad()
         total = 0.0
-        for start in range(0, bank.num_blocks, chunk):
-            rows = slice(start, min(start + chunk, bank.num_blocks))
-            block_losses = bank.score_nll(scores(features[rows].to(bank.device)), rows).mean(dim=1)
-            loss = torch.dot(block_losses, weights[rows].to(bank.device))
+        for loss in _weighted_losses(bank, features, scores):
             loss.backward()
             total += float(loss.detach())
         if total < best_loss:
@@ -172,8 +174,48 @@ def fit_on_whole(
             progress(min(evaluations, iterations), iterations, loss=total)
         return torch.tensor(total)
 
-    optimizer.step(closure)
+    with _threads_for(bank):
+        optimizer.step(closure)
     for kept, parameter in zip(best, parameters, strict=True):
         parameter.requires_grad_(False)
         parameter.copy_(kept)
     return best_loss
+
+
+@torch.no_grad()
+def compute_score_loss(bank: "CalibrationBank", features: Tensor, scores: Scores) -> float:
+    """Equal-weight calibration loss of the gates softmax(scores), nats per token.
+
+    Args:
+        bank: Gives the losses, under its mixture.
+        features: What scores are computed from, (N, T, ...).
+        scores: Turns features of B blocks into scores (B, T, E).
+    """
+    return float(sum(float(loss) for loss in _weighted_losses(bank, features, scores)))
+
+
+def _weighted_losses(bank: "CalibrationBank", features: Tensor, scores: Scores) -> Iterator[Tensor]:
+    """Parts whose sum is the equal-weight mean over domains, some blocks at a time."""
+    per_domain = np.bincount(bank.domain_of, minlength=len(bank.domains))
+    weights = torch.from_numpy(1.0 / (per_domain[bank.domain_of] * len(bank.domains))).float()
+    chunk = max(1, _CHUNK_NUMBERS // max(1, features[0].numel()))
+    for start in range(0, bank.num_blocks, chunk):
+        rows = slice(start, min(start + chunk, bank.num_blocks))
+        block_losses = bank.score_nll(scores(features[rows].to(bank.device)), rows).mean(dim=1)
+        yield torch.dot(block_losses, weights[rows].to(bank.device))
+
+
+@contextmanager
+def _threads_for(bank: "CalibrationBank") -> Iterator[None]:
+    """One thread for the probability mixture; all of them where logits are mixed.
+
+    Its steps are so small that threads wait for each other longer than they work (a hundred times
+    longer on a busy machine), and one thread gives the same bytes whatever the machine has.
+    """
+    before = torch.get_num_threads()
+    if bank.readout is None:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

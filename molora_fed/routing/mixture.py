@@ -19,6 +19,8 @@ __all__ = [
 ]
 
 _NO_GATE = 1e-38  # smallest normal float32: a gate of 0 stays differentiable as a logarithm
+_LOGITS_AT_ONCE = 2**19  # logits held at once; two megabytes stay in a core's cache
+_LEAST_ROWS = 64  # fewer would starve the matrix product
 
 
 def compute_log_gates(gates: Tensor) -> Tensor:
@@ -64,6 +66,11 @@ class Readout:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
+    @staticmethod
+    def mix_states(gates: Tensor, hidden: Tensor) -> Tensor:
+        """Gate-weighted sum of states, (..., E) and (..., E, D) -> (..., D)."""
+        return torch.einsum("...e,...ed->...d", gates, hidden.to(gates.dtype))
+
     def mix(self, gates: Tensor, hidden: Tensor) -> Tensor:
         """Gate-weighted sum of the experts' logits.
 
@@ -78,8 +85,7 @@ class Readout:
             Logits, (..., V).
         """
         if self.softcap is None:
-            mixed = torch.einsum("...e,...ed->...d", gates, hidden.to(gates.dtype))
-            return self.logits(mixed)
+            return self.logits(self.mix_states(gates, hidden))
         logits: Tensor = torch.zeros((), dtype=gates.dtype, device=gates.device)
         for expert in range(gates.shape[-1]):
             weighted = gates[..., expert, None] * self.logits(hidden[..., expert, :])
@@ -97,16 +103,57 @@ def compute_logit_nll(gates: Tensor, hidden: Tensor, tokens: Tensor, readout: Re
         readout: The head they share.
 
     Returns:
-        Cross-entropy of x_1 .. x_{T-1} in nats, (B, T-1) float32.
+        Cross-entropy of x_1 .. x_{T-1} in nats, (B, T-1) float32; differentiable in `gates`.
 
     Source: arXiv 2603.22755, protocol.
     """
-    logits = readout.mix(gates[:, :-1], hidden[:, :-1]).float()
-    targets = tokens[:, 1:].long()
-    losses = functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten().to(logits.device), reduction="none"
-    )
+    weights, states = gates[:, :-1], hidden[:, :-1]
+    targets = tokens[:, 1:].long().to(gates.device)
+    if readout.softcap is None:
+        mixed = readout.mix_states(weights, states).flatten(0, 1)
+        losses = _HeadCrossEntropy.apply(mixed, targets.flatten(), readout)
+    else:
+        logits = readout.mix(weights, states).float().flatten(0, 1)
+        losses = functional.cross_entropy(logits, targets.flatten(), reduction="none")
     return losses.view(targets.shape)
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a linear head's output, rows by rows, the gradient made on the way.
+
+    Only some rows' distributions over the vocabulary exist at a time, and they stay in the cache;
+    what is left are the two products with the head. (With a gradient, a loss is cut off at 87
+    nats, where its probability leaves float32; the gradient is not.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, readout: Readout) -> Tensor:
+        """Losses of states (R, D) for targets (R,): (R,) float32."""
+        count, vocabulary = len(states), len(readout.weight)
+        rows = max(_LEAST_ROWS, _LOGITS_AT_ONCE // vocabulary)
+        losses = torch.empty(count, device=states.device)
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(states, dtype=readout.weight.dtype) if needs_gradient else None
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            logits = readout.logits(states[part]).float()
+            if gradient is None:
+                losses[part] = functional.cross_entropy(logits, targets[part], reduction="none")
+                continue
+            chosen = targets[part, None]
+            distribution = torch.softmax(logits, dim=-1)
+            losses[part] = -compute_log_gates(distribution.gather(1, chosen)).squeeze(1)
+            distribution.scatter_add_(1, chosen, distribution.new_full(chosen.shape, -1.0))
+            torch.mm(distribution.to(gradient.dtype), readout.weight, out=gradient[part])
+        if gradient is not None:
+            ctx.save_for_backward(gradient.mul_(readout.scale))
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient in the states; the head is frozen."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.routing.causal import causal_sum
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
-from molora_fed.routing.fitting import check_calibration, fit_on_whole
+from molora_fed.routing.fitting import check_calibration, compute_score_loss, fit_on_whole
 from molora_fed.types import Progress, Reading
 
 if TYPE_CHECKING:
@@ -186,14 +186,18 @@ class EvidenceRouter(_EvidenceGates):
         router = cls(bank.num_experts, chosen, chosen.decays, weights, prior)
         sums = bank.derive(f"evidence:{chosen.decays}", router._sums)
         parameters = [router.weights, router.prior] if chosen.prior else [router.weights]
+        start = [parameter.clone() for parameter in parameters]
         fit_on_whole(
-            bank,
+            # Evidence weighs distributions, and so it is fitted, a vocabulary's width cheaper.
+            bank.under_probability_mixture(),
             sums,
             parameters,
             router._score,
             iterations=chosen.iterations,
             progress=progress,
         )
+        if bank.mixture != "probability":
+            _keep_better(bank, sums, router, parameters, start)
         return router
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -241,6 +245,26 @@ def _accumulate(view: RouterView, decays: tuple[float, ...], carry: Tensor | Non
         for index, decay in enumerate(decays)
     ]
     return torch.stack(sums, dim=-1)
+
+
+def _keep_better(
+    bank: "CalibrationBank",
+    sums: Tensor,
+    router: EvidenceRouter,
+    parameters: list[Tensor],
+    start: list[Tensor],
+) -> None:
+    """Go back to the start if the bank's own mixture is better there."""
+    fitted = [parameter.clone() for parameter in parameters]
+    fitted_loss = compute_score_loss(bank, sums, router._score)
+    _assign(parameters, start)
+    if fitted_loss < compute_score_loss(bank, sums, router._score):
+        _assign(parameters, fitted)
+
+
+def _assign(parameters: list[Tensor], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _narrow(options: RouterOptions) -> EvidenceOptions:
