@@ -63,7 +63,9 @@ def _save(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_cells(axes: Any, values: np.ndarray, colours: Any, labels: Sequence[Sequence[str]]) -> Any:
+def _draw_cells(
+    axes: Any, values: np.ndarray, colours: Any, labels: Sequence[Sequence[str]]
+) -> Any:
     """A heat map with a number in every cell, dark on light and light on dark."""
     image = axes.imshow(values, aspect="auto", **colours)
     rgba = image.cmap(image.norm(values))

@@ -12,13 +12,22 @@ from molora_fed.errors import ConfigError
 from molora_fed.files import canonical_json, replace_folder, write_bytes, write_json
 from molora_fed.reporting import figures
 from molora_fed.reporting.methods import list_methods
+from molora_fed.reporting.phases import order_phases
 
-__all__ = ["REPORT_JSON", "MetricRows", "find_report", "load_report", "read_metrics", "write_report"]
+__all__ = [
+    "REPORT_JSON",
+    "MetricRows",
+    "find_report",
+    "load_report",
+    "read_metrics",
+    "write_report",
+]
 
 MetricRows = Sequence[Mapping[str, Any]]
 """Rows of one contributor's metrics.jsonl."""
 
 REPORT_JSON = "report.json"
+RESULT_JSON = "result.json"  # what a fusion leaves beside the fused model
 MAX_REPORT_BYTES = 64 * 2**20
 _REQUIRED = (
     "seed", "domains", "losses", "gain_percent", "oracle_gap_nats", "forecasts", "contamination",
@@ -88,7 +97,12 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        seconds=_seconds, count=_count, size=_size, signed=_signed, total=_total
+        count=_count,
+        order_phases=order_phases,
+        seconds=_seconds,
+        signed=_signed,
+        size=_size,
+        total=_total,
     )
     published = result.get("router") or min(result["losses"]["fused"])
     inlined = {name: base64.b64encode(data).decode() for name, data in images.items()}
@@ -143,17 +157,21 @@ def _check_result(result: Any, where: str) -> None:
 
 
 def find_report(folder: Path) -> Path:
-    """The report.json in a folder: its own, or that in its `report/`.
+    """The result kept in a folder: of a report, a cooperative, a fusion or a demo.
+
+    Args:
+        folder: Folder that holds report.json, report/report.json or result.json, or such a file.
 
     Raises:
         ConfigError: If there is none.
     """
-    for candidate in (folder, folder / REPORT_JSON, folder / "report" / REPORT_JSON):
+    names = (REPORT_JSON, f"report/{REPORT_JSON}", RESULT_JSON)
+    for candidate in (folder, *(folder / name for name in names)):
         if candidate.is_file():
             return candidate
     raise ConfigError(
-        f"Cannot find a report in '{folder}': expected {REPORT_JSON} there or in report/, got "
-        f"{'no such folder' if not folder.exists() else 'neither'}. "
+        f"Cannot find a report in '{folder}': expected one of {', '.join(names)}, got "
+        f"{'none' if folder.exists() else 'no such folder'}. "
         "Make one with `molora fuse` or `molora demo`."
     )
 

@@ -1,0 +1,215 @@
+"""What a run prints when it is done: Rich tables of a result. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from molora_fed.reporting.methods import Method, list_methods
+from molora_fed.reporting.phases import order_phases
+
+if TYPE_CHECKING:
+    from molora_fed.contributions.building import OutgoingRow
+
+__all__ = [
+    "build_contamination_table",
+    "build_forecast_table",
+    "build_loss_table",
+    "build_outgoing_table",
+    "build_sample_text",
+    "build_summary",
+    "build_time_table",
+]
+
+_STYLES = {"fused": "cyan", "oracle": "dim", "control": "yellow"}
+
+
+def _new_table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="")
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _describe_gain(result: Mapping[str, Any]) -> Text:
+    """The honest comparison in two sentences."""
+    router = result.get("router") or min(result["gain_percent"])
+    gain = result["gain_percent"][router]
+    interval = result.get("gain_interval_percent", {}).get(router, {}).get("vs_best_alone")
+    alone = result.get("best_alone", {}).get("name", "min(base, best specialist)")
+    gap = result["oracle_gap_nats"][router]
+    text = Text()
+    text.append(f"{gain['vs_best_alone']:+.2f} %", style="bold cyan")
+    text.append(f" gain over the best anyone has alone ({alone}), router {router}")
+    if interval:
+        text.append(f", 95 % interval {interval['low']:+.2f} to {interval['high']:+.2f} %")
+    text.append(
+        f".\nAgainst the best specialist only: {gain['vs_best_specialist']:+.2f} %. "
+        f"Gap to the domain oracle: {gap['point']:+.4f} nats "
+        f"({gap['low']:+.4f} to {gap['high']:+.4f})."
+    )
+    return text
+
+
+def _interval(method: Method) -> str:
+    if method.low is None or method.high is None:
+        return "-"
+    return f"{method.low:.3f} to {method.high:.3f}"
+
+
+def build_loss_table(result: Mapping[str, Any]) -> Table:
+    """Held-out loss of every method by domain, nats per token.
+
+    Args:
+        result: Content of report.json.
+    """
+    domains = result["domains"]
+    table = _new_table(
+        "Held-out loss, nats per token", "method", *domains, "equal weight", "95 % interval",
+        "vs alone",
+    )  # fmt: skip
+    published = f"fused:{result.get('router')}"
+    for method in list_methods(result):
+        style = "bold cyan" if method.key == published else _STYLES.get(method.kind, "")
+        table.add_row(
+            method.label,
+            *(f"{method.losses[domain]:.3f}" for domain in domains),
+            f"{method.point:.4f}",
+            _interval(method),
+            f"{method.change_percent:+.2f} %",
+            style=style,
+        )
+    return table
+
+
+def build_forecast_table(result: Mapping[str, Any]) -> Table:
+    """Forecasts made before any router was evaluated, against what came out.
+
+    Args:
+        result: Content of report.json.
+    """
+    table = _new_table(
+        "Forecast gain against outcome, percent", "predictor", "against", "router", "forecast",
+        "interval", "level", "outcome", "inside",
+    )  # fmt: skip
+    for name, forecast in sorted(result["forecasts"].items()):
+        low, high, point = (forecast[key] for key in ("low", "high", "point"))
+        actual, level = forecast["actual"], forecast["level"]
+        has_interval = low is not None and high is not None
+        is_scored = has_interval and actual is not None
+        table.add_row(
+            name,
+            forecast["reference"].replace("_", " "),
+            forecast["router"],
+            "-" if point is None else f"{point:+.2f}",
+            f"{low:+.2f} to {high:+.2f}" if has_interval else "none claimed",
+            "-" if level is None else f"{100 * level:.0f} %",
+            "-" if actual is None else f"{actual:+.2f}",
+            ("yes" if low <= actual <= high else "no") if is_scored else "-",
+        )
+    return table
+
+
+def build_contamination_table(contamination: Mapping[str, float]) -> Table:
+    """Share of held-out word 8-grams that occur in train.
+
+    Args:
+        contamination: Fraction by domain, in [0, 1].
+    """
+    table = _new_table("Contamination of held-out by train", "domain", "word 8-grams in train")
+    for domain, fraction in sorted(contamination.items()):
+        table.add_row(domain, f"{100 * fraction:.2f} %")
+    return table
+
+
+def build_time_table(seconds: Mapping[str, float], budget: Mapping[str, float]) -> Table:
+    """Time of each phase against its budget.
+
+    Args:
+        seconds: Wall-clock seconds by phase.
+        budget: Budgeted seconds by phase; phases without one are shown without.
+    """
+    table = _new_table("Time, seconds", "phase", "took", "budget")
+    for name in order_phases(seconds):
+        limit = budget.get(name)
+        is_over = limit is not None and seconds[name] > limit
+        took = Text(f"{seconds[name]:.1f}", style="yellow" if is_over else "")
+        table.add_row(name, took, "-" if limit is None else f"{limit:.0f}")
+    table.add_section()
+    table.add_row("in all", f"{sum(seconds.values()):.1f}", f"{sum(budget.values()):.0f}")
+    return table
+
+
+def build_outgoing_table(rows: "Sequence[OutgoingRow]") -> Table:
+    """What leaves a contributor's machine.
+
+    Args:
+        rows: From `describe_outgoing`.
+    """
+    is_exact = all(row.exact for row in rows)
+    limit = "" if is_exact else ", at most"
+    table = _new_table(f"What leaves this machine{limit}", "what", "blocks", "tokens", "bytes")
+    for row in rows:
+        table.add_row(
+            row.what,
+            f"{row.blocks:,}" if row.blocks else "-",
+            f"{row.tokens:,}" if row.tokens else "-",
+            f"{row.bytes:,}",
+        )
+    table.add_section()
+    blocks, tokens = sum(row.blocks for row in rows), sum(row.tokens for row in rows)
+    table.add_row("in all", f"{blocks:,}", f"{tokens:,}", f"{sum(row.bytes for row in rows):,}")
+    return table
+
+
+def build_sample_text(sample: Mapping[str, Any]) -> Text:
+    """A generated text after its prompt, with the expert that counted most.
+
+    Args:
+        sample: One of the result's `samples`.
+    """
+    text = Text(f"{sample['domain']}", style="bold")
+    gates = sample.get("experts") or {}
+    if gates:
+        expert = max(gates, key=gates.__getitem__)
+        text.append(f"  (mostly {expert}, mean gate {gates[expert]:.2f})", style="dim")
+    text.append("\n" + sample["prompt"], style="dim")
+    text.append(sample["text"], style="not bold")
+    return text
+
+
+def _build_compute_text(result: Mapping[str, Any]) -> Text | None:
+    compute = result.get("compute", {})
+    base, contributors = compute.get("base"), compute.get("contributors", {})
+    if not base and not contributors:
+        return None
+    parts = []
+    if base:
+        parts.append(f"base {base['steps']:,} steps, {base['tokens']:,} tokens")
+    if contributors:
+        steps = sum(row["steps"] for row in contributors.values())
+        tokens = sum(row["tokens"] for row in contributors.values())
+        parts.append(f"{len(contributors)} specialists {steps:,} steps, {tokens:,} tokens in all")
+    if control := compute.get("control"):
+        parts.append(f"control {control['steps']:,} steps, {control['tokens']:,} tokens")
+    return Text("Training: " + "; ".join(parts) + ".")
+
+
+def build_summary(result: Mapping[str, Any]) -> RenderableType:
+    """The tables a run ends with: gain, all methods, forecasts, contamination, compute.
+
+    Args:
+        result: Content of report.json.
+    """
+    parts: list[RenderableType] = [_describe_gain(result), build_loss_table(result)]
+    if result["forecasts"]:
+        parts.append(build_forecast_table(result))
+    if result["contamination"]:
+        parts.append(build_contamination_table(result["contamination"]))
+    compute = _build_compute_text(result)
+    if compute is not None:
+        parts.append(compute)
+    return Group(*parts)
