@@ -70,8 +70,6 @@ def answer(
     offer = read_json(home.offer_file)
     if offer is not None:
         letters.append(Letter("manifest", {"files": offer["files"]}))
-    if parts:
-        letters.append(Letter("parts", {"names": [str(part.name) for part in parts]}))
     letters.append(Letter("state", _build_state(home)))
     return Envelope(tuple(letters), tuple(parts))
 
@@ -150,7 +148,7 @@ def _collect_early(home: ContributorHome, parts_bytes: int) -> list[Part]:
 
 
 def _wait(home: ContributorHome, body: Any, is_orphan: Callable[[], bool]) -> None:
-    """Wait until the worker enters another phase or offers a contribution, or time is up."""
+    """Wait until the worker offers a contribution, or time is up."""
     seconds = body.get("seconds", 0)
     if not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
         raise FederationError(
@@ -158,8 +156,5 @@ def _wait(home: ContributorHome, body: Any, is_orphan: Callable[[], bool]) -> No
             "Run the same molora-fed version on both sides."
         )
     deadline = time.monotonic() + seconds
-    phase = body.get("phase")
-    while time.monotonic() < deadline and not is_orphan():
-        if home.offer_file.exists() or home.read_state().get("phase") != phase:
-            return
+    while time.monotonic() < deadline and not is_orphan() and not home.offer_file.exists():
         time.sleep(_LOOK_SECONDS)

@@ -7,7 +7,7 @@ and every step done again changes nothing, so the process may be killed at any m
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +29,13 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.states import StateFile
 from molora_fed.federation.supervise import record_errors
 from molora_fed.files import write_json
+from molora_fed.fusion_ledger import ForecastKeeper, begin_fusion, end_fusion
 from molora_fed.plugins import Plugins, get_plugins
 
 if TYPE_CHECKING:
     from molora_fed.base import Base
     from molora_fed.contributions.ledger import Ledger
     from molora_fed.contributions.receive import Receipt
-    from molora_fed.forecasting.records import ForecastRecord
 
 __all__ = ["CoordinatorWorker", "main"]
 
@@ -239,16 +239,10 @@ class CoordinatorWorker:
         from molora_fed.contributions.receive import load_admitted
         from molora_fed.fusion import fuse
         from molora_fed.fusion_plan import collect_contributed
+        from molora_fed.reporting.report import write_report
 
-        state = self._ledger.cooperative_state
-        if state == _S.RECRUITING:
-            self._ledger.advance(_S.TRAINING, actor=ACTOR)
-        self._ledger.advance(
-            _S.GROWING if state in (_S.PUBLISHED, _S.GROWING) else _S.FUSING, actor=ACTOR
-        )
+        phase = str(begin_fusion(self._ledger, actor=ACTOR))
         admitted = load_admitted(self._ledger, self._cooperative.store)
-        phase = str(self._ledger.cooperative_state)
-        numbers: dict[str, int] = {}
         result = fuse(
             self._base,
             self._charter,
@@ -257,7 +251,7 @@ class CoordinatorWorker:
             plugins=self._plugins,
             control=self._load_control(),
             on_phase=lambda name: self._state.enter(phase, name),
-            on_forecasts=lambda records: self._keep_forecasts(records, numbers),
+            on_forecasts=ForecastKeeper(self._ledger, actor=ACTOR),
             progress=self._state.progress,
         )
         summary = {
@@ -265,26 +259,16 @@ class CoordinatorWorker:
             "contributions": [contribution.id for contribution in admitted],
             "gain_percent": result.result.get("gain_percent", {}),
         }
-        report = self._home.outbox / "report"
-        write_json(report / "report.json", result.result)
+        self._state.enter(phase, "report")
+        report = write_report(result.result, {}, self._home.report)
         publish_result(
             self._home,
-            {"fused": result.fused_folder, "report": report},
+            {"fused": result.fused_folder, "report": report.parent},
             summary,
             part_bytes=self._message_bytes,
         )
-        self._ledger.advance(_S.PUBLISHED, actor=ACTOR)
+        end_fusion(self._ledger, actor=ACTOR)
         self._show(f"{len(admitted)} contributions fused")
-
-    def _keep_forecasts(self, records: "Sequence[ForecastRecord]", numbers: dict[str, int]) -> None:
-        """Write forecasts down before the outcome, and the outcome beside them afterwards."""
-        for record in records:
-            name = f"{record.predictor}/{record.router}/{record.forecast.reference}"
-            if record.actual is None:
-                numbers[name] = self._ledger.add_record("forecast", record.to_json(), actor=ACTOR)
-            elif name in numbers:
-                outcome: Mapping[str, Any] = {"actual": record.actual}
-                self._ledger.score_record(numbers[name], outcome, actor=ACTOR)
 
     def _load_control(self) -> Any:
         """A control trained on this machine's pooled data, if the coordinator put one there."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import ConfigError, FederationError
-from molora_fed.federation.mailbox import Board, PartStore, TaskQueue, read_json
+from molora_fed.federation.mailbox import Board, PartStore, read_json
 from molora_fed.federation.records import MAX_BATCH_BYTES
+from molora_fed.federation.tasks import TaskQueue
 from molora_fed.files import write_json
 
 __all__ = [
@@ -110,6 +111,7 @@ class CoordinatorHome(_Home):
         self.stop_file = self.mail / "stop"
         self.pulse = Board(self.mail / "pulse")
         self.received = self.root / "received"
+        self.report = self.root / "report"
         self.worker_board = Board(self.mail / "worker-board")
 
     def contributor(self, fingerprint: str) -> "ContributorBox":
@@ -155,6 +157,7 @@ class ContributorHome(_Home):
         super().__init__(root)
         self.key = self.root / "key.pem"
         self.settings_file = self.root / "join.json"
+        self.consent_file = self.root / "consent.json"
         self.charter = self.root / "charter"
         self.corpus = self.root / "corpus"
         self.training = self.root / "training"

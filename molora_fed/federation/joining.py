@@ -1,20 +1,20 @@
 """`molora join`: keeps a contributor's worker and SuperNode alive until its result is there."""
 
 import os
-import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from molora_fed.contributions.keys import build_public_pem, key_fingerprint, load_or_make_key
-from molora_fed.errors import ConfigError, FederationError, ServerUnreachableError
+from molora_fed.charter import Charter, load_charter
+from molora_fed.errors import CharterError, FederationError, ServerUnreachableError
 from molora_fed.federation.events import FederationEvent, OnEvent
 from molora_fed.federation.gateway import parse_server
 from molora_fed.federation.homes import CONTRIBUTOR_HOME, ContributorHome, JoinSettings
+from molora_fed.federation.join_settings import prepare_settings
 from molora_fed.federation.mailbox import hold_lock, read_json
 from molora_fed.federation.supervise import (
     ProcessGroup,
@@ -23,16 +23,18 @@ from molora_fed.federation.supervise import (
     is_healthy,
     raise_recorded,
 )
+from molora_fed.federation.worker_mail import give_consent, has_consent
 
 __all__ = ["ContributorSupervisor", "join"]
 
 POLL_SECONDS = 0.3
-HEALTH_SECONDS = 1.0
+HEALTH_SECONDS = 2.0
 LINGER_SECONDS = 2.0
 MAX_RESTARTS = 5
-BASE_EXPERT = "base"
 WORKER_MODULE = "molora_fed.federation.worker"
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+Consent = Callable[[Charter], bool]
+"""Shows what a charter asks for and says whether it may be sent."""
 
 
 def join(
@@ -47,6 +49,7 @@ def join(
     shard: tuple[int, int] = (0, 1),
     threads: int = 1,
     wait_seconds: float = 15.0,
+    consent: Consent | None = None,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Take part in a cooperative until the fused model is there, or it is told to stop.
@@ -65,16 +68,19 @@ def join(
         shard: (i, n): share i of n of the domain's documents, if n contributors split it.
         threads: Threads of training; kept in the training record.
         wait_seconds: How long to wait for a server that does not answer at first.
+        consent: Asked once the charter is here, and again if it asks for other samples: whether
+            what it asks for may be sent. Nothing of text or adapter leaves before; None agrees.
         stop: Set it to end early.
 
     Returns:
         The acknowledgement: `state` and `contribution_id` as the coordinator's ledger has them.
 
     Raises:
-        ConfigError: If the server is not on this machine, or a setting is wrong.
+        ConfigError: If the server is not on this machine, or a setting is wrong; a CorpusError
+            if there is no text, an UnknownNameError if there is no such domain.
         ServerUnreachableError: If no server answers.
         AdmissionError: If the contribution was not admitted.
-        FederationError: If this contributor was refused, or its processes keep failing.
+        FederationError: If consent or this contributor was refused, or its processes keep failing.
         MoloraError: Whatever ended the worker.
     """
     stop = stop or threading.Event()
@@ -86,7 +92,9 @@ def join(
         shard=shard,
         threads=threads,
     )
-    supervisor = ContributorSupervisor(server, home, settings, on_event, wait_seconds=wait_seconds)
+    supervisor = ContributorSupervisor(
+        server, home, settings, on_event, wait_seconds=wait_seconds, consent=consent
+    )
     with supervisor:
         while not supervisor.is_finished and not stop.wait(POLL_SECONDS):
             supervisor.poll()
@@ -108,6 +116,7 @@ class ContributorSupervisor:
         on_event: OnEvent,
         *,
         wait_seconds: float = 15.0,
+        consent: Consent | None = None,
     ) -> None:
         self._host, self._port = parse_server(server)
         self.home = ContributorHome(home)
@@ -115,6 +124,8 @@ class ContributorSupervisor:
         self.is_finished = False
         self._on_event = on_event
         self._wait_seconds = wait_seconds
+        self._consent = consent
+        self._agreed: Charter | None = None
         self._processes = ProcessGroup(self.home.logs, self.home.root / "processes.json")
         self._lock = hold_lock(self.home.root / "join.lock", what="a contributor")
         self._worker_restarts = 0
@@ -153,37 +164,7 @@ class ContributorSupervisor:
 
     def _prepare(self) -> None:
         """Make the key at the first join, and note the settings for worker and ClientApp."""
-        key = load_or_make_key(self.home.key)
-        settings = self.settings
-        if not settings.name:
-            fingerprint = key_fingerprint(build_public_pem(key))
-            settings = replace(settings, name=f"{settings.domain}-{fingerprint[:6]}")
-        for what, value in (("name", settings.name), ("domain", settings.domain)):
-            if not _NAME.fullmatch(value):
-                raise ConfigError(
-                    f"Cannot join with {what} '{value}': expected lower-case letters, digits and "
-                    f"dashes, got something else. Choose another with --{what}."
-                )
-        if settings.name == BASE_EXPERT:
-            raise ConfigError(
-                f"Cannot join with name '{BASE_EXPERT}': expected another name, got that of the "
-                "base in every report. Choose another with --name."
-            )
-        earlier = read_json(self.home.settings_file)
-        if earlier is not None and JoinSettings.from_json(earlier).domain != settings.domain:
-            raise ConfigError(
-                f"Cannot join in '{self.home.root}': expected domain "
-                f"'{JoinSettings.from_json(earlier).domain}' as at the first join, got "
-                f"'{settings.domain}'. Use another --home for another domain."
-            )
-        for path in settings.data:
-            if not Path(path).exists():
-                raise ConfigError(
-                    f"Cannot join with data '{path}': expected a file or folder, got nothing "
-                    "there. Check the path."
-                )
-        self.settings = settings
-        settings.save(self.home.settings_file)
+        self.settings = prepare_settings(self.home, self.settings)
         self.home.board.prepare()
         self.home.refusal_letter.unlink(missing_ok=True)
         self.home.error_file.unlink(missing_ok=True)
@@ -230,16 +211,38 @@ class ContributorSupervisor:
             FederationError: If this contributor was refused, or processes keep failing.
             MoloraError: Whatever ended the worker.
         """
-        self._processes.observe()
+        self._processes.glance()
         self._report()
         refusal = read_json(self.home.refusal_letter)
         if refusal is not None:
             raise FederationError(str(refusal.get("reason", "The server refused."))[:500])
+        self._settle_consent()
         if not self._worker_done:
             self._watch_worker()
         elif self._is_quiet():
             self._finish()
         self._watch_node()
+
+    def _settle_consent(self) -> None:
+        """Ask whether what the charter asks for may be sent; the worker waits for it.
+
+        Raises:
+            FederationError: If it may not.
+        """
+        try:
+            charter = load_charter(self.home.charter)
+        except CharterError:
+            return  # not here yet, or just being replaced
+        if charter == self._agreed:
+            return
+        if not has_consent(self.home, charter):
+            if self._consent is not None and not self._consent(charter):
+                raise FederationError(
+                    f"Cannot join cooperative '{charter.identity.name}': expected consent to send "
+                    "what it asks for, got none. Nothing of your text or adapter was sent."
+                )
+            give_consent(self.home, charter)
+        self._agreed = charter
 
     def _watch_worker(self) -> None:
         code = self._processes.exit_code("worker")
@@ -263,12 +266,8 @@ class ContributorSupervisor:
 
         A reply is lost if its SuperNode goes before the server has pulled it.
         """
-        busy = self._server_gone
-        for process in self._processes.descendants("supernode"):
-            try:
-                busy = busy or any("flwr-clientapp" in word for word in process.cmdline())
-            except Exception:  # the process ended between the two calls
-                continue
+        is_answering = self._processes.has_descendant("supernode", "flwr-clientapp")
+        busy = self._server_gone or is_answering
         now = time.monotonic()
         if busy or not self._quiet_since:
             self._quiet_since = now

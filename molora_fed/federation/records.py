@@ -46,7 +46,6 @@ LetterKind = Literal[
     "refusal",  # server: why this contributor cannot take part
     "charter",  # server: charter text, coordinator's signature, the base's shipment
     "task",  # server: work to do, claimed by the contributor's worker
-    "parts",  # either: which parts are in this envelope
     "wait",  # server: answer once something has changed, or after some seconds
     "fetch",  # server: send these parts of your contribution
     "acknowledgement",  # server: the ledger holds your contribution; its state and findings

@@ -7,7 +7,6 @@ neither torch nor flwr.
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from molora_fed.contributions.keys import key_fingerprint, verify
@@ -22,6 +21,7 @@ from molora_fed.federation.mailbox import read_json, read_parts, take_batch
 from molora_fed.federation.records import (
     Envelope,
     Letter,
+    PartName,
     Shipment,
     parse_part_names,
     parse_shipment,
@@ -31,7 +31,7 @@ from molora_fed.files import write_json
 
 __all__ = ["Correspondent", "ServerDialogue"]
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 25.0
 _MAX_LIST = 20_000
 
 
@@ -83,7 +83,7 @@ class ServerDialogue:
             return opening
         offer = read_json(box.offer_file)
         if offer is None or not state.get("offer"):
-            return Envelope((self._wait_letter(state),))
+            return Envelope((self._wait_letter(),))
         return self._about_contribution(box, state, parse_shipment(offer["files"]))
 
     def _opening(self, state: Mapping[str, Any], charter: Mapping[str, Any]) -> Envelope | None:
@@ -94,35 +94,25 @@ class ServerDialogue:
         known = set(state.get("tasks", ()))
         letters += [Letter("task", task) for task in charter["tasks"] if task["id"] not in known]
         base = parse_shipment(charter["base"])
-        delivery = self._deliver(self._home.base, base, state)
-        if delivery is not None:
-            letters.append(Letter("parts", {"names": [str(p.name) for p in delivery.parts]}))
-            return Envelope(tuple(letters), delivery.parts)
-        return Envelope((*letters, self._wait_letter(state))) if letters else None
-
-    def _deliver(
-        self, folder: Path, shipment: Shipment, state: Mapping[str, Any]
-    ) -> Envelope | None:
-        """The next parts of a shipment that the contributor lacks, or None."""
-        if shipment.id in state.get("received", ()):
+        names = self._undelivered(base, state)
+        if not letters and not names:
             return None
+        batch = take_batch(names, max_bytes=self._message_bytes)
+        if len(batch) == len(names):
+            letters.append(self._wait_letter())  # this is all: answer when there is news
+        return Envelope(tuple(letters), tuple(read_parts(self._home.base, base, batch)))
+
+    def _undelivered(self, shipment: Shipment, state: Mapping[str, Any]) -> list[PartName]:
+        """The parts of a shipment that the contributor lacks, in order."""
+        if shipment.id in state.get("received", ()):
+            return []
         held = set(parse_part_names(state.get("held", ())))
         parts = plan_parts(shipment, part_bytes=self._message_bytes)
-        missing = [name for name in parts if name not in held]
-        if not missing:
-            return None
-        batch = take_batch(missing, max_bytes=self._message_bytes)
-        return Envelope(parts=tuple(read_parts(folder, shipment, batch)))
+        return [name for name in parts if name not in held]
 
-    def _wait_letter(self, state: Mapping[str, Any]) -> Letter:
-        return Letter(
-            "wait",
-            {
-                "seconds": self._wait_seconds,
-                "phase": state.get("phase"),
-                "parts_bytes": self._message_bytes,
-            },
-        )
+    def _wait_letter(self) -> Letter:
+        body = {"seconds": self._wait_seconds, "parts_bytes": self._message_bytes}
+        return Letter("wait", body)
 
     def _about_contribution(
         self, box: ContributorBox, state: Mapping[str, Any], shipment: Shipment
@@ -135,20 +125,22 @@ class ServerDialogue:
                 return None  # complete; the coordinator's worker is at it
             batch = take_batch(missing, max_bytes=self._message_bytes)
             return Envelope((Letter("fetch", {"names": [str(name) for name in batch]}),))
+        letters = []
         if state.get("acknowledged") != shipment.id:
-            return Envelope((Letter("acknowledgement", acknowledgement),))
+            letters.append(Letter("acknowledgement", acknowledgement))
         result = read_json(self._home.outbox / "result.json")
         if result is None or acknowledgement["state"] != "ADMITTED":
-            return None
-        folder = self._home.outbox / "result" / result["id"]
-        delivery = self._deliver(folder, parse_shipment(result["files"]), state)
-        if delivery is None:
+            return Envelope(tuple(letters)) if letters else None
+        files = parse_shipment(result["files"])
+        names = self._undelivered(files, state)
+        if not letters and not names:
             if (read_json(box.delivered_file) or {}).get("id") != result["id"]:
                 write_json(box.delivered_file, {"id": result["id"]})
             return None
-        names = [str(part.name) for part in delivery.parts]
-        letters = (Letter("result", result), Letter("parts", {"names": names}))
-        return Envelope(letters, delivery.parts)
+        letters.append(Letter("result", result))
+        batch = take_batch(names, max_bytes=self._message_bytes)
+        parts = read_parts(self._home.outbox / "result" / result["id"], files, batch)
+        return Envelope(tuple(letters), tuple(parts))
 
     def accept(self, correspondent: Correspondent, reply: Envelope) -> None:
         """File an answer in the contributor's mailbox.

@@ -4,27 +4,25 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import tomli_w
 
 from molora_fed.charter import load_charter
 from molora_fed.errors import FederationError
 from molora_fed.federation.events import FederationEvent, OnEvent
+from molora_fed.federation.flower_run import submit_run
 from molora_fed.federation.gateway import DEFAULT_PORT, check_loopback
 from molora_fed.federation.homes import COORDINATOR_HOME, ContributorBox, CoordinatorHome
 from molora_fed.federation.mailbox import hold_lock, read_json
 from molora_fed.federation.supervise import (
     ProcessGroup,
+    Restarts,
     build_flower_environment,
     check_port_free,
     is_healthy,
     parse_answer,
     raise_recorded,
-    run_command,
 )
-from molora_fed.files import write_bytes
 
 __all__ = ["ServerSupervisor", "serve"]
 
@@ -32,8 +30,6 @@ POLL_SECONDS = 0.3
 START_SECONDS = 60.0
 STALE_SECONDS = 30.0
 FIRST_PULSE_SECONDS = 60.0
-MAX_RESTARTS = 5
-RESTARTS_FORGOTTEN_SECONDS = 300.0
 COORDINATOR_MODULE = "molora_fed.federation.coordinator"
 
 
@@ -73,30 +69,6 @@ def serve(
             supervisor.poll()
 
 
-@dataclass
-class _Restarts:
-    """Counts failures that follow each other closely."""
-
-    count: int = 0
-    last: float = 0.0
-
-    def note(self, what: str, log: Path) -> None:
-        """Note one.
-
-        Raises:
-            FederationError: If there were too many.
-        """
-        now = time.monotonic()
-        if now - self.last > RESTARTS_FORGOTTEN_SECONDS:
-            self.count = 0
-        self.count, self.last = self.count + 1, now
-        if self.count > MAX_RESTARTS:
-            raise FederationError(
-                f"Cannot keep {what} running: expected it to stay up, got {self.count} failures "
-                f"in a row. See {log}."
-            )
-
-
 class ServerSupervisor:
     """The server's processes; a context manager that leaves none behind.
 
@@ -120,7 +92,7 @@ class ServerSupervisor:
         self._threads = threads or os.cpu_count() or 1
         self._processes = ProcessGroup(self.home.logs, self.home.root / "processes.json")
         self._lock = hold_lock(self.home.root / "serve.lock", what="a server")
-        self._restarts = _Restarts()
+        self._restarts = Restarts()
         self._submitted = 0.0
         self._phase = ""
         self._shown: dict[str, FederationEvent] = {}
@@ -162,7 +134,7 @@ class ServerSupervisor:
             FederationError: If they keep failing.
             MoloraError: Whatever ended the coordinator's worker.
         """
-        self._processes.observe()
+        self._processes.glance()
         self._watch_coordinator()
         self._watch_flower()
         self._report()
@@ -195,43 +167,8 @@ class ServerSupervisor:
         self._processes.start("coordinator", command, env)
 
     def _submit_run(self) -> None:
-        """Start the mail-carrying run on the SuperLink.
-
-        Raises:
-            FederationError: If Flower refuses it.
-        """
-        app = self.home.root / "flower" / "app"
-        project = {
-            "project": {
-                "name": "molora-fed", "version": "0.1.0", "description": "molora-fed mailboxes",
-                "license": "Apache-2.0", "dependencies": [],
-            },
-            "tool": {"flwr": {"app": {
-                "publisher": "molora",
-                "components": {
-                    "serverapp": "molora_fed.federation.server_app:app",
-                    "clientapp": "molora_fed.federation.client_app:app",
-                },
-            }}},
-        }  # fmt: skip
-        write_bytes(app / "pyproject.toml", tomli_w.dumps(project).encode())
-        connection = {"default": "local", "local": {"address": self.address, "insecure": True}}
-        config = tomli_w.dumps({"superlink": connection}).encode()
-        write_bytes(self.home.root / "flower" / "config.toml", config)
-        log = self.home.logs / "run.log"
-        answer = parse_answer(
-            run_command(
-                ["flwr", "run", str(app), "local", "--format", "json"],
-                env=build_flower_environment(self.home.root),
-                log=log,
-            )
-        )
-        # The exit status is 0 even on failure.
-        if answer.get("success") is not True:
-            raise FederationError(
-                "Cannot start the mail-carrying run: expected success, got "
-                f"{str(answer.get('error-message', 'no answer'))[:200]}. See {log}."
-            )
+        """Start the mail-carrying run; see `submit_run`."""
+        submit_run(self.home, self.address)
         self._submitted = time.monotonic()
 
     def _watch_coordinator(self) -> None:
@@ -255,7 +192,7 @@ class ServerSupervisor:
         Without its `flower-superexec` a SuperLink looks healthy and never starts a run again.
         """
         code = self._processes.exit_code("superlink")
-        if code is not None or not self._has_superexec():
+        if code is not None or not self._processes.has_descendant("superlink", "flower-superexec"):
             self._restarts.note("the SuperLink", self._processes.log("superlink"))
             self._warn("the SuperLink ended; started again")
             self._processes.stop("superlink", grace_seconds=2.0)
@@ -269,15 +206,6 @@ class ServerSupervisor:
             self._restarts.note("the mail-carrying run", self._processes.log("superlink"))
             self._warn("the mail-carrying run went silent; submitted again")
             self._submit_run()
-
-    def _has_superexec(self) -> bool:
-        names = []
-        for process in self._processes.descendants("superlink"):
-            try:
-                names.append(" ".join(process.cmdline()))
-            except Exception:  # the process ended between the two calls
-                continue
-        return any("flower-superexec" in name for name in names)
 
     def _warn(self, message: str) -> None:
         self._emit(FederationEvent(self._phase or "STARTING", message=message, problem=True))

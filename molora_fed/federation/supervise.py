@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from molora_fed.files import write_json
 
 __all__ = [
     "ProcessGroup",
+    "Restarts",
     "build_flower_environment",
     "check_port_free",
     "find_free_port",
@@ -40,6 +43,9 @@ __all__ = [
 
 GRACE_SECONDS = 10.0
 PARENT_SECONDS = 3.0
+MAX_RESTARTS = 5
+RESTARTS_FORGOTTEN_SECONDS = 300.0
+OBSERVE_SECONDS = 1.0
 
 # Ends the program with its supervisor however that one dies; a supervisor that is killed cannot
 # stop anything itself. Linux only; elsewhere the next start does it (`end_leftovers`).
@@ -133,6 +139,35 @@ def run_command(
     return output.read_text(encoding="utf-8", errors="replace")
 
 
+@dataclass
+class Restarts:
+    """Counts failures that follow each other closely.
+
+    Attributes:
+        count: Failures so far.
+        last: When the last was, monotonic seconds.
+    """
+
+    count: int = 0
+    last: float = 0.0
+
+    def note(self, what: str, log: Path) -> None:
+        """Note one.
+
+        Raises:
+            FederationError: If there were too many.
+        """
+        now = time.monotonic()
+        if now - self.last > RESTARTS_FORGOTTEN_SECONDS:
+            self.count = 0
+        self.count, self.last = self.count + 1, now
+        if self.count > MAX_RESTARTS:
+            raise FederationError(
+                f"Cannot keep {what} running: expected it to stay up, got {self.count} failures "
+                f"in a row. See {log}."
+            )
+
+
 class ProcessGroup:
     """Named processes with all of their descendants.
 
@@ -147,6 +182,7 @@ class ProcessGroup:
         self._record = record
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._family: dict[str, dict[int, psutil.Process]] = {}
+        self._observed = 0.0
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Start a process under a name; an ended one of that name is forgotten."""
@@ -179,8 +215,22 @@ class ProcessGroup:
         """The living descendants of a process, its own included."""
         return [process for process in self._family.get(name, {}).values() if _is_alive(process)]
 
+    def has_descendant(self, name: str, word: str) -> bool:
+        """Whether a living descendant of a process has a word in its command line."""
+        for process in self.descendants(name):
+            with contextlib.suppress(psutil.Error):  # it may end between two calls
+                if any(word in argument for argument in process.cmdline()):
+                    return True
+        return False
+
+    def glance(self) -> None:
+        """`observe`, if the last time is a second ago: it walks over all of the machine's."""
+        if time.monotonic() - self._observed >= OBSERVE_SECONDS:
+            self.observe()
+
     def observe(self) -> None:
         """Note the descendants of all processes while their parents can still be asked."""
+        self._observed = time.monotonic()
         changed = False
         for name, process in self._running.items():
             family = self._family[name]
@@ -195,7 +245,7 @@ class ProcessGroup:
             with contextlib.suppress(errors.StorageError):
                 write_json(self._record, [_describe(m) for m in members if _is_alive(m)])
 
-    def end_leftovers(self) -> None:
+    def end_leftovers(self, *, grace_seconds: float = GRACE_SECONDS) -> None:
         """End what an earlier supervisor of this record left running when it was killed."""
         left = []
         for entry in read_json(self._record) or []:
@@ -203,7 +253,7 @@ class ProcessGroup:
                 process = psutil.Process(entry["pid"])
                 if process.create_time() == entry["created"]:
                     left.append(process)
-        _end(left, GRACE_SECONDS)
+        _end(left, grace_seconds)
         self._record.unlink(missing_ok=True)
 
     def stop(self, *names: str, grace_seconds: float = GRACE_SECONDS) -> None:

@@ -6,7 +6,6 @@ may be killed at any moment and started again; it ends with the same bytes.
 
 import importlib
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,12 @@ from molora_fed.contributions.keys import load_key, verify
 from molora_fed.errors import AdmissionError, FederationError
 from molora_fed.federation.coordinator_mail import build_acknowledgement_bytes
 from molora_fed.federation.homes import ContributorHome, JoinSettings
-from molora_fed.federation.mailbox import Claim, hold_lock, read_json
+from molora_fed.federation.mailbox import hold_lock, read_json
 from molora_fed.federation.states import StateFile
 from molora_fed.federation.supervise import record_errors
+from molora_fed.federation.tasks import Claim
 from molora_fed.federation.worker_mail import (
+    has_consent,
     offer_contribution,
     receive_charter,
     receive_shipment,
@@ -27,7 +28,7 @@ from molora_fed.federation.worker_mail import (
 )
 from molora_fed.files import canonical_json, hash_bytes
 from molora_fed.plugins import Plugins, get_plugins
-from molora_fed.types import Document, Split
+from molora_fed.types import Split
 
 if TYPE_CHECKING:
     from molora_fed.base import Base
@@ -76,7 +77,7 @@ class ContributorWorker:
         self._state.enter("JOINING", "waiting for the charter")
         if not home.offer_file.exists():
             # Takes seconds, like the first messages: both go on at once.
-            importlib.import_module("molora_fed.specialists")
+            importlib.import_module("molora_fed.standalone")
         charter = wait_for(lambda: receive_charter(home))
         self._check_domain(charter)
         if not self._is_offered(charter):
@@ -137,6 +138,9 @@ class ContributorWorker:
         )
         self._state.enter("SUBMITTING", "building the contribution")
         self._build(charter, corpus, trained)
+        if not has_consent(home, charter):
+            self._state.enter("SUBMITTING", "waiting for your consent to send it")
+            wait_for(lambda: has_consent(home, charter) or None)
         offer_contribution(home, recipe=self._recipe(charter))
         if claim is not None:
             home.tasks.complete(claim)
@@ -150,23 +154,17 @@ class ContributorWorker:
         return base
 
     def _prepare_corpus(self, charter: Charter, base: "Base") -> "Corpus":
-        from molora_fed.corpus.documents import read_documents
-        from molora_fed.corpus.prepare import prepare_corpus
+        from molora_fed.standalone import Terms, prepare_domain
 
         self._state.enter("CORPUS", "clustering, splitting and packing the text")
         settings = self._settings
-        documents: Iterable[Document] = (
-            read_documents([Path(path) for path in settings.data])
-            if settings.data
-            else self._plugins.domains.resolve(settings.domain)()
-        )
-        return prepare_corpus(
+        return prepare_domain(
+            Terms(charter, base),
             settings.domain,
-            documents,
-            base.tokenizer,
-            rules=charter.identity.corpus,
-            folder=self._home.corpus,
+            [Path(path) for path in settings.data],
+            self._home.root,
             shard=settings.shard,
+            plugins=self._plugins,
             progress=self._state.progress,
         )
 

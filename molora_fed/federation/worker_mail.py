@@ -18,6 +18,8 @@ from molora_fed.files import canonical_json, hash_bytes, replace_folder, write_b
 
 __all__ = [
     "build_charter_bytes",
+    "give_consent",
+    "has_consent",
     "offer_contribution",
     "receive_charter",
     "receive_shipment",
@@ -115,6 +117,26 @@ def receive_shipment(home: ContributorHome, letter: Path, field: str, target: Pa
     write_bytes(marker, b"")
     home.parts.discard(shipment, part_bytes=part_bytes)
     return True
+
+
+def _build_consent(charter: Charter) -> dict[str, Any]:
+    """What a contributor agrees to: these samples for this cooperative."""
+    samples = charter.amendment.samples.model_dump(mode="json")
+    return {"identity": charter.identity_hash, "samples": samples}
+
+
+def has_consent(home: ContributorHome, charter: Charter) -> bool:
+    """Whether the contributor agreed to send what this charter asks for."""
+    return bool(read_json(home.consent_file) == _build_consent(charter))
+
+
+def give_consent(home: ContributorHome, charter: Charter) -> None:
+    """Note that the contributor agrees to send what this charter asks for.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+    write_json(home.consent_file, _build_consent(charter))
 
 
 def offer_contribution(home: ContributorHome, *, recipe: str = "") -> Shipment:

@@ -1,0 +1,80 @@
+"""Checks what a contributor joins with, before anything is started."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from molora_fed.contributions.keys import build_public_pem, key_fingerprint, load_or_make_key
+from molora_fed.corpus.documents import read_documents
+from molora_fed.errors import ConfigError
+from molora_fed.federation.homes import ContributorHome, JoinSettings
+from molora_fed.federation.mailbox import read_json
+from molora_fed.plugins import get_plugins
+
+__all__ = ["prepare_settings"]
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_BASE_EXPERT = "base"
+
+
+def prepare_settings(home: ContributorHome, settings: JoinSettings) -> JoinSettings:
+    """Make the key at the first join, check the settings, and keep them in the home.
+
+    Args:
+        home: The contributor's home.
+        settings: What to join with; an empty name becomes domain and start of the key.
+
+    Returns:
+        The settings with a name.
+
+    Raises:
+        ConfigError: If a name is malformed or reserved, the home belongs to another domain, or
+            there is no adapter where one is said to be.
+        CorpusError: If there is no readable text at the paths.
+        UnknownNameError: If there are no paths, and nobody registers the domain.
+        SignatureError: If the key cannot be used.
+    """
+    key = load_or_make_key(home.key)
+    if not settings.name:
+        fingerprint = key_fingerprint(build_public_pem(key))
+        settings = replace(settings, name=f"{settings.domain}-{fingerprint[:6]}")
+    for what, value in (("name", settings.name), ("domain", settings.domain)):
+        if not _NAME.fullmatch(value):
+            raise ConfigError(
+                f"Cannot join with {what} '{value}': expected lower-case letters, digits and "
+                f"dashes, got something else. Choose another with --{what}."
+            )
+    if settings.name == _BASE_EXPERT:
+        raise ConfigError(
+            f"Cannot join with name '{_BASE_EXPERT}': expected another name, got that of the "
+            "base in every report. Choose another with --name."
+        )
+    _check_first_domain(home, settings)
+    _check_sources(settings)
+    settings.save(home.settings_file)
+    return settings
+
+
+def _check_first_domain(home: ContributorHome, settings: JoinSettings) -> None:
+    earlier = read_json(home.settings_file)
+    if earlier is None:
+        return
+    domain = JoinSettings.from_json(earlier).domain
+    if domain != settings.domain:
+        raise ConfigError(
+            f"Cannot join in '{home.root}': expected domain '{domain}' as at the first join, got "
+            f"'{settings.domain}'. Use another --home for another domain."
+        )
+
+
+def _check_sources(settings: JoinSettings) -> None:
+    """Look at the text and the adapter as far as that takes no time."""
+    if settings.data:
+        next(read_documents([Path(path) for path in settings.data]))
+    else:
+        get_plugins().domains.entry(settings.domain)
+    if settings.adapter and not Path(settings.adapter).is_dir():
+        raise ConfigError(
+            f"Cannot join with adapter '{settings.adapter}': expected a folder, got nothing "
+            "there. Check the path."
+        )
