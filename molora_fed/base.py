@@ -71,6 +71,11 @@ class Base:
     revision: str
     training: Mapping[str, Any] | None
 
+    @property
+    def hidden_size(self) -> int:
+        """D, width of the hidden state that enters the output head."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
     def identity(self) -> BaseIdentity:
         """What a charter says about it."""
         return BaseIdentity(

@@ -74,6 +74,7 @@ def train_monolithic(
         CONTROL_KIND,
         training,
         registered,
+        hidden_size=base.hidden_size,
         seed=seed,
         threads=threads,
         evaluation_batch=evaluation_batch,

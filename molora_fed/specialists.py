@@ -257,6 +257,7 @@ def build_config(
     training: TrainingRules,
     plugins: Plugins,
     *,
+    hidden_size: int,
     steps: int,
     patience: int | None,
     seed: int,
@@ -266,7 +267,7 @@ def build_config(
     """The loop's settings under a charter's rules; the kind decides the rate they leave open."""
     rate = training.learning_rate
     if rate is None:
-        rate = plugins.adapter_kinds.resolve(kind).default_learning_rate
+        rate = plugins.adapter_kinds.resolve(kind)().suggest_learning_rate(hidden_size)
     return TrainConfig(
         steps=steps,
         batch=training.batch,
@@ -331,6 +332,7 @@ def train_specialist(
         kind,
         training,
         registered,
+        hidden_size=base.hidden_size,
         seed=seed,
         threads=threads,
         evaluation_batch=evaluation_batch,
