@@ -1,10 +1,12 @@
 """How gates turn experts' predictions into one: the probability and the logit mixture."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends import mkldnn
 from torch.nn import functional
 
 from molora_fed.errors import RoutingError
@@ -65,6 +67,34 @@ class Readout:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    @cached_property
+    def _packed(self) -> tuple[Tensor, Tensor] | None:
+        """The head, (V, D), and its transpose as oneDNN tensors, where that is the faster way.
+
+        In float32 on a processor, oneDNN multiplies as exactly as the default library and more
+        than twice as fast on processors that library was not written for.
+        """
+        is_plain = self.bias is None and self.weight.dtype == torch.float32
+        if not (is_plain and self.weight.device.type == "cpu" and mkldnn.is_available()):
+            return None
+        weight = self.weight.detach()
+        return weight.to_mkldnn(), weight.t().contiguous().to_mkldnn()
+
+    def multiply(self, hidden: Tensor) -> Tensor:
+        """Logits (R, V) of states (R, D) without gradients and without the soft-cap."""
+        if self._packed is None:
+            return replace(self, softcap=None).logits(hidden)
+        logits = functional.linear(hidden.float().to_mkldnn(), self._packed[0]).to_dense()
+        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def multiply_back(self, upstream: Tensor) -> Tensor:
+        """Gradient in the states (R, D) from the gradient in the logits (R, V)."""
+        if self._packed is None:
+            gradient = upstream.to(self.weight.dtype) @ self.weight
+        else:
+            gradient = functional.linear(upstream.to_mkldnn(), self._packed[1]).to_dense()
+        return gradient if self.scale == 1.0 else gradient * self.scale
 
     @staticmethod
     def mix_states(gates: Tensor, hidden: Tensor) -> Tensor:
@@ -136,7 +166,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(states, dtype=readout.weight.dtype) if needs_gradient else None
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            logits = readout.logits(states[part]).float()
+            logits = readout.multiply(states[part]).float()
             if gradient is None:
                 losses[part] = functional.cross_entropy(logits, targets[part], reduction="none")
                 continue
@@ -144,9 +174,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
             distribution = torch.softmax(logits, dim=-1)
             losses[part] = -compute_log_gates(distribution.gather(1, chosen)).squeeze(1)
             distribution.scatter_add_(1, chosen, distribution.new_full(chosen.shape, -1.0))
-            torch.mm(distribution.to(gradient.dtype), readout.weight, out=gradient[part])
+            gradient[part] = readout.multiply_back(distribution)
         if gradient is not None:
-            ctx.save_for_backward(gradient.mul_(readout.scale))
+            ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
