@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Cooperative",
     "amend_cooperative",
+    "build_charter",
     "check_charter_names",
     "create_cooperative",
     "open_cooperative",
@@ -117,7 +118,7 @@ def create_cooperative(
         UnknownNameError: If it names a router, kind or check that nobody registers.
         StorageError: If the disk refuses.
     """
-    charter = _build_charter(name, base.identity(), adapters, corpus, amendment)
+    charter = build_charter(name, base.identity(), adapters, corpus, amendment)
     check_charter_names(charter, plugins or get_plugins())
     _check_suits_base(charter, base)
     cooperative = Cooperative(folder, charter)
@@ -257,13 +258,18 @@ def _raise_problems(what: str, problems: Iterable[tuple[str, str]]) -> None:
         )
 
 
-def _build_charter(
+def build_charter(
     name: str,
     base: BaseIdentity,
     adapters: AdapterRules | None,
     corpus: CorpusRules | None,
     amendment: Amendment | None,
 ) -> Charter:
+    """Put a charter together that is not written anywhere yet.
+
+    Raises:
+        CharterError: If the name or the amendment's number is wrong.
+    """
     first = amendment or Amendment()
     if first.number != 0:
         raise CharterError(

@@ -26,7 +26,7 @@ from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.types import Mixture
 
-__all__ = ["FusedManifest", "load_fused", "load_manifest", "save_fused"]
+__all__ = ["FusedManifest", "find_fused", "load_fused", "load_manifest", "save_fused"]
 
 MANIFEST_FILE = "fused.json"
 ROUTER_FILE = "router.safetensors"
@@ -188,6 +188,14 @@ def _parse(content: Any, folder: Path, *, doing: str) -> FusedManifest:
             f"Cannot {doing} fused model '{folder}': expected a valid {MANIFEST_FILE}, "
             f"got {offenders}. Fuse again, or copy the folder again."
         ) from error
+
+
+def find_fused(folder: Path) -> Path:
+    """The fused model in a folder: the folder itself, or its `fused/` or `result/fused/`."""
+    for inner in (folder, folder / "fused", folder / "result" / "fused"):
+        if (inner / MANIFEST_FILE).is_file():
+            return inner
+    return folder
 
 
 def load_fused(

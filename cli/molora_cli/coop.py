@@ -1,0 +1,101 @@
+"""`molora coop`: make cooperatives."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora_cli.progress import reporting
+
+app = typer.Typer(help="Cooperatives.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _group() -> None:
+    """Cooperatives."""
+
+
+class MixtureChoice(StrEnum):
+    """How experts' distributions are combined by gates."""
+
+    PROBABILITY = "probability"
+    LOGIT = "logit"
+
+
+@app.command("create")
+def create(
+    name: Annotated[str, typer.Argument(help="Lower-case letters, digits and dashes.")],
+    base: Annotated[
+        str, typer.Option(help="builtin, ID@REVISION of the Hugging Face Hub, or a folder.")
+    ] = "builtin",
+    domains: Annotated[
+        str, typer.Option(help="Domains to ask for, separated by commas; any if not given.")
+    ] = "",
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="The coordinator's home; a folder of that NAME if not given."),
+    ] = None,
+    frozen_depth: Annotated[
+        int, typer.Option(min=0, help="Decoder blocks that stay the base's.")
+    ] = 0,
+    kind: Annotated[str, typer.Option(help="Adapter kind that contributors train.")] = "svd",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of low-rank kinds.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of a specialist.")] = 300,
+    router: Annotated[str, typer.Option(help="The router that is published.")] = "evidence",
+    compare: Annotated[
+        str, typer.Option(help="Routers reported beside it, separated by commas.")
+    ] = "evidence-zero,linear",
+    mixture: Annotated[
+        MixtureChoice, typer.Option(help="How distributions are combined.")
+    ] = MixtureChoice.PROBABILITY,
+    expected: Annotated[
+        int, typer.Option(min=0, help="Contributions to wait for; one a domain if 0.")
+    ] = 0,
+    block_size: Annotated[int, typer.Option(min=8, help="Tokens per block.")] = 128,
+    base_steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of the built-in base.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of base, training, routers and bootstraps.")] = 42,
+) -> None:
+    """Create a cooperative: its charter, base checkpoint, key and ledger."""
+    from molora_fed.charter import (
+        AdapterRules,
+        Amendment,
+        CorpusRules,
+        FusionRules,
+        TrainingRules,
+    )
+    from molora_fed.founding import found_cooperative
+    from molora_fed.options import find_cache_folder, parse_names
+
+    amendment = Amendment(
+        domains=parse_names(domains) if domains else (),
+        expected=expected,
+        seed=seed,
+        training=TrainingRules(kind=kind, rank=rank, steps=steps),
+        fusion=FusionRules(
+            router=router, compare=parse_names(compare) if compare else (), mixture=mixture.value
+        ),
+    )
+    with reporting() as progress:
+        cooperative, made = found_cooperative(
+            folder or Path(name),
+            name,
+            source=base,
+            adapters=AdapterRules(frozen_depth=frozen_depth, max_rank=max(64, rank)),
+            corpus=CorpusRules(block_size=block_size),
+            amendment=amendment,
+            base_steps=base_steps,
+            cache=find_cache_folder(),
+            on_phase=progress.phase,
+            progress=progress,
+        )
+    print(f"cooperative  {cooperative.charter.identity.name} in {cooperative.folder}")
+    print(f"identity     {cooperative.charter.identity_hash}")
+    print(f"base         {made.id} {made.revision}".rstrip())
+    print(f"weights      {made.weights}")
+    print(f"tokenizer    {made.tokenizer_fingerprint}")
+    if made.training is not None:
+        print(f"trained      {made.training['steps']} steps, {made.training['tokens']} tokens")
+    print(f"Serve it with `molora serve {cooperative.folder}`.")

@@ -1,0 +1,44 @@
+"""`molora evaluate`: a fused model on one's own text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora_cli.output import show
+from molora_cli.progress import reporting
+
+
+def evaluate(
+    fused: Annotated[Path, typer.Argument(help="Folder of a fused model.")],
+    data: Annotated[
+        list[str], typer.Option(help="NAME=PATH of text no one trained on; repeatable.")
+    ],
+    block_size: Annotated[int, typer.Option(min=8, help="Tokens per block.")] = 128,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 42,
+) -> None:
+    """Measure base, specialists and fused model on your own text."""
+    from molora_fed.options import parse_data
+    from molora_fed.reporting.summary import build_loss_table
+    from molora_fed.routing.bundle import find_fused, load_fused
+    from molora_fed.text_evaluation import evaluate_texts
+
+    texts = parse_data(data)
+    with reporting("loading the fused model") as progress:
+        model = load_fused(find_fused(fused), base_folder=base)
+        evaluation = evaluate_texts(
+            model,
+            texts,
+            block_size=block_size,
+            seed=seed,
+            on_phase=progress.phase,
+            progress=progress,
+        )
+    result = evaluation.to_json() | {"domains": list(texts), "router": model.router_name}
+    show(
+        build_loss_table(result),
+        f"Best alone: {result['best_alone']['name']}. Intervals are 95 % by document cluster.",
+    )

@@ -1,0 +1,57 @@
+"""`molora generate`: text from a fused model."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora_cli.output import note
+from molora_cli.progress import reporting
+
+
+class Evidence(StrEnum):
+    """Tokens whose evidence steers the gates."""
+
+    PROMPT = "prompt"
+    ALL = "all"
+
+
+def generate(
+    fused: Annotated[Path, typer.Argument(help="Folder of a fused model.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep tokens up to this probability.")] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    evidence_from: Annotated[
+        Evidence, typer.Option(help="Whether gates go on learning from the generated tokens.")
+    ] = Evidence.ALL,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
+    ] = None,
+) -> None:
+    """Continue a text with a fused model."""
+    from molora_fed.routing.bundle import find_fused, load_fused
+    from molora_fed.routing.decoding import generate as generate_text
+
+    with reporting("loading the fused model") as progress:
+        model = load_fused(find_fused(fused), base_folder=base)
+        progress.phase("generating")
+        (generation,) = generate_text(
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            evidence_from=evidence_from.value,
+            progress=progress,
+        )
+    print(generation.prompt + generation.text)
+    gates = sorted(generation.gates.items(), key=lambda item: -item[1])
+    note("gates: " + ", ".join(f"{name} {gate:.2f}" for name, gate in gates))

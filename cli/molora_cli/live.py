@@ -1,0 +1,142 @@
+"""The live table of a server or a contributor, from the events its supervisor reports."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
+
+    from molora_fed.federation.events import FederationEvent
+
+__all__ = ["Board", "watching"]
+
+PLAIN_SECONDS = 10.0
+"""Least time between two plain lines that differ in figures only."""
+SHOWN_MESSAGES = 4
+
+
+class Board(Protocol):
+    """Shows events."""
+
+    def __call__(self, event: "FederationEvent") -> None:
+        """Take in one event."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave the terminal alone inside, e.g. to ask something."""
+
+
+def _format_step(event: "FederationEvent") -> str:
+    return "" if event.step is None else f"{event.step}/{event.total}"
+
+
+def _format_eta(event: "FederationEvent") -> str:
+    if event.eta_seconds is None:
+        return ""
+    minutes, seconds = divmod(round(event.eta_seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def _format_loss(event: "FederationEvent") -> str:
+    return "" if event.loss is None else f"{event.loss:.3f}"
+
+
+class _Plain:
+    """A line for each change; figures alone at most every ten seconds."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[str, str, str]] = {}
+        self._printed: dict[str, float] = {}
+
+    def __call__(self, event: "FederationEvent") -> None:
+        who = event.contributor or "server"
+        key, now = (event.phase, event.state, event.message), time.monotonic()
+        is_new = self._last.get(who) != key
+        if not is_new and now - self._printed.get(who, 0.0) < PLAIN_SECONDS:
+            return
+        self._last[who], self._printed[who] = key, now
+        loss, eta = _format_loss(event), _format_eta(event)
+        parts = [
+            event.phase,
+            event.state,
+            _format_step(event),
+            loss and f"loss {loss}",
+            eta and f"ETA {eta}",
+            event.message,
+        ]
+        print(f"{who}: " + " · ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+    def paused(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _Table:
+    """One row for the server and for each contributor, and the last messages below."""
+
+    def __init__(self, title: str, live: "Live") -> None:
+        self._title = title
+        self._live = live
+        self._events: dict[str, FederationEvent] = {}
+        self._problems: list[str] = []
+
+    def __call__(self, event: "FederationEvent") -> None:
+        who = event.contributor or "server"
+        if event.problem:
+            line = f"{time.strftime('%H:%M:%S')} {who}: {event.message}"
+            self._problems = [*self._problems, line][-SHOWN_MESSAGES:]
+        self._events[who] = event
+        self._live.update(self._build())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._live.stop()
+        try:
+            yield
+        finally:
+            self._live.start(refresh=True)
+
+    def _build(self) -> "Table":
+        from rich.table import Table
+        from rich.text import Text
+
+        caption = Text("\n".join(self._problems), style="yellow") if self._problems else None
+        table = Table(
+            title=self._title, title_justify="left", caption=caption, caption_justify="left"
+        )
+        for name in ("who", "phase", "ledger"):
+            table.add_column(name, no_wrap=True)
+        for name in ("progress", "loss", "ETA"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("message", overflow="fold")
+        for who in sorted(self._events, key=lambda name: (name != "server", name)):
+            event = self._events[who]
+            table.add_row(
+                who,
+                event.phase,
+                event.state,
+                _format_step(event),
+                _format_loss(event),
+                _format_eta(event),
+                Text(event.message, style="yellow" if event.problem else ""),
+            )
+        return table
+
+
+@contextmanager
+def watching(title: str) -> Iterator[Board]:
+    """Show events on standard error while the work inside goes on.
+
+    Args:
+        title: Of the table.
+    """
+    if not sys.stderr.isatty():
+        yield _Plain()
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
+        yield _Table(title, live)

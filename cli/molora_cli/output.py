@@ -1,0 +1,59 @@
+"""What commands print: plain aligned lists, and Rich tables where figures are compared."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from molora_fed.corpus.report import CorpusReport
+
+__all__ = ["build_corpus_table", "note", "print_columns", "show"]
+
+PIPE_WIDTH = 200
+"""Columns of tables that go to a file or another program: nothing is cut."""
+
+
+def note(text: str) -> None:
+    """Say something about the run, beside its result: one line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def show(*parts: "RenderableType") -> None:
+    """Print Rich tables and texts on standard output, or plainly into a pipe."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console.print(*parts, sep="\n")
+
+
+def build_corpus_table(report: "CorpusReport") -> "RenderableType":
+    """What a prepared corpus holds, and how much of each split occurs in train."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"Corpus '{report.domain}': {report.documents} documents in {report.clusters} "
+        f"clusters, blocks of {report.block_size} tokens",
+        title_justify="left",
+        caption=None
+        if report.qualifies
+        else "Held-out is small (below 20 clusters or 64 blocks): its figures will be rough.",
+        caption_justify="left",
+    )
+    table.add_column("split")
+    for name in ("documents", "clusters", "tokens", "blocks", "8-grams in train"):
+        table.add_column(name, justify="right")
+    for name, split in report.splits.items():
+        found = "-" if name == "train" else f"{100 * split.contamination:.2f} %"
+        counts = (split.documents, split.clusters, split.tokens, split.blocks)
+        table.add_row(name, *(f"{count:,}" for count in counts), found)
+    return table

@@ -1,0 +1,73 @@
+"""`molora train`: a specialist and a signed contribution, without a network."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora_cli.output import build_corpus_table, show
+from molora_cli.progress import reporting
+
+
+def train(
+    cooperative: Annotated[
+        Path, typer.Option(help="A cooperative's folder, or its cooperative.toml beside base/.")
+    ],
+    domain: Annotated[str, typer.Option(help="Domain to train on.")],
+    out: Annotated[Path, typer.Option(help="Folder for adapter, contribution and key.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text files or folders; repeatable. Without: the registered domain."),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Adapter kind; the charter's if not given.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps; the charter's if not given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed; the charter's if not given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Torch threads; all cores if not given.")
+    ] = None,
+    name: Annotated[
+        str, typer.Option(help="Contributor's name; domain and start of the key if not given.")
+    ] = "",
+    key: Annotated[
+        Path | None, typer.Option(help="Private key; made in the --out folder if not given.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
+    ] = None,
+) -> None:
+    """Train a specialist and sign a contribution made of it; nothing is sent."""
+    from molora_fed.contributions.building import describe_outgoing
+    from molora_fed.options import count_cores
+    from molora_fed.reporting.summary import build_outgoing_table
+    from molora_fed.standalone import open_terms, prepare_domain, train_contribution
+
+    with reporting("loading the base") as progress:
+        terms = open_terms(cooperative, base_folder=base)
+        progress.phase("preparing the text")
+        corpus = prepare_domain(terms, domain, data or (), out, progress=progress)
+    show(build_corpus_table(corpus.report))
+    with reporting("training") as progress:
+        trained = train_contribution(
+            terms,
+            corpus,
+            out,
+            name=name,
+            kind=kind,
+            steps=steps,
+            seed=seed,
+            threads=threads or count_cores(),
+            key_path=key,
+            progress=progress,
+        )
+    specialist, manifest = trained.specialist, trained.contribution.manifest
+    print(
+        f"Specialist '{manifest.contributor}' ({specialist.kind}): validation loss "
+        f"{specialist.loss:.4f}, base {specialist.base_loss:.4f} nats per token"
+    )
+    print("Nothing was sent. If you submit it, this is what goes:")
+    show(build_outgoing_table(describe_outgoing(manifest)))
+    print(f"Contribution {trained.contribution.id} in {trained.contribution.folder}")

@@ -1,0 +1,368 @@
+"""Every step without a network: train and sign a contribution, receive and fuse on folders.
+
+The federation's workers call the same functions of the core; here folders take the place of mail.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from molora_fed.base import Base, check_base, load_base
+from molora_fed.charter import Charter, load_charter
+from molora_fed.contributions.building import build_contribution
+from molora_fed.contributions.keys import build_public_pem, key_fingerprint, load_or_make_key
+from molora_fed.contributions.ledger import Ledger
+from molora_fed.contributions.manifest import Contribution, load_contribution
+from molora_fed.contributions.receive import Receipt, load_admitted, receive_contribution
+from molora_fed.contributions.states import ContributionState
+from molora_fed.cooperative import Cooperative, open_cooperative
+from molora_fed.corpus.documents import read_documents
+from molora_fed.corpus.prepare import Corpus, prepare_corpus
+from molora_fed.errors import AdmissionError, BaseCheckpointError, ConfigError
+from molora_fed.fusion import FusionResult, fuse
+from molora_fed.fusion_ledger import ForecastKeeper, begin_fusion, end_fusion
+from molora_fed.fusion_plan import BASE_EXPERT, collect_contributed
+from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.reporting.report import MetricRows, read_metrics_file, write_report
+from molora_fed.specialists import Specialist, train_specialist
+from molora_fed.training import METRICS_NAME
+from molora_fed.types import Document, Progress, Split
+
+__all__ = [
+    "Fused",
+    "Terms",
+    "Trained",
+    "fuse_contributions",
+    "open_terms",
+    "prepare_domain",
+    "train_contribution",
+]
+
+ACTOR = "molora fuse"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+def _ignore(phase: str) -> None:
+    """No one wants to know which phase begins."""
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What a contributor trains under.
+
+    Attributes:
+        charter: The cooperative's charter.
+        base: Its base checkpoint, checked against the charter.
+    """
+
+    charter: Charter
+    base: Base
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A specialist and the contribution made of it."""
+
+    specialist: Specialist
+    contribution: Contribution
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """A fusion on folders.
+
+    Attributes:
+        contributions: What was fused, in canonical order.
+        result: What the fusion measured, with the fused model.
+        report: Path of report.html.
+    """
+
+    contributions: tuple[Contribution, ...]
+    result: FusionResult
+    report: Path
+
+
+def open_terms(source: Path, *, base_folder: Path | None = None) -> Terms:
+    """Read a charter and load its base.
+
+    Args:
+        source: A cooperative's folder, a contributor's home, or a `cooperative.toml`.
+        base_folder: Where the base is; `base/` of the folder if None.
+
+    Raises:
+        CharterError: If there is no charter, or it is malformed.
+        BaseCheckpointError: If the base is missing or another one.
+    """
+    folder = source if source.is_dir() else source.parent
+    if source.is_dir() and (source / "ledger.db").is_file():
+        charter = open_cooperative(source).charter
+    elif (source / "charter" / "cooperative.toml").is_file():
+        charter = load_charter(source / "charter")
+    else:
+        charter = load_charter(source)
+    where = base_folder or folder / "base"
+    if not where.is_dir():
+        identity = charter.identity.base
+        raise BaseCheckpointError(
+            f"Cannot load the base of cooperative '{charter.identity.name}': expected "
+            f"{identity.id} with weights {identity.weights[:12]} in '{where}', got no such folder. "
+            "Say where the base is."
+        )
+    base = load_base(where)
+    check_base(base, charter.identity.base)
+    return Terms(charter, base)
+
+
+def prepare_domain(
+    terms: Terms,
+    domain: str,
+    data: Sequence[Path],
+    folder: Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    plugins: Plugins | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Turn a contributor's text into blocks.
+
+    Args:
+        terms: Charter and base.
+        domain: Domain name.
+        data: Files and folders of text; empty takes the registered domain of that name.
+        folder: Gets `corpus/`.
+        shard: (i, n): share i of n of the domain's documents.
+        plugins: Where domains are registered; the installed plugins by default.
+        progress: Receives documents compared of all.
+
+    Raises:
+        ConfigError: If the name cannot stand in a contribution or the cooperative has no use for
+            the domain.
+        UnknownNameError: If there are no data and nobody registers the domain.
+        CorpusError: If there is too little text, or it cannot be read.
+    """
+    _check_name("domain", domain)
+    asked = terms.charter.amendment.domains
+    if asked and domain not in asked:
+        raise ConfigError(
+            f"Cannot train for cooperative '{terms.charter.identity.name}': expected one of the "
+            f"domains {', '.join(asked)}, got '{domain}'. Choose one of these, or ask the "
+            "coordinator for an amendment."
+        )
+    plugins = plugins or get_plugins()
+    documents: Iterable[Document] = (
+        read_documents(data) if data else plugins.domains.resolve(domain)()
+    )
+    return prepare_corpus(
+        domain,
+        documents,
+        terms.base.tokenizer,
+        rules=terms.charter.identity.corpus,
+        folder=folder / "corpus",
+        shard=shard,
+        progress=progress,
+    )
+
+
+def _check_name(what: str, name: str) -> None:
+    """Refuse what no manifest can hold, before any work is done.
+
+    Raises:
+        ConfigError: Naming what and why.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"Cannot use {what} '{name}': expected lower-case letters, digits and dashes, got "
+            f"something else. Choose another with --{what}."
+        )
+    if what == "name" and name == BASE_EXPERT:
+        raise ConfigError(
+            f"Cannot use name '{name}': expected another name, got that of the base in every "
+            "report. Choose another with --name."
+        )
+
+
+def train_contribution(
+    terms: Terms,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    name: str = "",
+    kind: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    threads: int = 1,
+    key_path: Path | None = None,
+    plugins: Plugins | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a specialist and sign a contribution made of it; killed and called again, it goes on.
+
+    Args:
+        terms: Charter and base.
+        corpus: Prepared text of the domain.
+        folder: Gets `adapter/`, `record.json`, `metrics.jsonl` and `contribution/`.
+        name: Contributor's name; domain and start of the key if empty.
+        kind: Adapter kind; the charter's if None.
+        steps: Optimiser steps; the charter's if None.
+        seed: Seed of training; the charter's if None.
+        threads: Torch threads; kept in the training record.
+        key_path: The contributor's private key, made if it is not there; `key.pem` of the folder
+            if None.
+        plugins: Where kinds are registered; the installed plugins by default.
+        progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
+
+    Raises:
+        ConfigError: If the name cannot stand in a contribution.
+        TrainingError: If the charter refuses the kind, or the folder holds another training.
+        CorpusError: If the charter asks for blocks that the corpus has not.
+        MoloraError: Whatever training or the disk refuses.
+    """
+    charter = terms.charter
+    rules = charter.amendment.training
+    if steps is not None:
+        rules = rules.model_copy(update={"steps": steps})
+    if name:
+        _check_name("name", name)
+    key = load_or_make_key(key_path or folder / "key.pem")
+    specialist = train_specialist(
+        terms.base,
+        corpus.blocks[Split.TRAIN],
+        corpus.blocks[Split.VALIDATION],
+        kind=kind or rules.kind,
+        rules=charter.identity.adapters,
+        training=rules,
+        seed=charter.amendment.seed if seed is None else seed,
+        threads=threads,
+        folder=folder,
+        plugins=plugins,
+        evaluation_batch=charter.identity.corpus.evaluation_batch,
+        progress=progress,
+    )
+    contribution = build_contribution(
+        folder / "contribution",
+        adapter=specialist.adapter_folder,
+        kind=specialist.kind,
+        samples=corpus.blocks,
+        key=key,
+        charter=charter,
+        contributor=name or f"{corpus.domain}-{key_fingerprint(build_public_pem(key))[:6]}",
+        domain=corpus.domain,
+        training=specialist.record,
+        base_loss=specialist.base_loss,
+        specialist_loss=specialist.loss,
+        contamination=corpus.report.contamination,
+    )
+    return Trained(specialist, contribution)
+
+
+def _find_contribution(folder: Path) -> Path:
+    """The contribution in a folder that `train_contribution` filled, or the folder itself."""
+    inner = folder / "contribution"
+    return inner if (inner / "manifest.json").is_file() else folder
+
+
+def fuse_contributions(
+    cooperative: Cooperative,
+    folders: Sequence[Path],
+    *,
+    out: Path | None = None,
+    plugins: Plugins | None = None,
+    on_phase: Callable[[str], None] = _ignore,
+    progress: Progress | None = None,
+) -> Fused:
+    """Receive contributions, admit them, fuse, and write the report.
+
+    Args:
+        cooperative: Whose charter, base and ledger count.
+        folders: Contributions, or folders of `train_contribution`; with none, all that the ledger
+            has admitted are fused.
+        out: Gets `bank/`, `fused/`, `result.json` and `report/`; the cooperative's folder if None.
+        plugins: Where everything is registered; the installed plugins by default.
+        on_phase: Told what begins.
+        progress: Receives progress within a phase.
+
+    Raises:
+        AdmissionError: If contributions were not admitted; names all of them, and nothing is fused.
+        LedgerError: If another process, such as a server, works on the cooperative.
+        MoloraError: Whatever admission or fusing refuses.
+    """
+    plugins, out = plugins or get_plugins(), out or cooperative.folder
+    charter = cooperative.charter
+    sources = [_find_contribution(folder) for folder in folders]
+    given = {load_contribution(source).id: source for source in sources}
+    with cooperative.open_ledger() as ledger:
+        on_phase("base")
+        base = load_base(cooperative.base_folder)
+        check_base(base, charter.identity.base)
+        on_phase("admission")
+        receipts = [
+            receive_contribution(
+                ledger,
+                cooperative.store,
+                source,
+                charter=charter,
+                base=base,
+                plugins=plugins,
+                actor=ACTOR,
+                progress=progress,
+            )
+            for source in given.values()
+        ]
+        _check_admitted(receipts)
+        contributions = _choose(ledger, cooperative, given)
+        contributed = [collect_contributed(contribution) for contribution in contributions]
+        if contributed:
+            begin_fusion(ledger, actor=ACTOR)
+        result = fuse(
+            base,
+            charter,
+            contributed,
+            out,
+            plugins=plugins,
+            on_phase=on_phase,
+            on_forecasts=ForecastKeeper(ledger, actor=ACTOR),
+            progress=progress,
+        )
+        on_phase("report")
+        metrics = _collect_metrics(contributions, given)
+        report = write_report(result.result, metrics, out / "report")
+        end_fusion(ledger, actor=ACTOR)
+    return Fused(tuple(contributions), result, report)
+
+
+def _check_admitted(receipts: Sequence[Receipt]) -> None:
+    """Refuse to go on unless all were admitted.
+
+    Raises:
+        AdmissionError: With a sentence for each refusal, in one line.
+    """
+    problems = []
+    for receipt in receipts:
+        if receipt.decision is not None:
+            problems += [refusal.message for refusal in receipt.decision.refusals]
+        if receipt.state == ContributionState.WITHDRAWN:
+            problems.append(
+                f"Cannot fuse contribution of '{receipt.contributor}': expected an admitted one, "
+                "got a withdrawn one. Leave it out."
+            )
+    if problems:
+        raise AdmissionError(" ".join(problems))
+
+
+def _choose(ledger: Ledger, cooperative: Cooperative, given: dict[str, Path]) -> list[Contribution]:
+    """The given contributions as they lie in the store; all admitted ones if none is given."""
+    admitted = load_admitted(ledger, cooperative.store)
+    return [one for one in admitted if not given or one.id in given]
+
+
+def _collect_metrics(
+    contributions: Sequence[Contribution], given: dict[str, Path]
+) -> dict[str, MetricRows]:
+    """Training metrics that lie beside contributions made on this machine, by contributor."""
+    metrics: dict[str, MetricRows] = {}
+    for one in contributions:
+        file = given[one.id].parent / METRICS_NAME if one.id in given else None
+        if file is not None and file.is_file():
+            metrics[one.manifest.contributor] = read_metrics_file(file)
+    return metrics
