@@ -71,7 +71,8 @@ def _ask(charter: "Charter", board: Board, *, agreed: bool) -> bool:
     with board.paused():
         show(
             f"Cooperative '{charter.identity.name}' asks for what is listed here. Your name, "
-            "public key, domain, and progress (phase, step, loss) are sent as well; nothing else is.",
+            "public key, domain and progress (phase, step, loss) are sent as well; nothing "
+            "else is.",
             build_outgoing_table(describe_outgoing(charter)),
         )
         sys.stdout.flush()
