@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from molora_fed.errors import ConfigError
-from molora_fed.files import canonical_json, replace_folder, write_bytes, write_json
+from molora_fed.files import canonical_json, write_bytes, write_json
 from molora_fed.reporting import figures
 from molora_fed.reporting.methods import list_methods
 from molora_fed.reporting.phases import order_phases
@@ -27,7 +27,9 @@ MetricRows = Sequence[Mapping[str, Any]]
 """Rows of one contributor's metrics.jsonl."""
 
 REPORT_JSON = "report.json"
-RESULT_JSON = "result.json"  # what a fusion leaves beside the fused model
+PAGE = "report.html"
+METRICS_FOLDER = "metrics"
+FIGURES = ("losses", "loss_matrix", "gates", "forecasts", "training_curves")
 MAX_REPORT_BYTES = 64 * 2**20
 _REQUIRED = (
     "seed", "domains", "losses", "gain_percent", "oracle_gap_nats", "forecasts", "contamination",
@@ -114,32 +116,42 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
 def write_report(
     result: Mapping[str, Any], metrics: Mapping[str, MetricRows], folder: Path
 ) -> Path:
-    """Write page, figures, JSON and training metrics into a folder; whole or not at all.
+    """Write page, figures, JSON and training metrics into a folder.
+
+    Every file is whole or not there, report.json comes last, and other files in the folder stay.
 
     Args:
         result: Content of report.json, as docs/report.schema.json says.
         metrics: Training metrics by contributor; empty where they are not known.
-        folder: Replaced as a whole.
+        folder: Where; made if it is not there.
 
     Returns:
         Path of report.html.
 
     Raises:
-        ConfigError: If the result lacks a required part.
-        StorageError: If the disk refuses; an earlier report stays.
+        ConfigError: If the result lacks a part or one is malformed; nothing is written.
+        StorageError: If the disk refuses.
     """
     _check_result(result, str(folder))
-    images = _draw(result, metrics)
-    page = render_html(result, images)
-    with replace_folder(folder) as temporary:
-        for name, data in images.items():
-            write_bytes(temporary / f"{name}.png", data)
-        for contributor, rows in metrics.items():
-            lines = b"".join(canonical_json(dict(row)) + b"\n" for row in rows)
-            write_bytes(temporary / "metrics" / f"{contributor}.jsonl", lines)
-        write_json(temporary / REPORT_JSON, dict(result))
-        write_bytes(temporary / "report.html", page.encode())
-    return folder / "report.html"
+    try:
+        images = _draw(result, metrics)
+        page = render_html(result, images)
+    except (KeyError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
+        raise ConfigError(
+            f"Cannot write report '{folder}': expected a result as docs/report.schema.json says, "
+            f"got {type(error).__name__}: {error}. Fuse again with `molora fuse`."
+        ) from error
+    for name in FIGURES:
+        if name in images:
+            write_bytes(folder / f"{name}.png", images[name])
+        else:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier result
+    for contributor, rows in metrics.items():
+        lines = b"".join(canonical_json(dict(row)) + b"\n" for row in rows)
+        write_bytes(folder / METRICS_FOLDER / f"{contributor}.jsonl", lines)
+    write_bytes(folder / PAGE, page.encode())
+    write_json(folder / REPORT_JSON, dict(result))
+    return folder / PAGE
 
 
 def _check_result(result: Any, where: str) -> None:
@@ -157,15 +169,15 @@ def _check_result(result: Any, where: str) -> None:
 
 
 def find_report(folder: Path) -> Path:
-    """The result kept in a folder: of a report, a cooperative, a fusion or a demo.
+    """The report.json in a folder: of a report, a cooperative, a fusion or a demo.
 
     Args:
-        folder: Folder that holds report.json, report/report.json or result.json, or such a file.
+        folder: Folder that holds report.json or report/report.json, or the file itself.
 
     Raises:
         ConfigError: If there is none.
     """
-    names = (REPORT_JSON, f"report/{REPORT_JSON}", RESULT_JSON)
+    names = (REPORT_JSON, f"report/{REPORT_JSON}")
     for candidate in (folder, *(folder / name for name in names)):
         if candidate.is_file():
             return candidate
@@ -206,7 +218,7 @@ def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
         ConfigError: If a file is malformed.
     """
     metrics: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((folder / "metrics").glob("*.jsonl")):
+    for path in sorted((folder / METRICS_FOLDER).glob("*.jsonl")):
         metrics[path.stem] = read_metrics_file(path)
     return metrics
 
