@@ -6,6 +6,7 @@ may be killed at any moment and started again; it ends with the same bytes.
 
 import importlib
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from molora_fed.federation.worker_mail import (
 )
 from molora_fed.files import canonical_json, hash_bytes
 from molora_fed.plugins import Plugins, get_plugins
-from molora_fed.types import Split
+from molora_fed.types import Document, Split
 
 if TYPE_CHECKING:
     from molora_fed.base import Base
@@ -77,7 +78,8 @@ class ContributorWorker:
         self._state.enter("JOINING", "waiting for the charter")
         if not home.offer_file.exists():
             # Takes seconds, like the first messages: both go on at once.
-            importlib.import_module("molora_fed.standalone")
+            for room in ("corpus.prepare", "specialists", "contributions.building"):
+                importlib.import_module(f"molora_fed.{room}")
         charter = wait_for(lambda: receive_charter(home))
         self._check_domain(charter)
         if not self._is_offered(charter):
@@ -154,17 +156,23 @@ class ContributorWorker:
         return base
 
     def _prepare_corpus(self, charter: Charter, base: "Base") -> "Corpus":
-        from molora_fed.standalone import Terms, prepare_domain
+        from molora_fed.corpus.documents import read_documents
+        from molora_fed.corpus.prepare import prepare_corpus
 
         self._state.enter("CORPUS", "clustering, splitting and packing the text")
         settings = self._settings
-        return prepare_domain(
-            Terms(charter, base),
+        documents: Iterable[Document] = (
+            read_documents([Path(path) for path in settings.data])
+            if settings.data
+            else self._plugins.domains.resolve(settings.domain)()
+        )
+        return prepare_corpus(
             settings.domain,
-            [Path(path) for path in settings.data],
-            self._home.root,
+            documents,
+            base.tokenizer,
+            rules=charter.identity.corpus,
+            folder=self._home.corpus,
             shard=settings.shard,
-            plugins=self._plugins,
             progress=self._state.progress,
         )
 
