@@ -1,0 +1,272 @@
+"""The demo: a whole cooperative on this machine, as it is deployed, in a few minutes.
+
+It founds a cooperative, runs its server and one contributor a domain as processes of their own
+on loopback, and adds to their result what only this machine knows: training curves, corpora,
+generated samples, and the time of each phase.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
+from molora_fed.cooperative import Cooperative
+from molora_fed.demo_phases import PhaseClock
+from molora_fed.errors import ConfigError
+from molora_fed.federation.events import FederationEvent
+from molora_fed.federation.homes import CoordinatorHome
+from molora_fed.federation.local import LocalContributor, run_local
+from molora_fed.founding import BUILTIN_SOURCE, found_cooperative
+from molora_fed.options import DEFAULT_DOMAINS, count_cores
+from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.reporting.phases import BUDGET_SECONDS
+from molora_fed.types import Progress
+
+if TYPE_CHECKING:
+    from molora_fed.base import Base
+
+__all__ = ["DemoListener", "DemoOptions", "DemoResult", "plan_contributors", "run_demo"]
+
+COOPERATIVE_NAME = "demo"
+SECONDS_FILE = "seconds.json"
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What a demo does.
+
+    Attributes:
+        domains: Registered domains; the built-in four if there are neither domains nor data.
+        data: Files and folders of the user's own text by domain.
+        contributors: Number of contributors; one a domain if None.
+        steps: Training steps of a specialist at most; the charter's default if None.
+        kind: Adapter kind; the charter's default if None.
+        seed: Of base, specialists, routers, bootstraps and samples.
+        out: Gets `cooperative/`, `contributors/` and `report/`.
+        control: Whether the base is also continued on the pooled text for equal total compute.
+        command: The command that was run, for the report.
+        base: "builtin", ID@REVISION, or a folder.
+        base_steps: Training steps of the built-in base; its default if None.
+        cache: Folder in which built-in bases are kept for other runs.
+        samples: Blocks each contributor sends; the charter's default if None.
+        corpus: How text becomes blocks; the charter's default if None.
+    """
+
+    domains: tuple[str, ...] = ()
+    data: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    contributors: int | None = None
+    steps: int | None = None
+    kind: str | None = None
+    seed: int = 42
+    out: Path = Path("demo")
+    control: bool = False
+    command: str = ""
+    base: str = BUILTIN_SOURCE
+    base_steps: int | None = None
+    cache: Path | None = None
+    samples: SampleRules | None = None
+    corpus: CorpusRules | None = None
+
+
+class DemoListener(Protocol):
+    """Shows what a demo does while it does it."""
+
+    def phase(self, name: str) -> None:
+        """Begin a phase outside the federation."""
+
+    def progress(self, done: int, total: int, **fields: float | str) -> None:
+        """Report progress within it; see `molora_fed.types.Progress`."""
+
+    def event(self, event: FederationEvent) -> None:
+        """Take in what a server or a contributor reports."""
+
+
+class _Quiet:
+    """Shows nothing."""
+
+    def phase(self, name: str) -> None:
+        """Begin a phase."""
+
+    def progress(self, done: int, total: int, **fields: float | str) -> None:
+        """Report progress."""
+
+    def event(self, event: FederationEvent) -> None:
+        """Take in an event."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demo leaves.
+
+    Attributes:
+        result: Content of report.json.
+        report: Path of report.html.
+        fused: Folder of the fused model.
+        seconds: Wall-clock seconds by phase, writing the report included.
+    """
+
+    result: dict[str, Any]
+    report: Path
+    fused: Path
+    seconds: dict[str, float]
+
+
+def plan_contributors(options: DemoOptions, plugins: Plugins) -> list[LocalContributor]:
+    """Who takes part: contributors dealt to the domains in turn, the cores shared among them.
+
+    Raises:
+        ConfigError: If there are fewer contributors than domains, or a domain comes twice.
+        UnknownNameError: If nobody registers a domain.
+    """
+    domains = options.domains or (() if options.data else DEFAULT_DOMAINS)
+    for domain in domains:
+        plugins.domains.entry(domain)
+    twice = sorted(set(domains) & set(options.data))
+    if twice:
+        raise ConfigError(
+            f"Cannot run the demo: expected each domain once, got {', '.join(twice)} as a "
+            "registered domain and with data. Give one of them another name."
+        )
+    names = [*domains, *options.data]
+    count = len(names) if options.contributors is None else options.contributors
+    if count < max(2, len(names)):
+        raise ConfigError(
+            f"Cannot run the demo: expected at least {max(2, len(names))} contributors, two in "
+            f"all and one a domain ({', '.join(names)}), got {count}. Raise --contributors, or "
+            "change --domains."
+        )
+    threads = max(1, count_cores() // count)
+    planned = []
+    for index in range(count):
+        domain = names[index % len(names)]
+        shares = (count - index % len(names) - 1) // len(names) + 1
+        share = index // len(names)
+        name = domain if shares == 1 else f"{domain}-{share + 1}"
+        planned.append(
+            LocalContributor(
+                name,
+                domain,
+                options.out / "contributors" / name,
+                data=tuple(options.data.get(domain, ())),
+                shard=(share, shares),
+                threads=threads,
+            )
+        )
+    return planned
+
+
+def run_demo(
+    options: DemoOptions,
+    listener: DemoListener | None = None,
+    *,
+    plugins: Plugins | None = None,
+) -> DemoResult:
+    """Run a whole cooperative on this machine; stopped and called again, it goes on.
+
+    Args:
+        options: What to do.
+        listener: Shows what happens.
+        plugins: What is registered; the installed plugins by default. Workers use the installed.
+
+    Returns:
+        The result with the paths of report and fused model.
+
+    Raises:
+        ConfigError: If the options contradict each other.
+        MoloraError: The first error of server or contributors.
+    """
+    shown, registered = listener or _Quiet(), plugins or get_plugins()
+    contributors = plan_contributors(options, registered)
+    clock = PhaseClock(member.name for member in contributors)
+
+    def enter(phase: str) -> None:
+        clock.enter(phase)
+        shown.phase(phase)
+
+    def observe(event: FederationEvent) -> None:
+        clock.observe(event)
+        shown.event(event)
+
+    enter("base")
+    cooperative, base = _found(options, contributors, registered, shown.progress)
+    if options.control:
+        from molora_fed.demo_control import train_control
+
+        enter("control")
+        train_control(cooperative, base, contributors, plugins=registered, progress=shown.progress)
+    clock.enter("starting")
+    run_local(cooperative.folder, contributors, observe, threads=count_cores())
+    home = CoordinatorHome(cooperative.folder)
+    enter("samples")
+    from molora_fed import demo_report
+
+    result = json.loads((home.root / RESULT_FILE).read_text(encoding="utf-8"))
+    samples = demo_report.generate_samples(cooperative, seed=options.seed)
+    enter("report")
+    result = demo_report.complete_result(
+        result,
+        cooperative,
+        contributors,
+        samples=samples,
+        seconds=_add_earlier(options.out, _round_of(clock, result)),
+        command=options.command,
+    )
+    report = demo_report.write(result, contributors, options.out / "report")
+    clock.enter("")
+    seconds = {**result["seconds"], "report": clock.seconds["report"]}
+    return DemoResult(result, report, home.root / "fused", seconds)
+
+
+def _found(
+    options: DemoOptions,
+    contributors: Sequence[LocalContributor],
+    plugins: Plugins,
+    progress: Progress,
+) -> "tuple[Cooperative, Base]":
+    training = TrainingRules()
+    changes = {"steps": options.steps, "kind": options.kind}
+    training = training.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    amendment = Amendment(
+        domains=tuple(sorted({member.domain for member in contributors})),
+        expected=len(contributors),
+        seed=options.seed,
+        training=training,
+        samples=options.samples or SampleRules(),
+    )
+    return found_cooperative(
+        options.out / "cooperative",
+        COOPERATIVE_NAME,
+        source=options.base,
+        corpus=options.corpus,
+        amendment=amendment,
+        base_steps=options.base_steps,
+        cache=options.cache,
+        plugins=plugins,
+        progress=progress,
+    )
+
+
+def _round_of(clock: PhaseClock, result: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds by phase of this run, without the phases that fusing itself has measured."""
+    return {
+        phase: seconds
+        for phase, seconds in clock.seconds.items()
+        if phase in BUDGET_SECONDS and phase not in result["seconds"] or phase in ("base", "control")
+    }
+
+
+def _add_earlier(out: Path, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by phase, those of earlier runs that were stopped included; kept for the next."""
+    from molora_fed.federation.mailbox import read_json
+    from molora_fed.files import write_json
+
+    earlier = read_json(out / SECONDS_FILE) or {}
+    total = {
+        phase: seconds.get(phase, 0.0) + float(earlier.get(phase, 0.0))
+        for phase in {*seconds, *earlier}
+    }
+    write_json(out / SECONDS_FILE, total)
+    return total
