@@ -16,12 +16,12 @@ from molora_fed.cooperative import Cooperative
 from molora_fed.demo_phases import PhaseClock
 from molora_fed.errors import ConfigError
 from molora_fed.federation.events import FederationEvent
-from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.local import LocalContributor, run_local
+from molora_fed.federation.mailbox import read_json
+from molora_fed.files import write_json
 from molora_fed.founding import BUILTIN_SOURCE, found_cooperative
 from molora_fed.options import DEFAULT_DOMAINS, count_cores
 from molora_fed.plugins import Plugins, get_plugins
-from molora_fed.reporting.phases import BUDGET_SECONDS
 from molora_fed.types import Progress
 
 if TYPE_CHECKING:
@@ -190,34 +190,43 @@ def run_demo(
         clock.observe(event)
         shown.event(event)
 
-    enter("base")
-    cooperative, base = _found(options, contributors, registered, shown.progress)
-    if options.control:
-        from molora_fed.demo_control import train_control
+    try:
+        enter("base")
+        cooperative, base = _found(options, contributors, registered, shown.progress)
+        if options.control:
+            from molora_fed.demo_control import train_control
 
-        enter("control")
-        train_control(cooperative, base, contributors, plugins=registered, progress=shown.progress)
-    clock.enter("starting")
-    run_local(cooperative.folder, contributors, observe, threads=count_cores())
-    home = CoordinatorHome(cooperative.folder)
-    enter("samples")
-    from molora_fed import demo_report
+            enter("control")
+            train_control(
+                cooperative, base, contributors, plugins=registered, progress=shown.progress
+            )
+        clock.enter("starting")
+        run_local(cooperative.folder, contributors, observe, threads=count_cores())
+        enter("samples")
+        from molora_fed import demo_report
 
-    result = json.loads((home.root / RESULT_FILE).read_text(encoding="utf-8"))
-    samples = demo_report.generate_samples(cooperative, seed=options.seed)
+        samples = demo_report.generate_samples(cooperative, seed=options.seed)
+    finally:
+        clock.enter("")
+        seconds = _add_earlier(options.out, clock.seconds)
     enter("report")
-    result = demo_report.complete_result(
+    result = json.loads((cooperative.folder / RESULT_FILE).read_text(encoding="utf-8"))
+    completed = demo_report.complete_result(
         result,
         cooperative,
         contributors,
         samples=samples,
-        seconds=_add_earlier(options.out, _round_of(clock, result)),
+        seconds={name: seconds[name] for name in seconds if name != "report"},
         command=options.command,
     )
-    report = demo_report.write(result, contributors, options.out / "report")
+    report = demo_report.write(completed, contributors, options.out / "report")
     clock.enter("")
-    seconds = {**result["seconds"], "report": clock.seconds["report"]}
-    return DemoResult(result, report, home.root / "fused", seconds)
+    return DemoResult(
+        completed,
+        report,
+        cooperative.folder / "fused",
+        {**completed["seconds"], "report": clock.seconds["report"]},
+    )
 
 
 def _found(
@@ -249,24 +258,10 @@ def _found(
     )
 
 
-def _round_of(clock: PhaseClock, result: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds by phase of this run, without the phases that fusing itself has measured."""
-    return {
-        phase: seconds
-        for phase, seconds in clock.seconds.items()
-        if phase in BUDGET_SECONDS and phase not in result["seconds"] or phase in ("base", "control")
-    }
-
-
 def _add_earlier(out: Path, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by phase, those of earlier runs that were stopped included; kept for the next."""
-    from molora_fed.federation.mailbox import read_json
-    from molora_fed.files import write_json
-
+    """Seconds by phase, those of runs that were stopped before included; kept for the next."""
     earlier = read_json(out / SECONDS_FILE) or {}
-    total = {
-        phase: seconds.get(phase, 0.0) + float(earlier.get(phase, 0.0))
-        for phase in {*seconds, *earlier}
-    }
+    names = {*seconds, *earlier}
+    total = {name: seconds.get(name, 0.0) + float(earlier.get(name, 0.0)) for name in names}
     write_json(out / SECONDS_FILE, total)
     return total
