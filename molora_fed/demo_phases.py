@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 
 from molora_fed.federation.events import FederationEvent
+from molora_fed.reporting.phases import BUDGET_SECONDS
 
 __all__ = ["PhaseClock"]
 
@@ -47,11 +48,12 @@ class PhaseClock:
             self.enter(phase)
 
     def _find(self) -> str:
-        if self._server_phase in ("FUSING", "GROWING") and self._server_message:
+        is_fusing = self._server_phase in ("FUSING", "GROWING")
+        if is_fusing and self._server_message in BUDGET_SECONDS:
             return self._server_message
         if self._server_phase == "PUBLISHED":
             return "delivery"
-        if self._server_phase in ("FUSING", "GROWING", "STOPPED"):
+        if is_fusing or self._server_phase == "STOPPED":
             return self.phase
         slowest = min(self._places.values(), default=0)
         return _SLOWEST[min(slowest, len(_SLOWEST) - 1)]
