@@ -213,7 +213,7 @@ class ContributorWorker:
     def _measure(self, charter: Charter, base: "Base", corpus: "Corpus") -> _Trained:
         """An adapter trained earlier: read it, and measure it on this contributor's own text."""
         from molora_fed.adapters.apply import applied
-        from molora_fed.adapters.files import load_adapter
+        from molora_fed.adapters.files import check_adapter_fits, load_adapter
         from molora_fed.evaluation import compute_block_losses
 
         self._state.enter("TRAINING", "measuring the adapter trained earlier")
@@ -222,6 +222,7 @@ class ContributorWorker:
         adapter = load_adapter(
             folder, rules=charter.identity.adapters, plugins=self._plugins, name=str(given)
         )
+        check_adapter_fits(adapter, base.model)
         losses = []
         for update in (None, adapter):
             with applied(base.model, update) as model:
