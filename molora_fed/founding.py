@@ -1,6 +1,8 @@
 """Founding a cooperative: everything is checked first, then the base is made or fetched."""
 
-from collections.abc import Callable, Mapping
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from molora_fed.cooperative import (
     check_charter_names,
     create_cooperative,
 )
+from molora_fed.errors import CharterError
 from molora_fed.options import DEFAULT_DOMAINS
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.types import Progress
@@ -20,6 +23,7 @@ from molora_fed.types import Progress
 __all__ = ["BUILTIN_SOURCE", "found_cooperative"]
 
 BUILTIN_SOURCE = "builtin"
+_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _UNKNOWN = "0" * 64  # stands for fingerprints while there is no base yet
 
 
@@ -66,8 +70,10 @@ def found_cooperative(
     plugins = plugins or get_plugins()
     corpus, amendment = corpus or CorpusRules(), amendment or Amendment()
     unknown = BaseIdentity(id=source, weights=_UNKNOWN, tokenizer=_UNKNOWN)
+    _check_domains(name, amendment.domains)
     draft = build_charter(name, unknown, adapters, corpus, amendment)
     check_charter_names(draft, plugins)
+    is_new = not folder.exists()
     if source == BUILTIN_SOURCE:
         domains = _choose_domains(amendment, plugins)
         on_phase(f"reading text of {', '.join(domains)}")
@@ -84,16 +90,35 @@ def found_cooperative(
     else:
         on_phase(f"fetching base {source}")
         base = fetch_base(source, folder / "base")
-    cooperative = create_cooperative(
-        folder,
-        name,
-        base,
-        adapters=adapters,
-        corpus=corpus,
-        amendment=amendment,
-        plugins=plugins,
-    )
+    try:
+        cooperative = create_cooperative(
+            folder,
+            name,
+            base,
+            adapters=adapters,
+            corpus=corpus,
+            amendment=amendment,
+            plugins=plugins,
+        )
+    except CharterError:
+        if is_new:
+            shutil.rmtree(folder)  # the base alone is no cooperative, and nothing else is there
+        raise
     return cooperative, base
+
+
+def _check_domains(name: str, domains: Iterable[str]) -> None:
+    """Refuse domains that no contribution can name.
+
+    Raises:
+        CharterError: Naming all of them.
+    """
+    wrong = [domain for domain in domains if not _DOMAIN.fullmatch(domain)]
+    if wrong:
+        raise CharterError(
+            f"Cannot create cooperative '{name}': expected domains of lower-case letters, digits "
+            f"and dashes, got {', '.join(map(repr, wrong))}. Rename these."
+        )
 
 
 def _choose_domains(amendment: Amendment, plugins: Plugins) -> Mapping[str, Callable[[], Any]]:

@@ -33,6 +33,7 @@ __all__ = [
     "Fused",
     "Terms",
     "Trained",
+    "check_choices",
     "fuse_contributions",
     "open_terms",
     "prepare_domain",
@@ -136,19 +137,9 @@ def prepare_domain(
         progress: Receives documents compared of all.
 
     Raises:
-        ConfigError: If the name cannot stand in a contribution or the cooperative has no use for
-            the domain.
         UnknownNameError: If there are no data and nobody registers the domain.
         CorpusError: If there is too little text, or it cannot be read.
     """
-    _check_name("domain", domain)
-    asked = terms.charter.amendment.domains
-    if asked and domain not in asked:
-        raise ConfigError(
-            f"Cannot train for cooperative '{terms.charter.identity.name}': expected one of the "
-            f"domains {', '.join(asked)}, got '{domain}'. Choose one of these, or ask the "
-            "coordinator for an amendment."
-        )
     plugins = plugins or get_plugins()
     documents: Iterable[Document] = (
         read_documents(data) if data else plugins.domains.resolve(domain)()
@@ -162,6 +153,35 @@ def prepare_domain(
         shard=shard,
         progress=progress,
     )
+
+
+def check_choices(terms: Terms, *, domain: str, name: str = "", kind: str | None = None) -> None:
+    """Refuse what a cooperative has no use for, before any work is done.
+
+    Args:
+        terms: Charter and base.
+        domain: Domain to train on.
+        name: Contributor's name; empty if it is not chosen.
+        kind: Adapter kind; None if it is not chosen.
+
+    Raises:
+        ConfigError: If a name cannot stand in a contribution, or the charter refuses domain or
+            kind.
+    """
+    charter = terms.charter
+    _check_name("domain", domain)
+    if name:
+        _check_name("name", name)
+    allowed = {
+        "domain": (domain, charter.amendment.domains),
+        "kind": (kind, charter.identity.adapters.kinds),
+    }
+    for what, (chosen, asked) in allowed.items():
+        if chosen is not None and asked and chosen not in asked:
+            raise ConfigError(
+                f"Cannot train for cooperative '{charter.identity.name}': expected a {what} among "
+                f"{', '.join(asked)}, got '{chosen}'. Choose one of these."
+            )
 
 
 def _check_name(what: str, name: str) -> None:
@@ -213,8 +233,9 @@ def train_contribution(
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
     Raises:
-        ConfigError: If the name cannot stand in a contribution.
-        TrainingError: If the charter refuses the kind, or the folder holds another training.
+        ConfigError: If the charter refuses domain or kind, or the name cannot stand in a
+            contribution.
+        TrainingError: If the folder holds another training.
         CorpusError: If the charter asks for blocks that the corpus has not.
         MoloraError: Whatever training or the disk refuses.
     """
@@ -222,8 +243,7 @@ def train_contribution(
     rules = charter.amendment.training
     if steps is not None:
         rules = rules.model_copy(update={"steps": steps})
-    if name:
-        _check_name("name", name)
+    check_choices(terms, domain=corpus.domain, name=name, kind=kind)
     key = load_or_make_key(key_path or folder / "key.pem")
     specialist = train_specialist(
         terms.base,

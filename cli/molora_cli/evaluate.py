@@ -40,5 +40,6 @@ def evaluate(
     result = evaluation.to_json() | {"domains": list(texts), "router": model.router_name}
     show(
         build_loss_table(result),
-        f"Best alone: {result['best_alone']['name']}. Intervals are 95 % by document cluster.",
+        f"Best alone: {result['best_alone']['name']}. Intervals are by document cluster, of which "
+        f"there are {len(evaluation.clusters.counts)}.",
     )

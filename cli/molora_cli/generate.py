@@ -22,7 +22,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Keep tokens up to this probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Keep tokens up to this probability.")
+    ] = 1.0,
     top_k: Annotated[
         int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")
     ] = 0,
@@ -38,7 +40,7 @@ def generate(
     from molora_fed.routing.bundle import find_fused, load_fused
     from molora_fed.routing.decoding import generate as generate_text
 
-    with reporting("loading the fused model") as progress:
+    with reporting("loading the fused model", transient=True) as progress:
         model = load_fused(find_fused(fused), base_folder=base)
         progress.phase("generating")
         (generation,) = generate_text(

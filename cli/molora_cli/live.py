@@ -17,6 +17,7 @@ __all__ = ["Board", "watching"]
 PLAIN_SECONDS = 10.0
 """Least time between two plain lines that differ in figures only."""
 SHOWN_MESSAGES = 4
+_STOPPED = "STOPPED"
 
 
 class Board(Protocol):
@@ -52,6 +53,8 @@ class _Plain:
         self._printed: dict[str, float] = {}
 
     def __call__(self, event: "FederationEvent") -> None:
+        if event.phase == _STOPPED:
+            return  # why it stopped, the command says itself
         who = event.contributor or "server"
         key, now = (event.phase, event.state, event.message), time.monotonic()
         is_new = self._last.get(who) != key
@@ -67,7 +70,7 @@ class _Plain:
             eta and f"ETA {eta}",
             event.message,
         ]
-        print(f"{who}: " + " · ".join(part for part in parts if part), file=sys.stderr, flush=True)
+        print(f"{who}: " + " · ".join(part for part in parts if part), flush=True)
 
     def paused(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -83,6 +86,8 @@ class _Table:
         self._problems: list[str] = []
 
     def __call__(self, event: "FederationEvent") -> None:
+        if event.phase == _STOPPED:
+            return
         who = event.contributor or "server"
         if event.problem:
             line = f"{time.strftime('%H:%M:%S')} {who}: {event.message}"
@@ -127,16 +132,15 @@ class _Table:
 
 @contextmanager
 def watching(title: str) -> Iterator[Board]:
-    """Show events on standard error while the work inside goes on.
+    """Show events on standard output while the work inside goes on.
 
     Args:
         title: Of the table.
     """
-    if not sys.stderr.isatty():
+    if not sys.stdout.isatty():
         yield _Plain()
         return
-    from rich.console import Console
     from rich.live import Live
 
-    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
+    with Live(refresh_per_second=4) as live:
         yield _Table(title, live)

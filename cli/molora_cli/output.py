@@ -40,6 +40,8 @@ def build_corpus_table(report: "CorpusReport") -> "RenderableType":
     """What a prepared corpus holds, and how much of each split occurs in train."""
     from rich.table import Table
 
+    from molora_fed.types import Split
+
     table = Table(
         title=f"Corpus '{report.domain}': {report.documents} documents in {report.clusters} "
         f"clusters, blocks of {report.block_size} tokens",
@@ -52,7 +54,8 @@ def build_corpus_table(report: "CorpusReport") -> "RenderableType":
     table.add_column("split")
     for name in ("documents", "clusters", "tokens", "blocks", "8-grams in train"):
         table.add_column(name, justify="right")
-    for name, split in report.splits.items():
+    for name in Split:
+        split = report.splits[name]
         found = "-" if name == "train" else f"{100 * split.contamination:.2f} %"
         counts = (split.documents, split.clusters, split.tokens, split.blocks)
         table.add_row(name, *(f"{count:,}" for count in counts), found)

@@ -1,4 +1,7 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere.
+
+On standard output, so that standard error has errors only.
+"""
 
 import sys
 import time
@@ -54,7 +57,7 @@ class _Plain:
     def phase(self, name: str) -> None:
         self._name = name
         self._printed = time.monotonic()
-        print(name, file=sys.stderr, flush=True)
+        print(name, flush=True)
 
     def __call__(self, done: int, total: int, **fields: float | str) -> None:
         now = time.monotonic()
@@ -63,7 +66,17 @@ class _Plain:
         self._printed = now
         figures = format_fields(fields)
         tail = f" · {figures}" if figures else ""
-        print(f"{self._name} {done}/{total}{tail}", file=sys.stderr, flush=True)
+        print(f"{self._name} {done}/{total}{tail}", flush=True)
+
+
+class _Silent:
+    """Nothing."""
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def __call__(self, done: int, total: int, **fields: float | str) -> None:
+        pass
 
 
 class _Bars:
@@ -95,19 +108,19 @@ class _Bars:
 
 
 @contextmanager
-def reporting(first: str = "") -> Iterator[Reporter]:
-    """Show progress on standard error while the work inside goes on.
+def reporting(first: str = "", *, transient: bool = False) -> Iterator[Reporter]:
+    """Show progress while the work inside goes on.
 
     Args:
         first: Name of the first phase; empty if the work names it.
+        transient: Leave nothing on the screen, and print nothing into a pipe.
     """
-    if not sys.stderr.isatty():
-        plain = _Plain()
+    if not sys.stdout.isatty():
+        plain: Reporter = _Silent() if transient else _Plain()
         if first:
             plain.phase(first)
         yield plain
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -117,7 +130,7 @@ def reporting(first: str = "") -> Iterator[Reporter]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, transient=transient) as progress:
         bars = _Bars(progress)
         if first:
             bars.phase(first)

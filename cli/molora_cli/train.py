@@ -43,10 +43,16 @@ def train(
     from molora_fed.contributions.building import describe_outgoing
     from molora_fed.options import count_cores
     from molora_fed.reporting.summary import build_outgoing_table
-    from molora_fed.standalone import open_terms, prepare_domain, train_contribution
+    from molora_fed.standalone import (
+        check_choices,
+        open_terms,
+        prepare_domain,
+        train_contribution,
+    )
 
     with reporting("loading the base") as progress:
         terms = open_terms(cooperative, base_folder=base)
+        check_choices(terms, domain=domain, name=name, kind=kind)
         progress.phase("preparing the text")
         corpus = prepare_domain(terms, domain, data or (), out, progress=progress)
     show(build_corpus_table(corpus.report))
