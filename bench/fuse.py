@@ -262,7 +262,7 @@ def print_own_memory(
     folder: Path, num_experts: int, num_blocks: int, steps: int, batch: int
 ) -> None:
     """What `measure_memory` runs."""
-    base = SimpleNamespace(model=build_base(), weights="0" * 64)
+    base = SimpleNamespace(model=build_base(), weights="0" * 64, hidden_size=HIDDEN)
     experts = save_experts(folder, base.model, num_experts)
     with tempfile.TemporaryDirectory() as bank_folder:
         blocks = build_blocks(num_blocks)
@@ -320,7 +320,7 @@ def main() -> None:
     steps = 100 if arguments.quick else arguments.steps
     sizes = (60, 120, 400) if arguments.quick else (300, 600, 2000)
     counts = (2,) if arguments.quick else (2, 4, 8)
-    base = SimpleNamespace(model=build_base(), weights="0" * 64)
+    base = SimpleNamespace(model=build_base(), weights="0" * 64, hidden_size=HIDDEN)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         experts = save_experts(Path(folder), base.model, max(counts))

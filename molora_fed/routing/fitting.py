@@ -120,7 +120,7 @@ def fit_on_batches(
         parameter.requires_grad_(False)
     if not bool(torch.isfinite(loss)):
         raise RoutingError(
-            f"Cannot fit the router: expected a finite loss, got {float(loss)}. "
+            f"Cannot fit the router: expected a finite loss, got {float(loss.detach())}. "
             "Lower the learning rate."
         )
 

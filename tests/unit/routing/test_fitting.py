@@ -1,0 +1,103 @@
+"""Fitting on a bank: batches, both optimisers, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from molora_fed.bank import HeldOutBank
+from molora_fed.errors import RoutingError
+from molora_fed.routing.fitting import (
+    check_calibration,
+    compute_score_loss,
+    draw_batches,
+    fit_on_batches,
+    fit_on_whole,
+)
+from molora_fed.testing.routers import build_synthetic_bank
+
+
+@pytest.fixture
+def bank():
+    return build_synthetic_bank()
+
+
+def test_only_calibration_banks_are_taken(bank):
+    check_calibration(bank)
+    for other in (build_synthetic_bank(HeldOutBank), None, [bank]):
+        with pytest.raises(RoutingError, match=f"got {type(other).__name__}"):
+            check_calibration(other)
+
+
+def test_domains_take_turns_and_blocks_are_gone_through(bank):
+    batches = draw_batches(bank, steps=16, batch=3, seed=1)
+    assert batches.shape == (16, 3)
+    assert [sorted(bank.domain_of[row]) for row in batches] == [[0, 1, 2]] * 16
+    counts = np.bincount(batches.flatten().numpy(), minlength=24)
+    assert counts.tolist() == [2] * 24
+    assert torch.equal(batches, draw_batches(bank, steps=16, batch=3, seed=1))
+    assert not torch.equal(batches, draw_batches(bank, steps=16, batch=3, seed=2))
+
+
+def test_adamw_on_batches_is_a_plain_loop_over_the_same_batches(bank):
+    features, weight = bank.mean_hidden, torch.zeros(3, 16)
+    plain = weight.clone().requires_grad_(True)
+    optimizer = torch.optim.AdamW([plain], lr=0.01)
+    for rows in draw_batches(bank, steps=20, batch=4, seed=5):
+        gates = torch.softmax(features[rows] @ plain.T, -1)[:, :-1]
+        probability = (gates * bank.logprob[rows][:, 1:].exp()).sum(-1)
+        optimizer.zero_grad()
+        (-probability.log().mean()).backward()
+        optimizer.step()
+    fit_on_batches(
+        bank, features, [weight], lambda part: part @ weight.T,
+        steps=20, batch=4, learning_rate=0.01, seed=5,
+    )  # fmt: skip
+    torch.testing.assert_close(weight, plain.detach(), rtol=1e-4, atol=1e-5)
+    assert not weight.requires_grad
+
+
+def test_progress_and_threads_are_left_in_order(bank):
+    seen, weight, threads = [], torch.zeros(3, 16), torch.get_num_threads()
+    fit_on_batches(
+        bank, bank.mean_hidden, [weight], lambda part: part @ weight.T,
+        steps=60, batch=2, learning_rate=0.01, seed=0,
+        progress=lambda done, total, **fields: seen.append((done, total, set(fields))),
+    )  # fmt: skip
+    assert seen == [(25, 60, {"loss"}), (50, 60, {"loss"}), (60, 60, {"loss"})]
+    assert torch.get_num_threads() == threads
+
+
+def test_a_loss_that_is_not_finite_is_an_error(bank):
+    weight = torch.full((3, 16), float("nan"))
+    with pytest.raises(RoutingError, match="finite loss, got nan"):
+        fit_on_batches(
+            bank, bank.mean_hidden, [weight], lambda part: part @ weight.T,
+            steps=2, batch=2, learning_rate=0.01, seed=0,
+        )  # fmt: skip
+
+
+def test_the_whole_bank_gives_the_equal_weight_loss_and_never_a_worse_one(bank, monkeypatch):
+    monkeypatch.setattr("molora_fed.routing.fitting._CHUNK_NUMBERS", 24 * 16 * 5)
+    weight = torch.zeros(3, 16)
+
+    def scores(part):
+        return part @ weight.T
+
+    start = compute_score_loss(bank, bank.mean_hidden, scores)
+    everything = slice(0, bank.num_blocks)
+    uniform = bank.nll(bank.uniform_gates(everything), everything).mean(1)
+    by_domain = [uniform[torch.from_numpy(bank.domain_of == d)].mean() for d in range(3)]
+    assert start == pytest.approx(float(torch.stack(by_domain).mean()), abs=1e-5)
+    best = fit_on_whole(bank, bank.mean_hidden, [weight], scores, iterations=20)
+    assert best < start - 0.1
+    assert compute_score_loss(bank, bank.mean_hidden, scores) == pytest.approx(best, abs=1e-6)
+    assert not weight.requires_grad
+
+
+def test_from_the_optimum_it_does_not_move_away(bank):
+    scale = torch.zeros(1)
+    best = fit_on_whole(
+        bank, torch.zeros(24, 24, 3), [scale], lambda part: part * scale, iterations=5
+    )
+    assert scale.item() == 0
+    assert best == compute_score_loss(bank, torch.zeros(24, 24, 3), lambda part: part)
