@@ -135,7 +135,7 @@ def _build(
     check_blocks(blocks)
     model = base.model
     readout = find_readout(model) if plan.mixture == "logit" else None
-    hidden_size = int(model.get_output_embeddings().weight.shape[1])
+    hidden_size = base.hidden_size
     wanted = Wanted.of(plan.readings, plan.mixture)
     num_bytes = estimate_bank_bytes(
         num_tokens=sum(part.tokens.size for part in blocks),
