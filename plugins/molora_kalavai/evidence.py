@@ -80,7 +80,7 @@ class _EvidenceGates(OutputRouter):
         return _accumulate(view, self.decays, carry)
 
     def _score(self, sums: Tensor) -> Tensor:
-        return sums @ self.weights + self.prior
+        return sums @ self.weights.to(sums.device) + self.prior.to(sums.device)
 
     def scores(self, view: RouterView) -> Tensor:
         """Log-posterior of each expert up to a constant, (B, T, E)."""
@@ -95,7 +95,7 @@ class _EvidenceGates(OutputRouter):
     def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
         """Gates of the next positions, (B, t, E), and the state after them."""
         self._check_experts(view)
-        sums = self._sums(view, state["sums"])
+        sums = self._sums(view, state["sums"].to(view.document_starts.device))
         return torch.softmax(self._score(sums), dim=-1), {"sums": sums[:, -1]}
 
     def _check_experts(self, view: RouterView) -> None:
@@ -125,18 +125,13 @@ class ZeroTrainingEvidenceRouter(_EvidenceGates):
     ) -> Self:
         """The router for the bank's experts; reads nothing else of it."""
         check_calibration(bank)
-        return cls.of(bank.num_experts, options).to(bank.device)
+        return cls.of(bank.num_experts, options)
 
     @classmethod
     def of(cls, num_experts: int, options: RouterOptions | None = None) -> Self:
         """The router for any number of experts, without a bank."""
         ones, zeros = torch.ones(1), torch.zeros(num_experts)
         return cls(num_experts, options or ZeroOptions(), (1.0,), ones, zeros)
-
-    def to(self, device: torch.device) -> Self:
-        """The same router on another device."""
-        weights, prior = self.weights.to(device), self.prior.to(device)
-        return type(self)(self.num_experts, self.options, self.decays, weights, prior)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Nothing was learned."""

@@ -87,7 +87,7 @@ class LinearRouter(OutputRouter):
         return causal_mean(_read(view, name), view.document_starts)
 
     def _score(self, pooled: Tensor) -> Tensor:
-        return pooled @ self.weight.T
+        return pooled @ self.weight.T.to(pooled.device)
 
     def scores(self, view: RouterView) -> Tensor:
         """Logits of the gates, (B, T, E)."""
@@ -106,8 +106,9 @@ class LinearRouter(OutputRouter):
         """Gates of the next positions, (B, t, E), and the state after them."""
         hidden = _read(view, self.input)
         self._check_width(hidden)
-        total = causal_sum(hidden.float(), view.document_starts, carry=state["sum"])
-        count = count_since_start(view.document_starts, carry=state["count"])
+        before = {name: tensor.to(hidden.device) for name, tensor in state.items()}
+        total = causal_sum(hidden.float(), view.document_starts, carry=before["sum"])
+        count = count_since_start(view.document_starts, carry=before["count"])
         gates = torch.softmax(self._score(total / count.unsqueeze(-1)), dim=-1)
         return gates, {"sum": total[:, -1], "count": count[:, -1]}
 
