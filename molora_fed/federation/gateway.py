@@ -15,7 +15,7 @@ DEFAULT_PORT = 8_080
 
 
 def check_loopback(host: str) -> None:
-    """Refuse every host but this machine.
+    """Refuse every host but this machine, by its IPv4 loopback address or as localhost.
 
     Raises:
         ConfigError: If the host is not a loopback address.
@@ -23,7 +23,7 @@ def check_loopback(host: str) -> None:
     if host == "localhost":
         return
     try:
-        if ipaddress.ip_address(host.strip("[]")).is_loopback:
+        if ipaddress.IPv4Address(host).is_loopback:
             return
     except ValueError:
         pass

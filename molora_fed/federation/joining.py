@@ -22,6 +22,7 @@ from molora_fed.federation.supervise import (
     find_free_port,
     is_healthy,
     raise_recorded,
+    sigterm_as_interrupt,
 )
 from molora_fed.federation.worker_mail import give_consent, has_consent
 
@@ -54,8 +55,8 @@ def join(
 ) -> dict[str, Any]:
     """Take part in a cooperative until the fused model is there, or it is told to stop.
 
-    Ctrl-C (KeyboardInterrupt) ends it too; either way no process is left behind, and the same
-    command goes on where it stopped.
+    Ctrl-C and SIGTERM (KeyboardInterrupt) end it too; either way no process is left behind, and
+    the same command goes on where it stopped.
 
     Args:
         server: "HOST:PORT" of the cooperative's server.
@@ -95,7 +96,7 @@ def join(
     supervisor = ContributorSupervisor(
         server, home, settings, on_event, wait_seconds=wait_seconds, consent=consent
     )
-    with supervisor:
+    with sigterm_as_interrupt(), supervisor:
         while not supervisor.is_finished and not stop.wait(POLL_SECONDS):
             supervisor.poll()
     return supervisor.acknowledgement
@@ -168,6 +169,7 @@ class ContributorSupervisor:
         self.home.board.prepare()
         self.home.refusal_letter.unlink(missing_ok=True)
         self.home.error_file.unlink(missing_ok=True)
+        self.home.state_file.unlink(missing_ok=True)
 
     def _wait_for_server(self) -> None:
         """Wait until the server answers.

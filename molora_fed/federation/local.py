@@ -13,7 +13,7 @@ from molora_fed.errors import FederationError
 from molora_fed.federation.events import FederationEvent, OnEvent
 from molora_fed.federation.joining import join
 from molora_fed.federation.serving import serve
-from molora_fed.federation.supervise import find_free_port
+from molora_fed.federation.supervise import find_free_port, sigterm_as_interrupt
 
 __all__ = ["LocalContributor", "run_local"]
 
@@ -64,7 +64,7 @@ def run_local(
     """Run a server and its contributors until every contributor has the fused model.
 
     Called again after it was stopped, it goes on where it was. Ctrl-C ends it and leaves no
-    process behind.
+    process behind, and so does SIGTERM.
 
     Args:
         cooperative: The coordinator's home, made by `create_cooperative`.
@@ -90,7 +90,7 @@ def run_local(
         answer = member.take_part(f"{HOST}:{chosen}", crew.emit, crew.stop_members)
         acknowledgements[member.name] = answer
 
-    try:
+    with sigterm_as_interrupt(), crew:
         crew.start_server(
             lambda: serve(
                 cooperative, chosen, crew.emit, host=HOST, threads=threads, stop=crew.stop_server
@@ -100,8 +100,6 @@ def run_local(
             crew.start_member(lambda member=member: run_member(member))  # type: ignore[misc]
         while crew.is_working and not stop.wait(LOOK_SECONDS):
             pass
-    finally:
-        crew.end()
     if crew.failures:
         raise crew.failures[0]
     if stop.is_set():
@@ -126,6 +124,12 @@ class _Crew:
         self._lock = threading.Lock()
         self._server: threading.Thread | None = None
         self._members: list[threading.Thread] = []
+
+    def __enter__(self) -> "_Crew":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
 
     def emit(self, event: FederationEvent) -> None:
         """Hand on one event at a time; of a contributor, what it says itself."""

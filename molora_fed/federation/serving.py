@@ -22,6 +22,7 @@ from molora_fed.federation.supervise import (
     is_healthy,
     parse_answer,
     raise_recorded,
+    sigterm_as_interrupt,
 )
 
 __all__ = ["ServerSupervisor", "serve"]
@@ -44,8 +45,8 @@ def serve(
 ) -> None:
     """Run a cooperative's server until it is told to stop.
 
-    Ctrl-C (KeyboardInterrupt) ends it too; either way no process is left behind, and the same
-    command goes on where it stopped.
+    Ctrl-C and SIGTERM (KeyboardInterrupt) end it too; either way no process is left behind, and
+    the same command goes on where it stopped.
 
     Args:
         cooperative: The coordinator's home, made by `molora coop create`.
@@ -64,7 +65,7 @@ def serve(
     """
     stop = stop or threading.Event()
     supervisor = ServerSupervisor(cooperative, port, on_event, host=host, threads=threads)
-    with supervisor:
+    with sigterm_as_interrupt(), supervisor:
         while not stop.wait(POLL_SECONDS):
             supervisor.poll()
 
@@ -107,6 +108,7 @@ class ServerSupervisor:
             check_port_free(self._host, self._port)
             self.home.stop_file.unlink(missing_ok=True)
             self.home.error_file.unlink(missing_ok=True)
+            self.home.state_file.unlink(missing_ok=True)
             self.home.board.prepare()
             self.home.pulse.prepare()
             self._emit(FederationEvent("STARTING", message=f"server on {self.address}"))

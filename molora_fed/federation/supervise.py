@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -39,9 +40,10 @@ __all__ = [
     "raise_recorded",
     "record_errors",
     "run_command",
+    "sigterm_as_interrupt",
 ]
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 4.0
 PARENT_SECONDS = 3.0
 MAX_RESTARTS = 5
 RESTARTS_FORGOTTEN_SECONDS = 300.0
@@ -307,6 +309,23 @@ def _end(processes: Iterable[psutil.Process], grace_seconds: float) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=grace_seconds)
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """In the main thread, let SIGTERM end the block like Ctrl-C, so that it cleans up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

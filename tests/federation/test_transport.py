@@ -126,7 +126,7 @@ def test_an_upload_survives_a_killed_server_and_a_full_disk(stage_root, stand_in
     assert events[-1].phase == "STOPPED"
     assert find_processes(stage_root / "alpha") == []
 
-    # Ctrl-C.
-    server.process.send_signal(signal.SIGINT)
+    # Told to end, as by Ctrl-C.
+    server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=30) == 130
     assert find_processes(server.home.root) == []
