@@ -1,7 +1,10 @@
 """The recipe of the built-in base: a byte-level BPE and a small GPT-NeoX, from local text only.
 
-It is sized to be trained in minutes on two cores. It reads the domains' train splits (and their
-validation splits to report losses), so no text that anyone is measured on later.
+It is sized to be trained in about two minutes on two cores. It reads the domains' train splits (and
+their validation splits to report losses), so no text that anyone is measured on later. Small
+batches and larger initial weights than usual (0.06, not 0.02) are what such a short run needs:
+after 1.2M tokens the mean validation loss was 4.09 nats with batch 16 and 0.02, 3.99 with batch 4,
+3.85 with batch 4 and 0.06 (one seed).
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,6 +55,7 @@ class BuiltinBaseConfig:
         hidden: D, hidden size.
         layers: L, decoder blocks.
         heads: Attention heads.
+        init_std: Standard deviation of initial weights.
         steps: Optimiser steps.
         batch: Blocks per step.
         learning_rate: Peak of AdamW's rate.
@@ -67,9 +71,10 @@ class BuiltinBaseConfig:
     hidden: int = 128
     layers: int = 4
     heads: int = 4
-    steps: int = 1170
-    batch: int = 16
-    learning_rate: float = 4e-3
+    init_std: float = 0.06
+    steps: int = 3200
+    batch: int = 4
+    learning_rate: float = 3e-3
     weight_decay: float = 0.1
     beta2: float = 0.99
     seed: int = 42
@@ -176,7 +181,12 @@ def _build_model(config: BuiltinBaseConfig, end_of_text: int) -> Any:
                 intermediate_size=4 * config.hidden,
                 hidden_act="gelu_pytorch_tanh",  # a fifth faster on CPUs than the exact form
                 max_position_embeddings=max(512, 4 * config.block_size),
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 1.0,  # 0.01 nats better than Pythia's quarter
+                },
+                initializer_range=config.init_std,
                 bos_token_id=end_of_text,
                 eos_token_id=end_of_text,
                 pad_token_id=end_of_text,
