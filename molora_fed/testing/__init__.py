@@ -10,10 +10,12 @@ from typing import Any
 _HOMES = {
     "ARCHITECTURES": "models",
     "build_random_adapter": "models",
+    "build_synthetic_bank": "banks",
     "build_tiny_checkpoint": "models",
     "build_tiny_model": "models",
     "build_tiny_tokenizer": "models",
     "check_router_conformance": "routers",
+    "permute_experts": "banks",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,111 +1,27 @@
-"""Conformance checks of routers, and banks of made-up numbers to fit them on.
+"""Conformance checks of routers, on banks of made-up numbers.
 
 `check_router_conformance(MyRouter)` is the whole test a router plugin needs; it proves causality
 by changing the future.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from molora_fed.bank import Bank, CalibrationBank, HeldOutBank
+from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.errors import PluginError, RoutingError
 from molora_fed.evaluation import compute_router_losses
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterView
-from molora_fed.types import Reading
+from molora_fed.testing.banks import ALL_READINGS, build_synthetic_bank, permute_experts
 
-__all__ = ["build_synthetic_bank", "check_router_conformance", "permute_experts"]
+__all__ = ["check_router_conformance"]
 
-ALL_READINGS: frozenset[Reading] = frozenset(
-    {"base_hidden", "prefix_hidden", "mean_hidden", "experts_hidden", "evidence"}
-)
 STEP_TOLERANCE = 1e-4
 ORDER_TOLERANCE_NATS = 0.02
-
-
-def build_synthetic_bank(
-    kind: type[Bank] = CalibrationBank,
-    *,
-    num_experts: int = 3,
-    blocks_per_domain: int = 8,
-    block_size: int = 24,
-    hidden_size: int = 16,
-    seed: int = 0,
-    readings: frozenset[Reading] = ALL_READINGS,
-) -> Any:
-    """Make up a bank in which expert e is good at domain e and hidden states tell domains apart.
-
-    Args:
-        kind: CalibrationBank or HeldOutBank.
-        num_experts: E, and the number of domains.
-        blocks_per_domain: Blocks of each domain.
-        block_size: T.
-        hidden_size: D.
-        seed: Of all numbers but the domains' directions, which are always the same.
-        readings: Columns the bank has.
-
-    Returns:
-        A bank of `kind` in memory, for the probability mixture.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(
-        num_experts, hidden_size, generator=torch.Generator().manual_seed(num_experts)
-    )
-    domain_of = torch.arange(num_experts).repeat_interleave(blocks_per_domain)
-    shape = (len(domain_of), block_size)
-    starts = torch.rand(shape, generator=generator) < 0.08
-    starts[:, 0] = True
-    is_own = domain_of[:, None, None] == torch.arange(num_experts)
-    logprob = 0.8 * is_own - 3 - torch.rand((*shape, num_experts), generator=generator)
-    logprob[:, 0] = 0.0
-    base_logprob = -3.2 - torch.rand(shape, generator=generator)
-    base_logprob[:, 0] = 0.0
-
-    def make_hidden() -> Tensor:
-        noise = torch.randn((*shape, hidden_size), generator=generator)
-        return directions[domain_of][:, None] + noise
-
-    experts = tuple(make_hidden() for _ in range(num_experts))
-    columns = {
-        "base_hidden": make_hidden(),
-        "prefix_hidden": make_hidden(),
-        "mean_hidden": torch.stack(experts).mean(0),
-        "experts_hidden": experts,
-    }
-    return kind(
-        tokens=torch.randint(0, 50, shape, generator=generator, dtype=torch.int32),
-        document_starts=starts,
-        clusters=(domain_of[:, None] * 4 + torch.arange(shape[0])[:, None] % 4)
-        .expand(shape)
-        .numpy()
-        .astype(np.int64),
-        domains=tuple(f"domain-{index}" for index in range(num_experts)),
-        domain_of=domain_of.numpy(),
-        expert_names=tuple(f"expert-{index}" for index in range(num_experts)),
-        has_base_expert=False,
-        base_logprob=base_logprob,
-        logprob=logprob,
-        hidden_size=hidden_size,
-        readings=readings,
-        **{name: column for name, column in columns.items() if name in readings},
-    )
-
-
-def permute_experts(bank: Bank, order: list[int]) -> Any:
-    """The same bank with its experts in another order; expert i is the old `order[i]`."""
-    experts = bank.experts_hidden
-    return replace(
-        bank,
-        expert_names=tuple(bank.expert_names[index] for index in order),
-        logprob=bank.logprob[..., order],
-        experts_hidden=None if experts is None else tuple(experts[index] for index in order),
-        _derived={},
-    )
 
 
 def check_router_conformance(

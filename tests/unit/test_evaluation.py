@@ -17,7 +17,7 @@ from molora_fed.evaluation import (
     compute_router_losses,
     evaluate,
 )
-from molora_fed.testing.routers import build_synthetic_bank
+from molora_fed.testing import build_synthetic_bank
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
 

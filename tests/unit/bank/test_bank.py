@@ -7,7 +7,7 @@ import torch
 
 from molora_fed.errors import BankError, ShapeError
 from molora_fed.routing.causal import causal_mean
-from molora_fed.testing.routers import build_synthetic_bank, permute_experts
+from molora_fed.testing import build_synthetic_bank, permute_experts
 
 
 @pytest.fixture

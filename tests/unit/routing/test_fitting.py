@@ -13,7 +13,7 @@ from molora_fed.routing.fitting import (
     fit_on_batches,
     fit_on_whole,
 )
-from molora_fed.testing.routers import build_synthetic_bank
+from molora_fed.testing import build_synthetic_bank
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from molora_kalavai.linear import LinearOptions, LinearRouter
 
 from molora_fed.routing.contract import RouterOptions
 from molora_fed.routing.guard import compute_best_expert_losses, fit_guarded
-from molora_fed.testing.routers import build_synthetic_bank
+from molora_fed.testing import build_synthetic_bank
 
 
 @pytest.fixture

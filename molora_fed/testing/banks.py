@@ -1,0 +1,96 @@
+"""Banks of made-up numbers: what routers are tested on without any model."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from molora_fed.bank import Bank, CalibrationBank
+from molora_fed.types import Reading
+
+__all__ = ["ALL_READINGS", "build_synthetic_bank", "permute_experts"]
+
+ALL_READINGS: frozenset[Reading] = frozenset(
+    {"base_hidden", "prefix_hidden", "mean_hidden", "experts_hidden", "evidence"}
+)
+
+
+def build_synthetic_bank(
+    kind: type[Bank] = CalibrationBank,
+    *,
+    num_experts: int = 3,
+    blocks_per_domain: int = 8,
+    block_size: int = 24,
+    hidden_size: int = 16,
+    seed: int = 0,
+    readings: frozenset[Reading] = ALL_READINGS,
+) -> Any:
+    """Make up a bank in which expert e is good at domain e and hidden states tell domains apart.
+
+    Args:
+        kind: CalibrationBank or HeldOutBank.
+        num_experts: E, and the number of domains.
+        blocks_per_domain: Blocks of each domain.
+        block_size: T.
+        hidden_size: D.
+        seed: Of all numbers but the domains' directions, which are always the same.
+        readings: Columns the bank has.
+
+    Returns:
+        A bank of `kind` in memory, for the probability mixture.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = _draw_directions(num_experts, hidden_size)
+    domain_of = torch.arange(num_experts).repeat_interleave(blocks_per_domain)
+    shape = (len(domain_of), block_size)
+    starts = torch.rand(shape, generator=generator) < 0.08
+    starts[:, 0] = True
+    cluster_of = (domain_of * 4 + torch.arange(len(domain_of)) % 4).numpy()
+    is_own = domain_of[:, None, None] == torch.arange(num_experts)
+    logprob = 0.8 * is_own - 3 - torch.rand((*shape, num_experts), generator=generator)
+    logprob[:, 0] = 0.0
+    base_logprob = -3.2 - torch.rand(shape, generator=generator)
+    base_logprob[:, 0] = 0.0
+
+    noise = torch.randn((num_experts + 2, *shape, hidden_size), generator=generator)
+    base_hidden, prefix_hidden, *experts = directions[domain_of][:, None] + noise
+    columns = {
+        "base_hidden": base_hidden,
+        "prefix_hidden": prefix_hidden,
+        "mean_hidden": torch.stack(experts).mean(0),
+        "experts_hidden": tuple(experts),
+    }
+    return kind(
+        tokens=torch.randint(0, 50, shape, generator=generator, dtype=torch.int32),
+        document_starts=starts,
+        clusters=np.broadcast_to(cluster_of[:, None], shape),
+        domains=tuple(f"domain-{index}" for index in range(num_experts)),
+        domain_of=domain_of.numpy(),
+        expert_names=tuple(f"expert-{index}" for index in range(num_experts)),
+        has_base_expert=False,
+        base_logprob=base_logprob,
+        logprob=logprob,
+        hidden_size=hidden_size,
+        readings=readings,
+        **{name: column for name, column in columns.items() if name in readings},
+    )
+
+
+def _draw_directions(num_domains: int, hidden_size: int) -> Tensor:
+    """Where each domain's hidden states lie, the same for every seed: (domains, D)."""
+    generator = torch.Generator().manual_seed(num_domains)
+    return torch.randn(num_domains, hidden_size, generator=generator)
+
+
+def permute_experts(bank: Bank, order: list[int]) -> Any:
+    """The same bank with its experts in another order; expert i is the old `order[i]`."""
+    experts = bank.experts_hidden
+    return replace(
+        bank,
+        expert_names=tuple(bank.expert_names[index] for index in order),
+        logprob=bank.logprob[..., order],
+        experts_hidden=None if experts is None else tuple(experts[index] for index in order),
+        _derived={},
+    )
