@@ -18,6 +18,7 @@ from molora_fed.reporting.report import MetricRows, read_metrics_file, write_rep
 from molora_fed.routing.bundle import load_fused
 from molora_fed.routing.decoding import generate
 from molora_fed.training import METRICS_NAME
+from molora_fed.training_state import limit_threads
 from molora_fed.types import Split
 
 __all__ = ["choose_prompt", "complete_result", "generate_samples", "write"]
@@ -65,9 +66,16 @@ def generate_samples(cooperative: Cooperative, *, seed: int) -> list[dict[str, A
         held_out.setdefault(domain, contribution.load_samples(Split.HELD_OUT))
     domains = sorted(held_out)
     prompts = [choose_prompt(held_out[domain], fused.base.tokenizer) for domain in domains]
-    texts = generate(
-        fused, prompts, max_new_tokens=NEW_TOKENS, temperature=TEMPERATURE, top_p=TOP_P, seed=seed
-    )
+    # Single tokens are too little work to share: threads would mostly wait for each other.
+    with limit_threads(1):
+        texts = generate(
+            fused,
+            prompts,
+            max_new_tokens=NEW_TOKENS,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            seed=seed,
+        )
     return [
         {"domain": domain, "prompt": text.prompt, "text": text.text, "experts": text.gates}
         for domain, text in zip(domains, texts, strict=True)
