@@ -33,12 +33,15 @@ def join(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of training; all cores if not given.")
     ] = None,
+    shard: Annotated[
+        str, typer.Option(help="I/N: share I of the documents that N contributors split.")
+    ] = "1/1",
     yes: Annotated[bool, typer.Option("--yes", help="Agree to what will be sent.")] = False,
 ) -> None:
     """Train on your text, submit the adapter and the stated samples, receive the fused model."""
     from molora_fed.errors import ConfigError
     from molora_fed.federation.joining import join as take_part
-    from molora_fed.options import count_cores
+    from molora_fed.options import count_cores, parse_shard
 
     if not yes and not sys.stdin.isatty():
         raise ConfigError(
@@ -55,6 +58,7 @@ def join(
             adapter,
             board,
             name=name,
+            shard=parse_shard(shard),
             threads=threads or count_cores(),
             consent=lambda charter: _ask(charter, board, agreed=yes),
         )

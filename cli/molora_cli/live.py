@@ -64,7 +64,7 @@ class _Plain:
         loss, eta = _format_loss(event), _format_eta(event)
         parts = [
             event.phase,
-            event.state,
+            event.state if event.state != event.phase else "",
             _format_step(event),
             loss and f"loss {loss}",
             eta and f"ETA {eta}",

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -18,9 +19,9 @@ from molora_cli import coop, demo, evaluate, fuse, generate, join, plugins, repo
 from molora_fed import __version__
 from molora_fed.errors import MoloraError, StorageError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]
 
-INTERRUPTED = 128 + signal.SIGINT
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BROKEN_PIPE = 128 + signal.SIGPIPE
 DEBUG = "MOLORA_DEBUG"
 
@@ -59,15 +60,19 @@ def _root(
     """Fuse independently trained specialists of one shared checkpoint into one model."""
 
 
-class _Stopped(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C so that no process is left behind."""
+class _StoppedError(BaseException):
+    """Ctrl-C or SIGTERM; not KeyboardInterrupt, which Typer answers without a word."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
 
 
 def _stop_once(number: int, frame: FrameType | None) -> NoReturn:
     """Stop at the first signal, and let the clean-up run through any further one."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in _STOPPING:
         signal.signal(each, lambda *_: None)
-    raise _Stopped if number == signal.SIGTERM else KeyboardInterrupt
+    raise _StoppedError(number)
 
 
 def main() -> NoReturn:
@@ -76,22 +81,30 @@ def main() -> NoReturn:
     Raises:
         SystemExit: Always, with the exit code.
     """
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _stop_once)
+    for each in _STOPPING:
+        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN:  # nohup stays nohup
+            signal.signal(each, _stop_once)
     if not os.environ.get(DEBUG):
         # Libraries warn of their own affairs; what concerns the user, our errors say.
         warnings.simplefilter("ignore")
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command, explain in one line what ended it, and give its exit code."""
     try:
-        code = app(standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:
-        code = _explain(error)
-    sys.exit(code if isinstance(code, int) else 0)
+        return _explain(error)
+    return code if isinstance(code, int) else 0
 
 
 def _explain(error: BaseException) -> int:
     """Print one line about what ended the command, and give its exit code."""
-    if os.environ.get(DEBUG) and not isinstance(error, click.ClickException | SystemExit):
+    if os.environ.get(DEBUG) and not isinstance(
+        error, click.ClickException | SystemExit | _StoppedError
+    ):
         traceback.print_exception(error)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
@@ -102,9 +115,11 @@ def _explain(error: BaseException) -> int:
         # Python would complain about the closed pipe once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    if isinstance(error, KeyboardInterrupt | click.Abort):
+    if isinstance(error, click.Abort):  # end of input, or Ctrl-C, at a question
+        error = _StoppedError(signal.SIGINT)
+    if isinstance(error, _StoppedError):
         _say("stopped. The same command goes on where it stopped.")
-        return 128 + signal.SIGTERM if isinstance(error, _Stopped) else INTERRUPTED
+        return error.exit_code
     if isinstance(error, MoloraError):
         _say(str(error))
         return error.exit_code

@@ -32,6 +32,9 @@ def train(
     name: Annotated[
         str, typer.Option(help="Contributor's name; domain and start of the key if not given.")
     ] = "",
+    shard: Annotated[
+        str, typer.Option(help="I/N: share I of the documents that N contributors split.")
+    ] = "1/1",
     key: Annotated[
         Path | None, typer.Option(help="Private key; made in the --out folder if not given.")
     ] = None,
@@ -41,7 +44,7 @@ def train(
 ) -> None:
     """Train a specialist and sign a contribution made of it; nothing is sent."""
     from molora_fed.contributions.building import describe_outgoing
-    from molora_fed.options import count_cores
+    from molora_fed.options import count_cores, parse_shard
     from molora_fed.reporting.summary import build_outgoing_table
     from molora_fed.standalone import (
         check_choices,
@@ -50,11 +53,12 @@ def train(
         train_contribution,
     )
 
+    share = parse_shard(shard)
     with reporting("loading the base") as progress:
         terms = open_terms(cooperative, base_folder=base)
         check_choices(terms, domain=domain, name=name, kind=kind)
         progress.phase("preparing the text")
-        corpus = prepare_domain(terms, domain, data or (), out, progress=progress)
+        corpus = prepare_domain(terms, domain, data or (), out, shard=share, progress=progress)
     show(build_corpus_table(corpus.report))
     with reporting("training") as progress:
         trained = train_contribution(

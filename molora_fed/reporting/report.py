@@ -169,15 +169,15 @@ def _check_result(result: Any, where: str) -> None:
 
 
 def find_report(folder: Path) -> Path:
-    """The report.json in a folder: of a report, a cooperative, a fusion or a demo.
+    """The report.json in a folder: of a report, a cooperative, a contributor, a fusion, a demo.
 
     Args:
-        folder: Folder that holds report.json or report/report.json, or the file itself.
+        folder: Folder that holds report.json itself, in report/ or in result/report/; or the file.
 
     Raises:
         ConfigError: If there is none.
     """
-    names = (REPORT_JSON, f"report/{REPORT_JSON}")
+    names = (REPORT_JSON, f"report/{REPORT_JSON}", f"result/report/{REPORT_JSON}")
     for candidate in (folder, *(folder / name for name in names)):
         if candidate.is_file():
             return candidate

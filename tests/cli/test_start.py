@@ -1,0 +1,53 @@
+"""The command starts fast, because no verb imports anything heavy before it runs."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "transformers", "flwr", "numpy", "peft", "accelerate", "matplotlib", "grpc")
+VERBS = ("demo", "coop", "serve", "join", "train", "fuse", "evaluate", "generate", "report")
+
+_PROBE = f"""
+import sys
+from molora_cli.main import run
+code = run(sys.argv[1:])
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+print("LOADED", code, *loaded)
+"""
+
+
+def probe(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_help_with_all_plugins_loads_nothing_heavy():
+    lines = probe("--help")
+    assert lines[-1] == "LOADED 0"
+    assert all(any(line.split()[:1] == [verb] for line in lines) for verb in (*VERBS, "plugins"))
+
+
+def test_plugins_list_loads_nothing_heavy():
+    lines = probe("plugins", "list")
+    assert lines[-1] == "LOADED 0"
+    assert any(line.startswith("evidence ") for line in lines)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_loads_nothing_heavy(verb):
+    assert probe(verb, "--help")[-1] == "LOADED 0"
+
+
+def test_help_takes_under_half_a_second():
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "molora_cli.main", "--help"], check=True, capture_output=True
+        )
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5  # the others waited for a busy machine

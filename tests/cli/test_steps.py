@@ -1,0 +1,157 @@
+"""Every step alone: create, train, fuse, evaluate, generate, report, on folders."""
+
+import json
+import shutil
+
+import pytest
+
+from molora_fed.contributions.manifest import load_contribution
+from molora_fed.contributions.states import ContributionState, CooperativeState
+from molora_fed.cooperative import open_cooperative
+from molora_fed.files import hash_file
+
+
+@pytest.fixture(scope="module")
+def fused(setup, tmp_path_factory):
+    """A copy of the cooperative with both contributions fused, and where the result lies."""
+    from molora_cli.main import run
+
+    root = tmp_path_factory.mktemp("fused")
+    shutil.copytree(setup.cooperative, root / "tiny")
+    trained = [str(folder) for folder in setup.trained.values()]
+    arguments = ["fuse", "--cooperative", str(root / "tiny"), *trained, "--out", str(root / "out")]
+    assert run(arguments) == 0
+    return root
+
+
+def test_create_prints_identity_and_fingerprints_and_finds_it_again(
+    molora, tmp_path, tiny_checkpoint
+):
+    options = ("--base", tiny_checkpoint(), "--folder", tmp_path / "c", "--block-size", "32")
+    first, again = (molora("coop", "create", "one", *options) for _ in range(2))
+    assert (first.code, again.code, first.err) == (0, 0, "")
+    assert first.out == again.out
+    charter = open_cooperative(tmp_path / "c").charter
+    for shown in (charter.identity_hash, charter.identity.base.weights):
+        assert shown in first.out
+
+
+def test_create_writes_the_options_into_the_charter(molora, tmp_path, tiny_checkpoint):
+    ran = molora(
+        "coop", "create", "one", "--base", tiny_checkpoint(), "--folder", tmp_path / "c",
+        "--domains", "law,art", "--frozen-depth", 1, "--kind", "delta", "--rank", 8, "--steps", 7,
+        "--router", "linear", "--compare", "evidence-zero", "--mixture", "logit", "--expected", 3,
+        "--seed", 5, "--block-size", 16,
+    )  # fmt: skip
+    assert ran.code == 0
+    charter = open_cooperative(tmp_path / "c").charter
+    amendment = charter.amendment
+    assert charter.identity.adapters.frozen_depth == 1
+    assert charter.identity.corpus.block_size == 16
+    assert (amendment.domains, amendment.expected, amendment.seed) == (("law", "art"), 3, 5)
+    training = amendment.training
+    assert (training.kind, training.rank, training.steps) == ("delta", 8, 7)
+    fusion = amendment.fusion
+    assert (fusion.router, fusion.compare, fusion.mixture) == (
+        "linear", ("evidence-zero",), "logit",
+    )  # fmt: skip
+
+
+def test_train_prints_contamination_and_what_would_leave(molora, setup, tmp_path):
+    ran = molora(
+        "train", "--cooperative", setup.cooperative / "cooperative.toml", "--domain", "abc",
+        "--data", setup.texts["abc"], "--out", tmp_path / "t", "--steps", 3, "--kind", "delta",
+        "--seed", 9, "--threads", 1,
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (0, "")
+    contribution = load_contribution(tmp_path / "t" / "contribution")
+    manifest = contribution.manifest
+    assert manifest.kind == "delta"
+    assert manifest.training["settings"]["seed"] == 9
+    assert "8-grams in train" in ran.out
+    for entry in manifest.sample_files.values():
+        assert f"{entry.blocks:,}" in ran.out
+        assert f"{entry.tokens:,}" in ran.out
+    assert contribution.id in ran.out
+    assert (tmp_path / "t" / "key.pem").stat().st_mode & 0o777 == 0o600
+
+
+def test_train_again_gives_the_same_contribution(molora, setup):
+    before = load_contribution(setup.trained["abc"] / "contribution").id
+    ran = molora(
+        "train", "--cooperative", setup.cooperative, "--domain", "abc", "--data",
+        setup.texts["abc"], "--out", setup.trained["abc"], "--threads", 1, "--name", "abc-1",
+    )  # fmt: skip
+    assert (ran.code, load_contribution(setup.trained["abc"] / "contribution").id) == (0, before)
+
+
+def test_fuse_writes_report_and_fused_model_and_keeps_the_ledger(setup, fused):
+    result = json.loads((fused / "out" / "report" / "report.json").read_text())
+    assert set(result["losses"]["specialists"]) == {"abc-1", "xyz-1"}
+    assert set(result["losses"]["fused"]) == {"evidence", "evidence-zero", "linear"}
+    assert (fused / "out" / "report" / "report.html").is_file()
+    assert (fused / "out" / "report" / "metrics" / "abc-1.jsonl").is_file()
+    with open_cooperative(fused / "tiny").read_ledger() as ledger:
+        assert ledger.cooperative_state == CooperativeState.PUBLISHED
+        assert len(ledger.contributions(ContributionState.ADMITTED)) == 2
+        forecasts = ledger.records("forecast")
+    assert {forecast.data["predictor"] for forecast in forecasts} == set(result["forecasts"])
+    assert all(forecast.outcome is not None for forecast in forecasts)
+
+
+def test_fuse_without_arguments_takes_all_admitted(molora, fused):
+    ran = molora("fuse", "--cooperative", fused / "tiny", "--out", fused / "again")
+    assert (ran.code, ran.err) == (0, "")
+    first, second = (
+        json.loads((fused / name / "result.json").read_text()) for name in ("out", "again")
+    )
+    assert first["losses"] == second["losses"]
+
+
+def test_fuse_refuses_a_changed_contribution_and_fuses_nothing(molora, setup, tmp_path):
+    shutil.copytree(setup.cooperative, tmp_path / "tiny")
+    shutil.copytree(setup.trained["abc"], tmp_path / "abc")
+    weights = tmp_path / "abc" / "contribution" / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    ran = molora(
+        "fuse", "--cooperative", tmp_path / "tiny", tmp_path / "abc", "--out", tmp_path / "o"
+    )
+    assert ran.code == 20
+    assert len(ran.err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_evaluate_prints_all_methods(molora, setup, fused):
+    ran = molora(
+        "evaluate", fused / "out", "--data", f"mine={setup.texts['abc']}", "--data",
+        f"other={setup.texts['xyz'] / '000.txt'}", "--block-size", 32,
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (0, "")
+    for word in ("mine", "other", "base", "abc-1", "xyz-1", "fused, evidence", "domain oracle"):
+        assert word in ran.out
+
+
+def test_generate_continues_the_prompt_and_repeats_itself(molora, fused):
+    options = ("--prompt", "abc dab", "--max-new-tokens", 8)
+    first, again = (molora("generate", fused / "out", *options) for _ in range(2))
+    assert first.code == 0
+    assert first.out.startswith("abc dab")
+    assert first.out == again.out
+    sampled = molora(
+        "generate", fused / "out" / "fused", *options, "--temperature", 1, "--seed", 3, "--top-p",
+        0.9, "--evidence-from", "prompt",
+    )  # fmt: skip
+    assert sampled.code == 0
+    assert sampled.err.startswith("gates: ")
+
+
+def test_report_draws_the_same_again(molora, fused):
+    folder = fused / "out" / "report"
+    before = hash_file(folder / "report.json")
+    (folder / "report.html").unlink()
+    ran = molora("report", fused / "out")
+    assert (ran.code, ran.err) == (0, "")
+    assert (folder / "report.html").is_file()
+    assert hash_file(folder / "report.json") == before

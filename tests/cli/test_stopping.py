@@ -1,0 +1,55 @@
+"""Ctrl-C: one line, exit code 130, no process left; the same command goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from molora_fed.federation.supervise import find_free_port
+
+SECONDS = 60
+
+
+def start(*arguments, **more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "molora_cli.main", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, **more,
+    )  # fmt: skip
+
+
+def read_until(process, word):
+    for line in process.stdout:
+        if word in line:
+            return
+    pytest.fail(f"ended before it said {word!r}: {process.stderr.read()}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_training_stops_with_one_line(setup, tmp_path, number, code):
+    process = start(
+        "train", "--cooperative", setup.cooperative, "--domain", "abc", "--data",
+        setup.texts["abc"], "--out", tmp_path / "t", "--steps", 100_000, "--threads", 1,
+    )  # fmt: skip
+    read_until(process, "training")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == code
+    assert err.splitlines() == ["error: stopped. The same command goes on where it stopped."]
+
+
+@pytest.mark.federation
+def test_server_stops_with_one_line_and_leaves_no_process(setup):
+    process = start("serve", setup.cooperative, "--port", find_free_port(), "--threads", 1)
+    read_until(process, "RECRUITING")
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert family
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130
+    assert err.splitlines() == ["error: stopped. The same command goes on where it stopped."]
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
