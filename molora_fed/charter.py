@@ -107,11 +107,11 @@ class TrainingRules(_Strict):
     """
 
     kind: str = "svd"
-    rank: int = Field(default=32, ge=1)
-    steps: int = Field(default=300, ge=1)
-    batch: int = Field(default=16, ge=1)
+    rank: int = Field(default=64, ge=1)
+    steps: int = Field(default=1600, ge=1)
+    batch: int = Field(default=4, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
-    validate_every: int = Field(default=25, ge=1)
+    validate_every: int = Field(default=100, ge=1)
     patience: int = Field(default=4, ge=1)
 
 
