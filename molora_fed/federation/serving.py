@@ -20,6 +20,7 @@ from molora_fed.federation.supervise import (
     build_flower_environment,
     check_port_free,
     is_healthy,
+    is_running,
     parse_answer,
     raise_recorded,
     sigterm_as_interrupt,
@@ -170,6 +171,7 @@ class ServerSupervisor:
 
     def _submit_run(self) -> None:
         """Start the mail-carrying run; see `submit_run`."""
+        self.home.pulse.post("")  # what the one before left must not be taken for its own
         submit_run(self.home, self.address)
         self._submitted = time.monotonic()
 
@@ -204,9 +206,10 @@ class ServerSupervisor:
         age = time.monotonic() - self._submitted
         pulse = parse_answer(self.home.pulse.read())
         silent = time.time() - pulse["time"] if "time" in pulse else age
-        if age > FIRST_PULSE_SECONDS and silent > STALE_SECONDS:
+        is_gone = "pid" in pulse and not is_running(int(pulse["pid"]))
+        if is_gone or (age > FIRST_PULSE_SECONDS and silent > STALE_SECONDS):
             self._restarts.note("the mail-carrying run", self._processes.log("superlink"))
-            self._warn("the mail-carrying run went silent; submitted again")
+            self._warn("the mail-carrying run ended; submitted again")
             self._submit_run()
 
     def _warn(self, message: str) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "check_port_free",
     "find_free_port",
     "is_healthy",
+    "is_running",
     "parse_answer",
     "raise_recorded",
     "record_errors",
@@ -114,6 +115,14 @@ def is_healthy(host: str, port: int, *, timeout_seconds: float = 2.0) -> bool:
         ) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of that number runs."""
+    try:
+        return _is_alive(psutil.Process(pid))
+    except psutil.NoSuchProcess:
         return False
 
 
