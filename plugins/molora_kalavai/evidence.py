@@ -29,15 +29,15 @@ class EvidenceOptions(RouterOptions):
     Attributes:
         decays: Factors per token at which past evidence fades; the first is 1, which forgets
             nothing, so that the zero-training form is among the forms fitted.
-        prior: Whether a constant per expert is fitted too; False leaves all experts equal at a
-            document's start.
+        prior: Whether a constant per expert is fitted too, which decides where nothing has been
+            read yet; False leaves all experts equal at a document's start.
         iterations: Largest number of L-BFGS iterations.
     """
 
     decays: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         default=(1.0, 0.95, 0.8), min_length=1
     )
-    prior: bool = False
+    prior: bool = True
     iterations: int = Field(default=40, ge=1)
 
     @field_validator("decays")

@@ -22,9 +22,9 @@ def test_linear_conforms_on_other_inputs(reading):
     check_router_conformance(LinearRouter, LinearOptions(input=reading))
 
 
-def test_evidence_conforms_with_prior_and_other_decays():
+def test_evidence_conforms_without_prior_and_with_other_decays():
     router = ROUTERS.resolve("evidence")
-    check_router_conformance(router, EvidenceOptions(decays=(1.0, 0.5), prior=True))
+    check_router_conformance(router, EvidenceOptions(decays=(1.0, 0.5), prior=False))
 
 
 class PretendsToBeCausal(NoncausalLinearRouter):
