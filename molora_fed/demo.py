@@ -51,6 +51,7 @@ class DemoOptions:
         base: "builtin", ID@REVISION, or a folder.
         base_steps: Training steps of the built-in base; its default if None.
         cache: Folder in which built-in bases are kept for other runs.
+        cores: Cores the workers share; all this process may use if None.
         samples: Blocks each contributor sends; the charter's default if None.
         corpus: How text becomes blocks; the charter's default if None.
     """
@@ -67,6 +68,7 @@ class DemoOptions:
     base: str = BUILTIN_SOURCE
     base_steps: int | None = None
     cache: Path | None = None
+    cores: int | None = None
     samples: SampleRules | None = None
     corpus: CorpusRules | None = None
 
@@ -138,7 +140,7 @@ def plan_contributors(options: DemoOptions, plugins: Plugins) -> list[LocalContr
             f"all and one a domain ({', '.join(names)}), got {count}. Raise --contributors, or "
             "change --domains."
         )
-    threads = max(1, count_cores() // count)
+    threads = max(1, (options.cores or count_cores()) // count)
     planned = []
     for index in range(count):
         domain = names[index % len(names)]
@@ -180,6 +182,7 @@ def run_demo(
     """
     shown, registered = listener or _Quiet(), plugins or get_plugins()
     contributors = plan_contributors(options, registered)
+    cores = options.cores or count_cores()
     clock = PhaseClock(member.name for member in contributors)
 
     def enter(phase: str) -> None:
@@ -198,10 +201,15 @@ def run_demo(
 
             enter("control")
             train_control(
-                cooperative, base, contributors, plugins=registered, progress=shown.progress
+                cooperative,
+                base,
+                contributors,
+                threads=cores,
+                plugins=registered,
+                progress=shown.progress,
             )
         clock.enter("starting")
-        run_local(cooperative.folder, contributors, observe, threads=count_cores())
+        run_local(cooperative.folder, contributors, observe, threads=cores)
         enter("samples")
         from molora_fed import demo_report
 

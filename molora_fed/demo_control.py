@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from molora_fed.control import train_monolithic
 from molora_fed.cooperative import Cooperative
 from molora_fed.federation.local import LocalContributor
-from molora_fed.options import count_cores
 from molora_fed.plugins import Plugins
 from molora_fed.specialists import Specialist
 from molora_fed.standalone import Terms, prepare_domain
@@ -23,6 +22,7 @@ def train_control(
     base: "Base",
     contributors: Sequence[LocalContributor],
     *,
+    threads: int,
     plugins: Plugins | None = None,
     progress: Progress | None = None,
 ) -> Specialist:
@@ -35,6 +35,7 @@ def train_control(
         cooperative: The cooperative; gets `control/`.
         base: Its base.
         contributors: Whose text is pooled.
+        threads: Torch threads.
         plugins: Where domains and kinds are registered; the installed plugins by default.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
@@ -64,7 +65,7 @@ def train_control(
         rules=charter.identity.adapters,
         training=training,
         seed=charter.amendment.seed,
-        threads=count_cores(),
+        threads=threads,
         folder=folder,
         plugins=plugins,
         evaluation_batch=charter.identity.corpus.evaluation_batch,

@@ -1,10 +1,11 @@
 """The methods a report compares: their names, order, losses and intervals, read from a result."""
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Method", "compute_equal_weight", "list_methods"]
+__all__ = ["Method", "compute_equal_weight", "list_methods", "mask_controls"]
 
 _LABELS = {
     "base": "base",
@@ -105,3 +106,13 @@ def list_methods(result: Mapping[str, Any]) -> list[Method]:
             )
         )
     return methods
+
+
+def mask_controls(text: str) -> str:
+    """Text without the control characters that could steer a terminal; line breaks stay."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(character) == "Cc" and character not in "\n\t"
+        else character
+        for character in text
+    )

@@ -11,7 +11,7 @@ import jinja2
 from molora_fed.errors import ConfigError
 from molora_fed.files import canonical_json, write_bytes, write_json
 from molora_fed.reporting import figures
-from molora_fed.reporting.methods import list_methods
+from molora_fed.reporting.methods import list_methods, mask_controls
 from molora_fed.reporting.phases import order_phases
 
 __all__ = [
@@ -100,6 +100,7 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     )
     environment.filters.update(
         count=_count,
+        mask_controls=mask_controls,
         order_phases=order_phases,
         seconds=_seconds,
         signed=_signed,

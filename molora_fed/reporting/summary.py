@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from molora_fed.reporting.methods import Method, list_methods
+from molora_fed.reporting.methods import Method, list_methods, mask_controls
 from molora_fed.reporting.phases import order_phases
 
 if TYPE_CHECKING:
@@ -176,8 +176,8 @@ def build_sample_text(sample: Mapping[str, Any]) -> Text:
     if gates:
         expert = max(gates, key=gates.__getitem__)
         text.append(f"  (mostly {expert}, mean gate {gates[expert]:.2f})", style="dim")
-    text.append("\n" + sample["prompt"], style="dim")
-    text.append(sample["text"], style="not bold")
+    text.append("\n" + mask_controls(sample["prompt"]), style="dim")
+    text.append(mask_controls(sample["text"]), style="not bold")
     return text
 
 

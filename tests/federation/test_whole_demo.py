@@ -1,0 +1,77 @@
+"""A whole demo: two contributors on files of the user, through real Flower processes."""
+
+import json
+import random
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from molora_fed.charter import CorpusRules, SampleRules
+from molora_fed.demo import DemoOptions, run_demo
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
+
+
+class Listener:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.phases, self.events = [], []
+
+    def phase(self, name):
+        self.phases.append(name)
+
+    def progress(self, done, total, **fields):
+        pass
+
+    def event(self, event):
+        self.events.append(event)
+
+
+def write_texts(folder: Path, word: str) -> Path:
+    folder.mkdir()
+    chooser = random.Random(word)
+    words = [f"{word}{number}" for number in range(60)]
+    for number in range(60):
+        text = " ".join(chooser.choice(words) for _ in range(120))
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.federation
+@pytest.mark.slow
+def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    data = {name: [write_texts(stage_root / name, name)] for name in ("alpha", "beta")}
+    options = DemoOptions(
+        data=data,
+        base=str(tiny_checkpoint()),
+        out=stage_root / "out",
+        steps=20,
+        kind="lora",
+        control=True,
+        samples=SampleRules(calibration=8, admission=4, held_out=8),
+        corpus=CorpusRules(block_size=64),
+        command="molora demo",
+        cores=1,
+    )
+    listener = Listener()
+    done = run_demo(options, listener)
+
+    assert listener.phases == ["base", "control", "samples", "report"]
+    assert {"server", "alpha", "beta"} == {
+        event.contributor or "server" for event in listener.events
+    }
+    written = json.loads((stage_root / "out" / "report" / "report.json").read_text())
+    jsonschema.validate(written, json.loads(SCHEMA.read_text()))
+    assert written["domains"] == ["alpha", "beta"]
+    assert set(written["losses"]["specialists"]) == {"alpha", "beta"}
+    assert written["losses"]["control"]
+    assert written["compute"]["control"]["steps"] == 40
+    assert {"base", "training", "routers", "samples"} <= set(written["seconds"])
+    assert {sample["domain"] for sample in written["samples"]} == {"alpha", "beta"}
+    assert all(size > 0 for size in written["bytes"]["sent"].values())
+    assert {"alpha", "beta", "fuse"} == set(written["threads"])
+    assert done.report.is_file() and (done.report.parent / "training_curves.png").is_file()
+    assert (done.fused / "fused.json").is_file()

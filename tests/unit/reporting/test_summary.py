@@ -1,0 +1,65 @@
+import io
+
+from rich.console import Console
+
+from molora_fed.contributions.building import OutgoingRow
+from molora_fed.reporting.phases import BUDGET_SECONDS
+from molora_fed.reporting.summary import (
+    build_outgoing_table,
+    build_sample_text,
+    build_summary,
+    build_time_table,
+)
+
+
+def render(*parts) -> str:
+    console = Console(width=200, file=io.StringIO(), highlight=False)
+    console.print(*parts, sep="\n")
+    return console.file.getvalue()
+
+
+def test_the_summary_has_every_method_forecast_and_domain(result):
+    text = render(build_summary(result))
+    for word in ("fused, evidence-zero", "token oracle", "kalavai-law", "1.21 %"):
+        assert word in text
+    assert text.index("gain over the best anyone has alone") < text.index("token oracle")
+    assert "base 1,500 steps, 3,072,000 tokens" in text
+    assert "control 1,050 steps" in text
+
+
+def test_the_summary_of_a_minimal_result(minimal):
+    assert "specialist python-1" in render(build_summary(minimal))
+
+
+def test_forecasts_that_claim_nothing(result):
+    for forecast in result["forecasts"].values():
+        forecast.update(point=None, low=None, high=None, level=None, actual=None)
+    assert render(build_summary(result)).count("none claimed") == 3
+
+
+def test_times_against_their_budget():
+    text = render(
+        build_time_table({"training": 130.0, "base": 1.0, "control": 5.0}, BUDGET_SECONDS)
+    )
+    lines = [line for line in text.splitlines() if "│" in line]
+    assert [line.split()[1] for line in lines] == ["base", "control", "training", "in"]
+    assert "136.0" in lines[-1] and "480" in lines[-1]
+
+
+def test_what_leaves_the_machine_is_counted_and_summed():
+    rows = [
+        OutgoingRow("calibration sample", 150, 19_200, 234_496, exact=True),
+        OutgoingRow("adapter", 0, 0, 1_000_000, exact=True),
+    ]
+    text = render(build_outgoing_table(rows))
+    assert "19,200" in text and "1,234,496" in text and "at most" not in text
+    rows[0] = OutgoingRow("calibration sample", 150, 19_200, 234_496, exact=False)
+    assert "at most" in render(build_outgoing_table(rows))
+
+
+def test_samples_say_which_expert_spoke_and_steer_no_terminal():
+    sample = {
+        "domain": "python", "prompt": "def [bold]f", "text": "(x):\x1b[31m", "experts": {"a": 0.9},
+    }  # fmt: skip
+    text = render(build_sample_text(sample))
+    assert "mostly a, mean gate 0.90" in text and "[bold]" in text and "\x1b" not in text
