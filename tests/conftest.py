@@ -1,10 +1,15 @@
 """Fixtures every room shares: tiny random models, built once per run and handed out fresh."""
 
 import copy
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+# Before torch is loaded, here and in the processes that tests start: models this small run fastest
+# on one thread, and many threads on few cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
