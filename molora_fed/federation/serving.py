@@ -25,6 +25,7 @@ from molora_fed.federation.supervise import (
     raise_recorded,
     sigterm_as_interrupt,
 )
+from molora_fed.options import count_cores
 
 __all__ = ["ServerSupervisor", "serve"]
 
@@ -91,7 +92,7 @@ class ServerSupervisor:
         self.address = f"{host}:{port}"
         self._host, self._port = host, port
         self._on_event = on_event
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or count_cores()
         self._processes = ProcessGroup(self.home.logs, self.home.root / "processes.json")
         self._lock = hold_lock(self.home.root / "serve.lock", what="a server")
         self._restarts = Restarts()
