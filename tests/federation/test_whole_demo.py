@@ -1,11 +1,16 @@
 """A whole demo: two contributors on files of the user, through real Flower processes."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
+from conftest import find_processes, wait_until
 
 from molora_fed.charter import CorpusRules, SampleRules
 from molora_fed.demo import DemoOptions, run_demo
@@ -75,3 +80,30 @@ def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monk
     assert {"alpha", "beta", "fuse"} == set(written["threads"])
     assert done.report.is_file() and (done.report.parent / "training_curves.png").is_file()
     assert (done.fused / "fused.json").is_file()
+
+
+@pytest.mark.federation
+def test_ctrl_c_ends_a_demo_with_one_line_and_no_process(stage_root, tiny_checkpoint):
+    data = [f"{name}={write_texts(stage_root / name, name)}" for name in ("alpha", "beta")]
+    command = [
+        sys.executable, "-m", "molora_cli.main", "demo", "--data", data[0], "--data", data[1],
+        "--base", str(tiny_checkpoint()), "--out", str(stage_root / "out"), "--steps", "100000",
+    ]  # fmt: skip
+    log = stage_root / "demo.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    try:
+        wait_until(lambda: "beta: TRAINING" in log.read_text() or process.poll(), what="training")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=40) == 130
+    finally:
+        process.kill()
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert errors == ["error: stopped. The same command goes on where it stopped."]
+    assert "Traceback" not in log.read_text()
+    assert find_processes(stage_root) == []
