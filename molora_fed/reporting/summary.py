@@ -35,7 +35,7 @@ def _new_table(title: str, first: str, *columns: str) -> Table:
 
 
 def _describe_gain(result: Mapping[str, Any]) -> Text:
-    """The honest comparison in two sentences."""
+    """The honest comparison first, then the others."""
     router = result.get("router") or min(result["gain_percent"])
     gain = result["gain_percent"][router]
     interval = result.get("gain_interval_percent", {}).get(router, {}).get("vs_best_alone")
@@ -51,6 +51,13 @@ def _describe_gain(result: Mapping[str, Any]) -> Text:
         f"Gap to the domain oracle: {gap['point']:+.4f} nats "
         f"({gap['low']:+.4f} to {gap['high']:+.4f})."
     )
+    methods = {method.key: method.point for method in list_methods(result)}
+    if "control" in methods:
+        control, fused = methods["control"], methods[f"fused:{router}"]
+        text.append(
+            f"\nAgainst the base continued on all text pooled, for equal total compute: "
+            f"{100 * (control - fused) / control:+.2f} %."
+        )
     return text
 
 
