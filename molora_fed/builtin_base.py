@@ -72,7 +72,7 @@ class BuiltinBaseConfig:
     layers: int = 4
     heads: int = 4
     init_std: float = 0.06
-    steps: int = 3200
+    steps: int = 2600
     batch: int = 4
     learning_rate: float = 3e-3
     weight_decay: float = 0.1

@@ -108,7 +108,7 @@ class TrainingRules(_Strict):
 
     kind: str = "svd"
     rank: int = Field(default=64, ge=1)
-    steps: int = Field(default=1600, ge=1)
+    steps: int = Field(default=1400, ge=1)
     batch: int = Field(default=4, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     validate_every: int = Field(default=100, ge=1)

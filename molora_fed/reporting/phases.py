@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 __all__ = ["BUDGET_SECONDS", "order_phases"]
 
 BUDGET_SECONDS: Mapping[str, float] = {
-    "base": 150.0,
+    "base": 140.0,
     "starting": 30.0,
     "corpus": 35.0,
     "training": 120.0,

@@ -1,5 +1,6 @@
 """Both workers at their real work, letters carried by hand instead of Flower."""
 
+import functools
 import json
 import math
 import random
@@ -28,6 +29,27 @@ from molora_fed.plugins import load_plugins
 
 MESSAGE_BYTES = 64 * 2**20
 STEPS = 30
+ONE_AT_A_TIME = threading.RLock()
+
+
+@pytest.fixture(autouse=True)
+def take_turns(monkeypatch):
+    """Threads stand for processes here: torch's settings are global, so models work in turn."""
+
+    def in_turn(method):
+        @functools.wraps(method)
+        def call(*arguments):
+            with ONE_AT_A_TIME:
+                return method(*arguments)
+
+        return call
+
+    for worker, names in (
+        (ContributorWorker, ("_load_base", "_prepare_corpus", "_train", "_measure")),
+        (CoordinatorWorker, ("look",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(worker, name, in_turn(getattr(worker, name)))
 
 
 @pytest.fixture(scope="module")
