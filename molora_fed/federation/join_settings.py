@@ -18,7 +18,7 @@ _BASE_EXPERT = "base"
 
 
 def prepare_settings(home: ContributorHome, settings: JoinSettings) -> JoinSettings:
-    """Make the key at the first join, check the settings, and keep them in the home.
+    """Check the settings, make the key at the first join, and keep both in the home.
 
     Args:
         home: The contributor's home.
@@ -34,11 +34,8 @@ def prepare_settings(home: ContributorHome, settings: JoinSettings) -> JoinSetti
         UnknownNameError: If there are no paths, and nobody registers the domain.
         SignatureError: If the key cannot be used.
     """
-    key = load_or_make_key(home.key)
-    if not settings.name:
-        fingerprint = key_fingerprint(build_public_pem(key))
-        settings = replace(settings, name=f"{settings.domain}-{fingerprint[:6]}")
-    for what, value in (("name", settings.name), ("domain", settings.domain)):
+    name = settings.name or f"{settings.domain}-000000"  # as long as the one to come
+    for what, value in (("domain", settings.domain), ("name", name)):
         if not _NAME.fullmatch(value):
             raise ConfigError(
                 f"Cannot join with {what} '{value}': expected lower-case letters, digits and "
@@ -51,6 +48,10 @@ def prepare_settings(home: ContributorHome, settings: JoinSettings) -> JoinSetti
         )
     _check_first_domain(home, settings)
     _check_sources(settings)
+    key = load_or_make_key(home.key)
+    if not settings.name:
+        fingerprint = key_fingerprint(build_public_pem(key))
+        settings = replace(settings, name=f"{settings.domain}-{fingerprint[:6]}")
     settings.save(home.settings_file)
     return settings
 

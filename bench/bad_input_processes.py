@@ -1,0 +1,294 @@
+"""Cases of bench/bad_input.py with processes that are killed, and disks that fill in an upload."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from bad_input_files import find_free_port
+from bad_input_stage import Outcome, Stage, wait_until
+
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.records import describe_folder
+from molora_fed.federation.supervise import parse_answer
+
+__all__ = ["Mount", "run_killed_training", "run_upload_cases"]
+
+MESSAGE_BYTES = "40000"
+"""A quarter of a contribution: an upload takes several messages."""
+SMALL_BYTES = 10_000
+"""Less than a part."""
+TOLD_TO_END = 128 + signal.SIGTERM
+
+
+class Mount:
+    """A small file system in memory at a folder, if this user may mount one.
+
+    Args:
+        folder: Where; made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self.is_there = os.geteuid() == 0 and self._call(
+            "mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)
+        )
+
+    @staticmethod
+    def _call(*command: str) -> bool:
+        if shutil.which(command[0]) is None:
+            return False
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def _resize(self, num_bytes: int) -> None:
+        if not self._call("mount", "-o", f"remount,size={num_bytes}", str(self._folder)):
+            raise RuntimeError("the mounted file system cannot be resized")
+
+    def fill(self) -> None:
+        """Leave no free page."""
+        status = os.statvfs(self._folder)
+        self._resize(max(1, status.f_blocks - status.f_bfree) * status.f_frsize)
+
+    def empty(self) -> None:
+        """Leave space again."""
+        self._resize(16 * 2**20)
+
+    def close(self) -> None:
+        """Unmount."""
+        if self.is_there:
+            self._call("umount", str(self._folder))
+            self.is_there = False
+
+
+def _adapter_bytes(folder: Path) -> dict[str, str]:
+    return {entry.name: entry.sha256 for entry in describe_folder(folder).files}
+
+
+def run_killed_training(stage: Stage, cooperative: str) -> Outcome:
+    """`molora train` killed in mid-training and started again, beside a run left alone."""
+    arguments = "train --cooperative {} --domain abc --data texts-abc --threads 1 --name abc-1"
+    arguments = arguments.format(cooperative) + " --out "
+    stage.expect(arguments + "undisturbed")
+    there = stage.list_files()
+    process = stage.start(arguments + "killed")
+    held = stage.root / "killed"
+    wait_until(lambda: list(held.rglob("checkpoint*")), "a checkpoint", seconds=60)
+    process.kill()
+    process.communicate()
+    killed_at = "checkpoint kept, no adapter yet"
+    is_done = (held / "adapter").exists()
+    again = stage.start(arguments + "killed")
+    _, err = again.communicate(timeout=300)
+    outcome = stage.build_outcome(
+        "contributor killed in mid-training", "`molora train`, SIGKILL, the same command again",
+        arguments + "killed", (again.returncode, 0), err, there=there,
+    )  # fmt: skip
+    if is_done or process.returncode != -signal.SIGKILL:
+        outcome.problems.append("was not killed in mid-training")
+    if _adapter_bytes(held / "adapter") != _adapter_bytes(stage.root / "undisturbed" / "adapter"):
+        outcome.problems.append("other adapter bytes than an undisturbed run")
+    outcome.note = f"killed: {killed_at}; again: exit 0, adapter bytes equal an undisturbed run's"
+    return outcome
+
+
+class _Upload:
+    """A server and a contributor whose adapter is uploaded in several messages."""
+
+    def __init__(self, stage: Stage, cooperative: str) -> None:
+        self.stage = stage
+        self.home = CoordinatorHome(stage.root / cooperative)
+        self.contributor = ContributorHome(stage.root / "uploader")
+        port = find_free_port()
+        self.serve = f"serve {cooperative} --port {port} --threads 1"
+        self.join = (
+            f"join --server 127.0.0.1:{port} --domain abc --data texts-abc --home uploader "
+            "--threads 1 --name abc-1 --yes"
+        )
+        self._cooperative = cooperative
+        self._num_started = 0
+        self.server = self.start_server()
+
+    def start_server(self) -> "subprocess.Popen[str]":
+        """Start the server, or start it again; outputs in files of their own."""
+        self._num_started += 1
+        self.server = self.stage.start(
+            self.serve, log=f"serve-{self._num_started}", MOLORA_MESSAGE_BYTES=MESSAGE_BYTES
+        )
+        return self.server
+
+    def read(self, kind: str) -> str:
+        """What the present server said: "out" or "err"."""
+        path = self.stage.root / f"serve-{self._num_started}.{kind}"
+        return path.read_text(encoding="utf-8")
+
+    def num_held(self) -> int:
+        """Bytes of the contribution that the server holds."""
+        return sum(part.length for box in self.home.contributors() for part in box.parts.held())
+
+    def carrier(self) -> int:
+        """Process id of what carries the mail now; 0 if nothing does."""
+        pulse = parse_answer(self.home.pulse.read())
+        return int(pulse.get("pid", 0))
+
+    def wait_for_end_of(self, folder: str) -> None:
+        """Wait until nothing works in a folder any more."""
+        wait_until(lambda: not self.stage.find_processes(folder), f"the end of all in {folder}", 60)
+
+    def wait_for_problem(self, word: str) -> str:
+        """Wait for the line on a full disk, and give it."""
+        lines = wait_until(
+            lambda: [line for line in self.read("out").splitlines() if word in line], word, 90
+        )
+        return str(lines[0])
+
+    def end_server(self) -> int:
+        """Tell the server to end."""
+        self.server.send_signal(signal.SIGTERM)
+        code = self.server.wait(timeout=60)
+        self.wait_for_end_of(self._cooperative)
+        return code
+
+
+def run_upload_cases(stage: Stage, cooperative: str) -> Iterator[Outcome]:
+    """A contributor killed in training, its server killed in the upload, then two full disks.
+
+    One contribution lives through all of it, and must be admitted in the end.
+    """
+    there = stage.list_files()
+    mount = Mount(stage.root / cooperative / "mail" / "contributors")
+    try:
+        upload = _Upload(stage, cooperative)
+        yield _kill_contributor(upload, there)
+        joining = stage.start(upload.join, log="join-2")
+        yield _kill_server(upload, there)
+        limited = _limit_files(upload, there)
+        yield limited
+        full = _fill_disk(upload, mount, there) if mount.is_there else None
+        if full is None:
+            upload.start_server()
+        code = joining.wait(timeout=300)
+        final = stage.build_outcome(
+            "server killed in mid-upload", "the contributor, through all of the above",
+            upload.join, (code, 0), (stage.root / "join-2.err").read_text(), there=there,
+        )  # fmt: skip
+        final.note = _describe_end(upload, final)
+        ended = upload.end_server()
+        if full is not None:
+            yield replace(
+                full, code=ended, message=full.message, lines=len(upload.read("err").splitlines())
+            )
+        yield final
+    finally:
+        stage.close()
+        mount.close()
+
+
+def _kill_contributor(upload: _Upload, there: dict[str, str]) -> Outcome:
+    """SIGKILL `molora join` with its worker while it trains."""
+    stage = upload.stage
+    # The server is up when its run beats.
+    wait_until(upload.carrier, "the server's mail")
+    process = stage.start(upload.join, log="join-1")
+
+    def is_training() -> bool:
+        state = upload.contributor.read_state()
+        return state.get("phase") == "TRAINING" and state.get("step", 0) > 0
+
+    wait_until(is_training, "training")
+    workers = stage.find_processes("uploader")
+    process.kill()
+    for worker in workers:
+        if worker.is_running():
+            worker.kill()
+    code = process.wait()
+    upload.wait_for_end_of("uploader")
+    outcome = stage.build_outcome(
+        "contributor killed in mid-training", "`molora join` and its processes, SIGKILL",
+        upload.join, (code, -signal.SIGKILL), (stage.root / "join-1.err").read_text(), there=there,
+    )  # fmt: skip
+    if any(upload.contributor.training.glob("*/adapter")):
+        outcome.problems.append("was not killed in mid-training")
+    # What a killed process was writing lies under a temporary name; it is looked at in the end.
+    outcome.problems = [p for p in outcome.problems if not p.startswith("left ")]
+    outcome.note = "started again, see the last row"
+    return outcome
+
+
+def _kill_server(upload: _Upload, there: dict[str, str]) -> Outcome:
+    """SIGKILL `molora serve` when a part of the contribution has arrived."""
+    wait_until(upload.num_held, "the first part", seconds=240)
+    upload.server.kill()
+    code = upload.server.wait()
+    upload.wait_for_end_of(upload.home.root.name)
+    held, whole = (
+        upload.num_held(),
+        sum(entry.num_bytes for entry in describe_folder(upload.contributor.contribution).files),
+    )
+    outcome = upload.stage.build_outcome(
+        "server killed in mid-upload", "SIGKILL", upload.serve, (code, -signal.SIGKILL),
+        upload.read("err"), there=there,
+    )  # fmt: skip
+    outcome.problems = [p for p in outcome.problems if not p.startswith("left ")]
+    if not 0 < held < whole:
+        outcome.problems.append(f"was not killed in mid-upload: {held} of {whole} bytes")
+    outcome.note = f"held {held:,} of {whole:,} bytes; started again, see the last row"
+    upload.start_server()
+    return outcome
+
+
+def _limit_files(upload: _Upload, there: dict[str, str]) -> Outcome:
+    """No part fits into a file of the mail-carrying process; then the server is told to end."""
+    held = upload.num_held()
+    before = upload.home.pulse.read()
+    carrier = wait_until(
+        lambda: upload.home.pulse.read() != before and upload.carrier(), "the server's mail"
+    )
+    resource.prlimit(carrier, resource.RLIMIT_FSIZE, (SMALL_BYTES, resource.RLIM_INFINITY))
+    line = upload.wait_for_problem("File too large")
+    gained = upload.num_held() - held
+    code = upload.end_server()
+    outcome = upload.stage.build_outcome(
+        "disk full during an upload", "file-size limit, then told to end", upload.serve,
+        (code, TOLD_TO_END), line, there=there, lines=len(upload.read("err").splitlines()),
+    )  # fmt: skip
+    if "Free some space" not in line:
+        outcome.problems.append("does not say what to do")
+    outcome.note = f"parts held before and after: {held:,} and {held + gained:,} bytes"
+    return outcome
+
+
+def _fill_disk(upload: _Upload, mount: Mount, there: dict[str, str]) -> Outcome:
+    """The folder of uploads is a file system without a free page; then it has space again."""
+    mount.fill()
+    held = upload.num_held()
+    upload.start_server()
+    line = upload.wait_for_problem("No space left")
+    outcome = upload.stage.build_outcome(
+        "disk full during an upload", "full tmpfs, then space again", upload.serve,
+        (TOLD_TO_END, TOLD_TO_END), line, there=there,
+    )  # fmt: skip
+    if "Free some space" not in line:
+        outcome.problems.append("does not say what to do")
+    outcome.note = f"parts held before and after: {held:,} and {upload.num_held():,} bytes"
+    mount.empty()
+    return outcome
+
+
+def _describe_end(upload: _Upload, outcome: Outcome) -> str:
+    """Hold the admitted contribution against what was trained without disturbance."""
+    state = (read_json(upload.contributor.acknowledgement_letter) or {}).get("state")
+    if state != "ADMITTED":
+        outcome.problems.append(f"ended {state}")
+    sent = _adapter_bytes(upload.contributor.contribution / "adapter")
+    if sent != _adapter_bytes(upload.stage.root / "undisturbed" / "adapter"):
+        outcome.problems.append("other adapter bytes than an undisturbed run")
+    received = describe_folder(upload.home.received / "abc-1")
+    if received != describe_folder(upload.contributor.contribution):
+        outcome.problems.append("the server has other bytes than were sent")
+    return f"{state}, adapter bytes equal an undisturbed run's, fused model received"
