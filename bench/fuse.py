@@ -1,13 +1,17 @@
 """Time to a fused linear router: on the bank, and in a plain loop that runs every expert each step.
 
-    python bench/fuse.py            # N_cal = 300, 600, 2000 and E = 2, 4, 8; about half an hour
-    python bench/fuse.py --quick    # a fifth of the steps and of the data, E = 2; a minute
+    python bench/fuse.py --mixture probability  # N_cal = 300, 600, 2000 and E = 2, 4, 8
+    python bench/fuse.py --mixture logit        # a quarter of an hour each
+    python bench/fuse.py --quick                # a fifth of the steps and of the data, E = 2
 
 Both sides take the same 500 steps on the same batches of the same blocks, in float32, with the
 same threads, and must end with the same router (checked). The base has the built-in base's size;
 its weights and adapters are random, which changes no timing. The reference holds all experts in
 memory with their adapters already merged, and only its loop is timed. The bank's side is timed
 from the adapters' files to the fitted router: E + 1 passes, writing and syncing columns, fitting.
+The bank is built up to three times, with parts of the reference's loop in between, so that both
+sides meet the same neighbours. A ratio's spread is from the fastest part of the loop over the
+slowest bank to the slowest part over the fastest bank.
 
 bound = steps * batch * E / (N_cal * (E + 1)): the ratio of sequence passes.
 """
@@ -19,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,20 +57,27 @@ LAYERS = 4
 HEADS = 4
 RANK = 32
 SEED = 42
+PARTS = 5  # the reference's steps are timed in these
+BANK_AGAIN_AFTER = (2, 4)  # parts
+LARGEST_REPEATED = 600  # blocks
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. Times are wall-clock seconds."""
+    """One comparison. Times are wall-clock seconds; `bank_seconds` is the median."""
 
     mixture: Mixture
     num_experts: int
     num_blocks: int
     reference_seconds: float
+    reference_part_seconds: list[float]
     bank_seconds: float
+    all_bank_seconds: list[float]
     fit_seconds: float
     further_seconds: dict[str, float]
     ratio: float
+    ratio_low: float
+    ratio_high: float
     bound: float
     bound_fraction: float
     further_ratio: dict[str, float]
@@ -127,14 +138,30 @@ def merge_experts(base: Any, experts: list[Expert]) -> list[Any]:
 
 def run_reference(
     models: list[Any], bank: CalibrationBank, weight: Tensor, schedule: Tensor, mixture: Mixture
-) -> Tensor:
-    """Fit W in the plain way: every expert runs on every batch, without gradients.
+) -> Iterator[float]:
+    """Fit W in place in the plain way: every expert runs on every batch, without gradients.
 
     All of it is vectorised over blocks, tokens and vocabulary; logits are made only where the
     mixture needs them (once per expert for probabilities, once per batch for logits).
+
+    Yields:
+        Seconds of each of the equal parts the steps are cut into.
     """
-    weight = weight.clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True)
+    for part in schedule.chunk(PARTS):
+        start = time.perf_counter()
+        _run_steps(models, bank, weight, part, mixture, optimizer)
+        yield time.perf_counter() - start
+
+
+def _run_steps(
+    models: list[Any],
+    bank: CalibrationBank,
+    weight: Tensor,
+    schedule: Tensor,
+    mixture: Mixture,
+    optimizer: torch.optim.Optimizer,
+) -> None:
     head = models[0].get_output_embeddings().weight
     for rows in schedule:
         tokens = bank.tokens.index_select(0, rows).long()
@@ -157,7 +184,6 @@ def run_reference(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return weight.detach()
 
 
 def _read_logprob(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -212,34 +238,49 @@ def compare(
 ) -> Row:
     """Run both sides on the same data and check that they end with the same router."""
     blocks = build_blocks(num_blocks)
+
+    def run_our_side() -> tuple[CalibrationBank, LinearRouter, float, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_bank(Path(folder), base, experts, blocks, mixture, steps, batch)
+
     with tempfile.TemporaryDirectory() as folder:
-        bank, router, bank_seconds, fit_seconds = run_bank(
+        bank, router, first_seconds, fit_seconds = run_bank(
             Path(folder), base, experts, blocks, mixture, steps, batch
         )
         further = time_further(bank, steps, batch)
-    start_weight = LinearRouter.fit(
+    banks = [first_seconds]
+    weight = LinearRouter.fit(
         bank, LinearOptions(steps=1, batch=batch, learning_rate=1e-30), SEED
-    ).weight
+    ).weight.clone()
+    weight.requires_grad_(True)
     schedule = draw_batches(bank, steps=steps, batch=batch, seed=SEED)
     models = merge_experts(base, experts)
-    start = time.perf_counter()
-    weight = run_reference(models, bank, start_weight, schedule, mixture)
-    reference_seconds = time.perf_counter() - start
+    parts = []
+    for seconds in run_reference(models, bank, weight, schedule, mixture):
+        parts.append(seconds)
+        if len(parts) in BANK_AGAIN_AFTER and num_blocks <= LARGEST_REPEATED:
+            banks.append(run_our_side()[2])
     view = bank.view(slice(0, 32))
-    reference = LinearRouter(len(experts), LinearOptions(), weight)
+    reference = LinearRouter(len(experts), LinearOptions(), weight.detach())
     difference = float((reference.gates(view) - router.gates(view)).abs().max())
     count = len(experts)
     bound = steps * batch * count / (num_blocks * (count + 1))
+    bank_seconds = float(np.median(banks))
+    reference_seconds = sum(parts)
     ratio = reference_seconds / bank_seconds
     return Row(
         mixture=mixture,
         num_experts=count,
         num_blocks=num_blocks,
         reference_seconds=reference_seconds,
+        reference_part_seconds=parts,
         bank_seconds=bank_seconds,
+        all_bank_seconds=banks,
         fit_seconds=fit_seconds,
         further_seconds=further,
         ratio=ratio,
+        ratio_low=len(parts) * min(parts) / max(banks),
+        ratio_high=len(parts) * max(parts) / min(banks),
         bound=bound,
         bound_fraction=ratio / bound,
         further_ratio={name: reference_seconds / seconds for name, seconds in further.items()},
@@ -275,15 +316,19 @@ def print_own_memory(
 def print_tables(rows: list[Row], memory: dict[int, int]) -> None:
     console = Console(width=140)
     table = Table(title="Time to a fused linear router, seconds")
-    for name in ("mixture", "E", "N_cal", "reference", "bank + fit", "fit", "ratio", "bound",
-                 "of bound", "further linear", "further evidence", "gates differ by"):  # fmt: skip
+    columns = (
+        "mixture", "E", "N_cal", "reference", "bank + fit", "fit", "ratio", "spread", "bound",
+        "of bound", "further linear", "further evidence", "gates differ by",
+    )  # fmt: skip
+    for name in columns:
         table.add_column(name, justify="right")
     for row in rows:
         linear, evidence = row.further_ratio.values()
         table.add_row(
             row.mixture, str(row.num_experts), str(row.num_blocks),
             f"{row.reference_seconds:.2f}", f"{row.bank_seconds:.2f}", f"{row.fit_seconds:.2f}",
-            f"{row.ratio:.2f}x", f"{row.bound:.2f}x", f"{100 * row.bound_fraction:.0f} %",
+            f"{row.ratio:.2f}x", f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
+            f"{row.bound:.2f}x", f"{100 * row.bound_fraction:.0f} %",
             f"{linear:.0f}x", f"{evidence:.0f}x", f"{row.largest_gate_difference:.0e}",
         )  # fmt: skip
     console.print(table)
@@ -295,10 +340,11 @@ def print_tables(rows: list[Row], memory: dict[int, int]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a fifth of steps and data, E = 2")
+    parser.add_argument("--mixture", choices=("probability", "logit"), default="probability")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of both sides")
     parser.add_argument("--batch", type=int, default=4, help="blocks per step and per pass")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/fuse_bench.json"))
+    parser.add_argument("--out", type=Path, help="docs/results/fuse_bench_MIXTURE.json")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--adapters", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--blocks", type=int, help=argparse.SUPPRESS)
@@ -326,14 +372,11 @@ def main() -> None:
         experts = save_experts(Path(folder), base.model, max(counts))
         # Once before anything is timed: first calls load code and pages.
         compare(base, experts[:2], 8, "probability", 2, arguments.batch)
-        mixtures: tuple[Mixture, ...] = ("probability", "logit")
-        for mixture in mixtures:
-            for count in counts:
-                for size in sizes:
-                    rows.append(
-                        compare(base, experts[:count], size, mixture, steps, arguments.batch)
-                    )
-                    print_tables(rows[-1:], {})
+        mixture: Mixture = arguments.mixture
+        for count in counts:
+            for size in sizes:
+                rows.append(compare(base, experts[:count], size, mixture, steps, arguments.batch))
+                print_tables(rows[-1:], {})
         memory = {
             count: measure_memory(Path(folder), count, sizes[0], steps, arguments.batch)
             for count in (2, 4, 8)
@@ -341,7 +384,7 @@ def main() -> None:
     print_tables(rows, memory)
     if not arguments.quick:
         write_json(
-            arguments.out,
+            arguments.out or Path(f"docs/results/fuse_bench_{mixture}.json"),
             {
                 "command": "python bench/fuse.py " + " ".join(sys.argv[1:]),
                 "steps": steps,
