@@ -46,11 +46,11 @@ def join(
     adapter: Path | None = None,
     on_event: OnEvent = lambda event: None,
     *,
+    consent: Consent,
     name: str = "",
     shard: tuple[int, int] = (0, 1),
     threads: int = 1,
     wait_seconds: float = 15.0,
-    consent: Consent | None = None,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Take part in a cooperative until the fused model is there, or it is told to stop.
@@ -65,12 +65,12 @@ def join(
         home: Folder for the key, the training and the result.
         adapter: Folder of an adapter trained earlier; None trains one.
         on_event: Receives what changes.
+        consent: Asked once the charter is here, and again if it asks for other samples: whether
+            what it asks for may be sent. Nothing of text or adapter leaves before.
         name: Contributor's name in reports; empty takes domain and start of the key.
         shard: (i, n): share i of n of the domain's documents, if n contributors split it.
         threads: Threads of training; kept in the training record.
         wait_seconds: How long to wait for a server that does not answer at first.
-        consent: Asked once the charter is here, and again if it asks for other samples: whether
-            what it asks for may be sent. Nothing of text or adapter leaves before; None agrees.
         stop: Set it to end early.
 
     Returns:
@@ -116,8 +116,8 @@ class ContributorSupervisor:
         settings: JoinSettings,
         on_event: OnEvent,
         *,
+        consent: Consent,
         wait_seconds: float = 15.0,
-        consent: Consent | None = None,
     ) -> None:
         self._host, self._port = parse_server(server)
         self.home = ContributorHome(home)
@@ -238,7 +238,7 @@ class ContributorSupervisor:
         if charter == self._agreed:
             return
         if not has_consent(self.home, charter):
-            if self._consent is not None and not self._consent(charter):
+            if not self._consent(charter):
                 raise FederationError(
                     f"Cannot join cooperative '{charter.identity.name}': expected consent to send "
                     "what it asks for, got none. Nothing of your text or adapter was sent."

@@ -5,19 +5,19 @@ from collections.abc import Iterable, Mapping
 __all__ = ["BUDGET_SECONDS", "order_phases"]
 
 BUDGET_SECONDS: Mapping[str, float] = {
-    "base": 140.0,
+    "base": 120.0,
     "starting": 30.0,
-    "corpus": 35.0,
-    "training": 120.0,
-    "admission": 30.0,
+    "corpus": 20.0,
+    "training": 210.0,
+    "admission": 10.0,
     "calibration-bank": 20.0,
     "forecasts": 2.0,
-    "routers": 25.0,
+    "routers": 5.0,
     "held-out-bank": 20.0,
-    "evaluation": 15.0,
+    "evaluation": 5.0,
     "saving": 3.0,
-    "delivery": 10.0,
-    "samples": 10.0,
+    "delivery": 20.0,
+    "samples": 5.0,
     "report": 10.0,
 }
 """Wall-clock budget of the demo by phase, 480 s in all: two cores, four contributors, downloads

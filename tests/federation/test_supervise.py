@@ -6,7 +6,7 @@ import sys
 
 import psutil
 import pytest
-from conftest import find_processes, wait_until
+from processes import find_processes, wait_until
 
 from molora_fed.errors import (
     AdmissionError,
@@ -143,12 +143,16 @@ def test_serving_without_a_cooperative_starts_nothing(stage_root):
     assert not (stage_root / "none").exists()
 
 
+def agree(charter):
+    return True
+
+
 def test_a_server_that_does_not_answer_is_one_line(stage_root):
     (stage_root / "text.txt").write_text("some text")
     with pytest.raises(ServerUnreachableError) as caught:
         join(
             f"127.0.0.1:{find_free_port()}", "alpha", (stage_root / "text.txt",),
-            stage_root / "home", wait_seconds=0.0,
+            stage_root / "home", consent=agree, wait_seconds=0.0,
         )  # fmt: skip
     assert "\n" not in str(caught.value) and caught.value.exit_code == 51
     assert oct((stage_root / "home" / "key.pem").stat().st_mode & 0o777) == "0o600"
@@ -174,7 +178,7 @@ def test_wrong_settings_are_refused_before_anything_starts(tmp_path, settings, e
     with pytest.raises(error, match=words) as caught:
         join(
             "127.0.0.1:1", settings["domain"], data, tmp_path / "home", adapter,
-            name=settings.get("name", "me"), wait_seconds=0.0,
+            consent=agree, name=settings.get("name", "me"), wait_seconds=0.0,
         )  # fmt: skip
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "home" / "join.json").exists()
@@ -184,7 +188,8 @@ def test_a_home_keeps_its_domain_and_is_used_once_at_a_time(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
 
     def start(domain):
-        join("127.0.0.1:1", domain, (tmp_path / "a.txt",), tmp_path / "home", wait_seconds=0.0)
+        data = (tmp_path / "a.txt",)
+        join("127.0.0.1:1", domain, data, tmp_path / "home", consent=agree, wait_seconds=0.0)
 
     with pytest.raises(ServerUnreachableError):
         start("alpha")

@@ -6,16 +6,19 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
-from conftest import HERE, find_processes, wait_until
+from processes import find_processes, wait_until
 
 from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write_charter
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.joining import join
 from molora_fed.federation.records import describe_folder
 from molora_fed.federation.supervise import find_free_port, parse_answer
+
+HERE = Path(__file__).parent
 
 pytestmark = [pytest.mark.federation, pytest.mark.slow]
 
@@ -77,7 +80,7 @@ def test_an_upload_survives_a_killed_server_and_a_full_disk(stage_root, stand_in
     server.start()
     events, answers = [], []
     stop = threading.Event()
-    arguments = dict(name="alpha", wait_seconds=60.0, stop=stop)
+    arguments = dict(consent=lambda charter: True, name="alpha", wait_seconds=60.0, stop=stop)
     contributor = threading.Thread(
         target=lambda: answers.append(
             join(

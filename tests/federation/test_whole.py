@@ -5,7 +5,7 @@ import random
 
 import psutil
 import pytest
-from conftest import find_processes
+from processes import find_processes
 
 from molora_fed.base import load_base
 from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules

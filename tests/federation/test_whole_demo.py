@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from conftest import find_processes, wait_until
+from processes import find_processes, wait_until
 
 from molora_fed.charter import CorpusRules, SampleRules
 from molora_fed.demo import DemoOptions, run_demo
