@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from bad_input_files import find_free_port
@@ -169,20 +168,19 @@ def run_upload_cases(stage: Stage, cooperative: str) -> Iterator[Outcome]:
         yield _kill_server(upload, there)
         limited = _limit_files(upload, there)
         yield limited
-        full = _fill_disk(upload, mount, there) if mount.is_there else None
-        if full is None:
+        filled = _fill_disk(upload, mount) if mount.is_there else ("", "")
+        if not mount.is_there:
             upload.start_server()
         code = joining.wait(timeout=300)
         final = stage.build_outcome(
-            "server killed in mid-upload", "the contributor, through all of the above",
+            "server killed in mid-upload", "the contributor, through all of this",
             upload.join, (code, 0), (stage.root / "join-2.err").read_text(), there=there,
         )  # fmt: skip
         final.note = _describe_end(upload, final)
         ended = upload.end_server()
-        if full is not None:
-            yield replace(
-                full, code=ended, message=full.message, lines=len(upload.read("err").splitlines())
-            )
+        if mount.is_there:
+            how = "full tmpfs, then space again; told to end after the fusion"
+            yield _describe_full(upload, how, (ended, *filled), there)
         yield final
     finally:
         stage.close()
@@ -222,7 +220,8 @@ def _kill_contributor(upload: _Upload, there: dict[str, str]) -> Outcome:
 
 def _kill_server(upload: _Upload, there: dict[str, str]) -> Outcome:
     """SIGKILL `molora serve` when a part of the contribution has arrived."""
-    wait_until(upload.num_held, "the first part", seconds=240)
+    # More than one part, so that there is something to go on from.
+    wait_until(lambda: upload.num_held() > int(MESSAGE_BYTES), "the first parts", seconds=240)
     upload.server.kill()
     code = upload.server.wait()
     upload.wait_for_end_of(upload.home.root.name)
@@ -253,30 +252,38 @@ def _limit_files(upload: _Upload, there: dict[str, str]) -> Outcome:
     line = upload.wait_for_problem("File too large")
     gained = upload.num_held() - held
     code = upload.end_server()
-    outcome = upload.stage.build_outcome(
-        "disk full during an upload", "file-size limit, then told to end", upload.serve,
-        (code, TOLD_TO_END), line, there=there, lines=len(upload.read("err").splitlines()),
-    )  # fmt: skip
-    if "Free some space" not in line:
-        outcome.problems.append("does not say what to do")
-    outcome.note = f"parts held before and after: {held:,} and {held + gained:,} bytes"
-    return outcome
+    note = f"parts held before and after: {held:,} and {held + gained:,} bytes"
+    return _describe_full(upload, "file-size limit, then told to end", (code, line, note), there)
 
 
-def _fill_disk(upload: _Upload, mount: Mount, there: dict[str, str]) -> Outcome:
-    """The folder of uploads is a file system without a free page; then it has space again."""
+def _fill_disk(upload: _Upload, mount: Mount) -> tuple[str, str]:
+    """The folder of uploads is a file system without a free page; then it has space again.
+
+    Returns:
+        The line about it, and a note on what was held.
+    """
     mount.fill()
     held = upload.num_held()
     upload.start_server()
     line = upload.wait_for_problem("No space left")
+    note = f"parts held before and after: {held:,} and {upload.num_held():,} bytes"
+    mount.empty()
+    return line, note
+
+
+def _describe_full(
+    upload: _Upload, how: str, what: tuple[int, str, str], there: dict[str, str]
+) -> Outcome:
+    """A server that met a full disk: it says so on standard output, and goes on once told to."""
+    code, line, note = what
+    err = upload.read("err")
     outcome = upload.stage.build_outcome(
-        "disk full during an upload", "full tmpfs, then space again", upload.serve,
-        (TOLD_TO_END, TOLD_TO_END), line, there=there,
+        "disk full during an upload", how, upload.serve, (code, TOLD_TO_END), f"{line}\n{err}",
+        there=there, lines=len(err.splitlines()),
     )  # fmt: skip
     if "Free some space" not in line:
         outcome.problems.append("does not say what to do")
-    outcome.note = f"parts held before and after: {held:,} and {upload.num_held():,} bytes"
-    mount.empty()
+    outcome.note = note
     return outcome
 
 
@@ -288,7 +295,8 @@ def _describe_end(upload: _Upload, outcome: Outcome) -> str:
     sent = _adapter_bytes(upload.contributor.contribution / "adapter")
     if sent != _adapter_bytes(upload.stage.root / "undisturbed" / "adapter"):
         outcome.problems.append("other adapter bytes than an undisturbed run")
-    received = describe_folder(upload.home.received / "abc-1")
-    if received != describe_folder(upload.contributor.contribution):
+    whole = describe_folder(upload.contributor.contribution)
+    stored = upload.home.root / "blobs" / "folders"
+    if whole not in [describe_folder(folder) for folder in stored.iterdir()]:
         outcome.problems.append("the server has other bytes than were sent")
     return f"{state}, adapter bytes equal an undisturbed run's, fused model received"

@@ -1,7 +1,8 @@
 """Where everything lies in the home folders of a coordinator and of a contributor."""
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ CONTRIBUTOR_HOME = "MOLORA_CONTRIBUTOR_HOME"
 MESSAGE_BYTES = "MOLORA_MESSAGE_BYTES"
 """Environment variable of the server: largest part and message in bytes; smaller for slow lines."""
 
+_LEFTOVER = ".*.tmp"  # the temporary names of `molora_fed.files`
 _STATE_FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "phase": str,
     "message": str,
@@ -99,6 +101,13 @@ class _Home:
         """The worker's last reported state; empty before the first."""
         return public_state(read_json(self.state_file))
 
+    def _remove(self, leftovers: Iterable[Path]) -> None:
+        for path in list(leftovers):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
 
 class CoordinatorHome(_Home):
     """A coordinator's home: `cooperative.toml`, ledger, blobs, mail, bank, fused model, report."""
@@ -113,6 +122,11 @@ class CoordinatorHome(_Home):
         self.received = self.root / "received"
         self.report = self.root / "report"
         self.worker_board = Board(self.mail / "worker-board")
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed server left half-written; call it only while none runs here."""
+        # Not in the home itself: `molora fuse` may be at work there.
+        self._remove([*self.mail.rglob(_LEFTOVER), *self.received.glob(_LEFTOVER)])
 
     def contributor(self, fingerprint: str) -> "ContributorBox":
         """The mailbox of one contributor, named by the fingerprint of its public key."""
@@ -171,6 +185,10 @@ class ContributorHome(_Home):
         self.shipments = self.mail / "received"
         self.parts = PartStore(self.mail / "parts")
         self.tasks = TaskQueue(self.mail / "tasks")
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed contributor left half-written; call it only while none runs."""
+        self._remove([*self.root.glob(_LEFTOVER), *self.mail.rglob(_LEFTOVER)])
 
     def training_folder(self, recipe: str) -> Path:
         """Folder of the training that a contribution of this recipe comes from."""

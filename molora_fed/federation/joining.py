@@ -150,6 +150,7 @@ class ContributorSupervisor:
         self._lock.__enter__()
         try:
             self._processes.end_leftovers()
+            self.home.remove_leftovers()
             self._prepare()
             self._wait_for_server()
             self._start_worker()

@@ -107,6 +107,7 @@ class ServerSupervisor:
         self._lock.__enter__()
         try:
             self._processes.end_leftovers()
+            self.home.remove_leftovers()
             check_port_free(self._host, self._port)
             self.home.stop_file.unlink(missing_ok=True)
             self.home.error_file.unlink(missing_ok=True)

@@ -322,8 +322,12 @@ def _end(processes: Iterable[psutil.Process], grace_seconds: float) -> None:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """In the main thread, let SIGTERM end the block like Ctrl-C, so that it cleans up."""
-    if threading.current_thread() is not threading.main_thread():
+    """In the main thread, let SIGTERM end the block like Ctrl-C, so that it cleans up.
+
+    A program that handles SIGTERM itself, as the command line does, is left alone.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 

@@ -42,14 +42,15 @@ def test_training_stops_with_one_line(setup, tmp_path, number, code):
 
 
 @pytest.mark.federation
-def test_server_stops_with_one_line_and_leaves_no_process(setup):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_server_stops_with_one_line_and_leaves_no_process(setup, number, code):
     process = start("serve", setup.cooperative, "--port", find_free_port(), "--threads", 1)
     read_until(process, "RECRUITING")
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert err.splitlines() == ["error: stopped. The same command goes on where it stopped."]
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive

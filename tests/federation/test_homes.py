@@ -1,0 +1,41 @@
+"""What killed processes left half-written in a home is removed, and nothing else."""
+
+import pytest
+
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.files import replace_folder, stream_bytes
+
+
+def leave(path):
+    """What SIGKILL in the middle of writing a file leaves."""
+    with stream_bytes(path) as file:
+        file.write(b"half")
+        (temporary,) = path.parent.glob(f".{path.name}.*.tmp")
+        copy = temporary.with_name(temporary.name.replace(".tmp", "0.tmp"))
+        copy.write_bytes(b"half")
+    return copy
+
+
+@pytest.mark.parametrize("kind", [CoordinatorHome, ContributorHome])
+def test_half_written_files_go_and_whole_ones_stay(kind, tmp_path):
+    home = kind(tmp_path)
+    part = home.mail / "contributors" / "key" / "parts" / "a-0-4"
+    left = leave(part)
+    folders = tmp_path / "received" if kind is CoordinatorHome else tmp_path
+    with replace_folder(folders / "alpha") as temporary:
+        (temporary / "whole").write_bytes(b"whole")
+        half = temporary.with_name(temporary.name.replace(".tmp", "0.tmp"))
+        half.mkdir()
+        (half / "half").write_bytes(b"half")
+    home.remove_leftovers()
+    assert not left.exists() and not half.exists()
+    assert part.read_bytes() == b"half"
+    assert (folders / "alpha" / "whole").read_bytes() == b"whole"
+
+
+def test_what_a_running_fusion_writes_is_left_alone(tmp_path):
+    home = CoordinatorHome(tmp_path)
+    with replace_folder(tmp_path / "fused") as temporary:
+        home.remove_leftovers()
+        assert temporary.is_dir()
+    home.remove_leftovers()
