@@ -52,9 +52,10 @@ def summarize(results: dict[int, dict[str, Any]]) -> str:
         "",
         "`python bench/demo_seeds.py`, which runs `molora demo --seed SEED --control` and keeps",
         "the report of each. The seed decides base, data order, routers and bootstraps; documents",
-        "are split alike at every seed, by the charter's split seed. Losses are held-out nats per token, equal weight over domains; intervals are the 95 % bootstrap by",
-        "document cluster. The control is the base continued on all domains' text pooled, for the",
-        "steps of all specialists together.",
+        "are split alike at every seed, by the charter's split seed. Losses are held-out nats per",
+        "token, equal weight over domains; intervals are the 95 % bootstrap by document cluster.",
+        "The control is the base continued on all domains' text pooled, for the steps of all",
+        "specialists together.",
         "",
         "| seed | base | best specialist | control | linear | evidence-zero | evidence "
         "| gain on best alone | gap to domain oracle, nats | gain on control |",
