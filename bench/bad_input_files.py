@@ -1,6 +1,7 @@
 """Cases of bench/bad_input.py that end by themselves: files, names, addresses, a full disk."""
 
 import json
+import math
 import os
 import pickle
 import resource
@@ -33,9 +34,10 @@ def _truncate(path: Path) -> None:
 
 
 def _poison(path: Path) -> None:
-    tensors = load_file(path)
-    next(iter(tensors.values())).flat[0] = np.nan
-    save_file(tensors, path)
+    """In place: the file keeps its size and its header."""
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(struct.pack("<f", math.nan))
 
 
 def _add_tensor(path: Path) -> None:
@@ -170,13 +172,13 @@ def _run_address_cases(stage: Stage) -> Iterator[Outcome]:
 
 
 def _run_small_files_case(stage: Stage) -> Outcome:
-    """No file of this process may have more than 8 kB: the corpus does not fit."""
+    """No file of this process may have more than 100 kB: the corpus does not fit."""
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8_192, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
     outcome = stage.refuse(
-        "disk full during training", "file-size limit of 8 kB",
+        "disk full during training", "file-size limit of 100 kB",
         stage.training("abc", out="out"), 14, absent=["out/contribution", "out/adapter"],
         before=limit,
     )  # fmt: skip

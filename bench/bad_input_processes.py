@@ -65,7 +65,7 @@ class Mount:
             self.is_there = False
 
 
-def _adapter_bytes(folder: Path) -> dict[str, str]:
+def _hash_files(folder: Path) -> dict[str, str]:
     return {entry.name: entry.sha256 for entry in describe_folder(folder).files}
 
 
@@ -90,7 +90,7 @@ def run_killed_training(stage: Stage, cooperative: str) -> Outcome:
     )  # fmt: skip
     if is_done or process.returncode != -signal.SIGKILL:
         outcome.problems.append("was not killed in mid-training")
-    if _adapter_bytes(held / "adapter") != _adapter_bytes(stage.root / "undisturbed" / "adapter"):
+    if _hash_files(held / "adapter") != _hash_files(stage.root / "undisturbed" / "adapter"):
         outcome.problems.append("other adapter bytes than an undisturbed run")
     outcome.note = f"killed: {killed_at}; again: exit 0, adapter bytes equal an undisturbed run's"
     return outcome
@@ -292,11 +292,12 @@ def _describe_end(upload: _Upload, outcome: Outcome) -> str:
     state = (read_json(upload.contributor.acknowledgement_letter) or {}).get("state")
     if state != "ADMITTED":
         outcome.problems.append(f"ended {state}")
-    sent = _adapter_bytes(upload.contributor.contribution / "adapter")
-    if sent != _adapter_bytes(upload.stage.root / "undisturbed" / "adapter"):
+    sent = _hash_files(upload.contributor.contribution / "adapter")
+    if sent != _hash_files(upload.stage.root / "undisturbed" / "adapter"):
         outcome.problems.append("other adapter bytes than an undisturbed run")
-    whole = describe_folder(upload.contributor.contribution)
-    stored = upload.home.root / "blobs" / "folders"
-    if whole not in [describe_folder(folder) for folder in stored.iterdir()]:
-        outcome.problems.append("the server has other bytes than were sent")
+    stored = list((upload.home.root / "blobs" / "folders").iterdir())
+    for part in ("adapter", "samples"):
+        whole = _hash_files(upload.contributor.contribution / part)
+        if whole not in [_hash_files(folder / part) for folder in stored]:
+            outcome.problems.append(f"the server has another {part} folder than was sent")
     return f"{state}, adapter bytes equal an undisturbed run's, fused model received"

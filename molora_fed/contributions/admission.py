@@ -284,14 +284,14 @@ def _find_unreadable(candidate: Candidate) -> Iterator[Finding]:
     try:
         candidate.adapter  # noqa: B018 (reading is the check)
     except (AdapterError, UnknownNameError) as error:
-        yield Finding("adapter files that can be read safely", str(error), fix)
+        yield Finding("adapter files that can be read safely", str(error).rstrip("."), fix)
     vocabulary = candidate.base.model.get_input_embeddings().weight.shape[0]
     size = candidate.charter.identity.corpus.block_size
     for split in candidate.contribution.manifest.sample_files:
         try:
             blocks = candidate.contribution.load_samples(split)
         except (AdapterError, CorpusError) as error:
-            yield Finding(f"{split} blocks that can be read safely", str(error), fix)
+            yield Finding(f"{split} blocks that can be read safely", str(error).rstrip("."), fix)
             continue
         low, high = int(blocks.tokens.min()), int(blocks.tokens.max())
         if blocks.block_size != size or low < 0 or high >= vocabulary:

@@ -106,7 +106,7 @@ class _Home:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)  # gone with the folder it was in
 
 
 class CoordinatorHome(_Home):

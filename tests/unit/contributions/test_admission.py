@@ -286,6 +286,7 @@ def test_unreadable_adapter_is_rejected(judge, contribute, write_adapter, damage
 
     decision = judge(contribute(adapter=write_adapter(change=spoil)))
     expect(decision, "readable-files", "can be read safely", ".")
+    assert ".." not in decision.refusals[0].message
     assert decision.checks == ("charter-identity",)
 
 
