@@ -80,7 +80,6 @@ def run_killed_training(stage: Stage, cooperative: str) -> Outcome:
     wait_until(lambda: list(held.rglob("checkpoint*")), "a checkpoint", seconds=60)
     process.kill()
     process.communicate()
-    killed_at = "checkpoint kept, no adapter yet"
     is_done = (held / "adapter").exists()
     again = stage.start(arguments + "killed")
     _, err = again.communicate(timeout=300)
@@ -92,7 +91,11 @@ def run_killed_training(stage: Stage, cooperative: str) -> Outcome:
         outcome.problems.append("was not killed in mid-training")
     if _hash_files(held / "adapter") != _hash_files(stage.root / "undisturbed" / "adapter"):
         outcome.problems.append("other adapter bytes than an undisturbed run")
-    outcome.note = f"killed: {killed_at}; again: exit 0, adapter bytes equal an undisturbed run's"
+    if not outcome.problems:
+        outcome.note = (
+            "killed: checkpoint kept, no adapter yet; again: exit 0, adapter bytes equal "
+        )
+        outcome.note += "an undisturbed run's"
     return outcome
 
 
@@ -300,4 +303,6 @@ def _describe_end(upload: _Upload, outcome: Outcome) -> str:
         whole = _hash_files(upload.contributor.contribution / part)
         if whole not in [_hash_files(folder / part) for folder in stored]:
             outcome.problems.append(f"the server has another {part} folder than was sent")
+    if outcome.problems:
+        return f"ended {state}"
     return f"{state}, adapter bytes equal an undisturbed run's, fused model received"
