@@ -7,7 +7,7 @@ imports neither torch nor the rooms.
 import inspect
 from typing import Any
 
-__all__ = ["check_adapter_kind", "check_callable", "check_router"]
+__all__ = ["check_adapter_kind", "check_callable", "check_router", "check_study"]
 
 _ROUTER_METHODS = (
     "reads", "fit", "scores", "gates", "init_state", "step", "reorder", "state_tensors",
@@ -42,3 +42,16 @@ def check_adapter_kind(target: Any) -> str | None:
         return f"expected a class, got {type(target).__name__}"
     missing = [name for name in _KIND_METHODS if not callable(getattr(target, name, None))]
     return f"expected the methods {', '.join(missing)}, got none of these" if missing else None
+
+
+def check_study(target: Any) -> str | None:
+    """Say what is wrong with a study class, or None."""
+    if not inspect.isclass(target):
+        return f"expected a class, got {type(target).__name__}"
+    missing = [n for n in ("plan", "summarise") if not callable(getattr(target, n, None))]
+    if missing:
+        return f"expected the class methods {', '.join(missing)}, got none of these"
+    options = getattr(target, "Options", None)
+    if not inspect.isclass(options) or not hasattr(options, "model_validate"):
+        return "expected a pydantic model as attribute 'Options'"
+    return None

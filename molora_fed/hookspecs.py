@@ -55,3 +55,13 @@ def register_domains(register: Register) -> None:
 @hookspec
 def register_adapter_kinds(register: Register) -> None:
     """Register adapter kinds: subclasses of `molora_fed.adapters.kinds.AdapterKind`."""
+
+
+@hookspec
+def register_merges(register: Register) -> None:
+    """Register merges: callables `(Sequence[Adapter], *, name, seed) -> Adapter`."""
+
+
+@hookspec
+def register_studies(register: Register) -> None:
+    """Register studies: subclasses of `molora_fed.studies.contract.Study`."""

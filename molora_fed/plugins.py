@@ -46,6 +46,8 @@ class Plugins:
     adapter_kinds: Registry = field(
         default_factory=lambda: Registry("adapter kind", contracts.check_adapter_kind)
     )
+    merges: Registry = field(default_factory=lambda: Registry("merge", contracts.check_callable))
+    studies: Registry = field(default_factory=lambda: Registry("study", contracts.check_study))
     failures: list[PluginError] = field(default_factory=list)
 
     def registries(self) -> dict[str, Registry]:
