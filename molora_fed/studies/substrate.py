@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _ACTIONS = "molora_fed.studies.actions"
+_FUSIONS = "molora_fed.studies.fusions"
 DEFAULT_DOMAINS = ("cpp", "python", "readme", "science")
 _FLOPS = 2.5e10  # a quiet core's float operations a second in training, for estimates only
 
@@ -234,7 +235,7 @@ def plan_fusion(
     domains = list(dict.fromkeys([m.corpus.key for m in members] + [t.key for t in further]))
     return Task(
         name=name,
-        action=f"{_ACTIONS}:fuse_members",
+        action=f"{_FUSIONS}:fuse_members",
         settings={
             "fusion": settings.model_dump(mode="json"),
             "members": [member.name for member in members],
@@ -255,7 +256,7 @@ def plan_mean(name: str, fusions: Sequence[Task]) -> Task:
     """The mean over seeds of fusions on the same held-out blocks, intervals by cluster."""
     return Task(
         name=name,
-        action=f"{_ACTIONS}:average_fusions",
+        action=f"{_FUSIONS}:average_fusions",
         settings={},
         needs=tuple(fusions),
         seconds=5,
