@@ -71,6 +71,17 @@ def register_adapter_kinds(register: Register) -> None:
 
 
 @hookimpl
+def register_merges(register: Register) -> None:
+    """Register the merge that every fusion is compared with."""
+    register(
+        "average",
+        "molora_fed.adapters.merge:merge_average",
+        summary="Mean of the weight differences B@A, equal weights",
+        source="arXiv 2203.05482, on B@A",
+    )
+
+
+@hookimpl
 def register_admission_checks(register: Register) -> None:
     """Register the checks every contribution passes before it is admitted."""
     module = "molora_fed.contributions.checks"

@@ -1,5 +1,6 @@
 """The only evaluator: every loss that is reported or decided on is computed here."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,13 @@ __all__ = [
     "evaluate",
 ]
 
-BASELINES = ("weight_average", "control")
-"""Names of non-expert models in reports: the average on B@A products, the base continued on all
-data for equal total compute."""
+BASELINE_NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
+"""What a non-expert model may be called in reports, e.g. "weight_average"."""
+
+_BEFORE = ("base", "uniform")
+_AFTER = ("domain_oracle", "token_oracle")
+_GROUPS = (("specialists", "specialist:"), ("fused", "fused:"))
+_TAKEN = frozenset((*_BEFORE, *_AFTER, *(key for key, _ in _GROUPS)))
 
 
 def compute_block_losses(
@@ -163,8 +168,9 @@ class Evaluation:
 
         Returns:
             `losses`, `equal_weight`, `best_alone`, `best_specialist`, `gain_percent`,
-            `gain_interval_percent`, `oracle_gap_nats` and `gates`, as docs/report.schema.json
-            says. Intervals are the 95 % percentile bootstrap by document cluster.
+            `gain_interval_percent`, `oracle_gap_nats`, `gates` and `baseline_gain_percent`, as
+            docs/report.schema.json says. Intervals are the 95 % percentile bootstrap by document
+            cluster.
         """
         names = list(self.sums)
         means = resample_domain_means(self.clusters, list(self.sums.values()), seed=self.seed)
@@ -203,12 +209,44 @@ class Evaluation:
                 for router, method in routers.items()
             },
             "gates": {router: dict(by_domain) for router, by_domain in self.gates.items()},
+            "baseline_gain_percent": {
+                method: {
+                    label: {
+                        "point": _gain(self.equal_weight(reference), self.equal_weight(method)),
+                        **_interval(_gain(resampled[reference], resampled[method])),
+                    }
+                    for label, reference in references.items()
+                }
+                for method in self._plain_methods()
+            },
         }
 
+    def difference(self, method: str, other: str) -> dict[str, float]:
+        """Equal-weight loss of one method minus another's, nats per token.
+
+        Args:
+            method: Key of `sums`.
+            other: Key of `sums`.
+
+        Returns:
+            `point`, and `low` and `high` of the 95 % interval by document cluster; both losses are
+            resampled together.
+        """
+        pair = [self.sums[method], self.sums[other]]
+        means = resample_domain_means(self.clusters, pair, seed=self.seed).mean(axis=2)
+        return {
+            "point": self.equal_weight(method) - self.equal_weight(other),
+            **_interval(means[:, 0] - means[:, 1]),
+        }
+
+    def _plain_methods(self) -> list[str]:
+        """Base, uniform gates, baselines by name, oracles: what is neither specialist nor fused."""
+        baselines = (name for name in self.sums if name not in _TAKEN and ":" not in name)
+        return [m for m in (*_BEFORE, *sorted(baselines), *_AFTER) if m in self.sums]
+
     def _losses_json(self) -> dict[str, Any]:
-        plain = ("base", "uniform", *BASELINES, "domain_oracle", "token_oracle")
-        losses: dict[str, Any] = {m: self.losses(m) for m in plain if m in self.sums}
-        for key, prefix in (("specialists", "specialist:"), ("fused", "fused:")):
+        losses: dict[str, Any] = {method: self.losses(method) for method in self._plain_methods()}
+        for key, prefix in _GROUPS:
             losses[key] = {
                 method.removeprefix(prefix): self.losses(method)
                 for method in self.sums
@@ -233,8 +271,8 @@ def evaluate(
     Args:
         bank: Held-out bank with the columns the routers read.
         routers: Fitted routers by name.
-        baselines: Losses (N, T-1) of models that are no experts, by name: `weight_average`
-            (from `bank.add_column`), `control`.
+        baselines: Losses (N, T-1) of models that are no experts, by name in lower case: a merge
+            (from `bank.add_column`), the base continued on all data, a wider model, ...
         seed: Of the bootstrap.
         progress: Receives methods done and in all.
 
@@ -293,12 +331,13 @@ def _check_evaluation(bank: object, baselines: Mapping[str, Tensor]) -> None:
     wrong = sorted(
         f"{name} {tuple(nll.shape)}"
         for name, nll in baselines.items()
-        if name not in BASELINES or tuple(nll.shape) != shape
+        if name in _TAKEN or not BASELINE_NAME.fullmatch(name) or tuple(nll.shape) != shape
     )
     if wrong:
         raise BankError(
-            f"Cannot evaluate baselines: expected {' or '.join(BASELINES)} of shape {shape}, "
-            f"got {', '.join(wrong)}. Measure them on this bank's blocks."
+            f"Cannot evaluate baselines: expected names in lower case, none of "
+            f"{', '.join(sorted(_TAKEN))}, with losses {shape}, got {', '.join(wrong)}. "
+            "Rename them, or measure them on this bank's blocks."
         )
 
 

@@ -62,15 +62,17 @@ def list_methods(result: Mapping[str, Any]) -> list[Method]:
         result: Content of report.json.
 
     Returns:
-        Methods in reporting order: base, specialists, control, baselines, routers (the published
-        one first), oracles. Methods the result lacks are left out.
+        Methods in reporting order: base, specialists, control, baselines (those this page knows no
+        label for by name), routers (the published one first), oracles. Methods the result lacks
+        are left out.
     """
     losses = result["losses"]
     rows: list[tuple[str, str, str, Mapping[str, float]]] = []
 
     def add(key: str) -> None:
         if key in losses:
-            rows.append((key, _LABELS[key], _KINDS[key], losses[key]))
+            label, kind = _LABELS.get(key, key), _KINDS.get(key, "baseline")
+            rows.append((key, label, kind, losses[key]))
 
     add("base")
     own = result.get("own_domain", {})
@@ -78,7 +80,8 @@ def list_methods(result: Mapping[str, Any]) -> list[Method]:
         domain = own.get(name, name)
         suffix = "" if domain == name else f" ({domain})"
         rows.append((f"specialist:{name}", f"specialist {name}{suffix}", "alone", values))
-    for key in ("control", "uniform", "weight_average"):
+    further = sorted(losses.keys() - _LABELS.keys() - {"specialists", "fused"})
+    for key in ("control", "uniform", "weight_average", *further):
         add(key)
     published = result.get("router")
     for name in sorted(losses["fused"], key=lambda router: (router != published, router)):

@@ -57,3 +57,27 @@ def register_gain_predictors(register: Register) -> None:
         summary="Bracket of the gain over the best anyone has alone, from own-domain losses",
         source="own derivation, see docs/forecasts.md",
     )
+
+
+@hookimpl
+def register_merges(register: Register) -> None:
+    """Register merges published elsewhere, applied to the product B@A."""
+    module = "molora_kalavai.merges"
+    register(
+        "ties",
+        f"{module}:merge_ties",
+        summary="Largest 20 % of each difference, majority sign, mean of those that agree",
+        source="arXiv 2306.01708 (PEFT's ties)",
+    )
+    register(
+        "dare",
+        f"{module}:merge_dare",
+        summary="Half of each difference dropped at random and rescaled, then averaged",
+        source="arXiv 2311.03099 (PEFT's dare_linear)",
+    )
+    register(
+        "dare-ties",
+        f"{module}:merge_dare_ties",
+        summary="Half of each difference dropped at random and rescaled, then merged by sign",
+        source="arXiv 2311.03099 (PEFT's dare_ties)",
+    )

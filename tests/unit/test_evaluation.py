@@ -161,11 +161,45 @@ def test_what_is_no_held_out_bank_is_refused(routers):
 
 
 @pytest.mark.parametrize(
-    "baselines", [{"monolith": torch.zeros(24, 23)}, {"control": torch.zeros(24, 24)}]
+    "baselines",
+    [
+        {"control": torch.zeros(24, 24)},
+        {"Wider": torch.zeros(24, 23)},
+        {"fused:x": torch.zeros(24, 23)},
+        {"base": torch.zeros(24, 23)},
+        {"specialists": torch.zeros(24, 23)},
+    ],
 )
-def test_unknown_or_misshapen_baselines_are_refused(bank, baselines):
+def test_misnamed_or_misshapen_baselines_are_refused(bank, baselines):
     with pytest.raises(BankError, match=next(iter(baselines))):
         evaluate(bank, {}, baselines)
+
+
+def test_any_baseline_is_reported_with_its_gain(bank, routers, evaluation):
+    wider = bank.base_nll() - 0.25
+    found = evaluate(bank, routers, {"dare-ties": wider + 1, "wider": wider}, seed=1).to_json()
+    losses = found["losses"]
+    assert losses["wider"]["domain-0"] == pytest.approx(losses["base"]["domain-0"] - 0.25)
+    gains = found["baseline_gain_percent"]
+    assert {"base", "uniform", "wider", "dare-ties", "domain_oracle", "token_oracle"} == set(gains)
+    alone = found["best_alone"]["loss"]
+    point = found["equal_weight"]["wider"]["point"]
+    gain = gains["wider"]["vs_best_alone"]
+    assert gain["point"] == pytest.approx(100 * (alone - point) / alone)
+    assert gain["low"] <= gain["point"] <= gain["high"]
+    schema = json.loads(SCHEMA.read_text())
+    for part, value in found.items():
+        jsonschema.validate(value, {"$defs": schema["$defs"], **schema["properties"][part]})
+    assert evaluation.to_json()["losses"]["fused"] == losses["fused"]
+
+
+def test_a_difference_is_paired(bank, evaluation):
+    found = evaluation.difference("weight_average", "base")
+    assert found["point"] == pytest.approx(0.5)
+    assert found["low"] == pytest.approx(0.5) and found["high"] == pytest.approx(0.5)
+    fused = evaluation.difference("fused:linear", "domain_oracle")
+    gap = evaluation.to_json()["oracle_gap_nats"]["linear"]
+    assert fused == pytest.approx({key: gap[key] for key in ("point", "low", "high")})
 
 
 def test_router_of_other_experts_is_refused(bank):
