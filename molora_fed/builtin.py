@@ -37,6 +37,12 @@ def register_domains(register: Register) -> None:
         ("man-ru", "read_russian", "Russian"),
         ("man-ja", "read_japanese", "Japanese"),
         ("man-pt-br", "read_brazilian", "Brazilian Portuguese"),
+        ("man-pt", "read_portuguese", "Portuguese"),
+        ("man-uk", "read_ukrainian", "Ukrainian"),
+        ("man-ro", "read_romanian", "Romanian"),
+        ("man-da", "read_danish", "Danish"),
+        ("man-tr", "read_turkish", "Turkish"),
+        ("man-ko", "read_korean", "Korean"),
     ):
         register(
             name,

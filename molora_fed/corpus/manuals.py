@@ -14,16 +14,22 @@ from molora_fed.types import Document
 
 __all__ = [
     "read_brazilian",
+    "read_danish",
     "read_dutch",
     "read_french",
     "read_german",
     "read_italian",
     "read_japanese",
+    "read_korean",
     "read_manual_pages",
     "read_polish",
+    "read_portuguese",
+    "read_romanian",
     "read_russian",
     "read_spanish",
     "read_swedish",
+    "read_turkish",
+    "read_ukrainian",
     "reduce_roff",
 ]
 
@@ -172,3 +178,9 @@ read_polish = partial(read_manual_pages, "pl")
 read_russian = partial(read_manual_pages, "ru")
 read_japanese = partial(read_manual_pages, "ja")
 read_brazilian = partial(read_manual_pages, "pt_BR")
+read_portuguese = partial(read_manual_pages, "pt")
+read_ukrainian = partial(read_manual_pages, "uk")
+read_romanian = partial(read_manual_pages, "ro")
+read_danish = partial(read_manual_pages, "da")
+read_turkish = partial(read_manual_pages, "tr")
+read_korean = partial(read_manual_pages, "ko")
