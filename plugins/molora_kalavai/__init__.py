@@ -81,3 +81,17 @@ def register_merges(register: Register) -> None:
         summary="Half of each difference dropped at random and rescaled, then merged by sign",
         source="arXiv 2311.03099 (PEFT's dare_ties)",
     )
+
+
+@hookimpl
+def register_studies(register: Register) -> None:
+    """Register studies of the paper's claims."""
+    for name, target, summary in (
+        ("duration", "duration:DurationStudy", "Training length, with and without frozen blocks"),
+        ("freeze", "freeze:FreezeStudy", "Frozen depth against the fusion gain"),
+        ("heterogeneous", "heterogeneous:HeterogeneousStudy", "Contributors' different recipes"),
+        ("maturity", "maturity:MaturityStudy", "Bases of several ages"),
+        ("scaling", "scaling:ScalingStudy", "From two to five specialists"),
+        ("shared-init", "shared_init:SharedInitStudy", "Contributors' different checkpoints"),
+    ):
+        register(name, f"molora_kalavai.studies.{target}", summary=summary, source=_PAPER)

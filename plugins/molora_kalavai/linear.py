@@ -1,18 +1,13 @@
 """KALAVAI's linear router on a causal running mean of hidden states, and its published form."""
 
-import hashlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
 
-import torch
-from pydantic import Field
 from torch import Tensor
 
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.routing.causal import causal_mean, causal_sum, count_since_start
-from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
-from molora_fed.routing.fitting import check_calibration, fit_on_batches
-from molora_fed.types import Progress, Reading
+from molora_fed.routing.contract import RouterOptions, RouterState, RouterView
+from molora_kalavai.hidden import HiddenOptions, HiddenRouter, draw_rows
 
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
@@ -20,23 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["LinearOptions", "LinearRouter", "NoncausalLinearRouter"]
 
 
-class LinearOptions(RouterOptions):
-    """Options of the linear routers.
-
-    Attributes:
-        input: Hidden state the gates are computed from.
-        steps: AdamW steps.
-        batch: Blocks per step.
-        learning_rate: Of AdamW, constant.
-    """
-
-    input: Literal["mean_hidden", "base_hidden", "prefix_hidden"] = "mean_hidden"
-    steps: int = Field(default=500, ge=1)
-    batch: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+class LinearOptions(HiddenOptions):
+    """Options of the linear routers."""
 
 
-class LinearRouter(OutputRouter):
+class LinearRouter(HiddenRouter):
     """Gates softmax(W m_t), m_t the mean of the document's hidden states up to t.
 
     Source: arXiv 2603.22755, protocol. Deviations: the mean runs over the document so far, not
@@ -44,80 +27,30 @@ class LinearRouter(OutputRouter):
     """
 
     Options: ClassVar[type[RouterOptions]] = LinearOptions
+    label: ClassVar[str] = "linear"
 
-    def __init__(self, num_experts: int, options: LinearOptions, weight: Tensor) -> None:
+    def __init__(self, num_experts: int, options: HiddenOptions, weight: Tensor) -> None:
         super().__init__(num_experts, options)
-        self.input: Reading = options.input
         self.weight = weight  # (E, D)
 
     @classmethod
-    def reads(cls, options: RouterOptions) -> frozenset[Reading]:
-        """The one hidden state of the options."""
-        return frozenset({_narrow(options).input})
+    def draw(cls, bank: "CalibrationBank", options: HiddenOptions, seed: int) -> Self:
+        """W at the start, a row drawn for each expert's name."""
+        weight = draw_rows(bank.expert_names, bank.hidden_size, seed).to(bank.device)
+        return cls(bank.num_experts, options, weight)
 
-    @classmethod
-    def fit(
-        cls,
-        bank: "CalibrationBank",
-        options: RouterOptions,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> Self:
-        """Fit W on the bank; `seed` decides its start and the order of blocks."""
-        check_calibration(bank)
-        chosen = _narrow(options)
-        name: Reading = chosen.input
-        features = bank.derive(f"{cls.__name__}:{name}", lambda view: cls._pool(view, name))
-        router = cls(bank.num_experts, chosen, _draw_weight(bank, seed))
-        fit_on_batches(
-            bank,
-            features,
-            [router.weight],
-            router._score,
-            steps=chosen.steps,
-            batch=chosen.batch,
-            learning_rate=chosen.learning_rate,
-            seed=seed,
-            progress=progress,
-        )
-        return router
+    def parameters(self) -> Sequence[Tensor]:
+        """W alone."""
+        return [self.weight]
 
-    @staticmethod
-    def _pool(view: RouterView, name: Reading) -> Tensor:
-        return causal_mean(_read(view, name), view.document_starts)
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.weight.shape[1])
 
-    def _score(self, pooled: Tensor) -> Tensor:
+    def score(self, pooled: Tensor) -> Tensor:
+        """W m."""
         return pooled @ self.weight.T.to(pooled.device)
-
-    def scores(self, view: RouterView) -> Tensor:
-        """Logits of the gates, (B, T, E)."""
-        self._check_width(_read(view, self.input))
-        return self._score(self._pool(view, self.input))
-
-    def init_state(self, batch_size: int) -> RouterState:
-        """Sum of the document's states, (B, D), and their number, (B,)."""
-        device = self.weight.device
-        return {
-            "sum": torch.zeros(batch_size, self.weight.shape[1], device=device),
-            "count": torch.zeros(batch_size, device=device),
-        }
-
-    def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
-        """Gates of the next positions, (B, t, E), and the state after them."""
-        hidden = _read(view, self.input)
-        self._check_width(hidden)
-        before = {name: tensor.to(hidden.device) for name, tensor in state.items()}
-        total = causal_sum(hidden.float(), view.document_starts, carry=before["sum"])
-        count = count_since_start(view.document_starts, carry=before["count"])
-        gates = torch.softmax(self._score(total / count.unsqueeze(-1)), dim=-1)
-        return gates, {"sum": total[:, -1], "count": count[:, -1]}
-
-    def _check_width(self, hidden: Tensor) -> None:
-        if hidden.shape[-1] != self.weight.shape[1]:
-            raise ShapeError(
-                f"Cannot route with 'linear': expected {self.input} of width "
-                f"{self.weight.shape[1]}, got {hidden.shape[-1]}. Use the base it was fitted on."
-            )
 
     def state_tensors(self) -> dict[str, Tensor]:
         """W, (E, D)."""
@@ -136,10 +69,10 @@ class LinearRouter(OutputRouter):
         if weight is None or weight.ndim != 2 or len(weight) != num_experts:
             got = "nothing" if weight is None else str(tuple(weight.shape))
             raise ShapeError(
-                f"Cannot load router 'linear': expected a weight ({num_experts}, D), got {got}. "
-                "Fuse again."
+                f"Cannot load router '{cls.label}': expected a weight ({num_experts}, D), "
+                f"got {got}. Fuse again."
             )
-        return cls(num_experts, _narrow(options), weight)
+        return cls(num_experts, cls.narrow(options), weight)
 
 
 class NoncausalLinearRouter(LinearRouter):
@@ -149,11 +82,13 @@ class NoncausalLinearRouter(LinearRouter):
     """
 
     causal: ClassVar[bool] = False
+    label: ClassVar[str] = "linear-noncausal"
+    pooling: ClassVar[str] = "block-mean"
 
     @staticmethod
-    def _pool(view: RouterView, name: Reading) -> Tensor:
-        hidden = _read(view, name).float()
-        return hidden.mean(dim=1, keepdim=True).expand_as(hidden)
+    def pool(hidden: Tensor, view: RouterView) -> Tensor:
+        """The block's mean at every position, (B, T, D) float32."""
+        return hidden.float().mean(dim=1, keepdim=True).expand(hidden.shape)
 
     def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
         """Refused: the gates of a position need the text after it.
@@ -165,33 +100,3 @@ class NoncausalLinearRouter(LinearRouter):
             "Cannot decode with router 'linear-noncausal': expected a causal router, got one "
             "that reads the whole block. Use 'linear' or 'evidence'."
         )
-
-
-def _narrow(options: RouterOptions) -> LinearOptions:
-    if not isinstance(options, LinearOptions):
-        raise RoutingError(
-            f"Cannot use router 'linear': expected LinearOptions, got {type(options).__name__}. "
-            "Build the options with its Options class."
-        )
-    return options
-
-
-def _read(view: RouterView, name: Reading) -> Tensor:
-    column: Tensor | None = getattr(view, name)
-    if column is None:
-        raise RoutingError(
-            f"Cannot route with 'linear': expected a view with {name}, got none. "
-            "Build the bank with this reading."
-        )
-    return column
-
-
-def _draw_weight(bank: "CalibrationBank", seed: int) -> Tensor:
-    """W at the start, (E, D): a row is drawn by its expert's name, so that order never matters."""
-    bound = bank.hidden_size**-0.5
-    rows = []
-    for name in bank.expert_names:
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        rows.append(torch.rand(bank.hidden_size, generator=generator) * 2 * bound - bound)
-    return torch.stack(rows).to(bank.device)

@@ -1,0 +1,258 @@
+"""What routers on a running mean of hidden states share: `linear`, `hard`, `mlp`."""
+
+import abc
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from molora_fed.errors import RoutingError, ShapeError
+from molora_fed.evaluation import compute_domain_losses, compute_router_losses
+from molora_fed.routing.causal import causal_mean, causal_sum, count_since_start
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
+from molora_fed.routing.fitting import check_calibration, fit_on_batches
+from molora_fed.types import Progress, Reading
+
+if TYPE_CHECKING:
+    from molora_fed.bank import CalibrationBank
+
+__all__ = ["HiddenOptions", "HiddenRouter", "draw_rows", "pool_causally", "read_hidden"]
+
+
+class HiddenOptions(RouterOptions):
+    """Options of the routers that are fitted by gradient on hidden states.
+
+    Attributes:
+        input: Hidden state the gates are computed from.
+        steps: AdamW steps.
+        batch: Blocks per step.
+        learning_rate: Of AdamW, constant.
+        curriculum: Share of the steps, the first ones, whose blocks are all of one domain; the
+            paper's remedy against collapse is 0.2.
+        restarts: Further fits from other starts; the lowest equal-weight calibration loss is kept.
+    """
+
+    input: Literal["mean_hidden", "base_hidden", "prefix_hidden"] = "mean_hidden"
+    steps: int = Field(default=500, ge=1)
+    batch: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    curriculum: float = Field(default=0.0, ge=0, le=1)
+    restarts: int = Field(default=0, ge=0)
+
+
+class HiddenRouter(OutputRouter):
+    """Gates computed from m_t, the mean of the document's hidden states up to t.
+
+    Subclasses say how they start, what they learn, and how m_t becomes scores.
+
+    Attributes:
+        label: Registered name, for errors.
+        pooling: Name of what `pool` computes; routers of equal names share the numbers.
+        input: The hidden state that is read.
+    """
+
+    Options: ClassVar[type[RouterOptions]] = HiddenOptions
+    label: ClassVar[str]
+    pooling: ClassVar[str] = "causal-mean"
+
+    def __init__(self, num_experts: int, options: HiddenOptions) -> None:
+        super().__init__(num_experts, options)
+        self.input: Reading = options.input
+
+    @classmethod
+    @abc.abstractmethod
+    def draw(cls, bank: "CalibrationBank", options: HiddenOptions, seed: int) -> Self:
+        """The router before its first step; the order of experts must not matter."""
+
+    @abc.abstractmethod
+    def parameters(self) -> Sequence[Tensor]:
+        """What is learned."""
+
+    @property
+    @abc.abstractmethod
+    def width(self) -> int:
+        """D, the width of the hidden state it was fitted on."""
+
+    @abc.abstractmethod
+    def score(self, pooled: Tensor) -> Tensor:
+        """Scores (..., E) of pooled states (..., D), differentiable in the parameters."""
+
+    @classmethod
+    def reads(cls, options: RouterOptions) -> frozenset[Reading]:
+        """The one hidden state of the options."""
+        return frozenset({cls.narrow(options).input})
+
+    @classmethod
+    def narrow(cls, options: RouterOptions) -> HiddenOptions:
+        """The options as this router's own.
+
+        Raises:
+            RoutingError: If they are another router's.
+        """
+        if not (isinstance(options, HiddenOptions) and isinstance(options, cls.Options)):
+            raise RoutingError(
+                f"Cannot use router '{cls.label}': expected {cls.Options.__name__}, got "
+                f"{type(options).__name__}. Build the options with its Options class."
+            )
+        return options
+
+    @classmethod
+    def fit(
+        cls,
+        bank: "CalibrationBank",
+        options: RouterOptions,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Fit on the bank; `seed` decides the start and the order of blocks."""
+        check_calibration(bank)
+        chosen = cls.narrow(options)
+        runs = chosen.restarts + 1
+        fits = (
+            cls._fit_once(bank, chosen, _derive_seed(seed, run), _shift(progress, run, runs))
+            for run in range(runs)
+        )
+        return next(fits) if runs == 1 else min(fits, key=lambda fit: _compute_loss(bank, fit))
+
+    @classmethod
+    def _fit_once(
+        cls, bank: "CalibrationBank", chosen: HiddenOptions, seed: int, progress: Progress | None
+    ) -> Self:
+        name: Reading = chosen.input
+        features = bank.derive(
+            f"{cls.pooling}:{name}", lambda view: cls.pool(cls._read(view, name), view)
+        )
+        router = cls.draw(bank, chosen, seed)
+        fit_on_batches(
+            bank,
+            features,
+            router.parameters(),
+            router.score,
+            steps=chosen.steps,
+            batch=chosen.batch,
+            learning_rate=chosen.learning_rate,
+            seed=seed,
+            curriculum=chosen.curriculum,
+            progress=progress,
+        )
+        return router
+
+    @classmethod
+    def _read(cls, view: RouterView, name: Reading) -> Tensor:
+        return read_hidden(view, name, cls.label)
+
+    @staticmethod
+    def pool(hidden: Tensor, view: RouterView) -> Tensor:
+        """m_t of every position, (B, T, D) float32."""
+        return causal_mean(hidden, view.document_starts)
+
+    def to_gates(self, scores: Tensor) -> Tensor:
+        """Gates of scores, (..., E) both."""
+        return torch.softmax(scores, dim=-1)
+
+    def scores(self, view: RouterView) -> Tensor:
+        """Logits of the gates, (B, T, E)."""
+        hidden = self._read(view, self.input)
+        self._check_width(hidden)
+        return self.score(self.pool(hidden, view))
+
+    def gates(self, view: RouterView) -> Tensor:
+        """Gates of shape (B, T, E), non-negative, summing to 1 over E."""
+        return self.to_gates(self.scores(view))
+
+    def init_state(self, batch_size: int) -> RouterState:
+        """Sum of the document's states, (B, D), and their number, (B,)."""
+        device = self.parameters()[0].device
+        return {
+            "sum": torch.zeros(batch_size, self.width, device=device),
+            "count": torch.zeros(batch_size, device=device),
+        }
+
+    def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
+        """Gates of the next positions, (B, t, E), and the state after them."""
+        hidden = self._read(view, self.input)
+        self._check_width(hidden)
+        mean, state = pool_causally(hidden, view, state)
+        return self.to_gates(self.score(mean)), state
+
+    def _check_width(self, hidden: Tensor) -> None:
+        if hidden.shape[-1] != self.width:
+            raise ShapeError(
+                f"Cannot route with '{self.label}': expected {self.input} of width "
+                f"{self.width}, got {hidden.shape[-1]}. Use the base it was fitted on."
+            )
+
+
+def pool_causally(
+    hidden: Tensor, view: RouterView, state: RouterState
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Running mean of the next positions of a text that is continued.
+
+    Args:
+        hidden: States of the next positions, (B, t, D), any float dtype.
+        view: Their view.
+        state: `sum` (B, D) and `count` (B,) of the document before them.
+
+    Returns:
+        Means (B, t, D) float32, and `sum` and `count` after them.
+    """
+    before = {name: tensor.to(hidden.device) for name, tensor in state.items()}
+    total = causal_sum(hidden.float(), view.document_starts, carry=before["sum"])
+    count = count_since_start(view.document_starts, carry=before["count"])
+    return total / count.unsqueeze(-1), {"sum": total[:, -1], "count": count[:, -1]}
+
+
+def read_hidden(view: RouterView, name: Reading, label: str) -> Tensor:
+    """A hidden column of a view, (B, T, D).
+
+    Raises:
+        RoutingError: If the view has none.
+    """
+    column: Tensor | None = getattr(view, name)
+    if column is None:
+        raise RoutingError(
+            f"Cannot route with '{label}': expected a view with {name}, got none. "
+            "Build the bank with this reading."
+        )
+    return column
+
+
+def draw_rows(names: Sequence[str], width: int, seed: int) -> Tensor:
+    """Uniform numbers in +-width^-1/2, (names, width): each row is drawn by its name.
+
+    A row that is drawn by its expert's name is the same in whatever order experts come.
+    """
+    bound = width**-0.5
+    rows = []
+    for name in names:
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        rows.append(torch.rand(width, generator=generator) * 2 * bound - bound)
+    return torch.stack(rows)
+
+
+def _derive_seed(seed: int, run: int) -> int:
+    """The seed itself for the first run; unlike neighbouring seeds, the others never meet."""
+    return seed if run == 0 else int(np.random.SeedSequence([seed, run]).generate_state(1)[0])
+
+
+def _shift(progress: Progress | None, run: int, runs: int) -> Progress | None:
+    """Progress of one run, told as progress of all."""
+    if progress is None or runs == 1:
+        return progress
+    report = progress
+
+    def shifted(done: int, total: int, **fields: float | str) -> None:
+        report(run * total + done, runs * total, **fields)
+
+    return shifted
+
+
+def _compute_loss(bank: "CalibrationBank", router: OutputRouter) -> float:
+    """Equal-weight calibration loss, nats per token."""
+    losses = compute_domain_losses(bank, compute_router_losses(bank, router).nll)
+    return sum(losses.values()) / len(losses)

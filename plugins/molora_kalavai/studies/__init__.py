@@ -1,0 +1,1 @@
+"""Studies of the paper's claims on local text; see docs/studies.md."""

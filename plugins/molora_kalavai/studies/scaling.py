@@ -1,0 +1,137 @@
+"""From two to five specialists: what each further one adds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from molora_kalavai.studies.conditions import Estimate, estimate, plan_condition, read_gain
+from pydantic import Field
+
+from molora_fed.studies.contract import Cell, Claim, Figure, Study, StudyOptions, Summary, Table
+
+__all__ = ["ScalingOptions", "ScalingStudy"]
+
+_PUBLISHED = {2: 1.76, 3: 4.39, 4: 11.39, 5: 12.95}  # arXiv 2603.22755, percent
+
+
+class ScalingOptions(StudyOptions):
+    """Options.
+
+    Attributes:
+        domains: In the order in which contributors join; the first two begin.
+        steps: Steps of a specialist.
+    """
+
+    domains: tuple[str, ...] = Field(
+        default=("cpp", "python", "science", "readme", "man-de"), min_length=3
+    )
+    steps: int = 600
+
+
+class ScalingStudy(Study):
+    """Every number of specialists, measured on the domains of those who joined."""
+
+    Options: ClassVar[type[StudyOptions]] = ScalingOptions
+    title: ClassVar[str] = "Adding specialists"
+
+    @classmethod
+    def plan(cls, options: ScalingOptions) -> Sequence[Cell]:
+        """A cell a number of specialists and seed."""
+        return [
+            Cell(
+                f"{count} specialists seed {seed}",
+                {"specialists": count, "seed": seed},
+                plan_condition(
+                    f"{count} specialists, seed {seed}",
+                    options.domains[:count],
+                    seed,
+                    {"steps": options.steps},
+                ),
+            )
+            for count in range(2, len(options.domains) + 1)
+            for seed in options.seeds
+        ]
+
+    @classmethod
+    def summarise(
+        cls, options: ScalingOptions, results: Mapping[str, Mapping[str, Any]]
+    ) -> Summary:
+        """Gains by number of specialists, against both references."""
+        counts = list(range(2, len(options.domains) + 1))
+
+        def read(count: int, reference: str) -> list[float]:
+            return [
+                read_gain(results[f"{count} specialists seed {seed}"], reference=reference)
+                for seed in options.seeds
+            ]
+
+        alone = {n: read(n, "best_alone") for n in counts}
+        specialist = {n: estimate(read(n, "best_specialist")) for n in counts}
+        found = {n: estimate(values) for n, values in alone.items()}
+        steps = {
+            n: estimate(b - a for a, b in zip(alone[n - 1], alone[n], strict=True))
+            for n in counts[1:]
+        }
+        rising = all(step.mean > 0 for step in steps.values())
+        sure = all(step.low is not None and step.low > 0 for step in steps.values())
+        return Summary(
+            findings={
+                "gain_percent": {str(n): e.to_json() for n, e in found.items()},
+                "gain_over_best_specialist_percent": {
+                    str(n): e.to_json() for n, e in specialist.items()
+                },
+                "added_pp": {str(n): e.to_json() for n, e in steps.items()},
+            },
+            claims=[
+                Claim(
+                    "Every further specialist adds to the gain",
+                    ", ".join(f"{n}: {gain:+.2f} %" for n, gain in _PUBLISHED.items()),
+                    ", ".join(f"{n}: {found[n].mean:+.2f} %" for n in counts)
+                    + f", {len(options.seeds)} seeds",
+                    "holds" if rising and sure else ("not decided" if rising else "does not hold"),
+                    "each number of specialists is measured on the domains of those who joined; "
+                    "holds if every step's interval lies above 0",
+                )
+            ],
+            tables=[
+                Table(
+                    "Gain by number of specialists",
+                    ("specialists", "joins", "on the best alone", "added",
+                     "on the best specialist", "published (on the best specialist)"),
+                    [
+                        (
+                            str(n),
+                            options.domains[n - 1],
+                            found[n].show(),
+                            steps[n].show("pp") if n in steps else "",
+                            specialist[n].show(),
+                            f"{_PUBLISHED[n]:+.2f} %" if n in _PUBLISHED else "",
+                        )
+                        for n in counts
+                    ],
+                )
+            ],
+            figures=[
+                Figure(
+                    "specialists",
+                    "Gain by number of specialists; bars are 95 % intervals over seeds.",
+                    lambda figure: _draw(figure, found, specialist),
+                )
+            ],
+        )  # fmt: skip
+
+
+def _draw(figure: Any, alone: Mapping[int, Estimate], specialist: Mapping[int, Estimate]) -> None:
+    axes = figure.subplots()
+    for label, found in (("on the best alone", alone), ("on the best specialist", specialist)):
+        errors = [e.mean - e.low if e.low is not None else 0.0 for e in found.values()]
+        axes.errorbar(
+            list(found), [e.mean for e in found.values()], yerr=errors, marker="o", capsize=3,
+            label=label,
+        )  # fmt: skip
+    axes.plot(
+        list(_PUBLISHED), list(_PUBLISHED.values()), marker="s", linestyle="--", label="published"
+    )
+    axes.set_xticks(list(alone))
+    axes.set_xlabel("specialists")
+    axes.set_ylabel("gain, %")
+    axes.legend()
