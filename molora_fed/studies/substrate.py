@@ -29,7 +29,7 @@ __all__ = [
 _ACTIONS = "molora_fed.studies.actions"
 _FUSIONS = "molora_fed.studies.fusions"
 DEFAULT_DOMAINS = ("cpp", "python", "readme", "science")
-_FLOPS = 2.5e10  # a quiet core's float operations a second in training, for estimates only
+_FLOPS = 5e10  # a quiet core's float operations a second in training, for estimates only
 
 
 class _Settings(BaseModel):

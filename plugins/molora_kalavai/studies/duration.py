@@ -4,14 +4,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from molora_kalavai.studies.conditions import (
-    THREE_DOMAINS,
-    Estimate,
-    estimate,
-    plan_condition,
-    read_gain,
-    read_gain_over_base,
-)
 from pydantic import Field
 
 from molora_fed.studies.contract import (
@@ -23,6 +15,14 @@ from molora_fed.studies.contract import (
     Summary,
     Table,
     Verdict,
+)
+from molora_kalavai.studies.conditions import (
+    THREE_DOMAINS,
+    Estimate,
+    estimate,
+    plan_condition,
+    read_gain,
+    read_gain_over_base,
 )
 
 __all__ = ["DurationOptions", "DurationStudy"]

@@ -3,13 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from molora_kalavai.studies.conditions import (
-    THREE_DOMAINS,
-    estimate,
-    plan_condition,
-    read_gain,
-    read_gain_over_base,
-)
 from pydantic import Field
 
 from molora_fed.studies.contract import (
@@ -21,6 +14,13 @@ from molora_fed.studies.contract import (
     Summary,
     Table,
     Verdict,
+)
+from molora_kalavai.studies.conditions import (
+    THREE_DOMAINS,
+    estimate,
+    plan_condition,
+    read_gain,
+    read_gain_over_base,
 )
 
 __all__ = ["FreezeOptions", "FreezeStudy"]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from molora_fed.studies.contract import Cell, Claim, Figure, Study, StudyOptions, Summary, Table
 from molora_kalavai.studies.conditions import (
     THREE_DOMAINS,
     Estimate,
@@ -10,8 +11,6 @@ from molora_kalavai.studies.conditions import (
     plan_condition,
     read_gain,
 )
-
-from molora_fed.studies.contract import Cell, Claim, Figure, Study, StudyOptions, Summary, Table
 
 __all__ = ["HeterogeneousOptions", "HeterogeneousStudy"]
 

@@ -3,6 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from pydantic import Field
+
+from molora_fed.studies.contract import Cell, Claim, Figure, Study, StudyOptions, Summary, Table
+from molora_fed.studies.substrate import BaseSettings, plan_base
 from molora_kalavai.studies.conditions import (
     THREE_DOMAINS,
     Estimate,
@@ -10,10 +14,6 @@ from molora_kalavai.studies.conditions import (
     plan_condition,
     read_gain,
 )
-from pydantic import Field
-
-from molora_fed.studies.contract import Cell, Claim, Figure, Study, StudyOptions, Summary, Table
-from molora_fed.studies.substrate import BaseSettings, plan_base
 
 __all__ = ["MaturityOptions", "MaturityStudy"]
 

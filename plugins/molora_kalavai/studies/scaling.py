@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from molora_kalavai.studies.conditions import Estimate, estimate, plan_condition, read_gain
 from pydantic import Field
 
 from molora_fed.studies.contract import Cell, Claim, Figure, Study, StudyOptions, Summary, Table
+from molora_kalavai.studies.conditions import Estimate, estimate, plan_condition, read_gain
 
 __all__ = ["ScalingOptions", "ScalingStudy"]
 

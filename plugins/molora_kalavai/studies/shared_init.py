@@ -3,15 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from molora_kalavai.studies.conditions import (
-    ROUTERS,
-    THREE_DOMAINS,
-    Estimate,
-    estimate,
-    read_gain,
-    read_gain_over_base,
-)
-
 from molora_fed.adapters.apply import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.kinds import DeltaKind
@@ -39,6 +30,14 @@ from molora_fed.studies.substrate import (
     plan_corpus,
     plan_fusion,
     plan_specialist,
+)
+from molora_kalavai.studies.conditions import (
+    ROUTERS,
+    THREE_DOMAINS,
+    Estimate,
+    estimate,
+    read_gain,
+    read_gain_over_base,
 )
 
 __all__ = ["SharedInitOptions", "SharedInitStudy", "rebase_adapter"]
