@@ -1,7 +1,6 @@
 """The work behind `molora_fed.studies.substrate`: each function is one task's action."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from molora_fed.adapters.apply import applied
@@ -13,11 +12,10 @@ from molora_fed.base import (
     fetch_base,
     load_base,
 )
-from molora_fed.base_files import quiet_transformers
+from molora_fed.base_files import copy_checkpoint, quiet_transformers
 from molora_fed.charter import AdapterRules, CorpusRules, TrainingRules
 from molora_fed.control import train_monolithic
 from molora_fed.corpus.prepare import Corpus, load_corpus, prepare_corpus
-from molora_fed.errors import ConfigError
 from molora_fed.files import replace_folder, storage_errors
 from molora_fed.plugins import get_plugins
 from molora_fed.specialists import Specialist, train_specialist
@@ -144,23 +142,14 @@ def apply_to_base(settings: Mapping[str, Any], context: TaskContext) -> dict[str
         storage_errors(folder),
         quiet_transformers(),
     ):
+        copy_checkpoint(base.folder, folder)  # the tokenizer's files stay byte for byte
         model.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
     made = load_base(target)
-    _check_tokenizer(base, made, target)
     return {
         "weights": made.weights,
         "hidden_size": made.hidden_size,
         "steps": trained.result["steps"],
     }
-
-
-def _check_tokenizer(base: Base, made: Base, folder: Path) -> None:
-    if made.tokenizer_fingerprint != base.tokenizer_fingerprint:
-        raise ConfigError(
-            f"Cannot continue base '{base.id}': expected its tokenizer in '{folder}', got "
-            f"{made.tokenizer_fingerprint[:16]}. Use a tokenizer that saves what it loaded."
-        )
 
 
 def _build_rules(chosen: SpecialistSettings) -> AdapterRules:
@@ -181,6 +170,7 @@ def _build_training(chosen: SpecialistSettings) -> TrainingRules:
         learning_rate=chosen.learning_rate,
         validate_every=min(chosen.validate_every, chosen.steps),
         patience=_NEVER if chosen.patience is None else chosen.patience,
+        options=dict(chosen.options),
     )
 
 
