@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from molora_fed.errors import RoutingError
@@ -44,7 +45,9 @@ def check_calibration(bank: object) -> None:
         )
 
 
-def draw_batches(bank: "CalibrationBank", *, steps: int, batch: int, seed: int) -> Tensor:
+def draw_batches(
+    bank: "CalibrationBank", *, steps: int, batch: int, seed: int, pure_steps: int = 0
+) -> Tensor:
     """Choose the blocks of every step, domains in turn, so that each counts equally.
 
     Blocks of a domain are gone through in random order, then again in another.
@@ -54,16 +57,16 @@ def draw_batches(bank: "CalibrationBank", *, steps: int, batch: int, seed: int) 
         steps: Number of steps.
         batch: Blocks per step.
         seed: Of the order.
+        pure_steps: Steps at the beginning whose blocks are all of one domain, domains in turn.
 
     Returns:
         Block indices, (steps, batch) int64.
     """
     generator = np.random.default_rng(seed)
-    count = steps * batch
     domains = len(bank.domains)
-    turns = -(-count // domains)
-    order = np.concatenate([generator.permutation(domains) for _ in range(turns)])[:count]
-    chosen = np.empty(count, dtype=np.int64)
+    pure = _take_turns(generator, domains, pure_steps).repeat(batch)
+    order = np.concatenate([pure, _take_turns(generator, domains, (steps - pure_steps) * batch)])
+    chosen = np.empty(steps * batch, dtype=np.int64)
     for domain in range(domains):
         rows = np.flatnonzero(bank.domain_of == domain)
         places = np.flatnonzero(order == domain)
@@ -72,6 +75,12 @@ def draw_batches(bank: "CalibrationBank", *, steps: int, batch: int, seed: int) 
         if shuffled:
             chosen[places] = np.concatenate(shuffled)[: len(places)]
     return torch.from_numpy(chosen.reshape(steps, batch))
+
+
+def _take_turns(generator: np.random.Generator, domains: int, count: int) -> NDArray[np.int64]:
+    """Domain indices, (count,): every domain once in random order, then again in another."""
+    turns = [generator.permutation(domains) for _ in range(-(-count // domains))]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *turns])[:count]
 
 
 def fit_on_batches(
@@ -84,6 +93,7 @@ def fit_on_batches(
     batch: int,
     learning_rate: float,
     seed: int,
+    curriculum: float = 0.0,
     progress: Progress | None = None,
 ) -> None:
     """Fit parameters with AdamW on mini-batches, in place; no model runs.
@@ -97,12 +107,14 @@ def fit_on_batches(
         batch: Blocks per step.
         learning_rate: Of AdamW, constant.
         seed: Of the blocks' order.
+        curriculum: Share of the steps, the first ones, whose blocks are all of one domain.
         progress: Receives steps done and in all, with the batch's `loss` in nats.
 
     Raises:
         RoutingError: If the loss is not finite at the end.
     """
-    schedule = draw_batches(bank, steps=steps, batch=batch, seed=seed)
+    pure = round(curriculum * steps)
+    schedule = draw_batches(bank, steps=steps, batch=batch, seed=seed, pure_steps=pure)
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(list(parameters), lr=learning_rate, fused=True)

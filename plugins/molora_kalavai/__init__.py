@@ -8,7 +8,31 @@ _PAPER = "arXiv 2603.22755"
 
 @hookimpl
 def register_routers(register: Register) -> None:
-    """Register the paper's router, its causal form, and the evidence routers."""
+    """Register the paper's routers, their causal forms, and the evidence routers."""
+    register(
+        "uniform",
+        "molora_kalavai.uniform:UniformRouter",
+        summary="The same gate for every expert",
+        source=_PAPER,
+    )
+    register(
+        "mlp",
+        "molora_kalavai.mlp:MlpRouter",
+        summary="Two-layer softmax gates on a causal running mean of hidden states",
+        source=f"{_PAPER}, made causal",
+    )
+    register(
+        "hard",
+        "molora_kalavai.hard:HardRouter",
+        summary="The linear router's best expert alone; all experts run",
+        source=f"{_PAPER}, made causal",
+    )
+    register(
+        "dispatch",
+        "molora_kalavai.dispatch:DispatchRouter",
+        summary="A domain classifier chooses one expert per document from its first tokens",
+        source=f"{_PAPER}, made causal, see docs/routers.md",
+    )
     register(
         "linear",
         "molora_kalavai.linear:LinearRouter",

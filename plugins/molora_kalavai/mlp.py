@@ -1,7 +1,7 @@
 """KALAVAI's two-layer router on a causal running mean of hidden states."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 import torch
 from pydantic import Field
@@ -46,7 +46,7 @@ class MlpRouter(HiddenRouter):
     @classmethod
     def draw(cls, bank: "CalibrationBank", options: HiddenOptions, seed: int) -> Self:
         """U by number of the unit and V by name of the expert, uniform in +-inputs^-1/2."""
-        units = options.units if isinstance(options, MlpOptions) else MlpOptions().units
+        units = cast(MlpOptions, options).units  # `narrow` has checked them
         inner = draw_rows([f"unit {unit}" for unit in range(units)], bank.hidden_size, seed)
         outer = draw_rows(bank.expert_names, units, seed)
         return cls(bank.num_experts, options, inner.to(bank.device), outer.to(bank.device))

@@ -1,0 +1,133 @@
+"""Top-k gates: a wrapper around any router that keeps the k largest gates of every position.
+
+All experts still run; what is limited is whose predictions are mixed.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from molora_fed.errors import RoutingError
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
+from molora_fed.types import Progress, Reading
+
+if TYPE_CHECKING:
+    from molora_fed.bank import CalibrationBank
+
+__all__ = ["TopKRouter", "keep_top_k", "limit_experts"]
+
+
+def keep_top_k(gates: Tensor, top_k: int) -> Tensor:
+    """Keep the largest gates and renormalise them; the others become 0.
+
+    Args:
+        gates: (..., E), non-negative, summing to 1 over E.
+        top_k: Gates to keep, >= 1; E or more keeps all. Of equal gates the first experts' stay.
+
+    Returns:
+        Gates of the same shape with at most `top_k` above 0, summing to 1 over E.
+    """
+    if top_k >= gates.shape[-1]:
+        return gates
+    # A stable sort, because ties are common: before anything is read, all gates may be equal.
+    kept = gates.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    limited = torch.zeros_like(gates).scatter(-1, kept, gates.gather(-1, kept))
+    return limited / limited.sum(dim=-1, keepdim=True)
+
+
+class TopKRouter(OutputRouter):
+    """A router that mixes the best k experts of another; its classes come from `limit_experts`.
+
+    It is fitted as the other router is, on all gates, and saved as the other router's state.
+
+    Attributes:
+        inner_class: The other router's class.
+        top_k: k.
+        inner: The fitted other router.
+    """
+
+    inner_class: ClassVar[type[OutputRouter]]
+    top_k: ClassVar[int]
+
+    def __init__(self, inner: OutputRouter) -> None:
+        super().__init__(inner.num_experts, inner.options)
+        self.inner = inner
+
+    @classmethod
+    def reads(cls, options: RouterOptions) -> frozenset[Reading]:
+        """What the other router reads."""
+        return cls.inner_class.reads(options)
+
+    @classmethod
+    def fit(
+        cls,
+        bank: "CalibrationBank",
+        options: RouterOptions,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Fit the other router."""
+        return cls(cls.inner_class.fit(bank, options, seed, progress))
+
+    def scores(self, view: RouterView) -> Tensor:
+        """The other router's ranking of all experts, (B, T, E)."""
+        return self.inner.scores(view)
+
+    def gates(self, view: RouterView) -> Tensor:
+        """The other router's k largest gates, renormalised, (B, T, E)."""
+        return keep_top_k(self.inner.gates(view), self.top_k)
+
+    def init_state(self, batch_size: int) -> RouterState:
+        """The other router's state."""
+        return self.inner.init_state(batch_size)
+
+    def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
+        """Gates of the next positions, (B, t, E), and the state after them."""
+        gates, state = self.inner.step(view, state)
+        return keep_top_k(gates, self.top_k), state
+
+    def reorder(self, state: RouterState, index: Tensor) -> RouterState:
+        """State whose row b is the old row `index[b]`."""
+        return self.inner.reorder(state, index)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything the other router learned."""
+        return self.inner.state_tensors()
+
+    @classmethod
+    def from_state(
+        cls, num_experts: int, options: RouterOptions, tensors: Mapping[str, Tensor]
+    ) -> Self:
+        """The router around the one that `state_tensors` came from."""
+        return cls(cls.inner_class.from_state(num_experts, options, tensors))
+
+
+@cache
+def limit_experts(router: type[OutputRouter], limit: int) -> type[TopKRouter]:
+    """A class like `router` whose gates keep only the `limit` largest of every position.
+
+    Args:
+        router: Any router class, causal or not.
+        limit: Experts mixed at most, >= 1; more than there are changes nothing.
+
+    Raises:
+        RoutingError: If `limit` is below 1.
+    """
+    if limit < 1:
+        raise RoutingError(
+            f"Cannot limit router '{router.__name__}': expected at least 1 expert, got {limit}. "
+            "Raise top_k."
+        )
+
+    class Limited(TopKRouter):
+        Options: ClassVar[type[RouterOptions]] = router.Options
+        causal: ClassVar[bool] = router.causal
+        inner_class: ClassVar[type[OutputRouter]] = router
+        top_k: ClassVar[int] = limit
+
+    Limited.__name__ = Limited.__qualname__ = f"{router.__name__}Top{limit}"
+    Limited.__doc__ = f"{router.__name__}, its {limit} largest gates renormalised."
+    return Limited
