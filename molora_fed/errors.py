@@ -27,6 +27,7 @@ __all__ = [
     "ShapeError",
     "SignatureError",
     "StorageError",
+    "StudyError",
     "TrainingError",
     "UnknownNameError",
     "describe_mismatch",
@@ -160,6 +161,10 @@ class PluginError(MoloraError, RuntimeError):
     """A plugin broke a rule of registration or of its contract."""
 
     exit_code = 60
+
+
+class StudyError(MoloraError, RuntimeError):
+    """A study is planned wrongly, or some of its tasks failed."""
 
 
 class UnknownNameError(MoloraError, KeyError):

@@ -15,7 +15,19 @@ from typing import NoReturn
 import click
 import typer
 
-from molora_cli import coop, demo, evaluate, fuse, generate, join, plugins, report, serve, train
+from molora_cli import (
+    coop,
+    demo,
+    evaluate,
+    fuse,
+    generate,
+    join,
+    plugins,
+    report,
+    serve,
+    study,
+    train,
+)
 from molora_fed import __version__
 from molora_fed.errors import MoloraError, StorageError
 
@@ -42,6 +54,7 @@ app.command("fuse")(fuse.fuse)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
+app.command("study")(study.study)
 app.add_typer(plugins.app, name="plugins")
 
 
