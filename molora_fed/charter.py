@@ -104,6 +104,7 @@ class TrainingRules(_Strict):
         learning_rate: Peak of AdamW's rate; None takes the kind's default.
         validate_every: Steps between validations.
         patience: Validations without improvement before stopping.
+        options: Options of the kind, e.g. {"precision": "int8"}; unknown keys are refused by it.
     """
 
     kind: str = "svd"
@@ -113,6 +114,8 @@ class TrainingRules(_Strict):
     learning_rate: float | None = Field(default=None, gt=0)
     validate_every: int = Field(default=100, ge=1)
     patience: int = Field(default=4, ge=1)
+    # Left out where empty, so that amendments signed before there were any still verify.
+    options: dict[str, Any] = Field(default={}, exclude_if=lambda options: not options)
 
 
 class SampleRules(_Strict):
@@ -135,10 +138,13 @@ class AdmissionRules(_Strict):
     Attributes:
         max_loss_rise: Largest own-domain loss above the base's on the admission sample, nats.
         checks: Names of registered checks to run; empty means all.
+        max_start_gap: Largest difference between the loss that a contributor states of the model
+            it started from and the base's, measured on the same blocks, nats.
     """
 
     max_loss_rise: float = Field(default=0.05, ge=0)
     checks: tuple[str, ...] = ()
+    max_start_gap: float = Field(default=0.005, ge=0)
 
 
 class FusionRules(_Strict):

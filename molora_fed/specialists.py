@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from molora_fed.adapters.apply import applied
 from molora_fed.adapters.files import load_adapter
+from molora_fed.adapters.options import open_kind
 from molora_fed.adapters.updates import Adapter
 from molora_fed.base import Base
 from molora_fed.charter import AdapterRules, TrainingRules
@@ -87,6 +88,7 @@ class AdapterJob:
         rank: R of low-rank kinds.
         rules: Limits of the adapter.
         config: Settings of the loop.
+        options: Options of the kind.
     """
 
     base: Base
@@ -98,6 +100,7 @@ class AdapterJob:
     rank: int
     rules: AdapterRules
     config: TrainConfig
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """The inputs as JSON values."""
@@ -115,6 +118,8 @@ class AdapterJob:
             "num_train_blocks": len(self.train_tokens),
             "num_validation_blocks": len(self.validation_tokens),
             "settings": settings,
+            # Left out where empty: so are they in records from before there were any.
+            **({"options": dict(self.options)} if self.options else {}),
         }
 
 
@@ -213,7 +218,7 @@ def run_job(
         return finished
     for left_over in folder.glob(f".{_ADAPTER_FOLDER}.*"):
         shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed
-    kind = plugins.adapter_kinds.resolve(job.kind)()
+    kind = open_kind(job.kind, job.options, plugins)
     model, parameters = kind.prepare(job.base.model, job.rules, job.rank, seed=job.config.seed)
     inputs = job.describe()
     result = train(
@@ -349,5 +354,7 @@ def train_specialist(
         rank=training.rank,
         rules=rules,
         config=config,
+        # Another kind than the one the rules speak of has options of its own: its defaults.
+        options=training.options if kind == training.kind else {},
     )
     return run_job(job, folder, registered, progress)

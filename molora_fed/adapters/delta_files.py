@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from molora_fed.adapters.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -23,19 +25,26 @@ from molora_fed.charter import AdapterRules
 __all__ = ["load_delta", "write_delta"]
 
 
-def write_delta(folder: Path, updates: Mapping[str, LinearUpdate], meta: AdapterMeta) -> None:
-    """Write updates as dense differences, float32; low-rank ones are multiplied out.
+def write_delta(
+    folder: Path,
+    updates: Mapping[str, LinearUpdate],
+    meta: AdapterMeta,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write updates as dense differences; low-rank ones are multiplied out.
 
     Args:
         folder: Target, replaced whole or not at all.
         updates: Updates by full module name.
         meta: Content of `molora_adapter.json`.
+        dtype: Element type of the file.
 
     Raises:
         StorageError: If the disk refuses.
     """
-    tensors = {f"{name}.weight": update.product() for name, update in updates.items()}
-    tensors |= {f"{n}.bias": u.bias.float() for n, u in updates.items() if u.bias is not None}
+    tensors = {f"{name}.weight": update.product().to(dtype) for name, update in updates.items()}
+    tensors |= {f"{n}.bias": u.bias.to(dtype) for n, u in updates.items() if u.bias is not None}
     config = {"kind": "delta", "tensors": sorted(tensors)}
     write_adapter_folder(folder, config, tensors, meta)
 

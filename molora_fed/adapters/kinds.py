@@ -7,18 +7,29 @@ so that embedding, head, norms and the first K blocks stay the base's.
 import abc
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, get_peft_model
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from molora_fed.adapters.delta_files import load_delta, write_delta
+from molora_fed.adapters.budget import Cost, compress
+from molora_fed.adapters.delta_files import load_delta
 from molora_fed.adapters.files import AdapterMeta
-from molora_fed.adapters.layout import adaptable_modules, bias_of, is_transposed, weight_of
-from molora_fed.adapters.low_rank_files import load_low_rank, write_low_rank
+from molora_fed.adapters.layout import bias_of, is_transposed, weight_of
+from molora_fed.adapters.low_rank_files import load_low_rank
+from molora_fed.adapters.options import (
+    LinearOptions,
+    NoOptions,
+    SvdOptions,
+    choose_modules,
+    read_options,
+)
+from molora_fed.adapters.quantised_files import is_quantised, load_quantised
+from molora_fed.adapters.save import write_updates
 from molora_fed.adapters.updates import Adapter, LinearUpdate, truncate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
@@ -26,13 +37,21 @@ from molora_fed.errors import AdapterError
 __all__ = ["AdapterKind", "DeltaKind", "LoraKind", "SvdKind"]
 
 _NARROW = 128  # D of the built-in base
+_COSTS: Mapping[str, Callable[[int], Cost]] = {
+    "float32": lambda _: Cost(32),
+    "bfloat16": lambda _: Cost(16),
+    "int8": lambda group: Cost(8, group),
+    "int4": lambda group: Cost(4, group),
+}
 
 
 class AdapterKind(abc.ABC):
-    """How one kind of adapter is trained, written and read; registered as a class, no arguments.
+    """How one kind of adapter is trained, written and read; registered as a class.
 
     Attributes:
         name: The name it is registered under.
+        Options: Pydantic model of its options, which refuses unknown keys; none by default.
+        options: The options it was opened with.
         narrow_learning_rate: Peak of AdamW's rate on a base as narrow as the built-in one
             (D = 128), measured there.
         width_power: How fast the rate falls with the base's width.
@@ -41,6 +60,18 @@ class AdapterKind(abc.ABC):
     name: ClassVar[str]
     narrow_learning_rate: ClassVar[float]
     width_power: ClassVar[float]
+    Options: ClassVar[type[BaseModel]] = NoOptions
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        """Open the kind.
+
+        Args:
+            options: Options by name; none takes all defaults.
+
+        Raises:
+            AdapterError: If an option is unknown or out of range.
+        """
+        self.options: Any = read_options(self.Options, options, getattr(self, "name", "unnamed"))
 
     def suggest_learning_rate(self, hidden_size: int) -> float:
         """Peak of AdamW's rate where nobody chose one, for a base of width D.
@@ -138,13 +169,22 @@ def _check_rank(rank: int, rules: AdapterRules, kind: str) -> None:
         )
 
 
+def _load_factors(folder: Path, limits: AdapterRules | None, name: str) -> Adapter:
+    """Read low-rank factors in PEFT's or the quantised format."""
+    if is_quantised(folder, name):
+        return load_quantised(folder, limits, name)
+    return load_low_rank(folder, limits, name)
+
+
 class LoraKind(AdapterKind):
-    """Low-rank factors trained directly (PEFT) on all linear layers, scale alpha / sqrt(R).
+    """Low-rank factors trained directly (PEFT) on linear layers, scale alpha / sqrt(R).
 
     Source: arXiv 2106.09685; rsLoRA scale arXiv 2312.03732, eq. 5.
     """
 
     name = "lora"
+    Options = LinearOptions
+    options: LinearOptions
     narrow_learning_rate = 4e-3
     width_power = 1.0
     alpha: ClassVar[int] = 16
@@ -154,7 +194,7 @@ class LoraKind(AdapterKind):
     ) -> tuple[Any, list[nn.Parameter]]:
         """Wrap a copy of the base that shares all weights; see `AdapterKind.prepare`."""
         _check_rank(rank, rules, self.name)
-        modules = adaptable_modules(model, rules.frozen_depth)
+        modules = choose_modules(model, rules.frozen_depth, self.options.targets)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
@@ -182,7 +222,7 @@ class LoraKind(AdapterKind):
         base_weights: str = "",
     ) -> None:
         """Write the factors in PEFT's format; see `AdapterKind.export`."""
-        modules = adaptable_modules(base_model, rules.frozen_depth)
+        modules = choose_modules(base_model, rules.frozen_depth, self.options.targets)
         updates = {}
         for name in modules:
             layer = trained.base_model.model.get_submodule(name)
@@ -191,17 +231,18 @@ class LoraKind(AdapterKind):
                 b=layer.lora_B["default"].weight.detach(),
                 scale=float(layer.scaling["default"]),
             )
-        write_low_rank(
+        write_updates(
             folder,
             updates,
             _meta(self.name, rules, base_weights),
+            options=self.options,
             transposed=_is_all_transposed(modules.values()),
             use_rslora=True,
         )
 
     def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
-        """Read a folder of PEFT's format; see `AdapterKind.load`."""
-        return load_low_rank(folder, limits, name or str(folder))
+        """Read a folder of PEFT's or the quantised format; see `AdapterKind.load`."""
+        return _load_factors(folder, limits, name or str(folder))
 
 
 class SvdKind(AdapterKind):
@@ -211,6 +252,8 @@ class SvdKind(AdapterKind):
     """
 
     name = "svd"
+    Options = SvdOptions
+    options: SvdOptions
     narrow_learning_rate = 2e-3
     width_power = 2.0
 
@@ -219,7 +262,7 @@ class SvdKind(AdapterKind):
     ) -> tuple[Any, list[nn.Parameter]]:
         """Copy the base with its linear weights free; see `AdapterKind.prepare`."""
         _check_rank(rank, rules, self.name)
-        modules = adaptable_modules(model, rules.frozen_depth)
+        modules = choose_modules(model, rules.frozen_depth, self.options.targets)
         copied = _copy_sharing(model, [m.weight for m in modules.values()])
         return copied, [p for p in copied.parameters() if p.requires_grad]
 
@@ -234,23 +277,44 @@ class SvdKind(AdapterKind):
         base_weights: str = "",
     ) -> None:
         """Write the truncated SVD in PEFT's format; see `AdapterKind.export`."""
-        modules = adaptable_modules(base_model, rules.frozen_depth)
-        updates = {}
-        for name, module in modules.items():
-            own = weight_of(trained.get_submodule(name))
-            a, b = truncate(_difference(own, weight_of(module)), rank)
-            updates[name] = LinearUpdate(a=a, b=b)
-        write_low_rank(
+        modules = choose_modules(base_model, rules.frozen_depth, self.options.targets)
+        differences = {
+            name: _difference(weight_of(trained.get_submodule(name)), weight_of(module))
+            for name, module in modules.items()
+        }
+        write_updates(
             folder,
-            updates,
+            self.shorten(differences, rank),
             _meta(self.name, rules, base_weights),
+            options=self.options,
             transposed=_is_all_transposed(modules.values()),
-            use_rslora=False,
+        )
+
+    def shorten(self, differences: Mapping[str, Tensor], rank: int) -> dict[str, LinearUpdate]:
+        """Factors of differences within this kind's rank and budget.
+
+        Args:
+            differences: (D_out, D_in) float32 by module name.
+            rank: R, the largest of each.
+
+        Raises:
+            AdapterError: If the budget holds nothing.
+        """
+        options = self.options
+        if options.budget_bytes is None:
+            factors = {name: truncate(change, rank) for name, change in differences.items()}
+            return {name: LinearUpdate(a=a, b=b) for name, (a, b) in factors.items()}
+        return compress(
+            differences,
+            rank=rank,
+            budget_bytes=options.budget_bytes,
+            cost=_COSTS[options.precision](options.group),
+            name=self.name,
         )
 
     def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
-        """Read a folder of PEFT's format; see `AdapterKind.load`."""
-        return load_low_rank(folder, limits, name or str(folder))
+        """Read a folder of PEFT's or the quantised format; see `AdapterKind.load`."""
+        return _load_factors(folder, limits, name or str(folder))
 
 
 class DeltaKind(AdapterKind):
@@ -260,6 +324,8 @@ class DeltaKind(AdapterKind):
     """
 
     name = "delta"
+    Options = LinearOptions
+    options: LinearOptions
     narrow_learning_rate = 2e-3
     width_power = 2.0
 
@@ -267,7 +333,7 @@ class DeltaKind(AdapterKind):
         self, model: Any, rules: AdapterRules, rank: int, *, seed: int = 0
     ) -> tuple[Any, list[nn.Parameter]]:
         """Copy the base with its linear layers free; see `AdapterKind.prepare`."""
-        modules = adaptable_modules(model, rules.frozen_depth)
+        modules = choose_modules(model, rules.frozen_depth, self.options.targets)
         own = [p for module in modules.values() for p in module.parameters()]
         copied = _copy_sharing(model, own)
         return copied, [p for p in copied.parameters() if p.requires_grad]
@@ -284,17 +350,23 @@ class DeltaKind(AdapterKind):
     ) -> None:
         """Write the differences; see `AdapterKind.export`."""
         updates = {}
-        for name, module in adaptable_modules(base_model, rules.frozen_depth).items():
+        for name, module in choose_modules(
+            base_model, rules.frozen_depth, self.options.targets
+        ).items():
             own = trained.get_submodule(name)
             updates[name] = LinearUpdate(
                 dense=_difference(weight_of(own), weight_of(module)),
                 bias=_difference(bias_of(own), bias_of(module)),
             )
-        write_delta(folder, updates, _meta(self.name, rules, base_weights))
+        meta = _meta(self.name, rules, base_weights)
+        write_updates(folder, updates, meta, options=self.options)
 
     def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
-        """Read a folder of differences; see `AdapterKind.load`."""
-        return load_delta(folder, limits, name or str(folder))
+        """Read a folder of differences, quantised or not; see `AdapterKind.load`."""
+        name = name or str(folder)
+        if is_quantised(folder, name):
+            return load_quantised(folder, limits, name)
+        return load_delta(folder, limits, name)
 
 
 def _difference(own: Tensor | None, base: Tensor | None) -> Any:

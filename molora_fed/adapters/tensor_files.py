@@ -134,6 +134,7 @@ def load_tensors(
     *,
     max_bytes: int | None,
     check: Callable[[Mapping[str, TensorHeader]], None],
+    dtypes: tuple[str, ...] = ADAPTER_DTYPES,
 ) -> dict[str, Tensor]:
     """Read a safetensors file whose sender is not trusted.
 
@@ -143,6 +144,7 @@ def load_tensors(
         max_bytes: Refused above this size, before anything is allocated; None for no limit.
         check: Judges names, shapes and dtypes by the header, before anything is allocated; raises
             AdapterError.
+        dtypes: Element types the file may have, as safetensors names them.
 
     Returns:
         The tensors by name, sorted, on the CPU, in the file's dtype.
@@ -158,13 +160,11 @@ def load_tensors(
             for key in sorted(file.keys()):
                 part = file.get_slice(key)
                 headers[key] = TensorHeader(tuple(part.get_shape()), part.get_dtype())
-            wrong = [
-                f"'{k}' {h.dtype}" for k, h in headers.items() if h.dtype not in ADAPTER_DTYPES
-            ]
+            wrong = [f"'{k}' {h.dtype}" for k, h in headers.items() if h.dtype not in dtypes]
             if wrong:
                 raise describe_unreadable(
                     name,
-                    expected=f"tensors of {', '.join(ADAPTER_DTYPES)}",
+                    expected=f"tensors of {', '.join(dtypes)}",
                     got=", ".join(wrong[:5]),
                     fix="Convert them before saving.",
                 )

@@ -81,6 +81,7 @@ class SpecialistSettings(_Settings):
         validate_every: Steps between validations; the best weights are kept.
         patience: Validations without improvement before stopping; None never stops early.
         seed: Of initial factors and data order.
+        options: Options of the kind, e.g. {"targets": "attention"}.
     """
 
     kind: str = "delta"
@@ -92,6 +93,8 @@ class SpecialistSettings(_Settings):
     validate_every: int = 100
     patience: int | None = None
     seed: int = 42
+    # Left out where empty: keys of tasks without options do not know of them.
+    options: Mapping[str, Any] = Field(default={}, exclude_if=lambda options: not options)
 
 
 class FusionSettings(_Settings):

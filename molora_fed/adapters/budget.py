@@ -1,0 +1,124 @@
+"""Divides a number of bytes among the directions of many differences."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molora_fed.adapters.quantise import count_row_bytes, count_scales
+from molora_fed.adapters.updates import LinearUpdate
+from molora_fed.errors import AdapterError
+
+__all__ = ["Cost", "compress", "divide_budget"]
+
+_FRAME = 96  # of a safetensors file: length, metadata, padding
+_ENTRY = 112  # of a tensor in its header, beside the name: dtype, shape, offsets, JSON
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What numbers take in a file.
+
+    Attributes:
+        bits: Bits of a number.
+        group: Numbers that share a scale of two bytes; None if there are no scales.
+    """
+
+    bits: int
+    group: int | None = None
+
+    def row(self, numbers: int) -> int:
+        """Bytes of a row."""
+        scales = 0 if self.group is None else 2 * count_scales(numbers, self.group)
+        return count_row_bytes(numbers, self.bits) + scales
+
+    def header(self, name: str) -> int:
+        """Most bytes that a module's tensors take in the file's header."""
+        tensors = 2 if self.group is None else 4
+        return tensors * (len(name) + len("base_model.model..lora_A.weight") + _ENTRY)
+
+
+def compress(
+    differences: Mapping[str, Tensor], *, rank: int, budget_bytes: int, cost: Cost, name: str
+) -> dict[str, LinearUpdate]:
+    """The best factors of several matrices that fit a file, by summed squared error.
+
+    Args:
+        differences: (D_out, D_in) float32 by module name.
+        rank: Largest rank of each.
+        budget_bytes: Largest weights file.
+        cost: What numbers take.
+        name: Of the kind, for errors.
+
+    Returns:
+        Low-rank updates; a module that gets no direction is left out.
+
+    Raises:
+        AdapterError: If not even one direction fits.
+    """
+    parts = {}
+    for module, difference in differences.items():
+        u, values, vh = torch.linalg.svd(difference, full_matrices=False)
+        parts[module] = (u[:, :rank], values[:rank], vh[:rank])
+    ranks = divide_budget(
+        {module: values for module, (_, values, _) in parts.items()},
+        {module: tuple(matrix.shape) for module, matrix in differences.items()},
+        budget_bytes=budget_bytes,
+        cost=cost,
+    )
+    if not ranks:
+        raise AdapterError(
+            f"Cannot export kind '{name}': expected a budget that holds one direction of one "
+            f"layer, got {budget_bytes} bytes. Raise budget_bytes."
+        )
+    updates = {}
+    for module, kept in ranks.items():
+        u, values, vh = parts[module]
+        roots = values[:kept].sqrt()
+        updates[module] = LinearUpdate(a=roots[:, None] * vh[:kept], b=u[:, :kept] * roots)
+    return updates
+
+
+def divide_budget(
+    values: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    budget_bytes: int,
+    cost: Cost,
+) -> dict[str, int]:
+    """Choose ranks by module: directions by squared singular value per byte, while they fit.
+
+    Args:
+        values: Singular values by module, falling.
+        shapes: (D_out, D_in) by module.
+        budget_bytes: Largest weights file.
+        cost: What numbers take.
+
+    Returns:
+        Ranks >= 1 in the modules' order; others are left out.
+
+    Source: own definition; greedy rule of the knapsack problem (Dantzig 1957).
+    """
+    price = {m: cost.row(rows) + cost.row(columns) for m, (rows, columns) in shapes.items()}
+    candidates = sorted(
+        (
+            (-(float(value) ** 2) / price[module], index, module)
+            for module, spectrum in values.items()
+            for index, value in enumerate(spectrum.tolist())
+            if value > 0
+        ),
+    )
+    left = budget_bytes - _FRAME
+    ranks: dict[str, int] = {}
+    full: set[str] = set()
+    for _, _, module in candidates:
+        if module in full:
+            continue
+        wanted = price[module] + (0 if module in ranks else cost.header(module))
+        if wanted > left:
+            full.add(module)  # its later directions are smaller and cost the same
+            continue
+        left -= wanted
+        ranks[module] = ranks.get(module, 0) + 1
+    return {module: ranks[module] for module in values if module in ranks}
