@@ -153,6 +153,7 @@ class FusionRules(_Strict):
     Attributes:
         router: The router that is published.
         options: Its options; unknown keys are refused by the router.
+        top_k: The published router mixes its best k experts only; None mixes all.
         compare: Further routers fitted and reported beside it, with default options.
         mixture: Probability mixture (default) or logit mixture (as published by KALAVAI).
         base_expert: Whether the base is expert 0.
@@ -162,6 +163,7 @@ class FusionRules(_Strict):
 
     router: str = "evidence"
     options: dict[str, Any] = {}
+    top_k: int | None = Field(default=None, ge=1)
     compare: tuple[str, ...] = ("evidence-zero", "linear")
     mixture: Mixture = "probability"
     base_expert: bool = True

@@ -19,6 +19,7 @@ from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import CharterError, ConfigError
 from molora_fed.plugins import Plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
+from molora_fed.routing.top_k import limit_experts
 from molora_fed.types import Reading, Split
 
 __all__ = ["BASE_EXPERT", "Contributed", "FusionPlan", "collect_contributed", "plan_fusion"]
@@ -212,6 +213,8 @@ def _build_routers(
     for name in dict.fromkeys((fusion.router, *fusion.compare)):
         router = plugins.routers.resolve(name)
         options = fusion.options if name == fusion.router else {}
+        if name == fusion.router and fusion.top_k is not None:
+            router = limit_experts(router, fusion.top_k)
         try:
             routers[name] = (router, router.Options.model_validate(options))
         except ValidationError as error:

@@ -70,6 +70,7 @@ def build_result(outcome: Outcome, charter: Charter, seed: int) -> dict[str, Any
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "router": plan.router,
+        "top_k": charter.amendment.fusion.top_k,
         "mixture": fused.mixture,
         "privacy_mode": charter.identity.privacy_mode,
         "domains": sorted({c.domain for c in plan.contributions}),

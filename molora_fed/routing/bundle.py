@@ -24,6 +24,7 @@ from molora_fed.errors import BaseCheckpointError, RoutingError, describe_mismat
 from molora_fed.files import hash_bytes, replace_folder, write_bytes, write_json
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.fused import FusedExpert, FusedModel
+from molora_fed.routing.top_k import TopKRouter, limit_experts
 from molora_fed.types import Mixture
 
 __all__ = ["FusedManifest", "find_fused", "load_fused", "load_manifest", "save_fused"]
@@ -65,6 +66,7 @@ class _RouterEntry(_Strict):
     name: str
     options: dict[str, Any]
     state: _Sha
+    top_k: int | None = Field(default=None, ge=1)
 
 
 class FusedManifest(_Strict):
@@ -75,7 +77,7 @@ class FusedManifest(_Strict):
         base: Relative path, dtype and identity of the base.
         frozen_depth: K; the blocks all experts share with the base.
         mixture: How distributions are mixed.
-        router: Registered name, options and hash of its state.
+        router: Registered name, options, hash of its state, and how many experts it mixes.
         experts: Experts in the order of the gates, each with the hash of its adapter.
     """
 
@@ -130,6 +132,7 @@ def save_fused(fused: FusedModel, folder: Path, *, adapters: Mapping[str, Path])
             "name": fused.router_name,
             "options": fused.router.options.model_dump(mode="json"),
             "state": hash_bytes(state),
+            "top_k": fused.router.top_k if isinstance(fused.router, TopKRouter) else None,
         },
         "experts": [
             {
@@ -219,6 +222,8 @@ def load_fused(
     state = _read(folder / ROUTER_FILE, MAX_ROUTER_BYTES, folder)
     _check_hash(folder, ROUTER_FILE, expected=manifest.router.state, got=hash_bytes(state))
     router_class = plugins.routers.resolve(manifest.router.name)
+    if manifest.router.top_k is not None:
+        router_class = limit_experts(router_class, manifest.router.top_k)
     base = _load_base(folder, manifest, base_folder)
     experts = tuple(_load_expert(folder, entry, base, plugins) for entry in manifest.experts)
     try:

@@ -32,6 +32,7 @@ from molora_fed.fusion_plan import BASE_EXPERT
 from molora_fed.plugins import get_plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.guard import GuardedRouter, fit_guarded
+from molora_fed.routing.top_k import limit_experts
 from molora_fed.studies.actions import open_base, open_corpus
 from molora_fed.studies.contract import Done, TaskContext
 from molora_fed.studies.substrate import FusionSettings
@@ -78,6 +79,8 @@ class Fusion:
         for label, given in self.settings.routers.items():
             options = dict(given)
             router = registry.resolve(options.pop("router", label))
+            if "top_k" in options:
+                router = limit_experts(router, options.pop("top_k"))
             chosen[label] = (router, router.Options.model_validate(options))
         return chosen
 

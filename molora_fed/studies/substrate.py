@@ -101,7 +101,8 @@ class FusionSettings(_Settings):
     """How specialists of a study are fused and measured.
 
     Attributes:
-        routers: Options by label; the router's name is the option `router`, the label if absent.
+        routers: Options by label; the router's name is the option `router`, the label if absent;
+            with `top_k`, its best k experts alone are mixed.
         merges: Registered merges measured beside.
         mixture: Probability or logit mixture.
         base_expert: Whether the base is expert 0.
