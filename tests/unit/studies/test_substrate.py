@@ -123,7 +123,7 @@ def test_fusions_of_other_blocks_are_not_averaged(run: Run):
 
 
 def test_a_continued_base_is_another_base_with_the_same_tokenizer(run: Run):
-    continued = run(plan_continued_base(BASE, CORPORA, steps=20))
+    continued = run(plan_continued_base(BASE, CORPORA, steps=40))
     assert continued.result["weights"] != run(BASE).result["weights"]
     specialist = plan_specialist(continued.task, CORPORA[0], SpecialistSettings(steps=5))
     assert run(specialist).result["steps"] == 5
