@@ -61,7 +61,9 @@ def study(
         cores = workers or count_cores()
         survey = planned.survey(cores)
         _print_plan(planned, survey)
-        if not plan:
+        if plan:
+            _print_tasks(survey)
+        else:
             _run(planned, survey, out or DEFAULT_OUT)
 
 
@@ -117,6 +119,15 @@ def _print_plan(planned: "PlannedStudy", survey: "StudyPlan") -> None:
         f"({format_minutes(core_seconds)} of one core)",
         flush=True,
     )
+
+
+def _print_tasks(survey: "StudyPlan") -> None:
+    rows = [
+        ("done" if key in survey.done else format_minutes(task.seconds), key[:8], task.name)
+        for key, task in survey.tasks.items()
+    ]
+    print()
+    print_columns(("time", "key", "task"), rows)
 
 
 def _run(planned: "PlannedStudy", survey: "StudyPlan", out: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import StudyError
-from molora_fed.studies.render import render_claims
+from molora_fed.studies.render import render_claims, render_table
 
 __all__ = ["collect_claims"]
 
@@ -56,6 +56,9 @@ def collect_claims(folder: Path, page_folder: Path) -> str:
         lines += [f"## {document['study']}", "", f"[{document['title']}]({page})", ""]
         if summary["claims"]:
             lines += [*render_claims(summary["claims"]), ""]
+        for table in summary["tables"][:1]:
+            rows = render_table(table["columns"], table["rows"])
+            lines += [f"**{table['title']}**", "", *rows, ""]
         if summary["notes"]:
             lines += [*(f"- {' '.join(note.split())}" for note in summary["notes"]), ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -87,9 +87,11 @@ def render_study(document: Mapping[str, Any]) -> str:
 def _render_making(document: Mapping[str, Any]) -> Iterator[str]:
     seconds = sum(document["seconds"]["tasks"].values())
     versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
-    yield f"`molora study {document['study']}`: {len(document['cells'])} cells, "
-    yield f"{len(document['seconds']['tasks'])} tasks, {seconds / 60:.1f} core-minutes in all; "
-    yield f"seeds {', '.join(map(str, document['seeds']))}."
+    yield (
+        f"`molora study {document['study']}`: {len(document['cells'])} cells, "
+        f"{len(document['seconds']['tasks'])} tasks, {seconds / 60:.1f} core-minutes in all; "
+        f"seeds {', '.join(map(str, document['seeds']))}."
+    )
     yield ""
     yield f"Options: `{json.dumps(document['options'], sort_keys=True)}`"
     yield ""

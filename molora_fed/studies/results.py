@@ -17,7 +17,7 @@ from molora_fed.plugins import Plugins
 from molora_fed.studies.contract import Cell, Study, StudyOptions, Summary, Task
 from molora_fed.studies.render import draw_figure, render_study
 from molora_fed.studies.runner import Listener, State, run_tasks
-from molora_fed.studies.schedule import collect_tasks, estimate_seconds
+from molora_fed.studies.schedule import collect_tasks, estimate_seconds, find_missing
 from molora_fed.studies.store import TaskStore
 
 __all__ = ["PlannedStudy", "StudyPlan", "Written", "plan_study", "read_options"]
@@ -125,9 +125,7 @@ class PlannedStudy:
     def survey(self, workers: int) -> StudyPlan:
         """What there is to do, and how long it takes on so many cores."""
         store, tasks = TaskStore.in_cache(self.cache), collect_tasks(self.tasks)
-        done = frozenset(key for key, task in tasks.items() if store.is_done(task))
-        # What rests below a finished task is not needed any more, but it is cheap to say so:
-        # a finished task's needs are finished, unless someone cleaned the cache.
+        done = frozenset(set(tasks) - find_missing(self.tasks, store.is_done))
         seconds = estimate_seconds(tasks, done, workers)
         return StudyPlan(len(self.cells), tasks, done, seconds, workers)
 
@@ -159,7 +157,7 @@ class PlannedStudy:
         summary = self.study.summarise(self.options, results)
         document = self._describe(summary, results)
         task_seconds = {
-            task.name: store.read(task)[1]
+            f"{task.name} ({task.key[:8]})": store.read(task)[1]
             for task in collect_tasks(self.tasks).values()
             if store.is_done(task)
         }

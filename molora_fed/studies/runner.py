@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from molora_fed.studies.contract import Task
-from molora_fed.studies.schedule import collect_tasks, estimate_seconds, measure_paths
+from molora_fed.studies.schedule import (
+    collect_tasks,
+    estimate_seconds,
+    find_missing,
+    measure_paths,
+)
 from molora_fed.studies.store import TaskStore
 from molora_fed.studies.worker import ERROR_FILE
 from molora_fed.studies.worker_process import WorkerProcess
@@ -168,8 +173,11 @@ class _Pool:
         if worker not in self.jobs:
             self._idle.remove(worker)
             return []
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        message = f"its process ended with {how}; is there enough memory?"
+        if code == -signal.SIGKILL:
+            message = "its process was killed; is there enough memory?"
+        else:
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            message = f"its process ended with {how}; see '{worker.log}'"
         return [(self.jobs.pop(worker), {"event": "failed", "message": message})]
 
 
@@ -177,16 +185,16 @@ class _Run:
     """The loop: begin what is ready, take in what workers say."""
 
     def __init__(
-        self, tasks: Mapping[str, Task], store: TaskStore, pool: _Pool, listener: Listener
+        self, wanted: Sequence[Task], store: TaskStore, pool: _Pool, listener: Listener
     ) -> None:
+        tasks = collect_tasks(wanted)
         self._store = store
         self._pool = pool
         self._listener = listener
         self._paths = measure_paths(tasks)
         self._retries: dict[str, float] = {}
         self._pace = _Pace()
-        done = {key for key, task in tasks.items() if store.is_done(task)}
-        self.state = State(tasks, done)
+        self.state = State(tasks, set(tasks) - find_missing(wanted, store.is_done))
 
     def finish(self, workers: int) -> State:
         """Run until nothing is left that can be done."""
@@ -286,5 +294,5 @@ def run_tasks(
         StorageError: If the cache cannot be written.
     """
     with _Pool(cache, workers) as pool:
-        run = _Run(collect_tasks(tasks), TaskStore.in_cache(cache), pool, listener or Quiet())
+        run = _Run(tasks, TaskStore.in_cache(cache), pool, listener or Quiet())
         return run.finish(workers)

@@ -1,11 +1,11 @@
 """Which task comes when, and how long all of them take: plain functions over the graph of tasks."""
 
 import heapq
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from molora_fed.studies.contract import Task
 
-__all__ = ["collect_tasks", "estimate_seconds", "measure_paths"]
+__all__ = ["collect_tasks", "estimate_seconds", "find_missing", "measure_paths"]
 
 
 def collect_tasks(tasks: Iterable[Task]) -> dict[str, Task]:
@@ -24,6 +24,27 @@ def collect_tasks(tasks: Iterable[Task]) -> dict[str, Task]:
     return found
 
 
+def find_missing(tasks: Iterable[Task], is_done: Callable[[Task], bool]) -> set[str]:
+    """Keys of what must be done before all these are; what a finished task needed is not.
+
+    Args:
+        tasks: What is wanted.
+        is_done: Whether a task is finished.
+    """
+    missing: set[str] = set()
+    seen: set[str] = set()
+    waiting = list(tasks)
+    while waiting:
+        task = waiting.pop()
+        if task.key in seen:
+            continue
+        seen.add(task.key)
+        if not is_done(task):
+            missing.add(task.key)
+            waiting += task.needs
+    return missing
+
+
 def measure_paths(tasks: Mapping[str, Task]) -> dict[str, float]:
     """Seconds from a task's start to the end of the longest chain that rests on it, by key.
 
@@ -32,7 +53,8 @@ def measure_paths(tasks: Mapping[str, Task]) -> dict[str, float]:
     """
     tails = dict.fromkeys(tasks, 0.0)
     paths: dict[str, float] = {}
-    for key, task in reversed(tasks.items()):
+    for key in reversed(list(tasks)):
+        task = tasks[key]
         paths[key] = task.seconds + tails[key]
         for need in task.needs:
             if need.key in tails:

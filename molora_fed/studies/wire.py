@@ -11,8 +11,8 @@ __all__ = ["decode_task", "encode_line", "encode_task"]
 
 
 def encode_line(value: Mapping[str, Any]) -> bytes:
-    """One message; figures that JSON cannot carry become null."""
-    return (json.dumps(_make_finite(value), ensure_ascii=False) + "\n").encode()
+    """One message; figures that JSON cannot carry become null, other things text."""
+    return (json.dumps(_make_finite(value), ensure_ascii=False, default=str) + "\n").encode()
 
 
 def _make_finite(value: Any) -> Any:

@@ -5,6 +5,7 @@ runner ends. `python -m molora_fed.studies.worker CACHE`.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -24,6 +25,7 @@ from molora_fed.files import write_bytes
 from molora_fed.studies.contract import Task, TaskContext
 from molora_fed.studies.store import TaskStore
 from molora_fed.studies.wire import decode_task, encode_line
+from molora_fed.types import Progress
 
 __all__ = ["ERROR_FILE", "LOG_FILE", "THREAD_VARIABLES", "run_task", "serve"]
 
@@ -47,7 +49,9 @@ class _Teller:
         now = time.monotonic()
         if now - self._told >= PROGRESS_SECONDS or done == total:
             self._told = now
-            self.tell({"event": "progress", "done": done, "total": total, "fields": fields})
+            self.tell(
+                {"event": "progress", "done": int(done), "total": int(total), "fields": fields}
+            )
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """Send a message at once."""
@@ -55,8 +59,8 @@ class _Teller:
         self._pipe.flush()
 
 
-def run_task(task: Task, cache: Path, progress: Any = None) -> bool:
-    """Do one task whose needs are done, unless it is done already.
+def run_task(task: Task, cache: Path, progress: Progress | None = None) -> bool:
+    """Do one task, in this process, whose needs are done, unless it is done already.
 
     Args:
         task: The task.
@@ -82,8 +86,12 @@ def run_task(task: Task, cache: Path, progress: Any = None) -> bool:
         (folder / ERROR_FILE).unlink(missing_ok=True)
         needs = tuple(store.read(need)[0] for need in task.needs)
         context = TaskContext(folder, needs, THREADS, cache, progress)
-        with _logging_to(folder / LOG_FILE):
-            result = _find_action(task)(dict(task.settings), context)
+        result = _find_action(task)(dict(task.settings), context)
+        if not isinstance(result, Mapping):
+            raise StudyError(
+                f"Cannot keep the result of task '{task.name}': expected a mapping, got "
+                f"{type(result).__name__}. Correct '{task.action}'."
+            )
         store.write(task, result, time.perf_counter() - started)
         return True
 
@@ -142,11 +150,14 @@ def serve(cache: Path, asked: BinaryIO, answers: BinaryIO) -> None:
     threading.Thread(target=listen, daemon=True).start()
     while True:
         task = decode_task(json.loads(waiting.get())["task"])
+        folder = TaskStore.in_cache(cache).folder(task)
         try:
-            done = run_task(task, cache, teller)
+            folder.mkdir(parents=True, exist_ok=True)
+            with _logging_to(folder / LOG_FILE):
+                done = run_task(task, cache, teller)
+            gc.collect()  # a model in a reference cycle would stay beside the next task's
             teller.tell({"event": "done" if done else "busy"})
         except Exception as error:
-            folder = TaskStore.in_cache(cache).folder(task)
             write_bytes(folder / ERROR_FILE, "".join(traceback.format_exception(error)).encode())
             teller.tell({"event": "failed", "message": _describe(error)})
 

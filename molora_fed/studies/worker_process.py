@@ -19,14 +19,18 @@ LOG_FILE = "workers.txt"
 
 
 class WorkerProcess:
-    """One worker process."""
+    """One worker process.
+
+    Attributes:
+        log: What all workers say outside their tasks, e.g. why one cannot start.
+    """
 
     def __init__(self, cache: Path) -> None:
         environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(THREADS))}
         environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-        log = cache / "studies" / LOG_FILE
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as errors:
+        self.log = cache / "studies" / LOG_FILE
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "molora_fed.studies.worker", str(cache)],
                 stdin=subprocess.PIPE,
@@ -48,7 +52,9 @@ class WorkerProcess:
     def begin(self, task: Task) -> None:
         """Ask for a task."""
         with contextlib.suppress(BrokenPipeError):  # its end is seen on the other pipe
-            self._asked.write(encode_line({"task": encode_task(task)}))
+            line = memoryview(encode_line({"task": encode_task(task)}))
+            while line:
+                line = line[self._asked.write(line) :]
 
     def read(self) -> list[dict[str, Any]] | None:
         """Messages that have come, or None if it has ended."""
