@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from molora_fed.adapters.quantise import count_row_bytes, count_scales
-from molora_fed.adapters.updates import LinearUpdate
+from molora_fed.adapters.updates import LinearUpdate, Spectrum
 from molora_fed.errors import AdapterError
 
 __all__ = ["Cost", "compress", "divide_budget"]
@@ -40,16 +39,15 @@ class Cost:
 
 
 def compress(
-    differences: Mapping[str, Tensor], *, rank: int, budget_bytes: int, cost: Cost, name: str
+    spectra: Mapping[str, Spectrum], *, rank: int, budget_bytes: int, cost: Cost
 ) -> dict[str, LinearUpdate]:
     """The best factors of several matrices that fit a file, by summed squared error.
 
     Args:
-        differences: (D_out, D_in) float32 by module name.
+        spectra: Differences by module name.
         rank: Largest rank of each.
         budget_bytes: Largest weights file.
         cost: What numbers take.
-        name: Of the kind, for errors.
 
     Returns:
         Low-rank updates; a module that gets no direction is left out.
@@ -57,32 +55,24 @@ def compress(
     Raises:
         AdapterError: If not even one direction fits.
     """
-    parts = {}
-    for module, difference in differences.items():
-        u, values, vh = torch.linalg.svd(difference, full_matrices=False)
-        parts[module] = (u[:, :rank], values[:rank], vh[:rank])
     ranks = divide_budget(
-        {module: values for module, (_, values, _) in parts.items()},
-        {module: tuple(matrix.shape) for module, matrix in differences.items()},
+        {module: spectrum.values[:rank] for module, spectrum in spectra.items()},
+        {module: spectrum.shape for module, spectrum in spectra.items()},
         budget_bytes=budget_bytes,
         cost=cost,
     )
     if not ranks:
         raise AdapterError(
-            f"Cannot export kind '{name}': expected a budget that holds one direction of one "
-            f"layer, got {budget_bytes} bytes. Raise budget_bytes."
+            "Cannot export an adapter: expected a budget that holds one direction of one layer, "
+            f"got {budget_bytes} bytes. Raise budget_bytes."
         )
-    updates = {}
-    for module, kept in ranks.items():
-        u, values, vh = parts[module]
-        roots = values[:kept].sqrt()
-        updates[module] = LinearUpdate(a=roots[:, None] * vh[:kept], b=u[:, :kept] * roots)
-    return updates
+    factors = {module: spectra[module].factors(kept) for module, kept in ranks.items()}
+    return {module: LinearUpdate(a=a, b=b) for module, (a, b) in factors.items()}
 
 
 def divide_budget(
     values: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, int]],
     *,
     budget_bytes: int,
     cost: Cost,

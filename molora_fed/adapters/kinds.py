@@ -4,7 +4,6 @@ Every kind changes the linear layers of blocks >= K and nothing else (`delta` th
 so that embedding, head, norms and the first K blocks stay the base's.
 """
 
-import abc
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,135 +12,33 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, get_peft_model
-from pydantic import BaseModel
 from torch import Tensor, nn
 
 from molora_fed.adapters.budget import Cost, compress
+from molora_fed.adapters.contract import AdapterKind
 from molora_fed.adapters.delta_files import load_delta
 from molora_fed.adapters.files import AdapterMeta
 from molora_fed.adapters.layout import bias_of, is_transposed, weight_of
 from molora_fed.adapters.low_rank_files import load_low_rank
 from molora_fed.adapters.options import (
     LinearOptions,
-    NoOptions,
     SvdOptions,
     choose_modules,
-    read_options,
 )
 from molora_fed.adapters.quantised_files import is_quantised, load_quantised
 from molora_fed.adapters.save import write_updates
-from molora_fed.adapters.updates import Adapter, LinearUpdate, truncate
+from molora_fed.adapters.updates import Adapter, LinearUpdate, Spectrum, decompose
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
 
 __all__ = ["AdapterKind", "DeltaKind", "LoraKind", "SvdKind"]
 
-_NARROW = 128  # D of the built-in base
 _COSTS: Mapping[str, Callable[[int], Cost]] = {
     "float32": lambda _: Cost(32),
     "bfloat16": lambda _: Cost(16),
     "int8": lambda group: Cost(8, group),
     "int4": lambda group: Cost(4, group),
 }
-
-
-class AdapterKind(abc.ABC):
-    """How one kind of adapter is trained, written and read; registered as a class.
-
-    Attributes:
-        name: The name it is registered under.
-        Options: Pydantic model of its options, which refuses unknown keys; none by default.
-        options: The options it was opened with.
-        narrow_learning_rate: Peak of AdamW's rate on a base as narrow as the built-in one
-            (D = 128), measured there.
-        width_power: How fast the rate falls with the base's width.
-    """
-
-    name: ClassVar[str]
-    narrow_learning_rate: ClassVar[float]
-    width_power: ClassVar[float]
-    Options: ClassVar[type[BaseModel]] = NoOptions
-
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
-        """Open the kind.
-
-        Args:
-            options: Options by name; none takes all defaults.
-
-        Raises:
-            AdapterError: If an option is unknown or out of range.
-        """
-        self.options: Any = read_options(self.Options, options, getattr(self, "name", "unnamed"))
-
-    def suggest_learning_rate(self, hidden_size: int) -> float:
-        """Peak of AdamW's rate where nobody chose one, for a base of width D.
-
-        Own definition: `narrow_learning_rate * (128 / D) ** width_power`. Full updates with power
-        2 come to 3.1e-5 at D = 1024, where KALAVAI used 2e-5; low-rank factors bear about ten
-        times that, power 1. Only D = 128 was measured.
-        """
-        return self.narrow_learning_rate * (_NARROW / hidden_size) ** self.width_power
-
-    @abc.abstractmethod
-    def prepare(
-        self, model: Any, rules: AdapterRules, rank: int, *, seed: int = 0
-    ) -> tuple[Any, list[nn.Parameter]]:
-        """Make a model that can be trained, beside the base, which stays as it is.
-
-        Frozen weights are shared with the base, trained ones are its own: do not run it while an
-        adapter is `applied` to the base.
-
-        Args:
-            model: The base model.
-            rules: The charter's rules; the frozen depth and the largest rank count here.
-            rank: R of low-rank kinds.
-            seed: Seed of random initial factors.
-
-        Returns:
-            The model to train, and its trained parameters in a fixed order. Before the first step
-            its logits are the base's.
-
-        Raises:
-            AdapterError: If rank or frozen depth are against rules or base.
-        """
-
-    @abc.abstractmethod
-    def export(
-        self,
-        trained: Any,
-        base_model: Any,
-        folder: Path,
-        rank: int,
-        rules: AdapterRules,
-        *,
-        base_weights: str = "",
-    ) -> None:
-        """Write what was trained as an adapter; equal weights give equal bytes.
-
-        Args:
-            trained: The model `prepare` made, after training.
-            base_model: The base model.
-            folder: Target, replaced whole or not at all.
-            rank: R of low-rank kinds.
-            rules: The rules given to `prepare`.
-            base_weights: Fingerprint of the base, written beside.
-
-        Raises:
-            StorageError: If the disk refuses.
-        """
-
-    @abc.abstractmethod
-    def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
-        """Read what `export` wrote; safe on files from outside.
-
-        Args:
-            folder: The adapter's folder.
-            limits: Limits on rank and bytes, checked before anything is allocated.
-            name: Name for errors; the folder's path by default.
-
-        Raises:
-            AdapterError: If the files are malformed, unsafe or beyond the limits.
-        """
 
 
 def _copy_sharing(model: Any, own: Iterable[nn.Parameter]) -> Any:
@@ -278,23 +175,23 @@ class SvdKind(AdapterKind):
     ) -> None:
         """Write the truncated SVD in PEFT's format; see `AdapterKind.export`."""
         modules = choose_modules(base_model, rules.frozen_depth, self.options.targets)
-        differences = {
-            name: _difference(weight_of(trained.get_submodule(name)), weight_of(module))
+        spectra = {
+            name: decompose(_difference(weight_of(trained.get_submodule(name)), weight_of(module)))
             for name, module in modules.items()
         }
         write_updates(
             folder,
-            self.shorten(differences, rank),
+            self.shorten(spectra, rank),
             _meta(self.name, rules, base_weights),
             options=self.options,
             transposed=_is_all_transposed(modules.values()),
         )
 
-    def shorten(self, differences: Mapping[str, Tensor], rank: int) -> dict[str, LinearUpdate]:
-        """Factors of differences within this kind's rank and budget.
+    def shorten(self, spectra: Mapping[str, Spectrum], rank: int) -> dict[str, LinearUpdate]:
+        """Factors of differences within a rank and this kind's budget.
 
         Args:
-            differences: (D_out, D_in) float32 by module name.
+            spectra: Differences by module name.
             rank: R, the largest of each.
 
         Raises:
@@ -302,15 +199,10 @@ class SvdKind(AdapterKind):
         """
         options = self.options
         if options.budget_bytes is None:
-            factors = {name: truncate(change, rank) for name, change in differences.items()}
+            factors = {name: spectrum.factors(rank) for name, spectrum in spectra.items()}
             return {name: LinearUpdate(a=a, b=b) for name, (a, b) in factors.items()}
-        return compress(
-            differences,
-            rank=rank,
-            budget_bytes=options.budget_bytes,
-            cost=_COSTS[options.precision](options.group),
-            name=self.name,
-        )
+        cost = _COSTS[options.precision](options.group)
+        return compress(spectra, rank=rank, budget_bytes=options.budget_bytes, cost=cost)
 
     def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
         """Read a folder of PEFT's or the quantised format; see `AdapterKind.load`."""

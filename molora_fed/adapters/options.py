@@ -12,7 +12,7 @@ from molora_fed.errors import AdapterError
 from molora_fed.plugins import Plugins
 
 if TYPE_CHECKING:
-    from molora_fed.adapters.kinds import AdapterKind
+    from molora_fed.adapters.contract import AdapterKind
 
 __all__ = [
     "LinearOptions",

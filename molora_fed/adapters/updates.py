@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molora_fed.errors import AdapterError
 
-__all__ = ["Adapter", "LinearUpdate", "truncate"]
+__all__ = ["Adapter", "LinearUpdate", "Spectrum", "decompose", "truncate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +101,40 @@ class Adapter:
         return max((update.rank or 0 for update in self.updates.values()), default=0)
 
 
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A matrix as its singular value decomposition, `(u * values) @ vh`.
+
+    Attributes:
+        u: Left singular vectors, (D_out, min(D_out, D_in)) float32.
+        values: Singular values, falling.
+        vh: Right singular vectors, (min(D_out, D_in), D_in) float32.
+    """
+
+    u: Tensor
+    values: Tensor
+    vh: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(D_out, D_in) of the matrix."""
+        return (self.u.shape[0], self.vh.shape[1])
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The best factors A (R, D_in), B (D_out, R); a smaller dimension lowers R.
+
+        Both carry the root of the singular values, so that their numbers are of like size.
+        """
+        kept = min(rank, len(self.values))
+        roots = self.values[:kept].sqrt()
+        return roots[:, None] * self.vh[:kept], self.u[:, :kept] * roots
+
+
+def decompose(difference: Tensor) -> Spectrum:
+    """Singular value decomposition of a difference, (D_out, D_in) float32."""
+    return Spectrum(*torch.linalg.svd(difference, full_matrices=False))
+
+
 def truncate(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of a matrix by factors of at most rank R (truncated SVD).
 
@@ -109,10 +143,6 @@ def truncate(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         rank: R; a smaller dimension of the matrix lowers it.
 
     Returns:
-        A (R, D_in) and B (D_out, R) with B @ A the approximation; both carry the root of the
-        singular values, so that their numbers are of like size.
+        A (R, D_in) and B (D_out, R) with B @ A the approximation, see `Spectrum.factors`.
     """
-    u, values, vh = torch.linalg.svd(difference, full_matrices=False)
-    kept = min(rank, len(values))
-    roots = values[:kept].sqrt()
-    return roots[:, None] * vh[:kept], u[:, :kept] * roots
+    return decompose(difference).factors(rank)
