@@ -100,3 +100,13 @@ def register_admission_checks(register: Register) -> None:
         ("own-domain-loss", "check_own_domain_loss", "Better than the base where it trained"),
     ):
         register(name, f"{module}:{attribute}", summary=summary, source=_OWN)
+    module = "molora_fed.contributions.protocol_checks"
+    for name, attribute, summary in (
+        ("frozen-depth", "check_frozen_depth", "Frozen tensors bit-identical to the base"),
+        (
+            "shared-initialisation",
+            "check_shared_initialisation",
+            "Training started from the base, by the loss it states",
+        ),
+    ):
+        register(name, f"{module}:{attribute}", summary=summary, source="arXiv 2603.22755")

@@ -15,6 +15,7 @@ from molora_fed.contributions.keys import build_public_pem, key_fingerprint, loa
 from molora_fed.contributions.ledger import Ledger
 from molora_fed.contributions.manifest import Contribution, load_contribution
 from molora_fed.contributions.receive import Receipt, load_admitted, receive_contribution
+from molora_fed.contributions.start import measure_start_loss
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative import Cooperative, open_cooperative
 from molora_fed.corpus.documents import read_documents
@@ -272,6 +273,9 @@ def train_contribution(
         base_loss=specialist.base_loss,
         specialist_loss=specialist.loss,
         contamination=corpus.report.contamination,
+        start_loss=measure_start_loss(
+            terms.base.model, corpus.blocks, charter, domain=corpus.domain
+        ),
     )
     return Trained(specialist, contribution)
 

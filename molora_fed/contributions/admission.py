@@ -129,7 +129,12 @@ class Candidate:
             AdapterError: If the adapter does not fit the base.
             ShapeError: If a token id lies outside the vocabulary.
         """
-        return AdmissionLosses(self._measure(None), self._measure(self.adapter))
+        return AdmissionLosses(self.base_loss, self._measure(self.adapter))
+
+    @cached_property
+    def base_loss(self) -> float:
+        """Loss of the base on the admission sample, nats per token, measured once."""
+        return self._measure(None)
 
     def _measure(self, adapter: Adapter | None) -> float:
         with applied(self.base.model, adapter) as model:

@@ -1,6 +1,8 @@
 """Signed amendments: what may change of a charter, numbered, under the coordinator's key."""
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
@@ -17,13 +19,19 @@ class SignedAmendment:
 
     Attributes:
         identity_hash: Identity of the charter it amends.
-        amendment: What counts from now on, whole.
+        text: The amendment's canonical JSON as it was signed; an earlier version wrote fewer keys,
+            so that it cannot be made again from the amendment.
         signature: Hex signature.
     """
 
     identity_hash: str
-    amendment: Amendment
+    text: str
     signature: str
+
+    @cached_property
+    def amendment(self) -> Amendment:
+        """What counts from now on, whole."""
+        return Amendment.model_validate_json(self.text)
 
     def check(self, coordinator_key: str) -> None:
         """Refuse it unless the coordinator signed it for this charter.
@@ -36,7 +44,7 @@ class SignedAmendment:
         """
         verify(
             coordinator_key,
-            _signed_bytes(self.identity_hash, self.amendment),
+            _signed_bytes(self.identity_hash, self.text),
             self.signature,
             what=f"amendment {self.amendment.number}",
         )
@@ -46,12 +54,9 @@ def sign_amendment(
     key: EllipticCurvePrivateKey, identity_hash: str, amendment: Amendment
 ) -> SignedAmendment:
     """Sign an amendment with the coordinator's key."""
-    return SignedAmendment(
-        identity_hash, amendment, sign(key, _signed_bytes(identity_hash, amendment))
-    )
+    text = canonical_json(amendment.model_dump(mode="json")).decode()
+    return SignedAmendment(identity_hash, text, sign(key, _signed_bytes(identity_hash, text)))
 
 
-def _signed_bytes(identity_hash: str, amendment: Amendment) -> bytes:
-    return canonical_json(
-        {"charter_identity": identity_hash, "amendment": amendment.model_dump(mode="json")}
-    )
+def _signed_bytes(identity_hash: str, text: str) -> bytes:
+    return canonical_json({"charter_identity": identity_hash, "amendment": json.loads(text)})

@@ -1,5 +1,6 @@
 """Builds a contribution's folder, and says what leaves the machine before anything does."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from molora_fed.types import Split
 __all__ = [
     "OutgoingRow",
     "build_contribution",
+    "choose_samples",
     "compute_sample_bytes",
     "count_samples",
     "describe_outgoing",
@@ -127,6 +129,7 @@ def build_contribution(
     base_loss: float,
     specialist_loss: float,
     contamination: float | None = None,
+    start_loss: float | None = None,
 ) -> Contribution:
     """Make and sign the folder of a contribution, whole or not at all.
 
@@ -146,13 +149,15 @@ def build_contribution(
         base_loss: The base's loss on the contributor's validation blocks, nats per token.
         specialist_loss: The specialist's loss on the same blocks, nats per token.
         contamination: Share of held-out word 8-grams that occur in train, in [0, 1].
+        start_loss: Loss of the model that training started from on the admission sample, nats
+            per token (`molora_fed.contributions.start.measure_start_loss`); None states nothing.
 
     Raises:
         AdapterError: If an adapter file is missing, or a value cannot stand in a manifest.
         CorpusError: If blocks of a split the charter asks for are missing or of another size.
         StorageError: If the disk refuses; nothing is left behind.
     """
-    chosen = _choose_samples(samples, charter, domain=domain)
+    chosen = choose_samples(samples, charter, domain=domain)
     with replace_folder(folder) as temporary:
         manifest = _make_manifest(
             contributor=contributor,
@@ -169,8 +174,9 @@ def build_contribution(
             base_loss=base_loss,
             specialist_loss=specialist_loss,
             contamination=contamination,
+            start_loss=start_loss,
         )
-        write_json(temporary / MANIFEST_FILE, manifest.model_dump(mode="json"))
+        write_json(temporary / MANIFEST_FILE, json.loads(manifest.canonical))
         write_bytes(temporary / SIGNATURE_FILE, (sign(key, manifest.canonical) + "\n").encode())
     return load_contribution(folder)
 
@@ -197,10 +203,19 @@ def _write_samples(chosen: Mapping[Split, Blocks], folder: Path) -> dict[Split, 
     return entries
 
 
-def _choose_samples(
+def choose_samples(
     samples: Mapping[Split, Blocks], charter: Charter, *, domain: str
 ) -> dict[Split, Blocks]:
-    """Cut the samples to what the charter asks for."""
+    """Cut the samples to what the charter asks for.
+
+    Args:
+        samples: Blocks by split, shape (N, T).
+        charter: The cooperative's charter.
+        domain: Domain that the blocks must be of.
+
+    Raises:
+        CorpusError: If blocks of a split the charter asks for are missing or of another size.
+    """
     size = charter.identity.corpus.block_size
     chosen = {}
     problems = []

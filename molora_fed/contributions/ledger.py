@@ -202,13 +202,12 @@ class Ledger(LedgerReader):
             self._insert_amendment(signed, now, actor)
 
     def _insert_amendment(self, signed: SignedAmendment, now: str, actor: str) -> None:
-        amendment = signed.amendment
-        text = canonical_json(amendment.model_dump(mode="json")).decode()
+        number = signed.amendment.number
         self._connection.execute(
             "INSERT INTO amendments VALUES (?, ?, ?, ?)",
-            (amendment.number, text, signed.signature, now),
+            (number, signed.text, signed.signature, now),
         )
-        self._log(now, actor, "amendment-added", str(amendment.number), {})
+        self._log(now, actor, "amendment-added", str(number), {})
 
     def add_record(self, kind: str, data: Mapping[str, Any], *, actor: str) -> int:
         """Write down a statement before its outcome is known.

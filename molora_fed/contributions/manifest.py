@@ -116,6 +116,8 @@ class Manifest(_Strict):
         specialist_loss: The specialist's loss on the same blocks, nats per token.
         contamination: Share of held-out word 8-grams that occur in train, in [0, 1]; None if
             the corpus was not prepared here.
+        start_loss: Loss of the model that training started from on the admission sample, nats per
+            token; None in manifests of earlier versions, which do not have the key.
     """
 
     format_version: Literal[1] = 1
@@ -133,11 +135,15 @@ class Manifest(_Strict):
     base_loss: Loss
     specialist_loss: Loss
     contamination: float | None = Field(default=None, ge=0, le=1)
+    start_loss: Loss | None = None
 
     @property
     def canonical(self) -> bytes:
         """The bytes that are hashed and signed."""
-        return canonical_json(self.model_dump(mode="json"))
+        value = self.model_dump(mode="json")
+        if self.start_loss is None:
+            del value["start_loss"]  # Signatures of before there was the key stay valid.
+        return canonical_json(value)
 
     @property
     def contribution_id(self) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
-from molora_fed.charter import Amendment
 from molora_fed.contributions.amendments import SignedAmendment
 from molora_fed.contributions.manifest import Manifest, parse_manifest
 from molora_fed.contributions.schema import APPLICATION_ID, FORMAT_VERSION
@@ -211,10 +210,7 @@ class LedgerReader:
         """All amendments by number; the last one counts."""
         identity = self.identity_hash
         rows = self._rows("SELECT amendment, signature FROM amendments ORDER BY number")
-        return [
-            SignedAmendment(identity, Amendment.model_validate_json(text), signature)
-            for text, signature in rows
-        ]
+        return [SignedAmendment(identity, text, signature) for text, signature in rows]
 
     def records(self, kind: str) -> list[LedgerRecord]:
         """Records of one kind in order of creation."""

@@ -6,7 +6,8 @@ may be killed at any moment and started again; it ends with the same bytes.
 
 import importlib
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,12 @@ from molora_fed.federation.states import StateFile
 from molora_fed.federation.supervise import record_errors
 from molora_fed.federation.tasks import Claim
 from molora_fed.federation.worker_mail import (
+    LOOK_SECONDS,
     has_consent,
     offer_contribution,
     receive_charter,
     receive_shipment,
-    wait_for,
+    until,
 )
 from molora_fed.files import canonical_json, hash_bytes
 from molora_fed.plugins import Plugins, get_plugins
@@ -43,13 +45,14 @@ OWNER = "worker"
 
 @dataclass(frozen=True)
 class _Trained:
-    """What a contribution needs of a specialist: adapter folder, kind, losses, record."""
+    """What a contribution needs of a specialist: adapter folder, kind, losses, record, start."""
 
     adapter: Path
     kind: str
     base_loss: float
     loss: float
     record: dict[str, Any]
+    start_loss: float | None = None
 
 
 class ContributorWorker:
@@ -67,7 +70,15 @@ class ContributorWorker:
         self._state = StateFile(home.state_file)
 
     def run(self) -> None:
-        """Work until the result is there.
+        """Work until the result is there; raises what `steps` raises."""
+        for _ in self.steps():
+            time.sleep(LOOK_SECONDS)
+
+    def steps(self) -> Generator[None]:
+        """Work until the result is there, and yield whenever something must arrive first.
+
+        Every step is durable: dropped anywhere and begun again, here or in another process, it
+        goes on where it was.
 
         Raises:
             AdmissionError: If the contribution was not admitted.
@@ -80,14 +91,16 @@ class ContributorWorker:
             # Takes seconds, like the first messages: both go on at once.
             for room in ("corpus.prepare", "specialists", "contributions.building"):
                 importlib.import_module(f"molora_fed.{room}")
-        charter = wait_for(lambda: receive_charter(home))
+        charter = yield from until(lambda: receive_charter(home))
         self._check_domain(charter)
         if not self._is_offered(charter):
-            self._contribute(charter)
+            yield from self._contribute(charter)
         self._state.enter("SUBMITTED", "waiting for the coordinator's decision")
-        wait_for(self._read_decision)
+        yield from until(self._read_decision)
         self._state.enter("ADMITTED", "waiting for the fused model")
-        wait_for(lambda: receive_shipment(home, home.result_letter, "files", home.result) or None)
+        yield from until(
+            lambda: receive_shipment(home, home.result_letter, "files", home.result) or None
+        )
         self._link_base()
         self._state.enter("DONE", f"the fused model is in {home.result}")
 
@@ -122,13 +135,15 @@ class ContributorWorker:
             )
         )
 
-    def _contribute(self, charter: Charter) -> None:
+    def _contribute(self, charter: Charter) -> Generator[None]:
         """Train, build the contribution and offer it, under the lease of the server's task."""
         home = self._home
         self._state.enter("JOINING", "waiting for the base")
-        wait_for(lambda: receive_shipment(home, home.charter_letter, "base", home.base) or None)
+        yield from until(
+            lambda: receive_shipment(home, home.charter_letter, "base", home.base) or None
+        )
         task_id = f"train-{charter.amendment.number}"
-        wait_for(lambda: task_id in home.tasks.known() or None)
+        yield from until(lambda: task_id in home.tasks.known() or None)
         # None: the task was done before, and now made from other settings once more.
         claim = home.tasks.claim(OWNER, lease_seconds=LEASE_SECONDS)
         base = self._load_base(charter)
@@ -142,7 +157,7 @@ class ContributorWorker:
         self._build(charter, corpus, trained)
         if not has_consent(home, charter):
             self._state.enter("SUBMITTING", "waiting for your consent to send it")
-            wait_for(lambda: has_consent(home, charter) or None)
+            yield from until(lambda: has_consent(home, charter) or None)
         offer_contribution(home, recipe=self._recipe(charter))
         if claim is not None:
             home.tasks.complete(claim)
@@ -208,6 +223,7 @@ class ContributorWorker:
             specialist.base_loss,
             specialist.loss,
             dict(specialist.record),
+            self._measure_start(charter, base, corpus),
         )
 
     def _measure(self, charter: Charter, base: "Base", corpus: "Corpus") -> _Trained:
@@ -234,7 +250,16 @@ class ContributorWorker:
                 )
             losses.append(float(nll.double().mean()))
         record = read_json(given / "record.json") or {"source": "an adapter trained earlier"}
-        return _Trained(folder, adapter.kind, losses[0], losses[1], record)
+        # An adapter that does not say what it was trained on states no start, either.
+        is_known = adapter.base_weights == base.weights
+        start = self._measure_start(charter, base, corpus) if is_known else None
+        return _Trained(folder, adapter.kind, losses[0], losses[1], record, start)
+
+    def _measure_start(self, charter: Charter, base: "Base", corpus: "Corpus") -> float:
+        from molora_fed.contributions.start import measure_start_loss
+
+        domain = self._settings.domain
+        return measure_start_loss(base.model, corpus.blocks, charter, domain=domain)
 
     def _build(self, charter: Charter, corpus: "Corpus", trained: _Trained) -> None:
         from molora_fed.contributions.building import build_contribution
@@ -252,6 +277,7 @@ class ContributorWorker:
             base_loss=trained.base_loss,
             specialist_loss=trained.loss,
             contamination=corpus.report.contamination,
+            start_loss=trained.start_loss,
         )
 
     def _read_decision(self) -> bool | None:

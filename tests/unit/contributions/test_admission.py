@@ -16,12 +16,14 @@ from molora_fed.errors import AdmissionError, PluginError, UnknownNameError
 from molora_fed.plugins import load_plugins
 from molora_fed.types import Finding, Split
 
-SIX = {
+ALL = {
     "adapter-limits",
     "base-fingerprint",
     "charter-identity",
     "finite-values",
+    "frozen-depth",
     "own-domain-loss",
+    "shared-initialisation",
     "tensor-layout",
 }
 
@@ -71,14 +73,14 @@ def with_rules(charter, **rules):
     return charter.model_copy(update={"identity": identity})
 
 
-def test_good_contribution_is_admitted_by_all_six(judge, contribute, base):
+def test_good_contribution_is_admitted_by_all_checks(judge, contribute, base):
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     decision = judge(contribute())
     assert decision.state == ContributionState.ADMITTED
     assert decision.refusals == ()
-    assert set(decision.checks) == SIX
+    assert set(decision.checks) == ALL
     assert decision.checks[0] == "charter-identity"
-    assert decision.checks[-1] == "own-domain-loss"
+    assert decision.checks[-3:] == ("frozen-depth", "own-domain-loss", "shared-initialisation")
     assert decision.losses.specialist == pytest.approx(decision.losses.base, abs=0.05)
     assert decision.losses.specialist != decision.losses.base
     decision.check_admitted()

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from molora_fed.charter import TrainingRules
-from molora_fed.contributions.amendments import sign_amendment
-from molora_fed.contributions.keys import build_public_pem
+from molora_fed.charter import Amendment, TrainingRules
+from molora_fed.contributions.amendments import SignedAmendment, sign_amendment
+from molora_fed.contributions.keys import build_public_pem, sign
 from molora_fed.contributions.ledger import Ledger, LedgerReader, create_ledger
 from molora_fed.contributions.states import (
     CONTRIBUTION_TRANSITIONS,
@@ -18,7 +18,7 @@ from molora_fed.contributions.states import (
     CooperativeState,
 )
 from molora_fed.errors import LedgerError, SignatureError
-from molora_fed.files import hash_bytes
+from molora_fed.files import canonical_json, hash_bytes
 
 RECEIVED, VERIFIED, ADMITTED, QUARANTINED, REJECTED, WITHDRAWN = ContributionState
 FAST = settings(
@@ -339,3 +339,19 @@ def test_making_a_ledger_again(ledger_path, charter, coordinator_key, contributo
         create(contributor_key)
     with pytest.raises(LedgerError, match="expected number 1, got 0"):
         create(coordinator_key, amendment=charter.amendment.model_copy(update={"seed": 7}))
+
+
+def test_an_amendment_signed_by_an_earlier_version_still_verifies(ledger_path, coordinator_key):
+    """What an earlier version signed had fewer keys; it is verified as it was signed."""
+    with Ledger(ledger_path) as ledger:
+        value = Amendment(number=1, seed=5).model_dump(mode="json")
+        del value["admission"]["max_start_gap"]
+        signature = sign(
+            coordinator_key,
+            canonical_json({"charter_identity": ledger.identity_hash, "amendment": value}),
+        )
+        signed = SignedAmendment(ledger.identity_hash, canonical_json(value).decode(), signature)
+        ledger.add_amendment(signed, actor="test")
+        last = ledger.amendments()[-1]
+        last.check(ledger.coordinator_key)
+        assert last.amendment == Amendment(number=1, seed=5)
