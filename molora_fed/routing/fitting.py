@@ -144,6 +144,7 @@ def fit_on_whole(
     scores: Scores,
     *,
     iterations: int,
+    rows: Tensor | None = None,
     progress: Progress | None = None,
 ) -> float:
     """Fit a few parameters with L-BFGS on the whole bank, in place; never worse than the start.
@@ -156,6 +157,7 @@ def fit_on_whole(
         parameters: Leaf tensors that `scores` uses, at their start; at their best afterwards.
         scores: Turns features of B blocks into scores (B, T, E), differentiably.
         iterations: Largest number of L-BFGS iterations.
+        rows: Indices (B,) int64 of the blocks to fit on, some of every domain; None takes all.
         progress: Receives evaluations done and an estimate of all, with `loss` in nats.
 
     Returns:
@@ -174,7 +176,7 @@ def fit_on_whole(
         nonlocal best_loss, evaluations
         optimizer.zero_grad()
         total = 0.0
-        for loss in _weighted_losses(bank, features, scores):
+        for loss in _weighted_losses(bank, features, scores, rows):
             loss.backward()
             total += float(loss.detach())
         if total < best_loss:
@@ -203,18 +205,22 @@ def compute_score_loss(bank: "CalibrationBank", features: Tensor, scores: Scores
         features: What scores are computed from, (N, T, ...).
         scores: Turns features of B blocks into scores (B, T, E).
     """
-    return float(sum(float(loss) for loss in _weighted_losses(bank, features, scores)))
+    return float(sum(float(loss) for loss in _weighted_losses(bank, features, scores, None)))
 
 
-def _weighted_losses(bank: "CalibrationBank", features: Tensor, scores: Scores) -> Iterator[Tensor]:
+def _weighted_losses(
+    bank: "CalibrationBank", features: Tensor, scores: Scores, chosen: Tensor | None
+) -> Iterator[Tensor]:
     """Parts whose sum is the equal-weight mean over domains, some blocks at a time."""
-    per_domain = np.bincount(bank.domain_of, minlength=len(bank.domains))
-    weights = torch.from_numpy(1.0 / (per_domain[bank.domain_of] * len(bank.domains))).float()
+    domain_of = bank.domain_of if chosen is None else bank.domain_of[chosen.numpy()]
+    per_domain = np.bincount(domain_of, minlength=len(bank.domains))
+    weights = torch.from_numpy(1.0 / (per_domain[domain_of] * len(bank.domains))).float()
     chunk = max(1, _CHUNK_NUMBERS // max(1, features[0].numel()))
-    for start in range(0, bank.num_blocks, chunk):
-        rows = slice(start, min(start + chunk, bank.num_blocks))
+    for start in range(0, len(domain_of), chunk):
+        part = slice(start, min(start + chunk, len(domain_of)))
+        rows = part if chosen is None else chosen[part]
         block_losses = bank.score_nll(scores(features[rows].to(bank.device)), rows).mean(dim=1)
-        yield torch.dot(block_losses, weights[rows].to(bank.device))
+        yield torch.dot(block_losses, weights[part].to(bank.device))
 
 
 @contextmanager
