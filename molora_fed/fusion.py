@@ -27,7 +27,7 @@ from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.bundle import save_fused
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.guard import GuardedRouter, fit_guarded
-from molora_fed.types import LossMatrix, Progress, Reference
+from molora_fed.types import Case, LossMatrix, Progress, Reference
 
 __all__ = ["PHASES", "Control", "FusionResult", "fuse", "measure_loss_matrix"]
 
@@ -153,7 +153,8 @@ def fuse(
         )
     with clock.phase("forecasts"):
         matrix = measure_loss_matrix(bank, plan.own_domain)
-        forecasts = make_forecasts(matrix, plan.router, plugins)
+        case = Case(matrix, group=charter.identity_hash)
+        forecasts = make_forecasts(case, plan.router, plugins)
         _record(forecasts, folder, on_forecasts)
     with clock.phase("routers"):
         guarded, left_out = _fit_routers(plan, bank, charter, seed, progress)

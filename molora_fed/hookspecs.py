@@ -39,7 +39,7 @@ def register_routers(register: Register) -> None:
 
 @hookspec
 def register_gain_predictors(register: Register) -> None:
-    """Register gain predictors: callables `(LossMatrix) -> Forecast | None`."""
+    """Register gain predictors: callables `(Case, Sequence[Outcome]) -> Forecast | None`."""
 
 
 @hookspec

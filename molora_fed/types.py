@@ -1,21 +1,24 @@
 """Plain values that cross rooms. Imports neither torch nor numpy."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, Protocol
 
 __all__ = [
+    "Case",
     "Document",
     "Finding",
     "Forecast",
     "GainPredictor",
     "LossMatrix",
     "Mixture",
+    "Outcome",
     "Progress",
     "Reading",
     "Reference",
     "Split",
+    "Verdict",
 ]
 
 Reading = Literal["base_hidden", "prefix_hidden", "mean_hidden", "experts_hidden", "evidence"]
@@ -69,6 +72,40 @@ class LossMatrix:
 
 
 @dataclass(frozen=True)
+class Case:
+    """What a gain is forecast from.
+
+    Attributes:
+        losses: Losses that are known; of a specialist, the one on its own domain at least.
+        group: The condition without its seed: runs of one group are never evidence for each other.
+            Empty if unknown.
+        pilots: Losses of specialists after a small share of the steps, under the same names;
+            None without pilots.
+    """
+
+    losses: LossMatrix
+    group: str = ""
+    pilots: LossMatrix | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A past case and what its fusion gained.
+
+    Attributes:
+        case: What was known before.
+        gains: Measured fusion gain in percent, by reference.
+    """
+
+    case: Case
+    gains: Mapping[Reference, float]
+
+
+Verdict = Literal["go", "small", "no"]
+"""Whether to fuse: the whole interval is above zero; a gain is likely but not sure; none is."""
+
+
+@dataclass(frozen=True)
 class Forecast:
     """A predicted fusion gain in percent against `reference`.
 
@@ -79,6 +116,8 @@ class Forecast:
         high: Upper end, percent; None likewise.
         level: Nominal coverage of the interval in (0, 1); None if there is no interval.
         note: One sentence on where the interval comes from.
+        floor: Mean divergence in percent from which on the predictor expects a gain; None if it
+            knows none.
     """
 
     reference: Reference
@@ -87,10 +126,22 @@ class Forecast:
     high: float | None
     level: float | None
     note: str
+    floor: float | None = None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What follows; None if nothing is claimed, and never "go" without an interval."""
+        ends = [value for value in (self.low, self.high) if value is not None]
+        if self.point is None and not ends:
+            return None
+        if (self.point if self.point is not None else max(ends)) <= 0:
+            return "no"
+        return "go" if self.low is not None and self.low > 0 else "small"
 
 
-GainPredictor = Callable[[LossMatrix], Forecast | None]
-"""Registered by `register_gain_predictors`; None when it does not apply to the matrix."""
+GainPredictor = Callable[[Case, Sequence[Outcome]], Forecast | None]
+"""Registered by `register_gain_predictors`: forecasts a case from it and from past outcomes, of
+which none is of the case's own group. None when it does not apply."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from molora_cli import (
     coop,
     demo,
     evaluate,
+    forecast,
     fuse,
     generate,
     join,
@@ -54,6 +55,7 @@ app.command("fuse")(fuse.fuse)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
+app.add_typer(forecast.app, name="forecast")
 app.command("study")(study.study)
 app.add_typer(plugins.app, name="plugins")
 

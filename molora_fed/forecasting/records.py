@@ -4,16 +4,23 @@ A record keeps the losses it was made from, so that anyone can make it again.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, get_args
 
 from molora_fed.errors import ConfigError
+from molora_fed.forecasting.groups import leave_out_group
 from molora_fed.plugins import Plugins
-from molora_fed.types import Forecast, LossMatrix, Reference
+from molora_fed.types import Case, Forecast, LossMatrix, Outcome, Reference
 
-__all__ = ["ForecastRecord", "make_forecasts", "parse_record", "score_forecasts"]
+__all__ = [
+    "ForecastRecord",
+    "ask_predictors",
+    "make_forecasts",
+    "parse_record",
+    "score_forecasts",
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class ForecastRecord:
         forecast: The claim.
         losses: What it was made from; never held-out losses.
         created: When, ISO 8601 with time zone.
+        group: The condition without its seed; empty in records of earlier versions.
+        pilots: Losses after a small share of the steps, if it was made from these.
         actual: The gain that came out, percent against `forecast.reference`; None before.
     """
 
@@ -37,6 +46,8 @@ class ForecastRecord:
     losses: LossMatrix
     created: str
     actual: float | None = None
+    group: str = ""
+    pilots: LossMatrix | None = None
 
     def score(self, actual: float) -> "ForecastRecord":
         """The record with its outcome.
@@ -78,6 +89,8 @@ class ForecastRecord:
             "level": self.forecast.level,
             "actual": self.actual,
             "inside": self.is_inside,
+            "floor": self.forecast.floor,
+            "verdict": self.forecast.verdict,
             "note": self.forecast.note,
             "created": self.created,
         }
@@ -85,7 +98,9 @@ class ForecastRecord:
     def to_json(self) -> dict[str, Any]:
         """JSON values that `parse_record` reads back."""
         value = asdict(self)
-        value["losses"]["domains"] = list(self.losses.domains)
+        for matrix in (value["losses"], value["pilots"]):
+            if matrix is not None:
+                matrix["domains"] = list(matrix["domains"])
         return value
 
 
@@ -97,8 +112,9 @@ def parse_record(value: Mapping[str, Any]) -> ForecastRecord:
     """
     try:
         fields = dict(value)
-        losses = dict(fields.pop("losses"))
-        matrix = LossMatrix(domains=tuple(losses.pop("domains")), **losses)
+        matrix = _parse_matrix(fields.pop("losses"))
+        pilots = fields.pop("pilots", None)
+        fields["pilots"] = None if pilots is None else _parse_matrix(pilots)
         forecast = Forecast(**fields.pop("forecast"))
         if forecast.reference not in get_args(Reference):
             raise ValueError(f"reference {forecast.reference!r}")
@@ -110,15 +126,49 @@ def parse_record(value: Mapping[str, Any]) -> ForecastRecord:
         ) from error
 
 
+def _parse_matrix(value: Mapping[str, Any]) -> LossMatrix:
+    fields = dict(value)
+    return LossMatrix(domains=tuple(fields.pop("domains")), **fields)
+
+
+def ask_predictors(
+    case: Case, past: Sequence[Outcome], plugins: Plugins
+) -> dict[str, Forecast | None]:
+    """What every registered gain predictor says of a case, by its name.
+
+    Args:
+        case: What to forecast.
+        past: Outcomes known before; those of the case's own group are left out here.
+        plugins: Where the predictors are registered.
+
+    Returns:
+        Forecasts sorted by name; None from predictors that do not apply.
+
+    Raises:
+        PluginError: If a predictor breaks its contract.
+    """
+    others = leave_out_group(case, past)
+    return {
+        entry.name: plugins.gain_predictors.resolve(entry.name)(case, others)
+        for entry in plugins.gain_predictors
+    }
+
+
 def make_forecasts(
-    matrix: LossMatrix, router: str, plugins: Plugins, *, now: datetime | None = None
+    case: Case,
+    router: str,
+    plugins: Plugins,
+    *,
+    past: Sequence[Outcome] = (),
+    now: datetime | None = None,
 ) -> list[ForecastRecord]:
     """Ask every registered gain predictor, before the outcome is known.
 
     Args:
-        matrix: Losses from calibration data or contributors' own; never held-out.
+        case: Losses from calibration data or contributors' own; never held-out.
         router: The router whose gain is predicted.
         plugins: Where the predictors are registered.
+        past: Outcomes known before; those of the case's own group are left out.
         now: Time of the forecast; the present if None.
 
     Returns:
@@ -128,14 +178,20 @@ def make_forecasts(
         PluginError: If a predictor breaks its contract.
     """
     created = (now or datetime.now(UTC)).isoformat(timespec="seconds")
-    records = []
-    for entry in plugins.gain_predictors:
-        forecast = plugins.gain_predictors.resolve(entry.name)(matrix)
-        if forecast is not None:
-            records.append(
-                ForecastRecord(entry.name, entry.origin, router, forecast, matrix, created)
-            )
-    return records
+    return [
+        ForecastRecord(
+            predictor=name,
+            origin=plugins.gain_predictors.entry(name).origin,
+            router=router,
+            forecast=forecast,
+            losses=case.losses,
+            created=created,
+            group=case.group,
+            pilots=case.pilots,
+        )
+        for name, forecast in ask_predictors(case, past, plugins).items()
+        if forecast is not None
+    ]
 
 
 def score_forecasts(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "build_contamination_table",
     "build_forecast_table",
+    "build_run_forecast_table",
     "build_loss_table",
     "build_outgoing_table",
     "build_sample_text",
@@ -116,6 +117,28 @@ def build_forecast_table(result: Mapping[str, Any]) -> Table:
             "-" if level is None else f"{100 * level:.0f} %",
             "-" if actual is None else f"{actual:+.2f}",
             ("yes" if low <= actual <= high else "no") if is_scored else "-",
+        )
+    return table
+
+
+def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
+    """Every predictor's forecast of one loss matrix.
+
+    Args:
+        run: `condition`, and `forecasts` by predictor.
+    """
+    table = _new_table(
+        f"{run['condition'] or 'run'}: forecast gain on the best specialist, percent",
+        "predictor", "forecast", "interval", "level", "verdict",
+    )  # fmt: skip
+    for name, forecast in run["forecasts"].items():
+        low, high, level = (forecast[key] for key in ("low", "high", "level"))
+        table.add_row(
+            name,
+            "-" if forecast["point"] is None else f"{forecast['point']:+.2f}",
+            "none claimed" if low is None or high is None else f"{low:+.2f} to {high:+.2f}",
+            "-" if level is None else f"{100 * level:.0f} %",
+            forecast["verdict"] or "-",
         )
     return table
 

@@ -62,25 +62,18 @@ def register_routers(register: Register) -> None:
 @hookimpl
 def register_gain_predictors(register: Register) -> None:
     """Register forecasts of the fusion gain from loss matrices."""
-    module = "molora_kalavai.predictors"
-    register(
-        "kalavai-law",
-        f"{module}:predict_kalavai_law",
-        summary="gain = 0.82 x mean divergence - 2.72",
-        source=f"{_PAPER}, abstract",
-    )
-    register(
-        "own-loss",
-        f"{module}:predict_own_loss",
-        summary="Gain over the best specialist from own-domain losses, no fitted constant",
-        source="own derivation, see docs/forecasts.md",
-    )
-    register(
-        "own-loss-bracket",
-        f"{module}:predict_own_loss_bracket",
-        summary="Bracket of the gain over the best anyone has alone, from own-domain losses",
-        source="own derivation, see docs/forecasts.md",
-    )
+    own = "own derivation, see docs/forecasts.md"
+    for name, function, summary, source in (
+        ("kalavai-law", "kalavai_law", "0.82 x mean divergence - 2.72", f"{_PAPER}, abstract"),
+        ("kalavai-law-refit", "kalavai_law_refit", "0.83 x mean divergence - 2.80", _PAPER),
+        ("own-loss", "own_loss", "From own-domain losses, nothing fitted", own),
+        ("own-loss-bracket", "own_loss_bracket", "Bracket against the best anyone has", own),
+        ("loss-matrix", "loss_matrix", "Domain oracle of the full loss matrix", _PAPER),
+        ("forgetting", "forgetting", "own-loss and what specialists forget off-domain", own),
+        ("fitted", "fitted", "One constant on own-loss, fitted over past outcomes", own),
+    ):
+        target = f"molora_kalavai.predictors:predict_{function}"
+        register(name, target, summary=summary, source=source)
 
 
 @hookimpl

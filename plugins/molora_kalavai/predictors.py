@@ -1,157 +1,143 @@
-"""Forecasts of the fusion gain from a loss matrix, with intervals from the published runs.
+"""Forecasts of the fusion gain from losses, with intervals that leave whole groups out.
 
-The intervals rest on seven published groups (a condition with its seeds; one residual a group,
-never one a seed), leaving out the run whose router collapsed. docs/forecasts.md has the algebra,
-the residuals and what the levels do not promise.
+Evidence is the caller's past outcomes where they are of four groups or more (enough for an 80 %
+interval), else the published runs and these together. docs/forecasts.md has the algebra, the
+scores and what the levels do not promise.
 """
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from statistics import fmean
+from collections.abc import Sequence
 
-from molora_fed.forecasting.divergence import best_own_losses, compute_divergences, compute_gains
-from molora_fed.forecasting.intervals import compute_interval, fit_line, leave_one_out_residuals
-from molora_fed.types import Forecast, LossMatrix
+from molora_fed.forecasting.groups import (
+    Fit,
+    Model,
+    compute_group_residuals,
+    fit_and_forecast,
+    group_outcomes,
+    leave_out_group,
+)
+from molora_fed.forecasting.intervals import Interval, compute_interval
+from molora_fed.types import Case, Forecast, LossMatrix, Outcome
+from molora_kalavai import formulas
+from molora_kalavai.published import list_published_outcomes
 
 __all__ = [
-    "COLLAPSED",
-    "PublishedRun",
-    "group_means",
-    "load_published_runs",
+    "predict_fitted",
+    "predict_forgetting",
     "predict_kalavai_law",
+    "predict_kalavai_law_refit",
+    "predict_loss_matrix",
     "predict_own_loss",
     "predict_own_loss_bracket",
 ]
 
-LAW_SLOPE = 0.82
-LAW_OFFSET_PERCENT = -2.72
+LAW = (0.82, -2.72)
+LAW_REFIT = (0.83, -2.80)
 
-COLLAPSED = ("phase2-cross_lingual", 42)
-"""Group and seed of the published run whose router sent one language to another's expert."""
+ENOUGH_GROUPS = 4
+"""Groups of one's own from which on the published runs are no evidence any more."""
 
-BRACKET_LEVEL = 18 / 21
-"""Share of the published runs whose domain-oracle gain lies in the bracket (tested)."""
-
-
-@dataclass(frozen=True)
-class PublishedRun:
-    """One published run.
-
-    Attributes:
-        group: The condition without its seed.
-        seed: Seed.
-        losses: Losses of base and specialists, nats per token; a specialist has its domain's name.
-        fused: Loss of the fused model by domain, nats per token.
-    """
-
-    group: str
-    seed: int
-    losses: LossMatrix
-    fused: Mapping[str, float]
+Groups = list[list[Outcome]]
 
 
-@cache
-def load_published_runs() -> tuple[PublishedRun, ...]:
-    """The 21 published runs, in the order of the table.
-
-    Source: published.json beside this file, from arXiv 2603.22755's result files.
-    """
-    table = json.loads(files("molora_kalavai").joinpath("published.json").read_text("utf-8"))
-    runs = []
-    for run in table["runs"]:
-        domains = tuple(run["domains"])
-        specialists = {
-            name: dict(zip(domains, row, strict=True))
-            for name, row in zip(domains, run["specialists"], strict=True)
-        }
-        base = dict(zip(domains, run["base"], strict=True))
-        matrix = LossMatrix(domains, base, specialists, {name: name for name in domains})
-        fused = dict(zip(domains, run["fused"], strict=True))
-        runs.append(PublishedRun(run["group"], run["seed"], matrix, fused))
-    return tuple(runs)
+def gather_evidence(case: Case, past: Sequence[Outcome]) -> Groups:
+    """The groups a forecast of the case may rest on."""
+    own = group_outcomes(past)
+    if len(own) >= ENOUGH_GROUPS:
+        return own
+    return group_outcomes(leave_out_group(case, list_published_outcomes())) + own
 
 
-def group_means(value: Callable[[PublishedRun], float]) -> list[float]:
-    """A figure of every run, averaged over the seeds of each group, without the collapsed run.
-
-    Returns:
-        One number for each of the seven groups, sorted by the group's name.
-    """
-    by_group: dict[str, list[float]] = {}
-    for run in load_published_runs():
-        if (run.group, run.seed) != COLLAPSED:
-            by_group.setdefault(run.group, []).append(value(run))
-    return [fmean(by_group[name]) for name in sorted(by_group)]
-
-
-def _gain_on_best_specialist(run: PublishedRun) -> float:
-    return compute_gains(run.losses, run.fused)["best_specialist"]
-
-
-def _mean_divergence(matrix: LossMatrix) -> float:
-    return fmean(compute_divergences(matrix).values())
-
-
-def _own_loss_gain(matrix: LossMatrix) -> float:
-    """Percent; see `predict_own_loss`."""
-    own = best_own_losses(matrix)
-    drops = [matrix.base[d] - own[d] for d in matrix.domains]
-    base = sum(matrix.base[d] for d in matrix.domains)
-    return 100.0 * (sum(drops) - max(drops)) / (base - max(drops))
-
-
-def _ceiling_gain(matrix: LossMatrix) -> float:
-    """Percent by which every domain's own specialist beats the base, equal weight."""
-    own = best_own_losses(matrix)
-    base = sum(matrix.base[d] for d in matrix.domains)
-    return 100.0 * (base - sum(own.values())) / base
-
-
-def _is_applicable(matrix: LossMatrix) -> bool:
+def _is_applicable(losses: LossMatrix) -> bool:
     """Whether specialists of two or more domains can complement each other."""
-    return len(set(matrix.own_domain.values())) >= 2
+    return len(set(losses.own_domain.values())) >= 2
 
 
-@cache
-def _law_residuals() -> tuple[float, ...]:
-    """Residuals of a line refitted without each group; the published line has seen most of them."""
-    divergences = group_means(lambda run: _mean_divergence(run.losses))
-    gains = group_means(_gain_on_best_specialist)
-    return tuple(leave_one_out_residuals(divergences, gains, fit_line))
+def _describe(groups: Groups, level: float, how: str) -> str:
+    names = {outcome.case.group for outcome in list_published_outcomes()}
+    published = sum(group[0].case.group in names for group in groups)
+    kinds = [f"{published} published", f"{len(groups) - published} own"]
+    counted = " and ".join(kind for kind in kinds if not kind.startswith("0 "))
+    return (
+        f"{100 * level:.0f} % if this case is like the {counted} groups, each left out in turn; "
+        f"{how}."
+    )
 
 
-@cache
-def _own_loss_residuals() -> tuple[float, ...]:
-    """Nothing is fitted, so every group is left out already."""
-    return tuple(group_means(lambda r: _gain_on_best_specialist(r) - _own_loss_gain(r.losses)))
+def _build(point: float | None, interval: Interval, note: str, floor: float) -> Forecast:
+    return Forecast(
+        "best_specialist", point, interval.low, interval.high, interval.level, note, floor
+    )
 
 
-def predict_kalavai_law(matrix: LossMatrix) -> Forecast | None:
+def _predict_fixed(case: Case, past: Sequence[Outcome], model: Model) -> Forecast | None:
+    """A formula without fitted constants: every group is left out already."""
+    if not _is_applicable(case.losses):
+        return None
+    groups = gather_evidence(case, past)
+    residuals = compute_group_residuals(groups, [model] * len(groups), "best_specialist")
+    point = model(case)
+    interval = compute_interval(point, residuals)
+    return _build(point, interval, _describe(groups, interval.level, "nothing is fitted"), 0.0)
+
+
+def _predict_fitted(case: Case, past: Sequence[Outcome], fit: Fit, how: str) -> Forecast | None:
+    if not _is_applicable(case.losses):
+        return None
+    groups = gather_evidence(case, past)
+    point, interval = fit_and_forecast(case, groups, fit, "best_specialist")
+    return _build(point, interval, _describe(groups, interval.level, how), 0.0)
+
+
+def _predict_law(case: Case, past: Sequence[Outcome], law: tuple[float, float]) -> Forecast | None:
+    """A published line; it has seen the published groups, so their residuals are of refits."""
+    if not _is_applicable(case.losses):
+        return None
+    groups = gather_evidence(case, past)
+    names = {outcome.case.group for outcome in list_published_outcomes()}
+    seen = [group for group in groups if group[0].case.group in names]
+    line = formulas.line_gain(*law)
+    models = [
+        formulas.fit_law([other for other in seen if other is not group]) if group in seen else line
+        for group in groups
+    ]
+    point = line(case)
+    interval = compute_interval(point, compute_group_residuals(groups, models, "best_specialist"))
+    how = "the line has seen the published ones, so their residuals are of refits without each"
+    note = _describe(groups, interval.level, how)
+    return _build(point, interval, note, -law[1] / law[0])
+
+
+def predict_kalavai_law(case: Case, past: Sequence[Outcome]) -> Forecast | None:
     """Predict the gain over the best specialist from the mean divergence.
 
     Args:
-        matrix: Losses; of several specialists of a domain the best counts.
+        case: Its losses; of several specialists of a domain the best counts.
+        past: Outcomes of other groups.
 
     Returns:
         `0.82 * mean divergence - 2.72` percent; None with specialists of fewer than two domains.
 
     Source: arXiv 2603.22755, abstract. Deviation: the interval is ours.
     """
-    if not _is_applicable(matrix):
-        return None
-    point = LAW_SLOPE * _mean_divergence(matrix) + LAW_OFFSET_PERCENT
-    interval = compute_interval(point, _law_residuals())
-    note = (
-        f"Largest residual of {len(_law_residuals())} published groups, each under a line "
-        "refitted without it; nominal if this cooperative resembles them."
-    )
-    return Forecast("best_specialist", point, interval.low, interval.high, interval.level, note)
+    return _predict_law(case, past, LAW)
 
 
-def predict_own_loss(matrix: LossMatrix) -> Forecast | None:
+def predict_kalavai_law_refit(case: Case, past: Sequence[Outcome]) -> Forecast | None:
+    """Predict the gain over the best specialist by the law's later fit to eight conditions.
+
+    Args:
+        case: Its losses; of several specialists of a domain the best counts.
+        past: Outcomes of other groups.
+
+    Returns:
+        `0.83 * mean divergence - 2.80` percent; None with specialists of fewer than two domains.
+
+    Source: arXiv 2603.22755, later revision. Deviation: the interval is ours.
+    """
+    return _predict_law(case, past, LAW_REFIT)
+
+
+def predict_own_loss(case: Case, past: Sequence[Outcome]) -> Forecast | None:
     """Predict the gain over the best specialist from own-domain losses, with no constant.
 
     With `D_d = L_base,d - L_own,d`, own experts perfectly routed, and specialists equal to the
@@ -159,43 +145,106 @@ def predict_own_loss(matrix: LossMatrix) -> Forecast | None:
     `sum L_base - sum D`, so the gain is `(sum D - max D) / (sum L_base - max D)`.
 
     Args:
-        matrix: Losses; of several specialists of a domain the best counts.
+        case: Its losses; of several specialists of a domain the best counts.
+        past: Outcomes of other groups.
 
     Returns:
         The gain in percent; None with specialists of fewer than two domains.
 
     Source: own derivation, see docs/forecasts.md.
     """
-    if not _is_applicable(matrix):
+    return _predict_fixed(case, past, formulas.own_loss_gain)
+
+
+def predict_loss_matrix(case: Case, past: Sequence[Outcome]) -> Forecast | None:
+    """Predict the gain over the best specialist from the full matrix: every domain's best expert.
+
+    Args:
+        case: Its losses, every specialist on every domain.
+        past: Outcomes of other groups.
+
+    Returns:
+        The domain oracle's gain in percent; None if a loss is missing.
+
+    Source: arXiv 2603.22755, domain oracle, with the base among the experts.
+    """
+    if not formulas.is_full(case.losses):
         return None
-    point = _own_loss_gain(matrix)
-    interval = compute_interval(point, _own_loss_residuals())
-    note = (
-        f"Largest residual of {len(_own_loss_residuals())} published groups, nothing fitted; "
-        "nominal if this cooperative resembles them."
+    known = [outcome for outcome in past if formulas.is_full(outcome.case.losses)]
+    return _predict_fixed(case, known, formulas.oracle_gain)
+
+
+def predict_forgetting(case: Case, past: Sequence[Outcome]) -> Forecast | None:
+    """Predict the gain over the best specialist from own-domain losses and what is forgotten.
+
+    Off its domain a specialist's relative loss rises by a ratio times its own divergence. The
+    ratio is each specialist's own in pilots if there are any; else the median over past groups of
+    what their best specialists forgot.
+
+    Args:
+        case: Its losses on own domains; its pilots' on all domains.
+        past: Outcomes of other groups.
+
+    Returns:
+        The gain in percent; None with specialists of fewer than two domains.
+
+    Source: own derivation, see docs/forecasts.md.
+    """
+    return _predict_fitted(
+        case, past, formulas.fit_forgetting, "one ratio is fitted where there are no pilots"
     )
-    return Forecast("best_specialist", point, interval.low, interval.high, interval.level, note)
 
 
-def predict_own_loss_bracket(matrix: LossMatrix) -> Forecast | None:
+def predict_fitted(case: Case, past: Sequence[Outcome]) -> Forecast | None:
+    """Predict the gain over the best specialist by a regression over past outcomes.
+
+    One constant times `predict_own_loss`, by least squares over the groups' means. What specialists
+    forget makes the gain larger, roughly in proportion.
+
+    Args:
+        case: Its losses; of several specialists of a domain the best counts.
+        past: Outcomes of other groups.
+
+    Returns:
+        The gain in percent; None with specialists of fewer than two domains.
+
+    Source: own derivation, see docs/forecasts.md.
+    """
+    return _predict_fitted(case, past, formulas.fit_scale, "one constant on own-loss is fitted")
+
+
+def predict_own_loss_bracket(case: Case, past: Sequence[Outcome]) -> Forecast | None:
     """Bracket the gain over the best anyone has alone, from own-domain losses.
 
     Low end: `predict_own_loss`, where specialists forget nothing. High end:
     `sum D / sum L_base`, where every specialist forgets so much that the base is the best alone.
+    The bracket is widened by how far past gains lay outside theirs.
 
     Args:
-        matrix: Losses; of several specialists of a domain the best counts.
+        case: Its losses; of several specialists of a domain the best counts.
+        past: Outcomes of other groups.
 
     Returns:
         The bracket without a point; None with specialists of fewer than two domains.
 
     Source: own derivation, see docs/forecasts.md.
     """
-    if not _is_applicable(matrix):
+    if not _is_applicable(case.losses):
         return None
-    note = (
-        "Level counted, not derived: the domain oracle's gain lay in the bracket on 18 of the 21 "
-        "published runs, in 6 of 7 groups."
-    )
-    low, high = _own_loss_gain(matrix), _ceiling_gain(matrix)
-    return Forecast("best_alone", None, min(low, high), max(low, high), BRACKET_LEVEL, note)
+    groups = gather_evidence(case, past)
+    outside = [max(_measure_outside(outcome) for outcome in group) for group in groups]
+    interval = compute_interval(_bracket(case), outside)
+    note = _describe(groups, interval.level, "widened by the furthest any of them lay outside")
+    return Forecast("best_alone", None, interval.low, interval.high, interval.level, note, 0.0)
+
+
+def _bracket(case: Case) -> tuple[float, float]:
+    ends = formulas.own_loss_gain(case), formulas.ceiling_gain(case)
+    return min(ends), max(ends)
+
+
+def _measure_outside(outcome: Outcome) -> float:
+    """Percentage points between a gain and its bracket; 0 inside."""
+    low, high = _bracket(outcome.case)
+    gain = outcome.gains["best_alone"]
+    return max(low - gain, gain - high, 0.0)
