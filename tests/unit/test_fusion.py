@@ -19,7 +19,7 @@ from molora_fed.forecasting.divergence import compute_gains
 from molora_fed.forecasting.records import parse_record
 from molora_fed.fusion import PHASES, Control, fuse
 from molora_fed.plugins import load_plugins
-from molora_fed.routing.bundle import load_fused
+from molora_fed.routing.bundle import load_fused, load_manifest
 from molora_fed.routing.decoding import generate
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import LossMatrix
@@ -286,3 +286,16 @@ def test_a_specialist_of_another_kind_of_base_is_refused(
     with pytest.raises(IncompatibleAdapterError, match="llama-1"):
         fuse(base, build_charter(base), [*contributions, stranger], tmp_path, plugins=plugins)
     assert not (tmp_path / "fused").exists()
+
+
+def test_the_charter_limits_the_published_router_only(fusion, cooperative, plugins, tmp_path):
+    base, contributions = cooperative
+    limited = fuse(base, build_charter(base, top_k=1), contributions, tmp_path, plugins=plugins)
+    everyone = fusion[0].result
+    assert (limited.result["top_k"], everyone["top_k"]) == (1, None)
+    assert load_manifest(limited.fused_folder).router.top_k == 1
+    gates = limited.fused.forward(torch.arange(9)[None]).gates
+    assert (gates.amax(-1) == 1).all()
+    for method, is_equal in (("evidence", False), ("evidence-zero", True)):
+        losses = [r["losses"]["fused"][method] for r in (limited.result, everyone)]
+        assert (losses[0] == losses[1]) == is_equal

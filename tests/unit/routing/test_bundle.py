@@ -15,6 +15,7 @@ from molora_fed.files import hash_file
 from molora_fed.plugins import load_plugins
 from molora_fed.routing.bundle import load_fused, load_manifest, save_fused
 from molora_fed.routing.fused import FusedExpert, FusedModel
+from molora_fed.routing.top_k import limit_experts
 
 
 class Probes:
@@ -107,6 +108,21 @@ def test_an_unknown_router_is_named(saved):
         load_fused(home / "fused", plugins=load_plugins())
 
 
+def test_a_limit_on_experts_is_kept(saved, plugins):
+    fused, home = saved
+    tensors = fused.router.state_tensors()
+    router = limit_experts(ProbeRouter, 2).from_state(3, fused.router.options, tensors)
+    limited = FusedModel(fused.base, fused.experts, router, "probe", "logit", fused.frozen_depth)
+    folders = {e.name: home / "fused" / "adapters" / e.name for e in fused.experts}
+    assert save_fused(limited, home / "limited", adapters=folders).router.top_k == 2
+    loaded = load_fused(home / "limited", plugins=plugins)
+    tokens = random_tokens(2, 9)
+    gates = loaded.forward(tokens).gates
+    assert ((gates > 0).sum(-1) == 2).all()
+    torch.testing.assert_close(gates, limited.forward(tokens).gates, atol=1e-5, rtol=0)
+    assert load_manifest(home / "fused").router.top_k is None
+
+
 def edit(home, change):
     path = home / "fused" / "fused.json"
     content = json.loads(path.read_text())
@@ -128,6 +144,7 @@ def edit(home, change):
             "router.safetensors: expected SHA-256 0000",
         ),
         (lambda c: c["router"]["options"].update(nonsense=1), "options and state of router"),
+        (lambda c: c["router"].update(top_k=0), "router.top_k"),
         (lambda c: c["experts"][0].update(adapter="00" * 32), "adapter 'expert-0': expected SHA"),
         (lambda c: c["experts"].pop(), "experts"),
     ],

@@ -38,6 +38,23 @@ def test_domains_take_turns_and_blocks_are_gone_through(bank):
     assert not torch.equal(batches, draw_batches(bank, steps=16, batch=3, seed=2))
 
 
+def test_pure_steps_hold_one_domain_each_and_come_first(bank):
+    batches = draw_batches(bank, steps=12, batch=4, seed=1, pure_steps=6)
+    domains = [set(bank.domain_of[row]) for row in batches]
+    assert all(len(found) == 1 for found in domains[:6])
+    assert set.union(*domains[:3]) == set.union(*domains[3:6]) == {0, 1, 2}
+    assert all(found == {0, 1, 2} for found in domains[6:])
+    counts = np.bincount(batches.flatten().numpy(), minlength=24)
+    assert counts.sum() == 48 and counts.tolist() == [2] * 24
+
+
+@pytest.mark.parametrize("pure_steps", [0, 1, 7])
+def test_every_step_has_blocks_however_many_are_pure(bank, pure_steps):
+    batches = draw_batches(bank, steps=7, batch=2, seed=3, pure_steps=pure_steps)
+    assert batches.shape == (7, 2)
+    assert batches.min() >= 0 and batches.max() < 24
+
+
 def test_adamw_on_batches_is_a_plain_loop_over_the_same_batches(bank):
     features, weight = bank.mean_hidden, torch.zeros(3, 16)
     plain = weight.clone().requires_grad_(True)
@@ -101,3 +118,16 @@ def test_from_the_optimum_it_does_not_move_away(bank):
     )
     assert scale.item() == 0
     assert best == compute_score_loss(bank, torch.zeros(24, 24, 3), lambda part: part)
+
+
+def test_curriculum_changes_the_order_of_blocks_only(bank):
+    weights = []
+    for curriculum in (0.0, 0.0, 0.5):
+        weight = torch.zeros(3, 16)
+        fit_on_batches(
+            bank, bank.mean_hidden, [weight], lambda part, weight=weight: part @ weight.T,
+            steps=10, batch=2, learning_rate=0.01, seed=5, curriculum=curriculum,
+        )  # fmt: skip
+        weights.append(weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
