@@ -142,13 +142,14 @@ def _run(planned: "PlannedStudy", survey: "StudyPlan", out: Path) -> None:
 def _fail(planned: "PlannedStudy", state: "State") -> None:
     from molora_fed.errors import StudyError
 
-    first, *others = state.failures
-    more = f" and {len(others)} other tasks" if others else ""
-    trace = f" The trace is in '{first.trace}'." if first.trace else ""
+    first = state.failures[0]
+    names = ", ".join(f"'{failure.task.name}'" for failure in state.failures)
+    more = f" and {len(state.skipped)} left out that rest on these" if state.skipped else ""
+    trace = f"See '{first.trace}'. " if first.trace else ""
     raise StudyError(
-        f"Cannot finish study '{planned.name}': task '{first.task.name}'{more} failed, and "
-        f"{len(state.skipped)} that rest on it were left out: {first.message}{trace} "
-        "The same command repeats only these."
+        f"Cannot finish study '{planned.name}': expected every task to be done, got "
+        f"{len(state.failures)} failed{more}: {names}; first: {first.message.rstrip('.')}. "
+        f"{trace}The same command repeats only these."
     )
 
 
