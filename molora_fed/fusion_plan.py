@@ -22,7 +22,14 @@ from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.top_k import limit_experts
 from molora_fed.types import Reading, Split
 
-__all__ = ["BASE_EXPERT", "Contributed", "FusionPlan", "collect_contributed", "plan_fusion"]
+__all__ = [
+    "BASE_EXPERT",
+    "Contributed",
+    "FusionPlan",
+    "build_routers",
+    "collect_contributed",
+    "plan_fusion",
+]
 
 BASE_EXPERT = "base"
 """Name of the base as an expert; no contributor may have it."""
@@ -147,7 +154,7 @@ def plan_fusion(
     ordered = tuple(sorted(contributions, key=lambda c: c.id))
     rules, fusion = charter.identity.adapters, charter.amendment.fusion
     is_pooled = _check_contributions(ordered)
-    routers = _build_routers(charter, plugins)
+    routers = build_routers(charter, plugins)
     readings: frozenset[Reading] = frozenset().union(
         *(router.reads(options) for router, options in routers.values())
     )
@@ -205,9 +212,15 @@ def _check_contributions(contributions: Sequence[Contributed]) -> bool:
     return not without
 
 
-def _build_routers(
+def build_routers(
     charter: Charter, plugins: Plugins
 ) -> dict[str, tuple[type[OutputRouter], RouterOptions]]:
+    """Class and options of every router that a charter names; the published one first.
+
+    Raises:
+        CharterError: If its options are wrong; all of them are named.
+        UnknownNameError: If nobody registers a router.
+    """
     fusion = charter.amendment.fusion
     routers: dict[str, tuple[type[OutputRouter], RouterOptions]] = {}
     for name in dict.fromkeys((fusion.router, *fusion.compare)):

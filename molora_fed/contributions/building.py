@@ -1,6 +1,5 @@
 """Builds a contribution's folder, and says what leaves the machine before anything does."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -176,7 +175,7 @@ def build_contribution(
             contamination=contamination,
             start_loss=start_loss,
         )
-        write_json(temporary / MANIFEST_FILE, json.loads(manifest.canonical))
+        write_json(temporary / MANIFEST_FILE, manifest.model_dump(mode="json"))
         write_bytes(temporary / SIGNATURE_FILE, (sign(key, manifest.canonical) + "\n").encode())
     return load_contribution(folder)
 
