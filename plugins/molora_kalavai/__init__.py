@@ -104,6 +104,7 @@ def register_merges(register: Register) -> None:
 def register_studies(register: Register) -> None:
     """Register studies of the paper's claims."""
     for name, target, summary in (
+        ("adapter-regime", "adapter_regime:AdapterRegimeStudy", "Adapters' bytes against gain"),
         ("duration", "duration:DurationStudy", "Training length, with and without frozen blocks"),
         ("freeze", "freeze:FreezeStudy", "Frozen depth against the fusion gain"),
         ("heterogeneous", "heterogeneous:HeterogeneousStudy", "Contributors' different recipes"),
