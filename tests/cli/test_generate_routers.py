@@ -1,0 +1,60 @@
+"""`molora generate` and the routers of a charter: what may write text, and what may not."""
+
+import json
+import shutil
+
+import pytest
+
+from molora_fed.charter import FusionRules
+from molora_fed.cooperative import amend_cooperative, open_cooperative
+
+
+@pytest.fixture(scope="module")
+def fuse_with(setup, tmp_path_factory):
+    """Fuse the trained contributions under other fusion rules; returns the folder."""
+    from molora_cli.main import run
+
+    def fuse(**rules):
+        root = tmp_path_factory.mktemp("fused")
+        shutil.copytree(setup.cooperative, root / "tiny")
+        cooperative = open_cooperative(root / "tiny")
+        old = cooperative.charter.amendment
+        fusion = FusionRules.model_validate({"compare": (), **rules})
+        amendment = old.model_copy(update={"fusion": fusion, "number": old.number + 1})
+        with cooperative.open_ledger() as ledger:
+            amend_cooperative(cooperative, ledger, amendment)
+        trained = [str(folder) for folder in setup.trained.values()]
+        done = run(
+            ["fuse", "--cooperative", str(root / "tiny"), *trained, "--out", str(root / "o")]
+        )
+        assert done == 0
+        return root / "o"
+
+    return fuse
+
+
+def test_a_router_that_sees_the_future_is_reported_but_never_generates(molora, fuse_with):
+    folder = fuse_with(router="linear-noncausal", options={"steps": 5})
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert report["losses"]["fused"].keys() == {"linear-noncausal"}
+    ran = molora("generate", folder, "--prompt", "abc", "--max-new-tokens", 4)
+    assert ran.code == 30
+    assert ran.out == ""
+    assert "Cannot generate with router 'linear-noncausal': expected a causal router" in ran.err
+    assert len(ran.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("router", "rules"),
+    [
+        ("dispatch", {"options": {"read_tokens": 4}}),
+        ("mlp", {"options": {"steps": 5}, "top_k": 2}),
+        ("hard", {"options": {"steps": 5}, "mixture": "logit"}),
+    ],
+)
+def test_the_others_generate(molora, fuse_with, router, rules):
+    folder = fuse_with(router=router, **rules)
+    ran = molora("generate", folder, "--prompt", "abc dab", "--max-new-tokens", 6)
+    assert ran.code == 0
+    assert ran.out.startswith("abc dab")
+    assert ran.err.startswith("gates: ")
