@@ -71,13 +71,11 @@ class _Table:
         self._live.update(self._build(state))
 
     def _build(self, state: "State") -> "RenderableType":
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(
-            title=f"{self._title}: {_format_head(state)}", title_justify="left", box=None,
-            pad_edge=False,
-        )  # fmt: skip
+        table = Table(box=None, pad_edge=False)
         table.add_column("task", no_wrap=True)
         table.add_column("progress", justify="right", no_wrap=True)
         table.add_column("time", justify="right", no_wrap=True)
@@ -89,7 +87,7 @@ class _Table:
                 _format_clock(job),
                 Text(format_fields(dict(job.fields))),
             )
-        return table
+        return Group(Text(f"{self._title}: {_format_head(state)}"), table)
 
 
 def _format_clock(job: "Running") -> str:

@@ -1,12 +1,18 @@
 """`molora study`: what it prints, what it writes, and its errors of one line."""
 
+import io
 import json
 
 import pytest
 from molora_cli.main import run
+from molora_cli.study_board import watching_study
+from rich.console import Console
+from trivial_study import plan_number
 
 from molora_fed.studies.collect import collect_claims
 from molora_fed.studies.results import plan_study
+from molora_fed.studies.runner import Failure, Running, State
+from molora_fed.studies.schedule import collect_tasks
 from molora_fed.studies.worker import run_task
 
 
@@ -151,3 +157,21 @@ def test_collecting_refuses_a_broken_result(molora, tmp_path):
     (tmp_path / "sums.json").write_text("{")
     code, _, err = molora("--collect", tmp_path)
     assert code == 1 and "sums.json': expected JSON" in err
+
+
+def test_a_terminal_shows_running_tasks_with_their_figures(monkeypatch):
+    screen = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("rich.live.get_console", lambda: screen)
+    tasks = collect_tasks([plan_number(2, plan_number(1))])
+    first, second = tasks.values()
+    job = Running(second, done=3, total=9, fields={"loss": 2.5, "validation_loss": None})
+    failure = Failure(plan_number(7), "as asked")
+    state = State(tasks, {first.key}, [job], [failure], elsewhere={"x"}, seconds_left=600)
+    with watching_study("Study") as board:
+        board.ended(failure.task, failure)
+        board.update(state)
+    shown = screen.file.getvalue()
+    assert "failed  add 7: as asked" in shown
+    assert "1/2 tasks · 1 failed, 0 left out · 1 done by another study · ETA 10 min" in shown
+    assert "add 2" in shown and "3/9" in shown and "loss 2.500" in shown
