@@ -1,10 +1,10 @@
 """A study from its options to its files: plan, run, summarise, write."""
 
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as memo
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +223,12 @@ class PlannedStudy:
 
 @memo
 def _hash_package(name: str) -> str:
-    """SHA-256 over a package's Python files: what exactly made a result."""
-    spec = find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
+    """SHA-256 over a package's Python files: what exactly made a result; empty if it has none."""
+    loaded = sys.modules.get(name)
+    folders = list(getattr(loaded, "__path__", ()))
+    if not folders:
         return ""
-    root = Path(next(iter(spec.submodule_search_locations)))
+    root = Path(folders[0])
     files = {str(p.relative_to(root)): hash_file(p) for p in sorted(root.rglob("*.py"))}
     return hash_bytes(canonical_json(files))
 
