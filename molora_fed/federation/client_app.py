@@ -11,7 +11,8 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from molora_fed.federation.client_dialogue import answer
-from molora_fed.federation.homes import CONTRIBUTOR_HOME, ContributorHome, home_from_environment
+from molora_fed.federation.fleet import find_own_home
+from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
 
 __all__ = ["app"]
@@ -22,7 +23,7 @@ app = ClientApp()
 @app.query()
 def correspond(message: Any, context: Any) -> Any:
     """Answer one envelope of the server."""
-    home = ContributorHome(home_from_environment(CONTRIBUTOR_HOME))
+    home = ContributorHome(find_own_home(context.node_config))
     parent = os.getppid()
     reply = answer(home, unpack_envelope(message.content), is_orphan=lambda: os.getppid() != parent)
     return Message(pack_envelope(reply), reply_to=message)

@@ -28,6 +28,7 @@ from molora_fed.federation.homes import CoordinatorHome, message_bytes
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.states import StateFile
 from molora_fed.federation.supervise import record_errors
+from molora_fed.federation.usage import UsageFile
 from molora_fed.files import write_json
 from molora_fed.fusion_ledger import ForecastKeeper, begin_fusion, end_fusion
 from molora_fed.plugins import Plugins, get_plugins
@@ -71,6 +72,7 @@ class CoordinatorWorker:
         self._plugins = plugins
         self._key = load_key(cooperative.key_path)
         self._state = StateFile(home.state_file)
+        self._usage = UsageFile(home.usage_file)
         self._message_bytes = message_bytes()
         self._loaded_base: Base | None = None
         self._opened = 0.0
@@ -98,9 +100,11 @@ class CoordinatorWorker:
         """Take what is complete, and fuse if it is time."""
         self._advance_to_training()
         for delivery in list(complete_deliveries(self._home, part_bytes=self._message_bytes)):
-            self._take(delivery)
+            with self._usage.stage("admission"):
+                self._take(delivery)
         if self._is_time_to_fuse():
-            self._fuse()
+            with self._usage.stage("fusion"):
+                self._fuse()
 
     @property
     def _base(self) -> "Base":
@@ -223,6 +227,8 @@ class CoordinatorWorker:
         admitted = [entry.id for entry in self._ledger.contributions(ContributionState.ADMITTED)]
         if not admitted or self._published() == (self._charter.amendment.number, admitted):
             return False
+        if self._ledger.cooperative_state in (_S.PUBLISHED, _S.GROWING):
+            return True  # Whom to wait for was settled; now it grows, shrinks or is amended.
         deadline = self._charter.amendment.deadline_seconds
         is_late = bool(deadline) and time.time() - self._opened >= deadline
         return len(admitted) >= self._needed or is_late

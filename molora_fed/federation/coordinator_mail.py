@@ -18,15 +18,17 @@ from molora_fed.federation.homes import ContributorBox, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.records import Shipment, describe_folder, parse_shipment
 from molora_fed.federation.worker_mail import build_charter_bytes
-from molora_fed.files import canonical_json, hash_bytes, replace_folder, write_json
+from molora_fed.files import canonical_json, hash_bytes, replace_folder, storage_errors, write_json
 
 __all__ = [
     "Delivery",
     "acknowledge",
+    "announce_withdrawal",
     "build_acknowledgement_bytes",
     "complete_deliveries",
     "publish_charter",
     "publish_result",
+    "retract_result",
 ]
 
 _OTHER_FILES_BYTES = 4 * 2**20
@@ -145,6 +147,39 @@ def acknowledge(
     body["signature"] = sign(key, build_acknowledgement_bytes(body))
     write_json(delivery.box.acknowledgement_file(delivery.shipment.id), body)
     delivery.box.parts.discard(delivery.shipment, part_bytes=part_bytes)
+
+
+def announce_withdrawal(
+    box: ContributorBox, key: EllipticCurvePrivateKey, contribution_id: str
+) -> None:
+    """Tell a contributor that it is out; no result is sent to it any more.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+    for path in sorted((box.folder / "acknowledgements").glob("*.json")):
+        body = read_json(path) or {}
+        if body.get("contribution_id") == contribution_id and body.get("state") != "WITHDRAWN":
+            body = {**body, "state": "WITHDRAWN", "findings": []}
+            write_json(path, {**body, "signature": sign(key, build_acknowledgement_bytes(body))})
+
+
+def retract_result(home: CoordinatorHome, contribution_id: str) -> bool:
+    """Take a result that was made from a contribution out of the outbox.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+    letter = home.outbox / "result.json"
+    if contribution_id not in (read_json(letter) or {}).get("summary", {}).get("contributions", ()):
+        return False
+    with storage_errors(letter):
+        letter.unlink()
+        shutil.rmtree(home.outbox / "result", ignore_errors=True)
+    return True
 
 
 def publish_result(

@@ -3,6 +3,7 @@
 import tomli_w
 
 from molora_fed.errors import FederationError
+from molora_fed.federation.fleet import Fleet
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.supervise import build_flower_environment, parse_answer, run_command
 from molora_fed.files import write_bytes
@@ -31,12 +32,13 @@ _PROJECT = {
 }
 
 
-def submit_run(home: CoordinatorHome, address: str) -> None:
+def submit_run(home: CoordinatorHome, address: str, fleet: Fleet) -> None:
     """Start the mail-carrying run on a SuperLink.
 
     Args:
         home: The coordinator's home; the app's folder and Flower's settings are made below it.
         address: "HOST:PORT" of the SuperLink.
+        fleet: Which nodes it has.
 
     Raises:
         FederationError: If Flower refuses it.
@@ -47,8 +49,9 @@ def submit_run(home: CoordinatorHome, address: str) -> None:
     connection = {"default": "local", "local": {"address": address, "insecure": True}}
     write_bytes(flower / "config.toml", tomli_w.dumps({"superlink": connection}).encode())
     log = home.logs / "run.log"
-    command = ["flwr", "run", str(flower / "app"), "local", "--format", "json"]
-    answer = parse_answer(run_command(command, env=build_flower_environment(home.root), log=log))
+    command = ["flwr", "run", str(flower / "app"), "local", "--format", "json", *fleet.run_options]
+    env = build_flower_environment(home.root, **fleet.environment)
+    answer = parse_answer(run_command(command, env=env, log=log))
     # The exit status is 0 even on failure.
     if answer.get("success") is not True:
         raise FederationError(

@@ -16,10 +16,12 @@ from molora_fed.files import write_json
 __all__ = [
     "CONTRIBUTOR_HOME",
     "COORDINATOR_HOME",
+    "HOLD_SECONDS",
     "MESSAGE_BYTES",
     "ContributorHome",
     "CoordinatorHome",
     "JoinSettings",
+    "hold_seconds",
     "home_from_environment",
     "message_bytes",
     "public_state",
@@ -31,7 +33,10 @@ CONTRIBUTOR_HOME = "MOLORA_CONTRIBUTOR_HOME"
 """Environment variable that tells the ClientApp its home folder."""
 MESSAGE_BYTES = "MOLORA_MESSAGE_BYTES"
 """Environment variable of the server: largest part and message in bytes; smaller for slow lines."""
+HOLD_SECONDS = "MOLORA_HOLD_SECONDS"
+"""Environment variable of the server: how long contributors hold an answer back without news."""
 
+_LONGEST_HOLD_SECONDS = 25
 _LEFTOVER = ".*.tmp"  # the temporary names of `molora_fed.files`
 _STATE_FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "phase": str,
@@ -73,6 +78,21 @@ def message_bytes() -> int:
     return int(text)
 
 
+def hold_seconds() -> float:
+    """How long a contributor may hold an answer back when it has no news.
+
+    Raises:
+        ConfigError: If MOLORA_HOLD_SECONDS is not a number from 0 to 25.
+    """
+    text = os.environ.get(HOLD_SECONDS, str(_LONGEST_HOLD_SECONDS))
+    if not text.isdigit() or int(text) > _LONGEST_HOLD_SECONDS:
+        raise ConfigError(
+            f"Cannot use {HOLD_SECONDS}: expected 0 to {_LONGEST_HOLD_SECONDS}, got {text!r}. "
+            "Unset it."
+        )
+    return float(text)
+
+
 def public_state(value: Any) -> dict[str, Any]:
     """The known fields of a worker's state, with their types checked; safe on outside input."""
     if not isinstance(value, dict):
@@ -95,6 +115,7 @@ class _Home:
         self.logs = self.root / "logs"
         self.state_file = self.root / "state.json"
         self.error_file = self.root / "error.json"
+        self.usage_file = self.root / "usage.json"
         self.board = Board(self.mail / "board")
 
     def read_state(self) -> dict[str, Any]:

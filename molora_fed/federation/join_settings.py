@@ -11,10 +11,24 @@ from molora_fed.federation.homes import ContributorHome, JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.plugins import get_plugins
 
-__all__ = ["prepare_settings"]
+__all__ = ["prepare_home", "prepare_settings"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _BASE_EXPERT = "base"
+
+
+def prepare_home(home: ContributorHome, settings: JoinSettings) -> JoinSettings:
+    """Make a home ready for its worker and its ClientApp: key, settings, no old bad news.
+
+    Raises:
+        MoloraError: What `prepare_settings` raises.
+        StorageError: If the disk refuses.
+    """
+    prepared = prepare_settings(home, settings)
+    home.board.prepare()
+    for old in (home.refusal_letter, home.error_file, home.state_file):
+        old.unlink(missing_ok=True)
+    return prepared
 
 
 def prepare_settings(home: ContributorHome, settings: JoinSettings) -> JoinSettings:

@@ -14,7 +14,7 @@ from molora_fed.errors import CharterError, FederationError, ServerUnreachableEr
 from molora_fed.federation.events import FederationEvent, OnEvent
 from molora_fed.federation.gateway import parse_server
 from molora_fed.federation.homes import CONTRIBUTOR_HOME, ContributorHome, JoinSettings
-from molora_fed.federation.join_settings import prepare_settings
+from molora_fed.federation.join_settings import prepare_home
 from molora_fed.federation.mailbox import hold_lock, read_json
 from molora_fed.federation.supervise import (
     ProcessGroup,
@@ -151,7 +151,7 @@ class ContributorSupervisor:
         try:
             self._processes.end_leftovers()
             self.home.remove_leftovers()
-            self._prepare()
+            self.settings = prepare_home(self.home, self.settings)
             self._wait_for_server()
             self._start_worker()
             self._start_node()
@@ -163,14 +163,6 @@ class ContributorSupervisor:
     def __exit__(self, *exception: object) -> None:
         """End everything."""
         self._stop()
-
-    def _prepare(self) -> None:
-        """Make the key at the first join, and note the settings for worker and ClientApp."""
-        self.settings = prepare_settings(self.home, self.settings)
-        self.home.board.prepare()
-        self.home.refusal_letter.unlink(missing_ok=True)
-        self.home.error_file.unlink(missing_ok=True)
-        self.home.state_file.unlink(missing_ok=True)
 
     def _wait_for_server(self) -> None:
         """Wait until the server answers.

@@ -18,6 +18,7 @@ from molora_fed.errors import MoloraError, StorageError
 from molora_fed.federation.homes import (
     COORDINATOR_HOME,
     CoordinatorHome,
+    hold_seconds,
     home_from_environment,
     message_bytes,
 )
@@ -31,6 +32,7 @@ LOOP_SECONDS = 0.3
 PULSE_SECONDS = 1.0
 REPLY_SECONDS = 300.0
 PAUSE_SECONDS = 2.0
+QUIET_SECONDS = 5.0
 MESSAGE_TTL_SECONDS = 3_600.0
 MAX_BYTES_UNDER_WAY = 256 * 2**20
 MAX_FAILURES = 20
@@ -77,6 +79,7 @@ class _Node:
         message_id: Message under way, or empty.
         sent: When it was sent, monotonic seconds.
         num_bytes: Bytes of parts that it carries or asks for.
+        is_wait: Whether it asks for nothing but news.
         not_before: No message before this time, monotonic seconds; set after a failure.
     """
 
@@ -84,6 +87,7 @@ class _Node:
     message_id: str = ""
     sent: float = 0.0
     num_bytes: int = 0
+    is_wait: bool = False
     not_before: float = 0.0
 
 
@@ -95,7 +99,9 @@ class Postman:
         self._grid = grid
         self._run_id = run_id
         self._message_bytes = message_bytes()
-        self._dialogue = ServerDialogue(home, message_bytes=self._message_bytes)
+        hold = hold_seconds()
+        self._quiet_seconds = max(0.0, QUIET_SECONDS - hold)
+        self._dialogue = ServerDialogue(home, message_bytes=self._message_bytes, wait_seconds=hold)
         self._nodes: dict[int, _Node] = {}
         self._pulse = 0.0
 
@@ -153,6 +159,8 @@ class Postman:
             self._home.board.post("")
             if node.correspondent.state.get("problem"):
                 node.not_before = time.monotonic() + PAUSE_SECONDS
+            elif node.is_wait and not node.correspondent.state.get("offer"):
+                node.not_before = time.monotonic() + self._quiet_seconds
         except StorageError as error:
             self._home.board.post(str(error))
             node.not_before = time.monotonic() + PAUSE_SECONDS
@@ -171,6 +179,7 @@ class Postman:
         if envelope is None:
             return
         fetch = envelope.find("fetch")
+        node.is_wait = envelope.find("wait") is not None
         node.num_bytes = envelope.num_bytes + (self._message_bytes if fetch else 0)
         under_way = sum(n.num_bytes for n in self._nodes.values() if n.message_id)
         if under_way and under_way + node.num_bytes > MAX_BYTES_UNDER_WAY:

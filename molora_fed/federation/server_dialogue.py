@@ -31,7 +31,6 @@ from molora_fed.files import write_json
 
 __all__ = ["Correspondent", "ServerDialogue"]
 
-WAIT_SECONDS = 25.0
 _MAX_LIST = 20_000
 
 
@@ -59,9 +58,7 @@ class ServerDialogue:
         wait_seconds: How long a contributor may hold back an answer when there is no news.
     """
 
-    def __init__(
-        self, home: CoordinatorHome, *, message_bytes: int, wait_seconds: float = WAIT_SECONDS
-    ) -> None:
+    def __init__(self, home: CoordinatorHome, *, message_bytes: int, wait_seconds: float) -> None:
         self._home = home
         self._message_bytes = message_bytes
         self._wait_seconds = wait_seconds

@@ -10,6 +10,7 @@ from pathlib import Path
 from molora_fed.charter import load_charter
 from molora_fed.errors import FederationError
 from molora_fed.federation.events import FederationEvent, OnEvent
+from molora_fed.federation.fleet import CONNECTED, Fleet
 from molora_fed.federation.flower_run import submit_run
 from molora_fed.federation.gateway import DEFAULT_PORT, check_loopback
 from molora_fed.federation.homes import COORDINATOR_HOME, ContributorBox, CoordinatorHome
@@ -76,6 +77,14 @@ class ServerSupervisor:
     """The server's processes; a context manager that leaves none behind.
 
     Entering starts them, `poll` (about three times a second) watches and reports.
+
+    Args:
+        cooperative: The coordinator's home.
+        port: Port of the server.
+        on_event: Receives what changes.
+        host: Loopback address to listen on.
+        threads: Threads of the coordinator's worker; None takes all cores.
+        fleet: Which nodes the SuperLink has.
     """
 
     def __init__(
@@ -86,6 +95,7 @@ class ServerSupervisor:
         *,
         host: str = "127.0.0.1",
         threads: int | None = None,
+        fleet: Fleet = CONNECTED,
     ) -> None:
         check_loopback(host)
         self.home = CoordinatorHome(cooperative)
@@ -93,6 +103,7 @@ class ServerSupervisor:
         self._host, self._port = host, port
         self._on_event = on_event
         self._threads = threads or count_cores()
+        self._fleet = fleet
         self._processes = ProcessGroup(self.home.logs, self.home.root / "processes.json")
         self._lock = hold_lock(self.home.root / "serve.lock", what="a server")
         self._restarts = Restarts()
@@ -132,6 +143,10 @@ class ServerSupervisor:
         """Phase of the cooperative as last reported by the coordinator's worker."""
         return self._phase
 
+    def measure_mail_seconds(self) -> float:
+        """Processor seconds of the SuperLink and all it started, the carriers of letters."""
+        return self._processes.measure_seconds("superlink")
+
     def poll(self) -> None:
         """Look after the processes once, and report what changed.
 
@@ -148,11 +163,12 @@ class ServerSupervisor:
         self._on_event(event)
 
     def _start_superlink(self) -> None:
-        env = build_flower_environment(self.home.root, **{COORDINATOR_HOME: str(self.home.root)})
+        own = {COORDINATOR_HOME: str(self.home.root)}
+        env = build_flower_environment(self.home.root, **own, **self._fleet.environment)
         # In memory: Flower's tables are transport, not truth, and SQLite locks under large parts.
         command = [
             "flower-superlink", "--insecure", "--host", self._host, "--port", str(self._port),
-            "--disable-runtime-dependency-installation",
+            "--disable-runtime-dependency-installation", *self._fleet.superlink_options,
         ]  # fmt: skip
         self._processes.start("superlink", command, env)
         deadline = time.monotonic() + START_SECONDS
@@ -174,7 +190,7 @@ class ServerSupervisor:
     def _submit_run(self) -> None:
         """Start the mail-carrying run; see `submit_run`."""
         self.home.pulse.post("")  # what the one before left must not be taken for its own
-        submit_run(self.home, self.address)
+        submit_run(self.home, self.address, self._fleet)
         self._submitted = time.monotonic()
 
     def _watch_coordinator(self) -> None:
@@ -240,7 +256,7 @@ class ServerSupervisor:
         try:
             self.home.mail.mkdir(parents=True, exist_ok=True)
             self.home.stop_file.touch()
-            time.sleep(0.5)
+            self._wait_for_carrier()
         except OSError:
             pass  # on a full disk the run is ended by signal like the rest
         try:
@@ -248,6 +264,13 @@ class ServerSupervisor:
         finally:
             self._lock.__exit__(None, None, None)
             self._emit(FederationEvent("STOPPED", message="server stopped"))
+
+    def _wait_for_carrier(self) -> None:
+        """Let the run that was asked to end do so by itself, for a while."""
+        carrier = parse_answer(self.home.pulse.read()).get("pid")
+        deadline = time.monotonic() + self._fleet.farewell_seconds
+        while carrier is not None and is_running(int(carrier)) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def _describe(box: ContributorBox) -> FederationEvent:

@@ -193,6 +193,7 @@ class ProcessGroup:
         self._record = record
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._family: dict[str, dict[int, psutil.Process]] = {}
+        self._spent: dict[str, dict[psutil.Process, float]] = {}
         self._observed = 0.0
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
@@ -233,6 +234,18 @@ class ProcessGroup:
                 if any(word in argument for argument in process.cmdline()):
                     return True
         return False
+
+    def measure_seconds(self, name: str) -> float:
+        """Processor seconds of a process and all its descendants, also those that ended.
+
+        Of an ended one, what it had spent when this was last called.
+        """
+        spent = self._spent.setdefault(name, {})
+        for process in self.descendants(name):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                spent[process] = times.user + times.system
+        return sum(spent.values())
 
     def glance(self) -> None:
         """`observe`, if the last time is a second ago: it walks over all of the machine's."""

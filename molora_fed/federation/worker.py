@@ -7,7 +7,7 @@ may be killed at any moment and started again; it ends with the same bytes.
 import importlib
 import sys
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from molora_fed.federation.mailbox import hold_lock, read_json
 from molora_fed.federation.states import StateFile
 from molora_fed.federation.supervise import record_errors
 from molora_fed.federation.tasks import Claim
+from molora_fed.federation.usage import UsageFile
 from molora_fed.federation.worker_mail import (
     LOOK_SECONDS,
     has_consent,
@@ -68,13 +69,14 @@ class ContributorWorker:
         self._plugins = plugins
         self._settings: JoinSettings = home.read_settings()
         self._state = StateFile(home.state_file)
+        self._usage = UsageFile(home.usage_file)
 
     def run(self) -> None:
         """Work until the result is there; raises what `steps` raises."""
         for _ in self.steps():
             time.sleep(LOOK_SECONDS)
 
-    def steps(self) -> Generator[None]:
+    def steps(self) -> Iterator[None]:
         """Work until the result is there, and yield whenever something must arrive first.
 
         Every step is durable: dropped anywhere and begun again, here or in another process, it
@@ -98,9 +100,7 @@ class ContributorWorker:
         self._state.enter("SUBMITTED", "waiting for the coordinator's decision")
         yield from until(self._read_decision)
         self._state.enter("ADMITTED", "waiting for the fused model")
-        yield from until(
-            lambda: receive_shipment(home, home.result_letter, "files", home.result) or None
-        )
+        yield from until(self._receive_result)
         self._link_base()
         self._state.enter("DONE", f"the fused model is in {home.result}")
 
@@ -116,16 +116,28 @@ class ContributorWorker:
     def _is_offered(self, charter: Charter) -> bool:
         """Whether a contribution made from these settings and this amendment is offered."""
         offer = read_json(self._home.offer_file) or {}
-        return bool(offer.get("recipe") == self._recipe(charter))
+        number = charter.amendment.number
+        if offer.get("recipe") == self._recipe(charter):
+            return True
+        # A later amendment asks nothing new of a contributor who is in: nobody retrains.
+        earlier = {self._recipe(charter, amendment) for amendment in range(number)}
+        return offer.get("recipe") in earlier and self._is_admitted()
 
-    def _recipe(self, charter: Charter) -> str:
-        """Hash of what a contribution is made from."""
+    def _is_admitted(self) -> bool:
+        """Whether the coordinator has admitted what is offered."""
+        try:
+            return bool(self._read_decision())
+        except AdmissionError:
+            return False
+
+    def _recipe(self, charter: Charter, amendment: int | None = None) -> str:
+        """Hash of what a contribution is made from, under the charter's amendment or another."""
         settings = self._settings
         return hash_bytes(
             canonical_json(
                 {
                     "identity": charter.identity_hash,
-                    "amendment": charter.amendment.number,
+                    "amendment": charter.amendment.number if amendment is None else amendment,
                     "name": settings.name,
                     "domain": settings.domain,
                     "data": list(settings.data),
@@ -135,7 +147,7 @@ class ContributorWorker:
             )
         )
 
-    def _contribute(self, charter: Charter) -> Generator[None]:
+    def _contribute(self, charter: Charter) -> Iterator[None]:
         """Train, build the contribution and offer it, under the lease of the server's task."""
         home = self._home
         self._state.enter("JOINING", "waiting for the base")
@@ -146,15 +158,18 @@ class ContributorWorker:
         yield from until(lambda: task_id in home.tasks.known() or None)
         # None: the task was done before, and now made from other settings once more.
         claim = home.tasks.claim(OWNER, lease_seconds=LEASE_SECONDS)
-        base = self._load_base(charter)
-        corpus = self._prepare_corpus(charter, base)
-        trained = (
-            self._measure(charter, base, corpus)
-            if self._settings.adapter
-            else self._train(charter, base, corpus, claim)
-        )
+        with self._usage.stage("corpus"):
+            base = self._load_base(charter)
+            corpus = self._prepare_corpus(charter, base)
+        with self._usage.stage("training"):
+            trained = (
+                self._measure(charter, base, corpus)
+                if self._settings.adapter
+                else self._train(charter, base, corpus, claim)
+            )
         self._state.enter("SUBMITTING", "building the contribution")
-        self._build(charter, corpus, trained)
+        with self._usage.stage("building"):
+            self._build(charter, corpus, trained)
         if not has_consent(home, charter):
             self._state.enter("SUBMITTING", "waiting for your consent to send it")
             yield from until(lambda: has_consent(home, charter) or None)
@@ -307,6 +322,11 @@ class ContributorWorker:
             or f"Cannot take part: expected an admitted contribution, got {letter['state']}. "
             "Ask the coordinator."
         )
+
+    def _receive_result(self) -> bool | None:
+        home = self._home
+        with self._usage.stage("result"):
+            return receive_shipment(home, home.result_letter, "files", home.result) or None
 
     def _link_base(self) -> None:
         """Let the fused model find its base at the path it recorded, `../base`."""

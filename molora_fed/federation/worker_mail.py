@@ -4,7 +4,7 @@ Imports neither torch nor flwr. Every function may be interrupted and called aga
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +23,11 @@ __all__ = [
     "offer_contribution",
     "receive_charter",
     "receive_shipment",
+    "until",
     "wait_for",
 ]
 
-_LOOK_SECONDS = 0.2
+LOOK_SECONDS = 0.2
 Found = TypeVar("Found")
 
 
@@ -36,7 +37,14 @@ def wait_for(look: Callable[[], Found | None]) -> Found:
         found = look()
         if found is not None:
             return found
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(LOOK_SECONDS)
+
+
+def until(look: Callable[[], Found | None]) -> Generator[None, None, Found]:
+    """Yield to whoever advances a worker until something is found."""
+    while (found := look()) is None:
+        yield
+    return found
 
 
 def build_charter_bytes(text: str) -> bytes:
