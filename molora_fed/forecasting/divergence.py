@@ -1,6 +1,7 @@
 """Divergences and gains from losses: the only place where they are computed."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from molora_fed.errors import ConfigError
 from molora_fed.types import LossMatrix, Reference
@@ -12,6 +13,7 @@ __all__ = [
     "compute_gain_percent",
     "compute_gains",
     "compute_reference_losses",
+    "keep_own_losses",
 ]
 
 
@@ -115,3 +117,12 @@ def compute_gains(matrix: LossMatrix, fused: Mapping[str, float]) -> dict[Refere
     loss = compute_equal_weight_loss(fused, matrix.domains)
     references = compute_reference_losses(matrix)
     return {name: compute_gain_percent(value, loss) for name, value in references.items()}
+
+
+def keep_own_losses(matrix: LossMatrix) -> LossMatrix:
+    """The matrix without any specialist's loss off its own domain: what contributors state."""
+    own = {
+        name: {matrix.own_domain[name]: losses[matrix.own_domain[name]]}
+        for name, losses in matrix.specialists.items()
+    }
+    return replace(matrix, specialists=own)

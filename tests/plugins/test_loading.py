@@ -25,7 +25,7 @@ def build_plugin(**registrations):
     return module
 
 
-def predict_nothing(matrix):
+def predict_nothing(case, past):
     return None
 
 

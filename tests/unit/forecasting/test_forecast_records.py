@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -7,7 +8,7 @@ from molora_fed import hookimpl
 from molora_fed.errors import ConfigError
 from molora_fed.forecasting.records import make_forecasts, parse_record, score_forecasts
 from molora_fed.plugins import load_plugins
-from molora_fed.types import Forecast, LossMatrix
+from molora_fed.types import Case, Forecast, LossMatrix
 
 MATRIX = LossMatrix(
     ("law", "art"),
@@ -23,23 +24,27 @@ class Predictors:
     def register_gain_predictors(self, register):
         register(
             "always-five",
-            lambda matrix: Forecast("best_alone", 5.0, 4.0, 6.0, 0.5, "test"),
+            lambda case, past: Forecast("best_alone", 5.0, 4.0, 6.0, 0.5, "test"),
             summary="five",
             source="own definition",
         )
-        register("never", lambda matrix: None, summary="abstains", source="own definition")
+        register("never", lambda case, past: None, summary="abstains", source="own definition")
 
 
 @pytest.fixture
 def records():
     plugins = load_plugins([("test (test 1)", Predictors())])
-    return make_forecasts(MATRIX, "evidence", plugins, now=NOW)
+    return make_forecasts(Case(MATRIX, "tiny"), "evidence", plugins, now=NOW)
 
 
 def test_every_predictor_that_applies_gives_one_record_sorted_by_name(records):
     assert [r.predictor for r in records] == [
         "always-five",
+        "fitted",
+        "forgetting",
         "kalavai-law",
+        "kalavai-law-refit",
+        "loss-matrix",
         "own-loss",
         "own-loss-bracket",
     ]
@@ -50,9 +55,12 @@ def test_every_predictor_that_applies_gives_one_record_sorted_by_name(records):
 
 def test_score_uses_the_reference_of_the_forecast(records):
     scored = score_forecasts(records, {"evidence": {"best_alone": 5.5, "best_specialist": 50.0}})
-    assert [r.actual for r in scored] == [5.5, 50.0, 50.0, 5.5]
+    assert {r.predictor: r.actual for r in scored} == {
+        r.predictor: {"best_alone": 5.5, "best_specialist": 50.0}[r.forecast.reference]
+        for r in records
+    }
     assert scored[0].is_inside is True
-    assert scored[1].is_inside is False
+    assert scored[3].is_inside is False
     assert records[0].actual is None
 
 
@@ -69,8 +77,17 @@ def test_an_outcome_must_be_a_number_and_measured(records):
 
 
 def test_a_record_survives_json(records):
-    for record in [*records, records[0].score(5.5)]:
+    piloted = replace(records[0], pilots=MATRIX)
+    for record in [*records, records[0].score(5.5), piloted]:
         assert parse_record(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_a_record_of_an_earlier_version_is_read(records):
+    value = records[0].to_json()
+    for name in ("group", "pilots"):
+        del value[name]
+    del value["forecast"]["floor"]
+    assert parse_record(value).group == ""
 
 
 @pytest.mark.parametrize("damage", ["losses", "forecast", "router"])
