@@ -1,4 +1,4 @@
-"""`molora coop`: make cooperatives."""
+"""`molora coop`: make cooperatives, change them, and advise on them."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from molora_cli.output import note, print_columns
 from molora_cli.progress import reporting
 
 app = typer.Typer(help="Cooperatives.", no_args_is_help=True, rich_markup_mode=None)
@@ -59,6 +60,7 @@ def create(
     seed: Annotated[int, typer.Option(help="Seed of base, training, routers and bootstraps.")] = 42,
 ) -> None:
     """Create a cooperative: its charter, base checkpoint, key and ledger."""
+    from molora_fed.adapters.layout import decoder_blocks
     from molora_fed.charter import (
         AdapterRules,
         Amendment,
@@ -67,6 +69,7 @@ def create(
         TrainingRules,
     )
     from molora_fed.founding import found_cooperative
+    from molora_fed.freezing import recommend_frozen_depth
     from molora_fed.options import find_cache_folder, parse_names
 
     amendment = Amendment(
@@ -98,4 +101,68 @@ def create(
     print(f"tokenizer    {made.tokenizer_fingerprint}")
     if made.training is not None:
         print(f"trained      {made.training['steps']} steps, {made.training['tokens']} tokens")
+    advice = recommend_frozen_depth(steps, len(decoder_blocks(made.model)[1]))
+    if (advice.frozen_depth == 0) != (frozen_depth == 0):
+        note(f"note: {advice.describe()} This cooperative freezes {frozen_depth}.")
     print(f"Serve it with `molora serve {cooperative.folder}`.")
+
+
+@app.command()
+def recommend(
+    steps: Annotated[int, typer.Option(min=1, help="Planned training steps of a specialist.")],
+    blocks: Annotated[
+        int, typer.Option(min=1, help="Decoder blocks of the base; the built-in base has 4.")
+    ] = 4,
+) -> None:
+    """Recommend how many blocks to freeze for a planned number of training steps."""
+    from molora_fed.freezing import recommend_frozen_depth
+
+    advice = recommend_frozen_depth(steps, blocks)
+    print(advice.describe())
+    options = f"--steps {steps} --frozen-depth {advice.frozen_depth}"
+    print(f"Create it with `molora coop create NAME {options}`.")
+
+
+@app.command()
+def amend(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+    setting: Annotated[
+        list[str],
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A key of [amendment], e.g. fusion.router=linear."
+        ),
+    ],
+) -> None:
+    """Sign the next amendment: what may change of a charter, without voiding anyone's signature."""
+    from molora_fed.amending import amend_by_settings
+    from molora_fed.cooperative import open_cooperative
+
+    amended, changes = amend_by_settings(open_cooperative(cooperative), setting)
+    number = amended.charter.amendment.number
+    if not changes:
+        print(f"Nothing changes: amendment {number} says so already.")
+        return
+    print(f"Amendment {number} of cooperative '{amended.charter.identity.name}' is signed.")
+    rows = [(each.key, str(each.before), str(each.after)) for each in changes]
+    print_columns(("key", "before", "now"), rows)
+    print(f"It counts from the next `molora serve {cooperative}` or `molora fuse` on.")
+
+
+@app.command()
+def withdraw(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+    contributor: Annotated[str, typer.Argument(help="The contributor's name.")],
+    reason: Annotated[str, typer.Option(help="Why, for the ledger's history.")] = "",
+) -> None:
+    """Take a contributor out, and delete what it gave; the others fuse again without training."""
+    from molora_fed.cooperative import open_cooperative
+    from molora_fed.withdrawal import withdraw_contributor
+
+    done = withdraw_contributor(open_cooperative(cooperative), contributor, reason=reason)
+    print(f"withdrawn    {contributor} ({done.domain}), contribution {done.contribution_id}")
+    print(f"deleted      {done.freed_bytes:,} bytes of its files and of the bank")
+    if done.retracted:
+        print("retracted    the published model that held it; copies elsewhere stay where they are")
+    print(f"still in     {', '.join(done.remaining) or 'nobody'}")
+    if done.remaining:
+        print(f"Fuse again with `molora fuse --cooperative {cooperative}`, or serve it.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from molora_fed.errors import BankError
 from molora_fed.files import canonical_json, hash_bytes, storage_errors
 
-__all__ = ["ColumnKey", "column_path", "make_scratch", "open_column", "write_rows"]
+__all__ = ["ColumnKey", "build_key", "column_path", "make_scratch", "open_column", "write_rows"]
 
 CODE_VERSION = 1  # raise whenever a change alters the numbers in a column
 
@@ -46,6 +46,38 @@ class ColumnKey:
         """SHA-256 of the key, lower-case hex."""
         parts = {**vars(self), "dtype": str(self.dtype), "version": CODE_VERSION}
         return hash_bytes(canonical_json(parts))
+
+
+def build_key(
+    name: str,
+    adapters: Sequence[str],
+    *,
+    base: str,
+    blocks: str,
+    dtype: torch.dtype,
+    batch: int,
+    depth: int,
+) -> ColumnKey:
+    """The key of a column, whatever of the arguments decides that column's numbers.
+
+    Args:
+        name: What it holds.
+        adapters: Hashes of the adapters it is computed from, in order.
+        base: Fingerprint of the base's weights.
+        blocks: Fingerprint of the blocks.
+        dtype: The model's dtype; log-probabilities and sums are float32 with any.
+        batch: Blocks per forward pass.
+        depth: Frozen depth K; only prefix states depend on it.
+    """
+    return ColumnKey(
+        name=name,
+        base=base,
+        adapters=tuple(adapters),
+        blocks=blocks,
+        dtype=torch.float32 if name in ("logprob", "sum") else dtype,
+        batch=batch,
+        depth=depth if name == "prefix" else -1,
+    )
 
 
 def column_path(folder: Path, key: ColumnKey) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
-from molora_fed.bank.columns import ColumnKey, column_path, open_column, write_rows
+from molora_fed.bank.columns import ColumnKey, build_key, column_path, open_column, write_rows
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError, StorageError
 from molora_fed.files import stream_bytes
@@ -156,15 +156,14 @@ class ColumnMaker:
 
     def key(self, name: str, adapters: Sequence[str]) -> ColumnKey:
         """The key of one of this maker's columns; `adapters` are hashes, "" is the base."""
-        dtype = torch.float32 if name in ("logprob", "sum") else self.dtype
-        return ColumnKey(
-            name=name,
+        return build_key(
+            name,
+            adapters,
             base=self.base.weights,
-            adapters=tuple(adapters),
             blocks=self.blocks.fingerprint,
-            dtype=dtype,
+            dtype=self.dtype,
             batch=self.batch,
-            depth=self.depth if name == "prefix" else -1,
+            depth=self.depth,
         )
 
     def path(self, name: str, adapters: Sequence[str]) -> Path:

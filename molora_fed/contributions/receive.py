@@ -25,6 +25,7 @@ from molora_fed.contributions.reading import LedgerEntry
 from molora_fed.contributions.states import ContributionState
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import AdapterError, AdmissionError, LedgerError
+from molora_fed.files import hash_bytes
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.types import Progress
 
@@ -35,6 +36,7 @@ __all__ = [
     "Receipt",
     "admit_pending",
     "check_announced",
+    "list_stored_files",
     "load_admitted",
     "load_stored",
     "receive_contribution",
@@ -160,17 +162,35 @@ def load_stored(entry: LedgerEntry, store: BlobStore) -> Contribution:
 
     Raises:
         StorageError: If a blob is missing or the disk refuses.
-        AdapterError: If it is not yet verified, so that files may be missing.
+        AdapterError: If it is not yet verified, so that files may be missing, or was withdrawn.
     """
     if entry.state == ContributionState.RECEIVED:
         raise AdapterError(
             f"Cannot open contribution {entry.id[:16]} of '{entry.contributor}': expected a "
             "verified one, got one whose files have not all arrived. Send it again."
         )
+    if entry.state == ContributionState.WITHDRAWN:
+        raise AdapterError(
+            f"Cannot open contribution {entry.id[:16]} of '{entry.contributor}': expected one that "
+            "is in the cooperative, got a withdrawn one, whose files are deleted. Leave it out."
+        )
+    for data in _write_signed(entry).values():
+        store.put_bytes(data)
+    return Contribution(store.put_folder(list_stored_files(entry)), entry.manifest, entry.signature)
+
+
+def list_stored_files(entry: LedgerEntry) -> dict[str, str]:
+    """Hash of every stored file of a contribution by its path in the contribution's folder."""
     files = {name: file.sha256 for name, file in entry.manifest.files.items()}
-    files[MANIFEST_FILE] = store.put_bytes(entry.canonical.encode())
-    files[SIGNATURE_FILE] = store.put_bytes(f"{entry.signature}\n".encode())
-    return Contribution(store.put_folder(files), entry.manifest, entry.signature)
+    return {**files, **{name: hash_bytes(data) for name, data in _write_signed(entry).items()}}
+
+
+def _write_signed(entry: LedgerEntry) -> dict[str, bytes]:
+    """The files that the ledger itself holds: manifest and signature."""
+    return {
+        MANIFEST_FILE: entry.canonical.encode(),
+        SIGNATURE_FILE: f"{entry.signature}\n".encode(),
+    }
 
 
 def check_announced(manifest: Manifest, charter: Charter, rules: SampleRules) -> None:

@@ -7,11 +7,18 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from molora_fed.errors import AdapterError, StorageError
-from molora_fed.files import canonical_json, hash_bytes, replace_folder, write_bytes, write_pieces
+from molora_fed.files import (
+    canonical_json,
+    hash_bytes,
+    replace_folder,
+    storage_errors,
+    write_bytes,
+    write_pieces,
+)
 
 __all__ = ["BlobStore"]
 
@@ -81,6 +88,10 @@ class BlobStore:
             pieces = _read_checked(path, expected=expected, max_bytes=max_bytes, what=what)
             write_pieces(target, pieces, mode=0o444)
 
+    def folder(self, files: Mapping[str, str]) -> Path:
+        """Where `put_folder` lays these files out, or would."""
+        return self.root / "folders" / hash_bytes(canonical_json(dict(files)))
+
     def put_folder(self, files: Mapping[str, str]) -> Path:
         """Lay stored blobs out as a folder, under their names.
 
@@ -94,7 +105,7 @@ class BlobStore:
         Raises:
             StorageError: If a blob is missing or the disk refuses; no folder is left behind.
         """
-        folder = self.root / "folders" / hash_bytes(canonical_json(dict(files)))
+        folder = self.folder(files)
         if folder.is_dir():
             return folder
         with replace_folder(folder) as temporary:
@@ -111,6 +122,30 @@ class BlobStore:
                 except OSError:  # A file system without hard links.
                     shutil.copyfile(self.path(sha), target)
         return folder
+
+    def discard(self, files: Mapping[str, str], *, keep: Collection[str] = ()) -> int:
+        """Delete files that were laid out as a folder, and the folder; done again, it goes on.
+
+        Args:
+            files: As given to `put_folder`.
+            keep: Hashes of blobs that something else still needs.
+
+        Returns:
+            Bytes of the blobs that are gone now.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+        freed = 0
+        with storage_errors(self.root):
+            # The folder first: its links would keep the bytes of deleted blobs.
+            if self.folder(files).is_dir():
+                shutil.rmtree(self.folder(files))
+            for path in [self.path(sha) for sha in sorted(set(files.values()) - set(keep))]:
+                if path.is_file():
+                    freed += path.stat().st_size
+                    path.unlink()
+        return freed
 
     def remove_leftovers(self) -> None:
         """Delete what a killed writer left half-written; call it only as the one writer."""
