@@ -80,7 +80,9 @@ def quantise(matrix: Tensor, bits: Bits, group: int) -> Quantised:
         # Rounded first, so that codes are chosen for the scale that will be read.
         scales = (largest * (clip / top)).bfloat16().float()
         codes = torch.where(scales > 0, parts / scales, 0.0).round().clamp(-top, top)
-        error = (parts - codes * scales).square().sum(dim=2, keepdim=True)
+        # In units of the group's largest number: squares of very large ones have no float32.
+        misses = torch.where(largest > 0, (parts - codes * scales) / largest, 0.0)
+        error = misses.square().sum(dim=2, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
         best_scales = torch.where(better, scales, best_scales)
