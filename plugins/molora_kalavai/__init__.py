@@ -57,6 +57,24 @@ def register_routers(register: Register) -> None:
         summary="Bayesian mixture of experts with nothing fitted",
         source="own derivation, see docs/routers.md",
     )
+    register(
+        "evidence-share",
+        "molora_kalavai.evidence_share:FixedShareRouter",
+        summary="Evidence with a fitted rate of switching experts within a document",
+        source="fixed share (Herbster and Warmuth 1998), see docs/routers.md",
+    )
+    register(
+        "evidence-hidden",
+        "molora_kalavai.evidence_hidden:EvidenceHiddenRouter",
+        summary="Evidence and hidden states' statistics, kept only where these help",
+        source="own derivation, see docs/routers.md",
+    )
+    register(
+        "statistics",
+        "molora_kalavai.statistics:StatisticsRouter",
+        summary="Linear discriminant of domains in closed form, two levels of covariance",
+        source="own derivation, see docs/routers.md",
+    )
 
 
 @hookimpl
@@ -109,6 +127,7 @@ def register_studies(register: Register) -> None:
         ("freeze", "freeze:FreezeStudy", "Frozen depth against the fusion gain"),
         ("heterogeneous", "heterogeneous:HeterogeneousStudy", "Contributors' different recipes"),
         ("maturity", "maturity:MaturityStudy", "Bases of several ages"),
+        ("published", "published:PublishedStudy", "Forecasts of the published runs, scored"),
         ("scaling", "scaling:ScalingStudy", "From two to five specialists"),
         ("shared-init", "shared_init:SharedInitStudy", "Contributors' different checkpoints"),
     ):

@@ -16,7 +16,15 @@ from molora_fed.types import Progress, Reading
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
 
-__all__ = ["EvidenceOptions", "EvidenceRouter", "ZeroOptions", "ZeroTrainingEvidenceRouter"]
+__all__ = [
+    "EvidenceOptions",
+    "EvidenceRouter",
+    "ZeroOptions",
+    "ZeroTrainingEvidenceRouter",
+    "accumulate_evidence",
+    "check_evidence",
+    "read_relative_evidence",
+]
 
 
 class ZeroOptions(RouterOptions):
@@ -77,14 +85,14 @@ class _EvidenceGates(OutputRouter):
 
     def _sums(self, view: RouterView, carry: Tensor | None = None) -> Tensor:
         """Discounted evidence at every decay, (B, T, E, K); `carry` is (B, E, K)."""
-        return _accumulate(view, self.decays, carry)
+        return accumulate_evidence(view, self.decays, carry)
 
     def _score(self, sums: Tensor) -> Tensor:
         return sums @ self.weights.to(sums.device) + self.prior.to(sums.device)
 
     def scores(self, view: RouterView) -> Tensor:
         """Log-posterior of each expert up to a constant, (B, T, E)."""
-        self._check_experts(view)
+        check_evidence(view, self.num_experts)
         return self._score(self._sums(view))
 
     def init_state(self, batch_size: int) -> RouterState:
@@ -94,17 +102,9 @@ class _EvidenceGates(OutputRouter):
 
     def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
         """Gates of the next positions, (B, t, E), and the state after them."""
-        self._check_experts(view)
+        check_evidence(view, self.num_experts)
         sums = self._sums(view, state["sums"].to(view.document_starts.device))
         return torch.softmax(self._score(sums), dim=-1), {"sums": sums[:, -1]}
-
-    def _check_experts(self, view: RouterView) -> None:
-        got = None if view.evidence is None else view.evidence.shape[-1]
-        if got != self.num_experts:
-            raise ShapeError(
-                f"Cannot route by evidence: expected evidence of {self.num_experts} experts, "
-                f"got {got or 'none'}. Use the experts it was fitted for."
-            )
 
 
 class ZeroTrainingEvidenceRouter(_EvidenceGates):
@@ -218,18 +218,54 @@ class EvidenceRouter(_EvidenceGates):
         return cls(num_experts, chosen, chosen.decays, tensors["weights"], tensors["prior"])
 
 
-def _accumulate(view: RouterView, decays: tuple[float, ...], carry: Tensor | None) -> Tensor:
-    """Discounted evidence, (B, T, E, K), relative to the experts' mean at each token.
+def check_evidence(view: RouterView, num_experts: int) -> None:
+    """Refuse a view whose evidence is of other experts.
 
-    Softmax does not see what all experts share; leaving it out keeps the sums small and exact.
+    Raises:
+        ShapeError: If it has none, or of another number of experts.
     """
-    evidence = view.evidence
-    if evidence is None:
+    got = None if view.evidence is None else view.evidence.shape[-1]
+    if got != num_experts:
+        raise ShapeError(
+            f"Cannot route by evidence: expected evidence of {num_experts} experts, "
+            f"got {got or 'none'}. Use the experts it was fitted for."
+        )
+
+
+def read_relative_evidence(view: RouterView) -> Tensor:
+    """Evidence less the experts' mean at each token, (B, T, E) float32.
+
+    Softmax does not see what all experts share; leaving it out keeps sums small and exact.
+
+    Raises:
+        RoutingError: If the view has none.
+    """
+    if view.evidence is None:
         raise RoutingError(
             "Cannot route by evidence: expected a view with evidence, got none. "
             "Build the bank with this reading."
         )
-    relative = evidence.float() - evidence.float().mean(dim=-1, keepdim=True)
+    evidence = view.evidence.float()
+    return evidence - evidence.mean(dim=-1, keepdim=True)
+
+
+def accumulate_evidence(
+    view: RouterView, decays: tuple[float, ...], carry: Tensor | None = None
+) -> Tensor:
+    """Discounted sums of relative evidence over the document so far.
+
+    Args:
+        view: B blocks with evidence.
+        decays: K factors per token.
+        carry: The sums before the first position, (B, E, K), when a text is continued.
+
+    Returns:
+        (B, T, E, K) float32.
+
+    Raises:
+        RoutingError: If the view has no evidence.
+    """
+    relative = read_relative_evidence(view)
     sums = [
         causal_sum(
             relative,

@@ -1,0 +1,217 @@
+"""Evidence with a switching rate: the expert that writes a document may change within it."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from molora_fed.errors import RoutingError, ShapeError
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
+from molora_fed.routing.fitting import check_calibration, compute_score_loss, fit_on_whole
+from molora_fed.types import Progress, Reading
+from molora_kalavai.evidence import check_evidence, read_relative_evidence
+
+if TYPE_CHECKING:
+    from molora_fed.bank import CalibrationBank
+
+__all__ = ["FixedShareRouter", "ShareOptions"]
+
+_LABEL = "evidence-share"
+_START_RATE = -5.0  # log-odds: a switch every 150 tokens
+_START_POWER = 2.0  # log-odds: evidence counts 0.88 of its face value
+
+
+class ShareOptions(RouterOptions):
+    """Options of the fixed-share router.
+
+    Attributes:
+        prior: Whether the experts' shares are fitted, which decide at a document's start and
+            after a switch; False leaves all experts equal.
+        iterations: Largest number of L-BFGS iterations.
+    """
+
+    prior: bool = True
+    iterations: int = Field(default=40, ge=1)
+
+
+class FixedShareRouter(OutputRouter):
+    """Bayes' rule for a writer who changes: a share of all belief goes back to the prior.
+
+    v_t(e) = w_t(e) p_e(x_t)^power, normalised; w_{t+1} = (1 - rate) v_t + rate * prior; gates are
+    w. With rate 0, power 1 and a uniform prior it is the zero-training evidence router.
+
+    Source: fixed share, Herbster and Warmuth 1998, shares going to the prior instead of the other
+    experts; bound in docs/routers.md.
+
+    Attributes:
+        rate: Probability of a switch after each token, () in [0, 1).
+        power: How much of its face value evidence counts, () in (0, 1].
+        log_prior: (E,), exponentials sum to 1.
+    """
+
+    Options: ClassVar[type[RouterOptions]] = ShareOptions
+
+    def __init__(
+        self,
+        num_experts: int,
+        options: ShareOptions,
+        rate: Tensor,
+        power: Tensor,
+        log_prior: Tensor,
+    ) -> None:
+        super().__init__(num_experts, options)
+        self.rate = rate
+        self.power = power
+        self.log_prior = log_prior
+
+    @classmethod
+    def reads(cls, options: RouterOptions) -> frozenset[Reading]:
+        """Evidence alone."""
+        return frozenset({"evidence"})
+
+    @classmethod
+    def fit(
+        cls,
+        bank: "CalibrationBank",
+        options: RouterOptions,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Fit on the whole bank, never worse there than the zero form; `seed` has no effect."""
+        check_calibration(bank)
+        chosen = _narrow(options)
+        features = bank.derive(_LABEL, _pack)
+        rate = torch.tensor(_START_RATE, device=bank.device)
+        power = torch.tensor(_START_POWER, device=bank.device)
+        prior = torch.zeros(bank.num_experts, device=bank.device)
+
+        def score(packed: Tensor) -> Tensor:
+            return _share(
+                *_unpack(packed),
+                functional.logsigmoid(rate),
+                functional.logsigmoid(-rate),
+                torch.sigmoid(power),
+                torch.log_softmax(prior, dim=-1),
+            )[0]
+
+        fit_on_whole(
+            # Evidence weighs distributions, and so it is fitted, a vocabulary's width cheaper.
+            bank.under_probability_mixture(),
+            features,
+            [rate, power, prior] if chosen.prior else [rate, power],
+            score,
+            iterations=chosen.iterations,
+            progress=progress,
+        )
+        log_prior = torch.log_softmax(prior, dim=-1)
+        fitted = cls(bank.num_experts, chosen, torch.sigmoid(rate), torch.sigmoid(power), log_prior)
+        zero = cls._zero(bank.num_experts, chosen, bank.device)
+        better = min(
+            (fitted, zero), key=lambda r: compute_score_loss(bank, features, r._score_packed)
+        )
+        return better
+
+    @classmethod
+    def _zero(cls, num_experts: int, options: ShareOptions, device: torch.device) -> Self:
+        """No switches, evidence at face value, all experts equal."""
+        rate, power = torch.zeros((), device=device), torch.ones((), device=device)
+        uniform = torch.log_softmax(torch.zeros(num_experts, device=device), dim=-1)
+        return cls(num_experts, options, rate, power, uniform)
+
+    def _score_packed(self, packed: Tensor) -> Tensor:
+        return self._run(*_unpack(packed))[0]
+
+    def _run(
+        self, evidence: Tensor, starts: Tensor, carry: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        rate, power, prior = (
+            t.to(evidence.device) for t in (self.rate, self.power, self.log_prior)
+        )
+        return _share(evidence, starts, rate.log(), torch.log1p(-rate), power, prior, carry)
+
+    def scores(self, view: RouterView) -> Tensor:
+        """Log-probability of each expert writing the next token, (B, T, E)."""
+        check_evidence(view, self.num_experts)
+        return self._run(read_relative_evidence(view), view.document_starts)[0]
+
+    def init_state(self, batch_size: int) -> RouterState:
+        """Log-probability of each expert writing the next token, (B, E)."""
+        return {"belief": self.log_prior.expand(batch_size, -1).clone()}
+
+    def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
+        """Gates of the next positions, (B, t, E), and the state after them."""
+        check_evidence(view, self.num_experts)
+        evidence = read_relative_evidence(view)
+        scores, belief = self._run(
+            evidence, view.document_starts, state["belief"].to(evidence.device)
+        )
+        return torch.softmax(scores, dim=-1), {"belief": belief}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Rate and power, (), and the log-prior, (E,)."""
+        return {"rate": self.rate, "power": self.power, "log_prior": self.log_prior}
+
+    @classmethod
+    def from_state(
+        cls, num_experts: int, options: RouterOptions, tensors: Mapping[str, Tensor]
+    ) -> Self:
+        """The router with these numbers.
+
+        Raises:
+            ShapeError: If one is missing or has another shape.
+        """
+        expected = {"rate": (), "power": (), "log_prior": (num_experts,)}
+        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if got != expected:
+            raise ShapeError(
+                f"Cannot load router '{_LABEL}': expected {expected}, got {got}. Fuse again."
+            )
+        return cls(num_experts, _narrow(options), **tensors)
+
+
+def _share(
+    evidence: Tensor,
+    starts: Tensor,
+    log_rate: Tensor,
+    log_stay: Tensor,
+    power: Tensor,
+    log_prior: Tensor,
+    carry: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-beliefs after each token, (B, T, E), and after the last, (B, E).
+
+    The recursion goes token by token: what is added each time rules out sums by doubling.
+    """
+    belief = log_prior.expand(len(evidence), -1) if carry is None else carry
+    arriving = log_rate + log_prior
+    beliefs = []
+    for now, start in zip(
+        (power * evidence).unbind(dim=1), starts.unsqueeze(-1).unbind(dim=1), strict=True
+    ):
+        posterior = torch.log_softmax(belief + now, dim=-1)
+        belief = torch.logaddexp(posterior + log_stay, arriving.expand_as(posterior))
+        belief = torch.where(start, log_prior, belief)
+        beliefs.append(belief)
+    return torch.stack(beliefs, dim=1), belief
+
+
+def _pack(view: RouterView) -> Tensor:
+    """Relative evidence with document starts as a last column, (B, T, E + 1)."""
+    starts = view.document_starts.unsqueeze(-1).float()
+    return torch.cat([read_relative_evidence(view), starts], dim=-1)
+
+
+def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    return packed[..., :-1], packed[..., -1] > 0
+
+
+def _narrow(options: RouterOptions) -> ShareOptions:
+    if not isinstance(options, ShareOptions):
+        raise RoutingError(
+            f"Cannot use router '{_LABEL}': expected ShareOptions, got "
+            f"{type(options).__name__}. Build the options with its Options class."
+        )
+    return options
