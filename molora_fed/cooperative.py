@@ -207,10 +207,11 @@ def amend_cooperative(
 
 
 def check_charter_names(charter: Charter, plugins: Plugins) -> None:
-    """Look up every name a charter uses, without loading what they stand for.
+    """Look up every name a charter uses; only a kind with options is loaded, to check them.
 
     Raises:
         UnknownNameError: If nobody registers a router, adapter kind or admission check.
+        AdapterError: If the kind refuses its options.
         CharterError: If `[amendment.training]` asks for an adapter that `[identity]` forbids.
     """
     rules, training = charter.identity.adapters, charter.amendment.training
@@ -228,6 +229,10 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
     if training.rank > rules.max_rank:
         problems.append((f"a training rank of at most {rules.max_rank}", str(training.rank)))
     _raise_problems(f"Cannot use charter '{charter.identity.name}'", problems)
+    if training.options:
+        from molora_fed.adapters.options import open_kind
+
+        open_kind(training.kind, training.options, plugins)
 
 
 def _check_suits_base(charter: Charter, base: "Base") -> None:

@@ -1,8 +1,10 @@
 """Values of command-line options that several commands share. Imports nothing heavy."""
 
 import os
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from molora_fed.errors import ConfigError
 
@@ -12,6 +14,7 @@ __all__ = [
     "find_cache_folder",
     "parse_data",
     "parse_names",
+    "parse_options",
     "parse_shard",
 ]
 
@@ -50,6 +53,27 @@ def parse_names(text: str) -> tuple[str, ...]:
             "Write them like python,science."
         )
     return tuple(dict.fromkeys(names))
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Options by name from KEY=VALUE; values are TOML, a bare word is text.
+
+    Raises:
+        ConfigError: If one is malformed, or a key comes twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, separator, value = (part.strip() for part in text.partition("="))
+        if not separator or not key or key in found:
+            raise ConfigError(
+                f"Cannot use option '{text}': expected KEY=VALUE with every key once, got "
+                "something else. Write it like precision=int8."
+            )
+        try:
+            found[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key] = value
+    return found
 
 
 def parse_data(values: Iterable[str]) -> dict[str, tuple[Path, ...]]:

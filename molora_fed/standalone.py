@@ -4,9 +4,10 @@ The federation's workers call the same functions of the core; here folders take 
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from molora_fed.base import Base, check_base, load_base
 from molora_fed.charter import Charter, load_charter
@@ -34,6 +35,7 @@ __all__ = [
     "Fused",
     "Terms",
     "Trained",
+    "admit_contributions",
     "check_choices",
     "fuse_contributions",
     "open_terms",
@@ -210,6 +212,7 @@ def train_contribution(
     *,
     name: str = "",
     kind: str | None = None,
+    options: Mapping[str, Any] | None = None,
     steps: int | None = None,
     seed: int | None = None,
     threads: int = 1,
@@ -225,6 +228,7 @@ def train_contribution(
         folder: Gets `adapter/`, `record.json`, `metrics.jsonl` and `contribution/`.
         name: Contributor's name; domain and start of the key if empty.
         kind: Adapter kind; the charter's if None.
+        options: Options of the kind; the charter's if None and the kind is the charter's.
         steps: Optimiser steps; the charter's if None.
         seed: Seed of training; the charter's if None.
         threads: Torch threads; kept in the training record.
@@ -242,6 +246,8 @@ def train_contribution(
     """
     charter = terms.charter
     rules = charter.amendment.training
+    if options is not None:
+        rules = rules.model_copy(update={"kind": kind or rules.kind, "options": dict(options)})
     if steps is not None:
         rules = rules.model_copy(update={"steps": steps})
     check_choices(terms, domain=corpus.domain, name=name, kind=kind)
@@ -286,6 +292,58 @@ def _find_contribution(folder: Path) -> Path:
     return inner if (inner / "manifest.json").is_file() else folder
 
 
+def admit_contributions(
+    cooperative: Cooperative,
+    folders: Sequence[Path],
+    *,
+    plugins: Plugins | None = None,
+    progress: Progress | None = None,
+) -> list[Receipt]:
+    """Receive contributions and judge them, without fusing: how a cooperative grows on folders.
+
+    Args:
+        cooperative: Whose charter, base and ledger count.
+        folders: Contributions, or folders of `train_contribution`.
+        plugins: Where checks and kinds are registered; the installed plugins by default.
+        progress: Receives blocks done while losses are measured.
+
+    Returns:
+        A receipt for each, in the order given; also for what is not admitted.
+
+    Raises:
+        LedgerError: If another process, such as a server, works on the cooperative.
+        MoloraError: Whatever `receive_contribution` refuses.
+    """
+    sources = [_find_contribution(folder) for folder in folders]
+    with cooperative.open_ledger() as ledger:
+        base = load_base(cooperative.base_folder)
+        check_base(base, cooperative.charter.identity.base)
+        return _receive(ledger, cooperative, base, sources, plugins or get_plugins(), progress)
+
+
+def _receive(
+    ledger: Ledger,
+    cooperative: Cooperative,
+    base: Base,
+    sources: Iterable[Path],
+    plugins: Plugins,
+    progress: Progress | None,
+) -> list[Receipt]:
+    return [
+        receive_contribution(
+            ledger,
+            cooperative.store,
+            source,
+            charter=cooperative.charter,
+            base=base,
+            plugins=plugins,
+            actor=ACTOR,
+            progress=progress,
+        )
+        for source in sources
+    ]
+
+
 def fuse_contributions(
     cooperative: Cooperative,
     folders: Sequence[Path],
@@ -320,20 +378,7 @@ def fuse_contributions(
         base = load_base(cooperative.base_folder)
         check_base(base, charter.identity.base)
         on_phase("admission")
-        receipts = [
-            receive_contribution(
-                ledger,
-                cooperative.store,
-                source,
-                charter=charter,
-                base=base,
-                plugins=plugins,
-                actor=ACTOR,
-                progress=progress,
-            )
-            for source in given.values()
-        ]
-        _check_admitted(receipts)
+        _check_admitted(_receive(ledger, cooperative, base, given.values(), plugins, progress))
         contributions = _choose(ledger, cooperative, given)
         contributed = [collect_contributed(contribution) for contribution in contributions]
         if contributed:

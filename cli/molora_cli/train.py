@@ -22,6 +22,10 @@ def train(
     kind: Annotated[
         str | None, typer.Option(help="Adapter kind; the charter's if not given.")
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Option of the kind, KEY=VALUE, e.g. precision=int8; repeatable."),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps; the charter's if not given.")
     ] = None,
@@ -44,7 +48,7 @@ def train(
 ) -> None:
     """Train a specialist and sign a contribution made of it; nothing is sent."""
     from molora_fed.contributions.building import describe_outgoing
-    from molora_fed.options import count_cores, parse_shard
+    from molora_fed.options import count_cores, parse_options, parse_shard
     from molora_fed.reporting.summary import build_outgoing_table
     from molora_fed.standalone import (
         check_choices,
@@ -54,6 +58,7 @@ def train(
     )
 
     share = parse_shard(shard)
+    options = parse_options(option) if option else None
     with reporting("loading the base") as progress:
         terms = open_terms(cooperative, base_folder=base)
         check_choices(terms, domain=domain, name=name, kind=kind)
@@ -67,6 +72,7 @@ def train(
             out,
             name=name,
             kind=kind,
+            options=options,
             steps=steps,
             seed=seed,
             threads=threads or count_cores(),

@@ -37,6 +37,14 @@ def test_amendments_never_change_the_identity(steps, number):
     )
 
 
+def test_options_of_the_kind_are_kept_and_an_amendment_without_any_reads_as_before(tmp_path):
+    assert "options" not in TrainingRules().model_dump(mode="json")
+    training = TrainingRules(options={"precision": "int4", "targets": ["q_proj"]})
+    charter = CHARTER.model_copy(update={"amendment": Amendment(training=training)})
+    write_charter(charter, tmp_path / "cooperative.toml")
+    assert load_charter(tmp_path) == charter
+
+
 def test_any_change_of_the_identity_changes_its_hash():
     other = Identity(name="coop", base=BASE.model_copy(update={"weights": "c" * 64}))
     assert Charter(identity=other).identity_hash != CHARTER.identity_hash

@@ -18,7 +18,13 @@ from molora_fed.charter import (
 from molora_fed.contributions.ledger import Ledger
 from molora_fed.contributions.states import CooperativeState
 from molora_fed.cooperative import amend_cooperative, create_cooperative, open_cooperative
-from molora_fed.errors import CharterError, LedgerError, SignatureError, UnknownNameError
+from molora_fed.errors import (
+    AdapterError,
+    CharterError,
+    LedgerError,
+    SignatureError,
+    UnknownNameError,
+)
 from molora_fed.plugins import load_plugins
 
 
@@ -174,6 +180,11 @@ def test_amending_needs_the_coordinators_key(create, plugins):
         ({"corpus": CorpusRules(block_size=100_000)}, CharterError, "positions, got 100000"),
         ({"adapters": AdapterRules(kinds=("lorra",))}, UnknownNameError, "'lora'"),
         ({"adapters": AdapterRules(kinds=("lora",))}, CharterError, "among lora, got svd"),
+        (
+            {"amendment": Amendment(training=TrainingRules(options={"precison": "int4"}))},
+            AdapterError,
+            "options of kind 'svd'.*precison",
+        ),
         (
             {"amendment": Amendment(fusion=FusionRules(compare=("linea",)))},
             UnknownNameError,

@@ -13,6 +13,7 @@ from molora_fed.base import load_base
 from molora_fed.charter import AdapterRules, TrainingRules
 from molora_fed.control import train_monolithic
 from molora_fed.errors import AdapterError, TrainingError, UnknownNameError
+from molora_fed.evaluation import compute_block_losses
 from molora_fed.specialists import load_specialist
 from molora_fed.training import CHECKPOINT_NAME
 from molora_fed.types import Split
@@ -106,6 +107,40 @@ def test_finished_training_is_loaded_not_repeated(base, tmp_path):
     again = train_counting(base, tmp_path, threads=2, progress=lambda *a, **f: calls.append(a))
     assert again.record == first.record == load_specialist(tmp_path).record
     assert calls == []
+
+
+def test_options_of_the_kind_decide_what_is_trained_and_shipped(base, tmp_path):
+    training = TRAINING.model_copy(
+        update={"kind": "svd", "options": {"precision": "int4", "targets": "attention"}}
+    )
+    small = train_counting(base, tmp_path / "small", training=training)
+    plain = train_counting(base, tmp_path / "plain")
+    adapter = load_adapter(small.adapter_folder)
+    assert all(".attention." in name for name in adapter.updates)
+    assert small.record["options"] == training.options and "options" not in plain.record
+    assert small.record["adapter_bytes"] < plain.record["adapter_bytes"]
+    with applied(base.model, adapter) as model:  # The stated loss is of what is shipped.
+        blocks = build_blocks(Split.VALIDATION, 8, seed=2)
+        losses = compute_block_losses(model, blocks.tokens, batch=16)
+    assert small.loss == pytest.approx(float(losses.double().mean()), abs=1e-12)
+    with pytest.raises(TrainingError, match="differs in options"):
+        train_counting(
+            base,
+            tmp_path / "small",
+            training=training.model_copy(update={"options": {"precision": "int8"}}),
+        )
+
+
+def test_options_of_the_charter_s_kind_are_not_another_kind_s(base, tmp_path):
+    training = TRAINING.model_copy(update={"kind": "svd", "options": {"budget_bytes": 9000}})
+    assert "options" not in train_counting(base, tmp_path, kind="delta", training=training).record
+
+
+def test_unknown_options_are_refused_before_training(base, tmp_path):
+    training = TRAINING.model_copy(update={"kind": "svd", "options": {"bits": 4}})
+    with pytest.raises(AdapterError, match=r"options of kind 'svd'.*bits"):
+        train_counting(base, tmp_path, training=training)
+    assert not (tmp_path / CHECKPOINT_NAME).exists()
 
 
 def test_folder_of_another_training_is_refused(base, tmp_path):
