@@ -7,7 +7,14 @@ imports neither torch nor the rooms.
 import inspect
 from typing import Any
 
-__all__ = ["check_adapter_kind", "check_callable", "check_router", "check_study"]
+__all__ = [
+    "check_adapter_kind",
+    "check_adapter_router",
+    "check_callable",
+    "check_operator",
+    "check_router",
+    "check_study",
+]
 
 _ROUTER_METHODS = (
     "reads", "fit", "scores", "gates", "init_state", "step", "reorder", "state_tensors",
@@ -51,6 +58,28 @@ def check_study(target: Any) -> str | None:
     missing = [n for n in ("plan", "summarise") if not callable(getattr(target, n, None))]
     if missing:
         return f"expected the class methods {', '.join(missing)}, got none of these"
+    options = getattr(target, "Options", None)
+    if not inspect.isclass(options) or not hasattr(options, "model_validate"):
+        return "expected a pydantic model as attribute 'Options'"
+    return None
+
+
+def check_adapter_router(target: Any) -> str | None:
+    """Say what is wrong with an adapter router class, or None."""
+    return _check_class(target, ("build", "reads", "forward", "set_progress", "reset_slot"))
+
+
+def check_operator(target: Any) -> str | None:
+    """Say what is wrong with a lifecycle operator class, or None."""
+    return _check_class(target, ("apply",))
+
+
+def _check_class(target: Any, methods: tuple[str, ...]) -> str | None:
+    if not inspect.isclass(target):
+        return f"expected a class, got {type(target).__name__}"
+    missing = [name for name in methods if not callable(getattr(target, name, None))]
+    if missing:
+        return f"expected the methods {', '.join(missing)}, got none of these"
     options = getattr(target, "Options", None)
     if not inspect.isclass(options) or not hasattr(options, "model_validate"):
         return "expected a pydantic model as attribute 'Options'"

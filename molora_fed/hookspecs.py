@@ -65,3 +65,18 @@ def register_merges(register: Register) -> None:
 @hookspec
 def register_studies(register: Register) -> None:
     """Register studies: subclasses of `molora_fed.studies.contract.Study`."""
+
+
+@hookspec
+def register_adapter_routers(register: Register) -> None:
+    """Register adapter routers: subclasses of `molora_fed.population.contract.AdapterRouter`."""
+
+
+@hookspec
+def register_fitness_scopes(register: Register) -> None:
+    """Register fitness scopes: callables `(LossTable) -> Fitness`."""
+
+
+@hookspec
+def register_lifecycle_operators(register: Register) -> None:
+    """Register operators: subclasses of `molora_fed.population.contract.LifecycleOperator`."""

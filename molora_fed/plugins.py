@@ -48,6 +48,15 @@ class Plugins:
     )
     merges: Registry = field(default_factory=lambda: Registry("merge", contracts.check_callable))
     studies: Registry = field(default_factory=lambda: Registry("study", contracts.check_study))
+    adapter_routers: Registry = field(
+        default_factory=lambda: Registry("adapter router", contracts.check_adapter_router)
+    )
+    fitness_scopes: Registry = field(
+        default_factory=lambda: Registry("fitness scope", contracts.check_callable)
+    )
+    lifecycle_operators: Registry = field(
+        default_factory=lambda: Registry("lifecycle operator", contracts.check_operator)
+    )
     failures: list[PluginError] = field(default_factory=list)
 
     def registries(self) -> dict[str, Registry]:

@@ -1,0 +1,1 @@
+"""Populations of low-rank adapters: mixed inside the layers, measured, and evolved."""
