@@ -52,6 +52,7 @@ class BaseSettings(_Settings):
         init_std: Standard deviation of initial weights.
         seed: Of weights and data order.
         block_size: T.
+        threads: Torch threads, which decide the last bits; one is fastest where cores are busy.
     """
 
     source: str = "builtin"
@@ -66,6 +67,8 @@ class BaseSettings(_Settings):
     init_std: float = 0.06
     seed: int = 42
     block_size: int = 128
+    # Left out where usual: keys of bases from before there was a choice do not know of it.
+    threads: int = Field(default=2, ge=1, exclude_if=lambda threads: threads == 2)
 
 
 class SpecialistSettings(_Settings):

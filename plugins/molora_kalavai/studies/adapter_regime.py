@@ -115,7 +115,7 @@ _PAPER = {**_ATTENTION, "learning_rate": 2e-4}
 
 SMALL = Size(
     label="D=192",
-    base={"hidden": 192, "layers": 4, "steps": 2000, "learning_rate": 2e-3},
+    base={"hidden": 192, "layers": 4, "steps": 2000, "learning_rate": 2e-3, "threads": 1},
     specialist={"steps": 400},
     screened=(
         *_svd(8, 32, 64, 192, precisions=("float32", "int8", "int4")),
@@ -156,6 +156,7 @@ LARGE = Size(
         "steps": 400,
         "learning_rate": 1e-3,
         "init_std": 0.02,
+        "threads": 1,
     },
     specialist={"steps": 100, "learning_rate": 3e-4, "validate_every": 25},
     fusion={"calibration": 40, "held_out": 56},
