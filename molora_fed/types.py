@@ -81,11 +81,13 @@ class Case:
             Empty if unknown.
         pilots: Losses of specialists after a small share of the steps, under the same names;
             None without pilots.
+        is_extrapolated: Whether `losses` are extrapolated from the pilots, not measured.
     """
 
     losses: LossMatrix
     group: str = ""
     pilots: LossMatrix | None = None
+    is_extrapolated: bool = False
 
 
 @dataclass(frozen=True)

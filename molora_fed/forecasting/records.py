@@ -22,6 +22,8 @@ __all__ = [
     "score_forecasts",
 ]
 
+CALIBRATION = "calibration"
+
 
 @dataclass(frozen=True)
 class ForecastRecord:
@@ -36,6 +38,8 @@ class ForecastRecord:
         created: When, ISO 8601 with time zone.
         group: The condition without its seed; empty in records of earlier versions.
         pilots: Losses after a small share of the steps, if it was made from these.
+        stage: What was known: "pilots" before training, "contributions" before fusing, or
+            "calibration" losses in a fusion before its routers are fitted.
         actual: The gain that came out, percent against `forecast.reference`; None before.
     """
 
@@ -48,6 +52,7 @@ class ForecastRecord:
     actual: float | None = None
     group: str = ""
     pilots: LossMatrix | None = None
+    stage: str = CALIBRATION
 
     def score(self, actual: float) -> "ForecastRecord":
         """The record with its outcome.
@@ -91,6 +96,7 @@ class ForecastRecord:
             "inside": self.is_inside,
             "floor": self.forecast.floor,
             "verdict": self.forecast.verdict,
+            "stage": self.stage,
             "note": self.forecast.note,
             "created": self.created,
         }
@@ -160,6 +166,7 @@ def make_forecasts(
     plugins: Plugins,
     *,
     past: Sequence[Outcome] = (),
+    stage: str = CALIBRATION,
     now: datetime | None = None,
 ) -> list[ForecastRecord]:
     """Ask every registered gain predictor, before the outcome is known.
@@ -169,6 +176,7 @@ def make_forecasts(
         router: The router whose gain is predicted.
         plugins: Where the predictors are registered.
         past: Outcomes known before; those of the case's own group are left out.
+        stage: What is known, see `ForecastRecord`.
         now: Time of the forecast; the present if None.
 
     Returns:
@@ -188,6 +196,7 @@ def make_forecasts(
             created=created,
             group=case.group,
             pilots=case.pilots,
+            stage=stage,
         )
         for name, forecast in ask_predictors(case, past, plugins).items()
         if forecast is not None

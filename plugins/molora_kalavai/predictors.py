@@ -6,6 +6,7 @@ scores and what the levels do not promise.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from molora_fed.forecasting.groups import (
     Fit,
@@ -40,8 +41,11 @@ Groups = list[list[Outcome]]
 
 
 def gather_evidence(case: Case, past: Sequence[Outcome]) -> Groups:
-    """The groups a forecast of the case may rest on."""
-    own = group_outcomes(past)
+    """The groups a forecast of the case may rest on.
+
+    Own outcomes are evidence for cases known as they were: from pilots, or from final losses.
+    """
+    own = group_outcomes(o for o in past if o.case.is_extrapolated == case.is_extrapolated)
     if len(own) >= ENOUGH_GROUPS:
         return own
     return group_outcomes(leave_out_group(case, list_published_outcomes())) + own
@@ -63,7 +67,13 @@ def _describe(groups: Groups, level: float, how: str) -> str:
     )
 
 
-def _build(point: float | None, interval: Interval, note: str, floor: float) -> Forecast:
+def _build(
+    case: Case, groups: Groups, point: float | None, interval: Interval, note: str, floor: float
+) -> Forecast:
+    is_alike = all(o.case.is_extrapolated == case.is_extrapolated for g in groups for o in g)
+    if not is_alike:
+        note = "No interval: too few outcomes of pilots are known."
+        return Forecast("best_specialist", point, None, None, None, note, floor)
     return Forecast(
         "best_specialist", point, interval.low, interval.high, interval.level, note, floor
     )
@@ -77,7 +87,8 @@ def _predict_fixed(case: Case, past: Sequence[Outcome], model: Model) -> Forecas
     residuals = compute_group_residuals(groups, [model] * len(groups), "best_specialist")
     point = model(case)
     interval = compute_interval(point, residuals)
-    return _build(point, interval, _describe(groups, interval.level, "nothing is fitted"), 0.0)
+    note = _describe(groups, interval.level, "nothing is fitted")
+    return _build(case, groups, point, interval, note, 0.0)
 
 
 def _predict_fitted(case: Case, past: Sequence[Outcome], fit: Fit, how: str) -> Forecast | None:
@@ -85,7 +96,7 @@ def _predict_fitted(case: Case, past: Sequence[Outcome], fit: Fit, how: str) -> 
         return None
     groups = gather_evidence(case, past)
     point, interval = fit_and_forecast(case, groups, fit, "best_specialist")
-    return _build(point, interval, _describe(groups, interval.level, how), 0.0)
+    return _build(case, groups, point, interval, _describe(groups, interval.level, how), 0.0)
 
 
 def _predict_law(case: Case, past: Sequence[Outcome], law: tuple[float, float]) -> Forecast | None:
@@ -104,7 +115,7 @@ def _predict_law(case: Case, past: Sequence[Outcome], law: tuple[float, float]) 
     interval = compute_interval(point, compute_group_residuals(groups, models, "best_specialist"))
     how = "the line has seen the published ones, so their residuals are of refits without each"
     note = _describe(groups, interval.level, how)
-    return _build(point, interval, note, -law[1] / law[0])
+    return _build(case, groups, point, interval, note, -law[1] / law[0])
 
 
 def predict_kalavai_law(case: Case, past: Sequence[Outcome]) -> Forecast | None:
@@ -225,7 +236,8 @@ def predict_own_loss_bracket(case: Case, past: Sequence[Outcome]) -> Forecast | 
         past: Outcomes of other groups.
 
     Returns:
-        The bracket without a point; None with specialists of fewer than two domains.
+        The bracket without a point; None with specialists of fewer than two domains, or without
+        evidence.
 
     Source: own derivation, see docs/forecasts.md.
     """
@@ -235,7 +247,8 @@ def predict_own_loss_bracket(case: Case, past: Sequence[Outcome]) -> Forecast | 
     outside = [max(_measure_outside(outcome) for outcome in group) for group in groups]
     interval = compute_interval(_bracket(case), outside)
     note = _describe(groups, interval.level, "widened by the furthest any of them lay outside")
-    return Forecast("best_alone", None, interval.low, interval.high, interval.level, note, 0.0)
+    found = _build(case, groups, None, interval, note, 0.0)
+    return None if found.level is None else replace(found, reference="best_alone")
 
 
 def _bracket(case: Case) -> tuple[float, float]:

@@ -1,0 +1,162 @@
+"""Forecasts that were recorded, and how good they were.
+
+Records lie in the ledgers of cooperatives and in the `forecasts.json` that every fusion writes.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from molora_fed.contributions.reading import LedgerReader
+from molora_fed.errors import ConfigError
+from molora_fed.forecasting.records import CALIBRATION, ForecastRecord, parse_record
+from molora_fed.forecasting.scoring import Score, ScoredForecast, score_all
+from molora_fed.types import Case, Outcome, Reference
+
+__all__ = ["History", "build_history", "collect_outcomes", "find_records"]
+
+LEDGER_FILE = "ledger.db"
+RECORDS_FILE = "forecasts.json"
+MAX_BYTES = 64 * 2**20
+_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class History:
+    """What became of recorded forecasts.
+
+    Attributes:
+        scored: Forecasts with an outcome, by predictor and stage.
+        scores: Their scores, by the same.
+        waiting: Number of forecasts without an outcome.
+    """
+
+    scored: dict[tuple[str, str], list[ScoredForecast]]
+    scores: dict[tuple[str, str], Score]
+    waiting: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "predictors": [
+                {"predictor": name, "stage": stage, **score.to_json()}
+                for (name, stage), score in self.scores.items()
+            ],
+            "waiting": self.waiting,
+        }
+
+
+def find_records(paths: Iterable[Path]) -> list[ForecastRecord]:
+    """Read all recorded forecasts, in the order in which they were made.
+
+    Args:
+        paths: Cooperatives, folders of fusions, or folders that hold such, up to four levels deep.
+
+    Returns:
+        Records with their outcome where there is one; one found twice is read once.
+
+    Raises:
+        ConfigError: If a path does not exist or holds none, or a record is malformed.
+        LedgerError: If a ledger cannot be read.
+    """
+    found: dict[str, ForecastRecord] = {}
+    for path in paths:
+        records = [record for source in _find_sources(path) for record in _read(source)]
+        if not records:
+            raise ConfigError(
+                f"Cannot read forecasts of '{path}': expected a cooperative, a fusion's folder or "
+                "a folder with such in it, got no recorded forecast there. Check the path."
+            )
+        for record in records:
+            key = json.dumps(replace(record, actual=None).to_json(), sort_keys=True)
+            if key not in found or found[key].actual is None:
+                found[key] = record
+    return sorted(found.values(), key=lambda record: (record.created, record.predictor))
+
+
+def _find_sources(path: Path) -> list[Path]:
+    patterns = ["/".join(["*"] * depth) for depth in range(1, _DEPTH + 1)]
+    folders = [path, *(inner for p in patterns for inner in sorted(path.glob(p)))]
+    files = [folder / name for folder in folders for name in (LEDGER_FILE, RECORDS_FILE)]
+    return [file for file in files if file.is_file()]
+
+
+def _read(source: Path) -> list[ForecastRecord]:
+    if source.name == LEDGER_FILE:
+        with LedgerReader(source) as ledger:
+            records, identity = ledger.records("forecast"), ledger.identity_hash
+        read = []
+        for record in records:
+            parsed = parse_record(record.data)
+            group = parsed.group or identity
+            outcome = record.outcome
+            actual = None if outcome is None else outcome.get("actual")
+            read.append(replace(parsed, group=group, actual=actual))
+        return read
+    try:
+        if source.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        values = json.loads(source.read_bytes())
+        if not isinstance(values, list):
+            raise ValueError(type(values).__name__)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"Cannot read forecasts of '{source}': expected a JSON list of records, got {error}. "
+            "Fuse again, or leave the folder out."
+        ) from error
+    # An earlier version kept no group: the folder stands for its cooperative.
+    parsed_all = [parse_record(value) for value in values]
+    return [replace(r, group=r.group or str(source.parent.resolve())) for r in parsed_all]
+
+
+def build_history(records: Sequence[ForecastRecord]) -> History:
+    """Score recorded forecasts by predictor and stage.
+
+    Of one predictor's forecasts at one stage from the same losses, made again by an interrupted
+    run, the first counts.
+    """
+    scored: dict[tuple[str, str], list[ScoredForecast]] = {}
+    seen = set()
+    for record in records:
+        if record.actual is None:
+            continue
+        repeated = json.dumps(
+            [record.predictor, record.stage, record.router, record.group,
+             record.to_json()["losses"], record.actual],
+            sort_keys=True,
+        )  # fmt: skip
+        if repeated in seen:
+            continue
+        seen.add(repeated)
+        forecast = record.forecast
+        scored.setdefault((record.predictor, record.stage), []).append(
+            ScoredForecast(
+                record.group, forecast.point, forecast.low, forecast.high, forecast.level,
+                record.actual,
+            )
+        )  # fmt: skip
+    ordered = dict(sorted(scored.items()))
+    return History(
+        scored=ordered,
+        scores={key: score_all(found) for key, found in ordered.items()},
+        waiting=sum(record.actual is None for record in records),
+    )
+
+
+def collect_outcomes(records: Sequence[ForecastRecord]) -> list[Outcome]:
+    """Past outcomes that the scored records of fusions tell of, as evidence for new forecasts."""
+    gains: dict[str, dict[Reference, float]] = {}
+    cases: dict[str, Case] = {}
+    for record in records:
+        if record.actual is None or record.stage != CALIBRATION:
+            continue
+        key = json.dumps([record.group, record.router, record.to_json()["losses"]], sort_keys=True)
+        cases[key] = Case(record.losses, record.group)
+        gains.setdefault(key, {})[record.forecast.reference] = record.actual
+    return [
+        Outcome(cases[key], found)
+        for key, found in gains.items()
+        if {"best_alone", "best_specialist"} <= set(found)
+    ]
