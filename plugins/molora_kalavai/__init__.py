@@ -128,6 +128,8 @@ def register_studies(register: Register) -> None:
         ("heterogeneous", "heterogeneous:HeterogeneousStudy", "Contributors' different recipes"),
         ("maturity", "maturity:MaturityStudy", "Bases of several ages"),
         ("published", "published:PublishedStudy", "Forecasts of the published runs, scored"),
+        ("monolithic", "monolithic:MonolithicStudy", "Pooling the data instead, at equal cost"),
+        ("routers", "routers:RoutersStudy", "Every router and every baseline in one table"),
         ("scaling", "scaling:ScalingStudy", "From two to five specialists"),
         ("shared-init", "shared_init:SharedInitStudy", "Contributors' different checkpoints"),
     ):
