@@ -21,6 +21,7 @@ __all__ = [
     "LedgerError",
     "MoloraError",
     "PluginError",
+    "PopulationError",
     "PortTakenError",
     "RoutingError",
     "ServerUnreachableError",
@@ -137,6 +138,12 @@ class BankError(RoutingError):
     """A bank lacks a column, or one does not belong to it."""
 
     exit_code = 32
+
+
+class PopulationError(MoloraError, ValueError):
+    """A population is malformed, does not fit its base, or cannot be evolved this way."""
+
+    exit_code = 40
 
 
 class FederationError(MoloraError, RuntimeError):
