@@ -123,6 +123,8 @@ def register_studies(register: Register) -> None:
     """Register studies of the paper's claims."""
     for name, target, summary in (
         ("adapter-regime", "adapter_regime:AdapterRegimeStudy", "Adapters' bytes against gain"),
+        ("collapse", "collapse:CollapseStudy", "How often each router loses a domain"),
+        ("cross-lingual", "cross_lingual:CrossLingualStudy", "Languages the base never saw"),
         ("duration", "duration:DurationStudy", "Training length, with and without frozen blocks"),
         ("freeze", "freeze:FreezeStudy", "Frozen depth against the fusion gain"),
         ("heterogeneous", "heterogeneous:HeterogeneousStudy", "Contributors' different recipes"),
