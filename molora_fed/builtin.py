@@ -50,6 +50,21 @@ def register_domains(register: Register) -> None:
             summary=f"Manual pages in {language}, where this machine has them",
             source=_OWN,
         )
+    for name, attribute, summary in (
+        ("library-concurrency", "read_concurrency", "Python's library for concurrent programs"),
+        ("library-network", "read_network", "Python's library for networks and their formats"),
+        ("library-tools", "read_tools", "Python's library for programs about programs"),
+        ("headers-c10", "read_headers_of_c10", "C++ headers of torch's core library"),
+        ("headers-python", "read_headers_of_python", "C headers of Python"),
+        ("docstrings-matplotlib", "read_matplotlib", "Docstrings of matplotlib"),
+        ("docstrings-networkx", "read_networkx", "Docstrings of networkx"),
+        ("docstrings-ray", "read_ray", "Docstrings of Ray"),
+        ("docstrings-sqlalchemy", "read_sqlalchemy", "Docstrings of SQLAlchemy"),
+        ("docstrings-sympy", "read_sympy", "Docstrings of SymPy"),
+        ("docstrings-torch", "read_torch", "Docstrings of torch"),
+        ("docstrings-transformers", "read_transformers", "Docstrings of transformers"),
+    ):
+        register(name, f"molora_fed.corpus.areas:{attribute}", summary=summary, source=_OWN)
 
 
 @hookimpl

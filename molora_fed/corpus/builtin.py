@@ -15,10 +15,15 @@ from molora_fed.types import Document
 __all__ = [
     "MIN_CHARACTERS",
     "choose_documents",
+    "is_sized",
+    "list_sources",
     "read_cpp",
+    "read_docstrings",
+    "read_headers",
     "read_python",
     "read_readme",
     "read_science",
+    "read_sources",
 ]
 
 DOMAIN_CHARACTERS = 3_200_000
@@ -45,7 +50,7 @@ _SCIENCE_SOURCE_CHARACTERS = 10_000_000
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def _list_sources(root: Path, suffixes: Sequence[str], excluded: frozenset[str]) -> list[Path]:
+def list_sources(root: Path, suffixes: Sequence[str], excluded: frozenset[str]) -> list[Path]:
     """Files below a folder with these endings, by relative path, excluded folders left out."""
     return sorted(
         (
@@ -59,7 +64,7 @@ def _list_sources(root: Path, suffixes: Sequence[str], excluded: frozenset[str])
     )
 
 
-def _read_sources(root: Path, paths: Iterable[Path]) -> Iterator[Document]:
+def read_sources(root: Path, paths: Iterable[Path]) -> Iterator[Document]:
     """Documents named by relative path; files that are not UTF-8 are passed over."""
     for path in paths:
         try:
@@ -70,14 +75,19 @@ def _read_sources(root: Path, paths: Iterable[Path]) -> Iterator[Document]:
 
 
 def choose_documents(
-    documents: Sequence[Document], domain: str, where: object
+    documents: Sequence[Document],
+    domain: str,
+    where: object,
+    *,
+    characters: int = DOMAIN_CHARACTERS,
 ) -> Iterator[Document]:
-    """About `DOMAIN_CHARACTERS` of a domain, spread evenly over it.
+    """As much as is wanted of a domain, spread evenly over it.
 
     Args:
         documents: All documents of the domain, in a fixed order.
         domain: Domain name, for the message.
         where: Where was searched, for the message.
+        characters: About how much to take.
 
     Raises:
         CorpusError: If there are no documents at all.
@@ -88,10 +98,11 @@ def choose_documents(
             "Choose another domain or give your own files."
         )
     sizes = [len(document.text) for document in documents]
-    return iter(choose_evenly(documents, sizes, DOMAIN_CHARACTERS))
+    return iter(choose_evenly(documents, sizes, characters))
 
 
-def _is_sized(path: Path) -> bool:
+def is_sized(path: Path) -> bool:
+    """Whether a file is worth a document, and not so large that it is most likely a table."""
     return MIN_CHARACTERS <= path.stat().st_size <= MAX_CHARACTERS
 
 
@@ -102,29 +113,36 @@ def read_python() -> Iterator[Document]:
         CorpusError: If this Python has no library source on disk.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [p for p in _list_sources(root, (".py",), _PYTHON_EXCLUDED) if _is_sized(p)]
+    paths = [p for p in list_sources(root, (".py",), _PYTHON_EXCLUDED) if is_sized(p)]
     chosen = choose_evenly(paths, [path.stat().st_size for path in paths], DOMAIN_CHARACTERS)
-    return choose_documents(list(_read_sources(root, chosen)), "python", root)
+    return choose_documents(list(read_sources(root, chosen)), "python", root)
+
+
+def read_headers(root: Path) -> list[Document]:
+    """C and C++ headers below a folder, of 400 to 32,000 characters each, none of them generated.
+
+    What wheels of torch wrap every header in is left out.
+    """
+    paths = [p for p in list_sources(root, _CPP_SUFFIXES, frozenset()) if is_sized(p)]
+    return [
+        Document(document.name, _TORCH_GUARD.sub("", document.text))
+        for document in read_sources(root, paths)
+        if not _GENERATED.search(document.text, 0, _GENERATED_WITHIN)
+    ]
 
 
 def read_cpp() -> Iterator[Document]:
-    """C++ headers shipped with torch, of 400 to 32,000 characters each, none of them generated.
+    """C++ headers shipped with torch, see `read_headers`.
 
     Raises:
         CorpusError: If torch ships no headers here.
     """
     # Not imported: a folder is all that is needed, and importing torch takes seconds.
     root = Path(sysconfig.get_path("platlib")) / "torch" / "include"
-    paths = [p for p in _list_sources(root, _CPP_SUFFIXES, frozenset()) if _is_sized(p)]
-    documents = [
-        Document(document.name, _TORCH_GUARD.sub("", document.text))
-        for document in _read_sources(root, paths)
-        if not _GENERATED.search(document.text, 0, _GENERATED_WITHIN)
-    ]
-    return choose_documents(documents, "cpp", root)
+    return choose_documents(read_headers(root), "cpp", root)
 
 
-def _read_docstrings(source: Document) -> Iterator[Document]:
+def read_docstrings(source: Document) -> Iterator[Document]:
     """Docstrings of one source file, of at least `MIN_CHARACTERS`; none if it does not parse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other people's escape sequences
@@ -152,11 +170,11 @@ def read_science() -> Iterator[Document]:
     paths = [
         path
         for package in _SCIENCE_PACKAGES
-        for path in _list_sources(root / package, (".py",), _SCIENCE_EXCLUDED)
+        for path in list_sources(root / package, (".py",), _SCIENCE_EXCLUDED)
     ]
     sizes = [path.stat().st_size for path in paths]
     chosen = choose_evenly(paths, sizes, _SCIENCE_SOURCE_CHARACTERS)
-    documents = [d for source in _read_sources(root, chosen) for d in _read_docstrings(source)]
+    documents = [d for source in read_sources(root, chosen) for d in read_docstrings(source)]
     return choose_documents(documents, "science", root)
 
 
