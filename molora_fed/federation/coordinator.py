@@ -90,9 +90,10 @@ class CoordinatorWorker:
         if self._ledger.cooperative_state == _S.CREATED:
             self._ledger.advance(_S.RECRUITING, actor=ACTOR)
         self._show()
+        self._usage.add("start", time.process_time())
         self._admit_pending()
         while True:
-            with self._mending():
+            with self._mending(), self._usage.stage("looking"):
                 self.look()
             time.sleep(LOOK_SECONDS)
 

@@ -45,6 +45,7 @@ class UsageFile:
         self._seconds: dict[str, float] = dict(kept.get("seconds", {}))
         self._peak = int(kept.get("peak_bytes", 0))
         self._unwritten = 0.0
+        self._inside = 0.0
 
     def add(self, name: str, seconds: float) -> None:
         """Add processor time to a stage; small sums are written with the next ones.
@@ -63,9 +64,16 @@ class UsageFile:
     def stage(self, name: str) -> Iterator[None]:
         """Add the processor time of a block, all threads together, to a stage.
 
+        Stages inside the block have their own share, which does not count twice.
+
         Raises:
             StorageError: If the disk refuses.
         """
+        outside, self._inside = self._inside, 0.0
         start = time.process_time()
-        yield
-        self.add(name, time.process_time() - start)
+        try:
+            yield
+        finally:
+            spent, inside = time.process_time() - start, self._inside
+            self._inside = outside + spent
+        self.add(name, spent - inside)
