@@ -10,17 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from molora_fed.adapters.files import hash_adapter_files
-from molora_fed.bank.prune import prune_bank
+from molora_fed.adapters.files import hash_adapter_files, load_adapter
+from molora_fed.bank.prune import prune_bank, subtract_expert
+from molora_fed.bank.totals import list_totals
+from molora_fed.base import check_base, load_base
 from molora_fed.contributions.keys import key_fingerprint, load_key
 from molora_fed.contributions.receive import list_stored_files, load_admitted
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative import Cooperative
+from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import LedgerError, describe_mismatch
 from molora_fed.federation.coordinator_mail import announce_withdrawal, retract_result
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.files import storage_errors
+from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.bundle import load_manifest
+from molora_fed.types import Progress
 
 if TYPE_CHECKING:
     from molora_fed.contributions.ledger import Ledger, LedgerReader
@@ -54,19 +59,28 @@ class Withdrawal:
 
 
 def withdraw_contributor(
-    cooperative: Cooperative, contributor: str, *, reason: str = "", actor: str = ACTOR
+    cooperative: Cooperative,
+    contributor: str,
+    *,
+    reason: str = "",
+    actor: str = ACTOR,
+    plugins: Plugins | None = None,
+    progress: Progress | None = None,
 ) -> Withdrawal:
     """Withdraw a contributor; stopped in between and called again, it goes on.
 
-    The state is committed first. Then its files, its rejected earlier attempts' files, bank
-    columns that the remaining ones do not need, and the published model that holds its adapter
-    are deleted. Copies of the model that others already have cannot be called back.
+    The state is committed first. Where routers read the experts' average, one last pass takes
+    the leaver out of it. Then its files, its rejected earlier attempts' files, bank columns that
+    the remaining ones do not need, and the published model that holds its adapter are deleted.
+    Copies of the model that others already have cannot be called back.
 
     Args:
         cooperative: The coordinator's cooperative; no server may work on it.
         contributor: The contributor's name.
         reason: Why, for the history.
         actor: Who does this, for the history.
+        plugins: Where adapter kinds are registered; the installed plugins by default.
+        progress: Receives blocks done where the leaver is taken out of the experts' average.
 
     Raises:
         LedgerError: If nobody of that name is admitted, or a server works on the cooperative.
@@ -78,12 +92,13 @@ def withdraw_contributor(
             data = {"contributor": contributor, "reason": reason[:1_000]}
             ledger.add_event("withdrawal-decided", actor=actor, subject=entry.id, data=data)
             ledger.set_state(entry.id, _C.WITHDRAWN, actor=actor)
+        remaining = load_admitted(ledger, cooperative.store)
+        _subtract(cooperative, entry, remaining, plugins or get_plugins(), progress)
         home = CoordinatorHome(cooperative.folder)
         box = home.contributor(key_fingerprint(entry.manifest.public_key))
         announce_withdrawal(box, load_key(cooperative.key_path), entry.id)
         retracted = retract_result(home, entry.id)
         retracted = _delete_fused(cooperative.folder / "fused", entry.id) or retracted
-        remaining = load_admitted(ledger, cooperative.store)
         freed = _prune(cooperative, remaining) + _delete_files(ledger, cooperative, contributor)
     return Withdrawal(
         entry.id,
@@ -116,6 +131,34 @@ def _find_entry(ledger: "LedgerReader", contributor: str) -> "LedgerEntry":
     )
 
 
+def _subtract(
+    cooperative: Cooperative,
+    entry: "LedgerEntry",
+    remaining: "list[Contribution]",
+    plugins: Plugins,
+    progress: Progress | None,
+) -> None:
+    """Take the leaver out of the experts' average, while its adapter is still there."""
+    charter, bank = cooperative.charter, cooperative.folder / "bank"
+    stored = cooperative.store.folder(list_stored_files(entry)) / "adapter"
+    if not stored.is_dir():
+        return
+    own = hash_adapter_files(stored)
+    if all(own not in total.adapters for total in list_totals(bank)):
+        return
+    base = load_base(cooperative.base_folder)
+    check_base(base, charter.identity.base)
+    rules = charter.identity.adapters
+    subtract_expert(
+        bank,
+        base,
+        load_adapter(stored, rules=rules, plugins=plugins, name=entry.contributor),
+        _load_blocks(remaining),
+        batch=charter.identity.corpus.evaluation_batch,
+        progress=progress,
+    )
+
+
 def _delete_fused(folder: Path, contribution_id: str) -> bool:
     """Delete the fused model in the cooperative's folder if it holds the contribution."""
     if not (folder / "fused.json").is_file():
@@ -137,16 +180,16 @@ def _prune(cooperative: Cooperative, remaining: "list[Contribution]") -> int:
         folder,
         base=charter.identity.base.weights,
         adapters=[hash_adapter_files(adapter) for adapter in adapters],
-        blocks=_list_blocks(remaining),
+        blocks=[part.fingerprint for part in _load_blocks(remaining)],
         batch=charter.identity.corpus.evaluation_batch,
         frozen_depth=charter.identity.adapters.frozen_depth,
     )
 
 
-def _list_blocks(contributions: "list[Contribution]") -> list[str]:
-    """Fingerprints of all blocks that contributions brought."""
+def _load_blocks(contributions: "list[Contribution]") -> list[Blocks]:
+    """All blocks that contributions brought."""
     return [
-        contribution.load_samples(split).fingerprint
+        contribution.load_samples(split)
         for contribution in contributions
         for split in contribution.manifest.sample_files
     ]

@@ -124,6 +124,29 @@ def recommend(
 
 
 @app.command()
+def admit(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+    contributions: Annotated[
+        list[Path], typer.Argument(help="Folders that `molora train` wrote, or contributions.")
+    ],
+) -> None:
+    """Receive contributions and judge them; `molora fuse` then fuses all that are admitted."""
+    from molora_fed.cooperative import open_cooperative
+    from molora_fed.errors import AdmissionError
+    from molora_fed.standalone import admit_contributions
+
+    with reporting("admission") as progress:
+        receipts = admit_contributions(
+            open_cooperative(cooperative), contributions, progress=progress
+        )
+    rows = [(r.contributor, r.domain, str(r.state), r.contribution_id[:16]) for r in receipts]
+    print_columns(("contributor", "domain", "state", "contribution"), rows)
+    decisions = [receipt.decision for receipt in receipts if receipt.decision is not None]
+    if refusals := [refusal.message for decision in decisions for refusal in decision.refusals]:
+        raise AdmissionError(" ".join(refusals))
+
+
+@app.command()
 def amend(
     cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
     setting: Annotated[
@@ -158,7 +181,10 @@ def withdraw(
     from molora_fed.cooperative import open_cooperative
     from molora_fed.withdrawal import withdraw_contributor
 
-    done = withdraw_contributor(open_cooperative(cooperative), contributor, reason=reason)
+    with reporting("withdrawing") as progress:
+        done = withdraw_contributor(
+            open_cooperative(cooperative), contributor, reason=reason, progress=progress
+        )
     print(f"withdrawn    {contributor} ({done.domain}), contribution {done.contribution_id}")
     print(f"deleted      {done.freed_bytes:,} bytes of its files and of the bank")
     if done.retracted:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from molora_fed.bank.columns import make_scratch
 from molora_fed.bank.passes import ColumnMaker, Expert, Wanted
+from molora_fed.bank.totals import open_mean
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError
 
@@ -41,7 +42,9 @@ def open_columns(
         "logprob": _stack(folder, [join("logprob", [own]) for own in order]),
         "base_hidden": join("hidden", [""]) if wanted.base else None,
         "prefix_hidden": join("prefix", [""]) if wanted.prefix else None,
-        "mean_hidden": join("mean", order) if wanted.mean else None,
+        "mean_hidden": _join(folder, [_open_mean(maker, order) for maker in makers])
+        if wanted.mean
+        else None,
         "experts_hidden": tuple(join("hidden", [own]) for own in order) if wanted.experts else None,
     }
 
@@ -52,7 +55,14 @@ def open_column_of(maker: ColumnMaker, name: str, adapters: Sequence[str]) -> Te
     Raises:
         BankError: If it is not there.
     """
-    column = maker.open(name, adapters)
+    return _check_there(maker.open(name, adapters), name, maker)
+
+
+def _open_mean(maker: ColumnMaker, order: Sequence[str]) -> Tensor:
+    return _check_there(open_mean(maker, order), "total", maker)
+
+
+def _check_there(column: Tensor | None, name: str, maker: ColumnMaker) -> Tensor:
     if column is None:
         raise BankError(
             f"Cannot open bank column '{name}' in '{maker.folder}': expected it to be there, got "

@@ -188,7 +188,7 @@ def _run_passes(
             for maker, work in zip(makers, works, strict=True):
                 if work:
                     step = _shift(progress, done, total, expert.name)
-                    maker.run(expert.name, order, index, work, progress=step)
+                    maker.run(expert.name, order, work, progress=step)
                 done += len(maker.blocks)
         if progress is not None:
             progress(done, total, bank_bytes=num_bytes, expert=expert.name)
@@ -223,5 +223,5 @@ def _measure(
         with applied(makers[0].base.model, adapter):
             for maker, work in zip(makers, works, strict=True):
                 if work:
-                    maker.run(adapter.name, order, 0, work, progress=progress)
+                    maker.run(adapter.name, order, work, progress=progress)
     return -torch.cat([open_column_of(maker, "logprob", order) for maker in makers])[:, 1:]

@@ -24,7 +24,7 @@ class ColumnKey:
     """Everything that decides a column's numbers.
 
     Attributes:
-        name: What it holds: logprob, hidden, prefix, sum or mean.
+        name: What it holds: logprob, hidden, prefix or total.
         base: Fingerprint of the base's weights.
         adapters: Hashes of the adapters it is computed from, in order; "" is the base itself.
         blocks: Fingerprint of the blocks.
@@ -65,7 +65,7 @@ def build_key(
         adapters: Hashes of the adapters it is computed from, in order.
         base: Fingerprint of the base's weights.
         blocks: Fingerprint of the blocks.
-        dtype: The model's dtype; log-probabilities and sums are float32 with any.
+        dtype: The model's dtype; log-probabilities are float32 and totals int64 with any.
         batch: Blocks per forward pass.
         depth: Frozen depth K; only prefix states depend on it.
     """
@@ -74,7 +74,7 @@ def build_key(
         base=base,
         adapters=tuple(adapters),
         blocks=blocks,
-        dtype=torch.float32 if name in ("logprob", "sum") else dtype,
+        dtype={"logprob": torch.float32, "total": torch.int64}.get(name, dtype),
         batch=batch,
         depth=depth if name == "prefix" else -1,
     )

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from molora_fed.bank.columns import ColumnKey, build_key, column_path, open_column, write_rows
+from molora_fed.bank.totals import change_total, find_start, list_totals
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError, StorageError
 from molora_fed.files import stream_bytes
@@ -91,7 +92,7 @@ def estimate_bank_bytes(
     wanted = Wanted.of(readings, mixture)
     logprob = 4 * (2 * num_experts + 1)  # each column, and the copy with experts side by side
     states = itemsize * (wanted.base + wanted.prefix + wanted.mean + wanted.experts * num_experts)
-    sums = 2 * 4 * wanted.mean  # the old and the new float32 running sum
+    sums = 2 * 8 * wanted.mean  # the old and the new running total of 64-bit integers
     return num_tokens * (logprob + hidden_size * (states + sums))
 
 
@@ -117,7 +118,7 @@ class Work:
     Attributes:
         own: Hash of the adapter it runs; "" is the base.
         columns: Its own columns that are missing.
-        adds: Whether its state goes into the experts' running sum.
+        adds: Whether its state goes into the experts' total.
     """
 
     own: str
@@ -177,12 +178,6 @@ class ColumnMaker:
         full = shape if name == "logprob" else (*shape, self.hidden_size)
         return open_column(column_path(self.folder, key), full, key.dtype)
 
-    def _needs_sum(self, order: Sequence[str], index: int) -> bool:
-        """Whether expert `index`'s state still has to be added to the running sum."""
-        if self.open("mean", order) is not None:
-            return False
-        return all(self.open("sum", order[: end + 1]) is None for end in range(index, len(order)))
-
     def plan(self, order: Sequence[str], index: int, wanted: Wanted) -> Work:
         """What is missing on disk.
 
@@ -198,14 +193,15 @@ class ColumnMaker:
         if wanted.prefix and own == "":
             names.append("prefix")
         missing = tuple(name for name in names if self.open(name, [own]) is None)
-        adds = index >= 0 and wanted.mean and self._needs_sum(order, index)
+        adds = False
+        if index >= 0 and wanted.mean:
+            adds = find_start(self, order).count(own) < list(order[: index + 1]).count(own)
         return Work(own, missing, adds)
 
     def run(
         self,
         what: str,
         order: Sequence[str],
-        index: int,
         work: Work,
         *,
         progress: Progress | None = None,
@@ -215,7 +211,6 @@ class ColumnMaker:
         Args:
             what: Expert's name, for errors.
             order: Hashes of all experts, in canonical order.
-            index: Which of them the model is now; -1 is the base where it is no expert.
             work: From `plan`.
             progress: Receives blocks done and blocks in all.
 
@@ -232,9 +227,10 @@ class ColumnMaker:
                 name: stack.enter_context(stream_bytes(self.path(name, [work.own])))
                 for name in work.columns
             }
-            total = self._sum_path(order, index) if work.adds else None
-            summing = stack.enter_context(stream_bytes(total)) if total else None
-            before = self.open("sum", order[:index]) if work.adds and index > 0 else None
+            summing = None
+            if work.adds:
+                before = find_start(self, order)
+                summing = stack.enter_context(change_total(self, before, (*before, work.own)))
             steps = run_blocks(
                 self.base.model,
                 self.blocks.tokens,
@@ -246,25 +242,42 @@ class ColumnMaker:
                 _check_finite(step, what, self.blocks.domain)
                 for name, file in files.items():
                     write_rows(file, getattr(step, name))
-                if summing is not None:
-                    self._add(summing, step, before, order, index)
-        if work.adds and index > 0:
-            self.path("sum", order[:index]).unlink(missing_ok=True)
+                if summing is not None and step.hidden is not None:
+                    summing.write(step.start, step.hidden)
 
-    def _sum_path(self, order: Sequence[str], index: int) -> Path:
-        """The running sum up to an expert; the last one's is the finished mean."""
-        last = index == len(order) - 1
-        return self.path("mean", order) if last else self.path("sum", order[: index + 1])
+    def subtract(self, own: str, *, progress: Progress | None = None) -> None:
+        """Take an expert out of every total it is in: one pass of the model, which is it now.
 
-    def _add(
-        self, file: BinaryIO, step: Pass, before: Tensor | None, order: Sequence[str], index: int
-    ) -> None:
-        total = step.hidden.float().cpu()  # type: ignore[union-attr]
-        if before is not None:
-            total = total + before[step.start : step.start + len(total)]
-        if index == len(order) - 1:
-            total = (total / len(order)).to(self.dtype)
-        write_rows(file, total)
+        Args:
+            own: Hash of the adapter that is applied.
+            progress: Receives blocks done and blocks in all.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+        totals = [t for t in list_totals(self.folder) if own in t.adapters and t.is_of(self)]
+        with ExitStack() as stack:
+            writers = []
+            for total in totals:
+                after = list(total.adapters)
+                after.remove(own)
+                if after:
+                    changing = change_total(self, total.adapters, after)
+                    writers.append(stack.enter_context(changing))
+                else:
+                    total.delete()
+            if not writers:
+                return
+            for step in run_blocks(
+                self.base.model,
+                self.blocks.tokens,
+                batch=self.batch,
+                capture=Capture(hidden=True),
+                progress=progress,
+            ):
+                for writer in writers:
+                    if step.hidden is not None:
+                        writer.write(step.start, step.hidden)
 
 
 def _check_finite(step: Pass, what: str, domain: str) -> None:

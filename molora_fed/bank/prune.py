@@ -1,18 +1,67 @@
-"""Deletes the columns of a bank that its present experts and blocks do not need."""
+"""A bank that shrinks: an expert leaves its totals, and what nothing needs any more is deleted."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from molora_fed.adapters.apply import applied
 from molora_fed.bank.columns import build_key, column_path
+from molora_fed.bank.passes import ColumnMaker
+from molora_fed.bank.totals import list_totals
+from molora_fed.corpus.blocks import Blocks
 from molora_fed.files import storage_errors
+from molora_fed.types import Progress
 
-__all__ = ["prune_bank"]
+if TYPE_CHECKING:
+    from molora_fed.adapters.updates import Adapter
+    from molora_fed.base import Base
+
+__all__ = ["prune_bank", "subtract_expert"]
 
 _OWN_COLUMNS = ("logprob", "hidden", "prefix")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def subtract_expert(
+    folder: Path,
+    base: "Base",
+    adapter: "Adapter",
+    blocks: Sequence[Blocks],
+    *,
+    batch: int,
+    progress: Progress | None = None,
+) -> bool:
+    """Take an expert out of the totals on these blocks, with one pass of it at most.
+
+    Args:
+        folder: The bank's folder; no bank in it may be open.
+        base: The base checkpoint.
+        adapter: The expert that leaves.
+        blocks: Blocks that stay, of any split.
+        batch: Blocks per forward pass.
+        progress: Receives blocks done and in all of one list of blocks after the other.
+
+    Returns:
+        Whether there was a total with it; without one nothing is run.
+
+    Raises:
+        IncompatibleAdapterError: If the adapter does not fit the base.
+        StorageError: If the disk refuses; called again, it goes on.
+    """
+    known = {total.blocks for total in list_totals(folder) if adapter.hash in total.adapters}
+    concerned = [part for part in blocks if part.fingerprint in known]
+    if not concerned:
+        return False
+    with applied(base.model, adapter):
+        for part in concerned:
+            # No total depends on the frozen depth.
+            maker = ColumnMaker(folder, base, part, batch, -1, base.hidden_size)
+            maker.subtract(adapter.hash, progress=progress)
+    return True
 
 
 def prune_bank(
@@ -24,9 +73,7 @@ def prune_bank(
     batch: int,
     frozen_depth: int,
 ) -> int:
-    """Delete every column but those of these adapters, one at a time, on these blocks.
-
-    Averages over all experts go, too: with other experts they are others.
+    """Delete every column but those of these adapters, and totals of some of them, on these blocks.
 
     Args:
         folder: The bank's folder; no bank in it may be open.
@@ -42,6 +89,7 @@ def prune_bank(
     Raises:
         StorageError: If the disk refuses; called again, it goes on.
     """
+    experts, parts = ["", *adapters], set(blocks)
     kept = {
         column_path(
             folder,
@@ -49,11 +97,14 @@ def prune_bank(
                 name, [own], base=base, blocks=part, dtype=dtype, batch=batch, depth=frozen_depth
             ),
         )
-        for name, own, part, dtype in product(_OWN_COLUMNS, ("", *adapters), [*blocks], _DTYPES)
+        for name, own, part, dtype in product(_OWN_COLUMNS, experts, parts, _DTYPES)
     }
+    for total in list_totals(folder):
+        if total.blocks in parts and not Counter(total.adapters) - Counter(experts):
+            kept |= {total.path, total.path.with_suffix(".json")}
     freed = 0
     with storage_errors(folder):
-        for path in sorted(folder.glob("*.bin")):
+        for path in [*sorted(folder.glob("*.bin")), *sorted(folder.glob("*.json"))]:
             if path not in kept:
                 freed += path.stat().st_size
                 path.unlink()
