@@ -11,9 +11,11 @@ _HOMES = {
     "ARCHITECTURES": "models",
     "build_random_adapter": "models",
     "build_synthetic_bank": "banks",
+    "build_synthetic_view": "adapter_routers",
     "build_tiny_checkpoint": "models",
     "build_tiny_model": "models",
     "build_tiny_tokenizer": "models",
+    "check_adapter_router_conformance": "adapter_routers",
     "check_router_conformance": "routers",
     "permute_experts": "banks",
 }

@@ -5,7 +5,7 @@ by changing the future.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from molora_fed.errors import PluginError, RoutingError
 from molora_fed.evaluation import compute_router_losses
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterView
 from molora_fed.testing.banks import ALL_READINGS, build_synthetic_bank, permute_experts
+from molora_fed.testing.views import change_future, same_views, take_rows
 
 __all__ = ["check_router_conformance"]
 
@@ -108,12 +109,12 @@ def _fit_refuses_held_out(case: _Case) -> str | None:
 def _leaves_inputs_alone(case: _Case) -> str | None:
     fresh = build_synthetic_bank(readings=case.bank.readings)
     everything = slice(0, fresh.num_blocks)
-    same = torch.equal(fresh.logprob, case.bank.logprob) and _same_view(
+    same = torch.equal(fresh.logprob, case.bank.logprob) and same_views(
         fresh.view(everything), case.bank.view(everything)
     )
     view, copy = case.view, case.view
     case.fitted.gates(view)
-    return None if same and _same_view(view, copy) else "expected inputs as they were, got changed"
+    return None if same and same_views(view, copy) else "expected inputs as they were, got changed"
 
 
 def _survives_saving(case: _Case) -> str | None:
@@ -146,7 +147,7 @@ def _sees_no_future(case: _Case) -> str | None:
     full = case.fitted.gates(view)
     length = view.document_starts.shape[1]
     for now in (0, 1, length // 2, length - 2):
-        changed = case.fitted.gates(_change_future(view, now))
+        changed = case.fitted.gates(change_future(view, now))
         if not _close(changed[:, : now + 1], full[:, : now + 1], 1e-6):
             return f"expected gates at position {now} to ignore later ones, got others"
     return None
@@ -166,8 +167,8 @@ def _reorders_state(case: _Case) -> str | None:
     state = case.fitted.init_state(4)
     _, state = case.fitted.step(view.at(0, half), state)
     state = case.fitted.reorder(state, index)
-    found, _ = case.fitted.step(_rows(view.at(half, length), index), state)
-    expected = case.fitted.gates(_rows(view, index))[:, half:]
+    found, _ = case.fitted.step(take_rows(view.at(half, length), index), state)
+    expected = case.fitted.gates(take_rows(view, index))[:, half:]
     if _close(found, expected, STEP_TOLERANCE):
         return None
     return "expected reorder to move the state's rows, got other gates"
@@ -195,30 +196,6 @@ _CAUSAL: tuple[_Check, ...] = (_sees_no_future, _steps_like_the_full_form, _reor
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return torch.allclose(found.float(), expected.float(), rtol=0.0, atol=tolerance)
-
-
-def _columns(view: RouterView) -> dict[str, Tensor]:
-    columns = {f.name: getattr(view, f.name) for f in fields(view)}
-    return {name: column for name, column in columns.items() if column is not None}
-
-
-def _rows(view: RouterView, index: Tensor) -> RouterView:
-    return RouterView(**{name: column[index] for name, column in _columns(view).items()})
-
-
-def _same_view(one: RouterView, other: RouterView) -> bool:
-    first, second = _columns(one), _columns(other)
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def _change_future(view: RouterView, now: int) -> RouterView:
-    """The view with everything after position `now` replaced."""
-    changed = {}
-    for name, column in _columns(view).items():
-        future = column[:, now + 1 :]
-        other = ~future if future.dtype == torch.bool else future.flip(0) * -2 + 1
-        changed[name] = torch.cat([column[:, : now + 1], other], dim=1)
-    return RouterView(**changed)
 
 
 def _step_through(router: OutputRouter, view: RouterView, pieces: tuple[int, ...]) -> Tensor:

@@ -1,1 +1,24 @@
 """Evolutionary mixture of LoRA (arXiv 2605.11153) on molora-fed's public hooks."""
+
+from molora_fed import hookimpl
+from molora_fed.hookspecs import Register
+
+_PAPER = "arXiv 2605.11153"
+
+
+@hookimpl
+def register_adapter_routers(register: Register) -> None:
+    """Register the paper's rewritten router and the one before it."""
+    own = f"{_PAPER}, abstract; own definition, see docs/populations.md"
+    register(
+        "parallel-sigmoid",
+        "molora_evolution.routers:ParallelSigmoidRouter",
+        summary="A sigmoid gate per slot with a learnable floor and a bounded anneal",
+        source=own,
+    )
+    register(
+        "softmax-embedding-mean",
+        "molora_evolution.routers:SoftmaxEmbeddingMeanRouter",
+        summary="Softmax gates on the mean of a document's token embeddings so far",
+        source=own,
+    )
