@@ -94,7 +94,7 @@ class FreezeStudy(Study):
                 Claim(
                     "Freezing the first half of the blocks keeps most of the gain",
                     f"{published:.0f} % of the gain without freezing (K = 12 of 24)",
-                    f"{kept.show()} (K = {half} of {options.layers})",
+                    f"{kept.show(sign=False)} (K = {half} of {options.layers})",
                     _judge(kept.low, kept.high, published),
                     "holds if the interval of the share kept reaches the published share",
                 ),
