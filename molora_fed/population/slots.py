@@ -6,18 +6,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from molora_fed.adapters.compatibility import find_misfits, find_non_finite
+from molora_fed.adapters.compatibility import find_misfits
 from molora_fed.adapters.layout import adaptable_modules, weight_of
 from molora_fed.adapters.updates import Adapter, LinearUpdate, truncate
 from molora_fed.base import Base
 from molora_fed.errors import PopulationError
+from molora_fed.files import canonical_json, hash_bytes
 from molora_fed.population.contract import Birth, Population, Slot
 
 __all__ = [
     "FRESH_ALPHA",
     "Filling",
     "check_population",
+    "check_slots",
     "make_fresh_updates",
     "make_population",
     "slot_adapter",
@@ -185,20 +188,43 @@ def slot_adapter(population: Population, slot: int) -> Adapter:
         slot: Index of the slot.
 
     Returns:
-        An adapter of kind "lora" whose name is the id of the slot's birth and whose tensors are
-        the slot's own.
+        An adapter of kind "lora", named by the id of the slot's birth, of the slot's own tensors.
     """
     chosen = population.slots[slot]
-    tensors = [t for update in chosen.updates.values() for t in update.tensors().values()]
+    tensors = [
+        tensor
+        for _, update in sorted(chosen.updates.items())
+        for _, tensor in sorted(update.tensors().items())
+    ]
+    scales = {name: update.scale for name, update in chosen.updates.items()}
+    hashes = [hash_bytes(_to_bytes(tensor)) for tensor in tensors]
     return Adapter(
         name=chosen.birth.id,
         kind="lora",
         frozen_depth=population.frozen_depth,
         updates=chosen.updates,
-        hash="",
+        hash=hash_bytes(canonical_json([scales, hashes])),
         num_bytes=sum(tensor.nbytes for tensor in tensors),
         base_weights=population.base_weights,
     )
+
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    """A tensor's numbers, of any dtype."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def check_slots(population: Population) -> None:
+    """Refuse a population that is malformed, whatever its base; all offenders are collected first.
+
+    Args:
+        population: The population.
+
+    Raises:
+        PopulationError: If there is no slot, two have one id, or a slot changes nothing, is not
+            low-rank, has rank 0 or biases, or holds NaN or infinity.
+    """
+    _refuse(_find_faults(population), "finite low-rank updates in every slot")
 
 
 def check_population(population: Population, model: Any) -> None:
@@ -209,40 +235,52 @@ def check_population(population: Population, model: Any) -> None:
         model: The base model, as loaded.
 
     Raises:
-        PopulationError: If there is no slot, two have one id, or a slot is not low-rank, has rank
-            0 or biases, holds NaN or infinity, or does not fit the model.
+        PopulationError: If it is malformed (see `check_slots`) or a slot does not fit the model.
     """
+    faults = _find_faults(population)
+    for slot in population.slots:
+        if not slot.updates:
+            continue
+        adapter = Adapter(
+            name=slot.birth.id,
+            kind="lora",
+            frozen_depth=population.frozen_depth,
+            updates=slot.updates,
+            hash="",
+            num_bytes=0,
+        )
+        faults += [f"slot '{slot.birth.id}': {fault}" for fault in find_misfits(adapter, model)]
+    what = f"finite low-rank updates of linear layers of '{type(model).__name__}'"
+    _refuse(faults, what)
+
+
+def _refuse(faults: list[str], expected: str) -> None:
+    if faults:
+        more = len(faults) - _SHOWN
+        shown = "; ".join(faults[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        raise PopulationError(
+            f"Cannot use a population: expected {expected}, got {shown}. "
+            "Leave these slots out or make them again."
+        )
+
+
+def _find_faults(population: Population) -> list[str]:
+    """What is wrong with a population by itself."""
     if not population.slots:
-        raise PopulationError(
-            "Cannot use a population: expected at least one slot, got none. Name adapters."
-        )
+        return ["no slot"]
     ids = [slot.birth.id for slot in population.slots]
-    offenders = [f"two slots of id '{i}'" for i in dict.fromkeys(ids) if ids.count(i) > 1]
-    for index, slot in enumerate(population.slots):
-        offenders += [f"slot '{slot.birth.id}': {each}" for each in _find_faults(slot)]
-        adapter = slot_adapter(population, index)
-        faults = find_misfits(adapter, model)
-        faults += [f"{name}: NaN or infinity" for name in find_non_finite(adapter)]
-        offenders += [f"slot '{slot.birth.id}': {fault}" for fault in faults]
-    if offenders:
-        more = len(offenders) - _SHOWN
-        shown = "; ".join(offenders[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-        raise PopulationError(
-            f"Cannot use a population on base '{type(model).__name__}': expected finite low-rank "
-            f"updates of its linear layers, got {shown}. Leave these slots out or make them again."
-        )
-
-
-def _find_faults(slot: Slot) -> list[str]:
-    """What of a slot's updates is not low-rank."""
-    faults = []
-    for name, update in slot.updates.items():
-        if update.rank is None:
-            faults.append(f"{name}: a dense difference")
-        elif update.rank < 1:
-            faults.append(f"{name}: rank 0")
-        if update.bias is not None:
-            faults.append(f"{name}: a change of the bias")
-        if not math.isfinite(update.scale):
-            faults.append(f"{name}: scale {update.scale}")
+    faults = [f"two slots of id '{i}'" for i in dict.fromkeys(ids) if ids.count(i) > 1]
+    for slot in population.slots:
+        found = [] if slot.updates else ["no update"]
+        for name, update in slot.updates.items():
+            if update.rank is None:
+                found.append(f"{name}: a dense difference")
+            elif update.rank < 1:
+                found.append(f"{name}: rank 0")
+            if update.bias is not None:
+                found.append(f"{name}: a change of the bias")
+            tensors = update.tensors().values()
+            if not math.isfinite(update.scale) or not all(t.isfinite().all() for t in tensors):
+                found.append(f"{name}: NaN or infinity")
+        faults += [f"slot '{slot.birth.id}': {fault}" for fault in found]
     return faults
