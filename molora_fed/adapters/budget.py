@@ -96,7 +96,6 @@ def divide_budget(
             (-(float(value) ** 2) / price[module], index, module)
             for module, spectrum in values.items()
             for index, value in enumerate(spectrum.tolist())
-            if value > 0
         ),
     )
     left = budget_bytes - _FRAME

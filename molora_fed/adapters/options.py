@@ -95,7 +95,8 @@ def open_kind(name: str, options: Mapping[str, Any] | None, plugins: Plugins) ->
         UnknownNameError: If no plugin registers the kind.
         AdapterError: If it refuses the options.
     """
-    kind: AdapterKind = plugins.adapter_kinds.resolve(name)(dict(options or {}))
+    target = plugins.adapter_kinds.resolve(name)
+    kind: AdapterKind = target(dict(options)) if options else target()
     return kind
 
 

@@ -101,6 +101,14 @@ def test_svd_stays_within_its_budget(precision, share, tiny_model, train):
     assert small.adapter.max_rank <= 31
 
 
+def test_a_budget_of_an_untrained_difference_is_no_error(tiny_model, tmp_path):
+    base, kind = tiny_model("gpt_neox"), SvdKind({"budget_bytes": 5000})
+    model, _ = kind.prepare(base, AdapterRules(), 4)
+    kind.export(model, base, tmp_path / "a", 4, AdapterRules())
+    updates = load_adapter(tmp_path / "a").updates
+    assert updates and not any(bool(update.product().any()) for update in updates.values())
+
+
 def test_a_budget_for_nothing_is_refused(tiny_model, train):
     with pytest.raises(AdapterError, match="one direction of one layer, got 100 bytes"):
         train(SvdKind({"budget_bytes": 100}), tiny_model("gpt_neox"))
