@@ -61,6 +61,9 @@ class ForecastKeeper:
     def __call__(self, records: "Sequence[ForecastRecord]") -> None:
         """Keep unscored forecasts, or score those kept before.
 
+        With the outcome of a fusion, forecasts that were made before it of the same router and
+        domains (from pilots, or from stated losses) are scored too.
+
         Raises:
             LedgerError: If a forecast is scored twice.
         """
@@ -72,3 +75,17 @@ class ForecastKeeper:
             elif name in self._numbers:
                 outcome = {"actual": record.actual}
                 self._ledger.score_record(self._numbers[name], outcome, actor=self._actor)
+        scored = [record for record in records if record.actual is not None]
+        if scored:
+            self._score_earlier(scored)
+
+    def _score_earlier(self, scored: "Sequence[ForecastRecord]") -> None:
+        """Score what waits for the same outcome."""
+        gains = {(r.router, r.forecast.reference): r.actual for r in scored}
+        domains = set(scored[0].losses.domains)
+        for waiting in self._ledger.records("forecast"):
+            claim = waiting.data
+            key = (claim["router"], claim["forecast"]["reference"])
+            is_same = set(claim["losses"]["domains"]) == domains
+            if waiting.outcome is None and is_same and key in gains:
+                self._ledger.score_record(waiting.number, {"actual": gains[key]}, actor=self._actor)

@@ -11,11 +11,18 @@ from typing import Any
 
 from molora_fed.contributions.reading import LedgerReader
 from molora_fed.errors import ConfigError
+from molora_fed.forecasting.pilots import PilotRecord
 from molora_fed.forecasting.records import CALIBRATION, ForecastRecord, parse_record
 from molora_fed.forecasting.scoring import Score, ScoredForecast, score_all
 from molora_fed.types import Case, Outcome, Reference
 
-__all__ = ["History", "build_history", "collect_outcomes", "find_records"]
+__all__ = [
+    "History",
+    "build_history",
+    "collect_outcomes",
+    "collect_pilot_records",
+    "find_records",
+]
 
 LEDGER_FILE = "ledger.db"
 RECORDS_FILE = "forecasts.json"
@@ -147,16 +154,35 @@ def build_history(records: Sequence[ForecastRecord]) -> History:
 
 def collect_outcomes(records: Sequence[ForecastRecord]) -> list[Outcome]:
     """Past outcomes that the scored records of fusions tell of, as evidence for new forecasts."""
+    return [outcome for _, outcome in _collect(records, CALIBRATION)]
+
+
+def collect_pilot_records(records: Sequence[ForecastRecord]) -> list[PilotRecord]:
+    """Past pilots with the final losses and the gain of their cooperative's fusion.
+
+    Only cooperatives whose pilots, final losses and gain were all recorded tell of it.
+    """
+    finals = {outcome.case.group: outcome for _, outcome in _collect(records, CALIBRATION)}
+    latest = {record.group: record for record, _ in _collect(records, "pilots")}
+    return [
+        PilotRecord(record.pilots, record.share, finals[group])
+        for group, record in latest.items()
+        if record.pilots is not None and record.share is not None and group in finals
+    ]
+
+
+def _collect(records: Sequence[ForecastRecord], stage: str) -> list[tuple[ForecastRecord, Outcome]]:
+    """Scored cases of a stage, each with one of its records; final ones with both gains."""
     gains: dict[str, dict[Reference, float]] = {}
-    cases: dict[str, Case] = {}
+    cases: dict[str, ForecastRecord] = {}
     for record in records:
-        if record.actual is None or record.stage != CALIBRATION:
+        if record.actual is None or record.stage != stage:
             continue
         key = json.dumps([record.group, record.router, record.to_json()["losses"]], sort_keys=True)
-        cases[key] = Case(record.losses, record.group)
+        cases[key] = record
         gains.setdefault(key, {})[record.forecast.reference] = record.actual
     return [
-        Outcome(cases[key], found)
+        (cases[key], Outcome(Case(cases[key].losses, cases[key].group), found))
         for key, found in gains.items()
-        if {"best_alone", "best_specialist"} <= set(found)
+        if stage != CALIBRATION or set(found) >= {"best_alone", "best_specialist"}
     ]

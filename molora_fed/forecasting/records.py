@@ -40,6 +40,7 @@ class ForecastRecord:
         pilots: Losses after a small share of the steps, if it was made from these.
         stage: What was known: "pilots" before training, "contributions" before fusing, or
             "calibration" losses in a fusion before its routers are fitted.
+        share: Share of the planned steps that the pilots had; None without pilots.
         actual: The gain that came out, percent against `forecast.reference`; None before.
     """
 
@@ -53,6 +54,7 @@ class ForecastRecord:
     group: str = ""
     pilots: LossMatrix | None = None
     stage: str = CALIBRATION
+    share: float | None = None
 
     def score(self, actual: float) -> "ForecastRecord":
         """The record with its outcome.
@@ -167,6 +169,7 @@ def make_forecasts(
     *,
     past: Sequence[Outcome] = (),
     stage: str = CALIBRATION,
+    share: float | None = None,
     now: datetime | None = None,
 ) -> list[ForecastRecord]:
     """Ask every registered gain predictor, before the outcome is known.
@@ -177,6 +180,7 @@ def make_forecasts(
         plugins: Where the predictors are registered.
         past: Outcomes known before; those of the case's own group are left out.
         stage: What is known, see `ForecastRecord`.
+        share: Share of the planned steps that the case's pilots had.
         now: Time of the forecast; the present if None.
 
     Returns:
@@ -197,6 +201,7 @@ def make_forecasts(
             group=case.group,
             pilots=case.pilots,
             stage=stage,
+            share=share,
         )
         for name, forecast in ask_predictors(case, past, plugins).items()
         if forecast is not None

@@ -45,12 +45,13 @@ def describe_forecast(forecast: Forecast | None) -> dict[str, Any]:
     """JSON values of a forecast; nulls where a predictor does not apply."""
     if forecast is None:
         note = "The losses it needs are not given."
-        return {**_NO_FORECAST, "floor": None, "verdict": None, "note": note}
+        return {**_NO_FORECAST, "reference": None, "floor": None, "verdict": None, "note": note}
     return {
         "point": forecast.point,
         "low": forecast.low,
         "high": forecast.high,
         "level": forecast.level,
+        "reference": forecast.reference,
         "floor": forecast.floor,
         "verdict": forecast.verdict,
         "note": forecast.note,

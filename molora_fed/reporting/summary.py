@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 __all__ = [
     "build_contamination_table",
     "build_forecast_table",
-    "build_run_forecast_table",
+    "build_history_table",
     "build_loss_table",
     "build_outgoing_table",
+    "build_run_forecast_table",
     "build_sample_text",
     "build_summary",
     "build_time_table",
@@ -122,23 +123,52 @@ def build_forecast_table(result: Mapping[str, Any]) -> Table:
 
 
 def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
-    """Every predictor's forecast of one loss matrix.
+    """Every predictor's forecast of one case.
 
     Args:
         run: `condition`, and `forecasts` by predictor.
     """
     table = _new_table(
-        f"{run['condition'] or 'run'}: forecast gain on the best specialist, percent",
-        "predictor", "forecast", "interval", "level", "verdict",
+        f"{run['condition'] or 'run'}: forecast gain, percent",
+        "predictor", "against", "forecast", "interval", "level", "floor", "verdict",
     )  # fmt: skip
     for name, forecast in run["forecasts"].items():
         low, high, level = (forecast[key] for key in ("low", "high", "level"))
         table.add_row(
             name,
+            (forecast["reference"] or "-").replace("_", " "),
             "-" if forecast["point"] is None else f"{forecast['point']:+.2f}",
             "none claimed" if low is None or high is None else f"{low:+.2f} to {high:+.2f}",
             "-" if level is None else f"{100 * level:.0f} %",
+            "-" if forecast["floor"] is None else f"{forecast['floor']:.1f}",
             forecast["verdict"] or "-",
+        )
+    return table
+
+
+def build_history_table(history: Mapping[str, Any]) -> Table:
+    """How good recorded forecasts were, by predictor and stage.
+
+    Args:
+        history: `History.to_json()`.
+    """
+    table = _new_table(
+        "Recorded forecasts against their outcomes", "predictor", "stage", "forecasts", "groups",
+        "inside", "95 % interval", "level", "MAE, pp", "bias, pp", "interval score, pp",
+    )  # fmt: skip
+    for row in history["predictors"]:
+        runs = row["runs"]
+        table.add_row(
+            row["predictor"],
+            row["stage"],
+            str(row["count"]),
+            str(row["groups"]),
+            "-" if runs is None else f"{runs['inside']} of {runs['count']}",
+            "-" if runs is None else f"{100 * runs['low']:.0f} to {100 * runs['high']:.0f} %",
+            "-" if row["level"] is None else f"{100 * row['level']:.0f} %",
+            "-" if row["mae"] is None else f"{row['mae']:.2f}",
+            "-" if row["bias"] is None else f"{row['bias']:+.2f}",
+            "-" if row["interval_score"] is None else f"{row['interval_score']:.2f}",
         )
     return table
 

@@ -1,11 +1,13 @@
 """`molora forecast` on loss matrices, cooperatives and pilots; its history."""
 
 import json
+import shutil
 
 import pytest
+from molora_cli import main
 from molora_kalavai.published import load_published_runs
 
-PUBLISHED = ("condition", "domains", "base", "specialists", "fused", "group")
+from molora_fed.cooperative import open_cooperative
 
 
 @pytest.fixture
@@ -88,3 +90,98 @@ def test_bad_input_is_one_line(molora, tmp_path, matrices):
         ran = molora("forecast", *arguments)
         assert ran.code == 10
         assert said in ran.err and ran.err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def told(setup, tmp_path_factory):
+    """A cooperative forecast from pilots and from contributions, then fused, with its folder."""
+    root = tmp_path_factory.mktemp("told")
+    shutil.copytree(setup.cooperative, root / "tiny")
+    pilots = []
+    for domain, texts in setup.texts.items():
+        pilots += ["--pilot", root / f"pilot-{domain}"]
+        run_quietly(
+            "train", "--cooperative", root / "tiny", "--domain", domain, "--data", texts,
+            "--out", pilots[-1], "--steps", 1, "--threads", 1, "--name", f"{domain}-1",
+        )  # fmt: skip
+    contributions = [part for d in setup.trained for part in ("--contribution", setup.trained[d])]
+    run_quietly("forecast", "--cooperative", root / "tiny", *pilots)
+    run_quietly("forecast", "--cooperative", root / "tiny", *contributions)
+    fused = ("fuse", "--cooperative", root / "tiny", "--out", root / "out")
+    run_quietly(*fused, *setup.trained.values())
+    return root
+
+
+def run_quietly(*arguments):
+    assert main.run([str(argument) for argument in arguments]) == 0
+
+
+def test_forecasts_of_every_stage_are_recorded_first_and_scored_by_the_fusion(molora, told):
+    with open_cooperative(told / "tiny").read_ledger() as ledger:
+        records = ledger.records("forecast")
+    stages = [record.data["stage"] for record in records]
+    assert sorted(set(stages), key=stages.index) == ["pilots", "contributions", "calibration"]
+    actual = {
+        reference: {r.outcome["actual"] for r in records
+                    if r.data["forecast"]["reference"] == reference}
+        for reference in ("best_alone", "best_specialist")
+    }  # fmt: skip
+    assert [len(values) for values in actual.values()] == [1, 1]
+    assert all(r.created < r.scored for r in records)
+
+
+def test_a_pilots_forecast_claims_no_interval_without_records_of_pilots(told):
+    with open_cooperative(told / "tiny").read_ledger() as ledger:
+        claims = [r.data for r in ledger.records("forecast") if r.data["stage"] == "pilots"]
+    assert {"fitted", "forgetting", "own-loss", "kalavai-law"} <= {c["predictor"] for c in claims}
+    for claim in claims:
+        assert claim["forecast"]["point"] is not None
+        assert claim["forecast"]["low"] is None and claim["forecast"]["level"] is None
+        assert set(claim["pilots"]["specialists"]["abc-1"]) == {"abc", "xyz"}
+        assert set(claim["losses"]["specialists"]["abc-1"]) == {"abc"}
+        assert claim["share"] == pytest.approx(1 / 12)
+
+
+def test_history_counts_scores_and_draws(molora, told, tmp_path):
+    ran = molora("forecast", "history", told, "--figure", tmp_path / "h.png", "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["waiting"] == 0
+    rows = {(row["predictor"], row["stage"]): row for row in found["predictors"]}
+    # The ledger and the fusion's forecasts.json tell of the same forecasts.
+    assert {row["count"] for row in rows.values()} == {1}
+    assert rows["fitted", "contributions"]["runs"]["count"] == 1
+    assert rows["fitted", "pilots"]["runs"] is None
+    assert rows["fitted", "pilots"]["mae"] >= 0
+    assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
+    ran = molora("forecast", "history", told / "tiny")
+    assert "fitted" in ran.out and "contributions" in ran.out
+
+
+def test_past_forecasts_are_evidence_for_others_and_never_for_their_own_group(
+    molora, matrices, told, setup
+):
+    plain = molora("forecast", "--matrix", matrices(), "--json")
+    ran = molora("forecast", "--matrix", matrices(), "--past", told, "--json")
+    assert ran.code == 0, ran.err
+    note = json.loads(ran.out)["runs"][0]["forecasts"]["fitted"]["note"]
+    assert "6 published and 1 own groups" in note
+    assert ran.out != plain.out
+
+
+def test_pilots_with_too_many_steps_are_refused(molora, setup):
+    ran = molora(
+        "forecast", "--cooperative", setup.cooperative, "--pilot", setup.trained["abc"],
+        "--pilot", setup.trained["xyz"],
+    )  # fmt: skip
+    assert ran.code == 10
+    assert "at most 1 of the planned 12" in ran.err
+
+
+def test_history_of_nothing_is_refused(molora, tmp_path):
+    ran = molora("forecast", "history", tmp_path)
+    assert ran.code == 10
+    assert "no recorded forecast" in ran.err
+    (tmp_path / "forecasts.json").write_text("{}")
+    ran = molora("forecast", "history", tmp_path)
+    assert ran.code == 10 and ran.err.count("\n") == 1
