@@ -69,14 +69,13 @@ def tokens_of(model: Any, seed: int) -> torch.Tensor:
     return torch.randint(0, vocabulary, (3, 12), generator=generator)
 
 
-def test_a_joint_model_starts_as_the_even_mixture(joint):
-    tokens = tokens_of(joint, 1)
-    alone = [
-        -compute_block_losses(model, tokens).exp().reciprocal().log()
-        for model in (joint.base, *joint.experts)
-    ]
-    even = torch.stack([(-nll).exp() for nll in map(torch.abs, alone)]).mean(dim=0)
-    assert torch.allclose(compute_block_losses(joint, tokens), -even.log(), atol=1e-5)
+def test_a_joint_model_starts_as_the_bayesian_mixture(joint):
+    tokens = tokens_of(joint, 1).clamp(min=1)  # no document ends
+    whole = torch.stack(
+        [compute_block_losses(m, tokens).sum(dim=1) for m in (joint.base, *joint.experts)]
+    )
+    expected = -(torch.logsumexp(-whole, dim=0) - torch.log(torch.tensor(3.0)))
+    assert torch.allclose(compute_block_losses(joint, tokens).sum(dim=1), expected, atol=1e-3)
 
 
 def test_a_joint_models_predictions_know_nothing_of_the_future(joint):
@@ -95,9 +94,11 @@ def test_a_joint_models_gates_forget_at_document_ends(joint):
     torch.nn.init.normal_(joint.router, generator=torch.Generator().manual_seed(3))
     hidden = torch.randn(1, 6, joint.router.shape[1], generator=torch.Generator().manual_seed(4))
     tokens = torch.tensor([[5, 6, 0, 7, 8, 9]])
-    changed = hidden.clone()
-    changed[:, :3] += 1.0
-    one, other = (joint.gates(states, tokens) for states in (hidden, changed))
+    logprob = -torch.rand(1, 6, 3, generator=torch.Generator().manual_seed(5))
+    one = joint.gates(hidden, logprob, tokens)
+    hidden[:, :3] += 1.0
+    logprob[:, :3, 1] -= 5.0
+    other = joint.gates(hidden, logprob, tokens)
     assert torch.allclose(one[:, 3:], other[:, 3:], atol=1e-6)
     assert not torch.allclose(one[:, :3], other[:, :3], atol=1e-2)
 
