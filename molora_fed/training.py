@@ -7,8 +7,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,17 @@ from molora_fed.errors import TrainingError
 from molora_fed.evaluation import compute_block_losses
 from molora_fed.files import hash_bytes
 from molora_fed.training_data import take_batch
+from molora_fed.training_optimizer import (
+    copy_values,
+    deterministic,
+    read_tensors,
+    set_values,
+    write_tensors,
+)
 from molora_fed.training_state import (
     CheckpointStore,
     Counters,
     Metrics,
-    Tensors,
     describe_environment,
     limit_threads,
     lock_folder,
@@ -131,20 +136,6 @@ def _compute_loss(model: Any, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Refuse operations whose bytes differ from run to run, where the device has such."""
-    before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
 class _Run:
     """Model, parameters and optimiser of one run, and what moves between them and the disk."""
 
@@ -172,34 +163,9 @@ class _Run:
             )
         return mean
 
-    def copy_parameters(self) -> list[Tensor]:
-        """The parameters' values now."""
-        return [p.detach().clone() for p in self.parameters]
-
-    def set_parameters(self, values: Sequence[Tensor]) -> None:
-        """Put values into the parameters."""
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, values, strict=True):
-                parameter.copy_(value)
-
-    def restore(self, step: int, tensors: Tensors) -> None:
-        """Put a checkpoint's values into parameters and optimiser."""
-        self.set_parameters(tensors.parameters)
-        moments = zip(self.parameters, tensors.exp_avg, tensors.exp_avg_sq, strict=True)
-        for parameter, first, second in moments:
-            device = parameter.device
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), device=device),
-                "exp_avg": first.to(device),
-                "exp_avg_sq": second.to(device),
-            }
-
     def save(self, store: CheckpointStore, counters: Counters, best: Sequence[Tensor]) -> None:
         """Write a checkpoint."""
-        states = [self.optimizer.state[p] for p in self.parameters]
-        first = [state["exp_avg"] for state in states]
-        second = [state["exp_avg_sq"] for state in states]
-        store.save(counters, Tensors(self.parameters, first, second, best))
+        store.save(counters, read_tensors(self.parameters, self.optimizer, best))
 
 
 def _judge(counters: Counters, step: int, loss: float, patience: int | None) -> Counters:
@@ -249,7 +215,7 @@ def _loop(
             metrics.add(step, mean_loss, validation_loss, rate)
             if validation_loss is not None:
                 counters = _judge(counters, step, validation_loss, config.patience)
-                best = run.copy_parameters() if counters.best_step == step else best
+                best = copy_values(run.parameters) if counters.best_step == step else best
                 metrics.save()
                 run.save(store, counters, best)
     return counters, best
@@ -331,17 +297,17 @@ def train(
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with (
             limit_threads(threads),
-            _deterministic(accelerator.device),
+            deterministic(accelerator.device),
             torch.random.fork_rng(devices=devices),
         ):
             run = _Run(model.to(accelerator.device), parameters, config)
             if found is None:
                 loss = run.validate(validation_blocks)
                 counters = Counters(0, loss, 0, loss, 0, False, threads)
-                best: Sequence[Tensor] = run.copy_parameters()
+                best: Sequence[Tensor] = copy_values(run.parameters)
             else:
                 counters, best = found[0], found[1].best
-                run.restore(counters.step, found[1])
+                write_tensors(parameters, run.optimizer, counters.step, found[1])
             metrics = Metrics(
                 folder / METRICS_NAME,
                 counters=counters,
@@ -359,7 +325,7 @@ def train(
                 metrics,
                 store,
             )
-            run.set_parameters(best)
+            set_values(run.parameters, best)
             model.to("cpu").eval()
     return TrainResult(
         steps=counters.step,

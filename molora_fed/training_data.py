@@ -6,16 +6,32 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["mix_domains", "take_batch"]
+__all__ = ["choose_rows", "mix_domains", "take_batch"]
 
 
-@lru_cache(maxsize=2)  # a batch may span the end of one epoch and the start of the next
+@lru_cache(maxsize=32)  # of several domains at once, and a batch may span two epochs
 def _permutation(seed: int, epoch: int, num_blocks: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(num_blocks)
 
 
+def choose_rows(num_blocks: int, step: int, *, batch: int, seed: int) -> list[int]:
+    """Indices of a step's blocks: epochs follow each other, each in its own order.
+
+    Args:
+        num_blocks: N.
+        step: Step from 0.
+        batch: Blocks per step B.
+        seed: Seed of the order; each epoch's follows from (seed, epoch).
+
+    Returns:
+        B indices below N.
+    """
+    places = range(step * batch, (step + 1) * batch)
+    return [int(_permutation(seed, p // num_blocks, num_blocks)[p % num_blocks]) for p in places]
+
+
 def take_batch(blocks: NDArray[np.int32], step: int, *, batch: int, seed: int) -> NDArray[np.int32]:
-    """The blocks of a step: epochs follow each other, each in its own order of (seed, epoch).
+    """The blocks of a step, see `choose_rows`.
 
     Args:
         blocks: Training blocks (N, T).
@@ -26,10 +42,7 @@ def take_batch(blocks: NDArray[np.int32], step: int, *, batch: int, seed: int) -
     Returns:
         Tokens (B, T).
     """
-    num_blocks = len(blocks)
-    places = range(step * batch, (step + 1) * batch)
-    rows = [_permutation(seed, p // num_blocks, num_blocks)[p % num_blocks] for p in places]
-    return blocks[rows]
+    return blocks[choose_rows(len(blocks), step, batch=batch, seed=seed)]
 
 
 def mix_domains(
