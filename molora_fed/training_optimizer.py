@@ -39,14 +39,14 @@ def set_values(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> 
 
 
 def read_tensors(
-    parameters: Sequence[nn.Parameter], optimizer: Optimizer, best: Sequence[Tensor]
+    parameters: Sequence[nn.Parameter], optimizer: Optimizer, best: Sequence[Tensor] = ()
 ) -> Tensors:
     """What a checkpoint keeps of a run.
 
     Args:
         parameters: All that are trained; each has been stepped at least once.
         optimizer: AdamW over them.
-        best: Values at the lowest validation loss.
+        best: Values at the lowest validation loss, where something is chosen by it.
     """
     states = [optimizer.state[p] for p in parameters]
     first = [state["exp_avg"] for state in states]

@@ -70,13 +70,13 @@ class Tensors:
         parameters: Current values.
         exp_avg: AdamW's first moments.
         exp_avg_sq: AdamW's second moments.
-        best: Values at the lowest validation loss.
+        best: Values at the lowest validation loss; empty where nothing is chosen by it.
     """
 
     parameters: Sequence[Tensor]
     exp_avg: Sequence[Tensor]
     exp_avg_sq: Sequence[Tensor]
-    best: Sequence[Tensor]
+    best: Sequence[Tensor] = ()
 
 
 def describe_environment(device: str) -> dict[str, str]:
@@ -179,9 +179,11 @@ class CheckpointStore:
                 identity = state["identity"]
                 self._check_identity(identity, what)
                 counters = Counters(**state["counters"])
+                kept = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
                 read = {
                     name: [file.get_tensor(f"{name}.{i:05d}") for i in range(len(like))]
                     for name in Tensors.__dataclass_fields__
+                    if name != "best" or name in kept
                 }
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, TrainingError):
