@@ -55,12 +55,15 @@ def is_same_condition(first: LossMatrix, second: LossMatrix) -> bool:
 def leave_out_group(case: Case, outcomes: Iterable[Outcome]) -> list[Outcome]:
     """Outcomes that may be evidence for a case: those of other groups.
 
-    The group's name decides if an outcome has it; else the losses do.
+    Names of groups decide where both have one; else the losses do.
     """
-    known = list(outcomes)
-    if case.group and any(outcome.case.group == case.group for outcome in known):
-        return [outcome for outcome in known if outcome.case.group != case.group]
-    return [o for o in known if not is_same_condition(case.losses, o.case.losses)]
+    return [outcome for outcome in outcomes if not _is_same_group(case, outcome.case)]
+
+
+def _is_same_group(first: Case, second: Case) -> bool:
+    if first.group and second.group:
+        return first.group == second.group
+    return is_same_condition(first.losses, second.losses)
 
 
 def group_outcomes(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:

@@ -125,7 +125,7 @@ def register_studies(register: Register) -> None:
         ("adapter-regime", "adapter_regime:AdapterRegimeStudy", "Adapters' bytes against gain"),
         ("collapse", "collapse:CollapseStudy", "How often each router loses a domain"),
         ("cross-lingual", "cross_lingual:CrossLingualStudy", "Languages the base never saw"),
-        ("divergence-law", "divergence_law:DivergenceLawStudy", "Divergence and gain, our conditions"),
+        ("divergence-law", "divergence_law:DivergenceLawStudy", "Divergence and gain"),
         ("duration", "duration:DurationStudy", "Training length, with and without frozen blocks"),
         ("freeze", "freeze:FreezeStudy", "Frozen depth against the fusion gain"),
         ("heterogeneous", "heterogeneous:HeterogeneousStudy", "Contributors' different recipes"),

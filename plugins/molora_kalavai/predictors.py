@@ -14,7 +14,7 @@ from molora_fed.forecasting.groups import (
     compute_group_residuals,
     fit_and_forecast,
     group_outcomes,
-    leave_out_group,
+    is_same_condition,
 )
 from molora_fed.forecasting.intervals import Interval, compute_interval
 from molora_fed.types import Case, Forecast, LossMatrix, Outcome
@@ -48,7 +48,14 @@ def gather_evidence(case: Case, past: Sequence[Outcome]) -> Groups:
     own = group_outcomes(o for o in past if o.case.is_extrapolated == case.is_extrapolated)
     if len(own) >= ENOUGH_GROUPS:
         return own
-    return group_outcomes(leave_out_group(case, list_published_outcomes())) + own
+    published = [
+        outcome
+        for outcome in list_published_outcomes()
+        # Neither its name nor its losses: a published run may come back under another name.
+        if outcome.case.group != case.group
+        and not is_same_condition(case.losses, outcome.case.losses)
+    ]
+    return group_outcomes(published) + own
 
 
 def _is_applicable(losses: LossMatrix) -> bool:

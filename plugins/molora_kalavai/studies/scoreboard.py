@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from scipy.stats import linregress, t
+
 from molora_fed.forecasting.groups import (
     Fit,
     fit_and_forecast,
@@ -14,7 +16,7 @@ from molora_fed.forecasting.groups import (
 )
 from molora_fed.forecasting.intervals import fit_line
 from molora_fed.forecasting.scoring import Coverage, Score, ScoredForecast, score_all
-from molora_fed.studies.contract import Figure, Table
+from molora_fed.studies.contract import Claim, Figure, Table
 from molora_fed.types import Case, Forecast, Outcome, Reference
 from molora_kalavai.formulas import fit_law, mean_divergence
 
@@ -25,6 +27,7 @@ __all__ = [
     "build_board",
     "fit_intercept",
     "fit_line_by_group",
+    "judge_intervals",
     "show_coverage",
 ]
 
@@ -105,18 +108,21 @@ class Board:
 
 def build_board(
     outcomes: Sequence[Outcome],
-    ask: Callable[[Outcome], Mapping[str, Forecast | None]],
+    ask: Callable[[Outcome, Sequence[Outcome]], Mapping[str, Forecast | None]],
+    choose: Callable[[Outcome], Sequence[Outcome]] | None = None,
 ) -> Board:
     """Score predictors and baselines on outcomes, each forecast without its own group.
 
     Args:
         outcomes: What came out.
-        ask: What every predictor says of an outcome's case without the outcome's group.
+        ask: What every predictor says of an outcome's case, given the evidence.
+        choose: Evidence for an outcome; all outcomes of other groups by default.
     """
     forecasts: dict[str, list[ScoredForecast]] = {}
     for outcome in outcomes:
-        said = {name: f for name, f in ask(outcome).items() if f is not None}
-        groups = group_outcomes(leave_out_group(outcome.case, outcomes))
+        others = choose(outcome) if choose else leave_out_group(outcome.case, outcomes)
+        said = {name: f for name, f in ask(outcome, others).items() if f is not None}
+        groups = group_outcomes(others)
         for name, fit in BASELINES.items():
             point, interval = fit_and_forecast(outcome.case, groups, fit, _REFERENCE)
             said[name] = Forecast(
@@ -137,6 +143,8 @@ class GroupFit:
 
     Attributes:
         slope: Percent of gain per percent of mean divergence.
+        slope_low: Lower end of its 95 % interval (Student's t over groups).
+        slope_high: Upper end.
         offset: Percent.
         r_squared: Share of the variance explained by the fit.
         q_squared: The same, each group forecast by the fit to the others.
@@ -144,6 +152,8 @@ class GroupFit:
     """
 
     slope: float
+    slope_low: float
+    slope_high: float
     offset: float
     r_squared: float
     q_squared: float
@@ -153,22 +163,62 @@ class GroupFit:
         """JSON values."""
         return dict(vars(self))
 
+    def show(self) -> str:
+        """As text."""
+        return (
+            f"gain = {self.slope:.2f} [{self.slope_low:.2f}, {self.slope_high:.2f}] x divergence "
+            f"{self.offset:+.2f}, R2 {self.r_squared:.3f}, Q2 {self.q_squared:.3f} leaving one of "
+            f"{self.groups} groups out"
+        )
 
-def fit_line_by_group(outcomes: Sequence[Outcome]) -> GroupFit:
+
+def fit_line_by_group(
+    outcomes: Sequence[Outcome], reference: Reference = "best_specialist"
+) -> GroupFit:
     """Fit gain on mean divergence over groups, and leave each group out in turn."""
     groups = group_outcomes(outcomes)
     inputs = [mean_over_group(group, lambda o: mean_divergence(o.case)) for group in groups]
-    gains = [mean_over_group(group, lambda o: o.gains[_REFERENCE]) for group in groups]
-    mean = fmean(gains)
-    total = sum((gain - mean) ** 2 for gain in gains)
-    line = fit_line(inputs, gains)
-    offset, slope = line(0.0), line(1.0) - line(0.0)
-    left = sum((y - line(x)) ** 2 for x, y in zip(inputs, gains, strict=True))
-    outside = 0.0
-    for index, group in enumerate(groups):
-        model = fit_law([*groups[:index], *groups[index + 1 :]])
-        outside += fmean(o.gains[_REFERENCE] - model(o.case) for o in group) ** 2
-    return GroupFit(slope, offset, 1 - left / total, 1 - outside / total, len(groups))
+    gains = [mean_over_group(group, lambda o: o.gains[reference]) for group in groups]
+    found = linregress(inputs, gains)
+    half = float(t.ppf(0.975, len(groups) - 2) * found.stderr)
+    outside = sum(
+        (gain - fit_line(_skip(inputs, i), _skip(gains, i))(inputs[i])) ** 2
+        for i, gain in enumerate(gains)
+    )
+    total = sum((gain - fmean(gains)) ** 2 for gain in gains)
+    return GroupFit(
+        slope=float(found.slope),
+        slope_low=float(found.slope) - half,
+        slope_high=float(found.slope) + half,
+        offset=float(found.intercept),
+        r_squared=float(found.rvalue) ** 2,
+        q_squared=1.0 - outside / total,
+        groups=len(groups),
+    )
+
+
+def _skip(values: Sequence[float], index: int) -> list[float]:
+    return [*values[:index], *values[index + 1 :]]
+
+
+def judge_intervals(board: Board) -> Claim:
+    """Whether our intervals hold as often as they say, and say more than the others'."""
+    ours, law, mean = (board.scores[name] for name in (OURS, LAW, INTERCEPT))
+    held, level = ours.by_group, ours.level
+    covers = held is not None and level is not None and held.high >= level
+    scores = [score.interval_score or 0.0 for score in (ours, law, mean)]
+    wins = [board.count_wins(OURS, name) for name in (LAW, INTERCEPT)]
+    return Claim(
+        "Intervals hold as often as they say, and are better than the law's and a mean's",
+        "none published",
+        f"{OURS} at {100 * (level or 0.0):.0f} %: inside {show_coverage(ours.runs)} of runs, "
+        f"{show_coverage(held)} of whole groups; interval score {scores[0]:.2f} pp against "
+        f"{scores[1]:.2f} (law, better in {wins[0][0]} of {wins[0][1]} groups) and "
+        f"{scores[2]:.2f} ({INTERCEPT}, {wins[1][0]} of {wins[1][1]})",
+        "holds" if covers and scores[0] < min(scores[1:]) else "does not hold",
+        "holds if the coverage over groups is not below the level by its Clopper-Pearson interval, "
+        "and both other interval scores are higher",
+    )
 
 
 def show_coverage(coverage: Coverage | None) -> str:
