@@ -183,10 +183,11 @@ def _run_passes(
     if progress is not None:
         progress(0, total, bank_bytes=num_bytes)
     for index, expert in passes:
-        works = [maker.plan(order, index, wanted) for maker in makers]
-        with applied(makers[0].base.model, expert.load() if any(works) else None):
-            for maker, work in zip(makers, works, strict=True):
-                if work:
+        is_needed = any(maker.plan(order, index, wanted) for maker in makers)
+        with applied(makers[0].base.model, expert.load() if is_needed else None):
+            for maker in makers:
+                # Planned now: two contributors may have sent the very same blocks.
+                if work := maker.plan(order, index, wanted):
                     step = _shift(progress, done, total, expert.name)
                     maker.run(expert.name, order, work, progress=step)
                 done += len(maker.blocks)
@@ -218,10 +219,9 @@ def _measure(
     """Loss of an adapter that is no expert on the bank's blocks, (N, T-1) nats."""
     order = [adapter.hash]
     wanted = Wanted(base=False, prefix=False, mean=False, experts=False)
-    works = [maker.plan(order, 0, wanted) for maker in makers]
-    if any(works):
+    if any(maker.plan(order, 0, wanted) for maker in makers):
         with applied(makers[0].base.model, adapter):
-            for maker, work in zip(makers, works, strict=True):
-                if work:
+            for maker in makers:
+                if work := maker.plan(order, 0, wanted):
                     maker.run(adapter.name, order, work, progress=progress)
     return -torch.cat([open_column_of(maker, "logprob", order) for maker in makers])[:, 1:]

@@ -16,6 +16,7 @@ from molora_fed.bank import (
     build_held_out_bank,
     estimate_bank_bytes,
 )
+from molora_fed.bank.prune import prune_bank, subtract_expert
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError, StorageError
 from molora_fed.evaluation import compute_block_losses
@@ -292,3 +293,102 @@ def test_logit_bank_mixes_logits(base, experts, tmp_path):
         gates[..., expert] = 1.0
         found = bank.nll(gates, slice(0, 12))
         torch.testing.assert_close(found, bank.expert_nll(expert), rtol=1e-4, atol=1e-4)
+
+
+def mean_of(folder, base, experts, blocks):
+    readings = frozenset({"mean_hidden", "evidence"})
+    bank = build_calibration_bank(folder, base, experts, blocks, readings=readings)
+    return bank.view(slice(0, bank.num_blocks)).mean_hidden.clone()
+
+
+@pytest.fixture
+def four(base, experts):
+    return [*experts, Expert("e3", build_random_adapter(base.model, seed=3))]
+
+
+@pytest.mark.parametrize("first", [(0, 1, 2), (0, 3), (2,), (1, 2, 3)])
+def test_the_average_grows_by_the_passes_of_those_who_are_new(base, four, tmp_path, first):
+    whole = mean_of(tmp_path / "whole", base, four, CALIBRATION)
+    mean_of(tmp_path / "grown", base, [four[i] for i in first], CALIBRATION)
+    passes = count_passes(base.model)
+    grown = mean_of(tmp_path / "grown", base, four, CALIBRATION)
+    assert torch.equal(grown, whole)  # bit by bit, whoever came first
+    # The base is measured in any case, and its state is not kept: it runs once more to be added.
+    assert len(passes) == 3 * (4 - len(first))
+    assert hash_folder(tmp_path / "grown") == hash_folder(tmp_path / "whole")
+
+
+def test_one_who_leaves_is_taken_out_by_one_pass_of_its_own(base, four, tmp_path):
+    without = [four[0], four[1], four[3]]
+    expected = mean_of(tmp_path / "fresh", base, without, CALIBRATION)
+    mean_of(tmp_path / "left", base, four, CALIBRATION)
+    passes = count_passes(base.model)
+    leaver = four[2].adapter
+    assert subtract_expert(tmp_path / "left", base, leaver, CALIBRATION, batch=16)
+    assert len(passes) == 3
+    assert torch.equal(mean_of(tmp_path / "left", base, without, CALIBRATION), expected)
+    assert not subtract_expert(tmp_path / "left", base, leaver, CALIBRATION, batch=16)
+    assert len(passes) == 3
+    prune(tmp_path / "left", base, without)
+    assert hash_folder(tmp_path / "left") == hash_folder(tmp_path / "fresh")
+
+
+def prune(folder, base, experts):
+    return prune_bank(
+        folder,
+        base=base.weights,
+        adapters=[expert.adapter.hash for expert in experts if expert.adapter],
+        blocks=[part.fingerprint for part in CALIBRATION],
+        batch=16,
+        frozen_depth=0,
+    )
+
+
+def test_pruning_keeps_what_is_needed(base, experts, tmp_path):
+    bank = build_calibration_bank(tmp_path, base, experts, CALIBRATION, readings=ALL)
+    del bank
+    before = hash_folder(tmp_path)
+    assert prune(tmp_path, base, experts) == 0
+    assert hash_folder(tmp_path) == before
+    assert prune(tmp_path, base, experts[:2]) > 0
+    passes = count_passes(base.model)
+    build_calibration_bank(tmp_path, base, experts[:2], CALIBRATION)
+    assert not passes
+    build_calibration_bank(tmp_path, base, experts, CALIBRATION)
+    assert len(passes) == 3
+
+
+def test_the_last_one_out_leaves_no_total(base, experts, tmp_path):
+    mean_of(tmp_path, base, experts[1:2], CALIBRATION)
+    passes = count_passes(base.model)
+    assert subtract_expert(tmp_path, base, experts[1].adapter, CALIBRATION, batch=16)
+    assert not list(tmp_path.glob("total-*")) and not passes
+
+
+def test_the_same_blocks_and_the_same_adapter_twice_count_twice(base, experts, tmp_path):
+    """Two contributors may send the same text, and the same adapter."""
+    twice = [*experts, Expert("copy", experts[2].adapter)]
+    blocks = [CALIBRATION[0], CALIBRATION[1], CALIBRATION[0]]
+    passes = count_passes(base.model)
+    bank = build_calibration_bank(tmp_path, base, twice, blocks, readings=ALL)
+    view = bank.view(slice(0, bank.num_blocks))
+    torch.testing.assert_close(view.mean_hidden, view.experts_hidden.mean(2))
+    assert torch.equal(view.mean_hidden[:5], view.mean_hidden[8:])
+    # The copy runs once more, to be added once more; no blocks are run for their second sender.
+    assert len(passes) == (3 + 1) * 2
+
+
+def test_half_a_total_is_never_read(base, experts, tmp_path):
+    expected = mean_of(tmp_path / "whole", base, experts, CALIBRATION)
+
+    def stop(done, total, **fields):
+        if done == 2 and fields.get("expert") == "base":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_calibration_bank(
+            tmp_path / "halted", base, experts, CALIBRATION, batch=2,
+            readings=frozenset({"mean_hidden"}), progress=stop,
+        )  # fmt: skip
+    next((tmp_path / "halted").glob("total-*.json")).write_text("{")
+    assert torch.equal(mean_of(tmp_path / "halted", base, experts, CALIBRATION), expected)
