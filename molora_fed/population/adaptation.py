@@ -9,7 +9,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from molora_fed.errors import PopulationError, TrainingError
 from molora_fed.files import hash_bytes
 from molora_fed.forward import evaluating
 from molora_fed.population.adaptation_config import AdaptationConfig, AdaptationLog
-from molora_fed.population.contract import AdapterRouter, Population
+from molora_fed.population.contract import AdapterRouter, GateView, Population
 from molora_fed.population.mixture import Mixture
 from molora_fed.population.states import BaseStates, StateBatch, take_balanced
 from molora_fed.training_optimizer import deterministic, read_tensors, write_tensors
@@ -43,7 +43,9 @@ METRICS_NAME = "adaptation.jsonl"
 REPORT_EVERY = 5  # steps between two readings of the loss: a reading waits for the device
 
 
-def compute_loss(model: Any, mixture: Mixture, router: AdapterRouter, batch: StateBatch) -> Tensor:
+def compute_loss(
+    model: Any, mixture: Mixture, router: Callable[[GateView], Tensor], batch: StateBatch
+) -> Tensor:
     """Mean loss of a population over a batch's B * (T - 1) predicted tokens, nats.
 
     Differentiable in the mixture's factors and the router's parameters.

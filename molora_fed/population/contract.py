@@ -127,13 +127,15 @@ class AdapterRouter(nn.Module, abc.ABC):
     Attributes:
         Options: Pydantic model of its options.
         num_slots: P.
+        width: D of the states it reads.
     """
 
     Options: ClassVar[type[AdapterRouterOptions]] = AdapterRouterOptions
 
-    def __init__(self, num_slots: int, options: AdapterRouterOptions) -> None:
+    def __init__(self, num_slots: int, width: int, options: AdapterRouterOptions) -> None:
         super().__init__()
         self.num_slots = num_slots
+        self.width = width
         self.options = options
 
     @classmethod

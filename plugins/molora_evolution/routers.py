@@ -68,7 +68,7 @@ class _LinearGates(AdapterRouter):
     """Gates linear in one pooled state; subclasses say which form their options mean."""
 
     def __init__(self, num_slots: int, width: int, options: AdapterRouterOptions) -> None:
-        super().__init__(num_slots, options)
+        super().__init__(num_slots, width, options)
         form = self._form(options)
         self._settings = form
         self.weight = nn.Parameter(torch.zeros(num_slots, width))  # w
@@ -115,7 +115,7 @@ class _LinearGates(AdapterRouter):
         """The state that is read, of mean square 1, (B, T, D) float32."""
         form = self._settings
         state = getattr(view, form.input)
-        width = self.weight.shape[1]
+        width = self.width
         if state is None or state.shape[-1] != width:
             got = "none" if state is None else f"width {state.shape[-1]}"
             raise ShapeError(
@@ -140,7 +140,7 @@ class _LinearGates(AdapterRouter):
                 f"{share}. Pass steps done by steps in all."
             )
         form = self._settings
-        self.temperature.fill_(form.hot * (form.cold / form.hot) ** share)
+        self.temperature.fill_(max(form.cold, form.hot * (form.cold / form.hot) ** share))
 
     @torch.no_grad()
     def reset_slot(self, slot: int, parent: int | None, seed: int) -> None:
@@ -162,12 +162,11 @@ class _LinearGates(AdapterRouter):
             return
         for values in self.parameters():
             values[slot] = 0.0
-        width = self.weight.shape[1]
         # Slot by slot, so that a slot's start depends on neither the others nor their number.
         state = int(np.random.SeedSequence([seed, slot]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(state)
-        drawn = torch.randn(width, generator=generator)
-        self.weight[slot] = drawn * (START_SPREAD / width**0.5)
+        drawn = torch.randn(self.width, generator=generator)
+        self.weight[slot] = drawn * (START_SPREAD / self.width**0.5)
 
 
 class ParallelSigmoidOptions(AdapterRouterOptions):
