@@ -122,7 +122,7 @@ SMALL = Size(
         *_budgets(10, 5, 2.5, rank=192),
         *_DELTAS,
     ),
-    confirmed=(*_budgets(10, 5, 2.5, rank=192), Variant(rank=64)),
+    confirmed=(*_budgets(10, 5, rank=192), Variant(rank=64)),
     recipes=(
         Recipe(label="lora all-linear r32", fused=True, confirmed=True),
         Recipe(label="lora attention r32", training=_ATTENTION, fused=True),
@@ -134,13 +134,8 @@ SMALL = Size(
             domains=("python",),
         ),
         Recipe(
-            label="lora all-linear r32 int4",
-            training={"options": {"precision": "int4"}},
-            domains=("python",),
-        ),
-        Recipe(
             label="lora attention r32, 1/16 of the text",
-            training={**_ATTENTION, "steps": 800, "validate_every": 50},
+            training={**_ATTENTION, "steps": 600, "validate_every": 50},
             domains=("python",),
             shard=(0, 16),
         ),
@@ -158,6 +153,7 @@ LARGE = Size(
         "init_std": 0.02,
         "threads": 1,
     },
+    domains=("python", "science"),
     specialist={"steps": 100, "learning_rate": 3e-4, "validate_every": 25},
     fusion={"calibration": 40, "held_out": 56},
     screened=(
@@ -165,7 +161,7 @@ LARGE = Size(
         *_budgets(10, 5, 2.5, rank=768),
         Variant(kind="delta"),
     ),
-    confirmed=_budgets(5, rank=768),
+    confirmed=_budgets(2.5, rank=768),
     recipes=(Recipe(label="lora all-linear r32", fused=True),),
     blocks=32,
 )
