@@ -29,6 +29,15 @@ def test_methods_that_were_not_measured_are_left_out(minimal):
     assert all(method.low is None for method in list_methods(minimal))
 
 
+def test_baselines_without_a_label_stand_between_the_known_ones_and_the_routers(result):
+    for name in ("wider", "ties"):
+        result["losses"][name] = dict(result["losses"]["base"])
+    found = [method.key for method in list_methods(result) if method.kind == "baseline"]
+    assert found == ["uniform", "weight_average", "ties", "wider"]
+    keys = [method.key for method in list_methods(result)]
+    assert keys.index("wider") < keys.index("fused:evidence")
+
+
 def test_equal_weight():
     assert compute_equal_weight({"a": 1.0, "b": 2.0}) == 1.5
 
