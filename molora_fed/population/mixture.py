@@ -120,6 +120,9 @@ class Mixture(nn.Module):
             )
             for name, module in self._targets
         )
+        # Layers laid out alike, mostly all of them, share their expanded gates.
+        layouts: dict[tuple[_Part, ...], int] = {}
+        self._layouts = [layouts.setdefault(tuple(f.parts), len(layouts)) for f in self.layers]
         self._in_use = False
 
     @contextmanager
@@ -136,14 +139,14 @@ class Mixture(nn.Module):
         """
         self._check_use(gates)
         handles = []
-        expanded: dict[tuple[Any, ...], Tensor] = {}
+        expanded: dict[int, Tensor] = {}
         self._in_use = True
         try:
-            for (name, module), factors in zip(self._targets, self.layers, strict=True):
-                key = tuple(factors.parts)  # layers laid out alike share their expanded gates
-                if key not in expanded:
-                    expanded[key] = _expand_gates(gates, factors)
-                hook = _build_hook(name, factors, expanded[key])
+            layers = zip(self._targets, self.layers, self._layouts, strict=True)
+            for (name, module), factors, layout in layers:
+                if layout not in expanded:
+                    expanded[layout] = _expand_gates(gates, factors, weight_of(module).dtype)
+                hook = _build_hook(name, factors, expanded[layout])
                 handles.append(module.register_forward_hook(hook))
             yield
         finally:
@@ -199,28 +202,39 @@ class Mixture(nn.Module):
         return updates
 
 
-def _expand_gates(gates: Tensor | None, factors: Any) -> Tensor:
-    """Gate times scale of every rank, (B * T, R_all), or (R_all,) if equal everywhere."""
+def _expand_gates(gates: Tensor | None, factors: Any, dtype: torch.dtype) -> Tensor:
+    """Gate times scale of every rank, (B, T, R_all), or (R_all,) if equal everywhere."""
     scales: Tensor = factors.scale_of_rank
     if gates is None:
-        return scales
+        return scales.to(dtype)
     chosen = gates.to(scales.device).index_select(-1, factors.slot_of_rank)
-    return (chosen * scales).flatten(0, -2) if chosen.ndim > 1 else chosen * scales
+    return (chosen * scales).to(dtype)
 
 
 def _build_hook(name: str, factors: Any, gates: Tensor) -> Callable[..., Tensor]:
-    """The hook that adds all slots' gated products to a layer's output."""
+    """The hook that adds all slots' gated products to a layer's output.
+
+    At one token a pass is mostly the calling of operations, so there are as few as can be.
+    """
+    a, b = factors.a.to(gates.dtype), factors.b.to(gates.dtype)
 
     def add_products(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        inputs = args[0].flatten(0, -2)  # (B * T, D_in)
-        if gates.ndim > 1 and len(gates) != len(inputs):
-            raise PopulationError(
-                f"Cannot mix slots at '{name}': expected as many positions as gates, "
-                f"{len(gates)}, got {len(inputs)}. Give gates for the tokens of this pass alone."
-            )
-        dtype = inputs.dtype
-        hidden = functional.linear(inputs, factors.a.to(dtype)) * gates.to(dtype)
-        flat = output.flatten(0, -2)
-        return torch.addmm(flat, hidden, factors.b.to(dtype).T).view(output.shape)
+        inputs = args[0]  # (B, T, D_in), or (B * T, D_in) in some models
+        weights = gates
+        if gates.ndim > 1 and gates.shape[:-1] != inputs.shape[:-1]:
+            weights = _fold_gates(name, gates, inputs)
+        hidden = functional.linear(inputs, a) * weights
+        return functional.linear(hidden, b).add_(output)
 
     return add_products
+
+
+def _fold_gates(name: str, gates: Tensor, inputs: Tensor) -> Tensor:
+    """Gates in the shape in which a layer gets its positions."""
+    if gates.shape[:-1].numel() != inputs.shape[:-1].numel() or inputs.ndim != 2:
+        raise PopulationError(
+            f"Cannot mix slots at '{name}': expected as many positions as gates, "
+            f"{tuple(gates.shape[:-1])}, got {tuple(inputs.shape[:-1])}. "
+            "Give gates for the tokens of this pass alone."
+        )
+    return gates.flatten(0, -2)

@@ -1,0 +1,323 @@
+"""One pass for all slots of a population, against one PEFT pass a slot and the base alone.
+
+    python bench/population.py            # P = 2, 4, 8, 16 at batch 8 x 128 and 1 x 1, a minute
+    python bench/population.py --quick    # P = 2 and 8, few rounds
+
+The base has the built-in base's size; its weights and the slots' factors are random, which changes
+no timing. In every round each side runs once, one after the other in one process with the same
+threads, so that all meet the same neighbours; a figure is the median over rounds, a spread the 10th
+to 90th percentile of the ratios within a round. All slots change all linear layers.
+
+Sides: the base; the mixture with its gates given; the mixture and the router `parallel-sigmoid`
+that makes them, which reads the base's states (so that the base's layers run first, without the
+output head) or its token embeddings; one PEFT pass a slot, the switches between slots not counted;
+the mixture's products alone, outside of the model.
+
+limit = 1 + multiplications of the low-rank products / multiplications of the base. The mixture is
+checked against PEFT, slot by slot, on logits.
+"""
+
+import argparse
+import copy
+import os
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from molora_evolution.routers import ParallelSigmoidRouter
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from molora_fed.adapters.layout import adaptable_modules, weight_of
+from molora_fed.adapters.save import save_adapter
+from molora_fed.builtin_base import BuiltinBaseConfig
+from molora_fed.files import write_json
+from molora_fed.population.contract import GateView, Population
+from molora_fed.population.mixture import Mixture
+from molora_fed.population.slots import make_population, slot_adapter
+from molora_fed.testing.models import build_random_adapter
+
+SIZES = ((8, 128), (1, 1))
+COUNTS = (2, 4, 8, 16)
+SEED = 42
+BUILTIN = BuiltinBaseConfig()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two sides: median and spread over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; milliseconds are medians over rounds."""
+
+    num_slots: int
+    rank: int
+    batch: int
+    tokens: int
+    milliseconds: dict[str, float]
+    mixture_to_base: Ratio
+    with_states_router_to_base: Ratio
+    with_embeddings_router_to_base: Ratio
+    sequential_to_mixture: Ratio
+    sequential_to_states_router: Ratio
+    sequential_to_embeddings_router: Ratio
+    limit: float
+    limit_fraction: float
+    products_fraction: float
+    largest_difference: float
+
+
+def build_base() -> Any:
+    """A random GPT-NeoX of the built-in base's size."""
+    torch.manual_seed(SEED)
+    config = GPTNeoXConfig(
+        vocab_size=BUILTIN.vocab_size,
+        hidden_size=BUILTIN.hidden,
+        num_hidden_layers=BUILTIN.layers,
+        num_attention_heads=BUILTIN.heads,
+        intermediate_size=4 * BUILTIN.hidden,
+        max_position_embeddings=BUILTIN.block_size,
+    )
+    return GPTNeoXForCausalLM(config).eval().requires_grad_(False)
+
+
+def build_population(model: Any, num_slots: int, rank: int) -> Population:
+    """Random slots of one rank on all linear layers."""
+    base: Any = SimpleNamespace(model=model, weights="0" * 64)
+    adapters = [build_random_adapter(model, rank=rank, seed=s) for s in range(num_slots)]
+    named = [(adapter.name, None, adapter) for adapter in adapters]
+    return make_population(base, named, num_slots=num_slots)
+
+
+def build_peft(model: Any, population: Population) -> Any:
+    """The same slots in PEFT, on a copy of the model."""
+    own = copy.deepcopy(model)
+    wrapped: Any = None
+    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 for an attribute by its old name.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        for slot in range(population.num_slots):
+            folder = Path(root) / str(slot)
+            save_adapter(slot_adapter(population, slot), model, folder)
+            if wrapped is None:
+                wrapped = PeftModel.from_pretrained(own, str(folder), adapter_name=f"slot-{slot}")
+            else:
+                wrapped.load_adapter(str(folder), adapter_name=f"slot-{slot}")
+    return wrapped.eval()
+
+
+class Sides:
+    """What is timed, on one batch of tokens; every side returns its seconds.
+
+    Attributes:
+        timed: Sides by name.
+    """
+
+    def __init__(self, model: Any, population: Population, batch: int, tokens: int) -> None:
+        self.model = model
+        self.num_slots = population.num_slots
+        self.mixture = Mixture(model, population)
+        self.peft = build_peft(model, population)
+        generator = torch.Generator().manual_seed(SEED)
+        shape = (batch, tokens)
+        self.tokens = torch.randint(0, BUILTIN.vocab_size, shape, generator=generator)
+        self.starts = torch.zeros(shape, dtype=torch.bool)
+        self.starts[:, 0] = True
+        self.gates = torch.rand(*shape, self.num_slots, generator=generator)
+        width = model.config.hidden_size
+        self.states_router = self._build_router(width, "base_hidden")
+        self.embeddings_router = self._build_router(width, "embeddings")
+        self.inputs = {
+            weight_of(module).shape[1]: torch.randn(batch * tokens, weight_of(module).shape[1])
+            for module in adaptable_modules(model, 0).values()
+        }
+        self.timed: dict[str, Callable[[], float]] = {
+            "base": lambda: measure(self.run_base),
+            "mixture": lambda: measure(lambda: self.run_mixture(self.gates)),
+            "mixture and router on states": lambda: measure(self.run_with_states),
+            "mixture and router on embeddings": lambda: measure(self.run_with_embeddings),
+            "PEFT, slot by slot": self.time_sequential,
+            "products alone": lambda: measure(self.run_products),
+        }
+
+    def _build_router(self, width: int, reading: str) -> Any:
+        options = ParallelSigmoidRouter.Options(input=reading)
+        return ParallelSigmoidRouter.build(self.num_slots, width, options, SEED)
+
+    def run_base(self) -> Tensor:
+        """The model as it is."""
+        return self.model(input_ids=self.tokens, use_cache=False).logits
+
+    def run_mixture(self, gates: Tensor) -> Tensor:
+        """One pass for all slots."""
+        with self.mixture.mixed(gates):
+            return self.run_base()
+
+    def run_with_states(self) -> Tensor:
+        """Gates from the base's states, then the mixture."""
+        hidden = self.model.base_model(input_ids=self.tokens, use_cache=False).last_hidden_state
+        return self.run_mixture(self.states_router(GateView(self.starts, base_hidden=hidden)))
+
+    def run_with_embeddings(self) -> Tensor:
+        """Gates from the token embeddings, then the mixture."""
+        embeddings = self.model.get_input_embeddings()(self.tokens)
+        view = GateView(self.starts, embeddings=embeddings)
+        return self.run_mixture(self.embeddings_router(view))
+
+    def run_products(self) -> None:
+        """Both low-rank products of every layer."""
+        for layer in self.mixture.layers:
+            hidden = functional.linear(self.inputs[layer.a.shape[1]], layer.a)
+            functional.linear(hidden, layer.b)
+
+    def time_sequential(self) -> float:
+        """One pass a slot; choosing the slot is not timed."""
+        seconds = 0.0
+        for slot in range(self.num_slots):
+            self.peft.set_adapter(f"slot-{slot}", inference_mode=True)
+            seconds += measure(lambda: self.peft(input_ids=self.tokens, use_cache=False))
+        return seconds
+
+    def find_largest_difference(self) -> float:
+        """Of logits, mixture with one slot's gate at 1 against PEFT with that adapter."""
+        largest = 0.0
+        for slot, one_hot in enumerate(torch.eye(self.num_slots)):
+            self.peft.set_adapter(f"slot-{slot}", inference_mode=True)
+            expected = self.peft(input_ids=self.tokens, use_cache=False).logits
+            found = self.run_mixture(one_hot)
+            largest = max(largest, float((found - expected).abs().max()))
+        return largest
+
+
+def measure(run: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def compute_limit(model: Any, num_ranks: int, tokens: int) -> float:
+    """1 + multiplications per token of the low-rank products over those of the base."""
+    shapes = [weight_of(module).shape for module in adaptable_modules(model, 0).values()]
+    linear = sum(rows * columns for rows, columns in shapes)
+    head = model.get_output_embeddings().weight.numel()
+    attention = 2 * BUILTIN.layers * BUILTIN.hidden * tokens  # scores, and their mean of values
+    low_rank = sum(num_ranks * (rows + columns) for rows, columns in shapes)
+    return 1 + low_rank / (linear + head + attention)
+
+
+def compare(model: Any, num_slots: int, rank: int, size: tuple[int, int], rounds: int) -> Row:
+    """Time all sides, once in every round."""
+    sides = Sides(model, build_population(model, num_slots, rank), *size)
+    difference = sides.find_largest_difference()
+    for run in sides.timed.values():
+        run()
+    seconds = {name: np.empty(rounds) for name in sides.timed}
+    for index in range(rounds):
+        for name, run in sides.timed.items():
+            seconds[name][index] = run()
+
+    def ratio(over: str, under: str) -> Ratio:
+        low, median, high = np.quantile(seconds[over] / seconds[under], (0.1, 0.5, 0.9))
+        return Ratio(float(median), float(low), float(high))
+
+    base, mixture, states, embeddings, sequential, products = sides.timed
+    limit = compute_limit(model, num_slots * rank, size[1])
+    to_base = ratio(mixture, base)
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    return Row(
+        num_slots=num_slots,
+        rank=rank,
+        batch=size[0],
+        tokens=size[1],
+        milliseconds={name: 1000 * value for name, value in median.items()},
+        mixture_to_base=to_base,
+        with_states_router_to_base=ratio(states, base),
+        with_embeddings_router_to_base=ratio(embeddings, base),
+        sequential_to_mixture=ratio(sequential, mixture),
+        sequential_to_states_router=ratio(sequential, states),
+        sequential_to_embeddings_router=ratio(sequential, embeddings),
+        limit=limit,
+        limit_fraction=limit / to_base.median,
+        products_fraction=median[products] / (median[mixture] - median[base]),
+        largest_difference=difference,
+    )
+
+
+def print_table(rows: list[Row]) -> None:
+    table = Table(title="One pass for P slots: against the base, and P PEFT passes against it")
+    columns = (
+        "P", "batch", "base ms", "mixture / base", "with router on states", "on embeddings",
+        "PEFT / mixture", "with router on states", "limit", "of limit", "products", "differs by",
+    )  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.num_slots), f"{row.batch}x{row.tokens}", f"{row.milliseconds['base']:.2f}",
+            str(row.mixture_to_base), str(row.with_states_router_to_base),
+            str(row.with_embeddings_router_to_base), str(row.sequential_to_mixture),
+            str(row.sequential_to_states_router), f"{row.limit:.2f}x",
+            f"{100 * row.limit_fraction:.0f} %", f"{100 * row.products_fraction:.0f} %",
+            f"{row.largest_difference:.0e}",
+        )  # fmt: skip
+    Console(width=180).print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="P = 2 and 8, few rounds")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of all sides")
+    parser.add_argument("--rank", type=int, default=8, help="R of every slot")
+    parser.add_argument("--rounds", type=int, default=40, help="five times as many at 1 x 1")
+    parser.add_argument("--out", type=Path, help="docs/results/population_bench.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    counts, rounds = ((2, 8), 8) if arguments.quick else (COUNTS, arguments.rounds)
+    model = build_base()
+    rows = []
+    with torch.inference_mode():
+        for size in SIZES:
+            for num_slots in counts:
+                many = rounds if size[1] > 1 else 5 * rounds
+                rows.append(compare(model, num_slots, arguments.rank, size, many))
+    print_table(rows)
+    if arguments.out:
+        settings = {
+            "threads": arguments.threads,
+            "rank": arguments.rank,
+            "rounds": rounds,
+            "cpus": os.cpu_count(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+        }
+        write_json(arguments.out, {"settings": settings, "rows": [asdict(row) for row in rows]})
+
+
+if __name__ == "__main__":
+    main()
