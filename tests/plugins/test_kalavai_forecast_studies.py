@@ -3,8 +3,10 @@
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from molora_kalavai.formulas import fit_scale, own_loss_gain
 from molora_kalavai.published import list_published_outcomes
 from molora_kalavai.studies.divergence_law import (
     DivergenceLawStudy,
@@ -25,6 +27,7 @@ from study_tasks import DOMAINS, running
 
 from molora_fed.files import canonical_json
 from molora_fed.forecasting.divergence import compute_gains
+from molora_fed.forecasting.groups import group_outcomes
 from molora_fed.studies.contract import StudyOptions
 from molora_fed.studies.render import draw_figure
 from molora_fed.studies.substrate import (
@@ -187,3 +190,14 @@ def test_pilots_are_measured_on_each_others_calibration_blocks(tmp_path):
     assert result["steps"] == 2
     assert all(set(row) == set(DOMAINS) for row in matrix.specialists.values())
     assert all(0 < loss < 10 for row in matrix.specialists.values() for loss in row.values())
+
+
+def test_the_page_on_forecasts_has_the_scores_of_the_study(published):
+    page = (Path(__file__).parents[2] / "docs" / "forecasts.md").read_text()
+    summary = PublishedStudy.summarise(StudyOptions(), {"forecasts": published})
+    for name, rmse, _, runs, groups, _, _, score in summary.tables[0].rows:
+        label = name if " " in name else f"`{name}`"
+        assert f"| {label} | {rmse} | {runs} | {groups} | {score} |" in page
+    model = fit_scale(group_outcomes(list_published_outcomes()))
+    case = list_published_outcomes()[0].case
+    assert f"about {model(case) / own_loss_gain(case):.2f} on the published ones" in page
