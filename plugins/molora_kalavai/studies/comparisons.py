@@ -84,4 +84,4 @@ def show_interval(
     """A figure with its interval as text, e.g. "+5.96 % [+5.31, +6.61]"."""
     form = f"{{:{'+' if sign else ''}.{digits}f}}"
     point, low, high = (form.format(interval[key]) for key in ("point", "low", "high"))
-    return f"{point} {unit} [{low}, {high}]"
+    return " ".join(part for part in (point, unit, f"[{low}, {high}]") if part)
