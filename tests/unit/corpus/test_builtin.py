@@ -107,5 +107,5 @@ def test_source_that_does_not_parse_is_passed_over(tmp_path, monkeypatch):
 
 def test_every_domain_is_registered():
     domains = load_plugins().domains
-    assert {*READERS, "man-de", "man-pt-br"} <= set(domains.names())
+    assert {*READERS, "man-de", "man-pt-br", "man-tr", "man-uk"} <= set(domains.names())
     assert all(callable(domains.resolve(name)) for name in domains.names())
