@@ -116,7 +116,7 @@ class DivergenceLawStudy(Study):
                 "scores": board.to_json(),
                 "scores_without_relatives": strict.to_json(),
             },
-            claims=[_judge_line(line, board), judge_intervals(board)],
+            claims=[_judge_line(line, board), *judge_intervals(board)],
             tables=[
                 board.build_table(f"Leaving one condition out ({runs})"),
                 strict.build_table("Also without every condition that shares a specialist"),
@@ -132,7 +132,7 @@ class DivergenceLawStudy(Study):
                 board.build_figure(
                     "forecasts",
                     f"Forecast with its interval against the measured gain, {runs}.",
-                    (OURS, "forgetting", LAW, INTERCEPT),
+                    (*OURS, LAW, INTERCEPT),
                 ),
             ],
             notes=[
@@ -167,7 +167,7 @@ def _judge_line(line: GroupFit, board: Board) -> Claim:
 
 def build_condition_table(outcomes: Sequence[Outcome], board: Board) -> Table:
     """What each condition gained, and what was forecast."""
-    names = (OURS, "forgetting", "own-loss", LAW)
+    names = (*OURS, "own-loss", LAW)
     rows = []
     for group in group_outcomes(outcomes):
         name = group[0].case.group

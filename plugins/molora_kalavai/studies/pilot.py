@@ -99,7 +99,6 @@ class PilotStudy(Study):
         board = _score(outcomes, known, lambda o: leave_out_group(o.case, outcomes))
         strict = _score(outcomes, known, lambda o: leave_relatives_out(o.case.group, outcomes))
         growth = estimate(_measure_growths(records))
-        ours = board.scores[OURS]
         return Summary(
             findings={
                 "growth": growth.to_json(),
@@ -107,19 +106,8 @@ class PilotStudy(Study):
                 "scores_without_relatives": strict.to_json(),
             },
             claims=[
-                Claim(
-                    f"Pilots of {100 * options.share:.0f} % of the steps forecast the gain",
-                    "not tried",
-                    f"{OURS}: RMSE {ours.rmse or 0:.2f} pp against "
-                    f"{board.scores[LAW].rmse or 0:.2f} (law) and "
-                    f"{board.scores[INTERCEPT].rmse or 0:.2f} (intercept only) on the same pilots, "
-                    f"{len(records)} runs in {ours.groups} conditions",
-                    "holds"
-                    if (ours.rmse or 0) < min(board.scores[n].rmse or 0 for n in (LAW, INTERCEPT))
-                    else "does not hold",
-                    "holds if its error is below both",
-                ),
-                judge_intervals(board),
+                *(_judge_error(board, name, options.share) for name in OURS),
+                *judge_intervals(board),
                 Claim(
                     "Drops grow with the steps as in the paper",
                     f"log drop ~ steps^{PUBLISHED_GROWTH} from 50 to 2,000 steps",
@@ -140,7 +128,7 @@ class PilotStudy(Study):
                 board.build_figure(
                     "forecasts",
                     "Forecast from pilots with its interval against the measured gain.",
-                    (OURS, "forgetting", LAW, INTERCEPT),
+                    (*OURS, LAW, INTERCEPT),
                 )
             ],
             notes=[
@@ -150,6 +138,21 @@ class PilotStudy(Study):
                 "Shares are at most the stated one: the steps of a pilot are rounded down.",
             ],
         )
+
+
+def _judge_error(board: Board, name: str, share: float) -> Claim:
+    ours = board.scores[name]
+    law, mean = (board.scores[other].rmse or 0.0 for other in (LAW, INTERCEPT))
+    rmse = ours.rmse or 0.0
+    return Claim(
+        f"From pilots of {100 * share:.0f} % of the steps, {name} forecasts the gain better than "
+        "the law and a mean",
+        "not tried",
+        f"RMSE {rmse:.2f} pp against {law:.2f} (law) and {mean:.2f} ({INTERCEPT}) on the same "
+        f"pilots, {ours.count} runs in {ours.groups} conditions",
+        "holds" if rmse < min(law, mean) else "does not hold",
+        "holds if its error is below both",
+    )
 
 
 def _read_records(

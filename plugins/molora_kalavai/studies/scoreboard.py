@@ -31,7 +31,8 @@ __all__ = [
     "show_coverage",
 ]
 
-OURS = "fitted"
+OURS = ("fitted", "forgetting")
+"""Predictors from own-domain losses whose intervals are judged, both in every study."""
 LAW = "kalavai-law"
 INTERCEPT = "intercept only"
 _REFERENCE: Reference = "best_specialist"
@@ -201,17 +202,22 @@ def _skip(values: Sequence[float], index: int) -> list[float]:
     return [*values[:index], *values[index + 1 :]]
 
 
-def judge_intervals(board: Board) -> Claim:
-    """Whether our intervals hold as often as they say, and say more than the others'."""
-    ours, law, mean = (board.scores[name] for name in (OURS, LAW, INTERCEPT))
+def judge_intervals(board: Board) -> list[Claim]:
+    """Whether each of our intervals holds as often as it says, and says more than the others."""
+    return [_judge_intervals(board, name) for name in OURS]
+
+
+def _judge_intervals(board: Board, name: str) -> Claim:
+    ours, law, mean = (board.scores[each] for each in (name, LAW, INTERCEPT))
     held, level = ours.by_group, ours.level
     covers = held is not None and level is not None and held.high >= level
     scores = [score.interval_score or 0.0 for score in (ours, law, mean)]
-    wins = [board.count_wins(OURS, name) for name in (LAW, INTERCEPT)]
+    wins = [board.count_wins(name, other) for other in (LAW, INTERCEPT)]
     return Claim(
-        "Intervals hold as often as they say, and are better than the law's and a mean's",
+        f"Intervals of {name} hold as often as they say, and are better than the law's and a "
+        "mean's",
         "none published",
-        f"{OURS} at {100 * (level or 0.0):.0f} %: inside {show_coverage(ours.runs)} of runs, "
+        f"at {100 * (level or 0.0):.0f} %: inside {show_coverage(ours.runs)} of runs, "
         f"{show_coverage(held)} of whole groups; interval score {scores[0]:.2f} pp against "
         f"{scores[1]:.2f} (law, better in {wins[0][0]} of {wins[0][1]} groups) and "
         f"{scores[2]:.2f} ({INTERCEPT}, {wins[1][0]} of {wins[1][1]})",
