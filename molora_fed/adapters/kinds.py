@@ -38,6 +38,7 @@ _COSTS: Mapping[str, Callable[[int], Cost]] = {
     "bfloat16": lambda _: Cost(16),
     "int8": lambda group: Cost(8, group),
     "int4": lambda group: Cost(4, group),
+    "int2": lambda group: Cost(2, group),
 }
 
 
@@ -149,6 +150,7 @@ class SvdKind(AdapterKind):
     """
 
     name = "svd"
+    exports_checkpoints = True
     Options = SvdOptions
     options: SvdOptions
     narrow_learning_rate = 2e-3
@@ -216,6 +218,7 @@ class DeltaKind(AdapterKind):
     """
 
     name = "delta"
+    exports_checkpoints = True
     Options = LinearOptions
     options: LinearOptions
     narrow_learning_rate = 2e-3

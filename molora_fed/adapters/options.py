@@ -24,7 +24,7 @@ __all__ = [
     "read_options",
 ]
 
-Precision = Literal["float32", "bfloat16", "int8", "int4"]
+Precision = Literal["float32", "bfloat16", "int8", "int4", "int2"]
 _ATTENTION = ("attn", "attention")
 
 
@@ -40,9 +40,9 @@ class LinearOptions(NoOptions):
     Attributes:
         targets: "all-linear", "attention" (linear layers inside a block's attention), or names or
             name endings as PEFT matches them, e.g. ["query_key_value"].
-        precision: How numbers are written. Training is float32 always; "int8" and "int4" take the
-            quantised format, which plain PEFT does not read.
-        group: Numbers that share a scale where the precision is int8 or int4.
+        precision: How numbers are written. Training is float32 always; "int8", "int4" and
+            "int2" take the quantised format, which plain PEFT does not read.
+        group: Numbers that share a scale in the quantised format.
     """
 
     targets: Literal["all-linear", "attention"] | tuple[str, ...] = "all-linear"

@@ -1,8 +1,9 @@
 """Rounds matrices to a few bits per number, with one scale for every few numbers of a row.
 
-A number is `code * scale`, nothing else: no zero point, no table. Codes of b bits run from
--(2^(b-1) - 1) to 2^(b-1) - 1 and are stored as code + 2^(b-1), first number in the low bits; every
-row begins at a byte of its own. Scales are bfloat16: the range of float32, two bytes.
+A number is `(stored - offset) * scale`, nothing else: no zero point of a group, no table. At 4 and
+8 bits the offset is 2^(b-1) and levels run from -(2^(b-1) - 1) to 2^(b-1) - 1; at 2 bits it is 1.5,
+so that all four levels (-1.5, -0.5, 0.5, 1.5) are used. The first number lies in the low bits of a
+byte, every row begins at a byte of its own. Scales are bfloat16: float32's range in two bytes.
 """
 
 from dataclasses import dataclass
@@ -15,10 +16,17 @@ from molora_fed.errors import AdapterError
 
 __all__ = ["BITS", "Bits", "Quantised", "count_row_bytes", "count_scales", "dequantise", "quantise"]
 
-Bits = Literal[4, 8]
-BITS: tuple[Bits, ...] = (4, 8)
+Bits = Literal[2, 4, 8]
+BITS: tuple[Bits, ...] = (2, 4, 8)
 
-_CLIPS = tuple(1.0 - 0.025 * i for i in range(17))  # down to 0.6 of the largest number of a group
+# Shares of a group's largest number that are tried as the largest level.
+_CLIPS = {
+    2: tuple(1.0 - 0.05 * i for i in range(17)),
+    4: tuple(1.0 - 0.025 * i for i in range(17)),
+    8: tuple(1.0 - 0.025 * i for i in range(17)),
+}
+_TOP = {2: 1.5, 4: 7.0, 8: 127.0}
+_OFFSET = {2: 1.5, 4: 8.0, 8: 128.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +55,8 @@ def count_scales(columns: int, group: int) -> int:
 def quantise(matrix: Tensor, bits: Bits, group: int) -> Quantised:
     """Round a matrix to b bits, each group's scale chosen for the least squared error.
 
-    The scale is tried at several shares of what would fit the group's largest number: at 4 bits
-    it pays to clip that one and round all others more finely. Equal matrices give equal bytes.
+    The scale is tried at several shares of what would fit the group's largest number: with few
+    bits it pays to clip that one and round all others more finely. Equal matrices give equal bytes.
 
     Args:
         matrix: (rows, columns), finite.
@@ -67,49 +75,56 @@ def quantise(matrix: Tensor, bits: Bits, group: int) -> Quantised:
             "Train again with a lower learning rate."
         )
     rows, columns = matrix.shape
-    top = 2 ** (bits - 1) - 1
     groups = count_scales(columns, group)
     padded = torch.zeros(rows, groups * group)
     padded[:, :columns] = matrix
     parts = padded.view(rows, groups, group)
+    is_real = (torch.arange(groups * group) < columns).view(groups, group)
     largest = parts.abs().amax(dim=2, keepdim=True)  # (rows, groups, 1)
     best_scales = torch.zeros_like(largest)
-    best_codes = torch.zeros_like(parts)
+    best_levels = torch.zeros_like(parts)
     least = torch.full_like(largest, torch.inf)
-    for clip in _CLIPS:
-        # Rounded first, so that codes are chosen for the scale that will be read.
-        scales = (largest * (clip / top)).bfloat16().float()
-        codes = torch.where(scales > 0, parts / scales, 0.0).round().clamp(-top, top)
+    for clip in _CLIPS[bits]:
+        # Rounded first, so that levels are chosen for the scale that will be read.
+        scales = (largest * (clip / _TOP[bits])).bfloat16().float()
+        levels = _round(torch.where(scales > 0, parts / scales, 0.0), bits)
         # In units of the group's largest number: squares of very large ones have no float32.
-        misses = torch.where(largest > 0, (parts - codes * scales) / largest, 0.0)
+        misses = torch.where(is_real & (largest > 0), (parts - levels * scales) / largest, 0.0)
         error = misses.square().sum(dim=2, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
         best_scales = torch.where(better, scales, best_scales)
-        best_codes = torch.where(better, codes, best_codes)
-    codes = best_codes.reshape(rows, groups * group)[:, :columns]
-    return Quantised(_pack(codes, bits), best_scales.squeeze(2).bfloat16())
+        best_levels = torch.where(better, levels, best_levels)
+    levels = best_levels.reshape(rows, groups * group)[:, :columns]
+    return Quantised(_pack(levels, bits), best_scales.squeeze(2).bfloat16())
 
 
 def dequantise(quantised: Quantised, columns: int, bits: Bits, group: int) -> Tensor:
-    """The numbers, (rows, columns) float32; what is allocated is as large as the result."""
-    codes = _unpack(quantised.codes, columns, bits).float()
-    index = torch.arange(columns, device=codes.device) // group
-    return codes.mul_(quantised.scales.float()[:, index])
+    """The numbers, (rows, columns) float32; what is allocated is a few times the result."""
+    levels = _unpack(quantised.codes, columns, bits)
+    index = torch.arange(columns, device=levels.device) // group
+    return levels.mul_(quantised.scales.float()[:, index])
 
 
-def _pack(codes: Tensor, bits: Bits) -> Tensor:
-    """Codes (rows, columns) as bytes (rows, bytes of a row)."""
-    stored = (codes + 2 ** (bits - 1)).to(torch.uint8)
-    if bits == 8:
-        return stored
-    if stored.shape[1] % 2:
-        stored = torch.nn.functional.pad(stored, (0, 1))
-    return stored[:, 0::2] | (stored[:, 1::2] << 4)
+def _round(values: Tensor, bits: Bits) -> Tensor:
+    """The nearest levels; half a step beside whole numbers where the offset is."""
+    half = _OFFSET[bits] % 1.0
+    return ((values - half).round() + half).clamp(-_TOP[bits], _TOP[bits])
 
 
-def _unpack(stored: Tensor, columns: int, bits: Bits) -> Tensor:
-    """Codes (rows, columns) int16 from bytes."""
-    if bits == 4:
-        stored = torch.stack([stored & 15, stored >> 4], dim=2).flatten(1)[:, :columns]
-    return stored.to(torch.int16) - 2 ** (bits - 1)
+def _pack(levels: Tensor, bits: Bits) -> Tensor:
+    """Levels (rows, columns) as bytes (rows, bytes of a row)."""
+    per_byte = 8 // bits
+    stored = (levels + _OFFSET[bits]).to(torch.uint8)
+    stored = torch.nn.functional.pad(stored, (0, -stored.shape[1] % per_byte))
+    packed = stored[:, 0::per_byte].clone()
+    for place in range(1, per_byte):
+        packed |= stored[:, place::per_byte] << (bits * place)
+    return packed
+
+
+def _unpack(packed: Tensor, columns: int, bits: Bits) -> Tensor:
+    """Levels (rows, columns) float32 from bytes."""
+    places = [packed >> (bits * place) for place in range(8 // bits)]
+    stored = torch.stack(places, dim=2).flatten(1)[:, :columns]
+    return (stored & (2**bits - 1)).float().sub_(_OFFSET[bits])

@@ -1,4 +1,4 @@
-"""The quantised format: factors or differences of 8 or 4 bits, and what it takes to read them.
+"""The quantised format: factors or differences of 8, 4 or 2 bits, and what it takes to read them.
 
 `adapter_config.json` holds `{"format": "quantised", "bits", "group", "modules": {name: {"rows",
 "columns", "rank", "scale"}}}`; `rank` is null for a difference. The weights file holds for each
@@ -146,7 +146,7 @@ def _check_headers(
     """Judge names, shapes, dtypes and ranks by config and header alone.
 
     Every number that will be made has its code in the file, whose size is limited: the adapter
-    takes at most 8 bytes of memory for each byte of the file (4 bits become 32).
+    takes at most 16 bytes of memory for each byte of the file (2 bits become 32).
     """
     expected = _expect_headers(config)
     offenders = [f"missing tensor '{key}'" for key in sorted(expected.keys() - headers.keys())]
@@ -202,7 +202,7 @@ def load_quantised(folder: Path, rules: AdapterRules | None, name: str) -> Adapt
         name: The adapter's name, for errors.
 
     Returns:
-        The adapter with float32 numbers, at most 8 bytes of memory for each byte of the file.
+        The adapter with float32 numbers, at most 16 bytes of memory for each byte of the file.
 
     Raises:
         AdapterError: If a file is missing, malformed, too large or unsafe.

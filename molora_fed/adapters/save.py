@@ -18,7 +18,7 @@ from molora_fed.adapters.updates import Adapter, LinearUpdate
 
 __all__ = ["save_adapter", "write_updates"]
 
-_BITS: dict[str, Bits] = {"int4": 4, "int8": 8}
+_BITS: dict[str, Bits] = {"int2": 2, "int4": 4, "int8": 8}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -33,8 +33,8 @@ def save_adapter(
         adapter: What to write.
         model: The base model it fits.
         folder: Target, replaced whole or not at all.
-        options: Precision and group; without them numbers stay as exact as they are. With int8 or
-            int4 the quantised format is taken and numbers are rounded.
+        options: Precision and group; without them numbers stay as exact as they are. With int8,
+            int4 or int2 the quantised format is taken and numbers are rounded.
 
     Raises:
         IncompatibleAdapterError: If it does not fit the model.

@@ -51,7 +51,7 @@ def test_names_of_no_layer_are_refused(targets, tiny_model):
 
 
 @pytest.mark.parametrize("name", ["lora", "svd", "delta"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4", "int2"])
 def test_training_under_options_ships_what_they_say(name, precision, tiny_model, train):
     kind = open_kind(name, {"targets": "attention", "precision": precision}, get_plugins())
     trained = train(kind, tiny_model("gpt_neox"))
@@ -68,7 +68,7 @@ def test_training_under_options_ships_what_they_say(name, precision, tiny_model,
     ("kind", "options", "named"),
     [
         (LoraKind, {"precison": "int4"}, "precison"),
-        (LoraKind, {"precision": "int2"}, "precision"),
+        (LoraKind, {"precision": "int3"}, "precision"),
         (LoraKind, {"budget_bytes": 1000}, "budget_bytes"),
         (DeltaKind, {"group": 1}, "group"),
         (SvdKind, {"budget_bytes": 0}, "budget_bytes"),
@@ -89,7 +89,7 @@ def test_a_kind_without_options_refuses_all():
         Plain({"targets": "attention"})
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4", "int2"])
 @pytest.mark.parametrize("share", [0.2, 0.6])
 def test_svd_stays_within_its_budget(precision, share, tiny_model, train):
     base = tiny_model("gpt_neox")
@@ -135,7 +135,7 @@ def test_a_budget_s_ranks_differ_by_layer_and_load_in_peft(
 @given(
     seed=st.integers(0, 1000),
     budget=st.integers(200, 40_000),
-    bits=st.sampled_from([4, 8, 16, 32]),
+    bits=st.sampled_from([2, 4, 8, 16, 32]),
     modules=st.integers(1, 5),
     growth=st.sampled_from([0, 4]),
 )

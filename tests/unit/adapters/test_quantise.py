@@ -15,6 +15,12 @@ from molora_fed.adapters.quantise import (
 )
 from molora_fed.errors import AdapterError
 
+LEVELS = {
+    2: torch.tensor([-1.5, -0.5, 0.5, 1.5]),
+    4: torch.arange(-7.0, 8.0),
+    8: torch.arange(-127.0, 128.0),
+}
+
 
 def random_matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -42,17 +48,18 @@ def test_sizes_are_as_stated_and_errors_bounded(bits, rows, columns, group, size
     assert made.scales.shape == (rows, count_scales(columns, group))
     back = dequantise(made, columns, bits, group)
     assert back.shape == matrix.shape
-    # Every number is a whole multiple of a scale; the search never loses to plain absmax.
+    # The search never loses to the scale that fits the largest number.
     for start in range(0, columns, group):
         own, found = matrix[:, start : start + group], back[:, start : start + group]
-        top = 2 ** (bits - 1) - 1
-        scale = (own.abs().amax(1, keepdim=True) / top).bfloat16().float()
-        plain = (own / scale).round().clamp(-top, top) * scale
+        levels = LEVELS[bits]
+        scale = (own.abs().amax(1, keepdim=True) / levels[-1]).bfloat16().float()
+        nearest = ((own / scale)[..., None] - levels).abs().argmin(-1)
+        plain = levels[nearest] * scale
         relative = (own - found) / size, (own - plain) / size
         assert relative[0].square().sum() <= relative[1].square().sum() * (1 + 1e-5) + 1e-12
 
 
-@pytest.mark.parametrize(("bits", "limit"), [(8, 0.01), (4, 0.12)])
+@pytest.mark.parametrize(("bits", "limit"), [(8, 0.01), (4, 0.12), (2, 0.36)])
 def test_error_of_normal_numbers(bits, limit):
     matrix = random_matrix(64, 256, 0)
     error = (there_and_back(matrix, bits, 64) - matrix).norm() / matrix.norm()
@@ -61,9 +68,8 @@ def test_error_of_normal_numbers(bits, limit):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_numbers_on_the_grid_survive_exactly(bits):
-    top = 2 ** (bits - 1) - 1
-    codes = torch.arange(-top, top + 1).float()[None]
-    assert torch.equal(there_and_back(codes * 0.25, bits, codes.shape[1]), codes * 0.25)
+    numbers = 0.25 * LEVELS[bits][None]
+    assert torch.equal(there_and_back(numbers, bits, numbers.shape[1]), numbers)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -84,9 +90,17 @@ def test_equal_matrices_give_equal_bytes_and_signs_mirror(bits):
     assert torch.equal(there_and_back(-matrix, bits, 16), -there_and_back(matrix, bits, 16))
 
 
-def test_two_codes_of_a_byte_lie_low_then_high():
-    stored = Quantised(torch.tensor([[0x9F, 0x08]], dtype=torch.uint8), torch.ones(1, 1).bfloat16())
-    assert dequantise(stored, 3, 4, 64).tolist() == [[7.0, 1.0, 0.0]]
+@pytest.mark.parametrize(
+    ("bits", "codes", "numbers"),
+    [
+        (8, [0x81, 0x7F, 0x80], [1.0, -1.0, 0.0]),
+        (4, [0x9F, 0x08], [7.0, 1.0, 0.0]),
+        (2, [0b11100100], [-1.5, -0.5, 0.5]),
+    ],
+)
+def test_the_first_number_lies_in_the_lowest_bits(bits, codes, numbers):
+    stored = Quantised(torch.tensor([codes], dtype=torch.uint8), torch.ones(1, 1).bfloat16())
+    assert dequantise(stored, 3, bits, 64).tolist() == [numbers]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

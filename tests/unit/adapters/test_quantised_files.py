@@ -63,7 +63,7 @@ def first_module(config):
 
 @pytest.mark.parametrize("kind", ["lora", "svd", "delta"])
 @pytest.mark.parametrize(
-    ("precision", "limit"), [("bfloat16", 0.01), ("int8", 0.02), ("int4", 0.2)]
+    ("precision", "limit"), [("bfloat16", 0.01), ("int8", 0.02), ("int4", 0.2), ("int2", 0.65)]
 )
 def test_the_product_is_near(kind, precision, limit, model, tmp_path):
     adapter = build_random_adapter(model, kind=kind, rank=3, frozen_depth=1)
@@ -86,7 +86,7 @@ def test_files_shrink_by_bits(tiny_model, tmp_path):
     model = tiny_model("gpt_neox")
     adapter = build_random_adapter(model, kind="delta")
     sizes = {}
-    for precision in ("float32", "bfloat16", "int8", "int4"):
+    for precision in ("float32", "bfloat16", "int8", "int4", "int2"):
         save_adapter(
             adapter, model, tmp_path / precision, options=LinearOptions(precision=precision)
         )
@@ -98,6 +98,7 @@ def test_files_shrink_by_bits(tiny_model, tmp_path):
     assert sizes["bfloat16"] == sizes["float32"] / 2
     assert sizes["int8"] < 0.32 * sizes["float32"]
     assert sizes["int4"] < 0.2 * sizes["float32"]
+    assert sizes["int2"] < 0.14 * sizes["float32"]
 
 
 def test_equal_adapters_give_equal_bytes(tiny_model, tmp_path):
