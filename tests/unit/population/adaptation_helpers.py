@@ -13,6 +13,7 @@ from molora_fed.population.adaptation import adapt
 from molora_fed.population.adaptation_config import AdaptationConfig
 from molora_fed.population.slots import make_population
 from molora_fed.population.states import build_states
+from molora_fed.testing import build_random_adapter
 from molora_fed.types import Split
 
 DOMAINS = {"up": 1, "down": -1}
@@ -38,14 +39,18 @@ def build_router(num_slots=3, width=32, seed=0, **options):
     return ParallelSigmoidRouter.build(num_slots, width, ParallelSigmoidOptions(**options), seed)
 
 
-def build_fresh_population(base, num_slots=3):
-    return make_population(base, [], num_slots=num_slots, rank=2, filling="fresh", seed=1)
+def build_population(base, num_slots=3):
+    """One slot that changes the base, and fresh ones that do not yet."""
+    adapter = build_random_adapter(base.model, rank=2, seed=1, strength=0.1)
+    return make_population(
+        base, [("one", "up", adapter)], num_slots=num_slots, filling="fresh", seed=1
+    )
 
 
 def adapt_counting(base, folder, *, config=CONFIG, router=None, progress=None):
     return adapt(
         base,
-        build_fresh_population(base),
+        build_population(base),
         router or build_router(),
         build_all_states(base, folder / "states"),
         config,
@@ -54,34 +59,18 @@ def adapt_counting(base, folder, *, config=CONFIG, router=None, progress=None):
     )
 
 
-def adapt_until_killed(checkpoint: str, folder: str, where: str, count: int) -> None:
-    """Adapt in a process of its own that SIGKILL ends at a chosen moment.
-
-    Args:
-        checkpoint: Base checkpoint.
-        folder: Where states and adaptation lie.
-        where: "report" (of progress) or "fsync" (before the disk has it).
-        count: How many of these happen before.
-    """
+def adapt_until_killed(checkpoint: str, folder: str, count: int) -> None:
+    """Adapt in a process of its own that SIGKILL ends before the disk has the `count`-th file."""
     left = [count]
     base = load_base(Path(checkpoint))
     build_all_states(base, Path(folder) / "states")
-
-    def count_down() -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
     real_fsync = os.fsync
 
     def fsync(descriptor) -> None:
-        if where == "fsync":
-            count_down()
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
         real_fsync(descriptor)
 
-    def report(done, total, **fields) -> None:
-        if where == "report":
-            count_down()
-
     os.fsync = fsync
-    adapt_counting(base, Path(folder), progress=report)
+    adapt_counting(base, Path(folder))
