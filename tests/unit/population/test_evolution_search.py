@@ -16,7 +16,6 @@ from molora_fed.population.adaptation import compute_loss
 from molora_fed.population.mixture import Mixture
 from molora_fed.population.states import take_balanced
 
-
 SEARCHES = [search_by_evolution, search_by_gradient]
 TARGET = torch.tensor([0.5, -0.3, 0.2, 0.0, 0.8])
 CONFIG = SearchConfig(evaluations=480, learning_rate=0.05, pairs=4)
