@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from molora_fed.base_files import (
     copy_checkpoint,
     download_checkpoint,
+    find_weight_files,
     fingerprint_tokenizer,
     fingerprint_weights,
     load_json_file,
@@ -38,6 +39,7 @@ __all__ = [
     "fingerprint_tokenizer",
     "fingerprint_weights",
     "load_base",
+    "load_model",
 ]
 
 FORMAT_VERSION = 1
@@ -126,6 +128,56 @@ def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
     what = f"Cannot load base checkpoint '{folder}'"
     weights = fingerprint_weights(folder)
     tokenizer_fingerprint = fingerprint_tokenizer(folder)
+    model = load_model(folder, dtype=dtype)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+    except Exception as error:  # transformers raises many kinds on malformed folders
+        reason = " ".join(str(error).split())[:300]
+        raise BaseCheckpointError(
+            f"{what}: expected a causal language model with its tokenizer, "
+            f"got {type(error).__name__}: {reason} Check config.json and the tokenizer's files."
+        ) from error
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise BaseCheckpointError(
+            f"{what}: expected a tokenizer of at most {vocabulary} tokens, got {len(tokenizer)}. "
+            "Put the tokenizer of these weights beside them."
+        )
+    card = load_json_file(folder / _CARD) if (folder / _CARD).exists() else {}
+    base = Base(
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        weights=weights,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        id=str(card.get("id", folder.resolve().name)),
+        revision=str(card.get("revision", "")),
+        training=card.get("training"),
+    )
+    if card:
+        check_base(base, _read_identity(card, folder))
+    return base
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a checkpoint's model alone: safetensors only, none of its own code.
+
+    Args:
+        folder: Hugging Face checkpoint.
+        dtype: Dtype of the model in memory.
+
+    Returns:
+        The model in evaluation mode, with no parameter requiring gradients.
+
+    Raises:
+        BaseCheckpointError: If weights are missing, malformed, need code of their own or do not
+            cover all of the model's parameters.
+    """
+    what = f"Cannot load checkpoint '{folder}'"
+    find_weight_files(folder)
     try:
         with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -137,9 +189,6 @@ def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
-            )
     except Exception as error:  # transformers raises many kinds on malformed folders
         reason = " ".join(str(error).split())[:300]
         raise BaseCheckpointError(
@@ -150,28 +199,9 @@ def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
     if missing:
         raise BaseCheckpointError(
             f"{what}: expected all parameters of {type(model).__name__}, got none or another "
-            f"shape for {', '.join(missing[:5])} ({len(missing)} in all). Fetch the base again."
+            f"shape for {', '.join(missing[:5])} ({len(missing)} in all). Fetch it again."
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > vocabulary:
-        raise BaseCheckpointError(
-            f"{what}: expected a tokenizer of at most {vocabulary} tokens, got {len(tokenizer)}. "
-            "Put the tokenizer of these weights beside them."
-        )
-    card = load_json_file(folder / _CARD) if (folder / _CARD).exists() else {}
-    base = Base(
-        folder=folder,
-        model=model.eval().requires_grad_(False),
-        tokenizer=tokenizer,
-        weights=weights,
-        tokenizer_fingerprint=tokenizer_fingerprint,
-        id=str(card.get("id", folder.resolve().name)),
-        revision=str(card.get("revision", "")),
-        training=card.get("training"),
-    )
-    if card:
-        check_base(base, _read_identity(card, folder))
-    return base
+    return model.eval().requires_grad_(False)
 
 
 def _read_identity(card: Mapping[str, Any], folder: Path) -> BaseIdentity:

@@ -9,19 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+from molora_fed.admitting import check_all_admitted, find_contribution, receive_folders
 from molora_fed.base import Base, check_base, load_base
 from molora_fed.charter import Charter, load_charter
 from molora_fed.contributions.building import build_contribution
 from molora_fed.contributions.keys import build_public_pem, key_fingerprint, load_or_make_key
 from molora_fed.contributions.ledger import Ledger
 from molora_fed.contributions.manifest import Contribution, load_contribution
-from molora_fed.contributions.receive import Receipt, load_admitted, receive_contribution
+from molora_fed.contributions.receive import load_admitted
 from molora_fed.contributions.start import measure_start_loss
-from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative import Cooperative, open_cooperative
 from molora_fed.corpus.documents import read_documents
 from molora_fed.corpus.prepare import Corpus, prepare_corpus
-from molora_fed.errors import AdmissionError, BaseCheckpointError, ConfigError
+from molora_fed.errors import BaseCheckpointError, ConfigError
 from molora_fed.fusion import FusionResult, fuse
 from molora_fed.fusion_ledger import ForecastKeeper, begin_fusion, end_fusion
 from molora_fed.fusion_plan import BASE_EXPERT, collect_contributed
@@ -35,11 +37,11 @@ __all__ = [
     "Fused",
     "Terms",
     "Trained",
-    "admit_contributions",
     "check_choices",
     "fuse_contributions",
     "open_terms",
     "prepare_domain",
+    "sign_specialist",
     "train_contribution",
 ]
 
@@ -266,82 +268,62 @@ def train_contribution(
         evaluation_batch=charter.identity.corpus.evaluation_batch,
         progress=progress,
     )
-    contribution = build_contribution(
-        folder / "contribution",
-        adapter=specialist.adapter_folder,
-        kind=specialist.kind,
-        samples=corpus.blocks,
+    return sign_specialist(
+        terms,
+        corpus,
+        specialist,
         key=key,
-        charter=charter,
-        contributor=name or f"{corpus.domain}-{key_fingerprint(build_public_pem(key))[:6]}",
-        domain=corpus.domain,
-        training=specialist.record,
-        base_loss=specialist.base_loss,
-        specialist_loss=specialist.loss,
+        name=name,
         contamination=corpus.report.contamination,
         start_loss=measure_start_loss(
             terms.base.model, corpus.blocks, charter, domain=corpus.domain
         ),
     )
-    return Trained(specialist, contribution)
 
 
-def _find_contribution(folder: Path) -> Path:
-    """The contribution in a folder that `train_contribution` filled, or the folder itself."""
-    inner = folder / "contribution"
-    return inner if (inner / "manifest.json").is_file() else folder
-
-
-def admit_contributions(
-    cooperative: Cooperative,
-    folders: Sequence[Path],
+def sign_specialist(
+    terms: Terms,
+    corpus: Corpus,
+    specialist: Specialist,
     *,
-    plugins: Plugins | None = None,
-    progress: Progress | None = None,
-) -> list[Receipt]:
-    """Receive contributions and judge them, without fusing: how a cooperative grows on folders.
+    key: EllipticCurvePrivateKey,
+    name: str = "",
+    contamination: float | None = None,
+    start_loss: float | None = None,
+) -> Trained:
+    """Sign a contribution made of a specialist and samples of its corpus.
 
     Args:
-        cooperative: Whose charter, base and ledger count.
-        folders: Contributions, or folders of `train_contribution`.
-        plugins: Where checks and kinds are registered; the installed plugins by default.
-        progress: Receives blocks done while losses are measured.
-
-    Returns:
-        A receipt for each, in the order given; also for what is not admitted.
+        terms: Charter and base.
+        corpus: Prepared text of the domain.
+        specialist: On disk; its folder gets `contribution/`.
+        key: The contributor's private key.
+        name: Contributor's name; domain and start of the key if empty.
+        contamination: Share of held-out word 8-grams that occur in train; None if not known.
+        start_loss: Loss of the model that training started from on the admission sample; None
+            states nothing.
 
     Raises:
-        LedgerError: If another process, such as a server, works on the cooperative.
-        MoloraError: Whatever `receive_contribution` refuses.
+        AdapterError: If a value cannot stand in a manifest.
+        CorpusError: If the charter asks for blocks that the corpus has not.
+        StorageError: If the disk refuses.
     """
-    sources = [_find_contribution(folder) for folder in folders]
-    with cooperative.open_ledger() as ledger:
-        base = load_base(cooperative.base_folder)
-        check_base(base, cooperative.charter.identity.base)
-        return _receive(ledger, cooperative, base, sources, plugins or get_plugins(), progress)
-
-
-def _receive(
-    ledger: Ledger,
-    cooperative: Cooperative,
-    base: Base,
-    sources: Iterable[Path],
-    plugins: Plugins,
-    progress: Progress | None,
-) -> list[Receipt]:
-    return [
-        receive_contribution(
-            ledger,
-            cooperative.store,
-            source,
-            charter=cooperative.charter,
-            base=base,
-            plugins=plugins,
-            actor=ACTOR,
-            progress=progress,
-        )
-        for source in sources
-    ]
+    contribution = build_contribution(
+        specialist.folder / "contribution",
+        adapter=specialist.adapter_folder,
+        kind=specialist.kind,
+        samples=corpus.blocks,
+        key=key,
+        charter=terms.charter,
+        contributor=name or f"{corpus.domain}-{key_fingerprint(build_public_pem(key))[:6]}",
+        domain=corpus.domain,
+        training=specialist.record,
+        base_loss=specialist.base_loss,
+        specialist_loss=specialist.loss,
+        contamination=contamination,
+        start_loss=start_loss,
+    )
+    return Trained(specialist, contribution)
 
 
 def fuse_contributions(
@@ -371,14 +353,24 @@ def fuse_contributions(
     """
     plugins, out = plugins or get_plugins(), out or cooperative.folder
     charter = cooperative.charter
-    sources = [_find_contribution(folder) for folder in folders]
+    sources = [find_contribution(folder) for folder in folders]
     given = {load_contribution(source).id: source for source in sources}
     with cooperative.open_ledger() as ledger:
         on_phase("base")
         base = load_base(cooperative.base_folder)
         check_base(base, charter.identity.base)
         on_phase("admission")
-        _check_admitted(_receive(ledger, cooperative, base, given.values(), plugins, progress))
+        check_all_admitted(
+            receive_folders(
+                ledger,
+                cooperative,
+                base,
+                given.values(),
+                actor=ACTOR,
+                plugins=plugins,
+                progress=progress,
+            )
+        )
         contributions = _choose(ledger, cooperative, given)
         contributed = [collect_contributed(contribution) for contribution in contributions]
         if contributed:
@@ -398,25 +390,6 @@ def fuse_contributions(
         report = write_report(result.result, metrics, out / "report")
         end_fusion(ledger, actor=ACTOR)
     return Fused(tuple(contributions), result, report)
-
-
-def _check_admitted(receipts: Sequence[Receipt]) -> None:
-    """Refuse to go on unless all were admitted.
-
-    Raises:
-        AdmissionError: With a sentence for each refusal, in one line.
-    """
-    problems = []
-    for receipt in receipts:
-        if receipt.decision is not None:
-            problems += [refusal.message for refusal in receipt.decision.refusals]
-        if receipt.state == ContributionState.WITHDRAWN:
-            problems.append(
-                f"Cannot fuse contribution of '{receipt.contributor}': expected an admitted one, "
-                "got a withdrawn one. Leave it out."
-            )
-    if problems:
-        raise AdmissionError(" ".join(problems))
 
 
 def _choose(ledger: Ledger, cooperative: Cooperative, given: dict[str, Path]) -> list[Contribution]:

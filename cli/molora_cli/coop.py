@@ -131,9 +131,9 @@ def admit(
     ],
 ) -> None:
     """Receive contributions and judge them; `molora fuse` then fuses all that are admitted."""
+    from molora_fed.admitting import admit_contributions
     from molora_fed.cooperative import open_cooperative
     from molora_fed.errors import AdmissionError
-    from molora_fed.standalone import admit_contributions
 
     with reporting("admission") as progress:
         receipts = admit_contributions(

@@ -16,6 +16,7 @@ import click
 import typer
 
 from molora_cli import (
+    contribute,
     coop,
     demo,
     evaluate,
@@ -51,6 +52,7 @@ app.add_typer(coop.app, name="coop")
 app.command("serve")(serve.serve)
 app.command("join")(join.join)
 app.command("train")(train.train)
+app.command("contribute")(contribute.contribute)
 app.command("fuse")(fuse.fuse)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)

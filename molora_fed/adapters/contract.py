@@ -27,11 +27,14 @@ class AdapterKind(abc.ABC):
         narrow_learning_rate: Peak of AdamW's rate on a base as narrow as the built-in one
             (D = 128), measured there.
         width_power: How fast the rate falls with the base's width.
+        exports_checkpoints: Whether `export` takes any model of the base's architecture, so that a
+            checkpoint that was fine-tuned elsewhere can be contributed as this kind.
     """
 
     name: ClassVar[str]
     narrow_learning_rate: ClassVar[float]
     width_power: ClassVar[float]
+    exports_checkpoints: ClassVar[bool] = False
     Options: ClassVar[type[BaseModel]] = NoOptions
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:

@@ -1,10 +1,13 @@
-"""Changing who and what: admit, withdraw, amend, recommend."""
+"""Changing who and what: admit, contribute, withdraw, amend, recommend."""
 
 import json
 import shutil
 
 import pytest
 
+from molora_fed.adapters.apply import applied
+from molora_fed.adapters.files import load_adapter
+from molora_fed.base import load_base
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative import open_cooperative
@@ -92,3 +95,30 @@ def test_recommend_and_the_hint_of_create(molora, tmp_path, tiny_checkpoint):
     assert hinted.code == 0 and "This cooperative freezes 0." in hinted.err
     follows = molora(*create, "--folder", tmp_path / "b", "--steps", 20_000, "--frozen-depth", 1)
     assert (follows.code, follows.err) == (0, "")
+
+
+def test_contribute_a_checkpoint_that_was_fine_tuned_elsewhere(molora, setup, tiny, tmp_path):
+    base = load_base(tiny / "base")
+    adapter = load_adapter(setup.trained["abc"] / "adapter")
+    with applied(base.model, adapter) as model:
+        model.save_pretrained(tmp_path / "tuned")
+    arguments = (
+        "contribute", "--cooperative", tiny, "--checkpoint", tmp_path / "tuned", "--domain", "abc",
+        "--data", setup.texts["abc"], "--out", tmp_path / "out", "--name", "abc-9",
+    )  # fmt: skip
+    ran = molora(*arguments)
+    assert ran.code == 20 and "expected one of svd, delta, got 'lora'" in ran.err
+    ran = molora(*arguments, "--kind", "delta", "--started-from", tiny / "base")
+    assert (ran.code, ran.err) == (0, "")
+    manifest = load_contribution(tmp_path / "out" / "contribution").manifest
+    assert manifest.contamination is None and manifest.start_loss > 0
+    assert f"Specialist 'abc-9' (delta): validation loss {manifest.specialist_loss:.4f}" in ran.out
+    trained = load_contribution(setup.trained["abc"] / "contribution").manifest
+    assert manifest.specialist_loss == pytest.approx(trained.specialist_loss, abs=1e-4)
+    assert molora("coop", "admit", tiny, tmp_path / "out").code == 0
+    # As one of the same training: what it started from is no matter of opinion.
+    more = ("--kind", "delta", "--started-from", tmp_path / "tuned", "--name", "abc-8")
+    wrong = molora(*arguments, *more)
+    assert wrong.code == 0
+    ran = molora("coop", "admit", tiny, tmp_path / "out")
+    assert ran.code == 22 and "shared-initialisation" in ran.err and "QUARANTINED" in ran.out

@@ -9,6 +9,7 @@ import molora_fed.specialists
 import molora_fed.training
 import molora_fed.withdrawal
 from molora_fed.adapters.files import hash_adapter_files
+from molora_fed.admitting import admit_contributions
 from molora_fed.amending import amend_by_settings
 from molora_fed.base import load_base
 from molora_fed.contributions.manifest import load_contribution
@@ -20,7 +21,7 @@ from molora_fed.files import hash_file
 from molora_fed.fusion import fuse
 from molora_fed.fusion_plan import collect_contributed
 from molora_fed.routing.bundle import load_manifest
-from molora_fed.standalone import admit_contributions, fuse_contributions
+from molora_fed.standalone import fuse_contributions
 from molora_fed.types import Split
 from molora_fed.withdrawal import withdraw_contributor
 

@@ -1,0 +1,88 @@
+"""`molora contribute`: a signed contribution of a checkpoint that was fine-tuned elsewhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora_cli.output import build_corpus_table, show
+from molora_cli.progress import reporting
+
+
+def contribute(
+    cooperative: Annotated[
+        Path, typer.Option(help="A cooperative's folder, or its cooperative.toml beside base/.")
+    ],
+    checkpoint: Annotated[
+        Path, typer.Option(help="Folder of the fine-tuned Hugging Face checkpoint.")
+    ],
+    domain: Annotated[str, typer.Option(help="Domain it was fine-tuned on.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="Text of that domain that it was NOT trained on; repeatable."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for adapter, contribution and key.")],
+    kind: Annotated[
+        str | None, typer.Option(help="Adapter kind; the charter's if not given.")
+    ] = None,
+    started_from: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the checkpoint that the fine-tuning started from."),
+    ] = None,
+    name: Annotated[
+        str, typer.Option(help="Contributor's name; domain and start of the key if not given.")
+    ] = "",
+    key: Annotated[
+        Path | None, typer.Option(help="Private key; made in the --out folder if not given.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
+    ] = None,
+) -> None:
+    """Sign a contribution of a checkpoint fine-tuned elsewhere; nothing is sent."""
+    from molora_fed.contributions.building import describe_outgoing
+    from molora_fed.contributions.keys import load_or_make_key
+    from molora_fed.importing import import_checkpoint
+    from molora_fed.reporting.summary import build_outgoing_table
+    from molora_fed.standalone import (
+        check_choices,
+        open_terms,
+        prepare_domain,
+        sign_specialist,
+    )
+
+    with reporting("loading the base") as progress:
+        terms = open_terms(cooperative, base_folder=base)
+        check_choices(terms, domain=domain, name=name, kind=kind)
+        progress.phase("preparing the text")
+        corpus = prepare_domain(terms, domain, data, out, progress=progress)
+        progress.phase("comparing the checkpoint with the base")
+        imported = import_checkpoint(
+            terms.base,
+            terms.charter,
+            corpus,
+            checkpoint,
+            out,
+            kind=kind,
+            started_from=started_from,
+            progress=progress,
+        )
+        # What the checkpoint was trained on is not known here: no contamination is stated.
+        signed = sign_specialist(
+            terms,
+            corpus,
+            imported.specialist,
+            key=load_or_make_key(key or out / "key.pem"),
+            name=name,
+            start_loss=imported.start_loss,
+        )
+    show(build_corpus_table(corpus.report))
+    specialist, manifest = imported.specialist, signed.contribution.manifest
+    print(
+        f"Specialist '{manifest.contributor}' ({specialist.kind}): validation loss "
+        f"{specialist.loss:.4f}, checkpoint {imported.checkpoint_loss:.4f}, base "
+        f"{specialist.base_loss:.4f} nats per token"
+    )
+    print("Nothing was sent. If you submit it, this is what goes:")
+    show(build_outgoing_table(describe_outgoing(manifest)))
+    print(f"Contribution {signed.contribution.id} in {signed.contribution.folder}")
