@@ -105,11 +105,11 @@ def _svd(*ranks: int, precisions: Sequence[str]) -> tuple[Variant, ...]:
     return tuple(Variant(rank=r, precision=p) for r in ranks for p in precisions)
 
 
-def _budgets(*percents: float, rank: int) -> tuple[Variant, ...]:
-    return tuple(Variant(rank=rank, budget_percent=p) for p in percents)
+def _budgets(*percents: float, rank: int, precision: str = "int4") -> tuple[Variant, ...]:
+    return tuple(Variant(rank=rank, budget_percent=p, precision=precision) for p in percents)
 
 
-_DELTAS = tuple(Variant(kind="delta", precision=p) for p in ("int8", "int4"))
+_DELTAS = tuple(Variant(kind="delta", precision=p) for p in ("int8", "int4", "int2"))
 _ATTENTION = {"options": {"targets": "attention"}}
 _PAPER = {**_ATTENTION, "learning_rate": 2e-4}
 
@@ -120,9 +120,15 @@ SMALL = Size(
     screened=(
         *_svd(8, 32, 64, 192, precisions=("float32", "int8", "int4")),
         *_budgets(10, 5, 2.5, rank=192),
+        *_svd(64, 96, 128, precisions=("int2",)),
+        *_budgets(5, 2.5, rank=192, precision="int2"),
         *_DELTAS,
     ),
-    confirmed=(*_budgets(10, 5, rank=192), Variant(rank=64)),
+    confirmed=(
+        *_budgets(5, rank=192, precision="int2"),
+        Variant(rank=64),
+        Variant(kind="delta", precision="int2"),
+    ),
     recipes=(
         Recipe(label="lora all-linear r32", fused=True, confirmed=True),
         Recipe(label="lora attention r32", training=_ATTENTION, fused=True),
@@ -161,7 +167,7 @@ LARGE = Size(
         *_budgets(10, 5, 2.5, rank=768),
         Variant(kind="delta"),
     ),
-    confirmed=_budgets(2.5, rank=768),
+    confirmed=(*_budgets(2.5, rank=768), *_budgets(1.25, rank=768, precision="int2")),
     recipes=(Recipe(label="lora all-linear r32", fused=True),),
     blocks=32,
 )
