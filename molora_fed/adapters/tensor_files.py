@@ -111,6 +111,9 @@ def _check_frame(path: Path, name: str, max_bytes: int | None) -> None:
         )
     with path.open("rb") as file:
         start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) == 8 and length <= size - 8 and length <= MAX_HEADER_BYTES:
+        return  # first of all: a header of 640 bytes, say, begins like a pickle of protocol 2
     if start.startswith(_PICKLE_STARTS):
         raise describe_unreadable(
             name,
@@ -118,14 +121,12 @@ def _check_frame(path: Path, name: str, max_bytes: int | None) -> None:
             got="a pickle, which could run code",
             fix="Save the tensors with safetensors; renaming the file is not enough.",
         )
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
-        raise describe_unreadable(
-            name,
-            expected=f"a whole safetensors file '{path.name}'",
-            got=f"{size} bytes with a header of {length}",
-            fix="It is truncated or something else; copy or export it again.",
-        )
+    raise describe_unreadable(
+        name,
+        expected=f"a whole safetensors file '{path.name}'",
+        got=f"{size} bytes with a header of {length}",
+        fix="It is truncated or something else; copy or export it again.",
+    )
 
 
 def load_tensors(

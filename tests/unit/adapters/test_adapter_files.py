@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from molora_fed.adapters.files import (
     CONFIG_FILE,
@@ -20,6 +20,7 @@ from molora_fed.adapters.files import (
     load_adapter,
 )
 from molora_fed.adapters.save import save_adapter
+from molora_fed.adapters.tensor_files import load_tensors
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError, IncompatibleAdapterError, UnknownNameError
 from molora_fed.files import hash_file
@@ -145,6 +146,18 @@ def test_pickle_renamed(saved, writer):
     else:
         (folder / WEIGHTS_FILE).write_bytes(pickle.dumps(tensors))
     assert "a pickle" in refused(folder)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_header_whose_length_begins_like_a_pickle(tmp_path, length):
+    path = tmp_path / WEIGHTS_FILE
+    tensors = {"a": torch.ones(2)}
+    bare = int.from_bytes(save(tensors, metadata={"pad": ""})[:8], "little")
+    data = save(tensors, metadata={"pad": "x" * (length - bare)})
+    assert data[:1] == b"\x80" and int.from_bytes(data[:8], "little") == length
+    path.write_bytes(data)
+    loaded = load_tensors(path, "legal-07", max_bytes=None, check=lambda headers: None)
+    assert torch.equal(loaded["a"], tensors["a"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
