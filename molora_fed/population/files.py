@@ -22,7 +22,7 @@ from molora_fed.adapters.tensor_files import (
 )
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.charter import AdapterRules
-from molora_fed.errors import PopulationError
+from molora_fed.errors import AdapterError
 from molora_fed.files import (
     canonical_json,
     hash_bytes,
@@ -176,9 +176,9 @@ def load_population(folder: Path, *, rules: AdapterRules | None = None) -> Popul
         The population, on the CPU. Whether it fits a base says `check_population`.
 
     Raises:
-        AdapterError: If a file is missing, too large, not safetensors, or against the rules.
-        PopulationError: If the card is malformed or of other weights, or a slot is not low-rank,
-            has rank 0, or holds NaN or infinity.
+        AdapterError: If a file is missing, malformed, too large, not of the other file, or against
+            the rules.
+        PopulationError: If a slot holds NaN or infinity.
     """
     name = str(folder)
     card = _read_card(folder)
@@ -216,8 +216,8 @@ def _build(card: _SlotCard, factors: Mapping[str, Mapping[str, Tensor]]) -> Slot
     return Slot(birth=birth, domain=card.domain, updates=updates, stale=card.stale)
 
 
-def _unreadable(folder: Path, expected: str, got: str) -> PopulationError:
-    return PopulationError(
+def _unreadable(folder: Path, expected: str, got: str) -> AdapterError:
+    return AdapterError(
         f"Cannot read population '{folder}': expected {expected}, got {got}. "
         "Copy the folder again, or evolve again."
     )
