@@ -140,8 +140,8 @@ class DivergenceLawStudy(Study):
                 f"Against the best alone: {alone.show()}.",
                 "Forecasts read calibration blocks, gains are of held-out blocks and the evidence "
                 "router; the published runs are no evidence here, four own groups suffice.",
-                "All predictors were fixed before any condition was forecast. At first only `fitted` "
-                "was to be judged; `forgetting` was added when the first five conditions were in.",
+                "All predictors were fixed before any condition was forecast. At first only "
+                "`fitted` was to be judged; `forgetting` was added when five conditions were in.",
                 "Conditions that differ in their domains only share specialists: the second table "
                 "leaves these out as well.",
             ],
