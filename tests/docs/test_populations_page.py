@@ -1,0 +1,42 @@
+"""The router and the adaptation of docs/populations.md are real: their code runs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from molora_fed.base import load_base
+from molora_fed.corpus.blocks import Blocks
+from molora_fed.plugins import get_plugins
+from molora_fed.population.router_files import load_router
+from molora_fed.testing import build_random_adapter
+from molora_fed.types import Split
+
+PAGE = (Path(__file__).parents[2] / "docs" / "populations.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+def test_the_example_router_passes_its_own_test():
+    router, check, _ = BLOCKS
+    namespace = {}
+    exec(compile(router + check, "populations.md", "exec"), namespace)
+    namespace["test_constant_gates"]()
+
+
+def test_the_example_adaptation_runs(tiny_checkpoint, tmp_path):
+    base = load_base(tiny_checkpoint())
+    tokens = np.random.default_rng(0).integers(0, 256, (6, 16)).astype(np.int32)
+    owners = np.arange(6, dtype=np.int32)[:, None].repeat(16, axis=1)
+    namespace = {
+        "base": base,
+        "adapters": [("one", "noise", build_random_adapter(base.model, rank=4))],
+        "train_blocks": [Blocks("noise", Split.TRAIN, tokens, owners, owners)],
+        "folder": tmp_path,
+    }
+    exec(compile(BLOCKS[2], "populations.md", "exec"), namespace)
+    assert namespace["gates"].shape == (1, 4)
+    assert load_router(tmp_path / "router.safetensors", get_plugins()).num_slots == 4
+
+
+def test_the_page_has_every_registered_router():
+    assert all(f"| `{name}` |" in PAGE for name in get_plugins().adapter_routers.names())
