@@ -194,7 +194,8 @@ def publish_result(
     Args:
         home: The coordinator's home.
         folders: Folders to send, by the name they get in the contributor's result.
-        summary: JSON object sent with the list of files.
+        summary: JSON object sent with the list of files; only whose contribution id is among its
+            `contributions` gets them.
         part_bytes: Largest part of a file.
 
     Returns:

@@ -126,7 +126,7 @@ class ServerDialogue:
         if state.get("acknowledged") != shipment.id:
             letters.append(Letter("acknowledgement", acknowledgement))
         result = read_json(self._home.outbox / "result.json")
-        if result is None or acknowledgement["state"] != "ADMITTED":
+        if result is None or not _is_part_of(result, acknowledgement):
             return Envelope(tuple(letters)) if letters else None
         files = parse_shipment(result["files"])
         names = self._undelivered(files, state)
@@ -224,6 +224,13 @@ class ServerDialogue:
         for part in reply.parts:
             if part.name in wanted:
                 box.parts.put(part)
+
+
+def _is_part_of(result: Mapping[str, Any], acknowledgement: Mapping[str, Any]) -> bool:
+    """Whether a result was made with a contribution; a newcomer waits for the one that is."""
+    is_admitted = acknowledgement["state"] == "ADMITTED"
+    contributions = result["summary"].get("contributions", ())
+    return is_admitted and acknowledgement["contribution_id"] in contributions
 
 
 def _check_state(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def work(home: CoordinatorHome) -> None:
             )  # fmt: skip
             names = sorted(path.name for path in received.iterdir())
             if len(names) == charter.amendment.expected:
-                publish_result(home, {name: received / name for name in names}, {}, part_bytes=size)
+                folders = {name: received / name for name in names}
+                publish_result(home, folders, {"contributions": ["c"]}, part_bytes=size)
                 write_json(home.state_file, {"phase": "PUBLISHED"})
         time.sleep(0.2)
 

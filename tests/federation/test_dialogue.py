@@ -63,6 +63,7 @@ class Stage:
             self.server, message_bytes=self.message_bytes, wait_seconds=0
         )
         self.correspondent = Correspondent()
+        self.summary = {"contributions": ["c"]}
 
     def exchange(self, fate="delivered"):
         """One envelope there and its answer back; True if anything was said."""
@@ -93,7 +94,7 @@ class Stage:
                 part_bytes=self.message_bytes,
             )  # fmt: skip
             publish_result(
-                self.server, {"fused": target}, {"gain": 1.5}, part_bytes=self.message_bytes
+                self.server, {"fused": target}, self.summary, part_bytes=self.message_bytes
             )
 
     def work(self):
@@ -158,6 +159,23 @@ def test_whatever_is_lost_the_contribution_arrives_and_the_result_comes_back(
     stage.exchange()
     assert stage.exchange() is False  # nothing left to say
     assert stage.client.parts.held() == set()
+
+
+def test_a_newcomer_waits_for_the_result_it_is_part_of(tmp_path, keys):
+    stage = Stage(tmp_path, keys)
+    stage.summary = {"contributions": ["of somebody else"]}
+    for _ in range(60):
+        stage.exchange()
+        stage.coordinate()
+        stage.work()
+    assert read_json(stage.client.acknowledgement_letter)["state"] == "ADMITTED"
+    assert not stage.client.result_letter.exists()
+    stage.summary = {"contributions": ["of somebody else", "c"]}
+    publish_result(
+        stage.server, {"fused": stage.server.received / "alpha"}, stage.summary,
+        part_bytes=stage.message_bytes,
+    )  # fmt: skip
+    assert any(stage.exchange() and stage.work() for _ in range(60))
 
 
 def test_a_quiet_network_needs_few_messages(tmp_path, keys):
