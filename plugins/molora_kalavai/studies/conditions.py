@@ -9,6 +9,7 @@ from scipy import stats
 
 from molora_fed.studies.contract import Task
 from molora_fed.studies.substrate import (
+    BaseSettings,
     FusionSettings,
     Member,
     SpecialistSettings,
@@ -23,6 +24,7 @@ __all__ = [
     "THREE_DOMAINS",
     "Estimate",
     "estimate",
+    "plan_aged_base",
     "plan_condition",
     "read_gain",
     "read_gain_over_base",
@@ -35,6 +37,13 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {"evidence": {}, "linear": {}}
 """Ours, and the paper's made causal."""
 
 LEVEL = 0.95
+
+
+def plan_aged_base(steps: int) -> Task:
+    """The default base trained for another number of steps; the default's own age is that base."""
+    if steps == BaseSettings().steps:
+        return plan_base()
+    return plan_base(BaseSettings(steps=steps, threads=1))  # its tasks share the cores
 
 
 def plan_condition(

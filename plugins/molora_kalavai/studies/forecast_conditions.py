@@ -14,13 +14,12 @@ from molora_fed.studies.substrate import (
     FusionSettings,
     Member,
     SpecialistSettings,
-    plan_base,
     plan_corpus,
     plan_fusion,
     plan_specialist,
 )
 from molora_fed.types import Case, LossMatrix, Outcome
-from molora_kalavai.studies.conditions import THREE_DOMAINS, plan_condition
+from molora_kalavai.studies.conditions import THREE_DOMAINS, plan_aged_base, plan_condition
 
 __all__ = [
     "CONDITIONS",
@@ -62,7 +61,7 @@ class Condition:
 
     def plan_base(self) -> Task:
         """Its base."""
-        return plan_base(BaseSettings(steps=self.base_steps))
+        return plan_aged_base(self.base_steps)
 
 
 CONDITIONS = (

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from molora_fed.studies.contract import Cell, Claim, Figure, Study, StudyOptions, Summary, Table
-from molora_fed.studies.substrate import BaseSettings, plan_base
 from molora_kalavai.studies.conditions import (
     THREE_DOMAINS,
     Estimate,
     estimate,
+    plan_aged_base,
     plan_condition,
     read_gain,
 )
@@ -52,7 +52,7 @@ class MaturityStudy(Study):
                     options.domains,
                     seed,
                     {"steps": options.steps},
-                    base=plan_base(BaseSettings(steps=age)),
+                    base=plan_aged_base(age),
                 ),
             )
             for age in options.ages

@@ -72,7 +72,7 @@ def plan_cooperative(options: RivalOptions, seed: int) -> tuple[Task, list[Membe
 def wide_base(options: RivalOptions) -> BaseSettings:
     """The base with as many parameters as the cooperative, trained on the same tokens."""
     width = find_width(options.base, len(options.domains))
-    return options.base.model_copy(update={"hidden": width})
+    return options.base.model_copy(update={"hidden": width, "threads": 1})
 
 
 def plan_rivals(
