@@ -121,7 +121,8 @@ def test_the_summary_has_every_part_and_draws(done):
     results = {name: done[name].result for name in CELLS}
     summary = AdapterRegimeStudy.summarise(OPTIONS, results)
     assert [len(table.rows) for table in summary.tables] == [3, 3, 2]
-    assert len(summary.claims) == 2
+    assert [claim.claim.partition(":")[0] for claim in summary.claims[:1]] == ["D=32"]
+    assert summary.claims[-1].claim.startswith("D=32, lora r4")
     for figure in summary.figures:
         figure.draw(Figure())
 
@@ -154,6 +155,17 @@ def test_the_smallest_adapter_is_the_one_whose_interval_is_above(rows, verdict, 
     claim = summarise_adapters(rows, kept_percent=85, bytes_percent=10).claims[0]
     assert claim.verdict == verdict
     assert named in claim.measured
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [((5.4, 5.4, 5.5), "holds"), ((4.9, 5.4, 5.9), "not decided"), ((4.0, 4.1, 4.2), "does not")],
+)
+def test_the_published_gain_has_its_own_reference(gains, verdict):
+    labels, result = fusion("a", 5, 90)
+    result["gains"]["small"] = [{"best_alone": 5.0, "best_specialist": gain} for gain in gains]
+    claims = summarise_adapters([(labels, result)], kept_percent=85, bytes_percent=10).claims
+    assert claims[1].verdict.startswith(verdict)
 
 
 @pytest.mark.parametrize(("loss", "verdict"), [(3.9, "does not hold"), (4.1, "holds")])

@@ -35,6 +35,7 @@ def summarise_adapters(
         },
         claims=[
             *_claim_smallest(fusions, kept_percent, bytes_percent),
+            *_claim_published(fusions, kept_percent, bytes_percent),
             *_claim_lora(fusions, recipes),
         ],
         tables=[_table_fusions(fusions), _table_screening(screened), _table_recipes(recipes)],
@@ -150,6 +151,53 @@ def _claim_smallest(
                   "share asked for")
         )  # fmt: skip
     return claims
+
+
+def _claim_published(
+    fusions: Sequence[Row], kept_percent: float, bytes_percent: float
+) -> list[Claim]:
+    """The same by the published gain: each fusion on the best of its own specialists."""
+    claims = []
+    for size in dict.fromkeys(labels["size"] for labels, _ in fusions):
+        own = [(labels, _describe_fusion(r)) for labels, r in fusions if labels["size"] == size]
+        most_seeds = max(result["seeds"] for _, result in own)
+        shares = {
+            labels["variant"]: (result["bytes_percent"], estimate(_published_shares(result)))
+            for labels, result in own
+            if result["seeds"] == most_seeds and result["bytes_percent"] <= bytes_percent
+        }
+        if not shares:
+            continue
+        enough = {v: found for v, found in shares.items() if found[1].mean >= kept_percent}
+        variant = (
+            min(enough, key=lambda v: enough[v][0])
+            if enough
+            else max(shares, key=lambda v: shares[v][1].mean)
+        )
+        size_percent, share = shares[variant]
+        is_certain = share.low is not None and share.low >= kept_percent
+        claims.append(
+            Claim(
+                f"{size}: the same share of the published gain, each fusion on the best of its "
+                "own specialists",
+                "no figure (our aim)",
+                f"{variant}: {share.show(sign=False, digits=1)} with {size_percent:.1f} % of the "
+                "bytes",
+                "holds" if is_certain else "not decided" if enough else "does not hold",
+                "specialists of small adapters forget less, so that their best one is a better "
+                "reference; interval over seeds",
+            )
+        )
+    return claims
+
+
+def _published_shares(result: Mapping[str, Any]) -> list[float]:
+    """Small over full gain on the best of own specialists, percent by seed."""
+    gains = result["gains"]
+    return [
+        100.0 * small["best_specialist"] / full["best_specialist"]
+        for small, full in zip(gains["small"], gains["full"], strict=True)
+    ]
 
 
 def _claim_lora(fusions: Sequence[Row], recipes: Sequence[Mapping[str, Any]]) -> list[Claim]:
