@@ -155,6 +155,8 @@ class FusionRules(_Strict):
         options: Its options; unknown keys are refused by the router.
         top_k: The published router mixes its best k experts only; None mixes all.
         compare: Further routers fitted and reported beside it, with default options.
+        merges: Registered merges of all adapters, reported beside it; each costs a pass over the
+            held-out blocks whenever it is fused.
         mixture: Probability mixture (default) or logit mixture (as published by KALAVAI).
         base_expert: Whether the base is expert 0.
         collapse_nats: A domain this far above its best expert after fitting is a collapse.
@@ -165,6 +167,7 @@ class FusionRules(_Strict):
     options: dict[str, Any] = {}
     top_k: int | None = Field(default=None, ge=1)
     compare: tuple[str, ...] = ("evidence-zero", "linear")
+    merges: tuple[str, ...] = ("average",)
     mixture: Mixture = "probability"
     base_expert: bool = True
     collapse_nats: float = Field(default=0.05, gt=0)

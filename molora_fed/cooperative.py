@@ -210,7 +210,7 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
     """Look up every name a charter uses; only a kind with options is loaded, to check them.
 
     Raises:
-        UnknownNameError: If nobody registers a router, adapter kind or admission check.
+        UnknownNameError: If nobody registers a router, merge, adapter kind or admission check.
         AdapterError: If the kind refuses its options.
         CharterError: If `[amendment.training]` asks for an adapter that `[identity]` forbids.
     """
@@ -219,6 +219,7 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
     for registry, names in (
         (plugins.adapter_kinds, rules.kinds),
         (plugins.routers, (fusion.router, *fusion.compare)),
+        (plugins.merges, fusion.merges),
         (plugins.admission_checks, charter.amendment.admission.checks),
     ):
         for name in names:

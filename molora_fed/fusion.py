@@ -12,9 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molora_fed.adapters.merge import average_adapters
+from torch import Tensor
+
 from molora_fed.adapters.updates import Adapter
-from molora_fed.bank import CalibrationBank, build_calibration_bank, build_held_out_bank
+from molora_fed.bank import (
+    CalibrationBank,
+    HeldOutBank,
+    build_calibration_bank,
+    build_held_out_bank,
+)
 from molora_fed.base import Base
 from molora_fed.charter import Charter
 from molora_fed.errors import RoutingError
@@ -163,8 +169,7 @@ def fuse(
             folder / "bank", base, plan.experts, plan.held_out, progress=progress, **plan.bank
         )
         adapters = plan.load_adapters()
-        average = average_adapters([a for a in adapters if a is not None], name="weight-average")
-        baselines = {"weight_average": held_out.add_column("weight_average", average)}
+        baselines = dict(_measure_merges(plan, held_out, adapters, charter, seed))
         if control is not None:
             baselines["control"] = held_out.add_column("control", control.adapter)
     with clock.phase("evaluation"):
@@ -190,6 +195,20 @@ def fuse(
     result = build_result(outcome, charter, seed)
     write_json(folder / RESULT_FILE, result)
     return FusionResult(result, fused, fused_folder, tuple(forecasts), evaluation)
+
+
+def _measure_merges(
+    plan: FusionPlan,
+    bank: HeldOutBank,
+    adapters: Sequence[Adapter | None],
+    charter: Charter,
+    seed: int,
+) -> Iterator[tuple[str, Tensor]]:
+    """Losses (N, T-1) of the charter's merges by name in reports."""
+    specialists = [adapter for adapter in adapters if adapter is not None]
+    for name in charter.amendment.fusion.merges:
+        merged = plan.plugins.merges.resolve(name)(specialists, name=name, seed=seed)
+        yield "weight_average" if name == "average" else name, bank.add_column(name, merged)
 
 
 def _record(

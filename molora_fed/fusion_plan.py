@@ -148,13 +148,15 @@ def plan_fusion(
         BaseCheckpointError: If the base is not the charter's.
         CharterError: If a router's options are wrong; all of them are named.
         ConfigError: If there is no contribution, names clash, or blocks are missing.
-        UnknownNameError: If nobody registers a router.
+        UnknownNameError: If nobody registers a router or a merge.
     """
     check_base(base, charter.identity.base)
     ordered = tuple(sorted(contributions, key=lambda c: c.id))
     rules, fusion = charter.identity.adapters, charter.amendment.fusion
     is_pooled = _check_contributions(ordered)
     routers = build_routers(charter, plugins)
+    for name in fusion.merges:
+        plugins.merges.entry(name)
     readings: frozenset[Reading] = frozenset().union(
         *(router.reads(options) for router, options in routers.values())
     )

@@ -256,6 +256,7 @@ def test_bad_input_is_refused_before_anything_is_computed(cooperative, plugins, 
             "calibration or admission blocks",
         ),
         ([one], build_charter(base, router="evidense"), UnknownNameError, "'evidence'"),
+        ([one], build_charter(base, merges=("averag",)), UnknownNameError, "'average'"),
         (
             [one],
             build_charter(base, options={"decay": 1}),
@@ -299,3 +300,14 @@ def test_the_charter_limits_the_published_router_only(fusion, cooperative, plugi
     for method, is_equal in (("evidence", False), ("evidence-zero", True)):
         losses = [r["losses"]["fused"][method] for r in (limited.result, everyone)]
         assert (losses[0] == losses[1]) == is_equal
+
+
+@pytest.mark.parametrize("merges", [(), ("average", "ties")])
+def test_the_charter_says_which_merges_are_reported(cooperative, plugins, tmp_path, merges):
+    base, contributions = cooperative
+    charter = build_charter(base, compare=(), merges=merges)
+    result = fuse(base, charter, contributions, tmp_path, plugins=plugins).result
+    jsonschema.validate(result, SCHEMA)
+    reported = {"weight_average", "ties"} & result["equal_weight"].keys()
+    assert reported == ({"weight_average", "ties"} if merges else set())
+    assert reported <= result["baseline_gain_percent"].keys()
