@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 _REPORT_EVERY = 25  # steps between reports of progress
-_CHUNK_NUMBERS = 2**22  # numbers of the features handled at once when the whole bank is read
+_CHUNK_NUMBERS = 2**20  # numbers of the features handled at once: what fitting needs of memory
 
 Scores = Callable[[Tensor], Tensor]
 """Turns features of B blocks (B, T, ...) into scores (B, T, E)."""
