@@ -5,11 +5,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from molora_fed.builtin_base import BuiltinBaseConfig
 from molora_fed.plugins import hookimpl, load_plugins
 from molora_fed.studies import actions
 from molora_fed.studies.contract import Done, Task, TaskContext
@@ -72,4 +74,6 @@ def running(root: Path) -> Iterator[Run]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(actions, "get_plugins", lambda: plugins)
+        # Two threads of a busy machine wait for each other longer than they work.
+        patch.setattr(actions, "BuiltinBaseConfig", partial(BuiltinBaseConfig, threads=1))
         yield run_task

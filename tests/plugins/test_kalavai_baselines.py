@@ -37,7 +37,7 @@ from molora_fed.studies.substrate import (
 from molora_fed.testing.models import build_random_adapter
 from molora_fed.types import Split
 
-SETTINGS = BaseSettings(hidden=32, layers=2, heads=2, vocab_size=290, steps=30, domains=DOMAINS)
+SETTINGS = BaseSettings(hidden=32, layers=2, heads=2, vocab_size=290, steps=20, domains=DOMAINS)
 BASE = plan_base(SETTINGS)
 CORPORA = [plan_corpus(BASE, domain) for domain in DOMAINS]
 MEMBERS = [
@@ -128,9 +128,10 @@ def test_the_base_continued_whole_gets_better(run: Run) -> None:
 
 
 def test_all_are_measured_on_the_blocks_of_the_fusion(run: Run) -> None:
-    wide = plan_base(SETTINGS.model_copy(update={"hidden": find_width(SETTINGS, len(DOMAINS))}))
+    width = find_width(SETTINGS, len(DOMAINS))
+    wide = plan_base(SETTINGS.model_copy(update={"hidden": width, "steps": 3}))
     baselines = {
-        "wider": plan_wider(BASE, wide, CORPORA, steps=20, seed=1, held_out=HELD_OUT),
+        "wider": plan_wider(BASE, wide, CORPORA, steps=6, seed=1, held_out=HELD_OUT),
         "joint": plan_joint(BASE, MEMBERS, steps=24, seed=1, held_out=HELD_OUT),
         "base_continued": plan_whole(BASE, CORPORA, steps=24, seed=1, held_out=HELD_OUT),
     }

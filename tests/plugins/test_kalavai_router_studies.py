@@ -19,7 +19,7 @@ from molora_fed.studies.substrate import BaseSettings
 
 SHARED: Mapping[str, Any] = {
     "base": BaseSettings(
-        hidden=32, layers=2, heads=2, vocab_size=290, steps=30, domains=DOMAINS
+        hidden=32, layers=2, heads=2, vocab_size=290, steps=8, domains=DOMAINS
     ).model_dump(),
     "domains": DOMAINS,
     "steps": 12,
