@@ -56,6 +56,7 @@ def plan_condition(
     base: Task | None = None,
     routers: Mapping[str, Mapping[str, Any]] = ROUTERS,
     fusion: Mapping[str, Any] | None = None,
+    further: Sequence[str] = (),
 ) -> Task:
     """One specialist a domain, fused.
 
@@ -68,6 +69,7 @@ def plan_condition(
         base: The base; the studies' default base if None.
         routers: Routers by label.
         fusion: Further fields of `FusionSettings`.
+        further: Domains that are measured without a contributor.
     """
     shared = base or plan_base()
     members = []
@@ -77,7 +79,8 @@ def plan_condition(
         adapter = plan_specialist(shared, corpus, SpecialistSettings(**recipe))
         members.append(Member(domain, adapter, corpus))
     settings = FusionSettings(routers=routers, seed=seed, **(fusion or {}))
-    return plan_fusion(name, shared, members, settings)
+    unowned = [plan_corpus(shared, domain) for domain in further]
+    return plan_fusion(name, shared, members, settings, further=unowned)
 
 
 @dataclass(frozen=True)

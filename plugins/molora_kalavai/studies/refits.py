@@ -1,9 +1,13 @@
 """Routers of a finished fusion, fitted again from many seeds: how often one loses a domain."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.charter import CorpusRules
@@ -11,32 +15,40 @@ from molora_fed.corpus.prepare import prepare_corpus
 from molora_fed.evaluation import compute_domain_losses, compute_router_losses
 from molora_fed.plugins import get_plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
-from molora_fed.routing.guard import GuardedRouter, fit_guarded
+from molora_fed.routing.guard import fit_guarded
 from molora_fed.studies.actions import open_base
 from molora_fed.studies.contract import Task, TaskContext
 from molora_fed.studies.fusions import open_fusion
 from molora_fed.types import Reading
+from molora_kalavai.studies.languages import LOST_NATS
 
-__all__ = ["plan_refits", "prepare_part", "refit", "refit_routers"]
+__all__ = ["Banks", "plan_refits", "prepare_part", "refit", "refit_routers"]
+
+_RESTARTS = 3
 
 
-def plan_refits(name: str, fusion: Task, seeds: Sequence[int], *, seconds: float) -> Task:
+def plan_refits(
+    name: str, fusion: Task, seeds: Sequence[int], *, guarded: Sequence[str], seconds: float
+) -> Task:
     """Fit every router of a fusion from other seeds; the fusion's bank is read again.
 
     The result holds `routers`: by label `is_seeded` and `fits`, for each seed `seed`, `excess`
     (held-out loss above the best expert's by domain, nats), `gap` (equal-weight loss above the
-    domain oracle's) and `guarded`, the same of what the collapse guard keeps, with `attempts`.
+    domain oracle's), `misrouted` (domains whose largest mean gate goes to an expert that loses
+    the domain by itself) and, for some routers, `guarded`, the same of what the collapse guard
+    keeps, with `attempts`.
 
     Args:
         name: For people.
         fusion: From `plan_fusion`.
         seeds: Of the routers' fits.
+        guarded: Labels of routers that are fitted under the guard, too.
         seconds: Estimate.
     """
     return Task(
         name=name,
         action="molora_kalavai.studies.refits:refit_routers",
-        settings={"seeds": list(seeds)},
+        settings={"seeds": list(seeds), "guarded": list(guarded), "lost_nats": LOST_NATS},
         needs=(fusion, *fusion.needs),
         seconds=seconds,
     )
@@ -69,78 +81,101 @@ def refit_routers(settings: Mapping[str, Any], context: TaskContext) -> dict[str
     held_out = fusion.build_held_out_bank(readings)
     results = {}
     for number, (label, (router, options)) in enumerate(routers.items()):
-        results[label] = refit(bank, held_out, router, options, settings["seeds"])
+        results[label] = refit(
+            Banks(bank, held_out, settings["lost_nats"]),
+            (router, options),
+            settings["seeds"],
+            guarded=label in settings["guarded"],
+        )
         if context.progress is not None:
             context.progress(number + 1, len(routers), router=label)
     return {"domains": list(held_out.domains), "routers": results}
 
 
+@dataclass(frozen=True, eq=False)
+class Banks:
+    """What routers are fitted and measured on.
+
+    Attributes:
+        calibration: Routers are fitted on it.
+        held_out: Their losses are measured on it.
+        lost_nats: A domain this far above its best expert's loss is lost.
+    """
+
+    calibration: CalibrationBank
+    held_out: HeldOutBank
+    lost_nats: float
+
+    @cached_property
+    def losses(self) -> NDArray[np.float64]:
+        """Held-out loss of every expert by domain, (domains, E)."""
+        bank = self.held_out
+        tables = [compute_domain_losses(bank, bank.expert_nll(e)) for e in range(bank.num_experts)]
+        return np.array([[table[domain] for table in tables] for domain in bank.domains])
+
+    def measure(self, router: OutputRouter) -> dict[str, Any]:
+        """`excess`, `gap` and `misrouted` of a router; see `plan_refits`."""
+        found = compute_router_losses(self.held_out, router)
+        losses = compute_domain_losses(self.held_out, found.nll)
+        best = self.losses.min(axis=1)
+        excess = {d: losses[d] - float(nats) for d, nats in zip(losses, best, strict=True)}
+        chosen = np.take_along_axis(self.losses, found.gates.argmax(axis=1)[:, None], axis=1)
+        is_misrouted = chosen[:, 0] - best > self.lost_nats
+        return {
+            "excess": excess,
+            "gap": sum(excess.values()) / len(excess),
+            "misrouted": [d for d, wrong in zip(losses, is_misrouted, strict=True) if wrong],
+        }
+
+
 def refit(
-    bank: CalibrationBank,
-    held_out: HeldOutBank,
-    router: type[OutputRouter],
-    options: RouterOptions,
+    banks: Banks,
+    choice: tuple[type[OutputRouter], RouterOptions],
     seeds: Sequence[int],
+    *,
+    guarded: bool,
 ) -> dict[str, Any]:
-    """Fit one router from every seed, with and without the guard.
+    """Fit one router from every seed.
 
     Args:
-        bank: It is fitted on.
-        held_out: Its losses are measured on.
-        router: Its class.
-        options: Its options.
+        banks: What it is fitted and measured on.
+        choice: Its class and options.
         seeds: Of the fits; a router that two seeds leave the same is not fitted again.
+        guarded: Whether it is also fitted under the collapse guard.
 
     Returns:
         As `plan_refits` says.
     """
-    measure = _Measure(held_out)
     fits: list[dict[str, Any]] = []
     before: OutputRouter | None = None
-    is_seeded = True
     for seed in seeds:
-        if not is_seeded:
-            fits.append({**fits[0], "seed": seed})
-            continue
-        guarded = fit_guarded(router, bank, options, seed)
-        plain = _refit_first(guarded, bank, options, seed)
-        if before is not None and _equal(before, plain):
-            is_seeded = False
-        before = plain
-        found = measure(plain)
-        kept = found if guarded.kept == 0 else measure(guarded.router)
-        kept = {**kept, "attempts": len(guarded.attempts)}
-        fits.append({"seed": seed, **found, "guarded": kept})
-    return {"is_seeded": is_seeded, "fits": fits}
+        router, record = _fit_once(banks, choice, seed, guarded)
+        if before is not None and _equal(before, router):
+            return {"is_seeded": False, "fits": [{**fits[0], "seed": each} for each in seeds]}
+        before = router
+        fits.append(record)
+    return {"is_seeded": True, "fits": fits}
 
 
-def _refit_first(
-    guarded: GuardedRouter[OutputRouter], bank: CalibrationBank, options: RouterOptions, seed: int
-) -> OutputRouter:
-    """The guard's first fit, which it did not keep if it found a better one."""
-    if guarded.kept == 0:
-        return guarded.router
-    return type(guarded.router).fit(bank, options, seed)
+def _fit_once(
+    banks: Banks, choice: tuple[type[OutputRouter], RouterOptions], seed: int, guarded: bool
+) -> tuple[OutputRouter, dict[str, Any]]:
+    """The unguarded fit from a seed, and its record."""
+    router, options = choice
+    if not guarded:
+        fitted = router.fit(banks.calibration, options, seed)
+        return fitted, {"seed": seed, **banks.measure(fitted)}
+    found = fit_guarded(
+        router, banks.calibration, options, seed, collapse_nats=banks.lost_nats, restarts=_RESTARTS
+    )
+    # The guard drops its first fit where it finds a better one; that fit is the unguarded one.
+    first = found.router if found.kept == 0 else router.fit(banks.calibration, options, seed)
+    measured = banks.measure(first)
+    kept = measured if found.kept == 0 else banks.measure(found.router)
+    attempts = len(found.attempts)
+    return first, {"seed": seed, **measured, "guarded": {**kept, "attempts": attempts}}
 
 
 def _equal(one: OutputRouter, other: OutputRouter) -> bool:
     first, second = one.state_tensors(), other.state_tensors()
     return all(torch.equal(first[name], second[name]) for name in first)
-
-
-class _Measure:
-    """Held-out losses of a router against the best expert of each domain."""
-
-    def __init__(self, held_out: HeldOutBank) -> None:
-        tables = [
-            compute_domain_losses(held_out, held_out.expert_nll(expert))
-            for expert in range(held_out.num_experts)
-        ]
-        self.held_out = held_out
-        self.best = {d: min(table[d] for table in tables) for d in held_out.domains}
-
-    def __call__(self, router: OutputRouter) -> dict[str, Any]:
-        nll = compute_router_losses(self.held_out, router).nll
-        losses = compute_domain_losses(self.held_out, nll)
-        excess = {domain: losses[domain] - self.best[domain] for domain in self.best}
-        return {"excess": excess, "gap": sum(excess.values()) / len(excess)}

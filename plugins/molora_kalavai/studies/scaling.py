@@ -5,8 +5,23 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from molora_fed.studies.contract import Cell, Claim, Figure, Study, StudyOptions, Summary, Table
-from molora_kalavai.studies.conditions import Estimate, estimate, plan_condition, read_gain
+from molora_fed.studies.contract import (
+    Cell,
+    Claim,
+    Figure,
+    Study,
+    StudyOptions,
+    Summary,
+    Table,
+    Verdict,
+)
+from molora_kalavai.studies.conditions import (
+    Estimate,
+    estimate,
+    plan_condition,
+    read_gain,
+    read_gain_over_base,
+)
 
 __all__ = ["ScalingOptions", "ScalingStudy"]
 
@@ -28,26 +43,28 @@ class ScalingOptions(StudyOptions):
 
 
 class ScalingStudy(Study):
-    """Every number of specialists, measured on the domains of those who joined."""
+    """Every number of specialists, on the domains of those who joined and on all domains."""
 
     Options: ClassVar[type[StudyOptions]] = ScalingOptions
     title: ClassVar[str] = "Adding specialists"
 
     @classmethod
     def plan(cls, options: ScalingOptions) -> Sequence[Cell]:
-        """A cell a number of specialists and seed."""
+        """A cell a number of specialists, set of measured domains and seed."""
         return [
             Cell(
-                f"{count} specialists seed {seed}",
-                {"specialists": count, "seed": seed},
+                _name(count, seed, everywhere=len(domains) > count),
+                {"specialists": count, "measured": len(domains), "seed": seed},
                 plan_condition(
-                    f"{count} specialists, seed {seed}",
-                    options.domains[:count],
+                    f"{count} specialists on {len(domains)} domains, seed {seed}",
+                    domains[:count],
                     seed,
                     {"steps": options.steps},
+                    further=domains[count:],
                 ),
             )
             for count in range(2, len(options.domains) + 1)
+            for domains in dict.fromkeys((options.domains[:count], options.domains))
             for seed in options.seeds
         ]
 
@@ -60,7 +77,14 @@ class ScalingStudy(Study):
 
         def read(count: int, reference: str) -> list[float]:
             return [
-                read_gain(results[f"{count} specialists seed {seed}"], reference=reference)
+                read_gain(results[_name(count, seed)], reference=reference)
+                for seed in options.seeds
+            ]
+
+        def read_everywhere(count: int) -> list[float]:
+            is_all = count == len(options.domains)
+            return [
+                read_gain_over_base(results[_name(count, seed, everywhere=not is_all)])
                 for seed in options.seeds
             ]
 
@@ -71,8 +95,11 @@ class ScalingStudy(Study):
             n: estimate(b - a for a, b in zip(alone[n - 1], alone[n], strict=True))
             for n in counts[1:]
         }
-        rising = all(step.mean > 0 for step in steps.values())
-        sure = all(step.low is not None and step.low > 0 for step in steps.values())
+        whole = {n: read_everywhere(n) for n in counts}
+        added = {
+            n: estimate(b - a for a, b in zip(whole[n - 1], whole[n], strict=True))
+            for n in counts[1:]
+        }
         return Summary(
             findings={
                 "gain_percent": {str(n): e.to_json() for n, e in found.items()},
@@ -80,23 +107,37 @@ class ScalingStudy(Study):
                     str(n): e.to_json() for n, e in specialist.items()
                 },
                 "added_pp": {str(n): e.to_json() for n, e in steps.items()},
+                "all_domains_over_base_percent": {
+                    str(n): estimate(values).to_json() for n, values in whole.items()
+                },
+                "all_domains_added_pp": {str(n): e.to_json() for n, e in added.items()},
             },
             claims=[
                 Claim(
-                    "Every further specialist adds to the gain",
+                    "The gain rises with the number of specialists",
                     ", ".join(f"{n}: {gain:+.2f} %" for n, gain in _PUBLISHED.items()),
                     ", ".join(f"{n}: {found[n].mean:+.2f} %" for n in counts)
                     + f", {len(options.seeds)} seeds",
-                    "holds" if rising and sure else ("not decided" if rising else "does not hold"),
-                    "each number of specialists is measured on the domains of those who joined; "
-                    "holds if every step's interval lies above 0",
-                )
+                    _judge(steps),
+                    "each number is measured on the domains of those who joined, so that its text "
+                    "changes, too; holds if every step's interval lies above 0",
+                ),
+                Claim(
+                    "On the same text every further specialist lowers the fused loss",
+                    "not published",
+                    ", ".join(f"{n}: {e.mean:+.2f} pp" for n, e in added.items())
+                    + f" added, {len(options.seeds)} seeds",
+                    _judge(added),
+                    "reduction on the base over all domains, contributed or not; holds if every "
+                    "step's interval lies above 0",
+                ),
             ],
             tables=[
                 Table(
                     "Gain by number of specialists",
                     ("specialists", "joins", "on the best alone", "added",
-                     "on the best specialist", "published (on the best specialist)"),
+                     "on the best specialist", "published (on the best specialist)",
+                     "on the base, all domains", "added there"),
                     [
                         (
                             str(n),
@@ -105,6 +146,8 @@ class ScalingStudy(Study):
                             steps[n].show("pp") if n in steps else "",
                             specialist[n].show(),
                             f"{_PUBLISHED[n]:+.2f} %" if n in _PUBLISHED else "",
+                            estimate(whole[n]).show(),
+                            added[n].show("pp") if n in added else "",
                         )
                         for n in counts
                     ],
@@ -118,6 +161,18 @@ class ScalingStudy(Study):
                 )
             ],
         )  # fmt: skip
+
+
+def _name(count: int, seed: int, *, everywhere: bool = False) -> str:
+    where = " on all domains" if everywhere else ""
+    return f"{count} specialists{where} seed {seed}"
+
+
+def _judge(steps: Mapping[int, Estimate]) -> Verdict:
+    if all(step.low is not None and step.low > 0 for step in steps.values()):
+        return "holds"
+    falls = any(step.high is not None and step.high < 0 for step in steps.values())
+    return "does not hold" if falls else "not decided"
 
 
 def _draw(figure: Any, alone: Mapping[int, Estimate], specialist: Mapping[int, Estimate]) -> None:

@@ -1,13 +1,16 @@
 """Memory of a fusion by its number of experts, each measured in a fresh process.
 
 `python -m molora_kalavai.studies.twenty_memory COOPERATIVE FOLDER COUNT` fuses the first COUNT
-admitted contributions once more in FOLDER, finding the bank's columns where they are, and leaves
-`memory.json` there.
+admitted contributions once more in FOLDER, finding the bank's columns where they are, writes the
+report, and leaves `memory.json` there.
 """
 
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ from molora_fed.federation.usage import measure_peak_bytes
 from molora_fed.files import write_json
 from molora_fed.fusion import fuse
 from molora_fed.fusion_plan import collect_contributed
+from molora_fed.reporting.report import write_report
 
 __all__ = ["measure_memory"]
 
 _FILE = "memory.json"
+_LOOK_SECONDS = 0.01
 
 
 def measure_memory(cooperative: Path, folder: Path, count: int) -> dict[str, Any]:
@@ -35,7 +40,9 @@ def measure_memory(cooperative: Path, folder: Path, count: int) -> dict[str, Any
         count: How many contributions.
 
     Returns:
-        `peak_bytes` of the process, `start_bytes` before the fusion began, and `seconds`.
+        `peak_bytes`, the largest resident memory of the process; `private_bytes`, the largest
+        without pages of mapped files, which the system takes back when it needs them (Linux;
+        else the same); `start_bytes` before the fusion began; and processor `seconds`.
 
     Raises:
         StudyError: If the process fails.
@@ -54,6 +61,36 @@ def measure_memory(cooperative: Path, folder: Path, count: int) -> dict[str, Any
     return dict(found)
 
 
+def _read_private_bytes() -> int:
+    """Resident memory of this process that is no file's, bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return measure_peak_bytes()
+
+
+@contextmanager
+def _watching_private_bytes() -> Iterator[list[int]]:
+    """A list whose only number is the largest value seen in the block; the kernel keeps none."""
+    seen = [_read_private_bytes()]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            seen[0] = max(seen[0], _read_private_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        watcher.join()
+
+
 def _fuse_first(cooperative_folder: Path, folder: Path, count: int) -> None:
     cooperative = open_cooperative(cooperative_folder)
     bank = folder / "bank"
@@ -64,15 +101,14 @@ def _fuse_first(cooperative_folder: Path, folder: Path, count: int) -> None:
     base = load_base(cooperative.base_folder)
     before = measure_peak_bytes()
     start = time.process_time()
-    fuse(
-        base,
-        cooperative.charter,
-        [collect_contributed(contribution) for contribution in admitted[:count]],
-        folder,
-    )
+    chosen = [collect_contributed(contribution) for contribution in admitted[:count]]
+    with _watching_private_bytes() as private:
+        fused = fuse(base, cooperative.charter, chosen, folder)
+        write_report(fused.result, {}, folder / "report")
     measured = {
         "start_bytes": before,
         "peak_bytes": measure_peak_bytes(),
+        "private_bytes": private[0],
         "seconds": time.process_time() - start,
     }
     write_json(folder / _FILE, measured)
