@@ -193,8 +193,8 @@ class Fitness:
         values: Fitness of each slot, (P,) nats: the loss the population would have more without it.
         errors: Standard errors by document cluster, (P,).
         by_domain: The same for each domain, (P, domains).
-        regret: Loss of the population above the best of base and population by domain, (domains,);
-            a freed slot goes where it is largest.
+        regret: Loss of the population less that of the base by domain, (domains,) nats, below 0
+            where slots help; a freed slot goes where it is largest.
     """
 
     scope: str

@@ -22,3 +22,32 @@ def register_adapter_routers(register: Register) -> None:
         summary="Softmax gates on the mean of a document's token embeddings so far",
         source=own,
     )
+
+
+@hookimpl
+def register_fitness_scopes(register: Register) -> None:
+    """Register the paper's two scopes."""
+    register(
+        "global",
+        "molora_evolution.scopes:measure_global",
+        summary="Loss without the slot less loss with it, over all tokens",
+        source=f"{_PAPER}, abstract",
+    )
+    register(
+        "per-domain",
+        "molora_evolution.scopes:measure_per_domain",
+        summary="The same in the domain where it is largest",
+        source=f"{_PAPER}, abstract; combined by own definition, see docs/populations.md",
+    )
+
+
+@hookimpl
+def register_lifecycle_operators(register: Register) -> None:
+    """Register the paper's lifecycle, one operator a step."""
+    own = f"{_PAPER}, abstract; own definition, see docs/populations.md"
+    register(
+        "death",
+        "molora_evolution.operators:Death",
+        summary="Frees slots whose fitness stayed below a threshold",
+        source=own,
+    )
