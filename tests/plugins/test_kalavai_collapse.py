@@ -12,7 +12,7 @@ from molora_kalavai.studies import refits
 from molora_kalavai.studies.collapse import CollapseOptions, CollapseStudy, Count
 from molora_kalavai.studies.cross_lingual import CrossLingualOptions, CrossLingualStudy
 from molora_kalavai.studies.languages import AS_PUBLISHED, LOST_NATS, ROUTERS, plan_part
-from molora_kalavai.studies.refits import plan_refits, refit
+from molora_kalavai.studies.refits import Banks, plan_refits, refit
 from study_tasks import DOMAINS, Run, running
 
 from molora_fed.bank import HeldOutBank
@@ -84,7 +84,9 @@ def test_parts_of_a_domain_are_domains_of_their_own(run: Run):
 def test_refits_read_the_fusions_bank_and_leave_it_alone(run: Run):
     fusion = run(plan_tiny("ours"))
     before = sorted((p.name, p.stat().st_mtime_ns) for p in (fusion.folder / "bank").iterdir())
-    found = run(plan_refits("refits", plan_tiny("ours"), [0, 100, 200], seconds=1)).result
+    found = run(
+        plan_refits("refits", plan_tiny("ours"), [0, 100, 200], guarded=["linear"], seconds=1)
+    ).result
     after = sorted((p.name, p.stat().st_mtime_ns) for p in (fusion.folder / "bank").iterdir())
     assert before == after
     assert found["domains"] == ["birds-1", "birds-2", "tools"]
@@ -93,6 +95,7 @@ def test_refits_read_the_fusions_bank_and_leave_it_alone(run: Run):
     assert seeded == {
         label for label in ROUTERS if label.split("-")[0] in {"linear", "mlp", "hard"}
     }
+    assert {n for n, each in found["routers"].items() if "guarded" in each["fits"][0]} == {"linear"}
     for each in found["routers"].values():
         assert [fit["seed"] for fit in each["fits"]] == [0, 100, 200]
     # The fusion fitted evidence on the same bank: the same figures.
@@ -103,6 +106,10 @@ def test_refits_read_the_fusions_bank_and_leave_it_alone(run: Run):
         for d in losses["domains"]
     }
     assert found["routers"]["evidence"]["fits"][0]["excess"] == pytest.approx(expected, abs=1e-5)
+
+
+def make_banks():
+    return Banks(build_synthetic_bank(), build_synthetic_bank(HeldOutBank, seed=1), LOST_NATS)
 
 
 class Wayward(LinearRouter):
@@ -124,27 +131,28 @@ class Wayward(LinearRouter):
 
 
 def test_collapsed_fits_are_counted_and_the_guard_finds_another_seed():
-    bank, held_out = build_synthetic_bank(), build_synthetic_bank(HeldOutBank, seed=1)
     options = LinearOptions(learning_rate=0.01)
-    found = refit(bank, held_out, Wayward, options, [0, 1, 10, 11, 20])
+    found = refit(make_banks(), (Wayward, options), [0, 1, 10, 11, 20], guarded=True)
     count = Count.of([found])
     assert found["is_seeded"]
-    assert (count.lost, count.fits, count.guarded) == (3, 5, 0)
+    assert (count.lost, count.fits, count.misrouted, count.guarded) == (3, 5, 3, 0)
     assert [fit["guarded"]["attempts"] for fit in found["fits"]] == [2, 1, 2, 1, 2]
     assert count.worst_nats > LOST_NATS > count.worst_guarded_nats
+    assert [fit["misrouted"] for fit in found["fits"][:2]] == [["domain-1", "domain-2"], []]
     assert count.show() == "3 of 5 [15 %, 95 %]"
 
 
 def test_fits_that_no_seed_changes_count_once():
-    bank, held_out = build_synthetic_bank(), build_synthetic_bank(HeldOutBank, seed=1)
-    found = refit(bank, held_out, ZeroTrainingEvidenceRouter, ZeroOptions(), range(7))
+    choice = (ZeroTrainingEvidenceRouter, ZeroOptions())
+    found = refit(make_banks(), choice, range(7), guarded=False)
     assert not found["is_seeded"]
     assert len(found["fits"]) == 7
-    assert Count.of([found, found, found]).fits == 3
+    count = Count.of([found, found, found])
+    assert (count.fits, count.misrouted, count.guarded) == (3, 0, None)
 
 
 def test_the_interval_of_no_loss_is_one_sided():
-    count = Count(0, 3, 0, "a", 0.0, 0.0, 0.0)
+    count = Count(0, 3, 0, None, "a", 0.0, None, 0.0)
     assert count.interval() == (0.0, pytest.approx(1 - 0.025 ** (1 / 3)))
 
 
@@ -177,8 +185,12 @@ def make_refits(cell: Cell, lost: Mapping[str, int]) -> dict[str, Any]:
         fits = []
         for number, seed in enumerate(cell.task.settings["seeds"]):
             nats = 0.4 if number < lost.get(label, 0) else 0.01
-            good = {"excess": {"a": 0.0, "b": 0.01}, "gap": 0.0, "attempts": 1}
-            fits.append({**good, "excess": {"a": 0.0, "b": nats}, "seed": seed, "guarded": good})
+            good = {"excess": {"a": 0.0, "b": 0.01}, "gap": 0.0, "misrouted": []}
+            wrong = {"excess": {"a": 0.0, "b": nats}, "misrouted": ["b"] if nats > 0.05 else []}
+            fit = {**good, **wrong, "seed": seed}
+            if label in cell.task.settings["guarded"]:
+                fit["guarded"] = {**good, "attempts": 1}
+            fits.append(fit)
         is_seeded = label.startswith(("linear", "mlp", "hard"))
         routers[label] = {"is_seeded": is_seeded, "fits": fits}
     return {"domains": ["a", "b"], "routers": routers}
