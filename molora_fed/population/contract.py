@@ -43,12 +43,12 @@ class Birth:
 
     Attributes:
         id: Unique in the run, e.g. "g3-s2".
-        operator: Registered name of the operator that made it; "admitted", "clone" or "fresh" for
-            the first generation.
+        operator: Registered name of the operator that made it, or several joined by "+" in their
+            order; "admitted", "clone" or "fresh" for the first generation.
         parents: Ids of the adapters it came from; for an admitted one the name it was admitted
             under, which is no id of the population.
         generation: In which it was born; 0 is the start.
-        seed: Of the operator's random numbers.
+        seed: Of the random numbers of the operator, the first of several.
         fitness_before: Fitness of the adapter whose slot it took, nats; None at the start.
     """
 

@@ -4,15 +4,25 @@ The counterfactual of slot i is the population with the gate of slot i at 0 at e
 other gates stay as they are.
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from molora_fed.base import Base
 from molora_fed.errors import PopulationError
-from molora_fed.population.contract import LossTable
+from molora_fed.forward import run_blocks
+from molora_fed.population.contract import AdapterRouter, LossTable, Population, Slot
+from molora_fed.population.mixture import Mixture
+from molora_fed.population.states import BaseStates
+from molora_fed.types import Progress
 
-__all__ = ["Effects", "check_losses", "compute_effects"]
+__all__ = ["Effects", "check_losses", "compute_effects", "measure_losses"]
 
 _SHOWN = 5
 
@@ -34,6 +44,137 @@ class Effects:
     by_domain: NDArray[np.float64]
     domain_errors: NDArray[np.float64]
     regret: NDArray[np.float64]
+
+
+def measure_losses(
+    base: Base,
+    population: Population,
+    router: AdapterRouter,
+    states: Sequence[BaseStates],
+    *,
+    batch: int = 16,
+    progress: Progress | None = None,
+) -> LossTable:
+    """Losses of the base, the population, and the population without each slot.
+
+    The base's are those on disk; each other takes one pass over the blocks. A slot that changes
+    nothing (a fresh one before adaptation) needs none: without it the population is the same.
+
+    Args:
+        base: The base; its model runs where it lies, and stays as it is.
+        population: The slots.
+        router: Gates of the slots; it stays as it is.
+        states: The base over each domain's fitness blocks, with what the router reads.
+        batch: Blocks per forward pass; one value wherever figures are compared.
+        progress: Told the batches done and in all, each batch run for every counterfactual.
+
+    Returns:
+        Sums per document cluster, domain after domain, from at most P + 1 passes.
+
+    Raises:
+        PopulationError: If the slots do not fit the base, the router is for another number, a
+            domain is there twice or has no blocks, or a loss is not finite.
+    """
+    _check_request(population, router, states)
+    device = next(base.model.parameters()).device
+    mixture = Mixture(base.model, population).to(device).requires_grad_(False)
+    gating = copy.deepcopy(router).to(device).eval()
+    removed = [i for i, slot in enumerate(population.slots) if not _is_inert(slot)]
+    in_all = sum(-(-len(state) // batch) for state in states)
+    done = 0
+    columns: dict[str, list[NDArray[np.float64]]] = {"counts": [], "base": []}
+    measured: list[NDArray[np.float64]] = []  # (1 + removed, C of the domain) each
+    for state in states:
+        clusters = state.blocks.clusters[:, 1:]
+        unique, flat = np.unique(clusters, return_inverse=True)
+        of_token = flat.reshape(clusters.shape)
+        columns["counts"].append(np.bincount(flat.ravel()).astype(np.float64))
+        columns["base"].append(_sum(state.nll(), of_token, len(unique)))
+        sums = np.zeros((1 + len(removed), len(unique)))
+        for number, part in enumerate(state.batches(batch, device)):
+            rows = of_token[number * batch : (number + 1) * batch]
+            with torch.no_grad():
+                gates = gating(part.view)
+            for place, slot in enumerate([None, *removed]):
+                losses = _run(base.model, mixture, part.tokens, _close(gates, slot))
+                sums[place] += _sum(losses, rows, len(unique))
+            done += 1
+            if progress is not None:
+                progress(done, in_all)
+        measured.append(sums)
+    losses = np.concatenate(measured, axis=1)
+    _check_finite(losses, population, removed)
+    without = np.repeat(losses[:1], population.num_slots, axis=0)
+    without[removed] = losses[1:]
+    sizes = [len(counts) for counts in columns["counts"]]
+    return LossTable(
+        domains=tuple(state.domain for state in states),
+        domain_of=np.repeat(np.arange(len(sizes)), sizes),
+        counts=np.concatenate(columns["counts"]),
+        base=np.concatenate(columns["base"]),
+        full=losses[0],
+        without=without,
+        passes=1 + len(removed),
+    )
+
+
+def _check_request(
+    population: Population, router: AdapterRouter, states: Sequence[BaseStates]
+) -> None:
+    if router.num_slots != population.num_slots:
+        raise PopulationError(
+            f"Cannot measure fitness: expected a router of {population.num_slots} slots, got "
+            f"{router.num_slots}. Build the router for this population."
+        )
+    domains = [state.domain for state in states]
+    faults = [f"'{d}' twice" for d in dict.fromkeys(domains) if domains.count(d) > 1]
+    faults += [f"no blocks of '{state.domain}'" for state in states if not len(state)]
+    if faults or not states:
+        raise PopulationError(
+            "Cannot measure fitness: expected blocks of each domain once, got "
+            f"{'; '.join(faults) or 'no domain'}. Correct the fitness data."
+        )
+
+
+def _is_inert(slot: Slot) -> bool:
+    """Whether a slot changes no layer at all."""
+    return not any(bool(u.tensors()["b"].any()) for u in slot.updates.values())
+
+
+def _close(gates: Tensor, slot: int | None) -> Tensor:
+    """Gates with one slot's at 0, (B, T, P)."""
+    if slot is None:
+        return gates
+    closed = gates.clone()
+    closed[..., slot] = 0.0
+    return closed
+
+
+def _run(model: Any, mixture: Mixture, tokens: Tensor, gates: Tensor) -> Tensor:
+    """Losses of the predicted tokens of some blocks, (B, T-1) nats."""
+    with mixture.mixed(gates):
+        (result,) = run_blocks(model, tokens, batch=len(tokens))
+    return -result.logprob[:, 1:]
+
+
+def _sum(values: Tensor, of_token: NDArray[np.int64], clusters: int) -> NDArray[np.float64]:
+    """Sums per cluster of a figure per predicted token, (B, T-1) -> (clusters,)."""
+    weights = values.double().cpu().numpy().ravel()
+    sums = np.bincount(of_token.ravel(), weights=weights, minlength=clusters)
+    return sums.astype(np.float64, copy=False)
+
+
+def _check_finite(
+    losses: NDArray[np.float64], population: Population, removed: Sequence[int]
+) -> None:
+    wrong = np.flatnonzero(~np.isfinite(losses).all(axis=1))
+    if len(wrong):
+        names = [f"'{population.slots[index].birth.id}'" for index in removed]
+        names = ["nobody", *names]
+        raise PopulationError(
+            "Cannot measure fitness: expected finite losses, got others without "
+            f"{', '.join(names[place] for place in wrong[:_SHOWN])}. Adapt at lower rates."
+        )
 
 
 def check_losses(table: LossTable) -> None:

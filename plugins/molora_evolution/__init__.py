@@ -51,3 +51,27 @@ def register_lifecycle_operators(register: Register) -> None:
         summary="Frees slots whose fitness stayed below a threshold",
         source=own,
     )
+    register(
+        "slot-reallocation",
+        "molora_evolution.operators:SlotReallocation",
+        summary="Gives freed slots to the domains with the largest regret",
+        source=own,
+    )
+    register(
+        "inheritance",
+        "molora_evolution.breeding:Inheritance",
+        summary="Fills freed slots with a share of a parent's product",
+        source=own,
+    )
+    register(
+        "crossover",
+        "molora_evolution.breeding:Crossover",
+        summary="Fills freed slots with layers of two parents",
+        source="own definition, see docs/populations.md",
+    )
+    register(
+        "svd-mutation",
+        "molora_evolution.breeding:SvdMutation",
+        summary="Perturbs singular values and vectors of newborns",
+        source=own,
+    )

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from molora_fed.population.contract import LifecycleOperator, LifecycleState, OperatorOptions
 
-__all__ = ["Death", "DeathOptions"]
+__all__ = ["Death", "DeathOptions", "SlotReallocation"]
 
 
 class DeathOptions(OperatorOptions):
@@ -66,3 +66,23 @@ class Death(LifecycleOperator):
             freed=tuple(sorted({*state.freed, *dying})),
             events=(*state.events, *events),
         )
+
+
+class SlotReallocation(LifecycleOperator):
+    """Gives freed slots to the domains with the largest regret; fills none of them."""
+
+    def apply(self, state: LifecycleState, seed: int) -> LifecycleState:
+        """The first freed slot goes to the domain of largest regret, the next to the second."""
+        regret = state.fitness.regret
+        order = sorted(range(len(state.domains)), key=lambda index: (-regret[index], index))
+        slots = list(state.population.slots)
+        events = list(state.events)
+        for place, slot in enumerate(state.freed):
+            domain = order[place % len(order)]
+            name = state.domains[domain]
+            events.append(
+                f"slot {slot} goes to '{name}': loss {regret[domain]:+.4f} nats against the base"
+            )
+            slots[slot] = replace(slots[slot], domain=name)
+        population = replace(state.population, slots=tuple(slots))
+        return replace(state, population=population, events=tuple(events))

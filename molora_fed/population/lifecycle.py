@@ -1,0 +1,205 @@
+"""A generation's lifecycle: fitness by a registered scope, then registered operators in order.
+
+Operators come from plugins, so what each leaves is checked: no slot is lost, survivors keep their
+ids, and every slot can be used.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from molora_fed.errors import PopulationError
+from molora_fed.plugins import Plugins
+from molora_fed.population.contract import (
+    AdapterRouter,
+    Fitness,
+    LifecycleOperator,
+    LifecycleState,
+    LossTable,
+    Population,
+)
+from molora_fed.population.slots import check_slots
+
+__all__ = ["Step", "compute_fitness", "open_operators", "reset_newborns", "run_lifecycle"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator of a lifecycle.
+
+    Attributes:
+        name: Its registered name.
+        operator: The operator with its options.
+    """
+
+    name: str
+    operator: LifecycleOperator
+
+
+def compute_fitness(scope: str, table: LossTable, plugins: Plugins) -> Fitness:
+    """Fitness of every slot by a registered scope.
+
+    Args:
+        scope: Registered name.
+        table: Losses per cluster.
+        plugins: Where the name is looked up.
+
+    Raises:
+        UnknownNameError: If no plugin registers it.
+        PopulationError: If the losses cannot be used, or the scope returns other shapes than it
+            should, or numbers that are not finite.
+    """
+    fitness: Fitness = plugins.fitness_scopes.resolve(scope)(table)
+    slots, domains = len(table.without), len(table.domains)
+    wanted = {
+        "values": (slots,),
+        "errors": (slots,),
+        "by_domain": (slots, domains),
+        "regret": (domains,),
+    }
+    faults = []
+    for name, shape in wanted.items():
+        found = np.asarray(getattr(fitness, name))
+        if found.shape != shape or not np.isfinite(found).all():
+            faults.append(f"{name} of shape {found.shape}, not finite {shape}")
+    if faults:
+        raise PopulationError(
+            f"Cannot use fitness scope '{scope}': expected a finite fitness of {slots} slots and "
+            f"{domains} domains, got {'; '.join(faults)}. Correct the scope."
+        )
+    return fitness
+
+
+def open_operators(
+    chosen: Sequence[tuple[str, Mapping[str, Any]]], plugins: Plugins
+) -> tuple[Step, ...]:
+    """Operators by name with their options, in the order in which they run.
+
+    Args:
+        chosen: Registered name and options of each.
+        plugins: Where names are looked up.
+
+    Raises:
+        UnknownNameError: If no plugin registers a name.
+        PopulationError: If options are wrong; all that are wrong with one operator are named.
+    """
+    steps = []
+    for name, options in chosen:
+        operator: type[LifecycleOperator] = plugins.lifecycle_operators.resolve(name)
+        try:
+            steps.append(Step(name, operator(operator.Options.model_validate(dict(options)))))
+        except ValidationError as error:
+            offenders = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']}"
+                for item in error.errors()
+            )
+            raise PopulationError(
+                f"Cannot use lifecycle operator '{name}': expected options that it knows, got "
+                f"{offenders}. Correct the operator's options."
+            ) from error
+    return tuple(steps)
+
+
+def run_lifecycle(
+    steps: Sequence[Step],
+    population: Population,
+    fitness: Fitness,
+    domains: Sequence[str],
+    *,
+    generation: int,
+    seed: int,
+) -> LifecycleState:
+    """Run a generation's operators in order.
+
+    Args:
+        steps: The operators.
+        population: The slots; they stay as they are.
+        fitness: Theirs.
+        domains: Domain names, as in the fitness.
+        generation: Number of this generation, from 1.
+        seed: Not negative; operator k draws from a seed that follows from it and k.
+
+    Returns:
+        The state after the last. A slot that is still freed has its old adapter and lives on.
+
+    Raises:
+        PopulationError: If an operator cannot work, or leaves what breaks the contract.
+    """
+    if fitness.by_domain.shape != (population.num_slots, len(domains)):
+        raise PopulationError(
+            f"Cannot run a lifecycle: expected a fitness of {population.num_slots} slots and "
+            f"{len(domains)} domains, got {fitness.by_domain.shape}. Measure this population."
+        )
+    state = LifecycleState(population, fitness, tuple(domains), generation)
+    for place, step in enumerate(steps):
+        derived = int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
+        following = step.operator.apply(state, derived)
+        _check_step(step.name, state, following, population)
+        state = following
+    return state
+
+
+def _check_step(
+    name: str, before: LifecycleState, after: LifecycleState, start: Population
+) -> None:
+    """Refuse what an operator must not leave, naming the operator."""
+    old, new = before.population, after.population
+    faults = []
+    if new.num_slots != old.num_slots:
+        faults.append(f"{new.num_slots} slots")
+    elif (new.base_weights, new.frozen_depth) != (old.base_weights, old.frozen_depth):
+        faults.append("slots of another base or frozen depth")
+    else:
+        places = range(new.num_slots)
+        newborn = {i for i in places if new.slots[i].birth.id != start.slots[i].birth.id}
+        faults += [
+            f"a newborn of generation {new.slots[i].birth.generation} in slot {i}"
+            for i in sorted(newborn)
+            if new.slots[i].birth.generation != after.generation
+        ]
+        known = {slot.birth.id for slot in (*start.slots, *new.slots)}
+        unknown = {p for i in newborn for p in new.slots[i].birth.parents} - known
+        faults += [f"the parent '{parent}', who does not live" for parent in sorted(unknown)]
+        if any(i not in places for i in after.freed) or newborn & set(after.freed):
+            faults.append(f"freed slots {list(after.freed)}")
+        if set(after.parents) != newborn:
+            faults.append(f"gate parents of slots {sorted(after.parents)}, not {sorted(newborn)}")
+        strangers = [
+            parent
+            for slot, parent in after.parents.items()
+            if parent is not None and (parent not in places or parent in newborn - {slot})
+        ]
+        if strangers:
+            faults.append(f"gate parents {strangers}")
+    if (after.generation, after.domains) != (before.generation, before.domains):
+        faults.append("another generation or other domains")
+    if not faults:
+        try:
+            check_slots(new)
+        except PopulationError as error:
+            faults.append(str(error))
+    if faults:
+        raise PopulationError(
+            f"Cannot use lifecycle operator '{name}': expected {old.num_slots} usable slots, each "
+            f"newborn of generation {before.generation} with its gates' parent, got "
+            f"{'; '.join(faults)}. Correct the operator."
+        )
+
+
+def reset_newborns(router: AdapterRouter, state: LifecycleState, seed: int) -> AdapterRouter:
+    """The router with newborns' gate parameters; it stays as it is itself.
+
+    Args:
+        router: Router of the population before the lifecycle.
+        state: What the lifecycle left.
+        seed: Of fresh gate parameters, not negative.
+    """
+    changed = copy.deepcopy(router)
+    for slot, parent in sorted(state.parents.items()):
+        derived = int(np.random.SeedSequence([seed, slot]).generate_state(1)[0])
+        changed.reset_slot(slot, parent, derived)
+    return changed

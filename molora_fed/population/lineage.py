@@ -1,0 +1,207 @@
+"""The lineage of a population: every adapter's parents, operator, seed, and fitness in time.
+
+One JSON line per thing that happened, in order: the start (generation 0), then for each generation
+the fitness that was measured and the change that followed. Lines are only ever added. Adding a line
+that is there already does nothing, so a run that was killed simply does everything again.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from molora_fed.errors import PopulationError
+from molora_fed.files import canonical_json, write_bytes
+from molora_fed.population.contract import Birth
+from molora_fed.population.lineage_lines import Change, Measurement
+
+__all__ = ["Lineage", "Member", "add_to_lineage", "read_lineage"]
+
+MAX_LINEAGE_BYTES = 64 * 2**20
+
+_LINE: TypeAdapter[Measurement | Change] = TypeAdapter(
+    Annotated[Measurement | Change, Field(discriminator="kind")]
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter's life.
+
+    Attributes:
+        birth: How it came to be.
+        slot: Where it lived.
+        domain: Domain it was meant for at its birth.
+        kept: False if the guard preferred the twin without it: it never lived.
+        death: Generation in which another took its slot; None if it lives, or never lived.
+        fitness: Value and standard error in nats, by the generation at whose start it was
+            measured.
+    """
+
+    birth: Birth
+    slot: int
+    domain: str | None
+    kept: bool
+    death: int | None
+    fitness: Mapping[int, tuple[float, float]]
+
+    @property
+    def fitness_after(self) -> float | None:
+        """Its own fitness when it was first measured; None if it never was."""
+        return next((value for _, (value, _) in sorted(self.fitness.items())), None)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Everything a lineage file says.
+
+    Attributes:
+        lines: Its lines in order.
+    """
+
+    lines: tuple[Measurement | Change, ...]
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        """The measurements of fitness, by generation."""
+        return tuple(line for line in self.lines if isinstance(line, Measurement))
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """The changes, by generation."""
+        return tuple(line for line in self.lines if isinstance(line, Change))
+
+    @cached_property
+    def members(self) -> Mapping[str, Member]:
+        """All adapters that were ever born, by id, parents before children."""
+        deaths = {i: c.generation for c in self.changes if c.kept for i in c.deaths}
+        fitness: dict[str, dict[int, tuple[float, float]]] = {}
+        for line in self.measurements:
+            for one in line.slots:
+                fitness.setdefault(one.id, {})[line.generation] = (one.value, one.error)
+        return {
+            newborn.id: Member(
+                birth=newborn.birth,
+                slot=newborn.slot,
+                domain=newborn.domain,
+                kept=change.kept,
+                death=deaths.get(newborn.id),
+                fitness=fitness.get(newborn.id, {}),
+            )
+            for change in self.changes
+            for newborn in change.births
+        }
+
+
+def read_lineage(path: Path) -> Lineage:
+    """Read a lineage file whose sender is not trusted.
+
+    Raises:
+        PopulationError: If it is missing, too large or malformed, or says what cannot be: lines
+            out of order, an id born twice, or a death or fitness of somebody not alive.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_LINEAGE_BYTES:
+            raise _unreadable(path, f"at most {MAX_LINEAGE_BYTES} bytes", str(size))
+        lines = path.read_bytes().splitlines()
+        return _check(path, tuple(_LINE.validate_json(line) for line in lines))
+    except OSError as error:
+        raise _unreadable(path, "a file", str(error.strerror)) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise _unreadable(path, "lines of a lineage", what[:200]) from error
+
+
+def add_to_lineage(path: Path, line: Measurement | Change) -> None:
+    """Add a line; the file is whole at every moment. The same line again changes nothing.
+
+    Raises:
+        PopulationError: If the file cannot be read, or the line contradicts it: another one is
+            there in its place, or it says what cannot be.
+        StorageError: If the disk refuses.
+    """
+    lines = read_lineage(path).lines if path.exists() else ()
+    for one in lines:
+        if _place(one) == _place(line):
+            if one == line:
+                return
+            raise PopulationError(
+                f"Cannot add to lineage '{path}': expected the {line.kind} of generation "
+                f"{line.generation} that is there, got another. Evolve with the same settings, or "
+                "in another folder."
+            )
+    lineage = _check(path, (*lines, line))
+    write_bytes(path, b"".join(_encode(one) + b"\n" for one in lineage.lines))
+
+
+def _encode(line: Measurement | Change) -> bytes:
+    return canonical_json(json.loads(line.model_dump_json()))
+
+
+def _place(line: Measurement | Change) -> tuple[int, bool]:
+    """Where a line belongs: by generation, the fitness before the change."""
+    return line.generation, isinstance(line, Change)
+
+
+def _unreadable(path: Path, expected: str, got: str) -> PopulationError:
+    return PopulationError(
+        f"Cannot read lineage '{path}': expected {expected}, got {got}. "
+        "Copy the file again, or evolve again."
+    )
+
+
+def _check(path: Path, lines: tuple[Measurement | Change, ...]) -> Lineage:
+    """Follow the population through the lines, and refuse what cannot be."""
+    alive: dict[int, str] = {}
+    born: set[str] = set()
+    previous: tuple[int, bool] | None = None
+    for number, line in enumerate(lines, 1):
+        place = _place(line)
+        faults = []
+        if (previous is None and place != (0, True)) or (previous and place <= previous):
+            faults.append(f"the {line.kind} of generation {line.generation} here")
+        previous = place
+        if isinstance(line, Measurement):
+            if [one.id for one in line.slots] != [alive[slot] for slot in sorted(alive)]:
+                faults.append("fitness of other adapters than live")
+            if any(len(one.by_domain) != len(line.domains) for one in line.slots):
+                faults.append("fitness of other domains than named")
+        else:
+            faults += _follow(line, alive, born)
+        if faults:
+            raise _unreadable(
+                path, f"a line {number} that follows from those before", "; ".join(faults[:5])
+            )
+    return Lineage(lines)
+
+
+def _follow(change: Change, alive: dict[int, str], born: set[str]) -> list[str]:
+    """Apply a change to who is alive; what cannot be is returned."""
+    faults = [
+        f"a birth of generation {one.generation}"
+        for one in change.births
+        if one.generation != change.generation
+    ]
+    faults += [f"'{one.id}' born again" for one in change.births if one.id in born]
+    slots = [one.slot for one in change.births]
+    if change.generation == 0:
+        wrong = slots != list(range(len(slots))) or bool(change.deaths) or not slots
+    else:
+        wrong = slots != sorted(set(slots)) or list(change.deaths) != [
+            alive.get(slot) for slot in slots
+        ]
+        known = {*alive.values(), *(one.id for one in change.births)}
+        unknown = sorted({p for one in change.births for p in one.parents} - known)
+        faults += [f"the parent '{parent}', who does not live" for parent in unknown]
+    if wrong:
+        faults.append("births and deaths that do not match")
+    born.update(one.id for one in change.births)
+    if change.kept:
+        alive.update((one.slot, one.id) for one in change.births)
+    return faults
