@@ -34,6 +34,7 @@ KIND_STYLE = {
 }
 _LINES = ("-", "--", "-.", ":")
 _DPI = 150
+_CELLS_INCHES = 12.0  # all columns of a heat map; memory to draw it grows with its area
 _INK = "#222222"
 
 
@@ -67,7 +68,10 @@ def _draw_cells(
     axes: Any, values: np.ndarray, colours: Any, labels: Sequence[Sequence[str]]
 ) -> Any:
     """A heat map with a number in every cell, dark on light and light on dark."""
-    image = axes.imshow(values, aspect="auto", **colours)
+    # A mesh: an image would be resampled to the figure's pixels in several copies.
+    rows, columns = (np.arange(count + 1) - 0.5 for count in values.shape)
+    image = axes.pcolormesh(columns, rows, values, **colours)
+    axes.set_ylim(rows[-1], rows[0])
     rgba = image.cmap(image.norm(values))
     luminance = rgba[..., :3] @ np.array([0.2126, 0.7152, 0.0722])
     for row, column in np.ndindex(*values.shape):
@@ -107,11 +111,13 @@ def draw_loss_matrix(result: Mapping[str, Any]) -> bytes:
     base = np.array([result["losses"]["base"][d] for d in domains])
     change = 100.0 * (losses - base) / base
     limit = max(1.0, float(np.quantile(np.abs(change), 0.9)))
-    figure, axes = _new(2.6 + 1.25 * len(domains), 1.5 + 0.36 * len(methods))
+    cell = min(1.25, _CELLS_INCHES / len(domains))
+    figure, axes = _new(2.6 + cell * len(domains), 1.5 + 0.36 * len(methods))
     labels = [[f"{value:.3f}" for value in row] for row in losses]
     colours = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
     image = _draw_cells(axes, change, colours, labels)
-    axes.set_xticks(range(len(domains)), domains)
+    turned = {"rotation": 35, "ha": "right"} if cell < 1.0 else {}
+    axes.set_xticks(range(len(domains)), domains, **turned)
     axes.set_yticks(range(len(methods)), [method.label for method in methods])
     axes.set_xlabel("domain of the held-out text", fontsize=9)
     _title(axes, "Held-out loss, nats per token")
@@ -137,7 +143,8 @@ def draw_gates(result: Mapping[str, Any]) -> bytes:
     experts = list(next(iter(gates[routers[0]].values()))) if routers else []
     columns = min(2, max(1, len(routers)))
     rows = max(1, math.ceil(len(routers) / columns))
-    width = max(7.0, 1.6 + columns * (0.6 + 0.72 * max(1, len(experts))))
+    cell = min(0.72, _CELLS_INCHES / max(1, columns * len(experts)))
+    width = max(7.0, 1.6 + columns * (0.6 + cell * max(1, len(experts))))
     height = rows * (1.3 + 0.42 * len(domains)) + 0.3
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

@@ -55,3 +55,21 @@ def test_one_router_and_many_experts(result):
     experts = {f"expert-{i}": 1 / 12 for i in range(12)}
     result["gates"] = {"evidence": {domain: experts for domain in result["domains"]}}
     read_size(figures.draw_gates(result))
+
+
+@pytest.mark.parametrize("draw", (figures.draw_loss_matrix, figures.draw_gates))
+def test_heat_maps_of_many_stay_readable_in_size(draw, result):
+    domains = [f"domain-{i}" for i in range(30)]
+    losses = result["losses"]
+    for name, by_domain in losses.items():
+        if name in ("specialists", "fused"):
+            for one in by_domain.values():
+                one.update(dict.fromkeys(domains, 3.0))
+        elif by_domain is not None:
+            by_domain.update(dict.fromkeys(domains, 3.0))
+    result["domains"] = domains
+    experts = dict.fromkeys(domains, 1 / 30)
+    result["gates"] = {"evidence": dict.fromkeys(domains, experts), "linear": {}}
+    result["gates"]["linear"] = result["gates"]["evidence"]
+    width, height = read_size(draw(result))
+    assert width <= 2700 and height <= 2700
