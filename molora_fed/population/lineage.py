@@ -188,7 +188,8 @@ def _follow(change: Change, alive: dict[int, str], born: set[str]) -> list[str]:
         for one in change.births
         if one.generation != change.generation
     ]
-    faults += [f"'{one.id}' born again" for one in change.births if one.id in born]
+    ids = [one.id for one in change.births]
+    faults += [f"'{i}' born again" for i in dict.fromkeys(ids) if i in born or ids.count(i) > 1]
     slots = [one.slot for one in change.births]
     if change.generation == 0:
         wrong = slots != list(range(len(slots))) or bool(change.deaths) or not slots
@@ -196,12 +197,12 @@ def _follow(change: Change, alive: dict[int, str], born: set[str]) -> list[str]:
         wrong = slots != sorted(set(slots)) or list(change.deaths) != [
             alive.get(slot) for slot in slots
         ]
-        known = {*alive.values(), *(one.id for one in change.births)}
+        known = {*alive.values(), *ids}
         unknown = sorted({p for one in change.births for p in one.parents} - known)
         faults += [f"the parent '{parent}', who does not live" for parent in unknown]
     if wrong:
         faults.append("births and deaths that do not match")
-    born.update(one.id for one in change.births)
+    born.update(ids)
     if change.kept:
         alive.update((one.slot, one.id) for one in change.births)
     return faults

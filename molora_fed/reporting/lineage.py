@@ -14,22 +14,28 @@ from molora_fed.reporting.figures import PALETTE
 
 __all__ = ["build_lineage_tree", "draw_lineage"]
 
+MAX_DEPTH = 12  # of the tree: deeper ones would be squeezed out of a terminal
 _REJECTED = "#999999"
 
 
 def build_lineage_tree(lineage: Lineage) -> Tree:
     """All adapters below their first parent, with operator, seed and fitness before and after.
 
+    Every twelfth descendant in a line starts a tree of its own, which says whose child it is.
+
     Args:
         lineage: What the file says.
     """
     members = lineage.members
     root = Tree(Text(f"{len(members)} adapters, generations 0 to {_last(lineage)}"))
-    branches: dict[str, Tree] = {}
+    branches: dict[str, tuple[Tree, int]] = {}
     for name, member in members.items():
-        parents = member.birth.parents
-        above = branches[parents[0]] if parents and parents[0] in branches else root
-        branches[name] = above.add(_describe(member))
+        parent = next((p for p in member.birth.parents[:1] if p in branches), None)
+        above, depth = (root, 0) if parent is None else branches[parent]
+        if depth == MAX_DEPTH:
+            above, depth = root, 0
+        branch = above.add(_describe(member, parent if above is root else None))
+        branches[name] = (branch, depth + 1)
     return root
 
 
@@ -37,20 +43,22 @@ def _last(lineage: Lineage) -> int:
     return max((line.generation for line in lineage.lines), default=0)
 
 
-def _describe(member: Member) -> Text:
-    """One adapter in one line."""
+def _describe(member: Member, parent: str | None) -> Text:
+    """One adapter in one line; with its parent if that stands elsewhere."""
     birth = member.birth
     origin = birth.operator
     if birth.operator == "admitted" and birth.parents:
         origin += f" {birth.parents[0]}"
     elif len(birth.parents) > 1:
         origin += f" with {', '.join(birth.parents[1:])}"
+    if parent is not None:
+        origin += f" of {parent}"
     parts = [f"  slot {member.slot}, {member.domain or 'no domain'}: {origin}, seed {birth.seed}"]
     known = [value for value in (birth.fitness_before, member.fitness_after) if value is not None]
     if known:
         parts.append(f"fitness {' → '.join(f'{value:+.4f}' for value in known)} nats")
     if not member.kept:
-        parts.append("not kept: the twin was")
+        parts.append("not kept")
     elif member.death is not None:
         parts.append(f"dies in generation {member.death}")
     elif birth.fitness_before is not None and member.fitness_after is None:
