@@ -75,3 +75,12 @@ def register_lifecycle_operators(register: Register) -> None:
         summary="Perturbs singular values and vectors of newborns",
         source=own,
     )
+
+
+@hookimpl
+def register_studies(register: Register) -> None:
+    """Register studies of the paper's claims."""
+    for name, target, summary in (
+        ("sandbox", "sandbox:SandboxStudy", "Evolution against gradient on a synthetic teacher"),
+    ):
+        register(name, f"molora_evolution.studies.{target}", summary=summary, source=_PAPER)

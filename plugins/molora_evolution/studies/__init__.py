@@ -1,0 +1,1 @@
+"""Studies of the evolutionary population, and the tasks they are made of."""
