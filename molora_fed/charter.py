@@ -161,6 +161,8 @@ class FusionRules(_Strict):
         base_expert: Whether the base is expert 0.
         collapse_nats: A domain this far above its best expert after fitting is a collapse.
         restarts: Refits from another initialisation after a collapse.
+        fallback: Router published instead where every refit still loses a domain, if it loses
+            fewer; empty publishes the collapsed one.
     """
 
     router: str = "evidence"
@@ -172,6 +174,7 @@ class FusionRules(_Strict):
     base_expert: bool = True
     collapse_nats: float = Field(default=0.05, gt=0)
     restarts: int = Field(default=3, ge=0)
+    fallback: str = "evidence-zero"
 
 
 class Amendment(_Strict):

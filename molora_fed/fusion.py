@@ -32,7 +32,7 @@ from molora_fed.fusion_result import Outcome, build_result
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.bundle import save_fused
 from molora_fed.routing.fused import FusedExpert, FusedModel
-from molora_fed.routing.guard import GuardedRouter, fit_guarded
+from molora_fed.routing.guard import GuardedRouter, choose_published, fit_guarded
 from molora_fed.types import Case, LossMatrix, Progress, Reference
 
 __all__ = ["PHASES", "Control", "FusionResult", "fuse", "measure_loss_matrix"]
@@ -164,6 +164,7 @@ def fuse(
         _record(forecasts, folder, on_forecasts)
     with clock.phase("routers"):
         guarded, left_out = _fit_routers(plan, bank, charter, seed, progress)
+        published = choose_published(guarded, plan.router, charter.amendment.fusion.fallback)
     with clock.phase("held-out-bank"):
         held_out = build_held_out_bank(
             folder / "bank", base, plan.experts, plan.held_out, progress=progress, **plan.bank
@@ -179,7 +180,7 @@ def fuse(
         forecasts = score_forecasts(forecasts, _name_gains(measured["gain_percent"]))
         _record(forecasts, folder, on_forecasts)
     with clock.phase("saving"):
-        fused = _build_fused(base, plan, adapters, routers[plan.router], charter)
+        fused = _build_fused(base, plan, adapters, published, routers[published])
         fused_folder = folder / "fused"
         save_fused(fused, fused_folder, adapters=plan.adapter_folders)
     outcome = Outcome(
@@ -187,7 +188,7 @@ def fuse(
         fused=fused,
         measured=measured,
         forecasts=forecasts,
-        guard={**{n: g.to_json() for n, g in guarded.items()}, **left_out},
+        guard=_describe_guard(guarded, left_out, plan.router, published),
         seconds=clock.seconds,
         folder=folder,
         control=None if control is None else control.compute,
@@ -255,6 +256,19 @@ def _fit_routers(
     return guarded, left_out
 
 
+def _describe_guard(
+    guarded: Mapping[str, GuardedRouter[Any]],
+    left_out: Mapping[str, Mapping[str, Any]],
+    chosen: str,
+    published: str,
+) -> dict[str, Any]:
+    """The report's `guard`; a router that another was published for says so."""
+    described: dict[str, Any] = {name: found.to_json() for name, found in guarded.items()}
+    if published != chosen:
+        described[chosen]["replaced_by"] = published
+    return {**described, **left_out}
+
+
 def _name_gains(
     gains: Mapping[str, Mapping[str, float]],
 ) -> dict[str, dict[Reference, float]]:
@@ -269,8 +283,8 @@ def _build_fused(
     base: Base,
     plan: FusionPlan,
     adapters: Sequence[Adapter | None],
+    name: str,
     router: Any,
-    charter: Charter,
 ) -> FusedModel:
     sources = {c.contributor: c for c in plan.contributions}
     experts = []
@@ -285,7 +299,7 @@ def _build_fused(
         base,
         tuple(experts),
         router,
-        plan.router,
-        charter.amendment.fusion.mixture,
-        charter.identity.adapters.frozen_depth,
+        name,
+        plan.bank["mixture"],
+        plan.rules.frozen_depth,
     )

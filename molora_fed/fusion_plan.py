@@ -96,7 +96,7 @@ class FusionPlan:
     Attributes:
         contributions: Sorted by contribution id.
         experts: The base first if the charter says so, then the contributions.
-        router: Name of the router that is published.
+        router: Name of the router that is published, unless it collapses.
         routers: Class and options by name; the published one first.
         bank: Further arguments of both banks: readings, mixture, batch, frozen depth.
         is_pooled: Whether contributors sent calibration blocks.
@@ -225,7 +225,8 @@ def build_routers(
     """
     fusion = charter.amendment.fusion
     routers: dict[str, tuple[type[OutputRouter], RouterOptions]] = {}
-    for name in dict.fromkeys((fusion.router, *fusion.compare)):
+    last_resort = [fusion.fallback] if fusion.fallback else []
+    for name in dict.fromkeys((fusion.router, *fusion.compare, *last_resort)):
         router = plugins.routers.resolve(name)
         options = fusion.options if name == fusion.router else {}
         if name == fusion.router and fusion.top_k is not None:

@@ -16,6 +16,7 @@ from molora_fed.corpus.blocks import Blocks
 from molora_fed.forecasting.records import ForecastRecord
 from molora_fed.fusion_plan import Contributed, FusionPlan
 from molora_fed.routing.fused import FusedExpert, FusedModel
+from molora_fed.routing.top_k import TopKRouter
 
 __all__ = ["Outcome", "build_result"]
 
@@ -69,8 +70,8 @@ def build_result(outcome: Outcome, charter: Charter, seed: int) -> dict[str, Any
         "cooperative": charter.identity.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
-        "router": plan.router,
-        "top_k": charter.amendment.fusion.top_k,
+        "router": fused.router_name,
+        "top_k": fused.router.top_k if isinstance(fused.router, TopKRouter) else None,
         "mixture": fused.mixture,
         "privacy_mode": charter.identity.privacy_mode,
         "domains": sorted({c.domain for c in plan.contributions}),

@@ -1,4 +1,4 @@
-"""The collapse guard: a router that loses a domain is refitted from another start."""
+"""The collapse guard: a router that loses a domain is refitted from another start, or replaced."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,13 @@ from molora_fed.types import Progress
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
 
-__all__ = ["Attempt", "GuardedRouter", "compute_best_expert_losses", "fit_guarded"]
+__all__ = [
+    "Attempt",
+    "GuardedRouter",
+    "choose_published",
+    "compute_best_expert_losses",
+    "fit_guarded",
+]
 
 Router = TypeVar("Router", bound=OutputRouter)
 
@@ -113,6 +119,23 @@ def fit_guarded(
             break
     kept = min(range(len(attempts)), key=lambda index: _rank(attempts[index]))
     return GuardedRouter(fits[kept], tuple(attempts), kept)
+
+
+def choose_published(guarded: Mapping[str, GuardedRouter[Any]], router: str, fallback: str) -> str:
+    """Name of the router to publish: the chosen one, or the last resort if that collapsed.
+
+    Args:
+        guarded: Fitted routers by name.
+        router: The chosen router.
+        fallback: The last resort; empty, or a router that was not fitted, if there is none.
+
+    Returns:
+        `fallback` if it loses fewer domains than `router` does after all its refits.
+    """
+    found = guarded.get(fallback)
+    if found is not None and len(found.collapsed) < len(guarded[router].collapsed):
+        return fallback
+    return router
 
 
 def _judge(

@@ -1,6 +1,7 @@
 """Studies `collapse` and `cross-lingual`: counting, plans, and what they conclude."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from molora_kalavai.studies.languages import AS_PUBLISHED, LOST_NATS, ROUTERS, p
 from molora_kalavai.studies.refits import Banks, plan_refits, refit
 from study_tasks import DOMAINS, Run, running
 
-from molora_fed.bank import HeldOutBank
+from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.plugins import load_plugins
 from molora_fed.studies.actions import open_corpus
 from molora_fed.studies.contract import Cell
@@ -151,8 +152,30 @@ def test_fits_that_no_seed_changes_count_once():
     assert (count.fits, count.misrouted, count.guarded) == (3, 0, None)
 
 
+class Lost(Wayward):
+    """Sends everything to one expert from every seed."""
+
+    @classmethod
+    def fit(cls, bank, options, seed, progress=None):
+        return super().fit(bank, options, 2 * seed, progress)
+
+
+def test_where_no_refit_helps_the_guard_publishes_its_last_resort():
+    options = LinearOptions(learning_rate=0.01, steps=5)
+    banks = [build_synthetic_bank(kind, block_size=96) for kind in (CalibrationBank, HeldOutBank)]
+    starts = torch.zeros_like(banks[0].document_starts)
+    starts[:, 0] = True  # long documents, in which evidence soon decides
+    long = [replace(bank, document_starts=starts, _derived={}) for bank in banks]
+    found = refit(Banks(long[0], long[1], LOST_NATS), (Lost, options), [0, 100], guarded=True)
+    for fit in found["fits"]:
+        assert fit["guarded"]["replaced"]
+        assert fit["guarded"]["attempts"] == 1  # equal fits are not repeated
+        assert fit["guarded"]["gap"] < fit["gap"]
+    assert Count.of([found]).replaced == 2
+
+
 def test_the_interval_of_no_loss_is_one_sided():
-    count = Count(0, 3, 0, None, "a", 0.0, None, 0.0)
+    count = Count(0, 3, 0, None, None, "a", 0.0, None, 0.0)
     assert count.interval() == (0.0, pytest.approx(1 - 0.025 ** (1 / 3)))
 
 
@@ -189,7 +212,7 @@ def make_refits(cell: Cell, lost: Mapping[str, int]) -> dict[str, Any]:
             wrong = {"excess": {"a": 0.0, "b": nats}, "misrouted": ["b"] if nats > 0.05 else []}
             fit = {**good, **wrong, "seed": seed}
             if label in cell.task.settings["guarded"]:
-                fit["guarded"] = {**good, "attempts": 1}
+                fit["guarded"] = {**good, "attempts": 1, "replaced": False}
             fits.append(fit)
         is_seeded = label.startswith(("linear", "mlp", "hard"))
         routers[label] = {"is_seeded": is_seeded, "fits": fits}
@@ -199,15 +222,15 @@ def make_refits(cell: Cell, lost: Mapping[str, int]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("lost", "verdicts"),
     [
-        ({}, ["does not hold", "not decided", "holds"]),
-        ({"linear-noncausal": 2, "linear": 1}, ["holds", "holds", "holds"]),
+        ({}, ["does not hold", "not decided", "holds", "holds"]),
+        ({"linear-noncausal": 2, "linear": 1}, ["holds", "holds", "holds", "holds"]),
         (
             {"linear-noncausal": 2, "linear-noncausal-curriculum": 1, "statistics": 9},
-            ["holds", "differs", "does not hold"],
+            ["holds", "differs", "does not hold", "holds"],
         ),
         (
             {"linear-noncausal": 1, "linear-noncausal-curriculum": 1},
-            ["holds", "does not hold", "holds"],
+            ["holds", "does not hold", "holds", "holds"],
         ),
     ],
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from molora_fed.bank import CalibrationBank, HeldOutBank
-from molora_fed.charter import CorpusRules
+from molora_fed.charter import CorpusRules, FusionRules
 from molora_fed.corpus.prepare import prepare_corpus
 from molora_fed.evaluation import compute_domain_losses, compute_router_losses
 from molora_fed.plugins import get_plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
-from molora_fed.routing.guard import fit_guarded
+from molora_fed.routing.guard import choose_published, fit_guarded
 from molora_fed.studies.actions import open_base
 from molora_fed.studies.contract import Task, TaskContext
 from molora_fed.studies.fusions import open_fusion
@@ -36,7 +36,7 @@ def plan_refits(
     (held-out loss above the best expert's by domain, nats), `gap` (equal-weight loss above the
     domain oracle's), `misrouted` (domains whose largest mean gate goes to an expert that loses
     the domain by itself) and, for some routers, `guarded`, the same of what the collapse guard
-    keeps, with `attempts`.
+    publishes, with `attempts` and `replaced` (by the charter's last resort).
 
     Args:
         name: For people.
@@ -165,15 +165,29 @@ def _fit_once(
     if not guarded:
         fitted = router.fit(banks.calibration, options, seed)
         return fitted, {"seed": seed, **banks.measure(fitted)}
-    found = fit_guarded(
-        router, banks.calibration, options, seed, collapse_nats=banks.lost_nats, restarts=_RESTARTS
-    )
+    fit = partial(fit_guarded, collapse_nats=banks.lost_nats, restarts=_RESTARTS)
+    found = fit(router, banks.calibration, options, seed)
     # The guard drops its first fit where it finds a better one; that fit is the unguarded one.
     first = found.router if found.kept == 0 else router.fit(banks.calibration, options, seed)
     measured = banks.measure(first)
-    kept = measured if found.kept == 0 else banks.measure(found.router)
-    attempts = len(found.attempts)
-    return first, {"seed": seed, **measured, "guarded": {**kept, "attempts": attempts}}
+    last = {"chosen": found}
+    if found.collapsed:
+        resort, plain = _last_resort()
+        last["fallback"] = fit(resort, banks.calibration, plain, seed)
+    published = choose_published(last, "chosen", "fallback")
+    kept = measured if last[published].router is first else banks.measure(last[published].router)
+    guarded_record = {
+        **kept,
+        "attempts": len(found.attempts),
+        "replaced": published == "fallback",
+    }
+    return first, {"seed": seed, **measured, "guarded": guarded_record}
+
+
+def _last_resort() -> tuple[type[OutputRouter], RouterOptions]:
+    """What a charter publishes where its router collapses, by default."""
+    router = get_plugins().routers.resolve(FusionRules().fallback)
+    return router, router.Options()
 
 
 def _equal(one: OutputRouter, other: OutputRouter) -> bool:

@@ -6,7 +6,11 @@ from molora_kalavai.evidence import EvidenceOptions, EvidenceRouter, ZeroTrainin
 from molora_kalavai.linear import LinearOptions, LinearRouter
 
 from molora_fed.routing.contract import RouterOptions
-from molora_fed.routing.guard import compute_best_expert_losses, fit_guarded
+from molora_fed.routing.guard import (
+    choose_published,
+    compute_best_expert_losses,
+    fit_guarded,
+)
 from molora_fed.testing import build_synthetic_bank
 
 
@@ -71,3 +75,16 @@ def test_best_expert_of_each_domain(bank):
     for index, domain in enumerate(bank.domains):
         own = bank.expert_nll(index)[torch.from_numpy(bank.domain_of == index)]
         assert losses[domain] == pytest.approx(own.double().mean().item())
+
+
+def test_a_router_that_no_refit_saves_is_replaced_by_the_last_resort(bank):
+    options = LinearOptions(learning_rate=0.01, steps=200)
+    guarded = {
+        "collapses": fit_guarded(Collapses, bank, options, 2, restarts=1),
+        "good": fit_guarded(LinearRouter, bank, options, 2),
+    }
+    assert choose_published(guarded, "collapses", "good") == "good"
+    assert choose_published(guarded, "good", "collapses") == "good"
+    assert choose_published(guarded, "collapses", "not-fitted") == "collapses"
+    assert choose_published(guarded, "collapses", "collapses") == "collapses"
+    assert choose_published(guarded, "collapses", "") == "collapses"
