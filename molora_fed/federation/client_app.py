@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.fleet import find_own_home
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.records import Envelope
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
 
 __all__ = ["app"]
@@ -23,7 +24,14 @@ app = ClientApp()
 @app.query()
 def correspond(message: Any, context: Any) -> Any:
     """Answer one envelope of the server."""
-    home = ContributorHome(find_own_home(context.node_config))
-    parent = os.getppid()
-    reply = answer(home, unpack_envelope(message.content), is_orphan=lambda: os.getppid() != parent)
+    home, parent = find_own_home(context.node_config), os.getppid()
+    reply = (
+        Envelope()  # nobody is here yet
+        if home is None
+        else answer(
+            ContributorHome(home),
+            unpack_envelope(message.content),
+            is_orphan=lambda: os.getppid() != parent,
+        )
+    )
     return Message(pack_envelope(reply), reply_to=message)

@@ -111,11 +111,12 @@ class CoordinatorWorker:
     def _base(self) -> "Base":
         """The cooperative's base, loaded at the first use; a plain look needs no torch."""
         if self._loaded_base is None:
-            from molora_fed.base import check_base, load_base
+            with self._usage.stage("loading"):
+                from molora_fed.base import check_base, load_base
 
-            base = load_base(self._cooperative.base_folder)
-            check_base(base, self._charter.identity.base)
-            self._loaded_base = base
+                base = load_base(self._cooperative.base_folder)
+                check_base(base, self._charter.identity.base)
+                self._loaded_base = base
         return self._loaded_base
 
     @contextmanager

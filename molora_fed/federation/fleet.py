@@ -55,7 +55,7 @@ def simulate_fleet(partitions: Path, *, nodes: int, actors: int, scratch: Path) 
 
     Args:
         partitions: File written by `write_partitions`.
-        nodes: Number of nodes, one a home.
+        nodes: Number of nodes: one a home, and one for everyone who may still join.
         actors: Processes that answer their letters.
         scratch: Folder of Ray's own files. The system allows about 100 characters for the paths
             of sockets, and Ray needs 60 of them below this folder.
@@ -102,24 +102,22 @@ def read_partitions(path: Path) -> list[Path]:
         ) from error
 
 
-def find_own_home(node_config: Mapping[str, Any]) -> Path:
+def find_own_home(node_config: Mapping[str, Any]) -> Path | None:
     """The home a ClientApp answers for: its partition's in a simulation, else the one set.
 
     Args:
         node_config: The node's configuration, from Flower's context.
 
+    Returns:
+        The home; None for a simulated node whose contributor has not joined yet.
+
     Raises:
         ConfigError: If none is set.
-        FederationError: If the partition has no home.
+        FederationError: If the partitions cannot be read.
     """
     partitions = os.environ.get(PARTITIONS, "")
     if not partitions:
         return home_from_environment(CONTRIBUTOR_HOME)
     homes = read_partitions(Path(partitions))
-    number = node_config.get("partition-id")
-    if not isinstance(number, int) or not 0 <= number < len(homes):
-        raise FederationError(
-            f"Cannot answer as partition {number!r}: expected one of 0 to {len(homes) - 1}, got "
-            "another. Start the simulation again."
-        )
-    return homes[number]
+    number = int(node_config["partition-id"])
+    return homes[number] if number < len(homes) else None

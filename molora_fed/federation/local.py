@@ -11,6 +11,7 @@ from typing import Any
 
 from molora_fed.errors import FederationError
 from molora_fed.federation.events import FederationEvent, OnEvent
+from molora_fed.federation.homes import JoinSettings
 from molora_fed.federation.joining import join
 from molora_fed.federation.serving import serve
 from molora_fed.federation.supervise import find_free_port, sigterm_as_interrupt
@@ -43,6 +44,18 @@ class LocalContributor:
     adapter: Path | None = None
     shard: tuple[int, int] = (0, 1)
     threads: int = 1
+
+    @property
+    def settings(self) -> JoinSettings:
+        """The settings it joins with."""
+        return JoinSettings(
+            name=self.name,
+            domain=self.domain,
+            data=tuple(str(path.absolute()) for path in self.data),
+            adapter=str(self.adapter.absolute()) if self.adapter else "",
+            shard=self.shard,
+            threads=self.threads,
+        )
 
     def take_part(self, server: str, on_event: OnEvent, stop: threading.Event) -> dict[str, Any]:
         """`join` with these settings; returns the acknowledgement.

@@ -6,7 +6,7 @@ time, under the lock of its home; a worker that is killed leaves its contributor
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +36,12 @@ class PoolWorker:
     """Takes contributors that have a task, and advances those it has.
 
     Args:
-        homes: The contributors' homes.
+        partitions: File with the contributors' homes; some may be added while this works.
         plugins: Where domains and adapter kinds are registered.
     """
 
-    def __init__(self, homes: Sequence[ContributorHome], plugins: Plugins) -> None:
-        self._homes = homes
+    def __init__(self, partitions: Path, plugins: Plugins) -> None:
+        self._partitions = partitions
         self._plugins = plugins
         self._held: dict[Path, _Held] = {}
 
@@ -60,7 +60,7 @@ class PoolWorker:
 
     def _take(self) -> _Held | None:
         """The first contributor with a task whom nobody has, None if there is none."""
-        for home in self._homes:
+        for home in map(ContributorHome, read_partitions(self._partitions)):
             if home.root in self._held or not _has_work(home):
                 continue
             lock = hold_lock(home.root / "worker.lock", what="a contributor's worker")
@@ -97,8 +97,7 @@ def _has_work(home: ContributorHome) -> bool:
 
 def main(arguments: list[str]) -> None:
     """Work for as long as the process lives."""
-    homes = [ContributorHome(path) for path in read_partitions(Path(arguments[0]))]
-    worker = PoolWorker(homes, get_plugins())
+    worker = PoolWorker(Path(arguments[0]), get_plugins())
     while True:
         worker.look()
         time.sleep(LOOK_SECONDS)

@@ -157,7 +157,8 @@ class Postman:
                 return
             self._dialogue.accept(node.correspondent, unpack_envelope(message.content))
             self._home.board.post("")
-            if node.correspondent.state.get("problem"):
+            is_silent = not node.correspondent.fingerprint
+            if is_silent or node.correspondent.state.get("problem"):
                 node.not_before = time.monotonic() + PAUSE_SECONDS
             elif node.is_wait and not node.correspondent.state.get("offer"):
                 node.not_before = time.monotonic() + self._quiet_seconds

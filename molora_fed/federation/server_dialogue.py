@@ -147,6 +147,8 @@ class ServerDialogue:
             FederationError: If the answer is malformed, or the contribution is too large.
             StorageError: If the disk refuses; the answer is then asked for again.
         """
+        if not correspondent.fingerprint and not reply.letters:
+            return  # a simulated node whose contributor has not joined yet
         hello = reply.find("hello")
         if not correspondent.fingerprint:
             if hello is None:

@@ -91,9 +91,9 @@ def run_simulated(
         cooperative,
         contributors,
         on_event,
-        workers=workers or count_cores(),
+        workers=workers,
         threads=threads,
-        port=find_free_port(HOST) if port is None else port,
+        port=port,
     )
     with sigterm_as_interrupt(), supervisor:
         while not supervisor.is_finished and not stop.wait(POLL_SECONDS):
@@ -173,9 +173,10 @@ class SimulationSupervisor:
         cooperative: The coordinator's home.
         contributors: Who takes part, in the order of their partition ids.
         on_event: Receives what changes.
-        workers: Processes that work for the contributors.
+        workers: Processes that work for the contributors; None takes one a core.
         threads: Threads of the coordinator's worker; None takes all cores.
-        port: Port of the server.
+        port: Port of the server; None takes a free one.
+        reserve: How many more may `join` while it runs.
     """
 
     def __init__(
@@ -184,14 +185,17 @@ class SimulationSupervisor:
         contributors: Sequence[LocalContributor],
         on_event: OnEvent,
         *,
-        workers: int,
-        threads: int | None,
-        port: int,
+        workers: int | None = None,
+        threads: int | None = None,
+        port: int | None = None,
+        reserve: int = 0,
     ) -> None:
         _check_distinct(contributors)
-        self._members = [_Member(ContributorHome(c.home), _settings(c)) for c in contributors]
+        self._contributors = list(contributors)
+        self._members = [_Member(ContributorHome(c.home), c.settings) for c in contributors]
+        self._capacity = len(contributors) + reserve
         self._on_event = on_event
-        self._names = [f"pool-{number}" for number in range(workers)]
+        self._names = [f"pool-{number}" for number in range(workers or count_cores())]
         self._partitions = cooperative.absolute() / "mail" / "partitions.json"
         self._pool = ProcessGroup(
             cooperative.absolute() / "logs", cooperative.absolute() / "pool-processes.json"
@@ -199,12 +203,12 @@ class SimulationSupervisor:
         self._scratch = Path(tempfile.mkdtemp(prefix="molora-"))
         self._server = ServerSupervisor(
             cooperative,
-            port,
+            find_free_port(HOST) if port is None else port,
             self._emit,
             host=HOST,
             threads=threads,
             fleet=simulate_fleet(
-                self._partitions, nodes=len(contributors), actors=ACTORS, scratch=self._scratch
+                self._partitions, nodes=self._capacity, actors=ACTORS, scratch=self._scratch
             ),
         )
         self._restarts = Restarts()
@@ -227,12 +231,9 @@ class SimulationSupervisor:
         with ExitStack() as entered:
             entered.callback(shutil.rmtree, self._scratch, ignore_errors=True)
             for member in self._members:
-                lock = hold_lock(member.home.root / "join.lock", what="a contributor")
-                entered.enter_context(lock)
-                member.home.remove_leftovers()
-                member.settings = prepare_home(member.home, member.settings)
+                self._prepare(member, entered)
             self._pool.end_leftovers()
-            write_partitions(self._partitions, [member.home.root for member in self._members])
+            self._note_partitions()
             entered.enter_context(self._server)
             entered.callback(self._pool.stop_all)
             for name in self._names:
@@ -243,6 +244,33 @@ class SimulationSupervisor:
     def __exit__(self, *exception: object) -> None:
         """End everything."""
         self._entered.close()
+
+    def _prepare(self, member: _Member, entered: ExitStack) -> None:
+        entered.enter_context(hold_lock(member.home.root / "join.lock", what="a contributor"))
+        member.home.remove_leftovers()
+        member.settings = prepare_home(member.home, member.settings)
+
+    def _note_partitions(self) -> None:
+        write_partitions(self._partitions, [member.home.root for member in self._members])
+
+    def join(self, contributor: LocalContributor) -> None:
+        """Let one more contributor take part, at one of the nodes that were reserved.
+
+        Raises:
+            ConfigError: If no node is left, its name or home is taken, or a setting is wrong.
+            MoloraError: What `prepare_home` raises.
+        """
+        _check_distinct([*self._contributors, contributor])
+        if len(self._members) >= self._capacity:
+            raise ConfigError(
+                f"Cannot let '{contributor.name}' join: expected a free node of "
+                f"{self._capacity}, got none. Reserve more."
+            )
+        member = _Member(ContributorHome(contributor.home), contributor.settings)
+        self._prepare(member, self._entered)
+        self._contributors.append(contributor)
+        self._members.append(member)
+        self._note_partitions()
 
     def _start_worker(self, name: str) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -279,17 +307,6 @@ class SimulationSupervisor:
         """Hand on what the server says of itself; contributors speak for themselves."""
         if not event.contributor or event.problem:
             self._on_event(event)
-
-
-def _settings(contributor: LocalContributor) -> JoinSettings:
-    return JoinSettings(
-        name=contributor.name,
-        domain=contributor.domain,
-        data=tuple(str(path.absolute()) for path in contributor.data),
-        adapter=str(contributor.adapter.absolute()) if contributor.adapter else "",
-        shard=contributor.shard,
-        threads=contributor.threads,
-    )
 
 
 def _check_distinct(contributors: Sequence[LocalContributor]) -> None:
