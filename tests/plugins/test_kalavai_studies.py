@@ -122,13 +122,14 @@ def test_maturity_compares_the_youngest_and_the_oldest_base():
     assert [claim.verdict for claim in found.claims] == ["holds", "holds"]
 
 
-def test_shared_init_reports_cost_and_cross_routing():
+def test_shared_init_compares_with_a_matched_start_at_the_middle_age():
     def gain(labels: Mapping[str, Any]) -> float:
-        return 8.0 if labels["ages"] == "matched" else 6.0 + labels["seed"] / 1e5
+        return 6.0 + labels["seed"] / 1e5 if ":" in labels["ages"] else 8.0
 
     found = summarise(SharedInitStudy, SharedInitOptions(), gain)
-    assert [claim.verdict for claim in found.claims] == ["holds", "does not hold"]
+    assert [claim.verdict for claim in found.claims] == ["holds", "not decided", "does not hold"]
     assert found.findings["cross_routing_percent"]["matched"]["mean"] == pytest.approx(10)
+    assert found.findings["cost_nats"]["1 : 2 : 4"]["mean"] == pytest.approx(0.08, abs=0.001)
 
 
 @pytest.mark.parametrize(
