@@ -6,7 +6,7 @@ ids, and every slot can be used.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,7 @@ def run_lifecycle(
         seed: Not negative; operator k draws from a seed that follows from it and k.
 
     Returns:
-        The state after the last. A slot that is still freed has its old adapter and lives on.
+        The state after the last. A slot that is still freed keeps its adapter and its domain.
 
     Raises:
         PopulationError: If an operator cannot work, or leaves what breaks the contract.
@@ -140,7 +140,17 @@ def run_lifecycle(
         following = step.operator.apply(state, derived)
         _check_step(step.name, state, following, population)
         state = following
-    return state
+    return _restore_unfilled(state, population)
+
+
+def _restore_unfilled(state: LifecycleState, start: Population) -> LifecycleState:
+    """Slots that nobody filled are for the domain they were for: their adapters live on."""
+    if not state.freed:
+        return state
+    slots = list(state.population.slots)
+    for slot in state.freed:
+        slots[slot] = replace(slots[slot], domain=start.slots[slot].domain)
+    return replace(state, population=replace(state.population, slots=tuple(slots)))
 
 
 def _check_step(

@@ -54,15 +54,16 @@ def _describe(member: Member, parent: str | None) -> Text:
     if parent is not None:
         origin += f" of {parent}"
     parts = [f"  slot {member.slot}, {member.domain or 'no domain'}: {origin}, seed {birth.seed}"]
-    known = [value for value in (birth.fitness_before, member.fitness_after) if value is not None]
-    if known:
-        parts.append(f"fitness {' → '.join(f'{value:+.4f}' for value in known)} nats")
+    values = [member.fitness_after]
+    if birth.fitness_before is not None:
+        values = [birth.fitness_before, *values]
+    if values != [None]:
+        shown = " → ".join("?" if value is None else f"{value:+.4f}" for value in values)
+        parts.append(f"fitness {shown} nats")
     if not member.kept:
         parts.append("not kept")
     elif member.death is not None:
         parts.append(f"dies in generation {member.death}")
-    elif birth.fitness_before is not None and member.fitness_after is None:
-        parts.append("not measured yet")
     text = Text(_clean(birth.id), style="bold" if member.kept else "dim")
     return text.append(_clean(", ".join(parts)), style="not bold")
 
@@ -94,8 +95,9 @@ def draw_lineage(lineage: Lineage) -> bytes:
         if member.kept:
             stop = end + 0.5 if member.death is None else member.death
             axes.plot([start, stop], [member.slot] * 2, color=colours[member.domain], linewidth=4)
-        marker, colour = ("o", colours[member.domain]) if member.kept else ("x", _REJECTED)
-        axes.plot(start, member.slot, marker, color=colour, markersize=7)
+        marker, colour = ("o", colours[member.domain]) if member.kept else ("X", _REJECTED)
+        edge = {"markeredgecolor": "white", "markersize": 9, "zorder": 5}
+        axes.plot(start, member.slot, marker, color=colour, **edge)
     for child, parent in _list_arrows(lineage):
         generation = child.birth.generation
         if child.slot != parent.slot:
@@ -105,7 +107,7 @@ def draw_lineage(lineage: Lineage) -> bytes:
             )
     for domain, colour in colours.items():
         axes.plot([], [], color=colour, linewidth=4, label=domain or "no domain")
-    axes.plot([], [], "x", color=_REJECTED, label="not kept")
+    axes.plot([], [], "X", color=_REJECTED, label="not kept")
     _label(axes, end, slots)
     figure.legend(fontsize=8, frameon=False, loc="outside upper right", ncols=4)
     buffer = io.BytesIO()

@@ -36,7 +36,7 @@ def measure_per_domain(table: LossTable) -> Fitness:
 
     A mean over domains would be `global` again wherever domains have equally many tokens; the
     largest keeps a slot that one domain needs, whatever it costs the others. As the largest of
-    several estimates it is biased upwards, by about one standard error where all are equal. The
+    several estimates it is biased upwards, by about one standard error where four are equal. The
     error is that of the domain chosen.
 
     Args:

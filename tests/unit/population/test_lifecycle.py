@@ -69,6 +69,26 @@ def test_without_operators_the_population_stays():
     assert state.population is population and state.freed == ()
 
 
+def test_a_slot_that_nobody_fills_keeps_its_adapter_and_domain():
+    steps = [
+        ("death", {"patience": 1, "min_age": 1, "threshold": 0.0}),
+        ("slot-reallocation", {}),
+    ]
+    population = build_population()
+    state = run_lifecycle(
+        open_operators(steps, PLUGINS),
+        population,
+        build_fitness(VALUES),
+        DOMAINS,
+        generation=1,
+        seed=0,
+    )
+    assert state.freed == (3,) and "slot 3 goes to 'down'" in state.events[1]
+    old, found = population.slots[3], state.population.slots[3]
+    assert (found.birth, found.domain, found.stale) == (old.birth, old.domain, 1)
+    assert found.updates is old.updates
+
+
 def test_a_newborn_of_a_strangers_operator_is_taken():
     state = run(operator_of(lambda state, seed: put_newborn(state)))
     assert state.population.slots[1].birth.id == "g3-new" and state.parents == {1: 0}

@@ -64,7 +64,7 @@ def test_the_tree_says_who_came_from_whom(lineage):
         "├── a  slot 0, up: admitted legal-07, seed 7, fitness +0.2000 nats",
         "│   ├── b  slot 1, no domain: clone, seed 7, fitness +0.1000 nats",
         "│   └── d  slot 2, up: crossover with b, seed 7, fitness -0.1000 → +0.1500 nats",
-        "│       └── e  slot 1, up: inheritance, seed 7, fitness +0.1000 nats, not kept",
+        "│       └── e  slot 1, up: inheritance, seed 7, fitness +0.1000 → ? nats, not kept",
         "└── c  slot 2, up: fresh, seed 7, fitness -0.1000 nats, dies in generation 1",
     ]
 
