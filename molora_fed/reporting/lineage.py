@@ -96,7 +96,7 @@ def draw_lineage(lineage: Lineage) -> bytes:
             stop = end + 0.5 if member.death is None else member.death
             axes.plot([start, stop], [member.slot] * 2, color=colours[member.domain], linewidth=4)
         marker, colour = ("o", colours[member.domain]) if member.kept else ("X", _REJECTED)
-        edge = {"markeredgecolor": "white", "markersize": 9, "zorder": 5}
+        edge: dict[str, Any] = {"markeredgecolor": "white", "markersize": 9, "zorder": 5}
         axes.plot(start, member.slot, marker, color=colour, **edge)
     for child, parent in _list_arrows(lineage):
         generation = child.birth.generation
