@@ -20,8 +20,9 @@ class Costs:
         mail_growth: The same for one more.
         wall: Wall-clock seconds for the first.
         wall_growth: The same for one more.
-        memory: Largest memory of a fusion by number of experts, bytes.
-        peak: Largest memory of the coordinator's process, bytes.
+        resident: Largest resident memory of a fusion by number of experts, bytes.
+        private: The same without pages of mapped files.
+        peak: Largest resident memory of the coordinator's process, bytes.
     """
 
     first: Mapping[str, float]
@@ -32,7 +33,8 @@ class Costs:
     mail_growth: float
     wall: float
     wall_growth: float
-    memory: Mapping[int, int]
+    resident: Mapping[int, int]
+    private: Mapping[int, int]
     peak: int
 
     @property
@@ -47,31 +49,36 @@ class Costs:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
-        own = {name: value for name, value in vars(self).items() if name != "memory"}
-        return {**own, "memory": {str(count): peak for count, peak in self.memory.items()}}
+        return {
+            name: {str(key): item for key, item in value.items()}
+            if isinstance(value, Mapping)
+            else value
+            for name, value in vars(self).items()
+        }
 
 
 def read_costs(result: Mapping[str, Any]) -> Costs:
     """The costs in a result of `run_twenty`."""
     first, grown = result["first"]["seconds"], result["grown"]["seconds"]
+    before, after = (stage["coordinator"]["seconds"] for stage in (first, grown))
     spent = {
-        name: sum(v for k, v in member["seconds"].items() if k != "received_bytes")
+        name: sum(member["seconds"]["processor"].values())
         for name, member in result["contributors"].items()
     }
     early = sum(seconds for name, seconds in spent.items() if name in result["first"]["states"])
+    memory = result["seconds"]["memory"]
     return Costs(
-        first=first["coordinator"],
-        grown=grown["coordinator"],
+        first=before,
+        grown={stage: seconds - before.get(stage, 0.0) for stage, seconds in after.items()},
         contributors=early,
         newcomer=sum(spent.values()) - early,
         mail=first["mail"],
         mail_growth=grown["mail"],
         wall=first["wall"],
         wall_growth=grown["wall"],
-        memory={
-            int(count): found["peak_bytes"] for count, found in result["seconds"]["memory"].items()
-        },
-        peak=max(first["peak_bytes"], grown["peak_bytes"]),
+        resident={int(count): found["peak_bytes"] for count, found in memory.items()},
+        private={int(count): found["private_bytes"] for count, found in memory.items()},
+        peak=grown["coordinator"]["peak_bytes"],
     )
 
 
@@ -96,8 +103,14 @@ def draw_contributors(figure: Any, fusion: Mapping[str, Any]) -> None:
 def draw_memory(figure: Any, costs: Costs) -> None:
     """Memory by number of experts, onto an empty figure."""
     axes = figure.subplots()
-    axes.plot(list(costs.memory), [peak / 2**20 for peak in costs.memory.values()], marker="o")
+    for label, marker, memory in (
+        ("resident", "o", costs.resident),
+        ("without pages of mapped files", "s", costs.private),
+    ):
+        sizes = [size / 2**20 for size in memory.values()]
+        axes.plot(list(memory), sizes, marker=marker, label=label)
     axes.set_ylim(bottom=0)
-    axes.set_xticks(list(costs.memory))
+    axes.set_xticks(list(costs.resident))
     axes.set_xlabel("experts")
-    axes.set_ylabel("largest resident memory, MiB")
+    axes.set_ylabel("largest memory, MiB")
+    axes.legend()

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from molora_fed.charter import AdapterRules, Amendment, FusionRules, SampleRules, TrainingRules
+from molora_fed.contributions.manifest import load_contribution
 from molora_fed.cooperative import Cooperative, create_cooperative
 from molora_fed.federation.events import FederationEvent
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.local import LocalContributor
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.records import describe_folder
-from molora_fed.federation.simulation import run_simulated
+from molora_fed.federation.simulation import SimulationSupervisor
+from molora_fed.federation.supervise import sigterm_as_interrupt
 from molora_fed.files import canonical_json, hash_bytes, write_bytes, write_json
 from molora_fed.specialists import load_specialist
 from molora_fed.studies.actions import open_base
@@ -29,6 +31,8 @@ __all__ = ["run_twenty"]
 _KEPT = ("domains", "losses", "equal_weight", "gain_percent", "gain_interval_percent",
          "baseline_gain_percent", "best_alone", "best_specialist", "oracle_gap_nats", "guard",
          "forecasts", "own_domain", "contamination")  # fmt: skip
+_POLL_SECONDS = 0.3
+_STEPS_OF = {"SUBMITTED": 1, "ADMITTED": 2, "DONE": 3}
 
 
 @dataclass(frozen=True)
@@ -38,100 +42,82 @@ class _Stage:
     Attributes:
         folder: Holds everything.
         cooperative: The coordinator's.
-        context: Of the task.
     """
 
     folder: Path
     cooperative: Cooperative
-    context: TaskContext
 
     def home(self, domain: str) -> ContributorHome:
         """The home of the contributor of a domain."""
         return ContributorHome(self.folder / "contributors" / domain)
 
-    def run(self, name: str, domains: Sequence[str], seed: int) -> dict[str, Any]:
-        """Run the federation with a contributor a domain until all have the fused model.
+    def member(self, domain: str) -> LocalContributor:
+        """The contributor of a domain; it has the domain's name."""
+        return LocalContributor(domain, domain, self.home(domain).root)
 
-        Args:
-            name: Under which the outcome is kept; a finished one is read.
-            domains: One contributor each.
-            seed: Of the contributors' keys.
+    def federate(self, domains: Sequence[str], newcomer: str, report: Callable[..., None]) -> None:
+        """Run the federation until all have the fused model, then until the newcomer has it.
 
-        Returns:
-            What came out and what it cost; costs are this run's alone.
+        What came out of both is kept in `first.json` and `grown.json`; stopped and called again
+        it goes on, and its seconds are those of all runs but the waiting in between.
         """
-        kept = self.folder / f"{name}.json"
-        found = read_json(kept)
-        if found is not None:
-            return dict(found)
-        for domain in domains:
-            _make_key(self.home(domain).key, f"{seed} {domain}")
-        before = read_json(self.cooperative.folder / "usage.json") or {}
-        start = time.monotonic()
-        outcome = run_simulated(
+        supervisor = SimulationSupervisor(
             self.cooperative.folder,
-            [LocalContributor(domain, domain, self.home(domain).root) for domain in domains],
-            self._tell(domains),
+            [self.member(domain) for domain in domains],
+            _tell(report, 3 * (len(domains) + 1)),
             threads=1,
+            reserve=1,
         )
-        wall = time.monotonic() - start
-        after = read_json(self.cooperative.folder / "usage.json")
-        spent = {
-            stage: seconds - before.get("seconds", {}).get(stage, 0.0)
-            for stage, seconds in after["seconds"].items()
-        }
+        with sigterm_as_interrupt(), supervisor:
+            self._run(supervisor, "first")
+            supervisor.join(self.member(newcomer))
+            self._run(supervisor, "grown")
+
+    def _run(self, supervisor: SimulationSupervisor, name: str) -> None:
+        """Poll until everyone is done, and keep what that gave and cost."""
+        start, mail = time.monotonic(), supervisor.outcome.mail_seconds
+        while not supervisor.is_finished:
+            supervisor.poll()
+            time.sleep(_POLL_SECONDS)
+        outcome, kept = supervisor.outcome, self.folder / f"{name}.json"
+        if kept.exists():
+            return  # by a run that was stopped later
         result = read_json(self.cooperative.folder / "result.json")
         measured = {
             "states": {n: a["state"] for n, a in sorted(outcome.acknowledgements.items())},
             "fusion": {key: _without_times(result[key]) for key in _KEPT},
             "seconds": {
-                "wall": wall,
-                "coordinator": spent,
+                "wall": time.monotonic() - start,
+                "coordinator": read_json(self.cooperative.folder / "usage.json"),
                 "fusion": result["seconds"],
-                "mail": outcome.mail_seconds,
-                "peak_bytes": after["peak_bytes"],
+                "mail": outcome.mail_seconds - mail,
             },
         }
         write_json(kept, measured)
-        return measured
-
-    def _tell(self, domains: Sequence[str]) -> Any:
-        """Turns events into the task's progress: half for contributions, half for the bank."""
-        states: dict[str, str] = {}
-        report = self.context.progress
-
-        def observe(event: FederationEvent) -> None:
-            if event.problem:
-                print(event.message, flush=True)
-            if event.contributor:
-                states[event.contributor] = event.phase
-            if report is not None:
-                far = {"SUBMITTED": 1, "ADMITTED": 2, "DONE": 3}
-                report(sum(far.get(phase, 0) for phase in states.values()), 3 * len(domains))
-
-        return observe
 
     def measure_contributor(self, domain: str) -> dict[str, Any]:
-        """What one contributor trained, sent and received, and what that cost it."""
+        """What one contributor trained and sent, and what that cost it."""
         home = self.home(domain)
         (training,) = home.training.iterdir()
         specialist = load_specialist(training)
         sent = {entry.name: entry.num_bytes for entry in describe_folder(home.contribution).files}
         usage = read_json(home.usage_file)
+        samples = load_contribution(home.contribution).manifest.sample_files
+        received = (home.base, home.result)
         return {
             "base_loss": specialist.base_loss,
             "loss": specialist.loss,
             "steps": specialist.record["steps"],
+            "blocks": {str(split): sample.blocks for split, sample in samples.items()},
             "bytes": {
                 "adapter": sum(n for name, n in sent.items() if name.startswith("adapter/")),
                 "samples": sum(n for name, n in sent.items() if name.startswith("samples/")),
                 "sent": sum(sent.values()),
             },
             "seconds": {
-                **usage["seconds"],
-                "received_bytes": sum(
-                    describe_folder(folder).num_bytes for folder in (home.base, home.result)
-                ),
+                "processor": usage["seconds"],
+                # Here because the report in it holds times, whose length is no figure.
+                "received_bytes": sum(describe_folder(path).num_bytes for path in received),
             },
         }
 
@@ -143,24 +129,40 @@ def run_twenty(settings: Mapping[str, Any], context: TaskContext) -> dict[str, A
     `SampleRules`), `memory` (numbers of experts), `seed`; the only need is the base.
     """
     folder = context.folder / "work"
-    stage = _Stage(folder, _found(settings, context, folder), context)
-    domains, newcomer, seed = settings["domains"], settings["newcomer"], settings["seed"]
-    first = stage.run("first", domains, seed)
-    grown = stage.run("grown", [*domains, newcomer], seed)
+    stage = _Stage(folder, _found(settings, context, folder))
+    everyone = (*settings["domains"], settings["newcomer"])
+    for domain in everyone:
+        _make_key(stage.home(domain).key, f"{settings['seed']} {domain}")
+    if not (folder / "grown.json").exists():
+        stage.federate(
+            settings["domains"], settings["newcomer"], context.progress or (lambda *_: None)
+        )
     memory = {
         str(count): measure_memory(stage.cooperative.folder, folder / "memory" / str(count), count)
         for count in settings["memory"]
     }
     result = {
-        "first": first,
-        "grown": grown,
-        "contributors": {
-            domain: stage.measure_contributor(domain) for domain in (*domains, newcomer)
-        },
+        "first": read_json(folder / "first.json"),
+        "grown": read_json(folder / "grown.json"),
+        "contributors": {domain: stage.measure_contributor(domain) for domain in everyone},
         "seconds": {"memory": memory},
     }
     shutil.rmtree(folder)
     return result
+
+
+def _tell(report: Callable[..., None], total: int) -> Callable[[FederationEvent], None]:
+    """Turns events into progress: three steps a contributor."""
+    phases: dict[str, str] = {}
+
+    def observe(event: FederationEvent) -> None:
+        if event.problem:
+            print(event.message, flush=True)
+        if event.contributor:
+            phases[event.contributor] = event.phase
+        report(sum(_STEPS_OF.get(phase, 0) for phase in phases.values()), total)
+
+    return observe
 
 
 def _found(settings: Mapping[str, Any], context: TaskContext, folder: Path) -> Cooperative:
@@ -177,7 +179,7 @@ def _found(settings: Mapping[str, Any], context: TaskContext, folder: Path) -> C
             seed=settings["seed"],
             training=training,
             samples=SampleRules.model_validate(settings["samples"]),
-            fusion=FusionRules(compare=()),
+            fusion=FusionRules(compare=(), merges=()),
         ),
     )
 
@@ -185,7 +187,7 @@ def _found(settings: Mapping[str, Any], context: TaskContext, folder: Path) -> C
 def _make_key(path: Path, seed: str) -> None:
     """A contributor's key that is the same in every run, so that experts keep their order.
 
-    Nobody but this study may make keys so: whoever knows the seed has the key.
+    For a study only: whoever knows the seed has the key.
     """
     if path.exists():
         return
