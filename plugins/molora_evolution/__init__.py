@@ -81,6 +81,7 @@ def register_lifecycle_operators(register: Register) -> None:
 def register_studies(register: Register) -> None:
     """Register studies of the paper's claims."""
     for name, target, summary in (
+        ("factorial", "factorial:FactorialStudy", "Router, scope and lifecycle, decomposed"),
         ("sandbox", "sandbox:SandboxStudy", "Evolution against gradient on a synthetic teacher"),
     ):
         register(name, f"molora_evolution.studies.{target}", summary=summary, source=_PAPER)

@@ -5,6 +5,7 @@ the perturbations' spread were chosen on a teacher whose seed is not reported.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise, product
 from typing import Any, ClassVar, get_args
 
@@ -168,18 +169,16 @@ class SandboxStudy(Study):
                 Figure(
                     name,
                     caption,
-                    lambda figure, key=key, label=label: _draw(figure, options, points, key, label),
+                    partial(_draw, options=options, points=points, key=name, label=label),
                 )
-                for name, key, label, caption in (
+                for name, label, caption in (
                     (
-                        "advantage",
                         "advantage",
                         "gradient's loss - evolution's",
                         "Evolution against gradient at equal evaluations by alignment, a line a "
                         "noise; above 0 evolution is better. Bars are 95 % intervals over seeds.",
                     ),
                     (
-                        "worth",
                         "worth",
                         "base's loss - evolution's",
                         "What the router found by evolution is worth against no adapters; bars "
@@ -210,7 +209,7 @@ def _measure_points(
     options: SandboxOptions, results: Mapping[str, Mapping[str, Any]], channel: str
 ) -> list[dict[str, Any]]:
     """Effects and outcomes of one channel at every alignment and noise."""
-    points = []
+    points: list[dict[str, Any]] = []
     for alignment, noise in product(options.alignments, options.noises):
         rows = [results[_name(alignment, noise, seed)][channel] for seed in options.seeds]
 
