@@ -47,6 +47,7 @@ def amend_by_settings(
     Raises:
         CharterError: If a setting is malformed, out of range, unknown, contradicts `[identity]` or
             is none of its router's options.
+        PopulationError: The same of a population's router or operators.
         UnknownNameError: If a router, kind or check is registered by nobody.
         LedgerError: If a server works on the cooperative.
         SignatureError: If the coordinator's key is missing or another one.
@@ -63,8 +64,20 @@ def amend_by_settings(
     draft = Charter(identity=cooperative.charter.identity, amendment=following)
     with cooperative.open_ledger() as ledger:
         build_routers(draft, plugins)  # Refused now, not when everybody waits for the fusion.
+        _check_population(draft, plugins)
         amended = amend_cooperative(cooperative, ledger, following, plugins=plugins, actor=ACTOR)
     return amended, changes
+
+
+def _check_population(charter: Charter, plugins: Plugins) -> None:
+    """Refuse options that the router or an operator of a population does not know."""
+    if charter.amendment.fusion.mode == "population":
+        from molora_fed.population.lifecycle import open_operators
+        from molora_fed.population.router_files import parse_router_options
+
+        rules = charter.amendment.population
+        parse_router_options(rules.router, rules.options, plugins)
+        open_operators([(one.name, one.options) for one in rules.lifecycle], plugins)
 
 
 def apply_settings(amendment: Amendment, settings: Sequence[str]) -> Amendment:

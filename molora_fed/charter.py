@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molora_fed.errors import CharterError
 from molora_fed.files import canonical_json, hash_bytes, write_bytes
+from molora_fed.population.rules import PopulationRules
 from molora_fed.types import Mixture
 
 __all__ = [
@@ -151,6 +152,8 @@ class FusionRules(_Strict):
     """How the coordinator fuses.
 
     Attributes:
+        mode: "router" mixes the specialists' outputs; "population" evolves their adapters inside
+            one model, as `[amendment.population]` says.
         router: The router that is published.
         options: Its options; unknown keys are refused by the router.
         top_k: The published router mixes its best k experts only; None mixes all.
@@ -165,6 +168,7 @@ class FusionRules(_Strict):
             fewer; empty publishes the collapsed one.
     """
 
+    mode: Literal["router", "population"] = "router"
     router: str = "evidence"
     options: dict[str, Any] = {}
     top_k: int | None = Field(default=None, ge=1)
@@ -197,6 +201,7 @@ class Amendment(_Strict):
     samples: SampleRules = SampleRules()
     admission: AdmissionRules = AdmissionRules()
     fusion: FusionRules = FusionRules()
+    population: PopulationRules = PopulationRules()
 
 
 class Charter(_Strict):

@@ -27,6 +27,7 @@ from molora_fed.contributions.ledger import Ledger, LedgerReader, create_ledger
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import CharterError, describe_mismatch
 from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.registry import Registry
 
 if TYPE_CHECKING:
     from molora_fed.base import Base
@@ -210,13 +211,21 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
     """Look up every name a charter uses; only a kind with options is loaded, to check them.
 
     Raises:
-        UnknownNameError: If nobody registers a router, merge, adapter kind or admission check.
+        UnknownNameError: If nobody registers a router, merge, adapter kind or admission check, or
+            in mode "population" an adapter router, fitness scope or lifecycle operator.
         AdapterError: If the kind refuses its options.
         CharterError: If `[amendment.training]` asks for an adapter that `[identity]` forbids.
     """
     rules, training = charter.identity.adapters, charter.amendment.training
     fusion = charter.amendment.fusion
+    population = charter.amendment.population
+    evolved: tuple[tuple[Registry, tuple[str, ...]], ...] = (
+        (plugins.adapter_routers, (population.router,)),
+        (plugins.fitness_scopes, (population.scope,)),
+        (plugins.lifecycle_operators, tuple(one.name for one in population.lifecycle)),
+    )
     for registry, names in (
+        *(evolved if fusion.mode == "population" else ()),
         (plugins.adapter_kinds, rules.kinds),
         (plugins.routers, (fusion.router, *fusion.compare)),
         (plugins.merges, fusion.merges),

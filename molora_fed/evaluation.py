@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Evaluation",
     "RouterLosses",
+    "compute_best_domains",
     "compute_block_losses",
     "compute_domain_losses",
     "compute_router_losses",
@@ -295,7 +296,7 @@ def evaluate(
     alone = list(sums.values())
     for name, nll in others.items():
         sums[name] = index.sum(nll.numpy())
-    sums["domain_oracle"] = _domain_oracle(index, alone)
+    sums["domain_oracle"] = compute_best_domains(index, alone)
     lowest = torch.minimum(bank.base_nll(), -bank.logprob[:, 1:].amax(dim=-1))
     sums["token_oracle"] = index.sum(lowest.numpy())
     sums["uniform"] = index.sum(compute_router_losses(bank, None).nll.numpy())
@@ -312,8 +313,15 @@ def evaluate(
     return Evaluation(bank.domains, index, sums, gates, seed)
 
 
-def _domain_oracle(index: ClusterIndex, alone: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Sums per cluster of the model that is best on the cluster's whole domain."""
+def compute_best_domains(
+    index: ClusterIndex, alone: list[NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    """Sums per cluster of the model that is best on the cluster's whole domain.
+
+    Args:
+        index: Clusters of the predicted tokens.
+        alone: Sums per cluster of each model, (C,).
+    """
     table = np.stack([index.domain_means(sums) for sums in alone])  # (models, domains)
     best = table.argmin(axis=0)
     return np.stack(alone)[best[index.domain_of], np.arange(len(index.counts))]

@@ -146,11 +146,13 @@ def plan_fusion(
 
     Raises:
         BaseCheckpointError: If the base is not the charter's.
-        CharterError: If a router's options are wrong; all of them are named.
+        CharterError: If the charter does not fuse by a router, or a router's options are wrong;
+            all of them are named.
         ConfigError: If there is no contribution, names clash, or blocks are missing.
         UnknownNameError: If nobody registers a router or a merge.
     """
     check_base(base, charter.identity.base)
+    _check_mode(charter)
     ordered = tuple(sorted(contributions, key=lambda c: c.id))
     rules, fusion = charter.identity.adapters, charter.amendment.fusion
     is_pooled = _check_contributions(ordered)
@@ -183,6 +185,15 @@ def plan_fusion(
         rules=rules,
         plugins=plugins,
     )
+
+
+def _check_mode(charter: Charter) -> None:
+    if charter.amendment.fusion.mode != "router":
+        raise CharterError(
+            f"Cannot fuse cooperative '{charter.identity.name}' by a router: expected fusion mode "
+            f"'router', got '{charter.amendment.fusion.mode}'. Use `molora evolve`, or amend "
+            "fusion.mode."
+        )
 
 
 def _check_contributions(contributions: Sequence[Contributed]) -> bool:

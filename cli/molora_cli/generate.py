@@ -1,5 +1,6 @@
-"""`molora generate`: text from a fused model."""
+"""`molora generate`: text from a fused or an evolved model."""
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,7 @@ class Evidence(StrEnum):
 
 
 def generate(
-    fused: Annotated[Path, typer.Argument(help="Folder of a fused model.")],
+    fused: Annotated[Path, typer.Argument(help="Folder of a fused or evolved model.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
@@ -36,24 +37,25 @@ def generate(
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,
 ) -> None:
-    """Continue a text with a fused model."""
-    from molora_fed.routing.bundle import find_fused, load_fused
+    """Continue a text with a fused or an evolved model."""
+    from molora_fed.population.bundle import find_evolved, load_evolved
+    from molora_fed.routing.bundle import find_fused, has_fused, load_fused
+    from molora_fed.routing.decoding import Sampling
     from molora_fed.routing.decoding import generate as generate_text
 
-    with reporting("loading the fused model", transient=True) as progress:
-        model = load_fused(find_fused(fused), base_folder=base)
-        progress.phase("generating")
-        (generation,) = generate_text(
-            model,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            evidence_from=evidence_from.value,
-            progress=progress,
-        )
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value)
+    with reporting("loading the model", transient=True) as progress:
+        evolved = None if has_fused(fused) else find_evolved(fused)
+        if evolved is None:
+            model = load_fused(find_fused(fused), base_folder=base)
+            progress.phase("generating")
+            (generation,) = generate_text(model, prompt, **asdict(sampling), progress=progress)
+        else:
+            from molora_fed.population.decoding import generate_evolved
+
+            population = load_evolved(evolved, base_folder=base)
+            progress.phase("generating")
+            (generation,) = generate_evolved(population, prompt, sampling, progress=progress)
     print(generation.prompt + generation.text)
     gates = sorted(generation.gates.items(), key=lambda item: -item[1])
     note("gates: " + ", ".join(f"{name} {gate:.2f}" for name, gate in gates))

@@ -20,6 +20,7 @@ from molora_cli import (
     coop,
     demo,
     evaluate,
+    evolve,
     forecast,
     fuse,
     generate,
@@ -54,6 +55,7 @@ app.command("join")(join.join)
 app.command("train")(train.train)
 app.command("contribute")(contribute.contribute)
 app.command("fuse")(fuse.fuse)
+app.add_typer(evolve.app, name="evolve")
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)

@@ -15,11 +15,15 @@ from matplotlib.figure import Figure
 from molora_fed.reporting.methods import list_methods
 
 __all__ = [
+    "PALETTE",
+    "draw_cells",
     "draw_forecasts",
     "draw_gates",
     "draw_loss_matrix",
     "draw_losses",
     "draw_training_curves",
+    "save_figure",
+    "tidy_axes",
 ]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -43,11 +47,12 @@ def _new(width: float, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _tidy(axes)
+    tidy_axes(axes)
     return figure, axes
 
 
-def _tidy(axes: Any) -> None:
+def tidy_axes(axes: Any) -> None:
+    """Left and lower spines only, with small ticks."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=9, colors=_INK)
@@ -57,16 +62,14 @@ def _title(axes: Any, text: str) -> None:
     axes.set_title(text, fontsize=11, loc="left", color=_INK)
 
 
-def _save(figure: Figure) -> bytes:
+def save_figure(figure: Figure) -> bytes:
     """The figure as PNG; without dates or versions, so that equal input gives equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _draw_cells(
-    axes: Any, values: np.ndarray, colours: Any, labels: Sequence[Sequence[str]]
-) -> Any:
+def draw_cells(axes: Any, values: np.ndarray, colours: Any, labels: Sequence[Sequence[str]]) -> Any:
     """A heat map with a number in every cell, dark on light and light on dark."""
     # A mesh: an image would be resampled to the figure's pixels in several copies.
     rows, columns = (np.arange(count + 1) - 0.5 for count in values.shape)
@@ -115,7 +118,7 @@ def draw_loss_matrix(result: Mapping[str, Any]) -> bytes:
     figure, axes = _new(2.6 + cell * len(domains), 1.5 + 0.36 * len(methods))
     labels = [[f"{value:.3f}" for value in row] for row in losses]
     colours = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
-    image = _draw_cells(axes, change, colours, labels)
+    image = draw_cells(axes, change, colours, labels)
     turned = {"rotation": 35, "ha": "right"} if cell < 1.0 else {}
     axes.set_xticks(range(len(domains)), domains, **turned)
     axes.set_yticks(range(len(methods)), [method.label for method in methods])
@@ -124,7 +127,7 @@ def draw_loss_matrix(result: Mapping[str, Any]) -> bytes:
     bar = figure.colorbar(image, ax=axes, extend="both", fraction=0.05, pad=0.02)
     bar.set_label("change against the base, %\n(purple: lower loss)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    return _save(figure)
+    return save_figure(figure)
 
 
 def draw_gates(result: Mapping[str, Any]) -> bytes:
@@ -153,10 +156,10 @@ def draw_gates(result: Mapping[str, Any]) -> bytes:
         unused.set_axis_off()
     image = None
     for axes, router in zip(panels, routers, strict=False):
-        _tidy(axes)
+        tidy_axes(axes)
         values = np.array([[gates[router][d].get(e, 0.0) for e in experts] for d in domains])
         labels = [[f"{value:.2f}" for value in row] for row in values]
-        image = _draw_cells(axes, values, {"cmap": "Blues", "vmin": 0.0, "vmax": 1.0}, labels)
+        image = draw_cells(axes, values, {"cmap": "Blues", "vmin": 0.0, "vmax": 1.0}, labels)
         axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
         axes.set_yticks(range(len(domains)), domains)
         axes.set_xlabel("expert", fontsize=9)
@@ -167,7 +170,7 @@ def draw_gates(result: Mapping[str, Any]) -> bytes:
         bar = figure.colorbar(image, ax=list(panels), fraction=0.03, pad=0.01)
         bar.set_label("mean gate (rows sum to 1)", fontsize=9)
         bar.ax.tick_params(labelsize=8)
-    return _save(figure)
+    return save_figure(figure)
 
 
 def draw_losses(result: Mapping[str, Any]) -> bytes:
@@ -221,7 +224,7 @@ def draw_losses(result: Mapping[str, Any]) -> bytes:
         fontsize=9,
     )
     figure.legend(fontsize=8, frameon=False, loc="outside upper right", ncols=3)
-    return _save(figure)
+    return save_figure(figure)
 
 
 def draw_forecasts(result: Mapping[str, Any]) -> bytes:
@@ -274,7 +277,7 @@ def draw_forecasts(result: Mapping[str, Any]) -> bytes:
     if forecasts:
         axes.plot([], [], "|", color="#0072B2", markeredgewidth=2.5, label="forecast point")
         figure.legend(fontsize=8, frameon=False, loc="outside upper right", ncols=3)
-    return _save(figure)
+    return save_figure(figure)
 
 
 def draw_training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -312,4 +315,4 @@ def draw_training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
     axes.set_ylabel("validation loss, nats per token", fontsize=9)
     if axes.lines:
         axes.legend(fontsize=8, frameon=False)
-    return _save(figure)
+    return save_figure(figure)

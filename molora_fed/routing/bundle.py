@@ -27,7 +27,17 @@ from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import TopKRouter, limit_experts
 from molora_fed.types import Mixture
 
-__all__ = ["FusedManifest", "find_fused", "load_fused", "load_manifest", "save_fused"]
+__all__ = [
+    "BaseEntry",
+    "FusedManifest",
+    "describe_base",
+    "find_fused",
+    "has_fused",
+    "load_fused",
+    "load_manifest",
+    "load_recorded_base",
+    "save_fused",
+]
 
 MANIFEST_FILE = "fused.json"
 ROUTER_FILE = "router.safetensors"
@@ -42,7 +52,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _BaseEntry(_Strict):
+class BaseEntry(_Strict):
+    """Which base a model is on, and where it lies from the model's folder."""
+
     path: str
     dtype: Literal["float32", "float16", "bfloat16"]
     identity: BaseIdentity
@@ -82,7 +94,7 @@ class FusedManifest(_Strict):
     """
 
     format_version: Literal[1] = 1
-    base: _BaseEntry
+    base: BaseEntry
     frozen_depth: int = Field(ge=0)
     mixture: Mixture
     router: _RouterEntry
@@ -121,11 +133,7 @@ def save_fused(fused: FusedModel, folder: Path, *, adapters: Mapping[str, Path])
             f"of {', '.join(missing)}. Pass their folders."
         )
     content = {
-        "base": {
-            "path": Path(os.path.relpath(fused.base.folder.resolve(), folder.resolve())).as_posix(),
-            "dtype": str(fused.base.model.dtype).removeprefix("torch."),
-            "identity": fused.base.identity().model_dump(mode="json"),
-        },
+        "base": describe_base(fused.base, folder),
         "frozen_depth": fused.frozen_depth,
         "mixture": fused.mixture,
         "router": {
@@ -152,6 +160,15 @@ def save_fused(fused: FusedModel, folder: Path, *, adapters: Mapping[str, Path])
         write_bytes(target / ROUTER_FILE, state)
         write_json(target / MANIFEST_FILE, manifest.model_dump(mode="json"))
     return manifest
+
+
+def describe_base(base: Base, folder: Path) -> dict[str, Any]:
+    """The content of a `BaseEntry` of a model that is saved in a folder."""
+    return {
+        "path": Path(os.path.relpath(base.folder.resolve(), folder.resolve())).as_posix(),
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "identity": base.identity().model_dump(mode="json"),
+    }
 
 
 def _copy_adapter(source: Path, target: Path) -> None:
@@ -201,6 +218,11 @@ def find_fused(folder: Path) -> Path:
     return folder
 
 
+def has_fused(folder: Path) -> bool:
+    """Whether there is a fused model in a folder, see `find_fused`."""
+    return (find_fused(folder) / MANIFEST_FILE).is_file()
+
+
 def load_fused(
     folder: Path, *, base_folder: Path | None = None, plugins: Plugins | None = None
 ) -> FusedModel:
@@ -224,7 +246,7 @@ def load_fused(
     router_class = plugins.routers.resolve(manifest.router.name)
     if manifest.router.top_k is not None:
         router_class = limit_experts(router_class, manifest.router.top_k)
-    base = _load_base(folder, manifest, base_folder)
+    base = load_recorded_base(folder, manifest.base, base_folder)
     experts = tuple(_load_expert(folder, entry, base, plugins) for entry in manifest.experts)
     try:
         tensors: dict[str, Tensor] = load(state)
@@ -270,15 +292,25 @@ def _check_hash(folder: Path, what: str, *, expected: str, got: str) -> None:
         )
 
 
-def _load_base(folder: Path, manifest: FusedManifest, base_folder: Path | None) -> Base:
-    where = base_folder or (folder / manifest.base.path)
-    identity = manifest.base.identity
+def load_recorded_base(folder: Path, entry: BaseEntry, base_folder: Path | None) -> Base:
+    """Load the base that a model's folder names.
+
+    Args:
+        folder: The model's folder.
+        entry: What it says of its base.
+        base_folder: Where the base is; the recorded relative path if None.
+
+    Raises:
+        BaseCheckpointError: If the base is not there, or is another one.
+    """
+    where = base_folder or (folder / entry.path)
+    identity = entry.identity
     if not where.is_dir():
         raise BaseCheckpointError(
-            f"Cannot load fused model '{folder}': expected base {identity.id} with weights "
+            f"Cannot load model '{folder}': expected base {identity.id} with weights "
             f"{identity.weights[:12]} in '{where}', got no such folder. Say where the base is."
         )
-    base = load_base(where, dtype=getattr(torch, manifest.base.dtype))
+    base = load_base(where, dtype=getattr(torch, entry.dtype))
     check_base(base, identity)
     return base
 

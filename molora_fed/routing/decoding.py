@@ -6,17 +6,29 @@ padded; each prompt draws from its own generator, so its text does not depend on
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from molora_fed.errors import ConfigError, RoutingError
 from molora_fed.files import hash_bytes
-from molora_fed.routing.fused import FusedModel, Piece, Runner, mix_distributions
+from molora_fed.routing.fused import FusedModel, Runner, mix_distributions
 from molora_fed.types import Progress
 
-__all__ = ["EvidenceSource", "Generation", "Sampling", "decode_tokens", "generate"]
+if TYPE_CHECKING:
+    from molora_fed.base import Base
+
+__all__ = [
+    "EvidenceSource",
+    "Generation",
+    "Sampling",
+    "check_length",
+    "choose_tokens",
+    "decode_tokens",
+    "generate",
+    "make_generator",
+]
 
 EvidenceSource = Literal["prompt", "all"]
 """Whether a router that reads evidence also reads that of the tokens it generated."""
@@ -193,7 +205,7 @@ def decode_tokens(
     """
     _check_can_decode(fused, prompt, sampling)
     prompt = prompt.to(device=fused.base.model.device, dtype=torch.long)
-    generators = [_make_generator(sampling.seed, s) for s in streams or range(len(prompt))]
+    generators = [make_generator(sampling.seed, s) for s in streams or range(len(prompt))]
     end = fused.base.tokenizer.eos_token_id
     is_held = sampling.evidence_from == "prompt" and "evidence" in fused.router.reads(
         fused.router.options
@@ -211,7 +223,8 @@ def decode_tokens(
             gates, state = fused.router.step(piece.view, state)
         while True:
             gates = gates[:, -1:]
-            token = _choose(fused, piece, gates, sampling, generators)
+            mixed = mix_distributions(piece.expert_logprob[:, :, -1:], gates, fused.mixture)[:, 0]
+            token = choose_tokens(mixed, sampling, generators)
             token = torch.where(ended, torch.full_like(token, end), token)
             ended = ended | (token == end)
             chosen.append(token)
@@ -233,7 +246,16 @@ def _check_can_decode(fused: FusedModel, prompt: Tensor, sampling: Sampling) -> 
             f"Cannot generate with router '{fused.router_name}': expected a causal router, got "
             "one that reads the future of a text. Fuse with another router."
         )
-    limit = getattr(fused.base.model.config.get_text_config(), "max_position_embeddings", None)
+    check_length(fused.base, prompt, sampling)
+
+
+def check_length(base: "Base", prompt: Tensor, sampling: Sampling) -> None:
+    """Refuse to go beyond the base's positions.
+
+    Raises:
+        ConfigError: If prompt and new tokens exceed them.
+    """
+    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     length = prompt.shape[1] + sampling.max_new_tokens
     if limit is not None and length > limit:
         raise ConfigError(
@@ -242,21 +264,22 @@ def _check_can_decode(fused: FusedModel, prompt: Tensor, sampling: Sampling) -> 
         )
 
 
-def _make_generator(seed: int, stream: int) -> torch.Generator:
+def make_generator(seed: int, stream: int) -> torch.Generator:
     """A generator of its own for each prompt, on the CPU, so that devices agree."""
     digest = hash_bytes(f"{seed}/{stream}".encode())
     return torch.Generator().manual_seed(int(digest[:15], 16))
 
 
-def _choose(
-    fused: FusedModel,
-    piece: Piece,
-    gates: Tensor,
-    sampling: Sampling,
-    generators: Sequence[torch.Generator],
+def choose_tokens(
+    mixed: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """The next token of every row, (B,)."""
-    mixed = mix_distributions(piece.expert_logprob[:, :, -1:], gates, fused.mixture)[:, 0]
+    """The next token of every row, (B,).
+
+    Args:
+        mixed: Log-probabilities of the next token, (B, V) nats.
+        sampling: How it is chosen.
+        generators: One a row.
+    """
     if sampling.temperature == 0:
         return mixed.argmax(-1)
     weights = _filter(mixed.float().cpu() / sampling.temperature, sampling)
