@@ -81,7 +81,13 @@ def register_lifecycle_operators(register: Register) -> None:
 def register_studies(register: Register) -> None:
     """Register studies of the paper's claims."""
     for name, target, summary in (
+        (
+            "base-perturbation",
+            "base_perturbation:BasePerturbationStudy",
+            "The lifecycle on perturbed bases",
+        ),
         ("factorial", "factorial:FactorialStudy", "Router, scope and lifecycle, decomposed"),
+        ("inheritance", "inheritance:InheritanceStudy", "Shares of the parent in a newborn"),
         ("sandbox", "sandbox:SandboxStudy", "Evolution against gradient on a synthetic teacher"),
     ):
         register(name, f"molora_evolution.studies.{target}", summary=summary, source=_PAPER)

@@ -6,7 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from molora_evolution.studies.base_perturbation import (
+    BasePerturbationOptions,
+    BasePerturbationStudy,
+)
 from molora_evolution.studies.factorial import FactorialOptions, FactorialStudy
+from molora_evolution.studies.inheritance import InheritanceOptions, InheritanceStudy
 from molora_evolution.studies.substrate import LIFECYCLE, EvolutionSettings, plan_evolution
 from molora_evolution.studies.substrate_actions import evolve_population
 from study_tasks import DOMAINS, Run, running
@@ -98,8 +103,17 @@ def test_the_design_has_all_cells_and_shares_what_is_one_population():
     assert ratios == pytest.approx([0.047, 0.094], abs=5e-4)
 
 
-def test_the_design_fits_into_ninety_minutes_of_four_cores():
-    tasks = {t.key: t for cell in FactorialStudy.plan(FactorialOptions()) for t in cell.task.walk()}
+def test_all_three_studies_share_work_and_fit_into_ninety_minutes_of_four_cores():
+    cells = {
+        study: study.plan(study.Options())
+        for study in (FactorialStudy, InheritanceStudy, BasePerturbationStudy)
+    }
+    keys = {study: {cell.task.key for cell in own} for study, own in cells.items()}
+    seeds = len(FactorialOptions().seeds)
+    # alpha = 0.5 and no lifecycle; no noise with and without a lifecycle
+    assert len(keys[FactorialStudy] & keys[InheritanceStudy]) == 2 * seeds
+    assert len(keys[FactorialStudy] & keys[BasePerturbationStudy]) == 2 * seeds
+    tasks = {t.key: t for own in cells.values() for cell in own for t in cell.task.walk()}
     assert sum(task.seconds for task in tasks.values()) < 4 * 90 * 60
 
 
@@ -149,3 +163,44 @@ def test_the_aggregators_can_disagree_on_an_effect():
     assert effects["2048 balanced"]["router"]["mean"] > 0.03
     assert effects["2048 arithmetic"]["router"]["mean"] < -0.1
     assert summary.claims[-1].verdict == "holds"
+
+
+def summarise_simply(
+    study: Any, options: Any, loss: Callable[[Mapping[str, Any]], float]
+) -> Summary:
+    def make(cell: Cell) -> dict[str, Any]:
+        random = np.random.default_rng([cell.labels["seed"], len(cell.name)])
+        nats = loss(cell.labels) + 5e-4 * random.normal()
+        return {"base": {"a": 4.5, "b": 4.6}, "held_out": {"a": nats, "b": nats}, "births": 5}
+
+    cells = study.plan(options)
+    summary = study.summarise(options, {cell.name: make(cell) for cell in cells})
+    for figure in summary.figures:
+        figure.draw(Figure())
+    return summary
+
+
+def test_inheritance_that_matters_refutes_the_paper_and_shows_its_trend():
+    options = InheritanceOptions()
+    summary = summarise_simply(
+        InheritanceStudy, options, lambda labels: 4.0 - 0.1 * (labels["alpha"] or 0.0)
+    )
+    assert summary.findings["trend_per_unit_of_alpha"]["mean"] == pytest.approx(0.1, abs=2e-3)
+    assert summary.claims[0].verdict == "does not hold"
+    same = summarise_simply(InheritanceStudy, options, lambda labels: 4.0)
+    assert same.claims[0].verdict == "differs"
+
+
+def test_a_lifecycle_that_only_perturbed_bases_need_depends_on_the_base():
+    options = BasePerturbationOptions()
+    same = summarise_simply(
+        BasePerturbationStudy, options, lambda labels: 4.0 + 0.03 * labels["lifecycle"]
+    )
+    assert [claim.verdict for claim in same.claims] == ["holds", "holds"]
+    needed = summarise_simply(
+        BasePerturbationStudy,
+        options,
+        lambda labels: 4.0 - labels["lifecycle"] * labels["perturbation"],
+    )
+    assert [claim.verdict for claim in needed.claims] == ["does not hold", "does not hold"]
+    assert needed.findings["change"]["noise 0.2"]["mean"] == pytest.approx(0.2, abs=2e-3)

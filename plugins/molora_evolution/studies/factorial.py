@@ -60,6 +60,7 @@ _CLAIMS = {
 }
 
 Level = tuple[bool, bool, bool]
+LEVELS: tuple[Level, ...] = tuple((r, s, c) for r, s, c in product((False, True), repeat=3))
 
 
 class FactorialOptions(SubstrateOptions):
@@ -92,9 +93,7 @@ class FactorialStudy(Study):
     def plan(cls, options: FactorialOptions) -> Sequence[Cell]:
         """A cell a level and seed; cells without a lifecycle share a task over scopes."""
         cells = []
-        for vocabulary, level, seed in product(
-            options.vocabularies, product((False, True), repeat=3), options.seeds
-        ):
+        for vocabulary, level, seed in product(options.vocabularies, LEVELS, options.seeds):
             settings = build_settings(level)
             labels = dict(zip(FACTORS, level, strict=True))
             cells.append(
@@ -243,9 +242,8 @@ def _measure(
     aggregator: str,
 ) -> dict[str, Effect]:
     """Main effects and interactions, positive where log-perplexity falls."""
-    levels: list[Level] = [(r, s, c) for r, s, c in product((False, True), repeat=3)]
     cells: dict[tuple[bool, ...], Sequence[float]] = {
-        level: _read(options, results, vocabulary, level, aggregator) for level in levels
+        level: _read(options, results, vocabulary, level, aggregator) for level in LEVELS
     }
     contrasts = compute_contrasts(FACTORS, cells)
     return {name: measure_effect((-values).tolist()) for name, values in contrasts.items()}
@@ -374,7 +372,7 @@ def _list_records(
 
 def _tabulate_cells(options: FactorialOptions, results: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
-    for vocabulary, level in product(options.vocabularies, product((False, True), repeat=3)):
+    for vocabulary, level in product(options.vocabularies, LEVELS):
         own = [results[_name(vocabulary, level, seed)] for seed in options.seeds]
         losses = [read_log_perplexity(result) for result in own]
         base = [AGGREGATORS["balanced"](result["base"]) for result in own]

@@ -42,6 +42,7 @@ TEST_EXAMPLES = 4096
 START_SPREAD = 0.1
 GRADIENT_RATE, EVOLUTION_RATE, PERTURBATION, PAIRS = 0.05, 0.1, 0.3, 8
 MARGIN = 0.005  # of the base's loss, which is 1
+EFFECTS = ("worth", "net", "advantage", "advantage_same_cost", "refinement")
 
 
 class SandboxOptions(StudyOptions):
@@ -195,6 +196,9 @@ class SandboxStudy(Study):
                 "of a channel.",
                 "Adapters stay as they are; the router alone is searched. Rates and the spread of "
                 "perturbations are the same at every point.",
+                "A hard gate cannot take a share of an adapter: at alignment 0.5 and below no "
+                "adapters are best. What evolution gains on the gradient there is leaving them "
+                "out; 'against the better of both' is what it finds beyond that.",
                 "Boundaries are interpolated between alignments; they are lists, for a line may "
                 "cross more than once, or never.",
             ],
@@ -222,12 +226,16 @@ def _measure_points(
                 "alignment": alignment,
                 "noise": noise,
                 "worth": compare("base", "evolution"),
+                "net": measure_effect(
+                    [min(row["base"], row["gradient"]) - row["evolution"] for row in rows],
+                    margin=MARGIN,
+                ),
                 "advantage": compare("gradient", "evolution"),
                 "advantage_same_cost": compare("gradient_same_cost", "evolution"),
                 "refinement": compare("gradient", "refined"),
             }
         )
-    for key in ("worth", "advantage", "advantage_same_cost", "refinement"):
+    for key in EFFECTS:
         adjusted = adjust_by_holm({str(i): point[key].p for i, point in enumerate(points)})
         for index, point in enumerate(points):
             point[f"{key}_outcome"] = _decide(point[key], adjusted[str(index)])
@@ -326,19 +334,19 @@ def _tabulate(points: Sequence[Mapping[str, Any]], channel: str) -> Table:
     def show(point: Mapping[str, Any], key: str) -> str:
         return f"{point[key].show(3)} {point[f'{key}_outcome']}"
 
-    keys = ("worth", "advantage", "advantage_same_cost", "refinement")
     return Table(
         f"Routing channel with {channel} gates: reduction of the loss by evolution",
         (
             "alignment",
             "noise",
             "against no adapters",
+            "against the better of both",
             "against gradient",
             "against gradient, same cost",
             "after gradient, against going on",
         ),
         [
-            (f"{p['alignment']:g}", f"{p['noise']:g}", *(show(p, key) for key in keys))
+            (f"{p['alignment']:g}", f"{p['noise']:g}", *(show(p, key) for key in EFFECTS))
             for p in points
             if p["channel"] == channel
         ],

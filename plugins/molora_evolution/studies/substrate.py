@@ -58,6 +58,10 @@ def build_lifecycle(alpha: float = 0.5) -> Lifecycle:
 
 LIFECYCLE = build_lifecycle()
 
+# Measured at the default sizes, seconds of one core.
+SECONDS_PER_STEP = 0.048  # of adaptation
+SECONDS_PER_BLOCK = 0.002  # of measuring losses
+
 
 class SubstrateOptions(StudyOptions):
     """Options of all studies on this substrate.
@@ -157,7 +161,7 @@ def _plan_states(options: SubstrateOptions, name: str, base: Task, corpora: Sequ
         f"{_ACTIONS}:make_states",
         settings,
         (base, *corpora),
-        seconds=2 + 0.0025 * blocks * len(corpora),
+        seconds=2 + 0.0015 * blocks * len(corpora),
     )
 
 
@@ -207,8 +211,9 @@ def plan_evolution(
         )
     states = _plan_states(options, name, base, corpora)
     total = options.start_steps + options.generations * options.steps
-    passes = 1 + options.generations * (options.slots + 1)
-    seconds = 8 + SECONDS_PER_STEP * (total + passes * options.calibration / 40)
+    fitness = options.generations * (options.slots + 1) * 0.4 * options.calibration
+    blocks = (fitness + options.held_out) * len(corpora)
+    seconds = 8 + SECONDS_PER_STEP * total + SECONDS_PER_BLOCK * blocks
     return Task(
         f"{label} {name}",
         f"{_ACTIONS}:evolve_population",
@@ -225,6 +230,3 @@ def plan_evolution(
         (base, states, *corpora, *specialists),
         seconds=seconds,
     )
-
-
-SECONDS_PER_STEP = 0.06  # of adaptation at the default sizes, on one quiet core
