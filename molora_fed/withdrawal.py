@@ -5,6 +5,8 @@ bank columns and the published model that holds its adapter go. Nobody else is t
 fusion finds the others' columns in the bank.
 """
 
+import contextlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,8 @@ def withdraw_contributor(
 
     The state is committed first. Where routers read the experts' average, one last pass takes
     the leaver out of it. Then its files, its rejected earlier attempts' files, bank columns that
-    the remaining ones do not need, and the published model that holds its adapter are deleted.
+    the remaining ones do not need, and the published model that holds its adapter, fused or
+    evolved, are deleted.
     Copies of the model that others already have cannot be called back.
 
     Args:
@@ -99,6 +102,7 @@ def withdraw_contributor(
         announce_withdrawal(box, load_key(cooperative.key_path), entry.id)
         retracted = retract_result(home, entry.id)
         retracted = _delete_fused(cooperative.folder / "fused", entry.id) or retracted
+        retracted = _delete_evolution(cooperative.folder / "evolution", entry.id) or retracted
         freed = _prune(cooperative, remaining) + _delete_files(ledger, cooperative, contributor)
     return Withdrawal(
         entry.id,
@@ -165,6 +169,23 @@ def _delete_fused(folder: Path, contribution_id: str) -> bool:
         return False
     if all(expert.contribution != contribution_id for expert in load_manifest(folder).experts):
         return False
+    with storage_errors(folder):
+        shutil.rmtree(folder)
+    return True
+
+
+def _delete_evolution(folder: Path, contribution_id: str) -> bool:
+    """Delete the evolution in the cooperative's folder unless it began without the contribution.
+
+    Adapters bred from the leaver's are in every later generation, so all of it goes. One that is
+    not finished does not say whose it is, and goes as well.
+    """
+    if not folder.is_dir():
+        return False
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        result = json.loads((folder / "evolution.json").read_text(encoding="utf-8"))
+        if contribution_id not in result["fingerprints"]["contributions"].values():
+            return False
     with storage_errors(folder):
         shutil.rmtree(folder)
     return True

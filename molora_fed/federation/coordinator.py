@@ -226,6 +226,8 @@ class CoordinatorWorker:
         )
 
     def _is_time_to_fuse(self) -> bool:
+        if self._charter.amendment.fusion.mode != "router":
+            return False  # A population is evolved by `molora evolve`, out of what is admitted.
         admitted = [entry.id for entry in self._ledger.contributions(ContributionState.ADMITTED)]
         if not admitted or self._published() == (self._charter.amendment.number, admitted):
             return False
