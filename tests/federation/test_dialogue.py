@@ -191,6 +191,15 @@ def test_a_quiet_network_needs_few_messages(tmp_path, keys):
     assert count <= 6
 
 
+def test_a_node_nobody_has_joined_at_is_asked_again(tmp_path, keys):
+    stage = Stage(tmp_path, keys)
+    stage.dialogue.accept(stage.correspondent, Envelope())
+    assert stage.correspondent.fingerprint == ""
+    assert stage.dialogue.next_envelope(stage.correspondent).find("hello") is not None
+    with pytest.raises(FederationError, match="expected its public key"):
+        stage.dialogue.accept(stage.correspondent, Envelope((Letter("state", {}),)))
+
+
 def test_a_hello_must_be_signed_with_the_key_it_shows(tmp_path, keys):
     stage = Stage(tmp_path, keys)
     envelope = stage.dialogue.next_envelope(stage.correspondent)
