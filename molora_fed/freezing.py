@@ -10,7 +10,7 @@ from math import log
 
 from molora_fed.errors import ConfigError
 
-__all__ = ["PUBLISHED", "FreezeAdvice", "FreezeCurve", "recommend_frozen_depth"]
+__all__ = ["MEASURED", "PUBLISHED", "FreezeAdvice", "FreezeCurve", "recommend_frozen_depth"]
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,15 @@ class FreezeCurve:
     """Gains with and without frozen blocks after several trainings, and where they cross.
 
     Attributes:
-        crossover_steps: Optimiser steps from which freezing is better.
+        crossover_steps: Optimiser steps from which freezing is better; None if no crossover was
+            seen within what was measured.
         frozen_blocks: K of the frozen trainings.
         num_blocks: Blocks of the base they were measured on.
         gains: (steps, gain without, gain with frozen blocks), gains in percent against the base.
         source: Where it comes from.
     """
 
-    crossover_steps: int
+    crossover_steps: int | None
     frozen_blocks: int
     num_blocks: int
     gains: tuple[tuple[int, float, float], ...]
@@ -66,6 +67,18 @@ PUBLISHED = FreezeCurve(
 if the logarithm of steps is interpolated, and nothing was measured between 5,000 and 10,000."""
 
 
+MEASURED = FreezeCurve(
+    crossover_steps=None,
+    frozen_blocks=1,
+    num_blocks=4,
+    gains=((50, 0.00, 0.21), (150, 1.41, 1.14), (600, 3.97, 3.25), (1_800, 7.30, 6.07)),
+    source="study `duration`, the built-in base, weights chosen by validation, 3 seeds",
+)
+"""Our own curve, docs/results/kalavai/duration.md. At 50 steps the default rate is too high without
+frozen blocks, and validation keeps the base. Longer trainings were not measured; early stopping
+keeps out the over-fitting that makes the published curves cross."""
+
+
 @dataclass(frozen=True)
 class FreezeAdvice:
     """A recommendation, and what it rests on.
@@ -85,12 +98,17 @@ class FreezeAdvice:
 
     def describe(self) -> str:
         """The recommendation in one sentence for people."""
-        side = "at or above" if self.steps >= self.curve.crossover_steps else "below"
+        crossover = self.curve.crossover_steps
+        if crossover is None:
+            side = "no crossover was seen"
+        else:
+            where = "at or above" if self.steps >= crossover else "below"
+            side = f"{where} the crossover at {crossover:,}"
         return (
-            f"Frozen depth {self.frozen_depth} for {self.steps:,} steps, {side} the crossover at "
-            f"{self.curve.crossover_steps:,}: there {self.curve.frozen_blocks} frozen blocks of "
-            f"{self.curve.num_blocks} changed the gain by {self.difference_percent:+.1f} "
-            f"percentage points ({self.curve.source})."
+            f"Frozen depth {self.frozen_depth} for {self.steps:,} steps, {side}: there "
+            f"{self.curve.frozen_blocks} of {self.curve.num_blocks} blocks frozen changed the gain "
+            f"by {self.difference_percent:+.1f} percentage points ({self.curve.source}; measured from "
+            f"{self.curve.gains[0][0]:,} to {self.curve.gains[-1][0]:,} steps)."
         )
 
 
@@ -116,7 +134,7 @@ def recommend_frozen_depth(
             f"steps and {num_blocks} blocks. Name the steps that are planned."
         )
     depth = 0
-    if steps >= curve.crossover_steps and num_blocks > 1:
+    if curve.crossover_steps is not None and steps >= curve.crossover_steps and num_blocks > 1:
         share = round(num_blocks * curve.frozen_blocks / curve.num_blocks)
         depth = min(max(1, share), num_blocks - 1)
     return FreezeAdvice(steps, depth, curve.compute_difference(steps), curve)

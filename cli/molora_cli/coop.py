@@ -115,10 +115,11 @@ def recommend(
     ] = 4,
 ) -> None:
     """Recommend how many blocks to freeze for a planned number of training steps."""
-    from molora_fed.freezing import recommend_frozen_depth
+    from molora_fed.freezing import MEASURED, recommend_frozen_depth
 
     advice = recommend_frozen_depth(steps, blocks)
     print(advice.describe())
+    print("With early stopping:", recommend_frozen_depth(steps, blocks, curve=MEASURED).describe())
     options = f"--steps {steps} --frozen-depth {advice.frozen_depth}"
     print(f"Create it with `molora coop create NAME {options}`.")
 

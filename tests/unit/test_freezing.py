@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from molora_fed.errors import ConfigError
-from molora_fed.freezing import PUBLISHED, FreezeCurve, recommend_frozen_depth
+from molora_fed.freezing import MEASURED, PUBLISHED, FreezeCurve, recommend_frozen_depth
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "kalavai"
 STEPS = st.integers(1, 10**7)
 
 
@@ -41,6 +44,15 @@ def test_another_curve_gives_other_advice():
     assert advice.frozen_depth == 2
     assert "at or above the crossover at 400" in advice.describe()
     assert "measured" in advice.describe()
+
+
+def test_our_own_curve_has_no_crossover_and_advises_against_freezing():
+    advice = recommend_frozen_depth(1_800, 4, curve=MEASURED)
+    assert (advice.frozen_depth, round(advice.difference_percent, 2)) == (0, -1.23)
+    assert "no crossover was seen" in advice.describe()
+    rows = (RESULTS / "duration.md").read_text()
+    for steps, free, frozen in MEASURED.gains:  # what the study's page says
+        assert f"| {steps} | +{free:.2f} %" in rows and f"| +{frozen:.2f} % [" in rows
 
 
 @pytest.mark.parametrize(("steps", "blocks"), [(0, 4), (10, 0)])
