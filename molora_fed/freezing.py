@@ -107,8 +107,8 @@ class FreezeAdvice:
         return (
             f"Frozen depth {self.frozen_depth} for {self.steps:,} steps, {side}: there "
             f"{self.curve.frozen_blocks} of {self.curve.num_blocks} blocks frozen changed the gain "
-            f"by {self.difference_percent:+.1f} percentage points ({self.curve.source}; measured from "
-            f"{self.curve.gains[0][0]:,} to {self.curve.gains[-1][0]:,} steps)."
+            f"by {self.difference_percent:+.1f} percentage points ({self.curve.source}; measured "
+            f"from {self.curve.gains[0][0]:,} to {self.curve.gains[-1][0]:,} steps)."
         )
 
 
