@@ -46,6 +46,11 @@ class Part:
     blocks: tuple[Blocks, ...]
     clusters: tuple[NDArray[np.int32], ...]
 
+    @staticmethod
+    def whole(blocks: Sequence[Blocks]) -> "Part":
+        """All clusters of blocks that are of no other part, one list a domain."""
+        return Part(tuple(blocks), tuple(list_clusters(own) for own in blocks))
+
     def counts(self) -> NDArray[np.bool_]:
         """Which of all the blocks' clusters count, domain after domain, (C,)."""
         pairs = zip(self.blocks, self.clusters, strict=True)

@@ -105,3 +105,10 @@ def test_evolving_nothing_or_with_wrong_options_is_one_line(molora, setup, tmp_p
         settings = ("--set", "fusion.mode=population", "--set", setting)
         ran = molora("coop", "amend", tmp_path / "tiny", *settings)
         assert ran.code != 0 and named in ran.err and len(ran.err.splitlines()) == 1
+
+
+def test_withdrawing_a_contributor_deletes_what_was_bred_from_it(molora, evolved, tmp_path):
+    shutil.copytree(evolved, tmp_path / "tiny")
+    ran = molora("coop", "withdraw", tmp_path / "tiny", "xyz-1")
+    assert (ran.code, ran.err) == (0, "") and "retracted" in ran.out
+    assert not (tmp_path / "tiny" / "evolution").exists()

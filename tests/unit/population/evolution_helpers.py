@@ -63,6 +63,17 @@ class Harm(LifecycleOperator):
         return bear(state, 0, updates, "harm")
 
 
+class Help(LifecycleOperator):
+    """Replaces every slot by one of a population that was adapted for longer."""
+
+    donor = None
+
+    def apply(self, state, seed):
+        for index, slot in enumerate(self.donor.slots):
+            state = bear(state, index, dict(slot.updates), "help")
+        return state
+
+
 class Copy(LifecycleOperator):
     """Replaces the first slot by itself: neither helps nor harms."""
 
@@ -73,7 +84,7 @@ class Copy(LifecycleOperator):
 class Plugin:
     @hookimpl
     def register_lifecycle_operators(self, register):
-        for name, target in (("harm", Harm), ("copy", Copy)):
+        for name, target in (("harm", Harm), ("help", Help), ("copy", Copy)):
             register(name, target, summary="for tests", source="own definition")
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
-from molora_fed.population.carving import Shares, carve_blocks, join_domains
+from molora_fed.population.carving import Part, Shares, carve_blocks, join_domains
 from molora_fed.population.measuring import list_clusters
 from molora_fed.types import Split
 
@@ -57,6 +57,12 @@ def test_shares_are_near_what_was_asked():
         for part in (carved.fitness, *carved.guard)
     ]
     assert sizes == pytest.approx([0.2, 0.1, 0.1], abs=0.03)
+
+
+def test_a_whole_part_counts_everything():
+    own = build_packed("art", 3)
+    assert Part.whole([own]).counts().all()
+    assert len(Part.whole([own]).counts()) == len(list_clusters(own))
 
 
 def test_the_same_seed_deals_alike():

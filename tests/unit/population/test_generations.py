@@ -3,6 +3,7 @@ import multiprocessing
 import signal
 from dataclasses import replace
 
+import evolution_helpers
 import pytest
 from adaptation_helpers import build_population, build_router
 from evolution_helpers import (
@@ -55,6 +56,16 @@ def test_a_harmful_lifecycle_is_refused_and_the_twin_kept_bit_for_bit(base, plai
     members = read_lineage(harmed.folder / "lineage.jsonl").members
     assert not members["g1-s0"].kept and not members["g2-s0"].kept
     assert members["g0-s0"].death is None
+
+
+def test_a_helpful_lifecycle_is_kept(base, tmp_path, monkeypatch):
+    longer = replace(CONFIG, generations=0, start_steps=80, guard="off")
+    donor = run_evolution(base, tmp_path / "donor", config=longer).branch.population
+    monkeypatch.setattr(evolution_helpers.Help, "donor", donor)
+    helped = run_evolution(base, tmp_path, "help", config=replace(CONFIG, generations=1))
+    assert helped.generations[1].kept
+    assert helped.generations[1].comparison["bound"] < 0
+    assert [s.birth.id for s in helped.branch.population.slots] == ["g1-s0", "g1-s1", "g1-s2"]
 
 
 def test_without_the_guard_everything_is_kept_and_no_twin_is_run(base, plain, tmp_path):
