@@ -166,27 +166,7 @@ class SandboxStudy(Study):
             findings={"points": [_to_json(point) for point in points], "boundaries": bounds},
             claims=_claim(options, points),
             tables=[_tabulate(points, channel) for channel in CHANNELS],
-            figures=[
-                Figure(
-                    name,
-                    caption,
-                    partial(_draw, options=options, points=points, key=name, label=label),
-                )
-                for name, label, caption in (
-                    (
-                        "advantage",
-                        "gradient's loss - evolution's",
-                        "Evolution against gradient at equal evaluations by alignment, a line a "
-                        "noise; above 0 evolution is better. Bars are 95 % intervals over seeds.",
-                    ),
-                    (
-                        "worth",
-                        "base's loss - evolution's",
-                        "What the router found by evolution is worth against no adapters; bars "
-                        "are 95 % intervals over seeds.",
-                    ),
-                )
-            ],
+            figures=_build_figures(options, points),
             notes=[
                 f"Equal evaluations: {options.evaluations} of every method, from one start on one "
                 "set of batches. An evaluation of the gradient has a backward pass besides; at "
@@ -351,6 +331,35 @@ def _tabulate(points: Sequence[Mapping[str, Any]], channel: str) -> Table:
             if p["channel"] == channel
         ],
     )
+
+
+def _build_figures(options: SandboxOptions, points: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    return [
+        Figure(
+            key,
+            f"{caption} Bars are 95 % intervals over seeds.",
+            partial(_draw, options=options, points=points, key=key, label=label),
+        )
+        for key, label, caption in (
+            (
+                "advantage",
+                "gradient's loss - evolution's",
+                "Evolution against gradient at equal evaluations by alignment, a line a noise; "
+                "above 0 evolution is better.",
+            ),
+            (
+                "worth",
+                "base's loss - evolution's",
+                "What the router found by evolution is worth against no adapters.",
+            ),
+            (
+                "net",
+                "better of both - evolution's",
+                "Evolution against the better of the gradient and no adapters; above 0 it finds "
+                "what neither gives.",
+            ),
+        )
+    ]
 
 
 def _draw(

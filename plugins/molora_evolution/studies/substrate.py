@@ -165,6 +165,14 @@ def _plan_states(options: SubstrateOptions, name: str, base: Task, corpora: Sequ
     )
 
 
+def _estimate(options: SubstrateOptions) -> float:
+    """Seconds of one population on one quiet core."""
+    total = options.start_steps + options.generations * options.steps
+    fitness = options.generations * (options.slots + 1) * 0.4 * options.calibration
+    blocks = (fitness + options.held_out) * len(options.domains)
+    return 8 + SECONDS_PER_STEP * total + SECONDS_PER_BLOCK * blocks
+
+
 def plan_evolution(
     options: SubstrateOptions,
     settings: EvolutionSettings,
@@ -210,10 +218,6 @@ def plan_evolution(
             seconds=3,
         )
     states = _plan_states(options, name, base, corpora)
-    total = options.start_steps + options.generations * options.steps
-    fitness = options.generations * (options.slots + 1) * 0.4 * options.calibration
-    blocks = (fitness + options.held_out) * len(corpora)
-    seconds = 8 + SECONDS_PER_STEP * total + SECONDS_PER_BLOCK * blocks
     return Task(
         f"{label} {name}",
         f"{_ACTIONS}:evolve_population",
@@ -228,5 +232,5 @@ def plan_evolution(
             "corpora": len(corpora),
         },
         (base, states, *corpora, *specialists),
-        seconds=seconds,
+        seconds=_estimate(options),
     )

@@ -138,21 +138,7 @@ def evolve_population(settings: Mapping[str, Any], context: TaskContext) -> dict
         plugins=plugins,
         batch=EVAL_BATCH,
     )
-    config = EvolutionConfig(
-        adaptation=AdaptationConfig(
-            steps=settings["steps"],
-            batch=chosen.batch,
-            seed=settings["seed"],
-            threads=context.threads,
-            learning_rate=chosen.learning_rate,
-            router_learning_rate=chosen.router_learning_rate,
-        ),
-        router_name=chosen.router,
-        generations=settings["generations"],
-        start_steps=settings["start_steps"],
-        guard=chosen.guard,
-        seed=settings["seed"],
-    )
+    config = _configure(chosen, settings, context.threads)
     folder = context.folder / "evolution"
     evolved = evolve(
         Branch(population, router),
@@ -167,6 +153,26 @@ def evolve_population(settings: Mapping[str, Any], context: TaskContext) -> dict
     found = _describe(base, evolved, held_out, config)
     _remove(folder)
     return {**found, "base": states.result["base"]}
+
+
+def _configure(
+    chosen: EvolutionSettings, settings: Mapping[str, Any], threads: int
+) -> EvolutionConfig:
+    return EvolutionConfig(
+        adaptation=AdaptationConfig(
+            steps=settings["steps"],
+            batch=chosen.batch,
+            seed=settings["seed"],
+            threads=threads,
+            learning_rate=chosen.learning_rate,
+            router_learning_rate=chosen.router_learning_rate,
+        ),
+        router_name=chosen.router,
+        generations=settings["generations"],
+        start_steps=settings["start_steps"],
+        guard=chosen.guard,
+        seed=settings["seed"],
+    )
 
 
 def _make_population(
