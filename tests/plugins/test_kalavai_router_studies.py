@@ -82,7 +82,6 @@ def test_routers_study_lists_every_method_once_and_judges_the_paper(run: Run) ->
         "Averaging weights loses against the best specialist",
         "Dispatch to one specialist loses against the best specialist",
         "MLP and hard routing are as good as the linear router",
-        "`statistics` is fitted in under a second",
         "Joint training of experts and router beats our fusion",
     } < claims
     assert all("2 seeds" in claim.measured for claim in summary.claims)

@@ -143,7 +143,7 @@ class RoutersStudy(Study):
                 },
                 "seconds": {"fit": seconds},
             },
-            claims=collect_claims(options, results, seconds),
+            claims=collect_claims(options, results),
             tables=[main, _tabulate_published(published, len(options.seeds))],
             figures=[
                 Figure(
@@ -164,7 +164,9 @@ _NOTES = (
     "from the specialists and sees all domains' text in one place.",
     "Densities of TIES and DARE are fixed beforehand (docs/merges.md); best weights of what is "
     "trained are chosen on validation text; held-out text is read once.",
-    "Where routers are fitted on the same states, the first of them pays for pooling these.",
+    "Where routers are fitted on the same states, the first of them pays for pooling these; times "
+    "are wall times beside other tasks, judging under the guard included. `bench/fit_routers.py` "
+    "measures fits alone.",
 )
 
 
