@@ -101,10 +101,15 @@ def plan_outcome(condition: Condition, seed: int) -> Task:
     )
 
 
-def plan_pilots(condition: Condition, seed: int, share: float) -> Task:
+def plan_pilots(condition: Condition, seed: int, share: float, learning_rate: float) -> Task:
     """Pilots of all contributors, measured on each other's calibration blocks."""
     base = condition.plan_base()
-    recipe = {**condition.recipe, "steps": max(1, int(share * condition.steps)), "seed": seed}
+    recipe = {
+        **condition.recipe,
+        "steps": max(1, int(share * condition.steps)),
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
     members = []
     for domain in condition.domains:
         corpus = plan_corpus(base, domain)
