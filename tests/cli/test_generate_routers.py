@@ -19,7 +19,7 @@ def fuse_with(setup, tmp_path_factory):
         shutil.copytree(setup.cooperative, root / "tiny")
         cooperative = open_cooperative(root / "tiny")
         old = cooperative.charter.amendment
-        fusion = FusionRules.model_validate({"compare": (), **rules})
+        fusion = FusionRules.model_validate({"compare": (), "fallback": "", **rules})
         amendment = old.model_copy(update={"fusion": fusion, "number": old.number + 1})
         with cooperative.open_ledger() as ledger:
             amend_cooperative(cooperative, ledger, amendment)
