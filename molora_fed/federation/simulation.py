@@ -22,7 +22,7 @@ from molora_fed.federation.fleet import simulate_fleet, write_partitions
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import prepare_home
 from molora_fed.federation.local import HOST, LocalContributor
-from molora_fed.federation.mailbox import hold_lock
+from molora_fed.federation.mailbox import hold_lock, read_json
 from molora_fed.federation.serving import ServerSupervisor
 from molora_fed.federation.simulated_member import SimulatedMember
 from molora_fed.federation.supervise import (
@@ -31,12 +31,14 @@ from molora_fed.federation.supervise import (
     find_free_port,
     sigterm_as_interrupt,
 )
+from molora_fed.files import write_json
 from molora_fed.options import count_cores
 
 __all__ = ["SimulationOutcome", "SimulationSupervisor", "run_simulated"]
 
 POLL_SECONDS = 0.3
 ACTORS = 2
+_SCRATCH_PREFIX = "molora-"
 POOL_MODULE = "molora_fed.federation.pool_worker"
 
 
@@ -141,7 +143,8 @@ class SimulationSupervisor:
         self._pool = ProcessGroup(
             cooperative.absolute() / "logs", cooperative.absolute() / "pool-processes.json"
         )
-        self._scratch = Path(tempfile.mkdtemp(prefix="molora-"))
+        self._noted = cooperative.absolute() / "mail" / "scratch.json"
+        self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX))
         self._server = ServerSupervisor(
             cooperative,
             find_free_port(HOST) if port is None else port,
@@ -175,6 +178,7 @@ class SimulationSupervisor:
                 self._prepare(member, entered)
             self._pool.end_leftovers()
             self._note_partitions()
+            self._note_scratch()
             entered.enter_context(self._server)
             entered.callback(self._pool.stop_all)
             for name in self._names:
@@ -193,6 +197,15 @@ class SimulationSupervisor:
 
     def _note_partitions(self) -> None:
         write_partitions(self._partitions, [member.home.root for member in self._members])
+
+    def _note_scratch(self) -> None:
+        """Remove what Ray left of a simulation that was killed, and note where this one's lies."""
+        earlier = read_json(self._noted)
+        if earlier is not None:
+            folder = Path(earlier["folder"])
+            if folder.parent == self._scratch.parent and folder.name.startswith(_SCRATCH_PREFIX):
+                shutil.rmtree(folder, ignore_errors=True)
+        write_json(self._noted, {"folder": str(self._scratch)})
 
     def join(self, contributor: LocalContributor) -> None:
         """Let one more contributor take part, at one of the nodes that were reserved.

@@ -204,6 +204,8 @@ def test_two_simulated_contributors_fuse_and_a_third_joins_them(
             killed.extend(find_pool(stage_root)[:1])
             killed[0].kill()
 
+    left = Path(tempfile.mkdtemp(prefix="molora-"))  # as by a simulation that was killed
+    write_json(cooperative.folder / "mail" / "scratch.json", {"folder": str(left)})
     supervisor = SimulationSupervisor(
         cooperative.folder, members[:2], watch, workers=2, threads=1, reserve=1
     )

@@ -138,7 +138,8 @@ class TwentyStudy(Study):
             ],
             notes=[
                 "Seconds are processor time, all threads together, with one thread for the "
-                "coordinator and one worker a core for the contributors.",
+                "coordinator and one worker a core for the contributors; only the wall clock "
+                "depends much on what else the machine does.",
                 "The base has read parts of the areas of the standard library and of the C++ "
                 "headers, less than once; their contributors gain least.",
                 "The fused model reaches all contributors, so what each receives grows with "

@@ -66,7 +66,7 @@ def read_costs(result: Mapping[str, Any]) -> Costs:
         for name, member in result["contributors"].items()
     }
     early = sum(seconds for name, seconds in spent.items() if name in result["first"]["states"])
-    memory = result["seconds"]["memory"]
+    memory = sorted(result["seconds"]["memory"].items(), key=lambda item: int(item[0]))
     return Costs(
         first=before,
         grown={stage: seconds - before.get(stage, 0.0) for stage, seconds in after.items()},
@@ -76,8 +76,8 @@ def read_costs(result: Mapping[str, Any]) -> Costs:
         mail_growth=grown["mail"],
         wall=first["wall"],
         wall_growth=grown["wall"],
-        resident={int(count): found["peak_bytes"] for count, found in memory.items()},
-        private={int(count): found["private_bytes"] for count, found in memory.items()},
+        resident={int(count): found["peak_bytes"] for count, found in memory},
+        private={int(count): found["private_bytes"] for count, found in memory},
         peak=grown["coordinator"]["peak_bytes"],
     )
 
