@@ -24,6 +24,7 @@ def work(home: CoordinatorHome) -> None:
     publish_charter(home, charter, key, part_bytes=size)
     write_json(home.state_file, {"phase": "RECRUITING"})
     received = home.root / "received"
+    admitted: set[str] = set()
     while True:
         for delivery in list(complete_deliveries(home, part_bytes=size)):
             delivery.unpack(received / delivery.name, part_bytes=size)
@@ -31,10 +32,12 @@ def work(home: CoordinatorHome) -> None:
                 delivery, key, contribution_id=delivery.shipment.id, state="ADMITTED",
                 findings=[], part_bytes=size,
             )  # fmt: skip
+            admitted.add(delivery.shipment.id)
             names = sorted(path.name for path in received.iterdir())
             if len(names) == charter.amendment.expected:
                 folders = {name: received / name for name in names}
-                publish_result(home, folders, {"contributions": ["c"]}, part_bytes=size)
+                summary = {"contributions": sorted(admitted)}
+                publish_result(home, folders, summary, part_bytes=size)
                 write_json(home.state_file, {"phase": "PUBLISHED"})
         time.sleep(0.2)
 
