@@ -116,7 +116,8 @@ def test_forecasts_are_written_before_anything_is_fitted_and_scored_after(fusion
 def test_every_forecast_is_reported_with_interval_and_outcome(fusion):
     result = fusion[0].result
     forecasts = result["forecasts"]
-    assert {"fitted", "kalavai-law", "loss-matrix", "own-loss", "own-loss-bracket"} <= set(forecasts)
+    expected = {"fitted", "kalavai-law", "loss-matrix", "own-loss", "own-loss-bracket"}
+    assert expected <= set(forecasts)
     for forecast in forecasts.values():
         assert forecast["low"] <= forecast["high"] and 0 < forecast["level"] < 1
         assert forecast["router"] == "evidence"
