@@ -12,6 +12,7 @@ __all__ = [
     "check_adapter_router",
     "check_callable",
     "check_operator",
+    "check_policy",
     "check_router",
     "check_study",
 ]
@@ -72,6 +73,11 @@ def check_adapter_router(target: Any) -> str | None:
 def check_operator(target: Any) -> str | None:
     """Say what is wrong with a lifecycle operator class, or None."""
     return _check_class(target, ("apply",))
+
+
+def check_policy(target: Any) -> str | None:
+    """Say what is wrong with an escalation policy class, or None."""
+    return _check_class(target, ("choose",))
 
 
 def _check_class(target: Any, methods: tuple[str, ...]) -> str | None:

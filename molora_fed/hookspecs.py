@@ -80,3 +80,18 @@ def register_fitness_scopes(register: Register) -> None:
 @hookspec
 def register_lifecycle_operators(register: Register) -> None:
     """Register operators: subclasses of `molora_fed.population.contract.LifecycleOperator`."""
+
+
+@hookspec
+def register_extractors(register: Register) -> None:
+    """Register extractors: callables `(CascadeTask, str) -> str | None`."""
+
+
+@hookspec
+def register_judges(register: Register) -> None:
+    """Register judges: callables `(JudgeRequest) -> Verdict`."""
+
+
+@hookspec
+def register_escalation_policies(register: Register) -> None:
+    """Register policies: subclasses of `molora_fed.cascade.contract.EscalationPolicy`."""

@@ -57,6 +57,13 @@ class Plugins:
     lifecycle_operators: Registry = field(
         default_factory=lambda: Registry("lifecycle operator", contracts.check_operator)
     )
+    extractors: Registry = field(
+        default_factory=lambda: Registry("extractor", contracts.check_callable)
+    )
+    judges: Registry = field(default_factory=lambda: Registry("judge", contracts.check_callable))
+    escalation_policies: Registry = field(
+        default_factory=lambda: Registry("escalation policy", contracts.check_policy)
+    )
     failures: list[PluginError] = field(default_factory=list)
 
     def registries(self) -> dict[str, Registry]:

@@ -1,0 +1,1 @@
+"""Answering tasks: probe cheaply, escalate where samples disagree, record every decision."""

@@ -1,0 +1,248 @@
+"""What a cascade is made of, and the contracts of its models, extractors, judges and policies.
+
+A task is put to a cheap probe N times; an extractor turns each sample into a canonical answer, and
+their disagreement sigma decides how many members are asked beside it.
+"""
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = [
+    "MODES",
+    "Candidate",
+    "CascadeModel",
+    "CascadeTask",
+    "EscalationPolicy",
+    "Extractor",
+    "Judge",
+    "JudgeRequest",
+    "Mode",
+    "PolicyOptions",
+    "ProbeEvidence",
+    "Request",
+    "Sample",
+    "Scorer",
+    "Verdict",
+    "compute_sigma",
+]
+
+Mode = Literal["single_agent", "arena_lite", "full_arena"]
+"""How many members are asked: none, two, all three."""
+
+MODES: tuple[Mode, ...] = ("single_agent", "arena_lite", "full_arena")
+
+
+@dataclass(frozen=True)
+class CascadeTask:
+    """One task to answer.
+
+    Attributes:
+        id: Unique in a run; seeds follow from it.
+        family: Sort of task, e.g. "arithmetic".
+        prompt: What a model reads.
+        extractor: Registered extractor that makes its answers canonical.
+        answer: Canonical right answer; None if nobody knows it.
+        level: Difficulty, 1 is the easiest.
+        details: What the extractor needs beside, JSON values, e.g. choices or unit tests.
+    """
+
+    id: str
+    family: str
+    prompt: str
+    extractor: str
+    answer: str | None = None
+    level: int = 1
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample that is asked of a model.
+
+    Attributes:
+        prompt: Text to continue.
+        seed: Of sampling, not negative.
+        max_new_tokens: Tokens to add at most.
+        temperature: 0 takes the likeliest token.
+        stop: The sample ends before the first of these texts.
+    """
+
+    prompt: str
+    seed: int
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model said, and what it cost.
+
+    Attributes:
+        text: Its continuation; empty where it failed.
+        prompt_tokens: Tokens read.
+        new_tokens: Tokens written.
+        flops: Floating-point operations, reading included; 0 where nobody knows.
+        price: In the currency of the cost table; 0 where it is free.
+        seconds: Time taken; never part of what is compared or hashed as a decision.
+        failure: What went wrong, one line; None if nothing did.
+        attempts: Times it was tried.
+    """
+
+    text: str
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    flops: float = 0.0
+    price: float = 0.0
+    seconds: float = 0.0
+    failure: str | None = None
+    attempts: int = 1
+
+
+class CascadeModel(Protocol):
+    """A model behind the one interface: local, or an endpoint.
+
+    Attributes:
+        name: Unique in a cascade.
+        fingerprint: Of its weights, or of endpoint and model name; part of every seed.
+        is_local: Whether the same request gives the same text at any time, so that a run can be
+            replayed from the model.
+    """
+
+    name: str
+    fingerprint: str
+    is_local: bool
+
+    def sample(self, requests: Sequence[Request]) -> Sequence[Sample]:
+        """Answer requests that have one prompt, in order; a failure is a sample, not an error."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """A model that can say how likely an answer is."""
+
+    def score(self, prompt: str, answers: Sequence[str]) -> Sequence[float]:
+        """Log-likelihood of each answer after the prompt, summed over its tokens, nats."""
+
+
+Extractor = Callable[[CascadeTask, str], str | None]
+"""Canonical answer in a text, or None if it has none. Never raises on any text."""
+
+
+@dataclass(frozen=True)
+class ProbeEvidence:
+    """What an escalation policy may look at.
+
+    Attributes:
+        task: Without its right answer.
+        answers: Canonical answer of each probe sample; None where it has none.
+        texts: The samples.
+        sigma: (distinct - 1) / (N - 1).
+    """
+
+    task: CascadeTask
+    answers: tuple[str | None, ...]
+    texts: tuple[str, ...]
+    sigma: float
+
+
+class PolicyOptions(BaseModel):
+    """Base of every escalation policy's options: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EscalationPolicy(abc.ABC):
+    """Decides the mode of a task from its probe samples; deterministic.
+
+    Attributes:
+        Options: Pydantic model of its options.
+    """
+
+    Options: ClassVar[type[PolicyOptions]] = PolicyOptions
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abc.abstractmethod
+    def choose(self, evidence: ProbeEvidence) -> Mode:
+        """The mode of a task."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer a judge may choose.
+
+    Attributes:
+        model: Name of the model it is from.
+        answer: Canonical answer; None if it gave none.
+        text: What the model said.
+    """
+
+    model: str
+    answer: str | None
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class JudgeRequest:
+    """What a judge is given.
+
+    Attributes:
+        task: Without its right answer.
+        candidates: At least one, in the order of the members.
+        models: All models of the cascade by name, for judges that ask.
+        seed: Of whatever the judge draws.
+    """
+
+    task: CascadeTask
+    candidates: tuple[Candidate, ...]
+    models: Mapping[str, CascadeModel]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge decided.
+
+    Attributes:
+        chosen: Place of the candidate that wins.
+        reason: One line for people and for the trace.
+        samples: What it asked of models, by model name, in order; their cost counts.
+    """
+
+    chosen: int
+    reason: str
+    samples: tuple[tuple[str, Sample], ...] = ()
+
+
+Judge = Callable[[JudgeRequest], Verdict]
+
+
+def compute_sigma(answers: Sequence[str | None]) -> float:
+    """Disagreement of N samples: (distinct - 1) / (N - 1), in [0, 1].
+
+    A sample without an answer agrees with nothing, itself included: it counts as an answer of its
+    own. One sample alone cannot disagree, 0; but one without an answer is 1.
+
+    Args:
+        answers: Canonical answers, at least one.
+
+    Raises:
+        ValueError: If there are none.
+
+    Source: arXiv 2602.21231, section on routing by self-consistency variance.
+    """
+    if not answers:
+        raise ValueError("expected at least one answer, got none")
+    missing = sum(answer is None for answer in answers)
+    if missing == len(answers):
+        return 1.0
+    if len(answers) == 1:
+        return 0.0
+    distinct = len({answer for answer in answers if answer is not None}) + missing
+    return (distinct - 1) / (len(answers) - 1)

@@ -1,0 +1,1 @@
+"""Append-only hash-chained traces of decisions: written, sealed, verified, proved."""
