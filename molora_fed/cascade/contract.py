@@ -16,6 +16,7 @@ __all__ = [
     "Candidate",
     "CascadeModel",
     "CascadeTask",
+    "CountsScoring",
     "EscalationPolicy",
     "Extractor",
     "Judge",
@@ -129,6 +130,14 @@ class Scorer(Protocol):
         """Log-likelihood of each answer after the prompt, summed over its tokens, nats."""
 
 
+@runtime_checkable
+class CountsScoring(Protocol):
+    """A scorer that can say what scoring costs."""
+
+    def count_scoring(self, prompt: str, answers: Sequence[str]) -> Sample:
+        """Tokens and operations of scoring these answers, as a sample without text."""
+
+
 Extractor = Callable[[CascadeTask, str], str | None]
 """Canonical answer in a text, or None if it has none. Never raises on any text."""
 
@@ -212,7 +221,8 @@ class Verdict:
     Attributes:
         chosen: Place of the candidate that wins.
         reason: One line for people and for the trace.
-        samples: What it asked of models, by model name, in order; their cost counts.
+        samples: What it asked of models, by model name, in order, for people. Costs are counted
+            by the cascade itself, from every call to a model it handed over.
     """
 
     chosen: int
