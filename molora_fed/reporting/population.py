@@ -18,7 +18,13 @@ from molora_fed.reporting.figures import PALETTE, draw_cells, draw_losses, save_
 from molora_fed.reporting.lineage import draw_lineage
 from molora_fed.reporting.methods import list_methods, mask_controls
 
-__all__ = ["RESULT_FILE", "draw_fitness", "draw_slot_gates", "write_population_report"]
+__all__ = [
+    "RESULT_FILE",
+    "draw_fitness",
+    "draw_slot_gates",
+    "find_evolution",
+    "write_population_report",
+]
 
 RESULT_FILE = "evolution.json"
 LINEAGE_FILE = "lineage.jsonl"
@@ -92,6 +98,14 @@ def _new(width: float, height: float) -> tuple[Figure, Any]:
     axes = figure.add_subplot()
     tidy_axes(axes)
     return figure, axes
+
+
+def find_evolution(folder: Path) -> Path | None:
+    """The folder with an evolution's result: this one, or a cooperative's; None if neither is."""
+    for candidate in (folder, folder / "evolution"):
+        if (candidate / RESULT_FILE).is_file():
+            return candidate
+    return None
 
 
 def write_population_report(folder: Path) -> Path:

@@ -64,6 +64,16 @@ def test_evolving_again_reads_everything_back(molora, evolved):
     assert {**before, "created": ""} == {**after, "created": ""}
 
 
+def test_the_page_is_drawn_again(molora, evolved):
+    page = evolved / "evolution" / "report" / "population.html"
+    before = page.read_bytes()
+    page.unlink()
+    for folder in (evolved, evolved / "evolution"):
+        ran = molora("report", folder)
+        assert (ran.code, ran.err) == (0, "") and "population.html" in ran.out
+    assert page.read_bytes() == before
+
+
 def test_the_tree_is_printed(molora, evolved, tmp_path):
     ran = molora("evolve", "lineage", evolved, "--figure", tmp_path / "tree.png")
     assert (ran.code, ran.err) == (0, "")
