@@ -9,12 +9,24 @@ _PAPER = "arXiv 2602.21231"
 @hookimpl
 def register_extractors(register: Register) -> None:
     """Register one extractor a sort of answer."""
-    register(
-        "normalised-text",
-        "molora_acar.extractors:extract_text",
-        summary="The first line, without case, outer punctuation and repeated spaces",
-        source=f"{_PAPER}; own definition, see docs/cascades.md",
-    )
+    for name, attr, summary in (
+        ("number", "extract_number", "The number after the answer marker, or the last one"),
+        ("choice-letter", "extract_choice", "The letter of a multiple choice"),
+        ("exact-text", "extract_exact_text", "The whole text, case and punctuation included"),
+        (
+            "normalised-text",
+            "extract_text",
+            "The first line, without case, outer punctuation and repeated spaces",
+        ),
+        ("sequence", "extract_sequence", "The items of the first line, numbers reduced"),
+        ("json-field", "extract_json_field", "A field of the last JSON value, canonical"),
+    ):
+        register(
+            name,
+            f"molora_acar.extractors:{attr}",
+            summary=summary,
+            source=f"{_PAPER}; own definition, see docs/extractors_judges.md",
+        )
 
 
 @hookimpl
@@ -24,7 +36,7 @@ def register_judges(register: Register) -> None:
         "majority",
         "molora_acar.judges:judge_by_majority",
         summary="The answer most candidates gave, the earliest of equals",
-        source=f"{_PAPER}; own definition, see docs/cascades.md",
+        source=f"{_PAPER}; own definition, see docs/extractors_judges.md",
     )
 
 
@@ -36,4 +48,16 @@ def register_escalation_policies(register: Register) -> None:
         "molora_acar.policies:SigmaPolicy",
         summary="Agreement asks nobody, partial agreement two members, none all",
         source=f"{_PAPER}, routing by self-consistency variance",
+    )
+    register(
+        "always",
+        "molora_acar.policies:AlwaysPolicy",
+        summary="One mode for every task",
+        source=f"{_PAPER}, the baselines",
+    )
+    register(
+        "calibrated",
+        "molora_acar.policies:CalibratedPolicy",
+        summary="The mode worth most at a budget, by a table fitted on held-out tasks",
+        source="own derivation, see docs/extractors_judges.md",
     )
