@@ -13,6 +13,7 @@ __all__ = [
     "AdmissionError",
     "BankError",
     "BaseCheckpointError",
+    "CascadeError",
     "CharterError",
     "ConfigError",
     "CorpusError",
@@ -29,6 +30,7 @@ __all__ = [
     "SignatureError",
     "StorageError",
     "StudyError",
+    "TraceError",
     "TrainingError",
     "UnknownNameError",
     "describe_mismatch",
@@ -122,6 +124,12 @@ class LedgerError(MoloraError, ValueError):
     exit_code = 25
 
 
+class TraceError(MoloraError, ValueError):
+    """A trace cannot be written, read, sealed or proved from."""
+
+    exit_code = 26
+
+
 class RoutingError(MoloraError, ValueError):
     """A router cannot be fitted or used this way."""
 
@@ -138,6 +146,12 @@ class BankError(RoutingError):
     """A bank lacks a column, or one does not belong to it."""
 
     exit_code = 32
+
+
+class CascadeError(MoloraError, ValueError):
+    """A cascade is described wrongly, or a run of one cannot go on."""
+
+    exit_code = 33
 
 
 class PopulationError(MoloraError, ValueError):

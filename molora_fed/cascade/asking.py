@@ -1,5 +1,6 @@
 """Models handed to a judge: everything it asks is written down, or given back from a record."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -8,6 +9,9 @@ from molora_fed.cascade.contract import CascadeModel, CountsScoring, Request, Sa
 from molora_fed.files import canonical_json, hash_bytes
 
 __all__ = ["JudgeCall", "hash_requests", "hash_scoring", "playback_models", "recording_models"]
+
+
+LEAST_SCORE = -1e30
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ def hash_scoring(prompt: str, answers: Sequence[str]) -> str:
     return hash_bytes(canonical_json([prompt, list(answers)]))
 
 
+def _finite(score: float) -> float:
+    """A score that JSON can carry: impossible answers are very unlikely ones."""
+    return float(score) if math.isfinite(score) else LEAST_SCORE
+
+
 class _Recording:
     """Asks the model, and keeps what was asked and said."""
 
@@ -61,7 +70,7 @@ class _RecordingScorer(_Recording):
 
     def score(self, prompt: str, answers: Sequence[str]) -> Sequence[float]:
         """Score as the model does."""
-        scores = tuple(float(score) for score in self._model.score(prompt, answers))
+        scores = tuple(_finite(score) for score in self._model.score(prompt, answers))
         counted = isinstance(self._model, CountsScoring)
         cost = (self._model.count_scoring(prompt, answers),) if counted else ()
         asked = hash_scoring(prompt, answers)

@@ -206,12 +206,14 @@ class JudgeRequest:
         candidates: At least one, in the order of the members.
         models: All models of the cascade by name, for judges that ask.
         seed: Of whatever the judge draws.
+        options: `[cascade.judge_options]`, JSON values; a judge refuses what it does not know.
     """
 
     task: CascadeTask
     candidates: tuple[Candidate, ...]
     models: Mapping[str, CascadeModel]
     seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

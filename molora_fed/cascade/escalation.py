@@ -6,7 +6,8 @@ studying and replaying share it. Who samples, and when, is the business of `runn
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from molora_fed.cascade.asking import JudgeCall, recording_models
 from molora_fed.cascade.contract import (
@@ -22,7 +23,7 @@ from molora_fed.cascade.contract import (
     Sample,
     compute_sigma,
 )
-from molora_fed.errors import ConfigError
+from molora_fed.errors import CascadeError
 
 __all__ = [
     "Cost",
@@ -63,11 +64,13 @@ class Rules:
         extract: Makes a sample's answer canonical.
         policy: Chooses the mode; not used without a probe.
         judge: Chooses among the members' answers.
+        judge_options: What the judge is told beside.
     """
 
     extract: Extractor
     policy: EscalationPolicy
     judge: Judge
+    judge_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def decide(
         seed: Of the judge.
 
     Raises:
-        ConfigError: If a sample that is needed is missing.
+        CascadeError: If a sample that is needed is missing.
         ValueError: If there is a probe without samples.
 
     Source: modes after arXiv 2602.21231; how two members verify is our own definition.
@@ -244,7 +247,7 @@ def decide(
     asked = list_asked(mode, lineup)
     missing = [name for name in asked if name not in member_samples]
     if missing or not (lineup.members or probing):
-        raise ConfigError(
+        raise CascadeError(
             f"Cannot decide task '{task.id}': expected a sample of every model asked, got none of "
             f"{', '.join(missing) or 'any'}. Sample them first."
         )
@@ -255,7 +258,7 @@ def decide(
         choice = _verify(probing, lineup, answers)
     else:
         texts = {name: member_samples[name].text for name in asked}
-        choice = _judge(task, answers, texts, rules.judge, models or {}, seed)
+        choice = _judge(task, answers, texts, rules, models or {}, seed)
     used = [*(probe_samples if probing else ()), *(member_samples[name] for name in asked)]
     used += [sample for call in choice.calls for sample in call.samples]
     return Decision(
@@ -316,17 +319,18 @@ def _judge(
     task: CascadeTask,
     answers: Mapping[str, str | None],
     texts: Mapping[str, str],
-    judge: Judge,
+    rules: Rules,
     models: Mapping[str, CascadeModel],
     seed: int,
 ) -> _Choice:
     calls: list[JudgeCall] = []
     candidates = tuple(Candidate(name, answer, texts[name]) for name, answer in answers.items())
-    verdict = judge(
-        JudgeRequest(hide_answer(task), candidates, recording_models(models, calls), seed)
+    recording = recording_models(models, calls)
+    verdict = rules.judge(
+        JudgeRequest(hide_answer(task), candidates, recording, seed, rules.judge_options)
     )
     if not 0 <= verdict.chosen < len(candidates):
-        raise ConfigError(
+        raise CascadeError(
             f"Cannot decide task '{task.id}': expected the judge to choose a candidate from 0 to "
             f"{len(candidates) - 1}, got {verdict.chosen}. Correct the judge."
         )

@@ -1,0 +1,394 @@
+"""Running a cascade over tasks: ask the probe, escalate, decide, record; then the next task."""
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from molora_fed.cascade.contract import (
+    CascadeModel,
+    CascadeTask,
+    EscalationPolicy,
+    Extractor,
+    Judge,
+    Request,
+    Sample,
+    Scorer,
+)
+from molora_fed.cascade.escalation import Lineup, Rules, assess_probe, decide, list_asked
+from molora_fed.cascade.records import (
+    Asked,
+    RecordedDecision,
+    Recorder,
+    build_record,
+    drop_times,
+)
+from molora_fed.cascade.retrieval import Retrieval
+from molora_fed.cascade.seeds import compute_seed
+from molora_fed.cascade.templates import DEFAULT_TEMPLATE, PromptTemplate
+from molora_fed.errors import CascadeError
+from molora_fed.plugins import Plugins
+from molora_fed.types import Progress
+
+__all__ = [
+    "Cascade",
+    "CascadeSettings",
+    "RunTotals",
+    "add_to_totals",
+    "answer_task",
+    "ask",
+    "build_rules",
+    "describe_cascade",
+    "run_cascade",
+]
+
+MAX_FAILURE_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class CascadeSettings:
+    """How models are asked.
+
+    Attributes:
+        samples: N, samples of the probe.
+        temperature: Of the probe; at 0 all samples are alike and nothing escalates.
+        member_temperature: Of members.
+        max_new_tokens: Of every sample.
+        stop: Texts that end a sample.
+        seed: Of the run.
+        template: How a task becomes a prompt.
+    """
+
+    samples: int = 3
+    temperature: float = 0.7
+    member_temperature: float = 0.0
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    template: PromptTemplate = DEFAULT_TEMPLATE
+
+
+@dataclass(frozen=True, eq=False)
+class Cascade:
+    """Everything that answers a task.
+
+    Attributes:
+        lineup: Who takes part.
+        models: Models by name: probe, members, and what the judge may ask beside.
+        policy: Chooses the mode.
+        policy_name: The name it is registered under.
+        judge: Chooses among members' answers.
+        judge_name: The name it is registered under.
+        extractors: By registered name.
+        settings: How models are asked.
+        judge_options: What the judge is told beside.
+        environment: Fingerprint of the environment, part of every seed.
+        retrieval: Examples before a prompt; none by default.
+    """
+
+    lineup: Lineup
+    models: Mapping[str, CascadeModel]
+    policy: EscalationPolicy
+    policy_name: str
+    judge: Judge
+    judge_name: str
+    extractors: Mapping[str, Extractor]
+    settings: CascadeSettings = CascadeSettings()
+    judge_options: Mapping[str, Any] = field(default_factory=dict)
+    environment: str = ""
+    retrieval: Retrieval | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a line-up that is empty, repeats a name or names no model.
+
+        Raises:
+            CascadeError: Naming what is wrong.
+        """
+        names = [*([self.lineup.probe] if self.lineup.probe else []), *self.lineup.members]
+        unknown = [name for name in names if name not in self.models]
+        if not names or unknown or len(set(names)) < len(names):
+            raise CascadeError(
+                "Cannot use cascade: expected a probe or members, each named once and each a "
+                f"model, got {', '.join(unknown or names) or 'nobody'}. Correct probe and members."
+            )
+
+    def rules(self, task: CascadeTask) -> Rules:
+        """What decides this task; each text is extracted once.
+
+        Args:
+            task: The task; its extractor counts.
+
+        Raises:
+            CascadeError: If its extractor is not among the cascade's.
+        """
+        if task.extractor not in self.extractors:
+            raise CascadeError(
+                f"Cannot answer task '{task.id}': expected one of the extractors "
+                f"{', '.join(sorted(self.extractors))}, got '{task.extractor}'. Correct the task."
+            )
+        return build_rules(
+            self.extractors[task.extractor], self.policy, self.judge, self.judge_options
+        )
+
+
+def build_rules(
+    extract: Extractor,
+    policy: EscalationPolicy,
+    judge: Judge,
+    judge_options: Mapping[str, Any] | None = None,
+) -> Rules:
+    """Rules of one task, whose extractor runs once for each distinct text.
+
+    Args:
+        extract: The extractor.
+        policy: The policy.
+        judge: The judge.
+        judge_options: What the judge is told beside.
+    """
+    known: dict[str, str | None] = {}
+
+    def extract_once(task: CascadeTask, text: str) -> str | None:
+        if text not in known:
+            known[text] = extract(task, text)
+        return known[text]
+
+    return Rules(extract_once, policy, judge, judge_options or {})
+
+
+@dataclass(frozen=True)
+class RunTotals:
+    """How far a run is.
+
+    Attributes:
+        tasks: Tasks decided.
+        known: Those whose right answer is known.
+        correct: Those answered rightly.
+        failed: Those without an answer.
+        flops: Operations.
+        price: In the currency of the cost table.
+    """
+
+    tasks: int = 0
+    known: int = 0
+    correct: int = 0
+    failed: int = 0
+    flops: float = 0.0
+    price: float = 0.0
+
+
+def add_to_totals(totals: RunTotals, body: Mapping[str, Any]) -> RunTotals:
+    """Totals with one more "decision" record.
+
+    Args:
+        totals: Before.
+        body: Of the record.
+    """
+    return RunTotals(
+        tasks=totals.tasks + 1,
+        known=totals.known + (body["correct"] is not None),
+        correct=totals.correct + (body["correct"] is True),
+        failed=totals.failed + (body["answer"] is None),
+        flops=totals.flops + body["cost"]["flops"],
+        price=totals.price + body["cost"]["price"],
+    )
+
+
+def ask(model: CascadeModel, requests: Sequence[Request]) -> list[Sample]:
+    """Ask a model; whatever goes wrong is a failed sample, so that a run goes on.
+
+    Args:
+        model: The model.
+        requests: Of one prompt.
+    """
+    try:
+        samples = list(model.sample(requests))
+    except Exception as error:  # a model may fail in any way; the trace says how
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_FAILURE_CHARACTERS]
+        return [Sample("", failure=reason) for _ in requests]
+    if len(samples) != len(requests):
+        reason = f"expected {len(requests)} samples, got {len(samples)}"
+        return [Sample("", failure=reason) for _ in requests]
+    return samples
+
+
+def _ask_as(
+    cascade: Cascade, name: str, role: str, task: CascadeTask, prompt: str
+) -> tuple[Asked, ...]:
+    """Samples of one model on a task: N of the probe, one of a member."""
+    settings, model = cascade.settings, cascade.models[name]
+    is_probe = role == "probe"
+    requests = [
+        Request(
+            prompt=prompt,
+            seed=_seed(cascade, task.id, model.fingerprint, number),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature if is_probe else settings.member_temperature,
+            stop=settings.stop,
+        )
+        for number in range(settings.samples if is_probe else 1)
+    ]
+    samples = ask(model, requests)
+    return tuple(
+        Asked(name, role, number, request, sample)
+        for number, (request, sample) in enumerate(zip(requests, samples, strict=True))
+    )
+
+
+def _seed(cascade: Cascade, task_id: str, fingerprint: str, number: int) -> int:
+    return compute_seed(
+        task_id,
+        cascade.settings.template.hash,
+        fingerprint,
+        number,
+        environment=cascade.environment,
+        run_seed=cascade.settings.seed,
+    )
+
+
+def answer_task(task: CascadeTask, cascade: Cascade) -> dict[str, Any]:
+    """Answer one task.
+
+    Args:
+        task: The task.
+        cascade: What answers it.
+
+    Returns:
+        Body of its "decision" record.
+
+    Raises:
+        CascadeError: If its extractor is unknown, or the judge chooses nobody.
+        MoloraError: Whatever extractor, policy or judge refuse for good.
+    """
+    started = time.perf_counter()
+    rules, lineup = cascade.rules(task), cascade.lineup
+    examples = cascade.retrieval.find(task.prompt) if cascade.retrieval else ()
+    shown = [(one.prompt, one.answer) for one in examples]
+    prompt = cascade.settings.template.render(task.prompt, shown)
+    asked: tuple[Asked, ...] = ()
+    members = lineup.members
+    if lineup.probe is not None:
+        asked = _ask_as(cascade, lineup.probe, "probe", task, prompt)
+        probing = assess_probe(task, [one.sample for one in asked], rules)
+        members = list_asked(probing.mode, lineup)
+    for name in members:
+        asked += _ask_as(cascade, name, "member", task, prompt)
+    seed = _seed(cascade, task.id, f"judge {cascade.judge_name}", 0)
+    recorded = RecordedDecision(task, prompt, asked, seed, ())
+    decision = decide(
+        task,
+        lineup,
+        recorded.probe_samples,
+        recorded.member_samples,
+        rules,
+        models=cascade.models,
+        seed=seed,
+    )
+    return build_record(
+        replace(recorded, calls=decision.calls),
+        decision,
+        policy=cascade.policy_name,
+        judge=cascade.judge_name,
+        seconds=time.perf_counter() - started,
+        examples=[{"id": one.id, "similarity": one.similarity} for one in examples],
+    )
+
+
+def run_cascade(
+    tasks: Iterable[CascadeTask],
+    cascade: Cascade,
+    recorder: Recorder,
+    *,
+    done: Collection[str] = (),
+    totals: RunTotals | None = None,
+    with_times: bool = True,
+    progress: Progress | None = None,
+) -> RunTotals:
+    """Answer tasks one after the other, and record each decision as it is made.
+
+    Args:
+        tasks: The tasks.
+        cascade: What answers them.
+        recorder: Receives one "decision" record a task.
+        done: Ids of tasks that are decided already; they are left out.
+        totals: Of the tasks that are decided already.
+        with_times: Keep wall times; without them the same inputs give the same records.
+        progress: Receives tasks done and tasks in all, with accuracy and cost so far.
+
+    Returns:
+        Totals, those decided before included.
+
+    Raises:
+        MoloraError: See `answer_task`.
+    """
+    waiting = list(tasks)
+    so_far = totals or RunTotals()
+    for number, task in enumerate(waiting, start=1):
+        if task.id in done:
+            continue
+        body = answer_task(task, cascade)
+        recorder.append("decision", body if with_times else drop_times(body))
+        so_far = add_to_totals(so_far, body)
+        if progress is not None:
+            progress(number, len(waiting), **_describe_totals(so_far))
+    return so_far
+
+
+def _describe_totals(totals: RunTotals) -> dict[str, float | str]:
+    fields: dict[str, float | str] = {"operations": f"{totals.flops:.3g}"}
+    if totals.known:
+        fields["accuracy"] = f"{100 * totals.correct / totals.known:.1f} %"
+    if totals.price:
+        fields["price"] = f"{totals.price:.4f}"
+    if totals.failed:
+        fields["unanswered"] = str(totals.failed)
+    return fields
+
+
+def describe_cascade(cascade: Cascade, plugins: Plugins) -> dict[str, Any]:
+    """What the "run" record says of a cascade: everything that decides its records.
+
+    Args:
+        cascade: The cascade.
+        plugins: Where its policy, judge and extractors are registered.
+    """
+    settings = cascade.settings
+    return {
+        "probe": cascade.lineup.probe,
+        "members": list(cascade.lineup.members),
+        "models": {
+            name: {
+                "fingerprint": model.fingerprint,
+                "is_local": model.is_local,
+                "scores": isinstance(model, Scorer),
+            }
+            for name, model in sorted(cascade.models.items())
+        },
+        "policy": {
+            "name": cascade.policy_name,
+            "options": cascade.policy.options.model_dump(mode="json"),
+            "origin": plugins.escalation_policies.entry(cascade.policy_name).origin,
+        },
+        "judge": {
+            "name": cascade.judge_name,
+            "options": dict(cascade.judge_options),
+            "origin": plugins.judges.entry(cascade.judge_name).origin,
+        },
+        "extractors": {
+            name: plugins.extractors.entry(name).origin for name in sorted(cascade.extractors)
+        },
+        "settings": {
+            "samples": settings.samples,
+            "temperature": settings.temperature,
+            "member_temperature": settings.member_temperature,
+            "max_new_tokens": settings.max_new_tokens,
+            "stop": list(settings.stop),
+            "seed": settings.seed,
+        },
+        "template": {
+            "text": settings.template.text,
+            "example": settings.template.example,
+            "sha256": settings.template.hash,
+        },
+        "retrieval": None if cascade.retrieval is None else cascade.retrieval.describe(),
+        "environment": cascade.environment,
+    }
