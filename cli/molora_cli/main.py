@@ -29,6 +29,7 @@ from molora_cli import (
     report,
     serve,
     study,
+    trace,
     train,
 )
 from molora_fed import __version__
@@ -61,6 +62,7 @@ app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.add_typer(forecast.app, name="forecast")
 app.command("study")(study.study)
+app.add_typer(trace.app, name="trace")
 app.add_typer(plugins.app, name="plugins")
 
 

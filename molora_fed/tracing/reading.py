@@ -1,0 +1,43 @@
+"""Reading the records of a run, without judging them: `verify` does that."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from molora_fed.errors import TraceError
+from molora_fed.tracing.records import HEADER, SEAL, BadLineError, Record, parse_line
+from molora_fed.tracing.run_scan import FAULTS, read_run_lines
+
+__all__ = ["read_records"]
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Records of a run in its order; headers and checkpoints too, the seal not.
+
+    What a killed or a working writer left torn at the end of a segment is left out.
+
+    Args:
+        path: A run's folder, or the one file of an exported run.
+
+    Raises:
+        TraceError: If there is no trace, or a line is no record; `verify` lists all of them.
+    """
+    writer = ""
+    number = 0
+    for file, at, line in read_run_lines(path):
+        try:
+            if line.fault == "torn":
+                continue
+            if line.fault:
+                raise BadLineError(FAULTS[line.fault])
+            body, kind, _, seq = parse_line(line.data)
+        except BadLineError as error:
+            raise TraceError(
+                f"Cannot read trace '{path}': record {at} of {file} at byte {line.byte}: {error}. "
+                "See all that is wrong with `molora trace verify`."
+            ) from error
+        if kind == SEAL:
+            continue
+        if kind == HEADER:
+            writer = str(body.get("writer", ""))
+        yield Record(file, number, line.byte, writer, seq, kind, body)
+        number += 1

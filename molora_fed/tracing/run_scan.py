@@ -1,0 +1,257 @@
+"""A whole run, record by record: its segments in order, and the seal over them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from molora_fed.contributions.keys import key_fingerprint
+from molora_fed.tracing.merkle import MerkleTree
+from molora_fed.tracing.records import (
+    CHECKPOINT,
+    FORMAT_VERSION,
+    GENESIS,
+    HEADER,
+    MAX_LINE_BYTES,
+    SEAL,
+    BadLineError,
+    encode_json,
+    encode_line,
+    parse_line,
+)
+from molora_fed.tracing.scanning import SegmentScan
+from molora_fed.tracing.segments import (
+    SEAL_FILE,
+    Line,
+    build_checkpoint,
+    list_segments,
+    read_lines,
+)
+from molora_fed.tracing.signing import check_signature, sign_statement
+
+__all__ = ["FAULTS", "Problem", "RunScan", "check_seal_signature", "read_run_lines"]
+
+MAX_PROBLEMS = 100
+FAULTS = {
+    "torn": "expected a newline at the end of the record, got the end of the file",
+    "long": f"expected at most {MAX_LINE_BYTES} bytes in a record, got more",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong.
+
+    Attributes:
+        file: Name of the file.
+        record: Line of the file, from 0.
+        byte: Where that line begins.
+        reason: What is wrong with it.
+    """
+
+    file: str
+    record: int
+    byte: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: record {self.record} at byte {self.byte}: {self.reason}"
+
+
+def check_seal_signature(body: dict[str, Any], public_pem: str) -> bool:
+    """Whether a seal's body is signed by this key."""
+    statement = {name: value for name, value in body.items() if name != "signature"}
+    return check_signature(public_pem, SEAL, statement, body.get("signature"))
+
+
+@dataclass
+class RunScan:
+    """All segments of a run, line by line.
+
+    Attributes:
+        public_pem: Key that signed the run, PEM.
+        problems: What is wrong so far, the first 100.
+        scans: Segments so far, with the file each stands in.
+        tree: Merkle tree over all records so far.
+        seal: Body of the seal, once it was read.
+        leaves: Leaf hashes, if they are wanted.
+    """
+
+    public_pem: str
+    keep_leaves: bool = False
+    problems: list[Problem] = field(default_factory=list)
+    scans: list[SegmentScan] = field(default_factory=list)
+    tree: MerkleTree = field(default_factory=MerkleTree)
+    seal: dict[str, Any] | None = None
+    leaves: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.fingerprint = key_fingerprint(self.public_pem)
+        self._heads: dict[str, tuple[int, str]] = {}  # Last segment of each writer, and its head.
+        self._scan: SegmentScan | None = None
+
+    @property
+    def run(self) -> str:
+        """The run's id as its first header has it; "" if there is none."""
+        return next((scan.header.run for scan in self.scans if scan.header), "")
+
+    def begin_segment(self, line: bytes) -> None:
+        """Let the next line begin a segment.
+
+        Args:
+            line: That line: a header, if all is well.
+        """
+        self._end_segment()
+        try:
+            writer = parse_line(line)[0].get("writer")
+        except BadLineError:
+            writer = None
+        head = self._heads.get(writer, (0, GENESIS))[1] if isinstance(writer, str) else GENESIS
+        self._scan = SegmentScan(self.public_pem, self.fingerprint, head=head)
+        self.scans.append(self._scan)
+
+    def add(self, file: str, record: int, line: Line, *, expected_file: bool) -> None:
+        """Go on by a line of the present segment.
+
+        Args:
+            file: Name of the file it stands in.
+            record: Its line in that file.
+            line: The line, without fault.
+            expected_file: Whether the file must be called after the segment.
+        """
+        if self._scan is None:
+            self.begin_segment(line.data)
+        scan = self.scans[-1]
+        reason = scan.check(line.data)
+        if not reason and scan.kind == HEADER:
+            reason = self._check_header(scan, file if expected_file else None)
+        if reason:
+            self.report(file, record, line.byte, reason)
+        scan.add(line.data)
+        self.tree.add(scan.leaf)
+        if self.keep_leaves:
+            self.leaves.append(scan.leaf)
+
+    def report(self, file: str, record: int, byte: int, reason: str) -> None:
+        """Note that something is wrong."""
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(Problem(file, record, byte, reason))
+
+    def add_file(self, path: Path) -> None:
+        """Go on by all lines of a segment's file."""
+        self._end_segment()
+        for number, line in enumerate(read_lines(path)):
+            if line.fault:
+                self.report(path.name, number, line.byte, FAULTS[line.fault])
+            else:
+                self.add(path.name, number, line, expected_file=True)
+
+    def close_segment(self, key: ec.EllipticCurvePrivateKey) -> bytes | None:
+        """Add the checkpoint before the seal to the present segment, in memory.
+
+        Returns:
+            Its line without newline; None if the segment has it or has no header.
+        """
+        scan = self._scan
+        if scan is None or scan.header is None or scan.sealing:
+            return None
+        root = scan.tree.root().hex()
+        body = build_checkpoint(
+            key, scan.header, count=scan.count, head=scan.head, root=root, sealing=True
+        )
+        line = encode_line(encode_json(body), CHECKPOINT, scan.head, scan.count)
+        self.add(scan.header.segment.file, scan.count, Line(0, line, ""), expected_file=True)
+        return line
+
+    def build_seal(self, key: ec.EllipticCurvePrivateKey) -> tuple[dict[str, Any], bytes]:
+        """The seal over what was read: its body, and its line without newline."""
+        self._end_segment()
+        statement = self._build_statement()
+        body = {**statement, "signature": sign_statement(key, SEAL, statement)}
+        return body, self._encode_seal(body)
+
+    def check_seal(self, line: bytes) -> str:
+        """What is wrong with the seal; "" if nothing is. All segments must have been read."""
+        self._end_segment()
+        try:
+            body, kind, _, _ = parse_line(line)
+        except BadLineError as error:
+            return str(error)
+        self.seal = body
+        if kind != SEAL:
+            return "expected the run's seal"
+        if not check_seal_signature(body, self.public_pem):
+            return f"expected a seal signed by key {self.fingerprint[:16]}, got no such"
+        statement = self._build_statement()
+        for name in ("run", "count", "segments", "root"):
+            if body.get(name) != statement[name]:
+                return (
+                    f"expected the seal of these records, got one with another {name}: "
+                    "records or segments are missing, added, moved or changed"
+                )
+        if self._encode_seal({**statement, "signature": body["signature"]}) != line:
+            return "expected the seal as it was written, got its bytes changed"
+        return ""
+
+    def _build_statement(self) -> dict[str, Any]:
+        segments = [
+            {"file": scan.header.segment.file, "count": scan.count, "head": scan.head}
+            for scan in self.scans
+            if scan.header is not None
+        ]
+        return {
+            "format": FORMAT_VERSION,
+            "run": self.run,
+            "key": self.fingerprint,
+            "segments": segments,
+            "count": self.tree.size,
+            "root": self.tree.root().hex(),
+        }
+
+    def _encode_seal(self, body: dict[str, Any]) -> bytes:
+        head = self.scans[-1].head if self.scans else GENESIS
+        return encode_line(encode_json(body), SEAL, head, self.tree.size)
+
+    def _check_header(self, scan: SegmentScan, file: str | None) -> str:
+        header = scan.header
+        if header is None:
+            return ""
+        name = header.segment
+        if file is not None and name.file != file:
+            return f"expected segment '{file}' in the file of this name, got '{name.file}'"
+        if header.run != self.run:
+            return f"expected a segment of run '{self.run:.40}', got one of '{header.run:.40}'"
+        last = self._heads.get(name.writer, (-1, ""))[0]
+        if name.number != last + 1:
+            return (
+                f"expected segment {last + 1} of writer '{name.writer}', got {name.number}: "
+                "a segment is missing, moved or added"
+            )
+        before = [other.header.segment for other in self.scans[:-1] if other.header]
+        if before and before[-1] > name:
+            return "expected segments in order of writer and number"
+        return ""
+
+    def _end_segment(self) -> None:
+        scan, self._scan = self._scan, None
+        if scan is not None and scan.header is not None:
+            name = scan.header.segment
+            self._heads[name.writer] = (name.number, scan.head)
+
+
+def read_run_lines(path: Path) -> Iterator[tuple[str, int, Line]]:
+    """Lines of a run in order, each with its file's name and its number in the file.
+
+    Args:
+        path: A run's folder, or the one file of an exported run.
+    """
+    if path.is_dir():
+        files = [path / name.file for name in list_segments(path)]
+        files += [path / SEAL_FILE] if (path / SEAL_FILE).exists() else []
+    else:
+        files = [path]
+    for file in files:
+        for number, line in enumerate(read_lines(file)):
+            yield file.name, number, line
