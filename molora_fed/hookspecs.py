@@ -95,3 +95,8 @@ def register_judges(register: Register) -> None:
 @hookspec
 def register_escalation_policies(register: Register) -> None:
     """Register policies: subclasses of `molora_fed.cascade.contract.EscalationPolicy`."""
+
+
+@hookspec
+def register_task_families(register: Register) -> None:
+    """Register task families: callables `(level, count, seed, split) -> Sequence[CascadeTask]`."""

@@ -64,6 +64,9 @@ class Plugins:
     escalation_policies: Registry = field(
         default_factory=lambda: Registry("escalation policy", contracts.check_policy)
     )
+    task_families: Registry = field(
+        default_factory=lambda: Registry("task family", contracts.check_callable)
+    )
     failures: list[PluginError] = field(default_factory=list)
 
     def registries(self) -> dict[str, Registry]:

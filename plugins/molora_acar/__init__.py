@@ -61,3 +61,23 @@ def register_escalation_policies(register: Register) -> None:
         summary="The mode worth most at a budget, by a table fitted on held-out tasks",
         source="own derivation, see docs/extractors_judges.md",
     )
+
+
+@hookimpl
+def register_task_families(register: Register) -> None:
+    """Register families of tasks with checkable answers; none needs a download."""
+    for name, summary in (
+        ("arithmetic", "Sums, differences and products of whole numbers"),
+        ("choices", "Which built-in domain a piece of text is from, four choices"),
+        ("code", "A Python expression from its description, checked by unit tests"),
+        ("logic", "Truth values of three expressions"),
+        ("sequences", "The next number of a sequence"),
+        ("sorting", "Digits and numbers in order"),
+        ("strings", "Operations on letters of made-up words"),
+    ):
+        register(
+            name,
+            f"molora_acar.tasks.families:{name}",
+            summary=summary,
+            source="own definition, see docs/tasks.md",
+        )
