@@ -203,6 +203,11 @@ class Amendment(_Strict):
     fusion: FusionRules = FusionRules()
     population: PopulationRules = PopulationRules()
 
+    @property
+    def is_private(self) -> bool:
+        """Whether no text leaves contributors: a population evolves on their own machines."""
+        return self.fusion.mode == "population" and self.population.data == "private"
+
 
 class Charter(_Strict):
     """A parsed `cooperative.toml`."""

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,12 @@ from molora_fed.training_state import (
 )
 from molora_fed.types import Progress
 
-__all__ = ["AdaptationConfig", "adapt", "compute_loss"]
+__all__ = ["AdaptationConfig", "Factor", "Trained", "adapt", "compute_loss"]
+
+Factor = Literal["a", "b"]
+"""One factor of every slot's product B A."""
+Trained = Literal["both", "a", "b"]
+"""Which factors of the slots are trained; the router is trained beside any of them."""
 
 CHECKPOINT_NAME = "adaptation.safetensors"
 METRICS_NAME = "adaptation.jsonl"
@@ -66,13 +71,22 @@ class _Run:
     """Mixture, router and optimiser of one adaptation."""
 
     def __init__(
-        self, base: Base, population: Population, router: AdapterRouter, config: AdaptationConfig
+        self,
+        base: Base,
+        population: Population,
+        router: AdapterRouter,
+        config: AdaptationConfig,
+        trained_factors: Trained,
     ) -> None:
         self.model = base.model
         self.config = config
         self.device = next(base.model.parameters()).device
         self.mixture = Mixture(base.model, population).to(self.device)
         self.router = copy.deepcopy(router).to(self.device)
+        if trained_factors != "both":
+            for layer in self.mixture.layers:
+                for name, parameter in layer.named_parameters():
+                    parameter.requires_grad_(name == trained_factors)
         parts = [
             (config.learning_rate, self.mixture),
             (config.router_learning_rate, self.router),
@@ -137,6 +151,7 @@ def adapt(
     config: AdaptationConfig,
     folder: Path,
     *,
+    trained_factors: Trained = "both",
     progress: Progress | None = None,
 ) -> tuple[Population, AdapterRouter]:
     """Train a population, or go on where a killed run in the same folder stopped.
@@ -148,6 +163,7 @@ def adapt(
         states: The base over each domain's training blocks, with what the router reads.
         config: Settings.
         folder: Gets `adaptation.safetensors` and `adaptation.jsonl`; a finished run is read back.
+        trained_factors: Which factors of the slots are trained; the others stay as they are.
         progress: Told the step with loss and eta_seconds.
 
     Returns:
@@ -167,8 +183,10 @@ def adapt(
             f"{router.num_slots}. Build the router for this population."
         )
     config.check(states)
-    run = _Run(base, population, router, config)
+    run = _Run(base, population, router, config, trained_factors)
     identity = _identify(base, population, run, states)
+    if trained_factors != "both":
+        identity["trained_factors"] = trained_factors
     with lock_folder(folder):
         store = CheckpointStore(folder / CHECKPOINT_NAME, identity)
         found = store.load(run.parameters)

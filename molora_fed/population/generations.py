@@ -12,7 +12,7 @@ after the last one, inside it where adaptation stopped, and ends with the same b
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from molora_fed.population.evolution import (
     read_generation,
 )
 from molora_fed.population.files import fingerprint_population, save_population
-from molora_fed.population.guard import Comparison, spend_level
+from molora_fed.population.guard import Comparison
 from molora_fed.population.lifecycle import Step, reset_newborns, run_lifecycle
 from molora_fed.population.lineage import add_to_lineage
 from molora_fed.population.lineage_lines import describe_change, describe_fitness, describe_start
@@ -158,34 +158,23 @@ class _Run:
         )
 
     def _adapt(self, branch: Branch, number: int, name: str) -> Branch:
-        config = self.config
-        each = config.adaptation.steps
-        steps = each if number else config.start_steps
-        if steps == 0:
+        settings = self.config.schedule(number)
+        if settings.steps == 0:
             return branch
         self.on_phase(f"generation {number}: adaptation" + (" of the twin" * (name == _TWIN)))
-        settings = replace(
-            config.adaptation,
-            seed=config.seed,
-            steps=steps,
-            first_step=config.start_steps + (number - 1) * each if number else 0,
-            total_steps=config.total_steps,
-        )
         return self.data.adapt(branch, settings, self.place(number) / name, self.progress)
 
     def _compare(
         self, number: int, lifecycle: Branch, twin: Branch, done: Sequence[Generation]
     ) -> Comparison:
-        config = self.config
         self.on_phase(f"generation {number}: guard")
         before = sum(one.comparison is not None for one in done)
-        is_fresh = config.guard == "fresh"
-        level = config.level if is_fresh else spend_level(config.level, config.generations, before)
+        sample, level = self.config.place_comparison(before)
         return self.data.compare(
             lifecycle,
             twin,
-            sample=before if is_fresh else 0,
-            delta=config.delta,
+            sample=sample,
+            delta=self.config.delta,
             level=level,
             progress=self.progress,
         )
@@ -223,6 +212,8 @@ def _remove_checkpoints(folder: Path) -> None:
     for name in (_LIFECYCLE, _TWIN):
         for checkpoint in (folder / name).glob("*.safetensors"):
             checkpoint.unlink()
+        for round_folder in (folder / name).glob("round-*"):
+            shutil.rmtree(round_folder)
 
 
 def _derive(seed: int, *place: int) -> int:

@@ -44,6 +44,10 @@ class PopulationRules(BaseModel):
         adaptation_share: Part of the calibration text that adapts.
         fitness_share: Part of it that fitness is measured on.
         guard_share: Part of it that guards.
+        data: Where the text lies: "pooled", with the coordinator, as samples that contributors
+            send; "private", with each contributor, who sends figures and adapted slots instead.
+        rounds: Rounds of an adaptation on private text; each trains one factor of every slot at
+            all contributors, and takes the mean.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,3 +76,8 @@ class PopulationRules(BaseModel):
     adaptation_share: float = Field(default=0.5, gt=0)
     fitness_share: float = Field(default=0.25, gt=0)
     guard_share: float = Field(default=0.25, gt=0)
+    # Left out where not set, so that amendments signed before there were any still verify.
+    data: Literal["pooled", "private"] = Field(
+        default="pooled", exclude_if=lambda data: data == "pooled"
+    )
+    rounds: int = Field(default=2, ge=1, exclude_if=lambda rounds: rounds == 2)

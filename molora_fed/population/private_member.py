@@ -1,0 +1,273 @@
+"""A contributor's side of an evolution on private texts: answers questions on its own blocks.
+
+Its calibration blocks are carved, by whole clusters, into what adapts, what fitness is measured on
+and what guards; held-out blocks are looked at once. Nothing that leaves holds text or token ids:
+means of gates, sums over documents, and adapted slots.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from molora_fed.base import Base
+from molora_fed.charter import Charter
+from molora_fed.corpus.blocks import Blocks
+from molora_fed.errors import PopulationError
+from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.plugins import Plugins
+from molora_fed.population.adaptation import adapt
+from molora_fed.population.adaptation_config import AdaptationConfig
+from molora_fed.population.carving import Carved, Shares, carve_blocks
+from molora_fed.population.contract import LossTable
+from molora_fed.population.evolution import Branch
+from molora_fed.population.files import fingerprint_population
+from molora_fed.population.fitness import measure_losses
+from molora_fed.population.measuring import list_clusters, measure_population, sum_clusters
+from molora_fed.population.moments import MIN_CLUSTERS, Moments, measure_moments
+from molora_fed.population.pooled import select_clusters
+from molora_fed.population.private import name_slot
+from molora_fed.population.questions import Answer, Question
+from molora_fed.population.router_files import pack_router, parse_router_options
+from molora_fed.population.rules import PopulationRules
+from molora_fed.population.slots import check_population
+from molora_fed.population.states import BaseStates, build_states, compute_mean_gates
+from molora_fed.types import Progress, Split
+
+__all__ = ["PrivateMember", "carve_own", "count_draws"]
+
+
+def count_draws(rules: PopulationRules) -> int:
+    """Guard samples that a whole evolution needs."""
+    return {"fresh": rules.generations, "spending": min(1, rules.generations), "off": 0}[
+        rules.guard
+    ]
+
+
+def carve_own(blocks: Mapping[Split, Blocks], charter: Charter) -> Carved:
+    """Carve a contributor's own calibration blocks as the charter says.
+
+    Args:
+        blocks: Its blocks by split.
+        charter: Decides shares, guard samples, and how many blocks are used at most.
+
+    Raises:
+        PopulationError: If there is too little text.
+    """
+    amendment = charter.amendment
+    rules = amendment.population
+    own = blocks[Split.CALIBRATION].take(amendment.samples.calibration)
+    carved = carve_blocks(
+        [own],
+        draws=count_draws(rules),
+        seed=amendment.seed,
+        shares=Shares(rules.adaptation_share, rules.fitness_share, rules.guard_share),
+    )
+    parts = [("fitness", carved.fitness)]
+    parts += [(f"guard sample {number}", part) for number, part in enumerate(carved.guard, 1)]
+    found = {what: len(part.clusters[0]) for what, part in parts}
+    held_out = blocks[Split.HELD_OUT].take(amendment.samples.held_out)
+    found["held-out figures"] = len(list_clusters(held_out))
+    few = [f"{count} for {what}" for what, count in found.items() if count < MIN_CLUSTERS]
+    if few:
+        raise PopulationError(
+            f"Cannot take part with private texts of '{own.domain}': expected {MIN_CLUSTERS} "
+            "document clusters at least in each part that figures are said of, so that no "
+            f"document can be told from them, got {'; '.join(few[:4])}. Use more text, or ask the "
+            "coordinator for guard 'spending', fewer generations, or more calibration blocks."
+        )
+    return carved
+
+
+class PrivateMember:
+    """Answers questions; the same question gives the same answer.
+
+    Args:
+        base: The charter's base; its model runs where it lies.
+        blocks: This contributor's blocks by split.
+        charter: The cooperative's charter.
+        folder: Gets states of the base and adaptations.
+        threads: Torch threads of adaptation.
+        plugins: Where the router is registered.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        blocks: Mapping[Split, Blocks],
+        charter: Charter,
+        folder: Path,
+        *,
+        threads: int,
+        plugins: Plugins,
+    ) -> None:
+        self._base = base
+        self._carved = carve_own(blocks, charter)
+        self._held_out = blocks[Split.HELD_OUT].take(charter.amendment.samples.held_out)
+        self._batch = charter.identity.corpus.evaluation_batch
+        self._folder = folder
+        self._threads = threads
+        rules = charter.amendment.population
+        router, options = parse_router_options(rules.router, rules.options, plugins)
+        self._readings = router.reads(options)
+        self._router_name = rules.router
+        self._states: dict[str, tuple[BaseStates, ...]] = {}
+
+    def answer(self, question: Question, *, progress: Progress | None = None) -> Answer:
+        """Do what is asked.
+
+        Args:
+            question: From the coordinator.
+            progress: Told what is done of it.
+
+        Returns:
+            The answer, without a name: who sends it is known.
+
+        Raises:
+            PopulationError: If the question does not fit this base or these rules.
+            MoloraError: Whatever adaptation or the disk refuses.
+        """
+        for branch in question.branches:
+            check_population(branch.population, self._base.model)
+            options = branch.router.options
+            if type(branch.router).reads(options) != self._readings:
+                raise PopulationError(
+                    "Cannot answer: expected the charter's router, got one that reads "
+                    f"{', '.join(sorted(type(branch.router).reads(options))) or 'nothing'}. "
+                    "Ask the coordinator."
+                )
+        if question.kind == "adapt":
+            return Answer("", {}, self._adapt(question.branches[0], question.settings, progress))
+        if question.kind == "fitness":
+            return self._say(self._measure_fitness(question.branches[0], progress))
+        if question.kind == "guard":
+            return self._say(self._compare(question, progress))
+        if question.kind == "gates":
+            return Answer("", self._measure_gates(question.branches[0]))
+        return self._say(self._measure_held_out(*question.branches, progress))
+
+    def _say(self, moments: Moments) -> Answer:
+        return Answer("", moments.to_json())
+
+    def _open(self, what: str, blocks: Sequence[Blocks]) -> tuple[BaseStates, ...]:
+        """The base's states over some blocks, made once."""
+        if what not in self._states:
+            self._states[what] = build_states(
+                self._base, blocks, self._readings, self._folder / "states", batch=self._batch
+            )
+        return self._states[what]
+
+    def _adapt(
+        self, branch: Branch, settings: Mapping[str, Any], progress: Progress | None
+    ) -> Branch:
+        chosen = dict(settings)
+        factor = chosen.pop("trained_factors", None)
+        try:
+            config = AdaptationConfig(**chosen, threads=self._threads)
+            if factor not in ("a", "b"):
+                raise ValueError(f"factor {factor!r}")
+        except (TypeError, ValueError) as error:
+            raise PopulationError(
+                f"Cannot adapt: expected settings of this version, got {str(error)[:100]!r}. Run "
+                "the same molora-fed version on both sides."
+            ) from error
+        packed = pack_router(branch.router, self._router_name)
+        key = [fingerprint_population(branch.population), hash_bytes(packed), dict(settings)]
+        folder = self._folder / "adaptation" / hash_bytes(canonical_json(key))[:16]
+        for other in folder.parent.glob("*"):
+            if other != folder:  # checkpoints of an earlier question, several times its size
+                shutil.rmtree(other)
+        adapted = adapt(
+            self._base,
+            branch.population,
+            branch.router,
+            self._open("adaptation", self._carved.adaptation),
+            config,
+            folder,
+            trained_factors=factor,
+            progress=progress,
+        )
+        return Branch(*adapted)
+
+    def _measure_fitness(self, branch: Branch, progress: Progress | None) -> Moments:
+        states = self._open("fitness", self._carved.fitness.blocks)
+        table = measure_losses(
+            self._base,
+            branch.population,
+            branch.router,
+            states,
+            batch=self._batch,
+            progress=progress,
+        )
+        own: LossTable = select_clusters(table, self._carved.fitness.counts())
+        columns = {"base": own.base, "full": own.full}
+        for index, without in enumerate(own.without):
+            columns[name_slot(index)] = without - own.full
+        return measure_moments(own.counts, columns)
+
+    def _compare(self, question: Question, progress: Progress | None) -> Moments:
+        sample = question.settings.get("sample")
+        if type(sample) is not int or not 0 <= sample < len(self._carved.guard):
+            raise PopulationError(
+                f"Cannot guard a lifecycle: expected one of {len(self._carved.guard)} guard "
+                f"samples, got {str(sample)[:40]!r}. Ask the coordinator."
+            )
+        part = self._carved.guard[sample]
+        states = self._open(f"guard-{sample}", part.blocks)
+        lifecycle, twin = (
+            self._sum(branch, states, progress) for branch in question.branches
+        )
+        chosen = part.counts()
+        _, counts, _ = sum_clusters(part.blocks, [state.nll() for state in states])
+        return measure_moments(counts[chosen], {"difference": (lifecycle - twin)[chosen]})
+
+    def _sum(
+        self,
+        branch: Branch,
+        states: Sequence[BaseStates],
+        progress: Progress | None,
+        gates: torch.Tensor | None = None,
+    ) -> NDArray[np.float64]:
+        """Losses of a branch by cluster, with its router or with gates equal everywhere."""
+        losses = measure_population(
+            self._base,
+            branch.population,
+            branch.router if gates is None else gates,
+            states,
+            batch=self._batch,
+            progress=progress,
+        )
+        sums, _, _ = sum_clusters([state.blocks for state in states], losses)
+        return sums
+
+    def _measure_gates(self, branch: Branch) -> dict[str, Any]:
+        states = self._open("fitness", self._carved.fitness.blocks)
+        (means,) = compute_mean_gates(branch.router, states, batch=self._batch)
+        positions = sum(len(state) * (state.blocks.block_size - 1) for state in states)
+        return {"positions": positions, "gates": [float(mean) for mean in means]}
+
+    def _measure_held_out(
+        self, last: Branch, start: Branch, progress: Progress | None
+    ) -> Moments:
+        """Losses of the base, of each slot of the start alone, of equal gates, and of the last.
+
+        Beside each stands how much more it is than the last branch's.
+        """
+        states = self._open("held-out", [self._held_out])
+        base, counts, _ = sum_clusters([self._held_out], [state.nll() for state in states])
+        columns = {"base": base}
+        slots = start.population.num_slots
+        for index in range(slots):
+            gates = torch.zeros(slots)
+            gates[index] = 1.0
+            columns[name_slot(index)] = self._sum(start, states, progress, gates)
+        last_slots = last.population.num_slots
+        equal = torch.full((last_slots,), 1.0 / last_slots)
+        columns["uniform"] = self._sum(last, states, progress, equal)
+        fused = self._sum(last, states, progress)
+        more = {f"{name}-less-fused": column - fused for name, column in columns.items()}
+        return measure_moments(counts, {**columns, "fused": fused, **more})
