@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation_config import AdaptationConfig
 from molora_fed.population.contract import AdapterRouter, Fitness, Population
 from molora_fed.population.files import fingerprint_population, load_population
-from molora_fed.population.guard import DELTA_NATS, LEVEL, Comparison, GuardMode
+from molora_fed.population.guard import DELTA_NATS, LEVEL, Comparison, GuardMode, spend_level
 from molora_fed.population.router_files import load_router
 from molora_fed.types import Progress
 
@@ -76,6 +76,31 @@ class EvolutionConfig:
     def total_steps(self) -> int:
         """Adaptation steps that the population which is kept has gone through at the end."""
         return self.start_steps + self.generations * self.adaptation.steps
+
+    def schedule(self, generation: int) -> AdaptationConfig:
+        """Settings of a branch's adaptation in a generation, at its place in the whole run.
+
+        Args:
+            generation: From 0, the start.
+        """
+        each = self.adaptation.steps
+        return replace(
+            self.adaptation,
+            seed=self.seed,
+            steps=each if generation else self.start_steps,
+            first_step=self.start_steps + (generation - 1) * each if generation else 0,
+            total_steps=self.total_steps,
+        )
+
+    def place_comparison(self, before: int) -> tuple[int, float]:
+        """Guard sample and level of a comparison.
+
+        Args:
+            before: Comparisons that were made before it.
+        """
+        if self.guard == "fresh":
+            return before, self.level
+        return 0, spend_level(self.level, self.generations, before)
 
 
 class EvolutionData(Protocol):

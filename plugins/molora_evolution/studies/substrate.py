@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from molora_fed.population.guard import GuardMode
+from molora_fed.population.guard import DELTA_NATS, GuardMode
 from molora_fed.studies.contract import StudyOptions, Task
 from molora_fed.studies.substrate import (
     BaseSettings,
@@ -114,6 +114,7 @@ class EvolutionSettings(BaseModel):
         scope: Registered fitness scope.
         lifecycle: Operators; none leaves adaptation alone.
         guard: Which documents guard; "off" measures the bare lifecycle.
+        delta: Largest upper bound of the harm that the guard keeps, nats.
         batch: Blocks per step, equally many of every domain.
         learning_rate: Peak rate of the slots' factors.
         router_learning_rate: Peak rate of the router.
@@ -126,6 +127,8 @@ class EvolutionSettings(BaseModel):
     scope: str = "global"
     lifecycle: Lifecycle = ()
     guard: GuardMode = "off"
+    # Left out where usual: keys of populations from before there was a choice do not know of it.
+    delta: float = Field(default=DELTA_NATS, exclude_if=lambda delta: delta == DELTA_NATS)
     batch: int = 8
     learning_rate: float = 1e-3
     router_learning_rate: float = 1e-2
