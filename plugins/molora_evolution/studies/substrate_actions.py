@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from molora_evolution.studies.substrate import EvolutionSettings
 from molora_fed.adapters.files import load_adapter
@@ -15,13 +16,13 @@ from molora_fed.base_files import copy_checkpoint, quiet_transformers
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.corpus.prepare import Corpus
 from molora_fed.files import replace_folder, storage_errors
-from molora_fed.plugins import get_plugins
+from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.adaptation_config import AdaptationConfig
 from molora_fed.population.carving import Carved, Shares, carve_blocks
 from molora_fed.population.contract import GateReading, Population
 from molora_fed.population.evolution import Branch, EvolutionConfig, Evolved
 from molora_fed.population.generations import evolve
-from molora_fed.population.lifecycle import open_operators
+from molora_fed.population.lifecycle import Step, open_operators
 from molora_fed.population.measuring import measure_population
 from molora_fed.population.pooled import PooledData
 from molora_fed.population.router_files import open_router
@@ -31,7 +32,16 @@ from molora_fed.studies.actions import open_base, open_corpus
 from molora_fed.studies.contract import Done, TaskContext
 from molora_fed.types import Split
 
-__all__ = ["evolve_population", "make_states", "perturb_base"]
+__all__ = [
+    "EVAL_BATCH",
+    "Replicate",
+    "describe_evolved",
+    "evolve_population",
+    "make_states",
+    "open_replicate",
+    "perturb_base",
+    "remove_generations",
+]
 
 EVAL_BATCH = 16
 CARVING_SEED = 0  # fitness and guard documents are the same at all seeds
@@ -105,17 +115,48 @@ def _open_states(base: Base, blocks: Sequence[Blocks], folder: Path) -> tuple[Ba
     return build_states(base, blocks, _READINGS, folder / "states", batch=EVAL_BATCH)
 
 
-def evolve_population(settings: Mapping[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Evolve one population and measure it on held-out blocks; see `plan_evolution`.
+@dataclass(frozen=True, eq=False)
+class Replicate:
+    """A replicate at its start.
 
-    Returns:
-        `held_out` and `base` (nats by domain), `steps`, `fitness_measurements`, `births`, `kept`
-        (one entry a generation with newborns), `slots` (ids at the end), `gates` (mean by domain)
-        and `events`.
+    Attributes:
+        base: The base.
+        start: Population and router before any adaptation.
+        data: What it is adapted, measured and guarded on.
+        steps: Its lifecycle.
+        config: Settings of its evolution.
+        held_out: The base's states over held-out blocks, by domain.
+        base_losses: The base's held-out loss by domain, nats.
+        plugins: Where names are looked up.
+    """
+
+    base: Base
+    start: Branch
+    data: PooledData
+    steps: tuple[Step, ...]
+    config: EvolutionConfig
+    held_out: tuple[BaseStates, ...]
+    base_losses: Mapping[str, float]
+    plugins: Plugins
+
+    def measure_held_out(self, branch: Branch) -> list[Tensor]:
+        """Loss of every held-out token under a branch, by domain, (N, T-1) nats each."""
+        return measure_population(
+            self.base, branch.population, branch.router, self.held_out, batch=EVAL_BATCH
+        )
+
+
+def open_replicate(settings: Mapping[str, Any], needs: Sequence[Done], threads: int) -> Replicate:
+    """Open what a task of `plan_evolution` rests on.
+
+    Args:
+        settings: The task's.
+        needs: Its finished needs.
+        threads: Torch threads of adaptation.
     """
     chosen = EvolutionSettings.model_validate(settings["evolution"])
-    base, states, count = open_base(context.needs[0]), context.needs[1], settings["corpora"]
-    corpora, specialists = context.needs[2 : 2 + count], context.needs[2 + count :]
+    base, states, count = open_base(needs[0]), needs[1], settings["corpora"]
+    corpora, specialists = needs[2 : 2 + count], needs[2 + count :]
     blocks = _take_blocks(states.task.settings, [open_corpus(done) for done in corpora])
     plugins = get_plugins()
     population = _make_population(base, specialists, settings)
@@ -138,21 +179,40 @@ def evolve_population(settings: Mapping[str, Any], context: TaskContext) -> dict
         plugins=plugins,
         batch=EVAL_BATCH,
     )
-    config = _configure(chosen, settings, context.threads)
+    return Replicate(
+        base=base,
+        start=Branch(population, router),
+        data=data,
+        steps=open_operators(chosen.lifecycle, plugins),
+        config=_configure(chosen, settings, threads),
+        held_out=build_states(base, blocks.held_out, readings, states.folder / "states"),
+        base_losses=states.result["base"],
+        plugins=plugins,
+    )
+
+
+def evolve_population(settings: Mapping[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Evolve one population and measure it on held-out blocks; see `plan_evolution`.
+
+    Returns:
+        `held_out` and `base` (nats by domain), `steps`, `fitness_measurements`, `births`, `kept`
+        (one entry a generation with newborns), `slots` (ids at the end), `gates` (mean by domain)
+        and `events`.
+    """
+    replicate = open_replicate(settings, context.needs, context.threads)
     folder = context.folder / "evolution"
     evolved = evolve(
-        Branch(population, router),
-        data,
-        open_operators(chosen.lifecycle, plugins),
-        config,
+        replicate.start,
+        replicate.data,
+        replicate.steps,
+        replicate.config,
         folder,
-        plugins=plugins,
+        plugins=replicate.plugins,
         progress=context.progress,
     )
-    held_out = build_states(base, blocks.held_out, readings, states.folder / "states")
-    found = _describe(base, evolved, held_out, config)
-    _remove(folder)
-    return {**found, "base": states.result["base"]}
+    found = describe_evolved(replicate, evolved, replicate.measure_held_out(evolved.branch))
+    remove_generations(folder)
+    return found
 
 
 def _configure(
@@ -171,6 +231,7 @@ def _configure(
         generations=settings["generations"],
         start_steps=settings["start_steps"],
         guard=chosen.guard,
+        delta=chosen.delta,
         seed=settings["seed"],
     )
 
@@ -194,18 +255,25 @@ def _make_population(
     )
 
 
-def _describe(
-    base: Base, evolved: Evolved, states: Sequence[BaseStates], config: EvolutionConfig
+def describe_evolved(
+    replicate: Replicate, evolved: Evolved, losses: Sequence[Tensor]
 ) -> dict[str, Any]:
-    branch, generations = evolved.branch, evolved.generations
-    losses = measure_population(base, branch.population, branch.router, states, batch=EVAL_BATCH)
+    """What a task says of its evolved population; see `evolve_population`.
+
+    Args:
+        replicate: Where it started.
+        evolved: What it ended with.
+        losses: Its held-out losses, by domain.
+    """
+    generations = evolved.generations
     born = [one for one in generations if one.newborns]
     return {
         "held_out": {
             state.domain: float(values.double().mean())
-            for state, values in zip(states, losses, strict=True)
+            for state, values in zip(replicate.held_out, losses, strict=True)
         },
-        "steps": config.total_steps,
+        "base": dict(replicate.base_losses),
+        "steps": replicate.config.total_steps,
         "fitness_measurements": len(generations) - 1,
         "births": sum(len(one.newborns) for one in born),
         "kept": [one.kept for one in born],
@@ -215,7 +283,7 @@ def _describe(
     }
 
 
-def _remove(folder: Path) -> None:
+def remove_generations(folder: Path) -> None:
     """The generations' files: thousands of them over a study. Renamed first: half is worse."""
     finished = folder.with_name("finished")
     shutil.rmtree(finished, ignore_errors=True)
