@@ -1,0 +1,235 @@
+"""From the description of a cascade to its models, policy and judge."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from molora_fed.cascade.config import (
+    BaseSource,
+    CascadeConfig,
+    EndpointSource,
+    EvolvedSource,
+    FusedSource,
+    ModelSource,
+    SpecialistSource,
+)
+from molora_fed.cascade.contract import CascadeModel, EscalationPolicy, PolicyOptions
+from molora_fed.cascade.environment import describe_run_environment, fingerprint_environment
+from molora_fed.cascade.escalation import Lineup
+from molora_fed.cascade.retrieval import Retrieval
+from molora_fed.cascade.running import Cascade, CascadeSettings
+from molora_fed.cascade.task_files import load_examples
+from molora_fed.cascade.templates import PromptTemplate
+from molora_fed.errors import CascadeError
+from molora_fed.plugins import Plugins
+
+__all__ = ["build_cascade", "build_models", "build_policy", "list_files"]
+
+
+def build_models(config: CascadeConfig, root: Path, plugins: Plugins) -> dict[str, CascadeModel]:
+    """Load every model of a description; each base is loaded once.
+
+    Args:
+        config: The description.
+        root: Folder that paths are relative to.
+        plugins: Where adapter kinds and routers are registered.
+
+    Raises:
+        CascadeError: If a model cannot be found.
+        MoloraError: Whatever loading it refuses.
+    """
+    loader = _Loader(root, plugins)
+    return {name: loader.load(name, source) for name, source in sorted(config.models.items())}
+
+
+class _Loader:
+    def __init__(self, root: Path, plugins: Plugins) -> None:
+        self._root = root
+        self._plugins = plugins
+        self._bases: dict[Path, Any] = {}
+
+    def load(self, name: str, source: ModelSource) -> CascadeModel:
+        if isinstance(source, EndpointSource):
+            from molora_fed.cascade.endpoint import EndpointModel
+
+            return EndpointModel(name, source)
+        return self._load_local(name, source)
+
+    def _load_local(
+        self, name: str, source: BaseSource | SpecialistSource | FusedSource | EvolvedSource
+    ) -> CascadeModel:
+        from molora_fed.cascade import local
+
+        match source:
+            case BaseSource():
+                return local.build_base_model(name, self._base(source.path))
+            case SpecialistSource():
+                base, adapter = self._specialist(name, source)
+                return local.build_specialist_model(name, base, adapter)
+            case FusedSource():
+                from molora_fed.routing.bundle import find_fused, load_fused
+
+                fused = load_fused(
+                    find_fused(self._root / source.path),
+                    base_folder=self._optional(source.base),
+                    plugins=self._plugins,
+                )
+                return local.build_fused_model(name, fused)
+            case EvolvedSource():
+                from molora_fed.population.bundle import find_evolved, load_evolved
+
+                folder = find_evolved(self._root / source.path)
+                if folder is None:
+                    raise CascadeError(
+                        f"Cannot load model '{name}': expected an evolved model in "
+                        f"'{source.path}', got none. Make one with `molora evolve`."
+                    )
+                evolved = load_evolved(
+                    folder, base_folder=self._optional(source.base), plugins=self._plugins
+                )
+                return local.build_evolved_model(name, evolved)
+
+    def _optional(self, path: Path | None) -> Path | None:
+        return None if path is None else self._root / path
+
+    def _base(self, path: Path) -> Any:
+        from molora_fed.base import load_base
+
+        folder = self._root / path
+        if (folder / "cooperative.toml").is_file():
+            folder = folder / "base"
+        known = folder.resolve()
+        if known not in self._bases:
+            self._bases[known] = load_base(folder)
+        return self._bases[known]
+
+    def _specialist(self, name: str, source: SpecialistSource) -> tuple[Any, Any]:
+        from molora_fed.adapters.files import load_adapter
+
+        if source.path is not None and source.base is not None:
+            folder = self._root / source.path
+            inner = folder / "adapter"
+            adapter = load_adapter(inner if inner.is_dir() else folder, plugins=self._plugins)
+            return self._base(source.base), adapter
+        return self._of_ledger(name, self._root / str(source.cooperative), str(source.contributor))
+
+    def _of_ledger(self, name: str, folder: Path, contributor: str) -> tuple[Any, Any]:
+        """Base and adapter of an admitted contribution."""
+        from molora_fed.adapters.files import load_adapter
+        from molora_fed.contributions.receive import list_stored_files
+        from molora_fed.contributions.states import ContributionState
+        from molora_fed.cooperative import open_cooperative
+
+        cooperative = open_cooperative(folder)
+        with cooperative.read_ledger() as ledger:
+            admitted = ledger.contributions(ContributionState.ADMITTED)
+        entries = [entry for entry in admitted if entry.contributor == contributor]
+        known = sorted({entry.contributor for entry in admitted})
+        if len(entries) != 1:
+            raise CascadeError(
+                f"Cannot load model '{name}': expected one admitted contribution of "
+                f"'{contributor}' in '{folder}', got {len(entries)}; there are those of "
+                f"{', '.join(known) or 'nobody'}. Name one of these."
+            )
+        stored = cooperative.store.folder(list_stored_files(entries[0])) / "adapter"
+        rules = cooperative.charter.identity.adapters
+        adapter = load_adapter(stored, rules=rules, plugins=self._plugins, name=contributor)
+        return self._base(folder), adapter
+
+
+def build_policy(name: str, options: Mapping[str, Any], plugins: Plugins) -> EscalationPolicy:
+    """Make an escalation policy.
+
+    Args:
+        name: Registered name.
+        options: Its options.
+        plugins: Where it is registered.
+
+    Raises:
+        CascadeError: If it refuses its options.
+        UnknownNameError: If nobody registers it.
+    """
+    policy_class = plugins.escalation_policies.resolve(name)
+    try:
+        policy: EscalationPolicy = policy_class(policy_class.Options.model_validate(dict(options)))
+    except ValidationError as error:
+        offenders = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+            for item in error.errors()[:5]
+        )
+        raise CascadeError(
+            f"Cannot use policy '{name}': expected only known options with valid values, got "
+            f"{offenders}. Correct [cascade.policy_options]."
+        ) from error
+    return policy
+
+
+def list_files(options: PolicyOptions) -> dict[str, Path]:
+    """Options that are files, by name."""
+    values = {name: getattr(options, name) for name in type(options).model_fields}
+    return {name: value for name, value in values.items() if isinstance(value, Path)}
+
+
+def build_cascade(
+    config: CascadeConfig,
+    root: Path,
+    plugins: Plugins,
+    *,
+    extractors: tuple[str, ...],
+    models: Mapping[str, CascadeModel] | None = None,
+) -> Cascade:
+    """Make a cascade from its description.
+
+    Args:
+        config: The description.
+        root: Folder that paths are relative to.
+        plugins: Where everything is registered.
+        extractors: Names that tasks use.
+        models: Loaded models; those of the description if None.
+
+    Raises:
+        CascadeError: If the description does not hold together.
+        UnknownNameError: If it names what nobody registers.
+        MoloraError: Whatever loading a model refuses.
+    """
+    section = config.cascade
+    policy_class = plugins.escalation_policies.resolve(section.policy)
+    options = dict(section.policy_options)
+    for name, info in policy_class.Options.model_fields.items():
+        # A file of a policy lies beside the description, as models do.
+        if name in options and info.annotation in (Path, Path | None):
+            options[name] = root / str(options[name])
+    policy = build_policy(section.policy, options, plugins)
+    judge = plugins.judges.resolve(section.judge)
+    found = {name: plugins.extractors.resolve(name) for name in extractors}
+    retrieval = None
+    if section.retrieval is not None:
+        retrieval = Retrieval(
+            load_examples(root / section.retrieval.examples),
+            threshold=section.retrieval.threshold,
+            count=section.retrieval.count,
+        )
+    settings = CascadeSettings(
+        samples=section.samples,
+        temperature=section.temperature,
+        member_temperature=section.member_temperature,
+        max_new_tokens=section.max_new_tokens,
+        stop=section.stop,
+        seed=section.seed,
+        template=PromptTemplate(section.template, section.example),
+    )
+    return Cascade(
+        lineup=Lineup(section.probe, section.members),
+        models=build_models(config, root, plugins) if models is None else models,
+        policy=policy,
+        policy_name=section.policy,
+        judge=judge,
+        judge_name=section.judge,
+        extractors=found,
+        settings=settings,
+        judge_options=section.judge_options,
+        environment=fingerprint_environment(describe_run_environment()),
+        retrieval=retrieval,
+    )
