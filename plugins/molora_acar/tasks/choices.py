@@ -32,12 +32,11 @@ def make_choice(generator: random.Random, level: int) -> Problem:
         line, split = lines[generator.randrange(len(lines))]
         start = generator.randrange(len(line) - size + 1)
         order = generator.sample(DOMAINS, len(DOMAINS))
-        choices = dict(zip(LETTERS, order, strict=True))
-        shown = " ".join(f"{letter} {name}" for letter, name in choices.items())
+        shown = " ".join(f"{letter} {name}" for letter, name in zip(LETTERS, order, strict=True))
         prompt = f"{line[start : start + size]}| {shown}:"
         if compute_split(prompt) == split:
             answer = LETTERS[order.index(domain)]
-            return Problem(prompt, answer, answer, {"choices": choices})
+            return Problem(prompt, answer, answer, {"choices": order})
 
 
 @cache
