@@ -27,6 +27,12 @@ def register_extractors(register: Register) -> None:
             summary=summary,
             source=f"{_PAPER}; own definition, see docs/extractors_judges.md",
         )
+    register(
+        "code-tests",
+        "molora_acar.code_answers:extract_code",
+        summary="What a program returns on the task's inputs, run in a locked-down process",
+        source=f"{_PAPER}; own definition, see docs/extractors_judges.md",
+    )
 
 
 @hookimpl
