@@ -1,41 +1,145 @@
 """`molora trace`: look at a decision trace, and check it with nothing but a public key."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from molora_cli.output import note, print_columns
+
+if TYPE_CHECKING:
+    from molora_fed.tracing.records import Record
 
 __all__ = ["app"]
 
 app = typer.Typer(help="Look at decision traces and check them.", no_args_is_help=True)
 
 Trace = Annotated[Path, typer.Argument(help="Folder of a run, or the one file of a sealed run.")]
+LINE_WIDTH = 160
 MAX_KEY_BYTES = 4_096
 
 
 @app.command()
-def verify(
+def show(
     path: Trace,
+    kind: Annotated[str | None, typer.Option(help="Only records of this kind.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only records about this task.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 50,
+    whole: Annotated[bool, typer.Option("--whole", help="Whole bodies, not cut.")] = False,
+) -> None:
+    """Print records in the order of the run; nothing is checked."""
+    from molora_fed.tracing.reading import read_records
+
+    shown = 0
+    for record in read_records(path):
+        if kind not in (None, record.kind) or task not in (None, record.body.get("task")):
+            continue
+        if shown == limit:
+            note(f"more than {limit} records: show them with a higher --limit")
+            break
+        print(_format(record, whole=whole))
+        shown += 1
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A run's folder, a sealed run's file, or a proof.")],
     key: Annotated[Path, typer.Option(help="Public key that signed the run, PEM file.")],
     root: Annotated[
         str | None, typer.Option(help="Root kept elsewhere, hex: finds a run that was put back.")
     ] = None,
+    sealed: Annotated[bool, typer.Option("--sealed", help="An open run is wrong too.")] = False,
 ) -> None:
-    """Check every record of a run; exits 1 and says where, if anything is wrong."""
+    """Check every record; says where something is wrong, and exits 1 then."""
+    from molora_fed.tracing.proofs import read_proof
     from molora_fed.tracing.verifying import verify as check
 
-    report = check(path, _read_key(key), root)
-    for note in report.notes:
-        print(f"note  {note}")
+    public = _read_key(key)
+    proof = read_proof(path)
+    if proof is not None:
+        _verify_proof(proof, public, root)
+        return
+    report = check(path, public, root)
+    for each in report.notes:
+        print(f"note   {each}")
     for problem in report.problems:
         print(f"wrong  {problem}")
-    state = "sealed" if report.sealed else "open"
-    print(
-        f"run {report.run or '?'}  {state}  {report.records:,} records  covered {report.covered:,}"
-    )
-    print(f"root {report.root}")
-    if not report.ok:
+    print(f"run {report.run or '?'}: {report.records:,} records, {report.covered:,} signed for")
+    if report.sealed:
+        print(f"sealed, root {report.root}")
+    else:
+        print("open: a later state may be missing, and what no checkpoint signs may have changed")
+        for signed in report.checkpoints:
+            print(f"checkpoint after {signed.count:,} records of {signed.file}, root {signed.root}")
+    if not report.ok or (sealed and not report.sealed):
         raise typer.Exit(1)
+
+
+@app.command()
+def prove(
+    path: Trace,
+    record: Annotated[int, typer.Option(min=0, help="Number of the record, as `show` prints it.")],
+    out: Annotated[Path, typer.Option(help="File to write; give it to `molora trace verify`.")],
+) -> None:
+    """Write the proof that one record is in a sealed run; it shows no other record."""
+    from molora_fed.files import write_json
+    from molora_fed.tracing.proofs import build_proof
+
+    proof = build_proof(path, record)
+    write_json(out, proof)
+    print(f"{out}: record {record}, {len(proof['path'])} hashes to root {proof['seal']['root']}")
+
+
+@app.command()
+def stats(path: Trace) -> None:
+    """Count records by kind and writer; nothing is checked."""
+    from molora_fed.tracing.records import encode_json
+    from molora_fed.tracing.statistics import count_trace
+
+    counts = count_trace(path)
+    print(
+        f"run {encode_json(counts.runs)}: {counts.records:,} records in {counts.segments} segments"
+    )
+    print_columns(("kind", "records"), [(k, f"{n:,}") for k, n in counts.kinds.items()])
+    print()
+    print_columns(("writer", "records"), [(w, f"{n:,}") for w, n in counts.writers.items()])
+    for torn in counts.recovered:
+        print(f"torn  {encode_json(torn)}")
+
+
+@app.command()
+def replay(path: Trace) -> None:
+    """Make every decision again from its recorded samples; exits 1 if one comes out otherwise."""
+    from molora_fed.cascade.replay import replay_trace
+
+    report = replay_trace(path)
+    for difference in report.differences:
+        print(f"differs  {difference}")
+    print(f"{report.decisions:,} decisions, {len(report.differences):,} differences")
+    if report.differences:
+        raise typer.Exit(1)
+
+
+def _format(record: "Record", *, whole: bool) -> str:
+    from molora_fed.tracing.records import encode_json
+
+    text = f"{record.number}  {record.writer}  {record.kind}  {encode_json(record.body)}"
+    return text if whole or len(text) <= LINE_WIDTH else f"{text[: LINE_WIDTH - 3]}..."
+
+
+def _verify_proof(proof: dict[str, object], public: str, root: str | None) -> None:
+    from molora_fed.errors import TraceError
+    from molora_fed.tracing.proofs import check_proof
+    from molora_fed.tracing.records import encode_json
+
+    try:
+        proven = check_proof(proof, public, root)
+    except TraceError as error:
+        print(f"wrong  {error}")
+        raise typer.Exit(1) from error
+    print(encode_json(proven.body))
+    print(f"record {proven.number} of {proven.count:,} ({proven.kind}) of run {proven.run}")
+    print(f"sealed, root {proven.root}")
 
 
 def _read_key(path: Path) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from molora_fed.errors import TraceError
 from molora_fed.tracing.records import HEADER, SEAL, BadLineError, Record, parse_line
 from molora_fed.tracing.run_scan import FAULTS, read_run_lines
+from molora_fed.tracing.segments import is_writer_name
 
 __all__ = ["read_records"]
 
@@ -21,7 +22,7 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         TraceError: If there is no trace, or a line is no record; `verify` lists all of them.
     """
-    writer = ""
+    writer = "?"
     number = 0
     for file, at, line in read_run_lines(path):
         try:
@@ -38,6 +39,7 @@ def read_records(path: Path) -> Iterator[Record]:
         if kind == SEAL:
             continue
         if kind == HEADER:
-            writer = str(body.get("writer", ""))
+            name = body.get("writer")
+            writer = name if isinstance(name, str) and is_writer_name(name) else "?"
         yield Record(file, number, line.byte, writer, seq, kind, body)
         number += 1

@@ -113,14 +113,18 @@ def is_kind(value: object) -> bool:
     return isinstance(value, str) and _KIND.fullmatch(value) is not None
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, *, limit: int = MAX_LINE_BYTES) -> Any:
     """Read JSON from hostile bytes.
+
+    Args:
+        data: The bytes.
+        limit: How many there may be.
 
     Raises:
         BadLineError: If it is too long, nested too deep, not ASCII or not JSON.
     """
-    if len(data) > MAX_LINE_BYTES:
-        raise BadLineError(f"expected {MAX_LINE_BYTES} bytes at most, got more")
+    if len(data) > limit:
+        raise BadLineError(f"expected {limit} bytes at most, got more")
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _measure_depth(data) > MAX_DEPTH:
         raise BadLineError(f"expected at most {MAX_DEPTH} lists and objects in each other")
     try:

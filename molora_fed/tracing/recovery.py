@@ -70,14 +70,20 @@ def recover_segment(
     for line in read_lines(path):
         if good is not None:
             _refuse_edited(path, good, line.data)
-        elif line.fault or scan.check(line.data):
+        elif reason := line.fault or scan.check(line.data):
+            if not scan.covered:
+                raise TraceError(
+                    f"Cannot go on with trace '{path}': expected a header and a checkpoint signed "
+                    f"by this run's key, got another: {reason}. Give the run's key, or another "
+                    "folder."
+                )
             good = line.byte
         else:
             scan.add(line.data)
     if not scan.covered:
         raise TraceError(
-            f"Cannot go on with trace '{path}': expected a header and a checkpoint signed by this "
-            "run's key, got none. Look at it with `molora trace verify`; go on in another folder."
+            f"Cannot go on with trace '{path}': expected a header and a checkpoint, got an empty "
+            "file. Go on in another folder."
         )
     return scan, None if good is None else _set_aside(path, good)
 

@@ -25,6 +25,7 @@ from molora_fed.tracing.scanning import SegmentScan
 from molora_fed.tracing.segments import (
     SEAL_FILE,
     Line,
+    SegmentName,
     build_checkpoint,
     list_segments,
     read_lines,
@@ -90,6 +91,7 @@ class RunScan:
     def __post_init__(self) -> None:
         self.fingerprint = key_fingerprint(self.public_pem)
         self._heads: dict[str, tuple[int, str]] = {}  # Last segment of each writer, and its head.
+        self._last: SegmentName | None = None
         self._scan: SegmentScan | None = None
 
     @property
@@ -229,8 +231,8 @@ class RunScan:
                 f"expected segment {last + 1} of writer '{name.writer}', got {name.number}: "
                 "a segment is missing, moved or added"
             )
-        before = [other.header.segment for other in self.scans[:-1] if other.header]
-        if before and before[-1] > name:
+        before, self._last = self._last, name
+        if before is not None and before > name:
             return "expected segments in order of writer and number"
         return ""
 

@@ -31,7 +31,7 @@ class SegmentScan:
         kind: Kind of the last one; "" where it is no record.
         tree: Merkle tree over all so far.
         covered: Records up to and with the last good checkpoint.
-        roots: Root of each good checkpoint, hex.
+        roots: Root of each good checkpoint, hex, with the records it is over.
         sealing: Whether the last record is the checkpoint before a seal.
         is_whole: Whether every line that was checked was good.
     """
@@ -53,7 +53,7 @@ class SegmentScan:
         self.kind = ""
         self.tree = MerkleTree()
         self.covered = 0
-        self.roots: set[str] = set()
+        self.roots: dict[str, int] = {}
         self.sealing = False
         self.is_whole = True
 
@@ -131,6 +131,6 @@ class SegmentScan:
         if not check_signature(self._public, CHECKPOINT, statement, signature):
             return f"expected a checkpoint signed by key {self._fingerprint[:16]}, got no such"
         self.covered = self.count + 1
-        self.roots.add(root)
+        self.roots[root] = self.count
         self.sealing = sealing
         return ""

@@ -20,6 +20,7 @@ __all__ = [
     "SegmentName",
     "build_checkpoint",
     "checkpoint_statement",
+    "is_run_id",
     "is_writer_name",
     "list_segments",
     "parse_header",
@@ -32,6 +33,11 @@ MAX_SEGMENTS = 10_000
 
 _WRITER = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SEGMENT = re.compile(r"([a-z0-9][a-z0-9._-]{0,63})-([0-9]{4,9})\.jsonl")
+
+
+def is_run_id(run: str) -> bool:
+    """Whether a run may be called so: it is printed on terminals."""
+    return 0 < len(run) <= 200 and run.isascii() and run.isprintable()
 
 
 def is_writer_name(name: str) -> bool:
@@ -103,8 +109,8 @@ def parse_header(body: dict[str, Any]) -> Header | str:
     )
     if type(version) is not int or version != FORMAT_VERSION:
         return f"expected a trace of format {FORMAT_VERSION}, got {version!r:.20}"
-    if not isinstance(run, str) or len(run) > 200:
-        return "expected a short text as run"
+    if not isinstance(run, str) or not is_run_id(run):
+        return "expected at most 200 printable ASCII characters as run"
     if not isinstance(writer, str) or not is_writer_name(writer):
         return "expected a lower-case name as writer"
     if type(number) is not int or not 0 <= number < 10**9:

@@ -1,13 +1,31 @@
 """Verifying a trace with nothing but its files and the public key that signed it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from molora_fed.tracing.records import HEADER, SEAL, BadLineError, parse_line
-from molora_fed.tracing.run_scan import FAULTS, Problem, RunScan, read_run_lines
-from molora_fed.tracing.segments import SEAL_FILE, TORN_SUFFIX
+from molora_fed.tracing.run_scan import FAULTS, Problem, RunScan
+from molora_fed.tracing.segments import SEAL_FILE, TORN_SUFFIX, list_segments, read_lines
 
-__all__ = ["Problem", "Report", "verify"]
+__all__ = ["Problem", "Report", "SignedRoot", "verify"]
+
+AFTER_SEAL = "expected nothing after the seal"
+
+
+@dataclass(frozen=True)
+class SignedRoot:
+    """The last signed checkpoint of a segment.
+
+    Attributes:
+        file: The segment's file.
+        count: Records before the checkpoint.
+        root: Merkle root over them, hex.
+    """
+
+    file: str
+    count: int
+    root: str
 
 
 @dataclass(frozen=True)
@@ -18,7 +36,8 @@ class Report:
         ok: Whether nothing is wrong.
         sealed: Whether the run has a seal.
         run: The run's id; "" if unknown.
-        root: Merkle root over all records, hex; of an open run as far as it goes.
+        root: Merkle root over all records of a sealed run, hex; "" of an open one.
+        checkpoints: The last good checkpoint of each segment.
         records: Records read, seal left out.
         covered: Those that a signature vouches for.
         problems: What is wrong, the first 100.
@@ -29,6 +48,7 @@ class Report:
     sealed: bool
     run: str
     root: str
+    checkpoints: tuple[SignedRoot, ...]
     records: int
     covered: int
     problems: tuple[Problem, ...]
@@ -53,81 +73,117 @@ def verify(path: Path, public_key: str, root: str | None = None) -> Report:
             report.
     """
     scan = RunScan(public_key)
-    is_folder = path.is_dir()
-    notes: list[str] = []
-    before = sealed_at = ""
-    sealed = is_folder and (path / SEAL_FILE).exists()
-    place = (path.name, 0, 0)
-    for file, number, line in read_run_lines(path):
-        place = (file, number, line.byte)
-        if sealed_at:
-            scan.report(*place, "expected nothing after the seal")
-        elif line.fault == "torn" and file != SEAL_FILE and is_folder and not sealed:
-            notes.append(f"{file}: torn end of {len(line.data)} bytes at byte {line.byte}")
-        elif line.fault:
-            scan.report(*place, FAULTS[line.fault])
-        elif file == SEAL_FILE if is_folder else _has_kind(line.data, SEAL):
-            sealed, sealed_at = True, file
-            if reason := scan.check_seal(line.data):
-                scan.report(*place, reason)
-        else:
-            if file != before if is_folder else number == 0 or _has_kind(line.data, HEADER):
-                scan.begin_segment(line.data)
-            scan.add(file, number, line, expected_file=is_folder)
-        before = file
-    if is_folder:
-        notes += _look_around(path)
-    _check_end(scan, place, is_folder=is_folder, sealed=sealed, complete=bool(sealed_at))
+    if path.is_dir():
+        sealed, notes = _read_folder(scan, path)
+    else:
+        sealed, notes = _read_file(scan, path), []
+    if not scan.scans:
+        scan.report(path.name, 0, 0, "expected the records of a run, got none")
     if root is not None:
-        _check_root(scan, place, root.lower())
-    covered = scan.tree.size if sealed else sum(s.covered for s in scan.scans)
+        _check_root(scan, path.name, root.lower())
+    ok = not scan.problems
     return Report(
-        ok=not scan.problems,
+        ok=ok,
         sealed=sealed,
         run=scan.run,
-        root=scan.tree.root().hex(),
+        root=scan.tree.root().hex() if sealed else "",
+        checkpoints=tuple(_list_signed(scan)),
         records=scan.tree.size,
-        covered=covered if not scan.problems or not sealed else 0,
+        covered=scan.tree.size if sealed and ok else sum(each.covered for each in scan.scans),
         problems=tuple(scan.problems),
         notes=tuple(notes),
     )
 
 
-def _has_kind(line: bytes, kind: str) -> bool:
-    # The kind stands last but two in a canonical line; the hash and the number bound its place.
-    return f'"kind":"{kind}","prev":"'.encode() in line[-160:] and _parsed_kind(line) == kind
+def _read_folder(scan: RunScan, folder: Path) -> tuple[bool, list[str]]:
+    notes = []
+    sealed = (folder / SEAL_FILE).exists()
+    names = list_segments(folder)
+    last = {name.writer: name for name in names}
+    for name in names:
+        begun, path = len(scan.scans), folder / name.file
+        for number, line in enumerate(read_lines(path)):
+            may_be_torn = not sealed and name == last[name.writer] and len(scan.scans) > begun
+            if line.fault == "torn" and may_be_torn:
+                size = len(line.data)
+                notes.append(f"{name.file}: torn end of {size} bytes at byte {line.byte}")
+            elif line.fault:
+                scan.report(name.file, number, line.byte, FAULTS[line.fault])
+            else:
+                if len(scan.scans) == begun:
+                    scan.begin_segment(line.data)
+                scan.add(name.file, number, line, expected_file=True)
+        if len(scan.scans) == begun or not scan.scans[-1].covered:
+            scan.report(name.file, 0, 0, "expected a header and a signed checkpoint, got none")
+    if sealed:
+        _read_seal(scan, folder / SEAL_FILE)
+    elif any(each.sealing for each in scan.scans):
+        scan.report(SEAL_FILE, 0, 0, "expected the seal of a run whose sealing began, got none")
+    aside = sorted(entry.name for entry in folder.iterdir() if TORN_SUFFIX in entry.name)
+    return sealed, notes + [f"{name}: torn end that was set aside" for name in aside]
 
 
-def _parsed_kind(line: bytes) -> str:
+def _read_seal(scan: RunScan, path: Path) -> None:
+    number = -1
+    for number, line in enumerate(read_lines(path)):
+        reason = FAULTS[line.fault] if line.fault else ""
+        reason = reason or (AFTER_SEAL if number else scan.check_seal(line.data))
+        if reason:
+            scan.report(path.name, number, line.byte, reason)
+    if number < 0:
+        scan.report(path.name, 0, 0, "expected a seal, got an empty file")
+
+
+def _read_file(scan: RunScan, path: Path) -> bool:
+    sealed = False
+    number = byte = 0
+    for number, line in enumerate(read_lines(path)):
+        byte = line.byte
+        reason = ""
+        if sealed:
+            reason = AFTER_SEAL
+        elif line.fault:
+            reason = FAULTS[line.fault]
+        elif _is_kind(line.data, SEAL):
+            sealed = True
+            reason = scan.check_seal(line.data)
+        else:
+            if number == 0 or _is_kind(line.data, HEADER):
+                scan.begin_segment(line.data)
+            scan.add(path.name, number, line, expected_file=False)
+        if reason:
+            scan.report(path.name, number, byte, reason)
+    if not sealed and scan.scans:
+        reason = "expected a seal at the end of a run in one file, got none"
+        scan.report(path.name, number, byte, reason)
+    return sealed
+
+
+def _is_kind(line: bytes, kind: str) -> bool:
+    # Nearly every line is told by its bytes: the kind stands last but two, and hash and number
+    # bound its place. Only the rest is parsed twice.
+    if f'"kind":"{kind}","prev":"'.encode() not in line[-160:]:
+        return False
     try:
-        return parse_line(line)[1]
+        return parse_line(line)[1] == kind
     except BadLineError:
-        return ""
+        return False
 
 
-def _look_around(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return [f"{name}: torn end that was set aside" for name in names if TORN_SUFFIX in name]
+def _list_signed(scan: RunScan) -> Iterator[SignedRoot]:
+    for each in scan.scans:
+        if each.header is not None and each.roots:
+            root, count = list(each.roots.items())[-1]
+            yield SignedRoot(each.header.segment.file, count, root)
 
 
-def _check_end(
-    scan: RunScan, place: tuple[str, int, int], *, is_folder: bool, sealed: bool, complete: bool
-) -> None:
-    if not scan.scans:
-        scan.report(*place, "expected the records of a run, got none")
-    elif sealed and not complete:
-        scan.report(*place, "expected a whole seal, got none")
-    elif not sealed and not is_folder:
-        scan.report(*place, "expected a seal at the end of a run in one file, got none")
-    elif not sealed and any(each.sealing for each in scan.scans):
-        scan.report(*place, "expected the seal of a run whose sealing began, got none")
-
-
-def _check_root(scan: RunScan, place: tuple[str, int, int], root: str) -> None:
-    known = {root for each in scan.scans for root in each.roots}
-    if root != scan.tree.root().hex() and root not in known:
+def _check_root(scan: RunScan, file: str, root: str) -> None:
+    is_known = any(root in each.roots for each in scan.scans)
+    if not is_known and (scan.seal is None or root != scan.tree.root().hex()):
         scan.report(
-            *place,
+            file,
+            0,
+            0,
             f"expected a run that contains root {root[:16]}, got one without it: it was put back "
             "to an older state, or is another run",
         )

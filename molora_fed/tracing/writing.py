@@ -39,6 +39,7 @@ from molora_fed.tracing.segments import (
     Header,
     SegmentName,
     build_checkpoint,
+    is_run_id,
     is_writer_name,
     list_segments,
 )
@@ -109,10 +110,11 @@ class TraceWriter:
                 or its last segment was edited.
             StorageError: If the disk refuses.
         """
-        if not is_writer_name(writer) or not 0 < len(run_id) <= 200:
+        if not is_writer_name(writer) or not is_run_id(run_id):
             raise ConfigError(
                 f"Cannot write trace '{folder}': expected a writer named in lower case and a run "
-                f"id of 1 to 200 characters, got '{writer}' and '{run_id}'. Choose other names."
+                f"id of 1 to 200 printable ASCII characters, got {writer!r} and {run_id!r}. "
+                "Choose other names."
             )
         self._folder, self._key = folder, key
         self._sync = sync or SyncPolicy()

@@ -1,7 +1,5 @@
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from molora_fed.contributions.keys import build_public_pem
 from molora_fed.errors import TraceError
 from molora_fed.tracing.reading import read_records
 from molora_fed.tracing.sealing import export_run, seal_run
@@ -9,28 +7,10 @@ from molora_fed.tracing.verifying import verify
 from molora_fed.tracing.writing import SyncPolicy, TraceWriter
 
 
-@pytest.fixture(scope="module")
-def key():
-    return ec.generate_private_key(ec.SECP384R1())
-
-
-@pytest.fixture(scope="module")
-def public(key):
-    return build_public_pem(key)
-
-
-def write(folder, key, count=10, *, writer="main", run_id="run", **policy):
-    with TraceWriter(
-        folder, key=key, run_id=run_id, writer=writer, sync=SyncPolicy(**policy)
-    ) as trace:
-        for number in range(count):
-            trace.append("decision", {"task": f"{writer}-{number}", "value": number / 7})
-
-
-def test_a_sealed_run_verifies_as_folder_and_as_file(tmp_path, key, public):
-    write(tmp_path / "run", key, 20, checkpoint_records=4)
-    write(tmp_path / "run", key, 5, writer="other")
-    write(tmp_path / "run", key, 3)
+def test_a_sealed_run_verifies_as_folder_and_as_file(tmp_path, key, public, write):
+    write(tmp_path / "run", 20, checkpoint_records=4)
+    write(tmp_path / "run", 5, writer="other")
+    write(tmp_path / "run", 3)
     root = seal_run(tmp_path / "run", key=key)
     export_run(tmp_path / "run", tmp_path / "one.jsonl")
     for path in (tmp_path / "run", tmp_path / "one.jsonl"):
@@ -46,16 +26,16 @@ def test_a_sealed_run_verifies_as_folder_and_as_file(tmp_path, key, public):
     ]
 
 
-def test_a_sealed_run_takes_no_more(tmp_path, key):
-    write(tmp_path, key)
+def test_a_sealed_run_takes_no_more(tmp_path, key, write):
+    write(tmp_path)
     assert seal_run(tmp_path, key=key) == seal_run(tmp_path, key=key)
     with pytest.raises(TraceError, match="sealed"):
-        write(tmp_path, key)
+        write(tmp_path)
 
 
-def test_same_inputs_give_the_same_bytes(tmp_path, key):
+def test_same_inputs_give_the_same_bytes(tmp_path, key, write):
     for name, policy in (("a", {"mode": "always"}), ("b", {"records": 3})):
-        write(tmp_path / name, key, 30, checkpoint_records=7, **policy)
+        write(tmp_path / name, 30, checkpoint_records=7, **policy)
         seal_run(tmp_path / name, key=key)
         export_run(tmp_path / name, tmp_path / f"{name}.jsonl")
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
