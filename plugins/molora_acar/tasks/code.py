@@ -2,8 +2,8 @@
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any
 
+from molora_acar.code_answers import format_outcomes
 from molora_acar.tasks.problems import Problem
 
 __all__ = ["make_code"]
@@ -42,7 +42,7 @@ def make_code(generator: random.Random, level: int) -> Problem:
     return Problem(
         f"f(a,b) {words}:",
         code,
-        "1" * NUM_TESTS,
+        format_outcomes([test["result"] for test in tests]),
         {"before": "def f(a, b):\n    return ", "function": "f", "tests": tests},
     )
 
@@ -69,7 +69,6 @@ def _wrap(generator: random.Random, words: str, code: str) -> tuple[str, str]:
     return words, code
 
 
-def _build_test(generator: random.Random, code: str) -> dict[str, Any]:
-    values = [generator.randint(-20, 120), generator.randint(-20, 120)]
-    known = {"__builtins__": {}, "max": max, "min": min, "a": values[0], "b": values[1]}
-    return {"arguments": values, "result": eval(code, known)}  # an expression made above
+def _evaluate(code: str, a: int, b: int) -> int:
+    """Value of an expression that was made above."""
+    return int(eval(code, {"__builtins__": {}, "max": max, "min": min, "a": a, "b": b}))
