@@ -21,7 +21,8 @@ def tasks(
     ] = "test",
 ) -> None:
     """Write tasks with known answers; the same options write the same file."""
-    from molora_fed.cascade.families import draw_tasks, parse_levels, write_tasks
+    from molora_fed.cascade.families import draw_tasks, parse_levels
+    from molora_fed.cascade.task_files import save_tasks
     from molora_fed.plugins import get_plugins
 
     plugins = get_plugins()
@@ -34,5 +35,5 @@ def tasks(
         split=split,
         plugins=plugins,
     )
-    write_tasks(out, drawn)
+    save_tasks(drawn, out)
     show(f"wrote {len(drawn)} tasks to {out}")

@@ -1,13 +1,10 @@
 """Task families: generators of tasks with known answers, for suites that need no download."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 from molora_fed.cascade.contract import CascadeTask
 from molora_fed.errors import ConfigError
-from molora_fed.files import canonical_json, write_bytes
 from molora_fed.plugins import Plugins
 
 __all__ = [
@@ -16,7 +13,6 @@ __all__ = [
     "TaskSplit",
     "draw_tasks",
     "parse_levels",
-    "write_tasks",
 ]
 
 TaskSplit = Literal["train", "validation", "calibration", "test"]
@@ -99,12 +95,3 @@ def draw_tasks(
         for level in levels:
             drawn.extend(family(level, count, seed, split))
     return drawn
-
-
-def write_tasks(path: Path, tasks: Sequence[CascadeTask]) -> None:
-    """Write tasks as JSON lines, one object each with the fields of `CascadeTask`.
-
-    Raises:
-        StorageError: If the disk refuses.
-    """
-    write_bytes(path, b"".join(canonical_json(asdict(task)) + b"\n" for task in tasks))

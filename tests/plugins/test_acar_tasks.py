@@ -5,18 +5,25 @@ import math
 from itertools import pairwise
 
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from molora_acar.code_answers import format_outcomes
 from molora_acar.tasks import choices
 from molora_acar.tasks.families import FAMILIES
 from molora_acar.tasks.problems import Problem, compute_split, draw_problems
+from molora_cli.cascade_tasks import tasks as tasks_command
+from typer.testing import CliRunner
 
-from molora_fed.cascade.families import TASK_SPLITS, draw_tasks, parse_levels, write_tasks
+from molora_fed.cascade.families import TASK_SPLITS, draw_tasks, parse_levels
+from molora_fed.cascade.task_files import load_tasks
 from molora_fed.errors import ConfigError, UnknownNameError
 from molora_fed.plugins import load_plugins
 from molora_fed.types import Document
 
 PLUGINS = load_plugins()
+APP = typer.Typer()
+APP.command()(tasks_command)
 WORDS = {
     "cpp": "template typename constexpr",
     "python": "self return lambda",
@@ -91,8 +98,8 @@ def test_solved_problems_are_right(level, seed):
     for problem in draw("code"):
         scope = {}
         exec(problem.details["before"] + problem.solution, scope)
-        for test in problem.details["tests"]:
-            assert scope[problem.details["function"]](*test["arguments"]) == test["result"]
+        tests = [test["arguments"] for test in problem.details["tests"]]
+        assert problem.answer == format_outcomes([scope["f"](*test) for test in tests])
 
 
 def _read_logic(text):
@@ -168,9 +175,12 @@ def test_drawing_and_writing(tmp_path):
     assert [(task.family, task.level) for task in tasks[::3]] == [
         ("sorting", 2), ("sorting", 1), ("logic", 2), ("logic", 1),
     ]  # fmt: skip
-    write_tasks(tmp_path / "tasks.jsonl", tasks)
-    lines = (tmp_path / "tasks.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == [task.id for task in tasks]
+    file = tmp_path / "tasks.jsonl"
+    options = ["--families", "sorting,logic", "--levels", "2,1", "--count", "3", "--seed", "1"]
+    result = CliRunner().invoke(APP, ["--out", str(file), *options])
+    assert result.exit_code == 0, result.output
+    assert "wrote 12 tasks" in result.output
+    assert load_tasks(file) == tasks
     with pytest.raises(ConfigError, match="one of the splits"):
         draw_tasks(["sorting"], (1,), count=3, seed=1, split="tests", plugins=PLUGINS)
     with pytest.raises(UnknownNameError):

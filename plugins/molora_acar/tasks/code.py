@@ -38,12 +38,16 @@ def make_code(generator: random.Random, level: int) -> Problem:
     words = code = _draw_operand(generator)
     for _ in range(level):
         words, code = _wrap(generator, words, code)
-    tests = [_build_test(generator, code) for _ in range(NUM_TESTS)]
+    pairs = [[generator.randint(-20, 120) for _ in range(2)] for _ in range(NUM_TESTS)]
     return Problem(
         f"f(a,b) {words}:",
         code,
-        format_outcomes([test["result"] for test in tests]),
-        {"before": "def f(a, b):\n    return ", "function": "f", "tests": tests},
+        format_outcomes([_evaluate(code, *pair) for pair in pairs]),
+        {
+            "before": "def f(a, b):\n    return ",
+            "function": "f",
+            "tests": [{"arguments": pair} for pair in pairs],
+        },
     )
 
 
