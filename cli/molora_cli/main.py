@@ -16,6 +16,7 @@ import click
 import typer
 
 from molora_cli import (
+    cascade,
     contribute,
     coop,
     demo,
@@ -63,6 +64,7 @@ app.command("report")(report.report)
 app.add_typer(forecast.app, name="forecast")
 app.command("study")(study.study)
 app.add_typer(trace.app, name="trace")
+app.add_typer(cascade.app, name="cascade")
 app.add_typer(plugins.app, name="plugins")
 
 

@@ -15,7 +15,7 @@ from molora_fed.cascade.config import (
     ModelSource,
     SpecialistSource,
 )
-from molora_fed.cascade.contract import CascadeModel, EscalationPolicy, PolicyOptions
+from molora_fed.cascade.contract import CascadeModel, EscalationPolicy
 from molora_fed.cascade.environment import describe_run_environment, fingerprint_environment
 from molora_fed.cascade.escalation import Lineup
 from molora_fed.cascade.retrieval import Retrieval
@@ -25,7 +25,7 @@ from molora_fed.cascade.templates import PromptTemplate
 from molora_fed.errors import CascadeError
 from molora_fed.plugins import Plugins
 
-__all__ = ["build_cascade", "build_models", "build_policy", "list_files"]
+__all__ = ["build_cascade", "build_models", "build_policy", "place_files"]
 
 
 def build_models(config: CascadeConfig, root: Path, plugins: Plugins) -> dict[str, CascadeModel]:
@@ -166,10 +166,24 @@ def build_policy(name: str, options: Mapping[str, Any], plugins: Plugins) -> Esc
     return policy
 
 
-def list_files(options: PolicyOptions) -> dict[str, Path]:
-    """Options that are files, by name."""
-    values = {name: getattr(options, name) for name in type(options).model_fields}
-    return {name: value for name, value in values.items() if isinstance(value, Path)}
+def place_files(
+    name: str, options: Mapping[str, Any], root: Path, plugins: Plugins
+) -> dict[str, Any]:
+    """Options of a policy with its files looked for in a folder.
+
+    Args:
+        name: Registered name of the policy.
+        options: Its options.
+        root: Folder that paths are relative to.
+        plugins: Where it is registered.
+
+    Raises:
+        UnknownNameError: If nobody registers it.
+    """
+    fields = plugins.escalation_policies.resolve(name).Options.model_fields
+    kinds: tuple[Any, ...] = (Path, Path | None)
+    files = {key for key, info in fields.items() if info.annotation in kinds}
+    return {k: root / str(v) if k in files and v else v for k, v in options.items()}
 
 
 def build_cascade(
@@ -195,12 +209,7 @@ def build_cascade(
         MoloraError: Whatever loading a model refuses.
     """
     section = config.cascade
-    policy_class = plugins.escalation_policies.resolve(section.policy)
-    options = dict(section.policy_options)
-    for name, info in policy_class.Options.model_fields.items():
-        # A file of a policy lies beside the description, as models do.
-        if name in options and info.annotation in (Path, Path | None):
-            options[name] = root / str(options[name])
+    options = place_files(section.policy, section.policy_options, root, plugins)
     policy = build_policy(section.policy, options, plugins)
     judge = plugins.judges.resolve(section.judge)
     found = {name: plugins.extractors.resolve(name) for name in extractors}

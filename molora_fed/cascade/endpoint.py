@@ -255,7 +255,8 @@ def _parse_answer(data: bytes, source: EndpointSource) -> _Answer:
         limit = source.max_text_characters
         raise _FailedError(f"text of more than {limit} characters", is_final=True, **tokens)
     # Lone surrogates, which JSON can carry, are no text.
-    return _Answer(text.encode("utf-8", "replace").decode(), **tokens)
+    clean = text.encode("utf-8", "replace").decode()
+    return _Answer(clean, tokens["prompt_tokens"], tokens["new_tokens"])
 
 
 def _find_text(answer: Any, api: str) -> str | None:

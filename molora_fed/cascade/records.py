@@ -16,6 +16,7 @@ __all__ = [
     "Recorder",
     "build_record",
     "compare_records",
+    "drop_survey_times",
     "drop_times",
     "find_state",
     "parse_record",
@@ -244,6 +245,18 @@ def drop_times(body: Mapping[str, Any]) -> dict[str, Any]:
         "judge": {**body["judge"], "calls": calls},
         "cost": cost,
     }
+
+
+def drop_survey_times(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A "survey" record's body without wall times.
+
+    Args:
+        body: Of the record.
+    """
+    outcomes = {
+        name: {**one, "cost": _without([one["cost"]])[0]} for name, one in body["outcomes"].items()
+    }
+    return {**body, "samples": _without(body["samples"]), "outcomes": outcomes}
 
 
 def _without(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from pydantic import ValidationError
-
 from molora_fed.cascade.asking import playback_models
+from molora_fed.cascade.building import build_policy
 from molora_fed.cascade.contract import CascadeModel, EscalationPolicy, Judge, Sample
 from molora_fed.cascade.escalation import Lineup, decide
 from molora_fed.cascade.records import (
@@ -79,7 +79,7 @@ class Replayer:
             self._policy_name = str(run["policy"]["name"])
             self._judge_name = str(run["judge"]["name"])
             self._judge_options = dict(run["judge"]["options"])
-            self._policy = self._build_policy(run["policy"]["options"])
+            self._policy = self._build_policy(run["policy"])
             self._fingerprints = {n: str(m["fingerprint"]) for n, m in self._models.items()}
             self._scorers = [name for name, one in self._models.items() if one["scores"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -92,13 +92,15 @@ class Replayer:
         self._judge: Judge = self._plugins.judges.resolve(self._judge_name)
         self._asked_again = self._match_models(models or {})
 
-    def _build_policy(self, options: Any) -> EscalationPolicy:
-        policy_class = self._plugins.escalation_policies.resolve(self._policy_name)
-        try:
-            policy: EscalationPolicy = policy_class(policy_class.Options.model_validate(options))
-        except ValidationError as error:
-            raise ValueError(str(error)) from error
-        return policy
+    def _build_policy(self, recorded: Mapping[str, Any]) -> EscalationPolicy:
+        """The policy with its options; files among them are read from the record."""
+        options, files = dict(recorded["options"]), dict(recorded.get("files", {}))
+        with TemporaryDirectory(prefix="molora-replay-") as folder:
+            for number, (name, text) in enumerate(sorted(files.items())):
+                path = Path(folder) / str(number)
+                path.write_text(str(text), encoding="utf-8")
+                options[name] = path
+            return build_policy(self._policy_name, options, self._plugins)
 
     def _match_models(self, models: Mapping[str, CascadeModel]) -> dict[str, CascadeModel]:
         """The models that are those of the run; others are a difference."""

@@ -13,7 +13,6 @@ from molora_fed.cascade.contract import (
     Judge,
     Request,
     Sample,
-    Scorer,
 )
 from molora_fed.cascade.escalation import Lineup, Rules, assess_probe, decide, list_asked
 from molora_fed.cascade.records import (
@@ -27,7 +26,6 @@ from molora_fed.cascade.retrieval import Retrieval
 from molora_fed.cascade.seeds import compute_seed
 from molora_fed.cascade.templates import DEFAULT_TEMPLATE, PromptTemplate
 from molora_fed.errors import CascadeError
-from molora_fed.plugins import Plugins
 from molora_fed.types import Progress
 
 __all__ = [
@@ -38,7 +36,7 @@ __all__ = [
     "answer_task",
     "ask",
     "build_rules",
-    "describe_cascade",
+    "describe_totals",
     "run_cascade",
 ]
 
@@ -130,6 +128,44 @@ class Cascade:
             self.extractors[task.extractor], self.policy, self.judge, self.judge_options
         )
 
+    def build_requests(self, name: str, role: str, task_id: str, prompt: str) -> list[Request]:
+        """What a model is asked: N samples of the probe, one of a member.
+
+        Args:
+            name: Of the model.
+            role: "probe" or "member".
+            task_id: The task.
+            prompt: What the model reads.
+        """
+        settings, is_probe = self.settings, role == "probe"
+        return [
+            Request(
+                prompt=prompt,
+                seed=self.compute_seed(task_id, self.models[name].fingerprint, number),
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature if is_probe else settings.member_temperature,
+                stop=settings.stop,
+            )
+            for number in range(settings.samples if is_probe else 1)
+        ]
+
+    def compute_seed(self, task_id: str, fingerprint: str, number: int) -> int:
+        """The seed of a sample; see `molora_fed.cascade.seeds`.
+
+        Args:
+            task_id: The task.
+            fingerprint: Of the model.
+            number: Which sample of this model on this task.
+        """
+        return compute_seed(
+            task_id,
+            self.settings.template.hash,
+            fingerprint,
+            number,
+            environment=self.environment,
+            run_seed=self.settings.seed,
+        )
+
 
 def build_rules(
     extract: Extractor,
@@ -215,33 +251,11 @@ def _ask_as(
     cascade: Cascade, name: str, role: str, task: CascadeTask, prompt: str
 ) -> tuple[Asked, ...]:
     """Samples of one model on a task: N of the probe, one of a member."""
-    settings, model = cascade.settings, cascade.models[name]
-    is_probe = role == "probe"
-    requests = [
-        Request(
-            prompt=prompt,
-            seed=_seed(cascade, task.id, model.fingerprint, number),
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature if is_probe else settings.member_temperature,
-            stop=settings.stop,
-        )
-        for number in range(settings.samples if is_probe else 1)
-    ]
-    samples = ask(model, requests)
+    requests = cascade.build_requests(name, role, task.id, prompt)
+    samples = ask(cascade.models[name], requests)
     return tuple(
         Asked(name, role, number, request, sample)
         for number, (request, sample) in enumerate(zip(requests, samples, strict=True))
-    )
-
-
-def _seed(cascade: Cascade, task_id: str, fingerprint: str, number: int) -> int:
-    return compute_seed(
-        task_id,
-        cascade.settings.template.hash,
-        fingerprint,
-        number,
-        environment=cascade.environment,
-        run_seed=cascade.settings.seed,
     )
 
 
@@ -272,7 +286,7 @@ def answer_task(task: CascadeTask, cascade: Cascade) -> dict[str, Any]:
         members = list_asked(probing.mode, lineup)
     for name in members:
         asked += _ask_as(cascade, name, "member", task, prompt)
-    seed = _seed(cascade, task.id, f"judge {cascade.judge_name}", 0)
+    seed = cascade.compute_seed(task.id, f"judge {cascade.judge_name}", 0)
     recorded = RecordedDecision(task, prompt, asked, seed, ())
     decision = decide(
         task,
@@ -329,11 +343,16 @@ def run_cascade(
         recorder.append("decision", body if with_times else drop_times(body))
         so_far = add_to_totals(so_far, body)
         if progress is not None:
-            progress(number, len(waiting), **_describe_totals(so_far))
+            progress(number, len(waiting), **describe_totals(so_far))
     return so_far
 
 
-def _describe_totals(totals: RunTotals) -> dict[str, float | str]:
+def describe_totals(totals: RunTotals) -> dict[str, float | str]:
+    """What progress shows: cost and accuracy so far.
+
+    Args:
+        totals: So far.
+    """
     fields: dict[str, float | str] = {"operations": f"{totals.flops:.3g}"}
     if totals.known:
         fields["accuracy"] = f"{100 * totals.correct / totals.known:.1f} %"
@@ -342,53 +361,3 @@ def _describe_totals(totals: RunTotals) -> dict[str, float | str]:
     if totals.failed:
         fields["unanswered"] = str(totals.failed)
     return fields
-
-
-def describe_cascade(cascade: Cascade, plugins: Plugins) -> dict[str, Any]:
-    """What the "run" record says of a cascade: everything that decides its records.
-
-    Args:
-        cascade: The cascade.
-        plugins: Where its policy, judge and extractors are registered.
-    """
-    settings = cascade.settings
-    return {
-        "probe": cascade.lineup.probe,
-        "members": list(cascade.lineup.members),
-        "models": {
-            name: {
-                "fingerprint": model.fingerprint,
-                "is_local": model.is_local,
-                "scores": isinstance(model, Scorer),
-            }
-            for name, model in sorted(cascade.models.items())
-        },
-        "policy": {
-            "name": cascade.policy_name,
-            "options": cascade.policy.options.model_dump(mode="json"),
-            "origin": plugins.escalation_policies.entry(cascade.policy_name).origin,
-        },
-        "judge": {
-            "name": cascade.judge_name,
-            "options": dict(cascade.judge_options),
-            "origin": plugins.judges.entry(cascade.judge_name).origin,
-        },
-        "extractors": {
-            name: plugins.extractors.entry(name).origin for name in sorted(cascade.extractors)
-        },
-        "settings": {
-            "samples": settings.samples,
-            "temperature": settings.temperature,
-            "member_temperature": settings.member_temperature,
-            "max_new_tokens": settings.max_new_tokens,
-            "stop": list(settings.stop),
-            "seed": settings.seed,
-        },
-        "template": {
-            "text": settings.template.text,
-            "example": settings.template.example,
-            "sha256": settings.template.hash,
-        },
-        "retrieval": None if cascade.retrieval is None else cascade.retrieval.describe(),
-        "environment": cascade.environment,
-    }
