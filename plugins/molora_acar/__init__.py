@@ -44,6 +44,18 @@ def register_judges(register: Register) -> None:
         summary="The answer most candidates gave, the earliest of equals",
         source=f"{_PAPER}; own definition, see docs/extractors_judges.md",
     )
+    register(
+        "likelihood",
+        "molora_acar.judges:judge_by_likelihood",
+        summary="The answer that a model, such as the fused one, finds likeliest",
+        source="own definition, see docs/extractors_judges.md",
+    )
+    register(
+        "pairwise",
+        "molora_acar.judges:judge_by_pairs",
+        summary="The answer that wins most pairs, each judged by a model that gave neither",
+        source="own definition, see docs/extractors_judges.md",
+    )
 
 
 @hookimpl
