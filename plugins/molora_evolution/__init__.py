@@ -87,6 +87,7 @@ def register_studies(register: Register) -> None:
             "The lifecycle on perturbed bases",
         ),
         ("factorial", "factorial:FactorialStudy", "Router, scope and lifecycle, decomposed"),
+        ("guard", "guard:GuardStudy", "What the guard of a lifecycle keeps"),
         ("inheritance", "inheritance:InheritanceStudy", "Shares of the parent in a newborn"),
         ("sandbox", "sandbox:SandboxStudy", "Evolution against gradient on a synthetic teacher"),
     ):
