@@ -9,7 +9,7 @@ Source: arXiv 2605.11153, abstract; rules and options are our own definition.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -137,9 +137,13 @@ class InheritanceOptions(OperatorOptions):
     Attributes:
         alpha: Share of the parent's product in the newborn's; the rest is a fresh adapter's, whose
             product is 0. At 0 the newborn is a fresh adapter with fresh gates.
+        divide: Whether the parent gives that share away and keeps the rest, so that both together
+            do what it did alone; else the newborn's share is on top of it.
     """
 
     alpha: float = Field(default=0.5, ge=0, le=1)
+    # Left out where usual: evolutions from before there was a choice do not know of it.
+    divide: bool = Field(default=False, exclude_if=lambda divide: not divide)
 
 
 class Inheritance(LifecycleOperator):
@@ -159,7 +163,25 @@ class Inheritance(LifecycleOperator):
             shares = {name: (parent, alpha) for name, _ in _list_layers(state, [slot, parent])}
             gates = parent if alpha > 0 else None
             state = _bear(state, slot, "inheritance", [parent], shares, gates, seed)
+            if self.options.divide:
+                state = _shrink(state, parent, 1 - alpha)
         return state
+
+
+def _shrink(state: LifecycleState, slot: int, share: float) -> LifecycleState:
+    """The state with a slot's product times a share; it is still the same adapter."""
+    slots = list(state.population.slots)
+    updates: dict[str, LinearUpdate] = {}
+    for name, update in slots[slot].updates.items():
+        factors: Any = update
+        updates[name] = LinearUpdate(a=factors.a, b=factors.b * share, scale=factors.scale)
+    slots[slot] = replace(slots[slot], updates=updates)
+    event = f"'{slots[slot].birth.id}' keeps {share:g} of its update"
+    return replace(
+        state,
+        population=replace(state.population, slots=tuple(slots)),
+        events=(*state.events, event),
+    )
 
 
 class CrossoverOptions(OperatorOptions):

@@ -170,6 +170,30 @@ def test_at_alpha_0_a_child_is_a_fresh_adapter_with_fresh_gates(seed):
         assert torch.linalg.matrix_rank(update.a) == 4
 
 
+@settings(max_examples=20, deadline=None)
+@given(alpha=st.floats(0, 1), seed=st.integers(0, 2**32))
+def test_a_parent_that_divides_keeps_what_its_child_does_not_get(alpha, seed):
+    state = build_state(freed=(2,))
+    whole = inherit(alpha).apply(state, seed)
+    after = Inheritance(InheritanceOptions(alpha=alpha, divide=True)).apply(state, seed)
+    child = after.population.slots[2]
+    (name,) = child.birth.parents
+    (parent,) = (i for i, s in enumerate(state.population.slots) if s.birth.id == name)
+    assert after.population.slots[parent].birth == state.population.slots[parent].birth
+    assert after.parents == whole.parents
+    for module in state.population.slots[parent].updates:
+        kept = product_of(after.population, parent, module)
+        before = product_of(state.population, parent, module)
+        assert torch.allclose(kept, (1 - alpha) * before, atol=1e-6)
+        given_away = product_of(whole.population, 2, module)
+        assert torch.equal(product_of(after.population, 2, module), given_away)
+
+
+def test_options_that_are_not_chosen_leave_old_evolutions_as_they_were():
+    assert InheritanceOptions().model_dump(mode="json") == {"alpha": 0.5}
+    assert InheritanceOptions(divide=True).model_dump(mode="json")["divide"] is True
+
+
 def test_at_alpha_1_a_child_of_enough_rank_is_its_parent_on_the_product():
     after = inherit(1).apply(build_state(freed=(2,)), 0)
     for name in SHAPES:
