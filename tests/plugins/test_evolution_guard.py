@@ -9,8 +9,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from molora_evolution.studies.factorial import FactorialOptions, FactorialStudy
-from molora_evolution.studies.guard import GuardOptions, GuardStudy, measure_harm
+from molora_evolution.studies.guard import GuardOptions, GuardStudy
 from molora_evolution.studies.guard_actions import evolve_beside
+from molora_evolution.studies.guard_findings import measure_harm
 from molora_evolution.studies.planted import Restore, Ruin, wipe_slot
 from molora_evolution.studies.substrate_actions import evolve_population, open_replicate
 from study_tasks import DOMAINS, Run, running
@@ -229,7 +230,7 @@ def test_a_guard_that_decides_rightly_holds_what_is_claimed():
     harms = {"bare lifecycle": 0.02, GUARDED: 1e-9}
     summary = summarise(harms, ruin=0.02, help_=-0.01)
     assert [claim.verdict for claim in summary.claims] == ["differs", *["holds"] * 4]
-    planted = summary.findings["planted"]
+    planted = summary.findings["decisions"]
     assert planted["ruin"]["right"]["share"] == planted["restore"]["right"]["share"] == 1
     assert planted["ruin"]["right"]["low"] == pytest.approx(0.025 ** (1 / 50))  # none of 50
     assert summary.findings["decisions"][GUARDED]["kept"]["total"] == 50

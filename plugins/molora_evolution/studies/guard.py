@@ -2,26 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
-from scipy import stats
 
-from molora_evolution.statistics import (
-    MARGIN_NATS,
-    Effect,
-    adjust_by_holm,
-    judge,
-    measure_effect,
-)
+from molora_evolution.statistics import Effect, adjust_by_holm, measure_effect
 from molora_evolution.studies.effects import (
     EQUAL_BUDGET,
-    draw_effects,
     read_log_perplexity,
     tabulate_effects,
     to_json,
+)
+from molora_evolution.studies.guard_findings import (
+    BARE,
+    HELP,
+    WANTED,
+    claim_bare,
+    claim_guarded,
+    claim_planted,
+    describe_comparisons,
+    make_bounds_figure,
+    make_effects_figure,
+    measure_harm,
+    tabulate_decisions,
+    tabulate_seeds,
 )
 from molora_evolution.studies.substrate import (
     LIFECYCLE,
@@ -32,26 +36,13 @@ from molora_evolution.studies.substrate import (
     SubstrateOptions,
     plan_evolution,
 )
-from molora_fed.population.guard import DELTA_NATS, GuardMode, compare_branches
-from molora_fed.studies.contract import (
-    Cell,
-    Claim,
-    Figure,
-    Study,
-    StudyOptions,
-    Summary,
-    Table,
-    Task,
-    Verdict,
-)
+from molora_fed.population.guard import DELTA_NATS, GuardMode
+from molora_fed.studies.contract import Cell, Study, StudyOptions, Summary, Task
 
-__all__ = ["GuardOptions", "GuardStudy", "measure_harm"]
+__all__ = ["GuardOptions", "GuardStudy"]
 
 _ACTIONS = "molora_evolution.studies.guard_actions"
-_LEVEL = 0.95
-_NONE, _BARE, _PLANTED = "no lifecycle", "bare lifecycle", "planted operators"
-_PUBLISHED_LIFECYCLE = -0.028  # arXiv 2605.11153: nats of balanced log-perplexity, n = 3
-_WANTED = {"ruin": 0.95, "restore": 0.5}  # shares that are to be decided rightly
+_NONE, _PLANTED = "no lifecycle", "planted operators"
 
 
 class GuardOptions(SubstrateOptions):
@@ -92,29 +83,35 @@ class GuardStudy(Study):
     @classmethod
     def summarise(cls, options: GuardOptions, results: Mapping[str, Mapping[str, Any]]) -> Summary:
         """Effects over seeds, each seed by itself, what was kept, and the planted operators."""
-        names = [_BARE, *(_name_guarded(delta) for delta in options.deltas)]
+        names = [BARE, *(_name_guarded(delta) for delta in options.deltas)]
         effects = {name: _measure(options, results, name) for name in names}
         seeds = {name: _compare_seeds(options, results, name) for name in names}
-        decisions = {name: _count_kept(options, results, name) for name in names[1:]}
-        planted = {operator: _read_planted(options, results, operator) for operator in _WANTED}
+        asked = {name: _list_comparisons(options, results, name) for name in names[1:]}
+        planted = {operator: _list_planted(options, results, operator) for operator in WANTED}
+        decisions = {
+            name: describe_comparisons(found, helps=name == HELP)
+            for name, found in {**asked, **planted}.items()
+        }
         return Summary(
             findings={
                 "effects": to_json(effects),
                 "seeds": seeds,
                 "decisions": decisions,
-                "planted": planted,
             },
             claims=[
-                _claim_bare(effects[_BARE]),
-                *(_claim_guarded(name, effects[name], seeds[name]) for name in names[1:]),
-                *(_claim_planted(operator, found) for operator, found in planted.items()),
+                claim_bare(effects[BARE]),
+                *(claim_guarded(name, effects[name], seeds[name]) for name in names[1:]),
+                *(claim_planted(operator, decisions[operator]) for operator in WANTED),
             ],
             tables=[
                 tabulate_effects("Effect on balanced held-out log-perplexity", effects),
-                _tabulate_decisions(decisions, planted),
-                *(_tabulate_seeds(name, seeds[name]) for name in names),
+                tabulate_decisions(decisions),
+                *(tabulate_seeds(name, seeds[name]) for name in names),
             ],
-            figures=[_draw_effects(effects), _draw_bounds(options, results)],
+            figures=[
+                make_effects_figure(effects),
+                make_bounds_figure({names[1]: asked[names[1]], **planted}, options.deltas[0]),
+            ],
             notes=[EQUAL_BUDGET, *_NOTES],
         )
 
@@ -160,10 +157,10 @@ def _plan_seed(options: GuardOptions, seed: int) -> list[Cell]:
         )
 
     rounds = options.generations
-    bare = follow(plan(_BARE, LIFECYCLE, "off", DELTA_NATS), "evolve_beside", rounds, 0)
+    bare = follow(plan(BARE, LIFECYCLE, "off", DELTA_NATS), "evolve_beside", rounds, 0)
     cells = [
         Cell(_name(_NONE, seed), {"what": _NONE, "seed": seed}, kept),
-        Cell(_name(_BARE, seed), {"what": _BARE, "seed": seed}, bare),
+        Cell(_name(BARE, seed), {"what": BARE, "seed": seed}, bare),
     ]
     for delta in options.deltas:
         name = _name_guarded(delta)
@@ -202,30 +199,6 @@ def _measure(options: GuardOptions, results: Mapping[str, Mapping[str, Any]], na
     )
 
 
-def measure_harm(with_it: Mapping[str, Any], without: Mapping[str, Any]) -> dict[str, float]:
-    """Harm of a lifecycle at one seed, by document cluster.
-
-    Args:
-        with_it: `clusters` of the population with the lifecycle.
-        without: The same of the one without.
-
-    Returns:
-        `effect`, nats, above 0 where the lifecycle helps; its `error`; and `p`, one-sided, of no
-        harm.
-    """
-    found = compare_branches(
-        np.asarray(with_it["sums"], dtype=float),
-        np.asarray(without["sums"], dtype=float),
-        np.asarray(without["tokens"], dtype=float),
-        np.asarray(without["domain"], dtype=np.int64),
-    )
-    if found.error == 0:  # bit for bit the same population
-        p = float(found.difference <= 0)
-    else:
-        p = float(stats.t.sf(found.difference / found.error, found.degrees))
-    return {"effect": -found.difference, "error": found.error, "p": p}
-
-
 def _compare_seeds(
     options: GuardOptions, results: Mapping[str, Mapping[str, Any]], name: str
 ) -> list[dict[str, Any]]:
@@ -238,45 +211,10 @@ def _compare_seeds(
     return [{**row, "p_holm": adjusted[str(row["seed"])]} for row in rows]
 
 
-def _describe_share(count: int, total: int) -> dict[str, Any]:
-    """A share of decisions with its exact interval (Clopper and Pearson)."""
-    if total == 0:
-        return {"count": 0, "total": 0, "share": None, "low": 0.0, "high": 1.0}
-    interval = stats.binomtest(count, total).proportion_ci(_LEVEL, method="exact")
-    return {
-        "count": count,
-        "total": total,
-        "share": count / total,
-        "low": float(interval.low),
-        "high": float(interval.high),
-    }
-
-
-def _describe_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What became of some comparisons, kept or not."""
-    kept = _describe_share(sum(bool(one["kept"]) for one in comparisons), len(comparisons))
-    if not comparisons:
-        return {"kept": kept, "difference": None, "error": None, "idle": None}
-    idle = [
-        stats.t.cdf(one["delta"] / one["error"] - stats.t.ppf(one["level"], one["degrees"]),
-                    one["degrees"])
-        for one in comparisons
-        if one["error"] > 0
-    ]  # fmt: skip
-    return {
-        "kept": kept,
-        "difference": float(np.mean([one["difference"] for one in comparisons])),
-        "error": float(np.mean([one["error"] for one in comparisons])),
-        "idle": float(np.mean(idle)) if idle else 1.0,
-    }
-
-
-def _count_kept(
+def _list_comparisons(
     options: GuardOptions, results: Mapping[str, Mapping[str, Any]], name: str
-) -> dict[str, Any]:
-    return _describe_comparisons(
-        [one for seed in options.seeds for one in results[_name(name, seed)]["comparisons"]]
-    )
+) -> list[Mapping[str, Any]]:
+    return [one for seed in options.seeds for one in results[_name(name, seed)]["comparisons"]]
 
 
 def _list_planted(
@@ -288,166 +226,3 @@ def _list_planted(
         for one in results[_name(_PLANTED, seed)]["planted"]
         if one["operator"] == operator
     ]
-
-
-def _read_planted(
-    options: GuardOptions, results: Mapping[str, Mapping[str, Any]], operator: str
-) -> dict[str, Any]:
-    comparisons = _list_planted(options, results, operator)
-    found = _describe_comparisons(comparisons)
-    right = sum(one["kept"] == (operator == "restore") for one in comparisons)
-    return {**found, "right": _describe_share(right, len(comparisons))}
-
-
-def _show_share(found: Mapping[str, Any]) -> str:
-    if found["share"] is None:
-        return "none asked"
-    return (
-        f"{found['count']} of {found['total']}, {100 * found['share']:.0f} % "
-        f"[{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
-    )
-
-
-def _claim_bare(effect: Effect) -> Claim:
-    return Claim(
-        "The bare lifecycle harms",
-        "-0.028 nats, t = -4.46, p = 0.047, n = 3",
-        f"{effect.show()} nats, p = {effect.p:.2g}, n = {effect.count}; detectable "
-        f"{effect.detectable:.4f}",
-        judge(effect, _PUBLISHED_LIFECYCLE),
-        "holds if significant with the published size in the interval, differs if significant "
-        "with another size; does not hold if the other way or shown to lie within 0.005 nats",
-    )
-
-
-def _claim_guarded(name: str, effect: Effect, seeds: Sequence[Mapping[str, Any]]) -> Claim:
-    worse = [str(row["seed"]) for row in seeds if row["p_holm"] < 1 - _LEVEL]
-    verdict: Verdict = "not decided"
-    if worse or effect.high < -MARGIN_NATS:
-        verdict = "does not hold"
-    elif effect.low >= -MARGIN_NATS:
-        verdict = "holds"
-    return Claim(
-        f"It does not with a guard ({name})",
-        "none: the paper has no guard",
-        f"{effect.show()} nats, n = {effect.count}; seeds significantly worse (Holm): "
-        f"{', '.join(worse) or 'none'}",
-        verdict,
-        f"holds if the interval's lower end is at least -{MARGIN_NATS} nats and no seed is "
-        "significantly worse; does not hold if a seed is, or the whole interval is below",
-    )
-
-
-def _claim_planted(operator: str, found: Mapping[str, Any]) -> Claim:
-    right, wanted = found["right"], _WANTED[operator]
-    what = "refuses harm" if operator == "ruin" else "keeps help"
-    share = right["share"]
-    return Claim(
-        f"The guard {what} that is planted, at least {100 * wanted:.0f} % of the time",
-        "none: the paper has no guard",
-        f"{_show_share(right)}; mean difference {found['difference']:+.4f} nats",
-        "holds" if share is not None and share >= wanted else "does not hold",
-        "holds if the share of right decisions is at least that",
-    )
-
-
-def _tabulate_decisions(
-    decisions: Mapping[str, Mapping[str, Any]], planted: Mapping[str, Mapping[str, Any]]
-) -> Table:
-    def show(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    return Table(
-        "What the guard decided",
-        (
-            "lifecycle",
-            "kept [95 %]",
-            "mean difference, nats",
-            "mean standard error",
-            "kept were there no difference, %",
-        ),
-        [
-            (
-                name,
-                _show_share(found["kept"]),
-                show(found["difference"], "+.5f"),
-                show(found["error"], ".5f"),
-                show(None if found["idle"] is None else 100 * found["idle"], ".0f"),
-            )
-            for name, found in {
-                **decisions,
-                **{f"planted: {operator}": found for operator, found in planted.items()},
-            }.items()
-        ],
-    )
-
-
-def _tabulate_seeds(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    return Table(
-        f"Seeds by themselves: {name}",
-        ("seed", "effect, nats", "standard error", "p of harm", "p (Holm)", "newborns", "kept"),
-        [
-            (
-                str(row["seed"]),
-                f"{row['effect']:+.5f}",
-                f"{row['error']:.5f}",
-                f"{row['p']:.3g}",
-                f"{row['p_holm']:.3g}",
-                str(row["births"]),
-                str(row["kept"]),
-            )
-            for row in rows
-        ],
-    )
-
-
-def _draw_effects(effects: Mapping[str, Effect]) -> Figure:
-    return Figure(
-        "effects",
-        "Effect of the lifecycle on balanced held-out log-perplexity, bare and guarded; bars are "
-        "95 % intervals over seeds, the band is the margin.",
-        partial(
-            draw_effects,
-            effects={"against no lifecycle": effects},
-            published={_BARE: _PUBLISHED_LIFECYCLE},
-            margin=MARGIN_NATS,
-        ),
-    )
-
-
-def _draw_bounds(options: GuardOptions, results: Mapping[str, Mapping[str, Any]]) -> Figure:
-    name = _name_guarded(options.deltas[0])
-    families = {
-        "lifecycle": [
-            one for seed in options.seeds for one in results[_name(name, seed)]["comparisons"]
-        ],
-        **{f"planted: {operator}": _list_planted(options, results, operator)
-           for operator in _WANTED},
-    }  # fmt: skip
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for place, family in enumerate(families.values()):
-            heights = place + np.linspace(-0.3, 0.3, len(family))
-            differences = [one["difference"] for one in family]
-            reach = [one["bound"] - one["difference"] for one in family]
-            axes.errorbar(
-                differences,
-                heights,
-                xerr=[np.zeros(len(family)), reach],
-                fmt="o",
-                markersize=3,
-                linewidth=1,
-            )
-        axes.axvline(options.deltas[0], linestyle="--", linewidth=1)
-        axes.set_xscale("symlog", linthresh=0.002)
-        axes.set_yticks(range(len(families)), list(families))
-        axes.invert_yaxis()
-        axes.set_xlabel("loss of the lifecycle branch less its twin's, nats")
-
-    return Figure(
-        "bounds",
-        "Comparisons of the guard: difference on guard documents and, by the bar, its upper bound; "
-        f"kept where the bound is left of the dashed line at {options.deltas[0]:g} nats.",
-        draw,
-    )
