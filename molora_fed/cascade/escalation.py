@@ -223,7 +223,7 @@ def decide(
     single_agent: the answer most probe samples gave, the earliest of equals, stands. arena_lite:
     it stands unless both verifying members give one and the same other answer; where the probe has
     no answer, the first member's that has one. full_arena: all members answer and the judge
-    selects. Without a probe all members answer and the judge selects, and one member alone needs
+    selects; where no member has an answer, the probe's most frequent one stands. Without a probe all members answer and the judge selects, and one member alone needs
     no judge.
 
     Args:
@@ -256,6 +256,8 @@ def decide(
         choice = _choose_alone(probing, lineup, answers)
     elif mode == "arena_lite" and probing is not None:
         choice = _verify(probing, lineup, answers)
+    elif probing is not None and set(answers.values()) == {None}:
+        choice = replace(_choose_alone(probing, lineup, answers), reason="no member has an answer")
     else:
         texts = {name: member_samples[name].text for name in asked}
         choice = _judge(task, answers, texts, rules, models or {}, seed)

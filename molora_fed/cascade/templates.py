@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from molora_fed.errors import ConfigError
+from molora_fed.errors import CascadeError
 from molora_fed.files import canonical_json, hash_bytes
 
 __all__ = ["DEFAULT_TEMPLATE", "PromptTemplate"]
@@ -29,7 +29,7 @@ class PromptTemplate:
         """Refuse templates without their places.
 
         Raises:
-            ConfigError: If a place is missing or comes twice.
+            CascadeError: If a place is missing or comes twice.
         """
         counts = {
             "{prompt} once in the template": self.text.count(_PROMPT) == 1,
@@ -39,7 +39,7 @@ class PromptTemplate:
         }
         broken = [rule for rule, holds in counts.items() if not holds]
         if broken:
-            raise ConfigError(
+            raise CascadeError(
                 f"Cannot use prompt template '{self.text[:60]}': expected {', '.join(broken)}, "
                 "got something else. Correct [cascade] template or example."
             )
