@@ -39,6 +39,9 @@ _MODULES = (
 MODULES = tuple(_MODULES.split())
 """Modules an answer may import; what they would do outside the process stops it."""
 
+_ALWAYS = ("encodings.ascii", "encodings.latin_1")
+_IMPLIED = {"datetime": "_strptime", "socket": "encodings.idna"}  # imported on first use
+
 _START_SECONDS = 60.0
 _NOTICE_BYTES = 80
 _RECEIVE_NOTICE = 0xC0502100  # SECCOMP_IOCTL_NOTIF_RECV
@@ -138,7 +141,7 @@ def _run(source: str, function: str, tests: Sequence[Sequence[Any]], limits: Lim
             "source": source,
             "function": function,
             "tests": [list(one) for one in tests],
-            "modules": MODULES,
+            "modules": _list_modules(source),
             "limits": {"cpu_seconds": limits.cpu_seconds, "memory_bytes": limits.memory_bytes},
             "filter": build_filter(machine, result=_RESULT, control=theirs.fileno()),
             "seccomp": machine.calls["seccomp"],
@@ -153,6 +156,12 @@ def _run(source: str, function: str, tests: Sequence[Sequence[Any]], limits: Lim
     return _build_report(watch, len(tests), process.returncode)
 
 
+def _list_modules(source: str) -> list[str]:
+    """What to import before the process is locked: what the program names, nothing else."""
+    named = [name for name in MODULES if name in source]
+    return [*_ALWAYS, *named, *(_IMPLIED[name] for name in named if name in _IMPLIED)]
+
+
 @contextlib.contextmanager
 def _started(control: socket.socket, job: bytes) -> Iterator[subprocess.Popen[bytes]]:
     """The process with its job; it has ended when this ends."""
@@ -160,7 +169,7 @@ def _started(control: socket.socket, job: bytes) -> Iterator[subprocess.Popen[by
     # No isolated mode: it would take no hash seed, and sets would have another order every time.
     flags = ["-P", "-s", "-S", "-B", "-Wignore"]
     with subprocess.Popen(
-        [sys.executable, *flags, str(child), str(control.fileno())],
+        [sys.executable, *flags, str(child), str(control.fileno()), str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -66,11 +66,10 @@ def describe_value(value: Any, depth: int = MAX_DEPTH) -> str:
     return "set(" + ", ".join(sorted(items)) + ")"
 
 
-def _preload(source: str, modules: list[str]) -> None:
-    """Import what the answer names, while files can still be read; nothing later."""
+def _preload(modules: list[str]) -> None:
+    """Import what the answer may need, while files can still be read; nothing later."""
     for name in modules:
-        if name in source:
-            __import__(name)
+        __import__(name)
     if "random" in sys.modules:
         sys.modules["random"].seed(0)
 
@@ -185,8 +184,10 @@ def main() -> None:
 
     control = int(sys.argv[1])
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+    if os.getppid() != int(sys.argv[2]):
+        return  # it ended before it was told of
     job = marshal.loads(sys.stdin.buffer.read())  # from the process that started this one
-    _preload(job["source"], job["modules"])
+    _preload(job["modules"])
     write, leave = os.write, os._exit
     sys.stdin, sys.stdout, sys.stderr = None, _Sink(), _Sink()
     os.closerange(0, 1)
@@ -195,8 +196,10 @@ def main() -> None:
         _limit(job["limits"])
         _lock(job["filter"], job["seccomp"], control)
     except (OSError, ValueError) as error:
-        write(control, f"{error}".encode())
-        leave(1)
+        try:
+            write(control, f"{error}".encode())
+        finally:
+            leave(1)  # at once: what ends an interpreter is stopped by the filter already
     _end_imports()
     _answer(job, write, quote)
     leave(0)
