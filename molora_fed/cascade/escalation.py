@@ -223,8 +223,8 @@ def decide(
     single_agent: the answer most probe samples gave, the earliest of equals, stands. arena_lite:
     it stands unless both verifying members give one and the same other answer; where the probe has
     no answer, the first member's that has one. full_arena: all members answer and the judge
-    selects; where no member has an answer, the probe's most frequent one stands. Without a probe all members answer and the judge selects, and one member alone needs
-    no judge.
+    selects; where no member has an answer, the probe's most frequent one stands. Without a probe
+    all members answer and the judge selects, and one member alone needs no judge.
 
     Args:
         task: The task.

@@ -21,6 +21,7 @@ from molora_fed.population.files import fingerprint_population
 from molora_fed.population.router_files import pack_router
 from molora_fed.routing.decoding import PREFILL_TOKENS, Sampling, choose_tokens, make_generator
 from molora_fed.routing.fused import FusedModel
+from molora_fed.routing.top_k import TopKRouter
 
 __all__ = [
     "LocalModel",
@@ -237,7 +238,8 @@ def build_fused_model(name: str, fused: FusedModel) -> LocalModel:
     }
     experts = [[e.name, None if e.adapter is None else e.adapter.hash] for e in fused.experts]
     options = fused.router.options.model_dump(mode="json")
-    parts = (experts, fused.router_name, options, router, fused.mixture)
+    top_k = fused.router.top_k if isinstance(fused.router, TopKRouter) else None
+    parts = (experts, fused.router_name, options, router, top_k, fused.mixture)
     fingerprint = _fingerprint("fused", fused.base, *parts)
     return LocalModel(name, fingerprint, fused.base, FusedEngine(fused))
 

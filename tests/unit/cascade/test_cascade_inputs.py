@@ -150,7 +150,9 @@ def test_a_wrong_description_names_what_is_wrong(tmp_path, text, said):
 
 
 def test_retrieval_finds_the_similar_and_nothing_else():
-    known = [Example(str(n), text, f"a{n}") for n, text in enumerate(["12+3=", "sort: cab", "12+4="])]
+    known = [
+        Example(str(n), text, f"a{n}") for n, text in enumerate(["12+3=", "sort: cab", "12+4="])
+    ]
     retrieval = Retrieval(known, threshold=0.3, count=2)
     found = retrieval.find("12+5=")
     assert {one.id for one in found} == {"0", "2"}

@@ -1,0 +1,249 @@
+"""A real HTTP server on loopback that does everything wrong a server can."""
+
+import gzip
+import json
+import threading
+import time
+import tracemalloc
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from cascade_helpers import Kept, SaidModel, make_cascade, make_task
+
+from molora_fed.cascade.config import EndpointSource
+from molora_fed.cascade.contract import Request
+from molora_fed.cascade.endpoint import EndpointModel
+from molora_fed.cascade.running import run_cascade
+from molora_fed.errors import CascadeError
+
+GOOD = {
+    "choices": [{"message": {"content": "x"}, "text": "x"}],
+    "usage": {"prompt_tokens": 7, "completion_tokens": 3},
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers by the last part of the model's name."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        with server.lock:
+            server.seen.append((self.path, dict(self.headers), body))
+            count = sum(one[2]["model"] == body["model"] for one in server.seen)
+        with suppress(BrokenPipeError, ConnectionResetError):  # the client had enough
+            getattr(self, f"do_{body['model']}")(count)
+
+    def reply(self, data, status=200, **headers):
+        data = data if isinstance(data, bytes) else json.dumps(data).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_good(self, _):
+        self.reply(GOOD)
+
+    def do_silent(self, _):
+        self.server.stop.wait(20)
+
+    def do_broken(self, _):
+        self.reply(b"oops", 500)
+
+    def do_denied(self, _):
+        self.reply(b"no", 401)
+
+    def do_busy(self, count):
+        if count < 3:
+            self.reply(b"", 429, Retry_After="0")
+        else:
+            self.reply(GOOD)
+
+    def do_malformed(self, _):
+        self.reply(b'{"choices": [')
+
+    def do_strange(self, _):
+        self.reply({"choices": "none"})
+
+    def do_empty(self, _):
+        self.reply(b"")
+
+    def do_wordless(self, _):
+        self.reply({**GOOD, "choices": [{"message": {"content": "  "}}]})
+
+    def do_huge(self, _):
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(160):
+            self.wfile.write(b"x" * 65_536)  # 10 MB, no length given
+
+    def do_long(self, _):
+        self.reply({"choices": [{"message": {"content": "x" * 40_000}}]})
+
+    def do_packed(self, _):
+        self.reply(gzip.compress(b"x" * 10_000_000), Content_Encoding="gzip")
+
+    def do_dripping(self, _):
+        self.send_response(200)
+        self.end_headers()
+        while not self.server.stop.wait(0.05):
+            self.wfile.write(b" ")
+
+    def do_cut(self, _):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"{")
+        self.close_connection = True
+
+    def do_surrogate(self, _):
+        self.reply(b'{"choices": [{"message": {"content": "a\\ud800b"}}]}')
+
+    def do_elsewhere(self, _):
+        self.reply(b"", 302, Location="http://127.0.0.1:1/")
+
+    def do_lying(self, _):
+        usage = {"prompt_tokens": -5, "completion_tokens": 1e99}
+        self.reply({**GOOD, "usage": usage})
+
+
+@pytest.fixture(scope="module")
+def server():
+    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.seen, found.lock, found.stop = [], threading.Lock(), threading.Event()
+    found.daemon_threads = True
+    thread = threading.Thread(target=found.serve_forever, args=(0.05,))
+    thread.start()
+    yield found
+    found.stop.set()
+    found.shutdown()
+    thread.join()
+    found.server_close()
+
+
+def build(server, model, **more):
+    given = {
+        "kind": "endpoint",
+        "url": f"http://127.0.0.1:{server.server_port}/v1",
+        "model": model,
+        "timeout_seconds": 0.4,
+        "deadline_seconds": 0.8,
+        "retries": 1,
+        "backoff_seconds": 0.01,
+    }
+    return EndpointModel(model, EndpointSource(**{**given, **more}))
+
+
+FAULTS = {
+    "silent": ("nothing within 0.4 s", 2),
+    "broken": ("status 500", 2),
+    "denied": ("status 401", 1),
+    "malformed": ("malformed JSON", 2),
+    "strange": ("without a text", 2),
+    "empty": ("empty answer", 2),
+    "wordless": ("empty text", 2),
+    "huge": ("more than 1048576 bytes", 1),
+    "long": ("more than 32768 characters", 1),
+    "packed": ("compressed", 1),
+    "dripping": ("no whole answer within 0.8 s", 2),
+    "cut": ("connection failed", 2),
+    "elsewhere": ("status 302", 1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_a_failed_sample_in_time(server, fault):
+    started = time.monotonic()
+    (sample,) = build(server, fault).sample([Request("p", 1)])
+    said, attempts = FAULTS[fault]
+    assert said in sample.failure and "\n" not in sample.failure
+    assert (sample.text, sample.attempts) == ("", attempts)
+    assert time.monotonic() - started < 5
+
+
+def test_nobody_there_is_a_failed_sample(server):
+    model = build(server, "good", url="http://127.0.0.1:1/v1")
+    assert "connection failed" in model.sample([Request("p", 1)])[0].failure
+
+
+def test_a_huge_answer_is_never_held(server):
+    model = build(server, "huge")
+    model.sample([Request("p", 1)])
+    tracemalloc.start()
+    model.sample([Request("p", 1)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * 2**20
+
+
+def test_a_good_answer_with_its_price(server):
+    model = build(
+        server, "good", price_per_million_prompt=2.0, price_per_million_new=4.0, api="completions"
+    )
+    (sample,) = model.sample([Request("say x", 11, 5, 0.5, ("\n",))])
+    assert (sample.text, sample.prompt_tokens, sample.new_tokens) == ("x", 7, 3)
+    assert sample.price == pytest.approx((7 * 2 + 3 * 4) / 1e6)
+    path, _, body = server.seen[-1]
+    assert path == "/v1/completions"
+    assert body == {
+        "model": "good",
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "stream": False,
+        "seed": 11,
+        "stop": ["\n"],
+        "prompt": "say x",
+    }
+
+
+def test_tokens_of_failed_tries_cost_too(server):
+    (sample,) = build(server, "wordless", price_per_million_new=1.0).sample([Request("p", 1)])
+    assert sample.new_tokens == 6 and sample.price == pytest.approx(6e-6)
+
+
+def test_a_busy_endpoint_is_asked_again(server):
+    (sample,) = build(server, "busy", retries=3).sample([Request("p", 1)])
+    assert (sample.text, sample.attempts) == ("x", 3)
+
+
+def test_text_that_is_no_text_and_counts_that_are_none(server):
+    assert build(server, "surrogate").sample([Request("p", 1)])[0].text == "a?b"
+    (sample,) = build(server, "lying").sample([Request("p", 1)])
+    assert (sample.prompt_tokens, sample.new_tokens) == (0, 0)
+
+
+def test_the_key_is_sent_and_written_nowhere_else(server, monkeypatch):
+    with pytest.raises(CascadeError, match="MOLORA_TEST_KEY"):
+        build(server, "good", api_key_env="MOLORA_TEST_KEY")
+    monkeypatch.setenv("MOLORA_TEST_KEY", "sk-very-secret")
+    model = build(server, "good", api_key_env="MOLORA_TEST_KEY")
+    (sample,) = model.sample([Request("p", 1)])
+    assert server.seen[-1][1]["Authorization"] == "Bearer sk-very-secret"
+    assert "secret" not in repr(sample) + model.fingerprint
+
+
+def test_several_samples_are_asked_at_once(server):
+    started = time.monotonic()
+    found = build(server, "silent", retries=0).sample([Request("p", n) for n in range(4)])
+    assert all(one.failure for one in found) and time.monotonic() - started < 1.5
+
+
+def test_a_run_over_faults_goes_on_and_the_record_says_what_happened(server):
+    faults = ("broken", "malformed", "huge")
+    models = {
+        "probe": SaidModel("probe", "x", "y", "z"),
+        **dict(zip("abc", (build(server, one, retries=0) for one in faults), strict=True)),
+    }
+    kept = Kept()
+    totals = run_cascade([make_task(1), make_task(2)], make_cascade(models), kept)
+    assert totals.tasks == 2
+    for _, body in kept.records:
+        failures = [one["failure"] for one in body["samples"] if one["role"] == "member"]
+        assert failures == ["status 500", "malformed JSON", "answer of more than 1048576 bytes"]
+        assert (body["winner"], body["answer"], body["state"]) == ("probe", "x", "COMPLETED")
