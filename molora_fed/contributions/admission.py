@@ -111,6 +111,11 @@ class Candidate:
             name=self.contribution.manifest.contributor,
         )
 
+    @property
+    def has_admission_blocks(self) -> bool:
+        """Whether there is an admission sample; none is sent where texts are private."""
+        return any(split == Split.ADMISSION for split in self.contribution.manifest.sample_files)
+
     @cached_property
     def admission_blocks(self) -> Blocks:
         """The admission sample, read on first use.

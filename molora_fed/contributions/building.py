@@ -9,7 +9,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from pydantic import JsonValue, ValidationError
 
-from molora_fed.charter import Charter, SampleRules
+from molora_fed.charter import Amendment, Charter
 from molora_fed.contributions.keys import build_public_pem, sign
 from molora_fed.contributions.manifest import (
     ADAPTER_FILES,
@@ -44,6 +44,8 @@ __all__ = [
 
 MAX_HEADER_BYTES = 4_096
 """More than the header of a samples file ever takes."""
+MAX_FIGURES_BYTES = 1_000_000
+"""Largest figures of an answer; see `molora_fed.population.questions`."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,14 @@ class OutgoingRow:
     exact: bool
 
 
-def count_samples(rules: SampleRules) -> dict[Split, int]:
-    """How many blocks of each split the rules ask for; splits with none are left out."""
+def count_samples(amendment: Amendment) -> dict[Split, int]:
+    """How many blocks of each split an amendment asks to be sent; splits with none are left out.
+
+    Where a population evolves on private texts none are.
+    """
+    if amendment.is_private:
+        return {}
+    rules = amendment.samples
     counts = {
         Split.CALIBRATION: rules.calibration,
         Split.ADMISSION: rules.admission,
@@ -87,8 +95,8 @@ def describe_outgoing(source: Manifest | Charter) -> list[OutgoingRow]:
         source: A manifest, for exact figures; or a charter, for the most that its rules allow.
 
     Returns:
-        A row for each sample, then one for the adapter and one for the manifest. Nothing else
-        is sent.
+        A row for each sample, then one for the adapter and one for the manifest; where texts are
+        private, what an evolution asks for instead of samples. Nothing else is sent.
     """
     if isinstance(source, Manifest):
         rows = [
@@ -106,11 +114,19 @@ def describe_outgoing(source: Manifest | Charter) -> list[OutgoingRow]:
         OutgoingRow(
             f"{split} sample", count, count * size, compute_sample_bytes(count, size), exact=False
         )
-        for split, count in count_samples(source.amendment.samples).items()
+        for split, count in count_samples(source.amendment).items()
     ]
     adapter = source.identity.adapters.max_bytes + 2 * MAX_CONFIG_BYTES
     rows.append(OutgoingRow("adapter", 0, 0, adapter, exact=False))
     rows.append(OutgoingRow("manifest", 0, 0, MAX_MANIFEST_BYTES, exact=False))
+    if source.amendment.is_private:
+        amendment = source.amendment
+        contributions = amendment.expected or max(2, len(amendment.domains))
+        slots = amendment.population.slots or contributions
+        adapted = slots * source.identity.adapters.max_bytes
+        rows.append(OutgoingRow("adapted population, every round", 0, 0, adapted, exact=False))
+        figures = "sums over documents, every generation"
+        rows.append(OutgoingRow(figures, 0, 0, MAX_FIGURES_BYTES, exact=False))
     return rows
 
 
@@ -218,7 +234,7 @@ def choose_samples(
     size = charter.identity.corpus.block_size
     chosen = {}
     problems = []
-    for split, count in count_samples(charter.amendment.samples).items():
+    for split, count in count_samples(charter.amendment).items():
         blocks = samples.get(split)
         if blocks is None or len(blocks) == 0:
             problems.append(f"no {split} block")

@@ -117,6 +117,7 @@ def check_own_domain_loss(candidate: Candidate) -> Finding | None:
 
     By its own statement it must be better than the base on the contributor's validation blocks;
     on the admission sample, measured here, it may be worse by the charter's threshold at most.
+    Where texts are private there is no such sample.
     """
     manifest = candidate.contribution.manifest
     if not manifest.specialist_loss < manifest.base_loss:
@@ -125,6 +126,8 @@ def check_own_domain_loss(candidate: Candidate) -> Finding | None:
             f"{manifest.specialist_loss:.4f} nats",
             "Train longer or with another learning rate, or keep the base.",
         )
+    if not candidate.has_admission_blocks:
+        return None  # its text is private: fitness will tell
     rise = candidate.charter.amendment.admission.max_loss_rise
     losses = candidate.losses
     if not losses.specialist <= losses.base + rise:  # Written so that NaN is refused.

@@ -46,7 +46,7 @@ def check_shared_initialisation(candidate: Candidate) -> Finding | None:
     comparison of losses is our own.
     """
     stated = candidate.contribution.manifest.start_loss
-    if stated is None:
+    if stated is None or not candidate.has_admission_blocks:
         return None
     gap = candidate.charter.amendment.admission.max_start_gap
     measured = candidate.base_loss

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from molora_fed.charter import Charter, SampleRules
+from molora_fed.charter import Amendment, Charter
 from molora_fed.contributions.admission import Candidate, Decision, Refusal, admit
 from molora_fed.contributions.building import compute_sample_bytes, count_samples
 from molora_fed.contributions.ledger import Ledger, LedgerReader
@@ -106,7 +106,7 @@ def receive_contribution(
         entry = ledger.find_contribution(contribution.id)
         if entry is not None and entry.decision is not None:
             return _build_receipt(entry, known=True)
-        check_announced(manifest, charter, _find_rules(ledger, charter, manifest.amendment))
+        check_announced(manifest, charter, _find_amendment(ledger, charter, manifest.amendment))
         ledger.check_no_other_admitted(manifest.contributor, contribution.id)
         store.remove_leftovers()
         ledger.receive(manifest, contribution.signature, actor=actor)
@@ -193,18 +193,18 @@ def _write_signed(entry: LedgerEntry) -> dict[str, bytes]:
     }
 
 
-def check_announced(manifest: Manifest, charter: Charter, rules: SampleRules) -> None:
+def check_announced(manifest: Manifest, charter: Charter, amendment: Amendment) -> None:
     """Refuse a manifest that announces more than was agreed, before a file is read or sent.
 
     Args:
         manifest: What is announced.
         charter: The cooperative's charter.
-        rules: The samples asked for by the amendment the contributor saw.
+        amendment: The amendment the contributor saw, which asks for samples or does not.
 
     Raises:
         AdmissionError: Naming every size that is out of bounds.
     """
-    asked, size = count_samples(rules), charter.identity.corpus.block_size
+    asked, size = count_samples(amendment), charter.identity.corpus.block_size
     wrong = []
     for name, file in manifest.adapter_files.items():
         limit = charter.identity.adapters.max_bytes if name == WEIGHTS_FILE else MAX_CONFIG_BYTES
@@ -233,10 +233,10 @@ def check_announced(manifest: Manifest, charter: Charter, rules: SampleRules) ->
         raise AdmissionError(refusal.message)
 
 
-def _find_rules(ledger: LedgerReader, charter: Charter, number: int) -> SampleRules:
-    """The samples that amendment `number` asks for; those of now if there is no such one."""
+def _find_amendment(ledger: LedgerReader, charter: Charter, number: int) -> Amendment:
+    """Amendment `number`; that of now if there is no such one."""
     known = ledger.amendments()
-    return known[number].amendment.samples if number < len(known) else charter.amendment.samples
+    return known[number].amendment if number < len(known) else charter.amendment
 
 
 def _store_files(contribution: Contribution, store: BlobStore) -> None:

@@ -5,6 +5,7 @@ Imports neither torch nor flwr, and does no heavy work: a new process starts for
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from molora_fed.contributions.keys import build_public_pem, load_key, sign
@@ -16,6 +17,7 @@ from molora_fed.federation.records import (
     Envelope,
     Letter,
     Part,
+    Shipment,
     parse_part_names,
     parse_shipment,
     plan_parts,
@@ -66,10 +68,13 @@ def answer(
             parts += _collect(home, letter.body)
         elif letter.kind == "wait":
             _wait(home, letter.body, is_orphan)
-            parts += _collect_early(home, int(letter.body.get("parts_bytes", 0)))
+            parts += _collect_early(home, letter.body)
     offer = read_json(home.offer_file)
     if offer is not None:
         letters.append(Letter("manifest", {"files": offer["files"]}))
+    answered = _find_answer(home)
+    if answered is not None:
+        letters.append(Letter("answer", answered))
     letters.append(Letter("state", _build_state(home)))
     return Envelope(tuple(letters), tuple(parts))
 
@@ -87,6 +92,8 @@ def _store(home: ContributorHome, envelope: Envelope) -> None:
             write_json(home.acknowledgement_letter, dict(letter.body))
         elif letter.kind == "result":
             write_json(home.result_letter, dict(letter.body))
+        elif letter.kind == "question":
+            write_json(home.question_letter, dict(letter.body))
         elif letter.kind == "refusal":
             write_json(home.refusal_letter, dict(letter.body))
 
@@ -118,37 +125,67 @@ def _build_state(home: ContributorHome) -> dict[str, Any]:
         "tasks": sorted(home.tasks.known()),
         "acknowledged": str(acknowledgement.get("shipment", "")),
         "refused": home.refusal_letter.exists(),
+        "question": str((read_json(home.question_letter) or {}).get("id", "")),
         "received": received,
         "held": sorted(str(name) for name in home.parts.held()),
         "problem": home.board.read(),
     }
 
 
+def _find_answer(home: ContributorHome) -> dict[str, Any] | None:
+    """The answer to the last question that arrived, if the worker has made it."""
+    asked = read_json(home.question_letter)
+    answered = read_json(home.answer_file)
+    if asked is None or answered is None or answered.get("question") != asked.get("id"):
+        return None
+    return dict(answered)
+
+
+def _list_offered(home: ContributorHome) -> list[tuple[Path, Shipment]]:
+    """What may be fetched: contribution, and answer to the last question."""
+    offered = []
+    offer, answered = read_json(home.offer_file), _find_answer(home)
+    if offer is not None:
+        offered.append((home.contribution, parse_shipment(offer["files"])))
+    if answered is not None:
+        folder = home.answer_folder(answered["question"])
+        offered.append((folder, parse_shipment(answered["files"])))
+    return offered
+
+
 def _collect(home: ContributorHome, body: Any) -> list[Part]:
     """Read the parts that are asked for, as far as they are still offered."""
-    offer = read_json(home.offer_file)
     names = parse_part_names(body.get("names", []))
-    if offer is None:
-        return []
-    shipment = parse_shipment(offer["files"])
-    known = {entry.sha256 for entry in shipment.files}
-    wanted = [name for name in names if name.sha256 in known]
-    return read_parts(home.contribution, shipment, take_batch(wanted))
+    parts: list[Part] = []
+    for folder, shipment in _list_offered(home):
+        known = {entry.sha256 for entry in shipment.files}
+        wanted = [name for name in names if name.sha256 in known]
+        names = [name for name in names if name.sha256 not in known]
+        parts += read_parts(folder, shipment, take_batch(wanted))
+    return parts
 
 
-def _collect_early(home: ContributorHome, parts_bytes: int) -> list[Part]:
-    """The first parts of a fresh contribution, sent before they are asked for: saves a round."""
-    offer = read_json(home.offer_file)
-    if offer is None or parts_bytes <= 0:
+def _collect_early(home: ContributorHome, body: Any) -> list[Part]:
+    """The first parts of what was waited for, sent before they are asked for: saves a round."""
+    size = min(int(body.get("parts_bytes", 0)), MAX_BATCH_BYTES)
+    if size <= 0 or not _has_news(home, body):
         return []
-    size = min(parts_bytes, MAX_BATCH_BYTES)
-    shipment = parse_shipment(offer["files"])
+    folder, shipment = _list_offered(home)[-1 if body.get("question") else 0]
     batch = take_batch(plan_parts(shipment, part_bytes=size), max_bytes=size)
-    return read_parts(home.contribution, shipment, batch)
+    return read_parts(folder, shipment, batch)
+
+
+def _has_news(home: ContributorHome, body: Any) -> bool:
+    """Whether there is what a wait letter waits for: a contribution, or an answer."""
+    question = body.get("question")
+    if not question:
+        return home.offer_file.exists()
+    answered = _find_answer(home)
+    return answered is not None and answered["question"] == question
 
 
 def _wait(home: ContributorHome, body: Any, is_orphan: Callable[[], bool]) -> None:
-    """Wait until the worker offers a contribution, or time is up."""
+    """Wait until the worker has what is waited for, or time is up."""
     seconds = body.get("seconds", 0)
     if not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
         raise FederationError(
@@ -156,5 +193,5 @@ def _wait(home: ContributorHome, body: Any, is_orphan: Callable[[], bool]) -> No
             "Run the same molora-fed version on both sides."
         )
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not is_orphan() and not home.offer_file.exists():
+    while time.monotonic() < deadline and not is_orphan() and not _has_news(home, body):
         time.sleep(_LOOK_SECONDS)

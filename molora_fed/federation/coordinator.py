@@ -105,7 +105,10 @@ class CoordinatorWorker:
                 self._take(delivery)
         if self._is_time_to_fuse():
             with self._usage.stage("fusion"):
-                self._fuse()
+                if self._charter.amendment.is_private:
+                    self._evolve()
+                else:
+                    self._fuse()
 
     @property
     def _base(self) -> "Base":
@@ -226,8 +229,9 @@ class CoordinatorWorker:
         )
 
     def _is_time_to_fuse(self) -> bool:
-        if self._charter.amendment.fusion.mode != "router":
-            return False  # A population is evolved by `molora evolve`, out of what is admitted.
+        amendment = self._charter.amendment
+        if amendment.fusion.mode != "router" and not amendment.is_private:
+            return False  # Pooled texts: `molora evolve` does it, out of what is admitted.
         admitted = [entry.id for entry in self._ledger.contributions(ContributionState.ADMITTED)]
         if not admitted or self._published() == (self._charter.amendment.number, admitted):
             return False
@@ -277,8 +281,67 @@ class CoordinatorWorker:
             summary,
             part_bytes=self._message_bytes,
         )
-        end_fusion(self._ledger, actor=ACTOR)
+        end_fusion(self._ledger, actor=ACTOR, result=result.result)
         self._show(f"{len(admitted)} contributions fused")
+
+    def _evolve(self) -> None:
+        """Evolve a population with its contributors, on their texts, and publish it."""
+        from molora_fed.contributions.receive import load_admitted
+        from molora_fed.federation.asking import Correspondence
+        from molora_fed.federation.private_evolution import (
+            EVOLVED_FOLDER,
+            claim_folder,
+            evolve_privately,
+            find_boxes,
+        )
+        from molora_fed.reporting.population import write_population_report
+
+        phase = str(begin_fusion(self._ledger, actor=ACTOR))
+        admitted = load_admitted(self._ledger, self._cooperative.store)
+        ids, folder = [one.id for one in admitted], self._home.evolution
+        claim_folder(self._home, self._charter, ids)
+        what = ["evolving"]
+
+        def enter(name: str) -> None:
+            what[0] = name
+            self._state.enter(phase, name)
+
+        ask = Correspondence(
+            self._home,
+            find_boxes(self._home, admitted),
+            key=self._key,
+            charter=self._charter,
+            part_bytes=self._message_bytes,
+            plugins=self._plugins,
+            on_wait=lambda names: self._state.enter(phase, f"{what[0]}: {', '.join(names)}"),
+            on_problem=self._home.worker_board.post,
+        )
+        result = evolve_privately(
+            self._base,
+            self._charter,
+            admitted,
+            ask,
+            folder,
+            plugins=self._plugins,
+            on_phase=enter,
+            progress=self._state.progress,
+        )
+        enter("report")
+        report = write_population_report(folder)
+        summary = {
+            "amendment": self._charter.amendment.number,
+            "contributions": ids,
+            "gain_percent": result["gain_percent"],
+        }
+        publish_result(
+            self._home,
+            {EVOLVED_FOLDER: folder / EVOLVED_FOLDER, "report": report.parent},
+            summary,
+            part_bytes=self._message_bytes,
+        )
+        ask.close()
+        end_fusion(self._ledger, actor=ACTOR, result=result)
+        self._show(f"{len(admitted)} contributions evolved")
 
     def _load_control(self) -> Any:
         """A control trained on this machine's pooled data, if the coordinator put one there."""

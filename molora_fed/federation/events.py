@@ -14,7 +14,8 @@ class FederationEvent:
     Attributes:
         phase: Phase of the cooperative (RECRUITING, TRAINING, FUSING, PUBLISHED), or of the
             contributor's worker (JOINING, CORPUS, TRAINING, SUBMITTING, SUBMITTED, ADMITTED,
-            QUARANTINED, REJECTED, DONE) if `contributor` is given; STARTING before, STOPPED after.
+            EVOLVING, QUARANTINED, REJECTED, DONE) if `contributor` is given; STARTING before,
+            STOPPED after.
         contributor: Name of the contributor it is about; empty for the server.
         state: State of the contribution in the ledger (RECEIVED to WITHDRAWN), empty before.
         step: Steps done of the current work; None if it has no steps.

@@ -143,6 +143,7 @@ class CoordinatorHome(_Home):
         self.received = self.root / "received"
         self.report = self.root / "report"
         self.worker_board = Board(self.mail / "worker-board")
+        self.evolution = self.root / "evolution"
 
     def remove_leftovers(self) -> None:
         """Delete what a killed server left half-written; call it only while none runs here."""
@@ -172,6 +173,8 @@ class ContributorBox:
         self.offer_file = folder / "offer.json"
         self.refusal_file = folder / "refusal.json"
         self.delivered_file = folder / "delivered.json"
+        self.question_file = folder / "question.json"
+        self.answer_file = folder / "answer.json"
         self.parts = PartStore(folder / "parts")
 
     def acknowledgement_file(self, shipment_id: str) -> Path:
@@ -202,6 +205,9 @@ class ContributorHome(_Home):
         self.acknowledgement_letter = self.mail / "inbox" / "acknowledgement.json"
         self.refusal_letter = self.mail / "inbox" / "refusal.json"
         self.result_letter = self.mail / "inbox" / "result.json"
+        self.question_letter = self.mail / "inbox" / "question.json"
+        self.answer_file = self.mail / "outbox" / "answer.json"
+        self.private = self.root / "private"
         self.offer_file = self.mail / "outbox" / "offer.json"
         self.shipments = self.mail / "received"
         self.parts = PartStore(self.mail / "parts")
@@ -210,6 +216,14 @@ class ContributorHome(_Home):
     def remove_leftovers(self) -> None:
         """Delete what a killed contributor left half-written; call it only while none runs."""
         self._remove([*self.root.glob(_LEFTOVER), *self.mail.rglob(_LEFTOVER)])
+
+    def question_folder(self, question: str) -> Path:
+        """Folder of a question that has arrived, by its id."""
+        return self.private / "questions" / question[:16]
+
+    def answer_folder(self, question: str) -> Path:
+        """Folder of the answer to a question, by the question's id."""
+        return self.private / "answers" / question[:16]
 
     def training_folder(self, recipe: str) -> Path:
         """Folder of the training that a contribution of this recipe comes from."""

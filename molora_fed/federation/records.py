@@ -50,8 +50,10 @@ LetterKind = Literal[
     "fetch",  # server: send these parts of your contribution
     "acknowledgement",  # server: the ledger holds your contribution; its state and findings
     "result",  # server: the shipment of the fused model and report
+    "question",  # server: populations, and what to do with them on texts that stay where they are
     "state",  # contributor: where it stands; in every reply
     "manifest",  # contributor: the shipment of its contribution
+    "answer",  # contributor: the shipment of its answer to the last question
 ]
 
 _HASH = re.compile(r"[0-9a-f]{64}")

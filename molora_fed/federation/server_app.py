@@ -79,7 +79,8 @@ class _Node:
         message_id: Message under way, or empty.
         sent: When it was sent, monotonic seconds.
         num_bytes: Bytes of parts that it carries or asks for.
-        is_wait: Whether it asks for nothing but news.
+        awaits: What it asks news of: the id of a question, or "" for a contribution; None if it
+            asks for more.
         not_before: No message before this time, monotonic seconds; set after a failure.
     """
 
@@ -87,7 +88,7 @@ class _Node:
     message_id: str = ""
     sent: float = 0.0
     num_bytes: int = 0
-    is_wait: bool = False
+    awaits: str | None = None
     not_before: float = 0.0
 
 
@@ -160,7 +161,7 @@ class Postman:
             is_silent = not node.correspondent.fingerprint
             if is_silent or node.correspondent.state.get("problem"):
                 node.not_before = time.monotonic() + PAUSE_SECONDS
-            elif node.is_wait and not node.correspondent.state.get("offer"):
+            elif node.awaits is not None and not _has_news(node):
                 node.not_before = time.monotonic() + self._quiet_seconds
         except StorageError as error:
             self._home.board.post(str(error))
@@ -180,7 +181,8 @@ class Postman:
         if envelope is None:
             return
         fetch = envelope.find("fetch")
-        node.is_wait = envelope.find("wait") is not None
+        wait = envelope.find("wait")
+        node.awaits = None if wait is None else str(wait.get("question", ""))
         node.num_bytes = envelope.num_bytes + (self._message_bytes if fetch else 0)
         under_way = sum(n.num_bytes for n in self._nodes.values() if n.message_id)
         if under_way and under_way + node.num_bytes > MAX_BYTES_UNDER_WAY:
@@ -203,3 +205,9 @@ class Postman:
         pulse = {"pid": os.getpid(), "run_id": str(self._run_id), "nodes": len(self._nodes)}
         # A board, not a file written whole: a pulse must neither wear nor wait for the disk.
         self._home.pulse.post(json.dumps({**pulse, "time": now}))
+
+
+def _has_news(node: _Node) -> bool:
+    """Whether what was waited for has come."""
+    state = node.correspondent.state
+    return state.get("answered") == node.awaits if node.awaits else bool(state.get("offer"))

@@ -107,9 +107,10 @@ class ServerDialogue:
         parts = plan_parts(shipment, part_bytes=self._message_bytes)
         return [name for name in parts if name not in held]
 
-    def _wait_letter(self) -> Letter:
+    def _wait_letter(self, question: str = "") -> Letter:
+        """Asks for news: a contribution, or the answer to a question."""
         body = {"seconds": self._wait_seconds, "parts_bytes": self._message_bytes}
-        return Letter("wait", body)
+        return Letter("wait", {**body, "question": question} if question else body)
 
     def _about_contribution(
         self, box: ContributorBox, state: Mapping[str, Any], shipment: Shipment
@@ -125,6 +126,9 @@ class ServerDialogue:
         letters = []
         if state.get("acknowledged") != shipment.id:
             letters.append(Letter("acknowledgement", acknowledgement))
+        question = read_json(box.question_file)
+        if question is not None and acknowledgement["state"] == "ADMITTED":
+            return self._about_question(box, state, question, letters)
         result = read_json(self._home.outbox / "result.json")
         if result is None or not _is_part_of(result, acknowledgement):
             return Envelope(tuple(letters)) if letters else None
@@ -138,6 +142,39 @@ class ServerDialogue:
         batch = take_batch(names, max_bytes=self._message_bytes)
         parts = read_parts(self._home.outbox / "result" / result["id"], files, batch)
         return Envelope(tuple(letters), tuple(parts))
+
+    def _about_question(
+        self,
+        box: ContributorBox,
+        state: Mapping[str, Any],
+        question: Mapping[str, Any],
+        letters: list[Letter],
+    ) -> Envelope | None:
+        """Bring the question; wait for the answer; fetch what is missing of it."""
+        answered = self._find_answer(box, question)
+        if answered is not None:
+            missing = box.parts.missing(answered, part_bytes=self._message_bytes)
+            batch = take_batch(missing, max_bytes=self._message_bytes)
+            if batch:
+                letters.append(Letter("fetch", {"names": [str(name) for name in batch]}))
+            # Complete: the coordinator's worker is at it.
+            return Envelope(tuple(letters)) if letters else None
+        if state.get("question") != question["id"]:
+            letters.append(Letter("question", question))
+        files = parse_shipment(question["files"])
+        names = self._undelivered(files, state)
+        batch = take_batch(names, max_bytes=self._message_bytes)
+        if len(batch) == len(names):
+            letters.append(self._wait_letter(question["id"]))
+        folder = self._home.outbox / "questions" / files.id
+        return Envelope(tuple(letters), tuple(read_parts(folder, files, batch)))
+
+    def _find_answer(self, box: ContributorBox, question: Mapping[str, Any]) -> Shipment | None:
+        """The files of a contributor's answer to a question; None before it has one."""
+        answered = read_json(box.answer_file) or {}
+        if answered.get("question") != question["id"]:
+            return None
+        return parse_shipment(answered["files"])
 
     def accept(self, correspondent: Correspondent, reply: Envelope) -> None:
         """File an answer in the contributor's mailbox.
@@ -161,10 +198,17 @@ class ServerDialogue:
         manifest = reply.find("manifest")
         if manifest is not None:
             self._accept_manifest(box, manifest)
+        answered = reply.find("answer")
+        if answered is not None:
+            self._accept_answer(box, answered)
         self._accept_parts(box, reply)
         state = reply.find("state")
         if state is not None:
-            correspondent.state = {**_check_state(state), "offer": manifest is not None}
+            correspondent.state = {
+                **_check_state(state),
+                "offer": manifest is not None,
+                "answered": str((answered or {}).get("question", "")),
+            }
             shown = {**public_state(state), "problem": correspondent.state["problem"]}
             if read_json(box.state_file) != shown:
                 write_json(box.state_file, shown)
@@ -214,15 +258,33 @@ class ServerDialogue:
         if read_json(box.offer_file) != offer:
             write_json(box.offer_file, offer)
 
+    def _accept_answer(self, box: ContributorBox, answered: Mapping[str, Any]) -> None:
+        """Note which files answer the question that is open, within its limits."""
+        question = read_json(box.question_file)
+        if question is None or answered.get("question") != question["id"]:
+            return  # of a question that is settled
+        shipment = parse_shipment(answered.get("files"), max_bytes=question["answer_bytes"])
+        record = {
+            "question": question["id"],
+            "files": shipment.to_json(),
+            "signature": str(answered.get("signature", ""))[:1_000],
+        }
+        if read_json(box.answer_file) != record:
+            write_json(box.answer_file, record)
+
     def _accept_parts(self, box: ContributorBox, reply: Envelope) -> None:
-        """Keep the parts that belong to the offered contribution and are still needed."""
-        offer = read_json(box.offer_file)
-        if offer is None or not reply.parts:
+        """Keep the parts that belong to what is offered and are still needed."""
+        if not reply.parts:
             return
-        shipment = parse_shipment(offer["files"])
-        if read_json(box.acknowledgement_file(shipment.id)) is not None:
-            return
-        wanted = set(plan_parts(shipment, part_bytes=self._message_bytes))
+        wanted: set[PartName] = set()
+        offer, question = read_json(box.offer_file), read_json(box.question_file)
+        if offer is not None:
+            shipment = parse_shipment(offer["files"])
+            if read_json(box.acknowledgement_file(shipment.id)) is None:
+                wanted |= set(plan_parts(shipment, part_bytes=self._message_bytes))
+        answered = None if question is None else self._find_answer(box, question)
+        if answered is not None:
+            wanted |= set(plan_parts(answered, part_bytes=self._message_bytes))
         for part in reply.parts:
             if part.name in wanted:
                 box.parts.put(part)
@@ -238,7 +300,7 @@ def _is_part_of(result: Mapping[str, Any], acknowledgement: Mapping[str, Any]) -
 def _check_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a contributor's state that the dialogue reads, with their types checked."""
     checked: dict[str, Any] = {**public_state(dict(state)), "refused": bool(state.get("refused"))}
-    for name in ("charter", "acknowledged", "problem"):
+    for name in ("charter", "acknowledged", "question", "problem"):
         value = state.get(name, "")
         checked[name] = value[:4_096] if isinstance(value, str) else ""
     for name in ("tasks", "received", "held"):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from molora_fed.charter import Charter
 from molora_fed.contributions.keys import load_key, verify
 from molora_fed.errors import AdmissionError, FederationError
+from molora_fed.federation.answering import answer_question, find_question
 from molora_fed.federation.coordinator_mail import build_acknowledgement_bytes
 from molora_fed.federation.homes import ContributorHome, JoinSettings
 from molora_fed.federation.mailbox import hold_lock, read_json
@@ -37,6 +38,7 @@ from molora_fed.types import Document, Split
 if TYPE_CHECKING:
     from molora_fed.base import Base
     from molora_fed.corpus.prepare import Corpus
+    from molora_fed.population.private_member import PrivateMember
 
 __all__ = ["ContributorWorker", "main"]
 
@@ -70,6 +72,7 @@ class ContributorWorker:
         self._settings: JoinSettings = home.read_settings()
         self._state = StateFile(home.state_file)
         self._usage = UsageFile(home.usage_file)
+        self._member: PrivateMember | None = None
 
     def run(self) -> None:
         """Work until the result is there; raises what `steps` raises."""
@@ -100,7 +103,7 @@ class ContributorWorker:
         self._state.enter("SUBMITTED", "waiting for the coordinator's decision")
         yield from until(self._read_decision)
         self._state.enter("ADMITTED", "waiting for the fused model")
-        yield from until(self._receive_result)
+        yield from until(lambda: self._take_part(charter))
         self._link_base()
         self._state.enter("DONE", f"the fused model is in {home.result}")
 
@@ -161,6 +164,10 @@ class ContributorWorker:
         with self._usage.stage("corpus"):
             base = self._load_base(charter)
             corpus = self._prepare_corpus(charter, base)
+            if charter.amendment.is_private:
+                from molora_fed.population.private_member import carve_own
+
+                carve_own(corpus.blocks, charter)  # too little text is said before training
         with self._usage.stage("training"):
             trained = (
                 self._measure(charter, base, corpus)
@@ -270,7 +277,9 @@ class ContributorWorker:
         start = self._measure_start(charter, base, corpus) if is_known else None
         return _Trained(folder, adapter.kind, losses[0], losses[1], record, start)
 
-    def _measure_start(self, charter: Charter, base: "Base", corpus: "Corpus") -> float:
+    def _measure_start(self, charter: Charter, base: "Base", corpus: "Corpus") -> float | None:
+        if charter.amendment.is_private:
+            return None  # no sample goes along on which it could be compared
         from molora_fed.contributions.start import measure_start_loss
 
         domain = self._settings.domain
@@ -323,13 +332,55 @@ class ContributorWorker:
             "Ask the coordinator."
         )
 
+    def _take_part(self, charter: Charter) -> bool | None:
+        """Answer what is asked until the result is here: True then, None before."""
+        self._answer_question(charter)
+        return self._receive_result()
+
+    def _answer_question(self, charter: Charter) -> None:
+        """Answer the coordinator's question, if there is one, on texts that stay here."""
+        home = self._home
+        if not (charter.amendment.is_private and has_consent(home, charter)):
+            return
+        letter = find_question(home, charter)
+        if letter is None:
+            return
+        with self._usage.stage("evolution"):
+            self._state.enter("EVOLVING", "answering the coordinator")
+            answer_question(
+                home,
+                charter,
+                letter,
+                lambda: self._open_member(charter),
+                self._plugins,
+                self._state.progress,
+            )
+        self._state.enter("ADMITTED", "waiting for the next question, or the evolved model")
+
+    def _open_member(self, charter: Charter) -> "PrivateMember":
+        """This contributor's blocks, carved; opened at the first question."""
+        from molora_fed.population.private_member import PrivateMember
+
+        if self._member is None:
+            base = self._load_base(charter)
+            self._member = PrivateMember(
+                base,
+                self._prepare_corpus(charter, base).blocks,
+                charter,
+                self._home.private,
+                threads=self._settings.threads,
+                plugins=self._plugins,
+            )
+            self._state.enter("EVOLVING", "answering the coordinator")
+        return self._member
+
     def _receive_result(self) -> bool | None:
         home = self._home
         with self._usage.stage("result"):
             return receive_shipment(home, home.result_letter, "files", home.result) or None
 
     def _link_base(self) -> None:
-        """Let the fused model find its base at the path it recorded, `../base`."""
+        """Let a fused model find its base at the path it recorded, `../base`."""
         link = self._home.result / "base"
         if not link.exists():
             link.symlink_to(Path("..") / self._home.base.name)

@@ -129,7 +129,10 @@ def receive_shipment(home: ContributorHome, letter: Path, field: str, target: Pa
 
 def _build_consent(charter: Charter) -> dict[str, Any]:
     """What a contributor agrees to: these samples for this cooperative."""
-    samples = charter.amendment.samples.model_dump(mode="json")
+    amendment = charter.amendment
+    if amendment.is_private:  # figures and adapted slots instead of samples
+        return {"identity": charter.identity_hash, "samples": "private"}
+    samples = amendment.samples.model_dump(mode="json")
     return {"identity": charter.identity_hash, "samples": samples}
 
 

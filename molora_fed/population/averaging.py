@@ -25,8 +25,10 @@ __all__ = ["average_branches", "check_adapted", "choose_factor"]
 
 
 def choose_factor(turn: int) -> Factor:
-    """The factor that is trained in a round, from 0: B first, as a fresh slot's A has no gradient
-    while its B is zero."""
+    """The factor that is trained in a round, from 0.
+
+    B comes first: while a fresh slot's B is zero, its A has no gradient.
+    """
     return "b" if turn % 2 == 0 else "a"
 
 

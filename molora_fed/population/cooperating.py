@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from molora_fed.adapters.files import load_adapter
 from molora_fed.base import Base, check_base, load_base
@@ -37,8 +37,10 @@ from molora_fed.population.slots import make_population
 from molora_fed.types import Progress
 
 __all__ = [
+    "Entrant",
     "EvolutionResult",
     "build_config",
+    "build_result",
     "build_start",
     "carve_contributions",
     "evolve_contributions",
@@ -89,10 +91,17 @@ def evolve_cooperative(
         progress: Receives progress within a phase.
 
     Raises:
+        ConfigError: If its texts are private: then the server evolves.
         LedgerError: If another process, such as a server, works on the cooperative.
         MoloraError: Whatever `evolve_contributions` refuses.
     """
     plugins, out = plugins or get_plugins(), out or cooperative.folder / "evolution"
+    if cooperative.charter.amendment.is_private:
+        raise ConfigError(
+            f"Cannot evolve '{cooperative.folder}' here: expected texts that lie here, got a "
+            "charter under which they stay with contributors. Run `molora serve`: it evolves once "
+            "enough contributions are admitted, while their contributors are connected."
+        )
     with cooperative.open_ledger() as ledger:
         on_phase("base")
         base = load_base(cooperative.base_folder)
@@ -110,7 +119,7 @@ def evolve_cooperative(
             on_phase=on_phase,
             progress=progress,
         )
-        end_fusion(ledger, actor=ACTOR)
+        end_fusion(ledger, actor=ACTOR, result=result.result)
     return result
 
 
@@ -184,7 +193,7 @@ def evolve_contributions(
         progress=progress,
     )
     save_evolved(base, evolved.branch, rules.router, folder / EVOLVED_FOLDER)
-    result = _build_result(charter, ordered, evolved, evaluation)
+    result = build_result(charter, ordered, evolved, evaluation.domains, evaluation.to_json())
     write_json(folder / RESULT_FILE, result)
     return EvolutionResult(result, evolved, evaluation, folder / EVOLVED_FOLDER, folder)
 
@@ -204,17 +213,36 @@ def carve_contributions(charter: Charter, contributions: Sequence[Contributed]) 
             "contributors, or ask for calibration blocks."
         )
     rules = charter.amendment.population
-    draws = {"fresh": rules.generations, "spending": min(1, rules.generations), "off": 0}
     return carve_blocks(
         join_domains([one.calibration for one in contributions if one.calibration]),
-        draws=draws[rules.guard],
+        draws=rules.guard_samples,
         seed=charter.amendment.seed,
         shares=Shares(rules.adaptation_share, rules.fitness_share, rules.guard_share),
     )
 
 
+class Entrant(Protocol):
+    """What an evolution needs of a contribution: id, name, domain, and folder of the adapter."""
+
+    @property
+    def id(self) -> str:
+        """Contribution id."""
+
+    @property
+    def contributor(self) -> str:
+        """The contributor's name."""
+
+    @property
+    def domain(self) -> str:
+        """Domain it was trained on."""
+
+    @property
+    def adapter(self) -> Path:
+        """Folder with the adapter's files."""
+
+
 def build_start(
-    base: Base, charter: Charter, contributions: Sequence[Contributed], plugins: Plugins
+    base: Base, charter: Charter, contributions: Sequence[Entrant], plugins: Plugins
 ) -> Branch:
     """The first generation: contributions as slots, and a fresh router.
 
@@ -298,23 +326,31 @@ def _find_specialists(
     }
 
 
-def _build_result(
+def build_result(
     charter: Charter,
-    contributions: Sequence[Contributed],
+    contributions: Sequence[Entrant],
     evolved: Evolved,
-    evaluation: Evaluation,
+    domains: Sequence[str],
+    measured: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Content of `evolution.json`."""
+    """Content of `evolution.json`.
+
+    Args:
+        charter: The cooperative's charter.
+        contributions: In the order of the slots.
+        evolved: The evolution.
+        domains: Domain names.
+        measured: Held-out figures, JSON values.
+    """
     rules = charter.amendment.population
     compared = evolved.compared
-    measured: Mapping[str, Any] = evaluation.to_json()
     return {
         **measured,
         "cooperative": charter.identity.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": charter.amendment.seed,
         "router": rules.router,
-        "domains": list(evaluation.domains),
+        "domains": list(domains),
         "own_domain": {one.contributor: one.domain for one in contributions},
         "population": rules.model_dump(mode="json"),
         "generations": [asdict(one) for one in evolved.generations],

@@ -191,9 +191,10 @@ def build_stand_ins(domains: Sequence[Moments]) -> StandIns:
     others. Whatever depends on clusters through these sums alone comes out as on the real ones.
 
     Args:
-        domains: One of each domain, of equal columns.
+        domains: One of each domain, at least one, of equal columns.
     """
-    counts, columns = [], {name: [] for name in (domains[0].columns if domains else {})}
+    counts: list[NDArray[np.float64]] = []
+    columns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in domains[0].columns}
     for own in domains:
         size = own.clusters
         along = np.full(size, -1 / math.sqrt(size - 1))

@@ -33,19 +33,11 @@ from molora_fed.population.pooled import select_clusters
 from molora_fed.population.private import name_slot
 from molora_fed.population.questions import Answer, Question
 from molora_fed.population.router_files import pack_router, parse_router_options
-from molora_fed.population.rules import PopulationRules
 from molora_fed.population.slots import check_population
 from molora_fed.population.states import BaseStates, build_states, compute_mean_gates
 from molora_fed.types import Progress, Split
 
-__all__ = ["PrivateMember", "carve_own", "count_draws"]
-
-
-def count_draws(rules: PopulationRules) -> int:
-    """Guard samples that a whole evolution needs."""
-    return {"fresh": rules.generations, "spending": min(1, rules.generations), "off": 0}[
-        rules.guard
-    ]
+__all__ = ["PrivateMember", "carve_own"]
 
 
 def carve_own(blocks: Mapping[Split, Blocks], charter: Charter) -> Carved:
@@ -63,7 +55,7 @@ def carve_own(blocks: Mapping[Split, Blocks], charter: Charter) -> Carved:
     own = blocks[Split.CALIBRATION].take(amendment.samples.calibration)
     carved = carve_blocks(
         [own],
-        draws=count_draws(rules),
+        draws=rules.guard_samples,
         seed=amendment.seed,
         shares=Shares(rules.adaptation_share, rules.fitness_share, rules.guard_share),
     )
@@ -148,7 +140,8 @@ class PrivateMember:
             return self._say(self._compare(question, progress))
         if question.kind == "gates":
             return Answer("", self._measure_gates(question.branches[0]))
-        return self._say(self._measure_held_out(*question.branches, progress))
+        last, start = question.branches
+        return self._say(self._measure_held_out(last, start, progress))
 
     def _say(self, moments: Moments) -> Answer:
         return Answer("", moments.to_json())
@@ -218,9 +211,7 @@ class PrivateMember:
             )
         part = self._carved.guard[sample]
         states = self._open(f"guard-{sample}", part.blocks)
-        lifecycle, twin = (
-            self._sum(branch, states, progress) for branch in question.branches
-        )
+        lifecycle, twin = (self._sum(branch, states, progress) for branch in question.branches)
         chosen = part.counts()
         _, counts, _ = sum_clusters(part.blocks, [state.nll() for state in states])
         return measure_moments(counts[chosen], {"difference": (lifecycle - twin)[chosen]})
@@ -250,9 +241,7 @@ class PrivateMember:
         positions = sum(len(state) * (state.blocks.block_size - 1) for state in states)
         return {"positions": positions, "gates": [float(mean) for mean in means]}
 
-    def _measure_held_out(
-        self, last: Branch, start: Branch, progress: Progress | None
-    ) -> Moments:
+    def _measure_held_out(self, last: Branch, start: Branch, progress: Progress | None) -> Moments:
         """Losses of the base, of each slot of the start alone, of equal gates, and of the last.
 
         Beside each stands how much more it is than the last branch's.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from molora_fed.charter import AdapterRules
+from molora_fed.contributions.building import MAX_FIGURES_BYTES
 from molora_fed.errors import PopulationError
 from molora_fed.files import replace_folder, write_json
 from molora_fed.plugins import Plugins
@@ -37,7 +38,6 @@ QuestionKind = Literal[
     "held-out",  # the last branch and the start: losses on held-out blocks, once
 ]
 
-MAX_FIGURES_BYTES = 1_000_000
 _QUESTION_FILE = "question.json"
 _ANSWER_FILE = "answer.json"
 _MAX_BRANCHES = 2
@@ -112,7 +112,8 @@ def load_question(folder: Path, *, rules: AdapterRules, plugins: Plugins) -> Que
         AdapterError: If a population is malformed, or against the charter's rules.
     """
     content = _read(folder / _QUESTION_FILE)
-    kind, settings = content.get("kind"), content.get("settings")
+    kind: Any = content.get("kind")
+    settings = content.get("settings")
     if kind not in get_args(QuestionKind) or not isinstance(settings, dict):
         raise _malformed(folder, f"kind {str(kind)[:40]!r}")
     places = [folder / f"branch-{number}" for number in range(_MAX_BRANCHES)]
@@ -135,9 +136,7 @@ def save_answer(answer: Answer, router_name: str, folder: Path) -> None:
         write_json(target / _ANSWER_FILE, dict(answer.figures))
 
 
-def load_answer(
-    folder: Path, *, contributor: str, rules: AdapterRules, plugins: Plugins
-) -> Answer:
+def load_answer(folder: Path, *, contributor: str, rules: AdapterRules, plugins: Plugins) -> Answer:
     """Read an answer that came from outside.
 
     Raises:

@@ -81,3 +81,9 @@ class PopulationRules(BaseModel):
         default="pooled", exclude_if=lambda data: data == "pooled"
     )
     rounds: int = Field(default=2, ge=1, exclude_if=lambda rounds: rounds == 2)
+
+    @property
+    def guard_samples(self) -> int:
+        """Disjoint guard samples that a whole evolution needs."""
+        draws = {"fresh": self.generations, "spending": min(1, self.generations), "off": 0}
+        return draws[self.guard]

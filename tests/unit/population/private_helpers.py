@@ -54,12 +54,8 @@ def build_charter(base, rules=RULES):
 def build_texts(member, count=60):
     """Blocks of a member by split; a name of its own has texts of its own."""
     seed = sum(member.name.encode())
-    blocks = build_counting_blocks(
-        member.domain, count=count, seed=seed, split=Split.CALIBRATION
-    )
-    held_out = build_counting_blocks(
-        member.domain, count=12, seed=seed + 1, split=Split.HELD_OUT
-    )
+    blocks = build_counting_blocks(member.domain, count=count, seed=seed, split=Split.CALIBRATION)
+    held_out = build_counting_blocks(member.domain, count=12, seed=seed + 1, split=Split.HELD_OUT)
     return {Split.CALIBRATION: blocks, Split.HELD_OUT: held_out}
 
 
