@@ -51,14 +51,14 @@ class GuardOptions(SubstrateOptions):
     Attributes:
         vocabularies: The first one is used.
         guard: Which documents guard; "fresh" takes `guard_samples` of at least one a generation.
-        deltas: Largest upper bounds of the harm that are kept, nats; planted operators face the
-            first.
+        deltas: Largest upper bounds of a generation's harm that are kept, nats. Planted operators
+            face the first; with the second, the harm of five generations stays within the first.
     """
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
     vocabularies: tuple[int, ...] = Field(default=(2048,), min_length=1)
     guard: Literal["fresh", "spending"] = "spending"
-    deltas: tuple[float, ...] = Field(default=(DELTA_NATS, 0.0), min_length=1)
+    deltas: tuple[float, ...] = Field(default=(DELTA_NATS, DELTA_NATS / 5), min_length=1)
 
     @model_validator(mode="after")
     def _has_samples(self) -> Self:
