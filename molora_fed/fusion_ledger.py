@@ -1,18 +1,22 @@
-"""What a fusion leaves in the ledger: the cooperative's state, and forecasts before their outcome.
+"""What a fusion leaves in the ledger: the cooperative's state, what was decided, and forecasts.
 
 The federation's coordinator and `molora fuse` keep the same record.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from molora_fed.contributions.states import CooperativeState
+from molora_fed.files import canonical_json
 
 if TYPE_CHECKING:
     from molora_fed.contributions.ledger import Ledger
     from molora_fed.forecasting.records import ForecastRecord
 
 __all__ = ["ForecastKeeper", "begin_fusion", "end_fusion"]
+
+_DECIDED = ("seed", "router", "domains", "guard", "gain_percent", "fingerprints")
 
 _S = CooperativeState
 _FIRST_FUSION = (_S.RECRUITING, _S.TRAINING, _S.FUSING)
@@ -38,9 +42,35 @@ def begin_fusion(ledger: "Ledger", *, actor: str) -> CooperativeState:
     return ledger.cooperative_state
 
 
-def end_fusion(ledger: "Ledger", *, actor: str) -> None:
-    """Move a cooperative whose fused model is there to PUBLISHED."""
+def end_fusion(ledger: "Ledger", *, actor: str, result: Mapping[str, Any] | None = None) -> None:
+    """Move a cooperative whose fused model is there to PUBLISHED, and log what was decided.
+
+    Stopped in between and called again with the same result, it goes on.
+
+    Args:
+        ledger: Open for writing.
+        actor: Who does this, for the history.
+        result: Content of the fusion's `result.json`, or of `evolution.json`; of the latter each
+            generation's verdict is logged too. None logs the state alone.
+    """
+    if result is not None:
+        _log_decisions(ledger, result, actor)
     ledger.advance(_S.PUBLISHED, actor=actor)
+
+
+def _log_decisions(ledger: "Ledger", result: Mapping[str, Any], actor: str) -> None:
+    generations = result.get("generations", ())
+    decided = {name: result[name] for name in _DECIDED if name in result}
+    subject = str(result.get("fingerprints", {}).get("population", result.get("router", "")))
+    what = "evolution-decided" if generations else "fusion-decided"
+    lines = [("generation-decided", str(one["number"]), dict(one)) for one in generations]
+    events = ledger.events()
+    began = max((e.number for e in events if e.what == "cooperative-changed"), default=0)
+    known = {(e.what, e.subject, canonical_json(e.data)) for e in events if e.number > began}
+    for kind, about, data in (*lines, (what, subject, decided)):
+        plain = json.loads(json.dumps(data, allow_nan=False))  # Tuples become lists, as when read.
+        if (kind, about, canonical_json(plain)) not in known:
+            ledger.add_event(kind, actor=actor, subject=about, data=plain)
 
 
 class ForecastKeeper:

@@ -388,7 +388,7 @@ def fuse_contributions(
         on_phase("report")
         metrics = _collect_metrics(contributions, given)
         report = write_report(result.result, metrics, out / "report")
-        end_fusion(ledger, actor=ACTOR)
+        end_fusion(ledger, actor=ACTOR, result=result.result)
     return Fused(tuple(contributions), result, report)
 
 

@@ -120,6 +120,21 @@ def replay(path: Trace) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def record(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+) -> None:
+    """Record what a cooperative decided since the last time, into a trace that others can audit."""
+    from molora_fed.auditing import record_cooperative
+    from molora_fed.cooperative import open_cooperative
+
+    done = record_cooperative(open_cooperative(cooperative))
+    print(f"trace  {done.folder}: {done.added:,} new events, {done.total:,} in all")
+    print(f"root   {done.root}")
+    print(f"Keep the root elsewhere. Others check with `molora trace verify {done.folder} --key")
+    print(f"{done.key_file}`, and should have the key from you by another way.")
+
+
 def _format(record: "Record", *, whole: bool) -> str:
     from molora_fed.tracing.records import encode_json
 

@@ -5,7 +5,7 @@ from molora_fed.contributions.states import CooperativeState as State
 from molora_fed.errors import LedgerError
 from molora_fed.forecasting.records import ForecastRecord
 from molora_fed.founding import found_cooperative
-from molora_fed.fusion_ledger import ForecastKeeper, begin_fusion, end_fusion
+from molora_fed.fusion_ledger import ForecastKeeper, _log_decisions, begin_fusion, end_fusion
 from molora_fed.types import Forecast, LossMatrix
 
 
@@ -30,6 +30,28 @@ def test_first_fusion_passes_every_state_and_later_ones_grow(ledger, before):
     assert begin_fusion(ledger, actor="test") == State.GROWING
     end_fusion(ledger, actor="test")
     assert ledger.cooperative_state == State.PUBLISHED
+
+
+def test_what_was_decided_is_logged_once_and_generations_each(ledger):
+    result = {
+        "router": "gated",
+        "fingerprints": {"population": "ab", "contributions": {"a": "01"}},
+        "generations": [{"number": n, "kept": bool(n), "newborns": (1,)} for n in range(2)],
+        "seconds": {"whole": 1.0},
+    }
+    begin_fusion(ledger, actor="test")
+    end_fusion(ledger, actor="test", result=result)
+    begin_fusion(ledger, actor="test")
+    for _ in range(2):  # stopped before the state was changed, and called again
+        _log_decisions(ledger, result, "test")
+    end_fusion(ledger, actor="test", result=result)
+    decided = [(e.what, e.subject) for e in ledger.events() if e.what.endswith("-decided")]
+    one = [("generation-decided", "0"), ("generation-decided", "1"), ("evolution-decided", "ab")]
+    assert decided == one * 2
+    assert ledger.events()[-2].data == {
+        "router": "gated",
+        "fingerprints": result["fingerprints"],
+    }
 
 
 def test_forecasts_are_kept_before_and_scored_once(ledger):
