@@ -174,6 +174,16 @@ def test_ten_seeds_share_work_with_the_factorial_and_fit_into_ninety_minutes_of_
     assert left < 90 * 60
 
 
+def test_a_lifecycle_that_divides_shares_what_has_no_lifecycle():
+    whole, divided = (
+        {cell.name: cell.task.key for cell in GuardStudy.plan(GuardOptions(divide=divide))}
+        for divide in (False, True)
+    )
+    shared = {name for name in whole if whole[name] == divided[name]}
+    assert len(shared) == 20  # no lifecycle, and planted operators
+    assert not any("bare" in name or "guarded" in name for name in shared)
+
+
 def test_fresh_guards_need_a_sample_a_generation(tmp_path):
     config = tmp_path / "guard.toml"
     config.write_text('guard = "fresh"\n')

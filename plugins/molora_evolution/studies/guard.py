@@ -28,12 +28,12 @@ from molora_evolution.studies.guard_findings import (
     tabulate_seeds,
 )
 from molora_evolution.studies.substrate import (
-    LIFECYCLE,
     SECONDS_PER_BLOCK,
     SECONDS_PER_STEP,
     EvolutionSettings,
     Lifecycle,
     SubstrateOptions,
+    build_lifecycle,
     plan_evolution,
 )
 from molora_fed.population.guard import DELTA_NATS, GuardMode
@@ -53,12 +53,14 @@ class GuardOptions(SubstrateOptions):
         guard: Which documents guard; "fresh" takes `guard_samples` of at least one a generation.
         deltas: Largest upper bounds of a generation's harm that are kept, nats. Planted operators
             face the first; with the second, the harm of five generations stays within the first.
+        divide: Whether a parent keeps only what its newborn does not get.
     """
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
     vocabularies: tuple[int, ...] = Field(default=(2048,), min_length=1)
     guard: Literal["fresh", "spending"] = "spending"
     deltas: tuple[float, ...] = Field(default=(DELTA_NATS, DELTA_NATS / 5), min_length=1)
+    divide: bool = False
 
     @model_validator(mode="after")
     def _has_samples(self) -> Self:
@@ -112,7 +114,7 @@ class GuardStudy(Study):
                 make_effects_figure(effects),
                 make_bounds_figure({names[1]: asked[names[1]], **planted}, options.deltas[0]),
             ],
-            notes=[EQUAL_BUDGET, *_NOTES],
+            notes=[EQUAL_BUDGET, *_NOTES, *([_DIVIDED] if options.divide else [])],
         )
 
 
@@ -128,6 +130,9 @@ _NOTES = (
     "asked in every generation before. Those of one seed share documents and a history, which the "
     "exact binomial intervals do not know of.",
 )  # fmt: skip
+
+
+_DIVIDED = "A parent keeps only the half of its product that its newborn does not get."
 
 
 def _name_guarded(delta: float) -> str:
@@ -156,15 +161,15 @@ def _plan_seed(options: GuardOptions, seed: int) -> list[Cell]:
             seconds=_estimate(options, branches, passes),
         )
 
-    rounds = options.generations
-    bare = follow(plan(BARE, LIFECYCLE, "off", DELTA_NATS), "evolve_beside", rounds, 0)
+    rounds, lifecycle = options.generations, build_lifecycle(divide=options.divide)
+    bare = follow(plan(BARE, lifecycle, "off", DELTA_NATS), "evolve_beside", rounds, 0)
     cells = [
         Cell(_name(_NONE, seed), {"what": _NONE, "seed": seed}, kept),
         Cell(_name(BARE, seed), {"what": BARE, "seed": seed}, bare),
     ]
     for delta in options.deltas:
         name = _name_guarded(delta)
-        task = plan(name, LIFECYCLE, options.guard, delta)
+        task = plan(name, lifecycle, options.guard, delta)
         # Twins are known until a lifecycle is kept: on average, say, every second one.
         guarded = follow(task, "evolve_beside", 3 * rounds // 2, 2 * rounds)
         cells.append(Cell(_name(name, seed), {"what": name, "delta": delta, "seed": seed}, guarded))

@@ -39,7 +39,7 @@ Lifecycle = tuple[tuple[str, Mapping[str, Any]], ...]
 """Registered operators with their options, in order."""
 
 
-def build_lifecycle(alpha: float = 0.5) -> Lifecycle:
+def build_lifecycle(alpha: float = 0.5, *, divide: bool = False) -> Lifecycle:
     """The whole lifecycle: the least fit dies in every generation, and its slot is refilled.
 
     The threshold is above any fitness, so that all scopes and routers have equally many deaths
@@ -47,11 +47,12 @@ def build_lifecycle(alpha: float = 0.5) -> Lifecycle:
 
     Args:
         alpha: Share of the parent's product in the newborn's.
+        divide: Whether the parent keeps the rest only.
     """
     return (
         ("death", {"threshold": 100.0, "patience": 1, "min_age": 1, "at_most": 1}),
         ("slot-reallocation", {}),
-        ("inheritance", {"alpha": alpha}),
+        ("inheritance", {"alpha": alpha, "divide": True} if divide else {"alpha": alpha}),
         ("svd-mutation", {"values": 0.1, "vectors": 0.1}),
     )
 
