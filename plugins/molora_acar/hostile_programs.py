@@ -67,7 +67,9 @@ PROGRAMS: tuple[HostileProgram, ...] = (
         "fork by number", _define(_RAW + "return libc.fork()", "ctypes"), ("processes",)
     ),
     HostileProgram(
-        "shell command", _define("return os.system('touch /tmp/x')", "os"), ("processes",)
+        "shell command",
+        _define("return os.system('touch /tmp/molora-hostile')", "os"),
+        ("processes",),
     ),
     HostileProgram(
         "program", _define("return subprocess.run(['id'])", "subprocess"), ("processes",)
