@@ -1,5 +1,6 @@
 """Replaying a trace: every decision again from its recorded samples, or from the models."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -9,7 +10,7 @@ from typing import Any
 
 from molora_fed.cascade.asking import playback_models
 from molora_fed.cascade.building import build_policy
-from molora_fed.cascade.contract import CascadeModel, EscalationPolicy, Judge, Sample
+from molora_fed.cascade.contract import CascadeModel, EscalationPolicy, Judge, Request, Sample
 from molora_fed.cascade.escalation import Lineup, decide
 from molora_fed.cascade.records import (
     Asked,
@@ -20,12 +21,15 @@ from molora_fed.cascade.records import (
     parse_record,
 )
 from molora_fed.cascade.running import ask, build_rules
+from molora_fed.cascade.seeds import compute_seed
+from molora_fed.cascade.templates import PromptTemplate
 from molora_fed.errors import CascadeError, MoloraError
 from molora_fed.plugins import Plugins, get_plugins
 
 __all__ = ["ReplayReport", "Replayer", "replay_trace"]
 
 MAX_DIFFERENCES = 1_000
+_SETTINGS = ("samples", "temperature", "member_temperature", "max_new_tokens", "stop", "seed")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,13 @@ class Replayer:
             self._judge_options = dict(run["judge"]["options"])
             self._policy = self._build_policy(run["policy"])
             self._fingerprints = {n: str(m["fingerprint"]) for n, m in self._models.items()}
+            self._settings = dict(run["settings"])
+            self._template = PromptTemplate(run["template"]["text"], run["template"]["example"])
+            self._environment = str(run["environment"])
+            self._has_retrieval = run["retrieval"] is not None
+            missing = [k for k in _SETTINGS if k not in self._settings]
+            if missing or run["template"]["sha256"] != self._template.hash:
+                raise ValueError(f"without {', '.join(missing) or 'the hash of its template'}")
             self._scorers = [name for name, one in self._models.items() if one["scores"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, MoloraError):
@@ -141,6 +152,8 @@ class Replayer:
             differing = ["the whole record"]
         if differing:
             self._report(f"task '{name}': {', '.join(differing)} differ from the record")
+        elif not self._follows(recorded):
+            self._report(f"task '{name}': what was asked is not what this run asks")
         if self._asked_again:
             self._ask_again(recorded)
 
@@ -163,6 +176,42 @@ class Replayer:
             examples=body.get("examples", ()),
         )
         return drop_times(again)
+
+    def _follows(self, recorded: RecordedDecision) -> bool:
+        """Whether prompt, seeds and settings of all samples follow from the run record."""
+        task_id = recorded.task.id
+        rendered = self._template.render(recorded.task.prompt)
+        if not self._has_retrieval and recorded.prompt != rendered:
+            return False
+        numbers: Counter[tuple[str, str]] = Counter()
+        for one in recorded.asked:
+            number = numbers[one.model, one.role]
+            numbers[one.model, one.role] += 1
+            temperature = "temperature" if one.role == "probe" else "member_temperature"
+            expected = Request(
+                prompt=recorded.prompt,
+                seed=self._seed(task_id, self._fingerprints.get(one.model, ""), number),
+                max_new_tokens=self._settings["max_new_tokens"],
+                temperature=self._settings[temperature],
+                stop=tuple(self._settings["stop"]),
+            )
+            if (one.number, one.request) != (number, expected):
+                return False
+        samples = numbers[str(self._lineup.probe), "probe"]
+        judge_seed = self._seed(task_id, f"judge {self._judge_name}", 0)
+        return recorded.judge_seed == judge_seed and (
+            self._lineup.probe is None or samples == self._settings["samples"]
+        )
+
+    def _seed(self, task_id: str, fingerprint: str, number: int) -> int:
+        return compute_seed(
+            task_id,
+            self._template.hash,
+            fingerprint,
+            number,
+            environment=self._environment,
+            run_seed=self._settings["seed"],
+        )
 
     def _ask_again(self, recorded: RecordedDecision) -> None:
         """Ask probe and members again, as they were asked, and compare what they say."""
