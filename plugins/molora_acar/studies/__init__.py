@@ -1,0 +1,1 @@
+"""Studies of escalation by disagreement."""
