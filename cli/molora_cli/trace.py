@@ -108,14 +108,26 @@ def stats(path: Trace) -> None:
 
 
 @app.command()
-def replay(path: Trace) -> None:
+def replay(
+    path: Trace,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML of the cascade: its local models are asked again, too."),
+    ] = None,
+) -> None:
     """Make every decision again from its recorded samples; exits 1 if one comes out otherwise."""
+    from molora_fed.cascade.building import build_models
+    from molora_fed.cascade.config import load_config
     from molora_fed.cascade.replay import replay_trace
+    from molora_fed.plugins import get_plugins
 
-    report = replay_trace(path)
+    plugins = get_plugins()
+    models = build_models(load_config(config), config.parent, plugins) if config else None
+    report = replay_trace(path, models=models, plugins=plugins)
     for difference in report.differences:
         print(f"differs  {difference}")
-    print(f"{report.decisions:,} decisions, {len(report.differences):,} differences")
+    asked = f", {report.resampled:,} samples asked again" if config else ""
+    print(f"{report.decisions:,} decisions{asked}, {len(report.differences):,} differences")
     if report.differences:
         raise typer.Exit(1)
 

@@ -99,6 +99,11 @@ class RunScan:
         """The run's id as its first header has it; "" if there is none."""
         return next((scan.header.run for scan in self.scans if scan.header), "")
 
+    def last_segments(self) -> list[SegmentScan]:
+        """The last segment of each writer."""
+        last = {each.header.segment.writer: each for each in self.scans if each.header}
+        return list(last.values())
+
     def begin_segment(self, line: bytes) -> None:
         """Let the next line begin a segment.
 

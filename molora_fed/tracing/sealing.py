@@ -8,11 +8,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from molora_fed.contributions.keys import build_public_pem, key_fingerprint
 from molora_fed.errors import TraceError
 from molora_fed.files import storage_errors, write_bytes, write_pieces
+from molora_fed.tracing.locks import lock_run
 from molora_fed.tracing.recovery import recover_segment
 from molora_fed.tracing.run_scan import RunScan, read_run_lines
 from molora_fed.tracing.segments import SEAL_FILE, list_segments
 from molora_fed.tracing.verifying import verify
-from molora_fed.tracing.writing import lock_run
 
 __all__ = ["export_run", "seal_run"]
 

@@ -117,7 +117,7 @@ def _read_folder(scan: RunScan, folder: Path) -> tuple[bool, list[str]]:
             scan.report(name.file, 0, 0, "expected a header and a signed checkpoint, got none")
     if sealed:
         _read_seal(scan, folder / SEAL_FILE)
-    elif any(each.sealing for each in scan.scans):
+    elif any(each.sealing for each in scan.last_segments()):
         scan.report(SEAL_FILE, 0, 0, "expected the seal of a run whose sealing began, got none")
     aside = sorted(entry.name for entry in folder.iterdir() if TORN_SUFFIX in entry.name)
     return sealed, notes + [f"{name}: torn end that was set aside" for name in aside]

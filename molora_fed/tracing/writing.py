@@ -3,14 +3,12 @@
 A record is acknowledged once it is on disk; until then a killed process may lose it.
 """
 
-import fcntl
 import os
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from molora_fed.contributions.keys import build_public_pem, key_fingerprint
 from molora_fed.errors import ConfigError, TraceError, describe_mismatch
 from molora_fed.files import storage_errors, write_bytes
+from molora_fed.tracing.locks import lock_run, lock_writer
 from molora_fed.tracing.merkle import MerkleTree
 from molora_fed.tracing.records import (
     CHECKPOINT,
@@ -44,7 +43,7 @@ from molora_fed.tracing.segments import (
     list_segments,
 )
 
-__all__ = ["SyncPolicy", "TraceWriter", "lock_run"]
+__all__ = ["SyncPolicy", "TraceWriter"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class SyncPolicy:
     """
 
     mode: Literal["always", "bounded"] = "bounded"
-    records: int = 256
+    records: int = 1_000
     seconds: float = 0.2
     checkpoint_records: int = 1_000
     checkpoint_seconds: float | None = None
@@ -121,7 +120,7 @@ class TraceWriter:
         self._mutex = threading.RLock()
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self._locks = [lock_run(folder, shared=True), _lock_writer(folder, writer)]
+        self._locks = [lock_run(folder, shared=True), lock_writer(folder, writer)]
         try:
             self._begin(run_id, writer)
         except BaseException:
@@ -325,37 +324,6 @@ class TraceWriter:
             lock.close()
 
 
-def lock_run(folder: Path, *, shared: bool) -> FileIO:
-    """Take part in writing a run, or take it for oneself, until the result is closed.
-
-    Raises:
-        TraceError: If that cannot be, because of who has it.
-        StorageError: If the disk refuses.
-    """
-    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    who = "is being sealed" if shared else "still has open writers"
-    return _lock(folder / ".run.lock", operation, f"'{folder}'", who)
-
-
-def _lock_writer(folder: Path, writer: str) -> FileIO:
-    path = folder / f".{writer}.writer.lock"
-    return _lock(path, fcntl.LOCK_EX, f"'{folder}' as '{writer}'", "has a writer of this name")
-
-
-def _lock(path: Path, operation: int, what: str, who: str) -> FileIO:
-    with storage_errors(path):
-        lock = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
-    try:
-        fcntl.flock(lock, operation | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise TraceError(
-            f"Cannot write trace {what}: expected it to be free, got a run that {who}. "
-            "Wait for that process, or stop it."
-        ) from error
-    return lock
-
-
 def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
@@ -371,9 +339,4 @@ def _check_same_run(folder: Path, scan: SegmentScan, run_id: str) -> None:
                 got=f"'{run_id}'",
                 fix="Give another folder.",
             )
-        )
-    if scan.sealing:
-        raise TraceError(
-            f"Cannot write trace '{folder}': expected an open run, got one whose sealing began. "
-            "Seal it again to finish that."
         )

@@ -73,10 +73,19 @@ def test_a_sealing_that_was_interrupted_is_finished(tmp_path, key, public, write
     write(tmp_path, 3)
     root = seal_run(tmp_path, key=key)
     (tmp_path / "seal.jsonl").unlink()
-    with pytest.raises(TraceError, match="sealing began"):
-        open_writer(tmp_path, key)
+    assert "sealing began" in verify(tmp_path, public).problems[0].reason
     assert seal_run(tmp_path, key=key) == root
     assert verify(tmp_path, public, root).ok
+
+
+def test_a_run_goes_on_after_a_sealing_that_was_interrupted(tmp_path, key, public, write):
+    write(tmp_path, 3)
+    first = seal_run(tmp_path, key=key)
+    (tmp_path / "seal.jsonl").unlink()
+    write(tmp_path, 2)
+    assert verify(tmp_path, public).ok
+    assert seal_run(tmp_path, key=key) != first
+    assert verify(tmp_path, public).ok
 
 
 def test_one_writer_of_a_name_and_none_while_sealing(tmp_path, key, write):
