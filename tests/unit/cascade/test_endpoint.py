@@ -1,12 +1,7 @@
 """A real HTTP server on loopback that does everything wrong a server can."""
 
-import gzip
-import json
-import threading
 import time
 import tracemalloc
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from cascade_helpers import Kept, SaidModel, make_cascade, make_task
@@ -16,121 +11,19 @@ from molora_fed.cascade.contract import Request
 from molora_fed.cascade.endpoint import EndpointModel
 from molora_fed.cascade.running import run_cascade
 from molora_fed.errors import CascadeError
-
-GOOD = {
-    "choices": [{"message": {"content": "x"}, "text": "x"}],
-    "usage": {"prompt_tokens": 7, "completion_tokens": 3},
-}
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers by the last part of the model's name."""
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        with server.lock:
-            server.seen.append((self.path, dict(self.headers), body))
-            count = sum(one[2]["model"] == body["model"] for one in server.seen)
-        with suppress(BrokenPipeError, ConnectionResetError):  # the client had enough
-            getattr(self, f"do_{body['model']}")(count)
-
-    def reply(self, data, status=200, **headers):
-        data = data if isinstance(data, bytes) else json.dumps(data).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_good(self, _):
-        self.reply(GOOD)
-
-    def do_silent(self, _):
-        self.server.stop.wait(20)
-
-    def do_broken(self, _):
-        self.reply(b"oops", 500)
-
-    def do_denied(self, _):
-        self.reply(b"no", 401)
-
-    def do_busy(self, count):
-        if count < 3:
-            self.reply(b"", 429, Retry_After="0")
-        else:
-            self.reply(GOOD)
-
-    def do_malformed(self, _):
-        self.reply(b'{"choices": [')
-
-    def do_strange(self, _):
-        self.reply({"choices": "none"})
-
-    def do_empty(self, _):
-        self.reply(b"")
-
-    def do_wordless(self, _):
-        self.reply({**GOOD, "choices": [{"message": {"content": "  "}}]})
-
-    def do_huge(self, _):
-        self.send_response(200)
-        self.end_headers()
-        for _ in range(160):
-            self.wfile.write(b"x" * 65_536)  # 10 MB, no length given
-
-    def do_long(self, _):
-        self.reply({"choices": [{"message": {"content": "x" * 40_000}}]})
-
-    def do_packed(self, _):
-        self.reply(gzip.compress(b"x" * 10_000_000), Content_Encoding="gzip")
-
-    def do_dripping(self, _):
-        self.send_response(200)
-        self.end_headers()
-        while not self.server.stop.wait(0.05):
-            self.wfile.write(b" ")
-
-    def do_cut(self, _):
-        self.send_response(200)
-        self.send_header("Content-Length", "1000")
-        self.end_headers()
-        self.wfile.write(b"{")
-        self.close_connection = True
-
-    def do_surrogate(self, _):
-        self.reply(b'{"choices": [{"message": {"content": "a\\ud800b"}}]}')
-
-    def do_elsewhere(self, _):
-        self.reply(b"", 302, Location="http://127.0.0.1:1/")
-
-    def do_lying(self, _):
-        usage = {"prompt_tokens": -5, "completion_tokens": 1e99}
-        self.reply({**GOOD, "usage": usage})
+from molora_fed.testing.endpoints import serve_faults
 
 
 @pytest.fixture(scope="module")
 def server():
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.seen, found.lock, found.stop = [], threading.Lock(), threading.Event()
-    found.daemon_threads = True
-    thread = threading.Thread(target=found.serve_forever, args=(0.05,))
-    thread.start()
-    yield found
-    found.stop.set()
-    found.shutdown()
-    thread.join()
-    found.server_close()
+    with serve_faults() as found:
+        yield found
 
 
 def build(server, model, **more):
     given = {
         "kind": "endpoint",
-        "url": f"http://127.0.0.1:{server.server_port}/v1",
+        "url": server.url,
         "model": model,
         "timeout_seconds": 0.4,
         "deadline_seconds": 0.8,
