@@ -21,6 +21,7 @@ __all__ = ["MIN_CLUSTERS", "Moments", "StandIns", "build_stand_ins", "measure_mo
 MIN_CLUSTERS = 4
 """Clusters that sums may be said of: of two, the sums tell each one's loss."""
 
+MAX_CLUSTERS = 1_000_000  # stand-ins take memory for each
 _TOLERANCE = 1e-9
 
 
@@ -106,7 +107,7 @@ class Moments:
         sums = [self.tokens, self.squares, *(x for own in self.columns.values() for x in own)]
         if not all(map(math.isfinite, sums)):
             return ["a sum that is not finite"]
-        if self.clusters < MIN_CLUSTERS or not self.tokens > 0:
+        if not MIN_CLUSTERS <= self.clusters <= MAX_CLUSTERS or self.tokens < self.clusters:
             return [f"{self.clusters} clusters of {self.tokens} tokens"]
         mean = self.tokens**2 / self.clusters
         # Positive sizes have a sum of squares below the square of their sum.

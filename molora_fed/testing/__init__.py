@@ -9,6 +9,7 @@ from typing import Any
 
 _HOMES = {
     "ARCHITECTURES": "models",
+    "RecordingLine": "traffic",
     "build_random_adapter": "models",
     "build_synthetic_bank": "banks",
     "build_synthetic_view": "adapter_routers",
@@ -17,7 +18,10 @@ _HOMES = {
     "build_tiny_tokenizer": "models",
     "check_adapter_router_conformance": "adapter_routers",
     "check_router_conformance": "routers",
+    "find_text": "traffic",
+    "find_tokens": "traffic",
     "permute_experts": "banks",
+    "serve_faults": "endpoints",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,8 +1,5 @@
 """Contributors with texts of their own, asked without a network."""
 
-from dataclasses import replace
-
-import numpy as np
 from adaptation_helpers import build_counting_blocks
 
 from molora_fed.charter import (
@@ -60,12 +57,7 @@ def build_texts(member, count=60):
 
 
 class Stage:
-    """Members that answer through folders, as if these had travelled.
-
-    Attributes:
-        asked: Kinds of the questions, in their order.
-        answers: Every answer given.
-    """
+    """Members that answer through folders, as if these had travelled."""
 
     def __init__(self, base, folder, *, members=MEMBERS, rules=RULES):
         self.base, self.folder, self.members, self.rules = base, folder, members, rules
@@ -105,6 +97,3 @@ class Stage:
 def share_a_domain():
     """Three members, two of one domain."""
     return (*MEMBERS, Member("3" * 64, "cleo", "down"))
-
-
-__all__ = ["MEMBERS", "RULES", "Stage", "build_texts", "np", "replace", "share_a_domain"]
