@@ -134,7 +134,7 @@ def compare_correlation(
     """
     seeds, drawn = [], []
     for share, left, right in zip(sampled.shares, one, other, strict=True):
-        a, b = rankdata(left), rankdata(right)
+        a, b = (rankdata(one) - (len(one) + 1) / 2 for one in (left, right))
         whole = np.full((1, len(a)), 1 / len(a))
         seeds.append(float(_correlate(whole, a, b)[0]))
         drawn.append(_correlate(share, a, b))
