@@ -100,7 +100,7 @@ def read_proof(path: Path) -> dict[str, Any] | None:
         return None
     with path.open("rb") as file:
         data = file.read(MAX_PROOF_BYTES + 1)
-    if len(data) > MAX_PROOF_BYTES:
+    if len(data) > MAX_PROOF_BYTES or data.startswith(b'{"body":'):  # the latter is a trace
         return None
     try:
         value = parse_json(data, limit=MAX_PROOF_BYTES)

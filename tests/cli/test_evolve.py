@@ -52,6 +52,10 @@ def test_evolving_leaves_a_model_figures_and_a_report(evolved):
     assert model.population.num_slots == 3
     with open_cooperative(evolved).read_ledger() as ledger:
         assert ledger.cooperative_state == CooperativeState.PUBLISHED
+        decided = [(e.what, e.subject) for e in ledger.events() if e.what.endswith("-decided")]
+    population = result["fingerprints"]["population"]
+    generations = [("generation-decided", str(number)) for number in range(2)]
+    assert decided == [*generations, ("evolution-decided", population)]
 
 
 def test_evolving_again_reads_everything_back(molora, evolved):

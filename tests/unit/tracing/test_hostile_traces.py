@@ -1,6 +1,7 @@
 """Whatever is in the files, reading them ends in findings or one line, and in bounded memory."""
 
 import os
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -68,6 +69,31 @@ def test_a_long_line_is_not_held(tmp_path, public, monkeypatch):
     path.write_bytes(b"x" * 5_000_000)
     problem = verify(path, public).problems[0]
     assert "bytes in a record, got more" in problem.reason
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" * 100 + b'"' + b'\\"' * 1_000_000,
+        b"{" * 100 + b'"' * 3_000_001,
+        b"[" * 100 + b"\\" * 3_000_000,
+        b"9" * 3_000_000,
+        b"0." + b"9" * 3_000_000,
+    ],
+)
+def test_no_line_takes_long(tmp_path, public, data):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(data + b"\n")
+    begun = time.process_time()
+    assert not verify(path, public).ok
+    assert time.process_time() - begun < 5
+
+
+def test_numbers_beyond_a_float_are_refused(tmp_path):
+    with pytest.raises(records.BadLineError, match="float"):
+        records.parse_json(b'{"a":1e999}')
+    with pytest.raises(records.BadLineError, match="NaN"):
+        records.parse_json(b'{"a":NaN}')
 
 
 @pytest.mark.parametrize("data", [b"[" * 200_000, b'{"a":' * 100_000, b'"' + b"[" * 100 + b'"'])
