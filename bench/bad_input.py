@@ -45,13 +45,13 @@ def run_cases(stage: Stage) -> Iterator[Outcome]:
     yield from run_upload_cases(stage, "uploading")
 
 
-def build_page(outcomes: Sequence[Outcome]) -> str:
-    """The Markdown page."""
+def build_page(outcomes: Sequence[Outcome], title: str, command: str) -> str:
+    """The Markdown page of some cases, with the command that made it."""
     bad = sum(bool(outcome.problems) for outcome in outcomes)
     lines = [
-        "# Bad input",
+        f"# {title}",
         "",
-        "`python bench/bad_input.py --out docs/results/bad_input.md`",
+        f"`{command}`",
         "",
         f"{len(outcomes)} commands, {bad} of which misbehaved. Each is the real `molora` command, "
         "a process of its own. Lines are lines of standard error. Every file that appeared was "
@@ -107,7 +107,8 @@ def main() -> int:
                 )
         finally:
             stage.close()
-    page = build_page(outcomes)
+    command = "python bench/bad_input.py --out docs/results/bad_input.md"
+    page = build_page(outcomes, "Bad input", command)
     if arguments.out is None:
         print(page)
     else:
