@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molora_fed import hookimpl
-from molora_fed.cascade.contract import Sample, Verdict
+from molora_fed.cascade.contract import EscalationPolicy, PolicyOptions, Sample, Verdict
 from molora_fed.cascade.escalation import Lineup
 from molora_fed.cascade.records import drop_times
 from molora_fed.cascade.replay import Replayer, replay_trace
@@ -38,6 +38,24 @@ class TestPlugin:
     @hookimpl
     def register_judges(self, register):
         register("asking", judge_by_asking, summary="Asks", source="test")
+
+    @hookimpl
+    def register_escalation_policies(self, register):
+        register("filed", FiledPolicy, summary="Reads its mode", source="test")
+
+
+class FiledPolicy(EscalationPolicy):
+    """The mode that stands in a file."""
+
+    class Options(PolicyOptions):
+        table: Path
+
+    def __init__(self, options):
+        super().__init__(options)
+        self.mode = options.table.read_text()
+
+    def choose(self, evidence):
+        return self.mode
 
 
 def judge_by_asking(request):
@@ -196,6 +214,19 @@ def test_a_judge_that_asks_replays_from_the_record_and_from_the_models(tmp_path,
     other = {**fresh, "scorer": ScoringModel("scorer", "aha")}
     replayed = replay_trace(tmp_path / "trace", models=other, plugins=plugins())
     assert "judge" in replayed.differences[0]
+
+
+def test_a_file_of_a_policy_travels_in_the_trace(tmp_path, key):
+    table = tmp_path / "table.json"
+    table.write_text("full_arena")
+    policy = FiledPolicy(FiledPolicy.Options(table=table))
+    run(tmp_path / "run", key, make_real(policy=policy, policy_name="filed"))
+    table.unlink()
+    (described,) = read(tmp_path / "run", "run")
+    assert described["policy"]["options"] == {"table": "table.json"}
+    report = replay_trace(tmp_path / "run" / "trace", plugins=plugins())
+    assert report.decisions == 4 and not report.differences
+    assert {body["mode"] for body in read(tmp_path / "run")} == {"full_arena"}
 
 
 def test_models_that_say_something_else_now_are_reported(tmp_path, key):
