@@ -155,6 +155,11 @@ def render(result: dict[str, Any]) -> str:
         f"| {row['verify']['per_processor_second']:,.0f} |"
         for row in result["lengths"]
     )
+    longest = result["lengths"][-1]
+    shares = {
+        what: longest[what]["processor_seconds"] / longest[what]["wall_seconds"]
+        for what in ("append", "verify")
+    }
     lengths = ",".join(str(row["records"]) for row in result["lengths"])
     return f"""# Speed of traces
 
@@ -165,8 +170,9 @@ Appending: bounded policy, fsync after {policy["records"]} records or {policy["m
 latest, a signed checkpoint every {result["checkpoint_records"]:,} records, one writer. Verifying:
 chain, Merkle tree and every signature, one process on one core. Medians of {result["repeats"]}
 repeats on {machine["cores"]} cores ({machine["processor"]}, Python {machine["python"]}). Other work
-ran meanwhile, load average {machine["load_average"]:.1f}: figures by wall clock are lower than on
-an idle machine, those by processor time are not.
+ran meanwhile, load average {machine["load_average"]:.1f}: the process got {shares["append"]:.0%} of a
+core in appending and {shares["verify"]:.0%} in verifying, so figures by wall clock are that much lower
+than on an idle machine.
 
 | records | appended a second | per processor second | verified a second | per processor second |
 |---:|---:|---:|---:|---:|
