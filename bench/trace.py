@@ -169,10 +169,11 @@ A record is a decision with five samples, {result["record_bytes"]:.0f} bytes as 
 Appending: bounded policy, fsync after {policy["records"]} records or {policy["ms"]:.0f} ms at the
 latest, a signed checkpoint every {result["checkpoint_records"]:,} records, one writer. Verifying:
 chain, Merkle tree and every signature, one process on one core. Medians of {result["repeats"]}
-repeats on {machine["cores"]} cores ({machine["processor"]}, Python {machine["python"]}). Other work
-ran meanwhile, load average {machine["load_average"]:.1f}: the process got {shares["append"]:.0%} of a
-core in appending and {shares["verify"]:.0%} in verifying, so figures by wall clock are that much lower
-than on an idle machine.
+repeats on {machine["cores"]} cores ({machine["processor"]}, Python {machine["python"]}).
+
+Load average {machine["load_average"]:.1f}: the process got {shares["append"]:.0%} of a core in
+appending and {shares["verify"]:.0%} in verifying. On an idle machine figures by wall clock come
+nearer to those by processor time, in appending less the time of the disk.
 
 | records | appended a second | per processor second | verified a second | per processor second |
 |---:|---:|---:|---:|---:|
