@@ -10,6 +10,7 @@ from typing import Any
 _HOMES = {
     "ARCHITECTURES": "models",
     "RecordingLine": "traffic",
+    "Table": "table",
     "build_random_adapter": "models",
     "build_synthetic_bank": "banks",
     "build_synthetic_view": "adapter_routers",

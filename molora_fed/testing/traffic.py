@@ -1,9 +1,12 @@
 """What crosses a line between a contributor and its server, and whether it holds text."""
 
 import contextlib
+import re
 import socket
+import sys
 import threading
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Self
 
 import numpy as np
@@ -12,7 +15,10 @@ from numpy.typing import NDArray
 __all__ = ["RecordingLine", "find_text", "find_tokens"]
 
 _KINDS = ("<u2", ">u2", "<i4", ">i4", "<i8", ">i8")
-_SEPARATORS = (",", ", ", " ")
+_NUMBERS = re.compile(rb"\d{1,9}(?:[,\s]{1,3}\d{1,9}){3,}")
+_NUMBER = re.compile(rb"\d+")
+_FEWEST_CHARACTERS = 5
+_FEWEST_IDS = 3
 
 
 class RecordingLine:
@@ -91,15 +97,17 @@ def find_text(streams: Sequence[bytes], texts: Iterable[str], *, length: int = 2
 
     Args:
         streams: What was recorded.
-        texts: Documents; each is cut into pieces one after the other.
-        length: Characters of a piece. Any stretch of twice as many holds a whole one.
+        texts: Documents; each is cut into pieces one after the other. Pieces of fewer than five
+            different characters, such as rules of dashes, tell nothing and are left out.
+        length: Characters of a piece, 8 at least. Any stretch of twice as many holds a whole one.
     """
     pieces = {
         text[start : start + length].encode()
         for text in texts
         for start in range(0, len(text) - length + 1, length)
+        if len(set(text[start : start + length])) >= _FEWEST_CHARACTERS
     }
-    return [piece for stream in streams for piece in pieces if piece in stream]
+    return [piece for stream in streams for piece in _find_pieces(stream, pieces)]
 
 
 def find_tokens(streams: Sequence[bytes], tokens: NDArray[Any], *, length: int = 6) -> list[bytes]:
@@ -110,32 +118,38 @@ def find_tokens(streams: Sequence[bytes], tokens: NDArray[Any], *, length: int =
 
     Args:
         streams: What was recorded.
-        tokens: Token ids of any shape; cut into stretches one after the other.
-        length: Ids of a stretch. Any run of twice as many holds a whole one.
+        tokens: Token ids of any shape; cut into stretches one after the other. Stretches of fewer
+            than three different ids, such as padding, tell nothing and are left out.
+        length: Ids of a stretch, 4 at least. Any run of twice as many holds a whole one.
     """
     flat = np.asarray(tokens).reshape(-1)
-    rows = flat[: len(flat) // length * length].reshape(-1, length)
-    # A run of one id, such as padding zeros, is no text and is everywhere.
-    rows = np.unique(rows[(rows != rows[:, :1]).any(axis=1)], axis=0)
+    rows = np.unique(flat[: len(flat) // length * length].reshape(-1, length), axis=0)
+    ordered = np.sort(rows, axis=1)
+    rows = rows[(np.diff(ordered, axis=1) > 0).sum(axis=1) + 1 >= _FEWEST_IDS]
+    pieces = {row.tobytes() for kind in _KINDS for row in rows.astype(kind)}
+    wanted = set(map(tuple, rows.tolist()))
     found: list[bytes] = []
-    for kind in _KINDS:
-        found += _find_arrays(streams, rows.astype(kind))
-    for separator in _SEPARATORS:
-        written = [separator.join(map(str, row)).encode() for row in rows.tolist()]
-        found += [text for stream in streams for text in written if text in stream]
+    for stream in streams:
+        found += _find_pieces(stream, pieces)
+        for run in _NUMBERS.findall(stream):
+            numbers = [int(number) for number in _NUMBER.findall(run)]
+            windows = zip(*(numbers[start:] for start in range(length)), strict=False)
+            found += [str(window).encode() for window in windows if window in wanted]
     return found
 
 
-def _find_arrays(streams: Sequence[bytes], rows: NDArray[Any]) -> list[bytes]:
-    size = rows.itemsize * rows.shape[1]
-    wanted = {row.tobytes() for row in rows}
-    found = []
-    for stream in streams:
-        for offset in range(rows.itemsize):
-            numbers = np.frombuffer(stream, np.uint8)[offset:]
-            numbers = numbers[: len(numbers) // rows.itemsize * rows.itemsize].view(rows.dtype)
-            for place in np.flatnonzero(np.isin(numbers, rows[:, 0])):
-                start = offset + int(place) * rows.itemsize
-                if stream[start : start + size] in wanted:
-                    found.append(stream[start : start + size])
+def _find_pieces(stream: bytes, pieces: AbstractSet[bytes]) -> list[bytes]:
+    """Which of some byte strings of 8 bytes at least occur; by their first 8 bytes, then whole."""
+    by_start: dict[int, list[bytes]] = {}
+    for piece in pieces:
+        by_start.setdefault(int.from_bytes(piece[:8], sys.byteorder), []).append(piece)
+    starts = np.array(sorted(by_start), dtype=np.uint64)
+    found: list[bytes] = []
+    for offset in range(8):
+        count = max(0, len(stream) - offset) // 8
+        words = np.frombuffer(stream, np.uint64, count, offset) if count else starts[:0]
+        for place in np.flatnonzero(np.isin(words, starts)).tolist():
+            begin = offset + 8 * place
+            own = by_start[int(words[place])]
+            found += [piece for piece in own if stream.startswith(piece, begin)]
     return found

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import pytest
 from processes import find_processes
-from recording import Line, find_text, find_tokens
 
 from molora_fed.base import load_base
 from molora_fed.charter import (
@@ -27,8 +26,9 @@ from molora_fed.federation.supervise import find_free_port
 from molora_fed.plugins import load_plugins
 from molora_fed.population.bundle import load_evolved
 from molora_fed.population.private_member import PrivateMember
-from molora_fed.population.questions import load_answer, load_question, save_answer, save_question
 from molora_fed.population.rules import OperatorRules, PopulationRules
+from molora_fed.testing.table import Table
+from molora_fed.testing.traffic import RecordingLine, find_text, find_tokens
 from molora_fed.types import Split
 
 pytestmark = [pytest.mark.federation, pytest.mark.slow]
@@ -38,8 +38,8 @@ TRAINING = TrainingRules(
     kind="lora", rank=4, steps=40, batch=4, validate_every=20, learning_rate=1e-2
 )
 RULES = PopulationRules(
-    data="private", rank=4, slots=3, generations=3, start_steps=8, steps=8, learning_rate=3e-3,
-    adaptation_share=0.4, fitness_share=0.2, guard_share=0.4,
+    data="private", rank=4, slots=3, generations=3, rounds=1, start_steps=8, steps=8,
+    learning_rate=3e-3, adaptation_share=0.4, fitness_share=0.2, guard_share=0.4,
     lifecycle=(
         OperatorRules(name="death", options={"threshold": 10.0, "patience": 1, "min_age": 1}),
         OperatorRules(name="slot-reallocation"),
@@ -101,33 +101,6 @@ class Meddler:
             self.kills.append(module)
 
 
-class Table:
-    """The same contributors round a table: questions and answers, and nobody is disturbed."""
-
-    def __init__(self, root, base, charter, members, plugins):
-        self.root, self.charter, self.plugins = root, charter, plugins
-        self.people = {
-            name: PrivateMember(
-                base, load_corpus(home.corpus).blocks, charter, root / name, threads=1,
-                plugins=plugins,
-            )
-            for name, home in members.items()
-        }  # fmt: skip
-
-    def __call__(self, question, read):
-        rules, router = self.charter.identity.adapters, RULES.router
-        save_question(question, router, self.root / "question")
-        found = []
-        for name, person in self.people.items():
-            asked = load_question(self.root / "question", rules=rules, plugins=self.plugins)
-            save_answer(person.answer(asked), router, self.root / "answer")
-            answer = load_answer(
-                self.root / "answer", contributor=name, rules=rules, plugins=self.plugins
-            )
-            found.append(read(answer))
-        return found
-
-
 def read_evolution(folder):
     """Bytes of everything that must not depend on kills."""
     names = ("generations/*/*.json", "generations/*/*/*", "generations/*/*.safetensors")
@@ -148,13 +121,13 @@ def test_a_population_evolves_on_private_texts(stage_root, tiny_checkpoint):
     port = find_free_port()
     texts = {domain: write_text(stage_root / "text" / domain, domain) for domain in WORDS}
     meddler = Meddler(stage_root)
-    with Line(port) as first, Line(port) as second:
+    with RecordingLine(port) as first, RecordingLine(port) as second:
         members = [
             Member(f"{d}-1", d, stage_root / d, (texts[d],), port=line.port)
             for d, line in zip(WORDS, (first, second), strict=True)
         ]
         answers = run_local(cooperative.folder, members, meddler, port=port, threads=1)
-        streams = first.streams + second.streams
+        streams = [*first.sent, *first.received, *second.sent, *second.received]
     assert meddler.kills == ["coordinator", "worker"]
     assert {name: a["state"] for name, a in answers.items()} == {
         "alpha-1": "ADMITTED", "beta-1": "ADMITTED",
@@ -166,8 +139,16 @@ def test_a_population_evolves_on_private_texts(stage_root, tiny_checkpoint):
     with cooperative.read_ledger() as ledger:
         assert ledger.cooperative_state == CooperativeState.PUBLISHED
         admitted = load_admitted(ledger, cooperative.store)
-    ordered = {one.manifest.contributor: homes[one.manifest.contributor] for one in admitted}
-    table = Table(stage_root / "table", base, charter, ordered, plugins)
+        verdicts = [event for event in ledger.events() if event.what == "generation-decided"]
+    assert len(verdicts) == 4
+    people = {
+        one.manifest.contributor: PrivateMember(
+            base, load_corpus(homes[one.manifest.contributor].corpus).blocks, charter,
+            stage_root / "table" / one.manifest.contributor, threads=1, plugins=plugins,
+        )
+        for one in admitted
+    }  # fmt: skip
+    table = Table(stage_root / "table", people, charter, plugins)
     undisturbed = evolve_privately(
         base, charter, admitted, table, stage_root / "undisturbed", plugins=plugins,
         on_phase=lambda phase: None, progress=lambda *figures, **more: None,
@@ -199,17 +180,4 @@ def test_a_population_evolves_on_private_texts(stage_root, tiny_checkpoint):
         assert not (home.contribution / "samples").exists() or not list(
             (home.contribution / "samples").iterdir()
         )
-    assert any(b'"without' in s or b"slot-0" in s for s in streams)
-
-
-def test_the_check_of_traffic_finds_what_it_looks_for(tmp_path):
-    random_text = "".join(random.Random(0).choice("abcdef ") for _ in range(500))
-    tokens = __import__("numpy").arange(300, 700).reshape(10, 40)
-    noise = random.Random(1).randbytes(10_000)
-    assert not find_text([noise], [random_text]) and not find_tokens([noise], tokens)
-    assert find_text([noise + random_text[48:120].encode()], [random_text])
-    for sent in (
-        tokens.astype("<i4").tobytes(), tokens.astype(">i8").tobytes(),
-        json.dumps(tokens.tolist()).encode(), tokens.astype("<u2").tobytes(),
-    ):  # fmt: skip
-        assert find_tokens([noise[:777] + sent], tokens)
+    assert any(b"slot-0-less-fused" in stream for stream in (*first.sent, *second.sent))

@@ -13,8 +13,8 @@ from molora_fed.charter import (
 from molora_fed.plugins import load_plugins
 from molora_fed.population.private import Member, PrivateData
 from molora_fed.population.private_member import PrivateMember
-from molora_fed.population.questions import load_answer, load_question, save_answer, save_question
 from molora_fed.population.rules import OperatorRules, PopulationRules
+from molora_fed.testing.table import Table
 from molora_fed.types import Split
 
 PLUGINS = load_plugins()
@@ -56,40 +56,24 @@ def build_texts(member, count=60):
     return {Split.CALIBRATION: blocks, Split.HELD_OUT: held_out}
 
 
-class Stage:
-    """Members that answer through folders, as if these had travelled."""
+class Stage(Table):
+    """Members round a table, with texts of their own."""
 
     def __init__(self, base, folder, *, members=MEMBERS, rules=RULES):
-        self.base, self.folder, self.members, self.rules = base, folder, members, rules
+        self.members, self.rules = members, rules
         self.charter = build_charter(base, rules)
-        self.asked, self.answers = [], []
         self.people = {
             one.name: PrivateMember(
                 base, build_texts(one), self.charter, folder / one.name, threads=1, plugins=PLUGINS
             )
             for one in members
         }
-
-    def ask(self, question, read):
-        self.asked.append(question.kind)
-        limits = self.charter.identity.adapters
-        sent = self.folder / "question"
-        save_question(question, self.rules.router, sent)
-        found = []
-        for one in self.members:
-            arrived = load_question(sent, rules=limits, plugins=PLUGINS)
-            answer = self.people[one.name].answer(arrived)
-            back = self.folder / "answer"
-            save_answer(answer, self.rules.router, back)
-            answer = load_answer(back, contributor=one.name, rules=limits, plugins=PLUGINS)
-            self.answers.append(answer)
-            found.append(read(answer))
-        return found
+        super().__init__(folder, self.people, self.charter, PLUGINS)
 
     def data(self, **changes):
         chosen = dict(scope=self.rules.scope, rounds=self.rules.rounds)
         return PrivateData(
-            self.members, self.ask, router_name=self.rules.router, plugins=PLUGINS,
+            self.members, self, router_name=self.rules.router, plugins=PLUGINS,
             **{**chosen, **changes},
         )  # fmt: skip
 
