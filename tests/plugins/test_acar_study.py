@@ -160,13 +160,16 @@ def test_answers_hold_every_model_on_every_task(study):
 def test_outcomes_follow_from_answers(study):
     rows = study["answers"].result["test"]
     result = study["outcomes"].result
-    found = result["outcomes"]
+    names = [*result["outcomes"]]
+    found = {name: _read(result, name) for name in names}
     for name, one in found.items():
         assert len(one["correct"]) == len(one["cost"]) == len(one["mode"]) == len(rows), name
     for name in result["members"]:
         right = [row["members"][name][1] == row["task"]["answer"] for row in rows]
-        assert found[f"single {name}"]["correct"] == [int(one) for one in right]
-        assert found[f"single {name}"]["cost"] == [row["members"][name][4] for row in rows]
+        assert found[f"single {name}"]["correct"].tolist() == right
+        costs = np.array([row["members"][name][4] for row in rows])
+        unit = np.mean([row["members"][result["members"][0]][4] for row in rows])
+        assert found[f"single {name}"]["cost"] == pytest.approx(costs / unit)
     for at, row in enumerate(rows):
         answers = [one[1] for one in row["probe"]]
         distinct = len({one for one in answers if one is not None}) + answers.count(None)
@@ -174,7 +177,7 @@ def test_outcomes_follow_from_answers(study):
         assert found["ACAR-U"]["mode"][at] == (2 if answers == [None] * 3 else expected)
         costs = [found[f"probe, {mode}"]["cost"][at] for mode in
                  ("single_agent", "arena_lite", "full_arena")]  # fmt: skip
-        assert found["ACAR-U"]["cost"][at] == costs[found["ACAR-U"]["mode"][at]]
+        assert found["ACAR-U"]["cost"][at] == costs[int(found["ACAR-U"]["mode"][at])]
         others = [found[f"single {name}"]["correct"][at] for name in result["members"]]
         assert found["oracle"]["correct"][at] == max(
             *others, found["probe, single_agent"]["correct"][at]
@@ -183,6 +186,11 @@ def test_outcomes_follow_from_answers(study):
         source = found["ACAR-UJ always" if near else "ACAR-U"]
         assert found["ACAR-UJ"]["correct"][at] == source["correct"][at]
     assert decide_all(dict(study["outcomes"].task.settings), _context(study)) == result
+
+
+def _read(result, name):
+    reader = Findings([result])._read[0]
+    return {key: reader.take(name, key) for key in ("correct", "cost", "mode")}
 
 
 def _context(study):
@@ -195,8 +203,7 @@ def test_leave_one_out_is_the_arena_less_the_arena_without(study):
     members = result["members"]
     left = [name for name in members if name != members[2]]
     pair = f"pair {left[0]} {left[1]}"
-    found = result["outcomes"]
-    expected = np.array(found["arena-3"]["correct"]) - np.array(found[pair]["correct"])
+    expected = _read(result, "arena-3")["correct"] - _read(result, pair)["correct"]
     assert result["attribution"]["arena"][members[2]] == expected.tolist()
     assert len(result["attribution"]["cascade"]["probe"]) == len(rows)
 
@@ -217,9 +224,24 @@ def test_summary(study):
         assert all(len(row) == len(table.columns) for row in table.rows), table.title
     accuracy = summary.findings["accuracy"]["single"]
     right = study["outcomes"].result["outcomes"]["single"]["correct"]
-    assert accuracy["point"] == pytest.approx(np.mean(right))
+    assert accuracy["point"] == pytest.approx(right.count("1") / len(right))
     assert accuracy["low"] <= accuracy["point"] <= accuracy["high"]
     assert summary.findings["relative_cost"]["single"]["point"] == pytest.approx(1)
+
+
+def test_the_rule_judged_by_each_judge_costs_what_its_modes_cost(study):
+    result = study["outcomes"].result
+    derived = _read(result, "ACAR-U")
+    decided = _read(result, f"ACAR-U by {result['judge']}")
+    assert all((derived[key] == decided[key]).all() for key in derived)
+
+
+def test_a_calibrated_policy_with_hidden_families_chooses_by_agreement_alone(study):
+    result = study["outcomes"].result
+    assert set(result["frontiers"]) == {"calibrated", "calibrated, families hidden"}
+    for lines in result["frontiers"].values():
+        costs = [Findings([result])._read[0].by_mode(one, "cost").mean() for one in lines]
+        assert costs[0] == min(costs)
 
 
 def test_figures_are_drawn(study):

@@ -10,7 +10,8 @@ from molora_acar.studies.acar_figures import (
     draw_escalation,
     draw_frontier,
 )
-from molora_acar.studies.acar_findings import CONFIGURATIONS, Findings
+from molora_acar.studies.acar_findings import CONFIGURATIONS, OTHERS, Findings
+from molora_acar.studies.acar_measures import Estimate
 from molora_acar.studies.acar_tables import list_tables
 from molora_acar.studies.recipe import AcarOptions, plan_outcomes
 from molora_fed.studies.contract import Cell, Figure, Study, StudyOptions, Summary
@@ -38,18 +39,20 @@ class AcarStudy(Study):
     def summarise(cls, options: AcarOptions, results: Mapping[str, Mapping[str, Any]]) -> Summary:
         """The paper's table and claims, with intervals over tasks."""
         found = Findings([results[f"seed {seed}"] for seed in options.seeds])
-        frontier, gain = found.frontiers()
+        frontier, gains = found.frontiers()
         return Summary(
-            findings=_collect(found, frontier, gain),
-            claims=list_claims(found, gain),
+            findings=_collect(found, frontier, gains),
+            claims=list_claims(found, gains),
             tables=list_tables(found, options.seeds),
             figures=_build_figures(found, frontier),
             notes=_list_notes(options, found),
         )
 
 
-def _collect(found: Findings, frontier: Any, gain: Any) -> dict[str, Any]:
-    names = [*CONFIGURATIONS, "ACAR-UJ always", "probe, single_agent", "probe, full_arena"]
+def _collect(
+    found: Findings, frontier: Mapping[str, Any], gains: Mapping[str, Estimate]
+) -> dict[str, Any]:
+    names = [*CONFIGURATIONS, *OTHERS]
     return {
         "accuracy": {name: found.mean(name).to_json() for name in names},
         "relative_cost": {name: found.mean(name, "cost").to_json() for name in names},
@@ -63,7 +66,7 @@ def _collect(found: Findings, frontier: Any, gain: Any) -> dict[str, Any]:
         },
         "proxies": {name: one.to_json() for name, one in found.proxies().items()},
         "frontier": frontier,
-        "area_gain": gain.to_json(),
+        "area_gains": {name: one.to_json() for name, one in gains.items()},
         "similarity_median": found.similarity(),
         "by_family": found.by_family(SHOWN),
         "chosen": [
@@ -101,7 +104,7 @@ def _build_figures(found: Findings, frontier: Mapping[str, Any]) -> list[Figure]
 
 def _list_notes(options: AcarOptions, found: Findings) -> list[str]:
     sizes = found.results[0]["parameters"]
-    tasks = len(found.results[0]["tasks"])
+    tasks = len(found.results[0]["tasks"]["family"])
     return [
         f"{tasks} test tasks of {len(found.families())} families a seed. Intervals are 95 %, by "
         "bootstrap over tasks within each seed; the seeds' models stay, so they do not say how "
@@ -115,5 +118,7 @@ def _list_notes(options: AcarOptions, found: Findings) -> list[str]:
         "The order of members (the first is the single model, the first two are arena-2) and the "
         "calibrated policy are chosen on calibration tasks; recipe, temperature and judge were "
         "chosen on validation tasks and models of another seed. No prompt is in two splits.",
+        "The calibrated policy knows a task's family and lengths, which the plain rule does not; "
+        "the one whose families are hidden knows agreement and lengths alone.",
         "A judge by pairs is left out: models of this size cannot compare two answers in words.",
     ]

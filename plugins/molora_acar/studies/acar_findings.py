@@ -1,6 +1,5 @@
 """What the answers and decisions of the study `acar` say, as figures with intervals."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from molora_acar.studies.acar_measures import (
 )
 from molora_fed.cascade.contract import MODES
 
-__all__ = ["CONFIGURATIONS", "Findings"]
+__all__ = ["CONFIGURATIONS", "OTHERS", "Findings"]
 
 CONFIGURATIONS = (
     "single",
@@ -32,9 +31,50 @@ CONFIGURATIONS = (
 )
 """As tables show them."""
 
+OTHERS = (
+    "calibrated, families hidden",
+    "probe, single_agent",
+    "probe, arena_lite",
+    "probe, full_arena",
+    "ACAR-UJ always",
+)
+"""What is told beside."""
+
 _PLAIN = ("probe, single_agent", "ACAR-U", "probe, full_arena")
 
 Results = Sequence[Mapping[str, Any]]
+
+
+class _Reader:
+    """Outcomes of one seed as numbers; costs are relative to the seed's single model."""
+
+    def __init__(self, outcomes: Mapping[str, Mapping[str, Any]]) -> None:
+        self._outcomes = outcomes
+        self._unit = float(np.mean(outcomes["single"]["cost"]))
+        self._modes = {
+            key: np.stack([self.take(f"probe, {mode}", key) for mode in MODES])
+            for key in ("cost", "correct")
+        }
+
+    def take(self, name: str, key: str) -> NDArray[Any]:
+        """A number a task of a configuration."""
+        outcome = self._outcomes[name]
+        if key not in outcome:
+            return self.by_mode(outcome["mode"], key)
+        if key == "cost":
+            return np.array(outcome["cost"], dtype=float) / self._unit
+        return np.array([int(digit) for digit in outcome[key]], dtype=float)
+
+    def by_mode(self, modes: str, key: str) -> NDArray[Any]:
+        """A number a task of a policy, by the modes it chose."""
+        places = np.array([int(digit) for digit in modes])
+        chosen: NDArray[Any] = self._modes[key][places, np.arange(len(places))]
+        return chosen
+
+
+def _own(result: Mapping[str, Any], family: str) -> NDArray[Any]:
+    """Whether each task is of a family."""
+    return np.array([one == family for one in result["tasks"]["family"]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +90,15 @@ class Findings:
     @cached_property
     def sampled(self) -> Sampled:
         """The resamples that all intervals share."""
-        return Sampled([len(one["tasks"]) for one in self.results])
+        return Sampled([len(one["tasks"]["family"]) for one in self.results])
+
+    @cached_property
+    def _read(self) -> list[_Reader]:
+        return [_Reader(one["outcomes"]) for one in self.results]
 
     def _numbers(self, name: str, key: str) -> list[NDArray[Any]]:
         """A number a task of a configuration; costs relative to the seed's single model."""
-        found = []
-        for one in self.results:
-            values = np.array(one["outcomes"][name][key], dtype=float)
-            unit = np.mean(one["outcomes"]["single"]["cost"]) if key == "cost" else 1.0
-            found.append(values / unit)
-        return found
+        return [one.take(name, key) for one in self._read]
 
     def mean(self, name: str, key: str = "correct") -> Estimate:
         """Accuracy (a share) or relative cost of a configuration."""
@@ -76,11 +115,11 @@ class Findings:
 
     def sigmas(self) -> list[NDArray[Any]]:
         """Disagreement of every task."""
-        return [np.array([task["sigma"] for task in one["tasks"]]) for one in self.results]
+        return [np.array(one["tasks"]["sigma"]) for one in self.results]
 
     def families(self) -> tuple[str, ...]:
         """Names, in order."""
-        return tuple(sorted({task["family"] for one in self.results for task in one["tasks"]}))
+        return tuple(sorted({name for one in self.results for name in one["tasks"]["family"]}))
 
     def sigma_shares(self) -> dict[str, Estimate]:
         """Share of tasks with no, some and full disagreement."""
@@ -95,9 +134,10 @@ class Findings:
         """How often the probe agrees on a wrong answer, and what that costs in accuracy.
 
         Returns:
-            `of all` and `of agreed` tasks; `lost`: accuracy of all three members (probe asked as
-            well) less that of the agreed answer, on agreed tasks, as a share of all tasks;
-            `ceiling`: accuracy if every other task were answered rightly.
+            `of all` and `of agreed` tasks; `lost`: what three
+            members always answer rightly more of agreed tasks, as a share of all tasks;
+            `ceiling`: accuracy if every other task were answered rightly; `won back`: what the
+            calibrated policy, at the rule's budget, answers more of agreed tasks.
         """
         agreed = [one == 0 for one in self.sigmas()]
         probe = self._numbers("probe, single_agent", "correct")
@@ -106,12 +146,15 @@ class Findings:
         seeds, drawn = self.sampled.mean(wrong)
         seeds_agreed, drawn_agreed = self.sampled.mean([one.astype(float) for one in agreed])
         lost = [a * (m - p) for a, m, p in zip(agreed, arena, probe, strict=True)]
+        other = self._numbers("calibrated", "correct")
+        back = [a * (c - p) for a, c, p in zip(agreed, other, probe, strict=True)]
         return {
             "of all": estimate(seeds, drawn),
             "of agreed": estimate(
                 seeds / np.maximum(seeds_agreed, 1e-9), drawn / np.maximum(drawn_agreed, 1e-9)
             ),
             "lost": self.share(lost),
+            "won back": self.share(back),
             "ceiling": estimate(1 - seeds, 1 - drawn),
         }
 
@@ -135,43 +178,55 @@ class Findings:
 
         return estimate(compare(0), compare(1))
 
-    def frontiers(self) -> tuple[dict[str, list[tuple[float, float]]], Estimate]:
-        """Accuracy over cost of the plain rule and of the calibrated policy.
+    def frontiers(self) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Estimate]]:
+        """Accuracy over cost of the plain rule and of the calibrated policies.
 
         The plain rule mixes at random between the probe alone, the rule itself, and all members
         always. The area is the mean accuracy over all budgets from the probe alone to all members.
 
         Returns:
-            Points (relative cost, accuracy) by policy, and the calibrated area less the plain one.
+            Points (relative cost, accuracy) by policy, and the area of each calibrated policy less
+            that of the plain rule.
         """
         plain = [self._point(name) for name in _PLAIN]
-        count = min(len(one["frontier"]) for one in self.results)
-        steps = [self._frontier_point(place / max(1, count - 1)) for place in range(count)]
-        steps = [plain[0], *steps]
 
         def area(points: Sequence[Any], place: int) -> Any:
             cost = np.stack([one[0][place] for one in points], axis=-1)
             right = np.stack([one[1][place] for one in points], axis=-1)
             return integrate(cost, right, plain[0][0][place], plain[-1][0][place])
 
-        gain = estimate(*(area(steps, place) - area(plain, place) for place in (0, 1)))
+        lines = {"plain rule": plain}
+        gains = {}
+        for name in self.results[0]["frontiers"]:
+            lines[name] = [plain[0], *self._list_points(name)]
+            by_seed, drawn = (area(lines[name], place) - area(plain, place) for place in (0, 1))
+            gains[name] = estimate(by_seed, drawn)
         shown = {
             name: [(float(c[0].mean()), float(r[0].mean())) for c, r in points]
-            for name, points in (("plain rule", plain), ("calibrated", steps))
+            for name, points in lines.items()
         }
-        return shown, gain
+        return shown, gains
 
     def _point(self, name: str) -> Any:
         return tuple(self.sampled.mean(self._numbers(name, key)) for key in ("cost", "correct"))
 
-    def _frontier_point(self, where: float) -> Any:
-        chosen = [
-            one["frontier"][round(where * (len(one["frontier"]) - 1))] for one in self.results
-        ]
-        units = [np.mean(one["outcomes"]["single"]["cost"]) for one in self.results]
-        costs = [np.array(one["cost"]) / unit for one, unit in zip(chosen, units, strict=True)]
-        rights = [np.array(one["correct"], dtype=float) for one in chosen]
-        return self.sampled.mean(costs), self.sampled.mean(rights)
+    def _list_points(self, name: str) -> list[Any]:
+        """Points of a policy from the least budget on; budgets of seeds are paired by place."""
+        every = [one["frontiers"][name] for one in self.results]
+        count = min(map(len, every))
+        points = []
+        for place in range(count):
+            share = place / max(1, count - 1)
+            modes = [line[round(share * (len(line) - 1))] for line in every]
+            points.append(
+                tuple(
+                    self.sampled.mean(
+                        [r.by_mode(m, key) for r, m in zip(self._read, modes, strict=True)]
+                    )
+                    for key in ("cost", "correct")
+                )
+            )
+        return points
 
     def attribution(self, kind: str) -> dict[str, Estimate]:
         """Leave-one-out value of each model: in the "cascade", or in the "arena" of three."""
@@ -204,32 +259,24 @@ class Findings:
         }
 
     def _family_mean(self, family: str, name: str, key: str) -> float:
-        means = []
-        for one in self.results:
-            own = [task["family"] == family for task in one["tasks"]]
-            means.append(np.array(one["outcomes"][name][key], dtype=float)[own].mean())
-        return float(np.mean(means))
+        pairs = zip(self.results, self._numbers(name, key), strict=True)
+        return float(np.mean([values[_own(one, family)].mean() for one, values in pairs]))
 
     def modes_by_family(self, name: str) -> dict[str, tuple[float, ...]]:
         """Per cent of tasks by mode, by family, mean over seeds."""
         found: dict[str, tuple[float, ...]] = {}
         for family in self.families():
             shares = []
-            for one in self.results:
-                own = [
-                    mode
-                    for mode, task in zip(one["outcomes"][name]["mode"], one["tasks"], strict=True)
-                    if task["family"] == family
-                ]
-                counts = Counter(own)
-                shares.append([100 * counts[place] / len(own) for place in range(len(MODES))])
+            for one, modes in zip(self.results, self._numbers(name, "mode"), strict=True):
+                own = modes[_own(one, family)]
+                shares.append([100 * np.mean(own == place) for place in range(len(MODES))])
             found[family] = tuple(np.mean(shares, axis=0).tolist())
         return found
 
     def similarity(self) -> float:
         """Median similarity of the most similar solved problem."""
         return float(
-            np.median([task["similarity"] for one in self.results for task in one["tasks"]])
+            np.median([value for one in self.results for value in one["tasks"]["similarity"]])
         )
 
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from molora_acar.studies.recipe import ModelSettings, TrainingSettings
 from molora_acar.tasks.families import FAMILIES
@@ -102,6 +103,12 @@ def draw_training_problems(
     return drawn
 
 
+def _list_tokens(tokenizer: Any) -> list[int]:
+    """Token of each byte: much faster than the tokenizer on very many short texts."""
+    names = bytes_to_unicode()  # the same table as the tokenizer's own
+    return [int(tokenizer.convert_tokens_to_ids(names[byte])) for byte in range(256)]
+
+
 def pack_problems(
     problems: Sequence[Problem], tokenizer: Any, *, block_size: int, prompt_weight: float
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -116,9 +123,10 @@ def pack_problems(
     Returns:
         Tokens (N, T) and their weights (N, T): 1 for an answer's, its end included.
     """
-    prompts = tokenizer([one.prompt for one in problems])["input_ids"]
-    answers = tokenizer([one.solution + STOP for one in problems])["input_ids"]
-    (end,) = tokenizer(STOP)["input_ids"]
+    table = _list_tokens(tokenizer)
+    prompts = ([table[byte] for byte in one.prompt.encode()] for one in problems)
+    answers = ([table[byte] for byte in (one.solution + STOP).encode()] for one in problems)
+    end = table[ord(STOP)]
     rows: list[list[int]] = [[]]
     weights: list[list[float]] = [[]]
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -5,7 +5,7 @@ sampled again. The order of members and the calibrated policy are chosen on cali
 results are on test tasks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -32,13 +32,21 @@ _PROBE = "probe"
 _ALWAYS = {mode: AlwaysPolicy(AlwaysPolicy.Options(mode=mode)) for mode in MODES}
 
 
-def _settle(decisions: Sequence[Decision]) -> dict[str, list[Any]]:
-    """Rightness, cost and mode of one configuration on all tasks."""
+Outcome = dict[str, Any]
+"""Of one configuration on all tasks: `correct` and `mode` as text, a digit a task, and `cost`; of
+a policy of the cascade `mode` alone, since the other two are those of that mode."""
+
+
+def _settle(decisions: Sequence[Decision]) -> Outcome:
     return {
-        "correct": [int(bool(one.correct)) for one in decisions],
-        "cost": [one.cost.flops for one in decisions],
-        "mode": [MODES.index(one.mode) for one in decisions],
+        "correct": _join(int(bool(one.correct)) for one in decisions),
+        "cost": [round(one.cost.flops) for one in decisions],
+        "mode": _join(MODES.index(one.mode) for one in decisions),
     }
+
+
+def _join(digits: Iterable[int]) -> str:
+    return "".join(map(str, digits))
 
 
 def _order_members(cases: Sequence[Case]) -> tuple[tuple[str, ...], dict[str, float]]:
@@ -77,37 +85,41 @@ def _observe(cases: Sequence[Case], lineup: Lineup, judge: str) -> list[Observat
     return observed
 
 
-def _choose_calibrated(
-    calibration: Calibration, observed: Sequence[Observation], rate: float
-) -> dict[str, list[Any]]:
-    """The calibrated policy at a rate."""
-    modes = [calibration.choose(one.evidence, rate) for one in observed]
-    return {
-        "correct": [int(one.correct[mode]) for one, mode in zip(observed, modes, strict=True)],
-        "cost": [one.cost[mode] for one, mode in zip(observed, modes, strict=True)],
-        "mode": [MODES.index(mode) for mode in modes],
-    }
+def _hide_families(observed: Sequence[Observation]) -> list[Observation]:
+    """The same without what a task is of, as the plain rule sees it."""
+    hidden = []
+    for one in observed:
+        task = replace(one.evidence.task, family="")
+        hidden.append(replace(one, evidence=replace(one.evidence, task=task)))
+    return hidden
 
 
 def _trace_calibrated(
     calibration: Calibration, observed: Sequence[Observation]
-) -> list[dict[str, list[Any]]]:
-    """The calibrated policy from the cheapest budget to none at all, on test tasks."""
+) -> dict[str, list[str]]:
+    """Modes of test tasks at the plain rule's budget, and from the least budget to none at all."""
+
+    def choose(rate: float) -> str:
+        return _join(MODES.index(calibration.choose(one.evidence, rate)) for one in observed)
+
     rates = [one.rate for one in calibration.frontier]
     places = np.unique(np.linspace(0, len(rates) - 1, BUDGETS).round().astype(int))
-    return [_choose_calibrated(calibration, observed, rates[at]) for at in places[::-1]]
+    return {
+        "at the rule's budget": [choose(calibration.rate())],
+        "frontier": [choose(rates[at]) for at in places[::-1]],
+    }
 
 
-def _find_oracle(found: Mapping[str, Mapping[str, list[Any]]], names: Sequence[str]) -> Any:
+def _find_oracle(found: Mapping[str, Outcome], names: Sequence[str]) -> Outcome:
     """Right where any of these is, at the price of the cheapest that is; else the cheapest."""
-    correct = np.array([found[name]["correct"] for name in names])
+    correct = np.array([[int(digit) for digit in found[name]["correct"]] for name in names])
     cost = np.array([found[name]["cost"] for name in names])
     best = np.where(correct.astype(bool), cost, cost + cost.max() * 2).argmin(axis=0)
     every = np.arange(correct.shape[1])
     return {
-        "correct": correct[best, every].tolist(),
+        "correct": _join(correct[best, every].tolist()),
         "cost": cost[best, every].tolist(),
-        "mode": [0] * correct.shape[1],
+        "mode": "0" * correct.shape[1],
     }
 
 
@@ -130,9 +142,10 @@ def _attribute(cases: Sequence[Case], lineup: Lineup, judge: str) -> dict[str, A
         for name in lineup.members:
             left = replace(arena, members=tuple(m for m in arena.members if m != name))
             arenas[name].append(everyone - bool(one.decide(left, judge).correct))
-            similarity[name].append(alike[name])
+            similarity[name].append(round(alike[name], 4))
             others = [answer for other, answer in answers.items() if other != name]
-            entropy[name].append(compute_entropy(others) - compute_entropy(list(answers.values())))
+            less = compute_entropy(others) - compute_entropy(list(answers.values()))
+            entropy[name].append(round(less, 4))
     return {"cascade": values, "arena": arenas, "similarity": similarity, "entropy": entropy}
 
 
@@ -142,7 +155,7 @@ def _decide_configurations(
     """All fixed configurations of the paper, and the modes for every task."""
     arena = replace(lineup, probe=None)
 
-    def settle(chosen: Sequence[Case], line: Lineup, **how: Any) -> dict[str, list[Any]]:
+    def settle(chosen: Sequence[Case], line: Lineup, **how: Any) -> Outcome:
         return _settle(
             [one.decide(line, how.get("judge", judge), how.get("policy", SIGMA)) for one in chosen]
         )
@@ -151,7 +164,7 @@ def _decide_configurations(
     for first, second in combinations(lineup.members, 2):
         found[f"pair {first} {second}"] = settle(cases, Lineup(None, (first, second)))
     found["arena-3"] = settle(cases, arena)
-    found["ACAR-U"] = settle(cases, lineup)
+    found["ACAR-U"] = {"mode": settle(cases, lineup)["mode"]}
     found["ACAR-UJ always"] = settle(retrieved, lineup)
     found["arena-3 with retrieval"] = settle(retrieved, arena)
     for mode, policy in _ALWAYS.items():
@@ -166,8 +179,8 @@ def decide_all(settings: Mapping[str, Any], context: TaskContext) -> dict[str, A
     """Decide all tasks in all configurations; see `recipe.plan_outcomes`.
 
     Returns:
-        `outcomes` (by configuration: correct, cost, mode of every test task), `frontier` of the
-        calibrated policy, `tasks` (family, level, sigma, similarity), `attribution`, what was
+        `outcomes` (by configuration, see `Outcome`), `frontiers` of the calibrated policy (modes
+        at every budget), `tasks` (family, level, sigma, similarity), `attribution`, what was
         chosen on calibration tasks, and the calibration's counts.
     """
     table = context.needs[0].result
@@ -185,23 +198,25 @@ def decide_all(settings: Mapping[str, Any], context: TaskContext) -> dict[str, A
     found["arena-2"] = found[f"pair {members[0]} {members[1]}"]
     similar = [row["retrieved"]["similarity"] for row in rows]
     near = [one >= settings["threshold"] for one in similar]
-    found["ACAR-UJ"] = _mix(found["ACAR-UJ always"], found["ACAR-U"], near)
+    found["ACAR-UJ"] = _mix(found["ACAR-UJ always"], found[f"ACAR-U by {judge}"], near)
     found["oracle"] = _find_oracle(found, [f"probe, {MODES[0]}", *(f"single {m}" for m in members)])
-    calibration = fit_calibration(_observe(cases["calibration"], lineup, judge))
-    observed = _observe(tests, lineup, judge)
-    found["calibrated"] = _choose_calibrated(calibration, observed, calibration.rate())
+    known, observed = (_observe(cases[split], lineup, judge) for split in ("calibration", "test"))
+    calibration, blind = fit_calibration(known), fit_calibration(_hide_families(known))
+    frontiers = {
+        "calibrated": _trace_calibrated(calibration, observed),
+        "calibrated, families hidden": _trace_calibrated(blind, _hide_families(observed)),
+    }
+    for name, one in frontiers.items():
+        found[name] = {"mode": one["at the rule's budget"][0]}
     return {
         "outcomes": found,
-        "frontier": _trace_calibrated(calibration, observed),
-        "tasks": [
-            {
-                "family": one.task.family,
-                "level": one.task.level,
-                "sigma": seen.evidence.sigma,
-                "similarity": similarity,
-            }
-            for one, seen, similarity in zip(tests, observed, similar, strict=True)
-        ],
+        "frontiers": {name: one["frontier"] for name, one in frontiers.items()},
+        "tasks": {
+            "family": [one.task.family for one in tests],
+            "level": [one.task.level for one in tests],
+            "sigma": [one.evidence.sigma for one in observed],
+            "similarity": [round(one, 4) for one in similar],
+        },
         "attribution": _attribute(tests, lineup, judge),
         "members": list(members),
         "judge": judge,
@@ -215,11 +230,10 @@ def decide_all(settings: Mapping[str, Any], context: TaskContext) -> dict[str, A
     }
 
 
-def _mix(
-    there: Mapping[str, list[Any]], here: Mapping[str, list[Any]], where: Sequence[bool]
-) -> dict[str, list[Any]]:
+def _mix(there: Outcome, here: Outcome, where: Sequence[bool]) -> Outcome:
     """Outcomes of `there` where something similar was found, else of `here`."""
-    return {
-        key: [a if near else b for a, b, near in zip(there[key], here[key], where, strict=True)]
-        for key in there
-    }
+
+    def mix(key: str) -> list[Any]:
+        return [a if near else b for a, b, near in zip(there[key], here[key], where, strict=True)]
+
+    return {"correct": "".join(mix("correct")), "cost": mix("cost"), "mode": "".join(mix("mode"))}

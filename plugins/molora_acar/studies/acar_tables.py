@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from molora_acar.studies.acar_cases import JUDGES
-from molora_acar.studies.acar_findings import CONFIGURATIONS, Findings
+from molora_acar.studies.acar_findings import CONFIGURATIONS, OTHERS, Findings
 from molora_fed.studies.contract import Table
 
 __all__ = ["list_tables"]
@@ -15,8 +15,6 @@ PUBLISHED = {
     "arena-3": (63.6, 20.64),
 }
 """Accuracy in per cent and cost in dollars, arXiv 2602.21231."""
-
-_OTHERS = ("probe, single_agent", "probe, arena_lite", "probe, full_arena", "ACAR-UJ always")
 
 
 def list_tables(found: Findings, seeds: Sequence[int]) -> list[Table]:
@@ -34,7 +32,7 @@ def list_tables(found: Findings, seeds: Sequence[int]) -> list[Table]:
 
 def _tabulate_configurations(found: Findings) -> Table:
     rows = []
-    for name in (*CONFIGURATIONS, *_OTHERS):
+    for name in (*CONFIGURATIONS, *OTHERS):
         right, cost = found.mean(name).scale(100), found.mean(name, "cost")
         published = PUBLISHED.get(name)
         rows.append(
@@ -102,6 +100,12 @@ def _tabulate_sigma(found: Findings) -> Table:
     rows += [
         ("agreed but wrong, of all tasks", wrong["of all"].scale(100).show(), ""),
         ("agreed but wrong, of tasks with sigma 0", wrong["of agreed"].scale(100).show(), ""),
+        (
+            "what three members answer more of tasks with sigma 0",
+            wrong["lost"].scale(100).show(),
+            "",
+        ),
+        ("of it won back by the calibrated policy", wrong["won back"].scale(100).show(), ""),
         ("accuracy if all other tasks were right", wrong["ceiling"].scale(100).show(), ""),
     ]
     return Table("Disagreement of the probe, % of tasks", ("", "ours [95 %]", "published"), rows)

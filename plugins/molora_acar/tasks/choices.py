@@ -15,11 +15,12 @@ MIN_LETTERS = 0.5  # of a line's characters: rulers and numbers are from everywh
 
 
 def make_choice(generator: random.Random, level: int) -> Problem:
-    """A piece of a line, and four domains in a random order.
+    """A piece of a line, and four domains.
 
-    The piece has 32 characters at level 1, and 8 fewer at each further level, but at least 8. A
-    prompt is in the split of the document it is from, and lines of documents in several splits are
-    left out, so that what is tested is from documents that nobody trained on.
+    The piece has 32 characters at level 1, and 8 fewer at each further level, but at least 8. The
+    domains are in alphabetical order at level 1, then in any order. A prompt is in the split of the
+    document it is from, and lines of documents in several splits are left out, so that what is
+    tested is from documents that nobody trained on.
 
     Args:
         generator: Source of chance.
@@ -31,7 +32,7 @@ def make_choice(generator: random.Random, level: int) -> Problem:
     while True:
         line, split = lines[generator.randrange(len(lines))]
         start = generator.randrange(len(line) - size + 1)
-        order = generator.sample(DOMAINS, len(DOMAINS))
+        order = list(DOMAINS) if level == 1 else generator.sample(DOMAINS, len(DOMAINS))
         shown = " ".join(f"{letter} {name}" for letter, name in zip(LETTERS, order, strict=True))
         prompt = f"{line[start : start + size]}| {shown}:"
         if compute_split(prompt) == split:

@@ -1,7 +1,7 @@
 """Code: the body of a small Python function, checked by unit tests."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from molora_acar.code_answers import format_outcomes
 from molora_acar.tasks.problems import Problem
@@ -42,7 +42,7 @@ def make_code(generator: random.Random, level: int) -> Problem:
     return Problem(
         f"f(a,b) {words}:",
         code,
-        format_outcomes([_evaluate(code, *pair) for pair in pairs]),
+        format_outcomes(_evaluate(code, pairs)),
         {
             "before": "def f(a, b):\n    return ",
             "function": "f",
@@ -73,6 +73,7 @@ def _wrap(generator: random.Random, words: str, code: str) -> tuple[str, str]:
     return words, code
 
 
-def _evaluate(code: str, a: int, b: int) -> int:
-    """Value of an expression that was made above."""
-    return int(eval(code, {"__builtins__": {}, "max": max, "min": min, "a": a, "b": b}))
+def _evaluate(code: str, pairs: Sequence[Sequence[int]]) -> list[int]:
+    """Values of an expression that was made above."""
+    function = eval(f"lambda a, b: {code}", {"__builtins__": {}, "max": max, "min": min})
+    return [function(*pair) for pair in pairs]
