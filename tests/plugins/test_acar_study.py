@@ -25,6 +25,7 @@ from molora_acar.studies.acar_models import (
 from molora_acar.studies.acar_outcomes import decide_all
 from molora_acar.studies.batched import sample_in_batches
 from molora_acar.tasks.problems import Problem, compute_split
+from pydantic import ValidationError
 from scipy.stats import spearmanr
 
 from molora_fed.base import load_base
@@ -90,6 +91,16 @@ def test_full_size_asks_enough_tasks_and_a_small_probe():
     sizes = [recipe._count_numbers(one) for one in (options.probe, options.base)]
     assert 4 * sizes[0] <= sizes[1]
     assert {name for own in options.members.values() for name in own} == set(options.levels)
+
+
+def test_options_name_families_that_have_levels():
+    with pytest.raises(ValidationError, match="without levels: riddles"):
+        recipe.AcarOptions(probe_training={"families": {"riddles": 1}})
+    with pytest.raises(ValidationError, match="expected 3 members"):
+        recipe.AcarOptions(members={"one": {"code": 1}})
+    plain = recipe.AcarOptions(base_training={"steps": 5})
+    families = recipe.plan_base(plain, 1).settings["training"]["families"]
+    assert families == dict.fromkeys(plain.levels, 1.0)
 
 
 def test_nothing_that_is_tested_is_trained_on(study):

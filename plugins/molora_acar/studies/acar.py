@@ -118,6 +118,8 @@ def _list_notes(options: AcarOptions, found: Findings) -> list[str]:
         "The order of members (the first is the single model, the first two are arena-2) and the "
         "calibrated policy are chosen on calibration tasks; recipe, temperature and judge were "
         "chosen on validation tasks and models of another seed. No prompt is in two splits.",
+        "The oracle is right wherever the probe's majority or a member alone is, at the price of "
+        "the cheapest that is right.",
         "The calibrated policy knows a task's family and lengths, which the plain rule does not; "
         "the one whose families are hidden knows agreement and lengths alone.",
         "A judge by pairs is left out: models of this size cannot compare two answers in words.",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from molora_fed.studies.contract import StudyOptions, Task
 
@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 _ACTIONS = "molora_acar.studies"
+NUM_MEMBERS = 3
 _FLOPS = 2e10  # of a quiet core on models as small as these, for estimates only
 _LEVELS: Mapping[str, tuple[int, ...]] = {
     "arithmetic": (1,),
@@ -77,7 +78,8 @@ class TrainingSettings(_Settings):
     """How a model is trained on solved problems.
 
     Attributes:
-        families: Weight of each family; levels of a family have equal shares.
+        families: Weight of each family, equal ones if none is given; levels of a family have equal
+            shares.
         steps: Optimiser steps.
         batch: Blocks per step.
         learning_rate: Peak of AdamW's rate.
@@ -134,6 +136,17 @@ class AcarOptions(StudyOptions):
     threshold: float = 0.7
     examples: int = 100
 
+    @model_validator(mode="after")
+    def _knows_its_families(self) -> "AcarOptions":
+        trained = [self.base_training.families, self.probe_training.families]
+        named = {name for own in (*self.members.values(), *trained) for name in own}
+        unknown = sorted(named - set(self.levels))
+        if unknown:
+            raise ValueError(f"families without levels: {', '.join(unknown)}")
+        if len(self.members) != NUM_MEMBERS or not all(self.members.values()):
+            raise ValueError(f"expected {NUM_MEMBERS} members with families")
+        return self
+
 
 def _levels(options: AcarOptions) -> dict[str, list[int]]:
     return {family: list(levels) for family, levels in sorted(options.levels.items())}
@@ -151,6 +164,8 @@ def _estimate(model: ModelSettings, training: TrainingSettings) -> float:
 def _plan_checkpoint(
     name: str, options: AcarOptions, model: ModelSettings, training: TrainingSettings, seed: int
 ) -> Task:
+    families = dict(training.families) or dict.fromkeys(sorted(options.levels), 1.0)
+    training = training.model_copy(update={"families": families})
     return Task(
         name=f"{name} D={model.hidden} steps={training.steps} seed={seed}",
         action=f"{_ACTIONS}.acar_models:make_checkpoint",
