@@ -11,7 +11,7 @@ import argparse
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bad_input_files import find_free_port, run_adapter_cases, run_other_cases
@@ -87,18 +87,18 @@ def _list_files(names: Sequence[str]) -> str:
     return ", ".join(f"`{folder}` ({count})" for folder, count in sorted(counts.items()))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="Markdown page to write")
-    arguments = parser.parse_args()
+def run_stage(
+    prepare: Callable[[Stage], None], cases: Callable[[Stage], Iterator[Outcome]]
+) -> list[Outcome]:
+    """Run cases on a prepared stage in a temporary folder, each outcome printed as it comes."""
     # Ended from outside it still ends its processes and unmounts.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     outcomes = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         stage = Stage(Path(folder))
         try:
-            stage.prepare()
-            for outcome in run_cases(stage):
+            prepare(stage)
+            for outcome in cases(stage):
                 outcomes.append(outcome)
                 print(
                     f"{'BAD ' if outcome.problems else 'ok  '} {outcome.case}: {outcome.how}: exit "
@@ -107,13 +107,26 @@ def main() -> int:
                 )
         finally:
             stage.close()
-    command = "python bench/bad_input.py --out docs/results/bad_input.md"
-    page = build_page(outcomes, "Bad input", command)
-    if arguments.out is None:
+    return outcomes
+
+
+def report(outcomes: Sequence[Outcome], title: str, command: str, out: Path | None) -> int:
+    """Write the page, or print it; 1 if any case misbehaved."""
+    page = build_page(outcomes, title, command)
+    if out is None:
         print(page)
     else:
-        write_bytes(arguments.out, page.encode())
+        write_bytes(out, page.encode())
     return int(any(outcome.problems for outcome in outcomes))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="Markdown page to write")
+    arguments = parser.parse_args()
+    outcomes = run_stage(Stage.prepare, run_cases)
+    command = "python bench/bad_input.py --out docs/results/bad_input.md"
+    return report(outcomes, "Bad input", command, arguments.out)
 
 
 if __name__ == "__main__":

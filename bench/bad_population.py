@@ -11,16 +11,15 @@ import math
 import signal
 import struct
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from bad_input import build_page
+from bad_input import report, run_stage
 from bad_input_stage import Outcome, Stage, wait_until
 from safetensors.numpy import load_file, save_file
 
-from molora_fed.files import hash_file, write_bytes
+from molora_fed.files import hash_file
 
 COMMAND = "python bench/bad_population.py --out docs/results/evolution/bad_input.md"
 DYING = (
@@ -171,25 +170,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="Markdown page to write")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    outcomes = []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        stage = Stage(Path(folder))
-        try:
-            prepare(stage)
-            for outcome in run_cases(stage):
-                outcomes.append(outcome)
-                print(f"{'BAD ' * bool(outcome.problems)}{outcome.case}: {outcome.how}", flush=True)
-                for line in (outcome.message, *outcome.problems):
-                    print(f"    {line}", flush=True)
-        finally:
-            stage.close()
-    page = build_page(outcomes, "Bad input to an evolution", COMMAND)
-    if arguments.out is None:
-        print(page)
-    else:
-        write_bytes(arguments.out, page.encode())
-    return int(any(outcome.problems for outcome in outcomes))
+    outcomes = run_stage(prepare, run_cases)
+    return report(outcomes, "Bad input to an evolution", COMMAND, arguments.out)
 
 
 if __name__ == "__main__":
