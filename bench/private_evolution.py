@@ -45,7 +45,7 @@ from molora_fed.testing.traffic import RecordingLine, find_text, find_tokens
 from molora_fed.types import Split
 
 OUT = Path("docs/results/evolution/private")
-DOMAINS = ("readme", "science")
+DOMAINS = ("cpp", "science")
 SEED = 42
 RULES = PopulationRules(
     data="private",
@@ -66,7 +66,7 @@ AMENDMENT = Amendment(
     expected=len(DOMAINS),
     seed=SEED,
     training=TrainingRules(kind="lora", rank=16, steps=200, validate_every=50),
-    samples=SampleRules(calibration=500, held_out=200),
+    samples=SampleRules(calibration=1_000, held_out=200),
     fusion=FusionRules(mode="population"),
     population=RULES,
 )

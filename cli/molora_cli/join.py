@@ -63,7 +63,11 @@ def join(
             consent=lambda charter: _ask(charter, board, agreed=yes),
         )
     print(f"{acknowledgement['state']}  contribution {acknowledgement['contribution_id']}")
-    print(f"fused model  {where / 'result' / 'fused'}")
+    evolved = where / "result" / "evolved"
+    if evolved.is_dir():
+        print(f"evolved model  {evolved}")
+    else:
+        print(f"fused model  {where / 'result' / 'fused'}")
     print(f"report       {where / 'result' / 'report'}")
 
 

@@ -126,6 +126,7 @@ def _build_state(home: ContributorHome) -> dict[str, Any]:
         "acknowledged": str(acknowledgement.get("shipment", "")),
         "refused": home.refusal_letter.exists(),
         "question": str((read_json(home.question_letter) or {}).get("id", "")),
+        "result": str((read_json(home.result_letter) or {}).get("id", "")),
         "received": received,
         "held": sorted(str(name) for name in home.parts.held()),
         "problem": home.board.read(),

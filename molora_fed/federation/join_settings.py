@@ -4,9 +4,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from molora_fed.charter import load_charter
 from molora_fed.contributions.keys import build_public_pem, key_fingerprint, load_or_make_key
 from molora_fed.corpus.documents import read_documents
-from molora_fed.errors import ConfigError
+from molora_fed.errors import CharterError, ConfigError
 from molora_fed.federation.homes import ContributorHome, JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.plugins import get_plugins
@@ -18,7 +19,7 @@ _BASE_EXPERT = "base"
 
 
 def prepare_home(home: ContributorHome, settings: JoinSettings) -> JoinSettings:
-    """Make a home ready for its worker and its ClientApp: key, settings, no old bad news.
+    """Make a home ready for its worker and its ClientApp: key, settings, no old news.
 
     Raises:
         MoloraError: What `prepare_settings` raises.
@@ -28,7 +29,18 @@ def prepare_home(home: ContributorHome, settings: JoinSettings) -> JoinSettings:
     home.board.prepare()
     for old in (home.refusal_letter, home.error_file, home.state_file):
         old.unlink(missing_ok=True)
+    if _is_private(home):
+        # The server says again what is published, or asks: the population may be growing.
+        home.result_letter.unlink(missing_ok=True)
     return prepared
+
+
+def _is_private(home: ContributorHome) -> bool:
+    """Whether the charter of an earlier join says that texts stay where they are."""
+    try:
+        return load_charter(home.charter).amendment.is_private
+    except CharterError:
+        return False  # the first join
 
 
 def prepare_settings(home: ContributorHome, settings: JoinSettings) -> JoinSettings:

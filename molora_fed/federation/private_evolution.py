@@ -49,6 +49,8 @@ def find_boxes(
 def claim_folder(home: CoordinatorHome, charter: Charter, ids: Sequence[str]) -> None:
     """Delete the evolution of other contributions, or of another amendment.
 
+    What was published is not sent to anyone any more, so that whoever joins again takes part.
+
     Raises:
         StorageError: If the disk refuses.
     """
@@ -58,6 +60,7 @@ def claim_folder(home: CoordinatorHome, charter: Charter, ids: Sequence[str]) ->
     }
     path = home.evolution / _RECIPE_FILE
     if read_json(path) != recipe:
+        (home.outbox / "result.json").unlink(missing_ok=True)
         shutil.rmtree(home.evolution, ignore_errors=True)
         write_json(path, recipe)
 

@@ -134,7 +134,7 @@ class ServerDialogue:
             return Envelope(tuple(letters)) if letters else None
         files = parse_shipment(result["files"])
         names = self._undelivered(files, state)
-        if not letters and not names:
+        if not letters and not names and state.get("result") == result["id"]:
             if (read_json(box.delivered_file) or {}).get("id") != result["id"]:
                 write_json(box.delivered_file, {"id": result["id"]})
             return None
@@ -300,7 +300,7 @@ def _is_part_of(result: Mapping[str, Any], acknowledgement: Mapping[str, Any]) -
 def _check_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a contributor's state that the dialogue reads, with their types checked."""
     checked: dict[str, Any] = {**public_state(dict(state)), "refused": bool(state.get("refused"))}
-    for name in ("charter", "acknowledged", "question", "problem"):
+    for name in ("charter", "acknowledged", "question", "result", "problem"):
         value = state.get(name, "")
         checked[name] = value[:4_096] if isinstance(value, str) else ""
     for name in ("tasks", "received", "held"):
