@@ -47,15 +47,17 @@ from molora_fed.types import Split
 OUT = Path("docs/results/evolution/private")
 DOMAINS = ("cpp", "science")
 SEED = 42
+SEARCHED = 1_000  # blocks of each split
 RULES = PopulationRules(
     data="private",
     slots=4,
     rank=8,
     generations=3,
-    start_steps=60,
-    steps=60,
+    start_steps=40,
+    steps=40,
     lifecycle=(
-        OperatorRules(name="death", options={"patience": 1, "min_age": 1}),
+        # So high a threshold that somebody dies in every generation, and the guard is asked.
+        OperatorRules(name="death", options={"threshold": 0.02, "patience": 1, "min_age": 1}),
         OperatorRules(name="slot-reallocation"),
         OperatorRules(name="inheritance"),
         OperatorRules(name="svd-mutation"),
@@ -66,7 +68,7 @@ AMENDMENT = Amendment(
     expected=len(DOMAINS),
     seed=SEED,
     training=TrainingRules(kind="lora", rank=16, steps=200, validate_every=50),
-    samples=SampleRules(calibration=1_000, held_out=200),
+    samples=SampleRules(calibration=800, held_out=120),
     fusion=FusionRules(mode="population"),
     population=RULES,
 )
@@ -103,7 +105,7 @@ class Meddler:
         for phase in ("FUSING", "PUBLISHED"):
             if event.phase == phase:
                 self.seconds.setdefault(phase, time.monotonic() - self.began)
-        if "generation 1: adaptation of the twin" in event.message:
+        if "generation 1: adaptation" in event.message:
             self._kill("coordinator")
         if "generation 2: adaptation" in event.message:
             self._kill("worker")
@@ -206,10 +208,10 @@ def read_evolution(folder: Path) -> dict[str, bytes]:
 
 
 def search(traffic: dict[str, Any], blocks: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Look for text and token ids of every split in all that crossed."""
+    """Look for text and token ids of every split in all that crossed; blocks as far as used."""
     streams = [one for both in traffic.values() for each in both.values() for one in each]
     rows: dict[str, Any] = {"bytes": sum(map(len, streams))}
-    own = [part for parts in blocks.values() for part in parts.values()]
+    own = [part.take(SEARCHED) for parts in blocks.values() for part in parts.values()]
     texts = [tokenizer.decode(row.tolist()) for part in own for row in part.tokens]
     rows["characters looked for"] = sum(map(len, texts))
     rows["tokens looked for"] = sum(part.tokens.size for part in own)

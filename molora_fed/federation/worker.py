@@ -353,7 +353,8 @@ class ContributorWorker:
                 letter,
                 lambda: self._open_member(charter),
                 self._plugins,
-                self._state.progress,
+                # Its loss would be that of a few blocks, and the state is sent.
+                lambda done, total, **figures: self._state.progress(done, total),
             )
         self._state.enter("ADMITTED", "waiting for the next question, or the evolved model")
 

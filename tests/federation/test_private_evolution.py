@@ -87,10 +87,11 @@ class Meddler:
 
     root: object
     kills: list = field(default_factory=list)
-    messages: list = field(default_factory=list)
+    losses: list = field(default_factory=list)
 
     def __call__(self, event):
-        self.messages.append(f"{event.contributor}: {event.phase} {event.message}")
+        if event.phase == "EVOLVING" and event.loss is not None:
+            self.losses.append(event)
         if not event.contributor and "generation 1: adaptation" in event.message:
             self._kill_once("coordinator", self.root / "server")
         if not event.contributor and "generation 2: adaptation" in event.message:
@@ -129,6 +130,7 @@ def test_a_population_evolves_on_private_texts(stage_root, tiny_checkpoint):
         answers = run_local(cooperative.folder, members, meddler, port=port, threads=1)
         streams = [*first.sent, *first.received, *second.sent, *second.received]
     assert meddler.kills == ["coordinator", "worker"]
+    assert not meddler.losses  # that of a batch would be that of a few blocks
     assert {name: a["state"] for name, a in answers.items()} == {
         "alpha-1": "ADMITTED", "beta-1": "ADMITTED",
     }  # fmt: skip
