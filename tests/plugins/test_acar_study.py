@@ -13,7 +13,14 @@ from molora_acar.studies.acar import AcarStudy
 from molora_acar.studies.acar_answers import collect_answers
 from molora_acar.studies.acar_cases import open_case
 from molora_acar.studies.acar_findings import Findings
-from molora_acar.studies.acar_measures import Sampled, compare_correlation, estimate, integrate
+from molora_acar.studies.acar_measures import (
+    Sampled,
+    compare_correlation,
+    estimate,
+    integrate,
+    pack_numbers,
+    unpack_numbers,
+)
 from molora_acar.studies.acar_models import (
     build_tokenizer,
     draw_training_problems,
@@ -215,8 +222,8 @@ def test_leave_one_out_is_the_arena_less_the_arena_without(study):
     left = [name for name in members if name != members[2]]
     pair = f"pair {left[0]} {left[1]}"
     expected = _read(result, "arena-3")["correct"] - _read(result, pair)["correct"]
-    assert result["attribution"]["arena"][members[2]] == expected.tolist()
-    assert len(result["attribution"]["cascade"]["probe"]) == len(rows)
+    assert unpack_numbers(result["attribution"]["arena"][members[2]]).tolist() == expected.tolist()
+    assert len(unpack_numbers(result["attribution"]["cascade"]["probe"])) == len(rows)
 
 
 def test_a_case_hides_the_answer_from_the_policy(study):
@@ -293,6 +300,21 @@ def test_correlation_is_spearmans(seed):
     assert found.point == pytest.approx(spearmanr(one, other).statistic, abs=1e-9)
     assert found.low <= found.point <= found.high
     assert compare_correlation(Sampled([60]), [np.zeros(60)], [other]).point == 0
+
+
+def test_the_rule_is_on_its_own_frontier(study):
+    found = Findings([study["outcomes"].result])
+    lines, _ = found.frontiers()
+    rule = found.mean("ACAR-U", "cost").point, found.mean("ACAR-U").point
+    assert any(point == pytest.approx(rule) for point in lines["plain rule"])
+    ends = [found.mean(f"probe, {mode}", "cost").point for mode in ("single_agent", "full_arena")]
+    assert [lines["plain rule"][at][0] for at in (0, -1)] == pytest.approx(ends)
+
+
+@given(st.lists(st.floats(-1e12, 1e12, allow_nan=False), max_size=20))
+@settings(max_examples=30, deadline=None)
+def test_numbers_come_back(numbers):
+    assert unpack_numbers(pack_numbers(numbers)) == pytest.approx(numbers, rel=1e-9)
 
 
 def test_area_under_a_frontier():

@@ -104,7 +104,7 @@ def _build_figures(found: Findings, frontier: Mapping[str, Any]) -> list[Figure]
 
 def _list_notes(options: AcarOptions, found: Findings) -> list[str]:
     sizes = found.results[0]["parameters"]
-    tasks = len(found.results[0]["tasks"]["family"])
+    tasks = len(found.results[0]["tasks"]["family"].split())
     return [
         f"{tasks} test tasks of {len(found.families())} families a seed. Intervals are 95 %, by "
         "bootstrap over tasks within each seed; the seeds' models stay, so they do not say how "

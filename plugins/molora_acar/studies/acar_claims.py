@@ -158,8 +158,8 @@ def _claim_calibration(found: Findings, gains: Mapping[str, Estimate], seeds: st
             f"{area.show(2, '+')} pp mean accuracy between the cost of the probe alone and that of "
             f"all members; families hidden {blind.show(2, '+')} pp, {seeds}",
             _decide(area),
-            "Area under the accuracy-cost frontier; the plain rule is mixed with never and always "
-            "escalating.",
+            "Area under the accuracy-cost frontier; the plain rule escalates in the order of "
+            "sigma, mixed at random.",
         ),
         Claim(
             "At the plain rule's budget the calibrated policy is right more often.",

@@ -15,6 +15,8 @@ from molora_acar.studies.acar_measures import (
     compare_correlation,
     estimate,
     integrate,
+    interpolate,
+    unpack_numbers,
 )
 from molora_fed.cascade.contract import MODES
 
@@ -40,7 +42,8 @@ OTHERS = (
 )
 """What is told beside."""
 
-_PLAIN = ("probe, single_agent", "ACAR-U", "probe, full_arena")
+_PLAIN = ("000", "001", "002", "012", "022", "222")
+"""Modes at sigma 0, between, and 1, from the cheapest policy to the dearest; "012" is the rule."""
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -50,7 +53,8 @@ class _Reader:
 
     def __init__(self, outcomes: Mapping[str, Mapping[str, Any]]) -> None:
         self._outcomes = outcomes
-        self._unit = float(np.mean(outcomes["single"]["cost"]))
+        self._unit = float(unpack_numbers(outcomes["single"]["cost"]).mean())
+        self.count = len(outcomes["single"]["correct"])
         self._modes = {
             key: np.stack([self.take(f"probe, {mode}", key) for mode in MODES])
             for key in ("cost", "correct")
@@ -62,7 +66,7 @@ class _Reader:
         if key not in outcome:
             return self.by_mode(outcome["mode"], key)
         if key == "cost":
-            return np.array(outcome["cost"], dtype=float) / self._unit
+            return unpack_numbers(outcome["cost"]) / self._unit
         return np.array([int(digit) for digit in outcome[key]], dtype=float)
 
     def by_mode(self, modes: str, key: str) -> NDArray[Any]:
@@ -74,7 +78,7 @@ class _Reader:
 
 def _own(result: Mapping[str, Any], family: str) -> NDArray[Any]:
     """Whether each task is of a family."""
-    return np.array([one == family for one in result["tasks"]["family"]])
+    return np.array([one == family for one in result["tasks"]["family"].split()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +94,7 @@ class Findings:
     @cached_property
     def sampled(self) -> Sampled:
         """The resamples that all intervals share."""
-        return Sampled([len(one["tasks"]["family"]) for one in self.results])
+        return Sampled([one.count for one in self._read])
 
     @cached_property
     def _read(self) -> list[_Reader]:
@@ -115,11 +119,13 @@ class Findings:
 
     def sigmas(self) -> list[NDArray[Any]]:
         """Disagreement of every task."""
-        return [np.array(one["tasks"]["sigma"]) for one in self.results]
+        return [unpack_numbers(one["tasks"]["sigma"]) for one in self.results]
 
     def families(self) -> tuple[str, ...]:
         """Names, in order."""
-        return tuple(sorted({name for one in self.results for name in one["tasks"]["family"]}))
+        return tuple(
+            sorted({name for one in self.results for name in one["tasks"]["family"].split()})
+        )
 
     def sigma_shares(self) -> dict[str, Estimate]:
         """Share of tasks with no, some and full disagreement."""
@@ -144,15 +150,14 @@ class Findings:
         arena = self._numbers("arena-3", "correct")
         wrong = [a * (1 - p) for a, p in zip(agreed, probe, strict=True)]
         seeds, drawn = self.sampled.mean(wrong)
-        seeds_agreed, drawn_agreed = self.sampled.mean([one.astype(float) for one in agreed])
+        parts = self.sampled.mean([one.astype(float) for one in agreed])
+        shares = [np.maximum(one, 1e-9) for one in parts]
         lost = [a * (m - p) for a, m, p in zip(agreed, arena, probe, strict=True)]
         other = self._numbers("calibrated", "correct")
         back = [a * (c - p) for a, c, p in zip(agreed, other, probe, strict=True)]
         return {
             "of all": estimate(seeds, drawn),
-            "of agreed": estimate(
-                seeds / np.maximum(seeds_agreed, 1e-9), drawn / np.maximum(drawn_agreed, 1e-9)
-            ),
+            "of agreed": estimate(seeds / shares[0], drawn / shares[1]),
             "lost": self.share(lost),
             "won back": self.share(back),
             "ceiling": estimate(1 - seeds, 1 - drawn),
@@ -164,31 +169,26 @@ class Findings:
         Fixed ones are the single model, two and three; between two of them a coin is tossed for
         each task.
         """
-        fixed = ("single", "arena-2", "arena-3")
-        cost = [self.sampled.mean(self._numbers(one, "cost")) for one in fixed]
-        right = [self.sampled.mean(self._numbers(one, "correct")) for one in fixed]
-        own_cost = self.sampled.mean(self._numbers(name, "cost"))
-        own = self.sampled.mean(self._numbers(name, "correct"))
+        fixed = [self._point(one) for one in ("single", "arena-2", "arena-3")]
+        own_cost, own = self._point(name)
 
         def compare(place: int) -> Any:
-            costs = np.stack([one[place] for one in cost], axis=-1)
-            rights = np.stack([one[place] for one in right], axis=-1)
-            rows = zip(own_cost[place], costs, rights, strict=True)
-            return own[place] - np.array([np.interp(c, xs, ys) for c, xs, ys in rows])
+            costs, rights = (np.stack([one[k][place] for one in fixed], axis=-1) for k in (0, 1))
+            return own[place] - interpolate(costs, rights, own_cost[place])
 
         return estimate(compare(0), compare(1))
 
     def frontiers(self) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Estimate]]:
         """Accuracy over cost of the plain rule and of the calibrated policies.
 
-        The plain rule mixes at random between the probe alone, the rule itself, and all members
-        always. The area is the mean accuracy over all budgets from the probe alone to all members.
+        The plain rule escalates in the order of sigma, `_PLAIN`, and mixes neighbours at random.
+        The area is the mean accuracy over all budgets from the probe alone to all members.
 
         Returns:
             Points (relative cost, accuracy) by policy, and the area of each calibrated policy less
             that of the plain rule.
         """
-        plain = [self._point(name) for name in _PLAIN]
+        plain = [self._mode_point(self._follow_sigma(rule)) for rule in _PLAIN]
 
         def area(points: Sequence[Any], place: int) -> Any:
             cost = np.stack([one[0][place] for one in points], axis=-1)
@@ -210,6 +210,20 @@ class Findings:
     def _point(self, name: str) -> Any:
         return tuple(self.sampled.mean(self._numbers(name, key)) for key in ("cost", "correct"))
 
+    def _follow_sigma(self, rule: str) -> list[str]:
+        """Modes of each seed's tasks where disagreement alone decides."""
+        return [
+            "".join(rule[0 if one == 0 else 2 if one == 1 else 1] for one in sigmas)
+            for sigmas in self.sigmas()
+        ]
+
+    def _mode_point(self, modes: Sequence[str]) -> Any:
+        """Cost and accuracy of a policy by the modes it chose, seed by seed."""
+        return tuple(
+            self.sampled.mean([r.by_mode(m, key) for r, m in zip(self._read, modes, strict=True)])
+            for key in ("cost", "correct")
+        )
+
     def _list_points(self, name: str) -> list[Any]:
         """Points of a policy from the least budget on; budgets of seeds are paired by place."""
         every = [one["frontiers"][name] for one in self.results]
@@ -218,21 +232,16 @@ class Findings:
         for place in range(count):
             share = place / max(1, count - 1)
             modes = [line[round(share * (len(line) - 1))] for line in every]
-            points.append(
-                tuple(
-                    self.sampled.mean(
-                        [r.by_mode(m, key) for r, m in zip(self._read, modes, strict=True)]
-                    )
-                    for key in ("cost", "correct")
-                )
-            )
+            points.append(self._mode_point(modes))
         return points
 
     def attribution(self, kind: str) -> dict[str, Estimate]:
         """Leave-one-out value of each model: in the "cascade", or in the "arena" of three."""
         names = sorted(self.results[0]["attribution"][kind])
         return {
-            name: self.share([one["attribution"][kind][name] for one in self.results])
+            name: self.share(
+                [unpack_numbers(one["attribution"][kind][name]) for one in self.results]
+            )
             for name in names
         }
 
@@ -244,7 +253,7 @@ class Findings:
             parts = []
             for name in names:
                 values, truth = (
-                    [one["attribution"][kind][name] for one in self.results]
+                    [unpack_numbers(one["attribution"][kind][name]) for one in self.results]
                     for kind in (proxy, "arena")
                 )
                 parts.append(compare_correlation(self.sampled, values, truth))
@@ -275,9 +284,8 @@ class Findings:
 
     def similarity(self) -> float:
         """Median similarity of the most similar solved problem."""
-        return float(
-            np.median([value for one in self.results for value in one["tasks"]["similarity"]])
-        )
+        found = [unpack_numbers(one["tasks"]["similarity"]) for one in self.results]
+        return float(np.median(np.concatenate(found)))
 
 
 def _average(parts: Sequence[Estimate]) -> Estimate:

@@ -1,6 +1,6 @@
 """Statistics of the study `acar`: means over seeds, intervals by bootstrap over tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ __all__ = [
     "compare_correlation",
     "estimate",
     "integrate",
+    "interpolate",
+    "pack_numbers",
+    "unpack_numbers",
 ]
 
 RESAMPLES = 2000
@@ -85,17 +88,17 @@ class Sampled:
             values: Of each seed's tasks.
 
         Returns:
-            By seed (S,), and over seeds in every resample (RESAMPLES,).
+            By seed (S,), and by seed in every resample (S, RESAMPLES).
         """
         arrays = [np.asarray(one, dtype=float) for one in values]
         seeds = np.array([one.mean() for one in arrays])
-        drawn = [share @ one for share, one in zip(self.shares, arrays, strict=True)]
-        return seeds, np.mean(drawn, axis=0)
+        pairs = zip(self.shares, arrays, strict=True)
+        return seeds, np.stack([share @ one for share, one in pairs])
 
 
 def estimate(seeds: Floats, resampled: Floats) -> Estimate:
-    """A figure from its values by seed and in every resample."""
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    """A figure from its values by seed (S,) and by seed in every resample (S, RESAMPLES)."""
+    low, high = np.quantile(resampled.mean(axis=0), [0.025, 0.975])
     return Estimate(float(seeds.mean()), float(low), float(high), tuple(map(float, seeds)))
 
 
@@ -120,6 +123,30 @@ def integrate(cost: Floats, accuracy: Floats, low: Floats, high: Floats) -> Floa
     return found
 
 
+def interpolate(cost: Floats, accuracy: Floats, budget: Floats) -> Floats:
+    """Accuracy at a budget of policies mixed at random; outside, that of the nearest.
+
+    Args:
+        cost: Of each policy, (..., P), rising.
+        accuracy: Of each policy, (..., P).
+        budget: The budget, (...).
+    """
+    found = np.empty(budget.shape)
+    for at in np.ndindex(found.shape):
+        found[at] = np.interp(budget[at], cost[at], accuracy[at])
+    return found
+
+
+def pack_numbers(values: Iterable[float]) -> str:
+    """Numbers as one text, which takes a tenth of the lines of a JSON list."""
+    return " ".join(f"{value:.10g}" for value in values)
+
+
+def unpack_numbers(text: str) -> Floats:
+    """Numbers of `pack_numbers`."""
+    return np.array(text.split(), dtype=float)
+
+
 def compare_correlation(
     sampled: Sampled, one: Sequence[Values], other: Sequence[Values]
 ) -> Estimate:
@@ -138,7 +165,7 @@ def compare_correlation(
         whole = np.full((1, len(a)), 1 / len(a))
         seeds.append(float(_correlate(whole, a, b)[0]))
         drawn.append(_correlate(share, a, b))
-    return estimate(np.array(seeds), np.mean(drawn, axis=0))
+    return estimate(np.array(seeds), np.stack(drawn))
 
 
 def _correlate(share: Floats, a: Floats, b: Floats) -> Floats:

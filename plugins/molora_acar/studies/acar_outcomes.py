@@ -16,6 +16,7 @@ from molora_acar.calibration import Observation, fit_calibration
 from molora_acar.calibration_table import Calibration
 from molora_acar.policies import AlwaysPolicy
 from molora_acar.studies.acar_cases import JUDGES, SIGMA, Case, open_case
+from molora_acar.studies.acar_measures import pack_numbers, unpack_numbers
 from molora_fed.cascade.attribution import compute_entropy, compute_similarities, decide_without
 from molora_fed.cascade.contract import MODES
 from molora_fed.cascade.escalation import Decision, Lineup
@@ -33,14 +34,14 @@ _ALWAYS = {mode: AlwaysPolicy(AlwaysPolicy.Options(mode=mode)) for mode in MODES
 
 
 Outcome = dict[str, Any]
-"""Of one configuration on all tasks: `correct` and `mode` as text, a digit a task, and `cost`; of
-a policy of the cascade `mode` alone, since the other two are those of that mode."""
+"""Of one configuration on all tasks, as texts: `correct` and `mode` with a digit a task, and
+`cost`; of a policy of the cascade `mode` alone, since the other two are those of that mode."""
 
 
 def _settle(decisions: Sequence[Decision]) -> Outcome:
     return {
         "correct": _join(int(bool(one.correct)) for one in decisions),
-        "cost": [round(one.cost.flops) for one in decisions],
+        "cost": pack_numbers(one.cost.flops for one in decisions),
         "mode": _join(MODES.index(one.mode) for one in decisions),
     }
 
@@ -113,12 +114,12 @@ def _trace_calibrated(
 def _find_oracle(found: Mapping[str, Outcome], names: Sequence[str]) -> Outcome:
     """Right where any of these is, at the price of the cheapest that is; else the cheapest."""
     correct = np.array([[int(digit) for digit in found[name]["correct"]] for name in names])
-    cost = np.array([found[name]["cost"] for name in names])
+    cost = np.stack([unpack_numbers(found[name]["cost"]) for name in names])
     best = np.where(correct.astype(bool), cost, cost + cost.max() * 2).argmin(axis=0)
     every = np.arange(correct.shape[1])
     return {
         "correct": _join(correct[best, every].tolist()),
-        "cost": cost[best, every].tolist(),
+        "cost": pack_numbers(cost[best, every]),
         "mode": "0" * correct.shape[1],
     }
 
@@ -126,8 +127,8 @@ def _find_oracle(found: Mapping[str, Outcome], names: Sequence[str]) -> Outcome:
 def _attribute(cases: Sequence[Case], lineup: Lineup, judge: str) -> dict[str, Any]:
     """Value of each model by counterfactual runs, and the proxies, a number a task and model."""
     arena = replace(lineup, probe=None)
-    values: dict[str, list[int]] = {name: [] for name in (_PROBE, *lineup.members)}
-    arenas: dict[str, list[int]] = {name: [] for name in lineup.members}
+    values: dict[str, list[float]] = {name: [] for name in (_PROBE, *lineup.members)}
+    arenas: dict[str, list[float]] = {name: [] for name in lineup.members}
     similarity: dict[str, list[float]] = {name: [] for name in lineup.members}
     entropy: dict[str, list[float]] = {name: [] for name in lineup.members}
     for one in cases:
@@ -146,7 +147,11 @@ def _attribute(cases: Sequence[Case], lineup: Lineup, judge: str) -> dict[str, A
             others = [answer for other, answer in answers.items() if other != name]
             less = compute_entropy(others) - compute_entropy(list(answers.values()))
             entropy[name].append(round(less, 4))
-    return {"cascade": values, "arena": arenas, "similarity": similarity, "entropy": entropy}
+    every = {"cascade": values, "arena": arenas, "similarity": similarity, "entropy": entropy}
+    return {
+        kind: {name: pack_numbers(numbers) for name, numbers in own.items()}
+        for kind, own in every.items()
+    }
 
 
 def _decide_configurations(
@@ -212,10 +217,10 @@ def decide_all(settings: Mapping[str, Any], context: TaskContext) -> dict[str, A
         "outcomes": found,
         "frontiers": {name: one["frontier"] for name, one in frontiers.items()},
         "tasks": {
-            "family": [one.task.family for one in tests],
-            "level": [one.task.level for one in tests],
-            "sigma": [one.evidence.sigma for one in observed],
-            "similarity": [round(one, 4) for one in similar],
+            "family": " ".join(one.task.family for one in tests),
+            "level": pack_numbers(one.task.level for one in tests),
+            "sigma": pack_numbers(one.evidence.sigma for one in observed),
+            "similarity": pack_numbers(round(one, 4) for one in similar),
         },
         "attribution": _attribute(tests, lineup, judge),
         "members": list(members),
@@ -233,7 +238,12 @@ def decide_all(settings: Mapping[str, Any], context: TaskContext) -> dict[str, A
 def _mix(there: Outcome, here: Outcome, where: Sequence[bool]) -> Outcome:
     """Outcomes of `there` where something similar was found, else of `here`."""
 
-    def mix(key: str) -> list[Any]:
-        return [a if near else b for a, b, near in zip(there[key], here[key], where, strict=True)]
+    def mix(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+        return [one if near else other for one, other, near in zip(a, b, where, strict=True)]
 
-    return {"correct": "".join(mix("correct")), "cost": mix("cost"), "mode": "".join(mix("mode"))}
+    costs = (unpack_numbers(one["cost"]) for one in (there, here))
+    return {
+        "correct": "".join(mix(there["correct"], here["correct"])),
+        "cost": pack_numbers(mix(*(list(one) for one in costs))),
+        "mode": "".join(mix(there["mode"], here["mode"])),
+    }
