@@ -26,9 +26,10 @@ def draw_frontier(
     for name, line in lines.items():
         cost, accuracy = zip(*sorted(line), strict=True)
         axes.plot(cost, accuracy, marker=".", linewidth=1.2, label=name)
-    for name, point in points.items():
+    for place, (name, point) in enumerate(sorted(points.items(), key=lambda item: item[1])):
         axes.plot(*point, marker="o", linestyle="none", color="black", markersize=4)
-        axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        beside = (4, -11 if place % 2 else 5)  # neighbours would write over each other
+        axes.annotate(name, point, xytext=beside, textcoords="offset points", fontsize=8)
     axes.set_xlabel("operations, relative to a single model")
     axes.set_ylabel("right answers, %")
     axes.legend()
