@@ -104,6 +104,11 @@ def _build_figures(found: Findings, frontier: Mapping[str, Any]) -> list[Figure]
 
 def _list_notes(options: AcarOptions, found: Findings) -> list[str]:
     sizes = found.results[0]["parameters"]
+    alone = [
+        100 * found.mean(f"single {name}").by_seed[place]
+        for place, one in enumerate(found.results)
+        for name in one["members"]
+    ]
     tasks = len(found.results[0]["tasks"]["family"].split())
     return [
         f"{tasks} test tasks of {len(found.families())} families a seed. Intervals are 95 %, by "
@@ -112,6 +117,8 @@ def _list_notes(options: AcarOptions, found: Findings) -> list[str]:
         f"The probe has {sizes['probe']:,} parameters, a member {sizes['member']:,}. The probe is "
         f"sampled {options.samples} times at temperature {options.temperature:g}, members answer "
         "greedily.",
+        f"Members alone are right on {min(alone):.1f} to {max(alone):.1f} % of the tasks, "
+        f"{sum(alone) / len(alone):.1f} % on average.",
         "Cost is counted operations, prompts and the judge's scoring included, relative to the "
         "single model's mean of the seed. The published costs are dollars, in which two and three "
         "models cost the same.",

@@ -172,8 +172,9 @@ def _claim_calibration(found: Findings, gains: Mapping[str, Estimate], seeds: st
         Claim(
             "It wins back what agreement on wrong answers loses.",
             "our own claim",
-            f"{escalated.show(sign='+')} of {wrong['lost'].scale(100).show(sign='+')} pp, {seeds}",
+            f"{escalated.show(sign='+')} pp on tasks with sigma 0, three members always "
+            f"{wrong['lost'].scale(100).show(sign='+')} pp, {seeds}",
             _decide(escalated),
-            "On tasks with sigma 0: what it answers more than the probe, of what three members do.",
+            "Right answers more than the probe's there, as a share of all tasks.",
         ),
     ]

@@ -101,11 +101,15 @@ def _tabulate_sigma(found: Findings) -> Table:
         ("agreed but wrong, of all tasks", wrong["of all"].scale(100).show(), ""),
         ("agreed but wrong, of tasks with sigma 0", wrong["of agreed"].scale(100).show(), ""),
         (
-            "what three members answer more of tasks with sigma 0",
+            "of tasks with sigma 0, three members answer more",
             wrong["lost"].scale(100).show(),
             "",
         ),
-        ("of it won back by the calibrated policy", wrong["won back"].scale(100).show(), ""),
+        (
+            "of tasks with sigma 0, the calibrated policy answers more",
+            wrong["won back"].scale(100).show(),
+            "",
+        ),
         ("accuracy if all other tasks were right", wrong["ceiling"].scale(100).show(), ""),
     ]
     return Table("Disagreement of the probe, % of tasks", ("", "ours [95 %]", "published"), rows)
