@@ -140,7 +140,7 @@ def test_solutions_of_code_are_written_in_more_than_one_way():
 
 def test_choices_are_from_documents_of_their_split():
     for split in ("test", "calibration"):
-        for problem in FAMILIES["choices"].draw(1, 40, 1, split):
+        for problem in FAMILIES["choices"].draw(2, 40, 1, split):
             name = problem.details["choices"]["ABCD".index(problem.answer)]
             piece = problem.prompt.split("|")[0]
             lines = [(text, own) for text, own in choices._read_lines(name) if piece in text]
