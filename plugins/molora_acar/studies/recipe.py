@@ -124,9 +124,9 @@ class AcarOptions(StudyOptions):
     probe: ModelSettings = ModelSettings(hidden=40, layers=2)
     base_training: TrainingSettings = TrainingSettings(families=_HARD, steps=6000)
     probe_training: TrainingSettings = TrainingSettings(
-        families=_EASY, steps=6000, learning_rate=6e-3
+        families=_EASY, steps=9000, learning_rate=6e-3
     )
-    specialist_training: TrainingSettings = TrainingSettings(steps=1500, learning_rate=3e-3)
+    specialist_training: TrainingSettings = TrainingSettings(steps=2000, learning_rate=3e-3)
     kind: str = "delta"
     tasks: int = 108
     calibration: int = 40
