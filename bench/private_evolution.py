@@ -68,7 +68,7 @@ AMENDMENT = Amendment(
     expected=len(DOMAINS),
     seed=SEED,
     training=TrainingRules(kind="lora", rank=16, steps=200, validate_every=50),
-    samples=SampleRules(calibration=800, held_out=120),
+    samples=SampleRules(calibration=1_200, held_out=120),
     fusion=FusionRules(mode="population"),
     population=RULES,
 )
