@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from molora_fed.charter import Charter
 from molora_fed.contributions.keys import load_key, sign, verify
 from molora_fed.errors import FederationError
-from molora_fed.federation.asking import build_answer_bytes, build_question_bytes
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.question_bytes import build_answer_bytes, build_question_bytes
 from molora_fed.federation.records import describe_folder, parse_shipment
 from molora_fed.federation.worker_mail import receive_shipment
 from molora_fed.files import write_json

@@ -17,29 +17,18 @@ from molora_fed.contributions.keys import sign, verify
 from molora_fed.errors import MoloraError, StorageError
 from molora_fed.federation.homes import ContributorBox, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.question_bytes import build_answer_bytes, build_question_bytes
 from molora_fed.federation.records import Shipment, describe_folder, parse_shipment
-from molora_fed.files import canonical_json, write_json
+from molora_fed.files import write_json
 from molora_fed.plugins import Plugins
 from molora_fed.population.questions import Answer, Question, load_answer, save_question
 
-__all__ = ["Correspondence", "build_answer_bytes", "build_question_bytes"]
+__all__ = ["Correspondence"]
 
 LOOK_SECONDS = 0.2
 _FIGURES_BYTES = 4 * 2**20
 
 Read = TypeVar("Read")
-
-
-def build_question_bytes(identity: str, amendment: int, question: str) -> bytes:
-    """What the coordinator signs of a question: the cooperative, its amendment, and the files."""
-    content = {"purpose": "molora-question-1", "identity": identity, "question": question}
-    return canonical_json({**content, "amendment": amendment})
-
-
-def build_answer_bytes(identity: str, question: str, answer: str) -> bytes:
-    """What a contributor signs of an answer: the cooperative, what was asked, and the files."""
-    content = {"purpose": "molora-answer-1", "identity": identity, "question": question}
-    return canonical_json({**content, "answer": answer})
 
 
 class Correspondence:

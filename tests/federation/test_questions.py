@@ -22,7 +22,7 @@ from molora_fed.contributions.building import describe_outgoing
 from molora_fed.contributions.keys import load_or_make_key, sign
 from molora_fed.errors import FederationError, PopulationError, SignatureError
 from molora_fed.federation.answering import answer_question, find_question
-from molora_fed.federation.asking import Correspondence, build_question_bytes
+from molora_fed.federation.asking import Correspondence
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator_mail import (
     acknowledge,
@@ -31,6 +31,7 @@ from molora_fed.federation.coordinator_mail import (
 )
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
 from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.question_bytes import build_question_bytes
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.worker_mail import (
     give_consent,
