@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from molora_fed.base import Base
@@ -216,7 +217,8 @@ def search(traffic: dict[str, Any], blocks: dict[str, Any], tokenizer: Any) -> d
     rows["characters looked for"] = sum(map(len, texts))
     rows["tokens looked for"] = sum(part.tokens.size for part in own)
     rows["pieces of text found"] = len(find_text(streams, texts, length=40))
-    rows["runs of token ids found"] = sum(len(find_tokens(streams, p.tokens)) for p in own)
+    everything = np.concatenate([part.tokens for part in own])
+    rows["runs of token ids found"] = len(find_tokens(streams, everything))
     pooled: Blocks = own[0].take(4)
     sent = [b"..." + pooled.to_bytes()]
     rows["runs found in a pooled sample of 4 blocks"] = len(find_tokens(sent, pooled.tokens))

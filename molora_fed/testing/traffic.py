@@ -119,13 +119,15 @@ def find_tokens(streams: Sequence[bytes], tokens: NDArray[Any], *, length: int =
     Args:
         streams: What was recorded.
         tokens: Token ids of any shape; cut into stretches one after the other. Stretches of fewer
-            than three different ids, such as padding, tell nothing and are left out.
+            than three different ids, such as padding, tell nothing and are left out, and so are
+            those that begin with id 0, as every run of zeros does.
         length: Ids of a stretch, 4 at least. Any run of twice as many holds a whole one.
     """
     flat = np.asarray(tokens).reshape(-1)
     rows = np.unique(flat[: len(flat) // length * length].reshape(-1, length), axis=0)
     ordered = np.sort(rows, axis=1)
-    rows = rows[(np.diff(ordered, axis=1) > 0).sum(axis=1) + 1 >= _FEWEST_IDS]
+    several = (np.diff(ordered, axis=1) > 0).sum(axis=1) + 1 >= _FEWEST_IDS
+    rows = rows[several & (rows[:, 0] != 0)]
     pieces = {row.tobytes() for kind in _KINDS for row in rows.astype(kind)}
     wanted = set(map(tuple, rows.tolist()))
     found: list[bytes] = []
