@@ -142,16 +142,15 @@ def find_tokens(streams: Sequence[bytes], tokens: NDArray[Any], *, length: int =
 
 def _find_pieces(stream: bytes, pieces: AbstractSet[bytes]) -> list[bytes]:
     """Which of some byte strings of 8 bytes at least occur; by their first 8 bytes, then whole."""
-    by_start: dict[int, list[bytes]] = {}
-    for piece in pieces:
-        by_start.setdefault(int.from_bytes(piece[:8], sys.byteorder), []).append(piece)
-    starts = np.array(sorted(by_start), dtype=np.uint64)
+    known = {int.from_bytes(piece[:8], sys.byteorder) for piece in pieces}
+    starts = np.array(sorted(known), dtype=np.uint64)
+    lengths = sorted({len(piece) for piece in pieces})
     found: list[bytes] = []
     for offset in range(8):
         count = max(0, len(stream) - offset) // 8
         words = np.frombuffer(stream, np.uint64, count, offset) if count else starts[:0]
         for place in np.flatnonzero(np.isin(words, starts)).tolist():
             begin = offset + 8 * place
-            own = by_start[int(words[place])]
-            found += [piece for piece in own if stream.startswith(piece, begin)]
+            cuts = (stream[begin : begin + length] for length in lengths)
+            found += [cut for cut in cuts if cut in pieces]
     return found
