@@ -107,7 +107,7 @@ def find_text(streams: Sequence[bytes], texts: Iterable[str], *, length: int = 2
         for start in range(0, len(text) - length + 1, length)
         if len(set(text[start : start + length])) >= _FEWEST_CHARACTERS
     }
-    return [piece for stream in streams for piece in _find_pieces(stream, pieces)]
+    return _find_pieces(streams, pieces)
 
 
 def find_tokens(streams: Sequence[bytes], tokens: NDArray[Any], *, length: int = 6) -> list[bytes]:
@@ -130,9 +130,8 @@ def find_tokens(streams: Sequence[bytes], tokens: NDArray[Any], *, length: int =
     rows = rows[several & (rows[:, 0] != 0)]
     pieces = {row.tobytes() for kind in _KINDS for row in rows.astype(kind)}
     wanted = set(map(tuple, rows.tolist()))
-    found: list[bytes] = []
+    found = _find_pieces(streams, pieces)
     for stream in streams:
-        found += _find_pieces(stream, pieces)
         for run in _NUMBERS.findall(stream):
             numbers = [int(number) for number in _NUMBER.findall(run)]
             windows = zip(*(numbers[start:] for start in range(length)), strict=False)
@@ -140,17 +139,19 @@ def find_tokens(streams: Sequence[bytes], tokens: NDArray[Any], *, length: int =
     return found
 
 
-def _find_pieces(stream: bytes, pieces: AbstractSet[bytes]) -> list[bytes]:
+def _find_pieces(streams: Sequence[bytes], pieces: AbstractSet[bytes]) -> list[bytes]:
     """Which of some byte strings of 8 bytes at least occur; by their first 8 bytes, then whole."""
     known = {int.from_bytes(piece[:8], sys.byteorder) for piece in pieces}
     starts = np.array(sorted(known), dtype=np.uint64)
     lengths = sorted({len(piece) for piece in pieces})
     found: list[bytes] = []
-    for offset in range(8):
-        count = max(0, len(stream) - offset) // 8
-        words = np.frombuffer(stream, np.uint64, count, offset) if count else starts[:0]
-        for place in np.flatnonzero(np.isin(words, starts)).tolist():
-            begin = offset + 8 * place
-            cuts = (stream[begin : begin + length] for length in lengths)
-            found += [cut for cut in cuts if cut in pieces]
+    for stream in streams if pieces else ():  # of which there may be thousands
+        for offset in range(min(8, max(0, len(stream) - 7))):
+            words = np.frombuffer(stream, np.uint64, (len(stream) - offset) // 8, offset)
+            places = np.searchsorted(starts, words)
+            places[places == len(starts)] = 0
+            for place in np.flatnonzero(starts[places] == words).tolist():
+                begin = offset + 8 * place
+                cuts = (stream[begin : begin + length] for length in lengths)
+                found += [cut for cut in cuts if cut in pieces]
     return found
