@@ -19,7 +19,7 @@ from bad_input_processes import run_killed_training, run_upload_cases
 from bad_input_stage import Outcome, Stage, wait_until
 
 from molora_fed.federation.homes import CoordinatorHome
-from molora_fed.files import write_bytes
+from molora_fed.storage.files import write_bytes
 
 LONG_STEPS = 600
 _SHOWN_FILES = 6

@@ -13,7 +13,7 @@ from bad_input_stage import Outcome, Stage, wait_until
 
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.records import describe_folder
+from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.supervise import parse_answer
 
 __all__ = ["Mount", "run_killed_training", "run_upload_cases"]

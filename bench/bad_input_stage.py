@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 from safetensors import SafetensorError, safe_open
 
-from molora_fed.contributions.keys import load_key, sign
 from molora_fed.contributions.manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry, Manifest
-from molora_fed.files import hash_file, write_bytes, write_json
+from molora_fed.storage.files import hash_file, write_bytes, write_json
+from molora_fed.storage.keys import load_key, sign
 from molora_fed.testing import build_tiny_checkpoint
 
 __all__ = ["DOMAINS", "STEPS", "Outcome", "Stage", "wait_until"]

@@ -19,7 +19,7 @@ from bad_input import report, run_stage
 from bad_input_stage import Outcome, Stage, wait_until
 from safetensors.numpy import load_file, save_file
 
-from molora_fed.files import hash_file
+from molora_fed.storage.files import hash_file
 
 COMMAND = "python bench/bad_population.py --out docs/results/evolution/bad_input.md"
 DYING = (

@@ -17,7 +17,7 @@ import psutil
 from molora_acar.hostile_programs import PROGRAMS, HostileProgram
 from molora_acar.sandbox import Limits, Report, run_function
 
-from molora_fed.files import write_bytes
+from molora_fed.storage.files import write_bytes
 
 LIMITS = Limits(cpu_seconds=1, wall_seconds=30.0, memory_bytes=128 * 2**20, result_bytes=2**16)
 SLEEP_SECONDS = 2.0

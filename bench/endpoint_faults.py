@@ -22,9 +22,9 @@ from molora_fed.cascade.environment import describe_run_environment
 from molora_fed.cascade.escalation import Lineup
 from molora_fed.cascade.running import Cascade, CascadeSettings
 from molora_fed.cascade.session import run_in_folder
-from molora_fed.contributions.keys import build_public_pem, load_or_make_key
-from molora_fed.files import write_bytes, write_json
 from molora_fed.plugins import get_plugins
+from molora_fed.storage.files import write_bytes, write_json
+from molora_fed.storage.keys import build_public_pem, load_or_make_key
 from molora_fed.testing.endpoints import FAULTS, serve_faults
 from molora_fed.tracing.reading import read_records
 from molora_fed.tracing.verifying import verify

@@ -39,14 +39,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.save import save_adapter
 from molora_fed.bank import CalibrationBank, Expert, build_calibration_bank
 from molora_fed.corpus.blocks import Blocks
-from molora_fed.files import write_json
 from molora_fed.routing.causal import causal_mean
 from molora_fed.routing.fitting import draw_batches
+from molora_fed.storage.files import write_json
 from molora_fed.testing.models import build_random_adapter
 from molora_fed.types import Mixture, Split
 

@@ -19,23 +19,23 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from molora_fed.adapters.files import hash_adapter_files
 from molora_fed.adapters.save import save_adapter
-from molora_fed.admitting import admit_contributions
 from molora_fed.bank.passes import ColumnMaker
-from molora_fed.base import Base, load_base
 from molora_fed.charter import Amendment, Charter, FusionRules, SampleRules
-from molora_fed.contributions.building import build_contribution
-from molora_fed.contributions.keys import load_or_make_key
+from molora_fed.contributions.build import build_contribution
+from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.manifest import load_contribution
-from molora_fed.cooperative import Cooperative, create_cooperative
+from molora_fed.cooperative.admit import admit_contributions
+from molora_fed.cooperative.cooperative import Cooperative, create_cooperative
+from molora_fed.cooperative.fuse import fuse_contributions
 from molora_fed.corpus.blocks import Blocks
-from molora_fed.files import write_json
-from molora_fed.fusion import FusionResult, fuse
-from molora_fed.fusion_plan import collect_contributed
-from molora_fed.standalone import fuse_contributions
+from molora_fed.federation.withdrawal import withdraw_contributor
+from molora_fed.fusion.fuse import FusionResult, fuse
+from molora_fed.models.base import Base, load_base
+from molora_fed.storage.files import write_json
+from molora_fed.storage.keys import load_or_make_key
 from molora_fed.testing import build_random_adapter
 from molora_fed.testing.models import build_tiny_tokenizer
 from molora_fed.types import Split
-from molora_fed.withdrawal import withdraw_contributor
 
 SAMPLES = SampleRules(calibration=40, admission=8, held_out=40)
 SIZE = 128

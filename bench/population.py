@@ -43,14 +43,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from molora_fed.adapters.layout import adaptable_modules, weight_of
 from molora_fed.adapters.save import save_adapter
-from molora_fed.builtin_base import BuiltinBaseConfig
-from molora_fed.files import write_json
-from molora_fed.population.contract import GateView, Population
+from molora_fed.bank.views import GateView
+from molora_fed.models.layout import adaptable_modules, weight_of
+from molora_fed.population.contract import Population
 from molora_fed.population.mixture import Mixture
 from molora_fed.population.slots import make_population, slot_adapter
+from molora_fed.storage.files import write_json
 from molora_fed.testing.models import build_random_adapter
+from molora_fed.training.builtin_base import BuiltinBaseConfig
 
 SIZES = ((8, 128), (1, 1))
 COUNTS = (2, 4, 8, 16)

@@ -21,26 +21,34 @@ from typing import Any
 import numpy as np
 import psutil
 
-from molora_fed.base import Base
-from molora_fed.charter import Amendment, Charter, FusionRules, SampleRules, TrainingRules
+from molora_fed.charter import (
+    Amendment,
+    Charter,
+    FusionRules,
+    OperatorRules,
+    PopulationRules,
+    SampleRules,
+    TrainingRules,
+)
+from molora_fed.contributions.contributed import Contributed
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.contributions.receive import load_admitted
-from molora_fed.cooperative import Cooperative
+from molora_fed.cooperative.cooperative import Cooperative
+from molora_fed.cooperative.create import found_cooperative
 from molora_fed.corpus.blocks import Blocks
+from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.corpus.prepare import load_corpus
 from molora_fed.federation.events import FederationEvent
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.local import LocalContributor, run_local
 from molora_fed.federation.private_evolution import evolve_privately
 from molora_fed.federation.supervise import find_free_port
-from molora_fed.files import write_bytes, write_json
-from molora_fed.founding import found_cooperative
-from molora_fed.fusion_plan import Contributed
-from molora_fed.options import DEFAULT_DOMAINS, find_cache_folder
+from molora_fed.models.base import Base
 from molora_fed.plugins import get_plugins
-from molora_fed.population.cooperating import evolve_contributions
 from molora_fed.population.private_member import PrivateMember
-from molora_fed.population.rules import OperatorRules, PopulationRules
+from molora_fed.population.setup import evolve_contributions
+from molora_fed.storage.files import write_bytes, write_json
+from molora_fed.storage.settings import find_cache_folder
 from molora_fed.testing.table import Table
 from molora_fed.testing.traffic import RecordingLine, find_text, find_tokens
 from molora_fed.types import Split

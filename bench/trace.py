@@ -19,8 +19,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from molora_fed.contributions.keys import build_public_pem
-from molora_fed.files import write_bytes, write_json
+from molora_fed.storage.files import write_bytes, write_json
+from molora_fed.storage.keys import build_public_pem
 from molora_fed.tracing.records import encode_json
 from molora_fed.tracing.verifying import verify
 from molora_fed.tracing.writing import SyncPolicy, TraceWriter

@@ -22,11 +22,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from molora_fed.contributions.keys import build_public_pem, load_key, load_or_make_key
-from molora_fed.files import write_bytes, write_json
+from molora_fed.storage.files import write_bytes, write_json
+from molora_fed.storage.keys import build_public_pem, load_key, load_or_make_key
 from molora_fed.tracing.reading import read_records
-from molora_fed.tracing.sealing import seal_run
-from molora_fed.tracing.verifying import verify
+from molora_fed.tracing.verifying import seal_run, verify
 from molora_fed.tracing.writing import SyncPolicy, TraceWriter
 
 RUN = "kill"

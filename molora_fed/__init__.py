@@ -1,7 +1,7 @@
 """molora-fed: post-hoc fusion of independently trained specialists.
 
-Importing this package loads neither torch, transformers nor flwr; the rooms that need them
-(`molora_fed.bank`, `molora_fed.specialists`, `molora_fed.federation`, ...) do so themselves.
+Importing this package loads neither torch, transformers nor flwr; the folders that need them
+(`molora_fed.bank`, `molora_fed.training`, `molora_fed.federation`, ...) do so themselves.
 """
 
 from molora_fed.plugins import hookimpl

@@ -64,7 +64,7 @@ def register_domains(register: Register) -> None:
         ("docstrings-torch", "read_torch", "Docstrings of torch"),
         ("docstrings-transformers", "read_transformers", "Docstrings of transformers"),
     ):
-        register(name, f"molora_fed.corpus.areas:{attribute}", summary=summary, source=_OWN)
+        register(name, f"molora_fed.corpus.builtin:{attribute}", summary=summary, source=_OWN)
 
 
 @hookimpl
@@ -96,7 +96,7 @@ def register_merges(register: Register) -> None:
     """Register the merge that every fusion is compared with."""
     register(
         "average",
-        "molora_fed.adapters.merge:merge_average",
+        "molora_fed.adapters.updates:merge_average",
         summary="Mean of the weight differences B@A, equal weights",
         source="arXiv 2203.05482, on B@A",
     )
@@ -115,7 +115,7 @@ def register_admission_checks(register: Register) -> None:
         ("own-domain-loss", "check_own_domain_loss", "Better than the base where it trained"),
     ):
         register(name, f"{module}:{attribute}", summary=summary, source=_OWN)
-    module = "molora_fed.contributions.protocol_checks"
+    module = "molora_fed.contributions.checks"
     for name, attribute, summary in (
         ("frozen-depth", "check_frozen_depth", "Frozen tensors bit-identical to the base"),
         (

@@ -4,9 +4,12 @@
 always loaded); `MOLORA_TRACE_HOOKS=1` prints every hook call to standard error.
 """
 
+import importlib
+import inspect
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -14,12 +17,221 @@ from typing import Any
 
 import pluggy
 
-from molora_fed import contracts, hookspecs
-from molora_fed.errors import PluginError
+from molora_fed import hookspecs
+from molora_fed.errors import PluginError, UnknownNameError
 from molora_fed.hookspecs import GROUP
-from molora_fed.registry import Entry, Registry
 
-__all__ = ["Plugins", "get_plugins", "hookimpl", "load_plugins"]
+__all__ = [
+    "Contract",
+    "Entry",
+    "Plugins",
+    "Registry",
+    "check_adapter_kind",
+    "check_adapter_router",
+    "check_callable",
+    "check_operator",
+    "check_policy",
+    "check_router",
+    "check_study",
+    "get_plugins",
+    "hookimpl",
+    "load_plugins",
+]
+
+
+_ROUTER_METHODS = (
+    "reads", "fit", "scores", "gates", "init_state", "step", "reorder", "state_tensors",
+    "from_state",
+)  # fmt: skip
+_KIND_METHODS = ("prepare", "export", "load")
+
+
+def check_callable(target: Any) -> str | None:
+    """Describe why a target cannot be called, or return None."""
+    return None if callable(target) else f"expected a callable, got {type(target).__name__}"
+
+
+def check_router(target: Any) -> str | None:
+    """Describe what a router class lacks, or return None."""
+    problem = _check_class(target, _ROUTER_METHODS)
+    if problem is None and getattr(target.Options, "model_config", {}).get("extra") != "forbid":
+        return "expected 'Options' to refuse unknown keys (extra='forbid')"
+    return problem
+
+
+def check_adapter_kind(target: Any) -> str | None:
+    """Describe what an adapter kind lacks, or return None."""
+    return _check_methods(target, _KIND_METHODS)
+
+
+def check_study(target: Any) -> str | None:
+    """Describe what a study class lacks, or return None."""
+    return _check_class(target, ("plan", "summarise"))
+
+
+def check_adapter_router(target: Any) -> str | None:
+    """Describe what an adapter router class lacks, or return None."""
+    return _check_class(target, ("build", "reads", "forward", "set_progress", "reset_slot"))
+
+
+def check_operator(target: Any) -> str | None:
+    """Describe what a lifecycle operator class lacks, or return None."""
+    return _check_class(target, ("apply",))
+
+
+def check_policy(target: Any) -> str | None:
+    """Describe what an escalation policy class lacks, or return None."""
+    return _check_class(target, ("choose",))
+
+
+def _check_methods(target: Any, methods: tuple[str, ...]) -> str | None:
+    if not inspect.isclass(target):
+        return f"expected a class, got {type(target).__name__}"
+    missing = [name for name in methods if not callable(getattr(target, name, None))]
+    if missing:
+        return f"expected the methods {', '.join(methods)}, got none named {', '.join(missing)}"
+    return None
+
+
+def _check_class(target: Any, methods: tuple[str, ...]) -> str | None:
+    """The same for a class with options."""
+    problem = _check_methods(target, methods)
+    if problem is not None:
+        return problem
+    options = getattr(target, "Options", None)
+    if not inspect.isclass(options) or not hasattr(options, "model_validate"):
+        return "expected a pydantic model as attribute 'Options'"
+    return None
+
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+Contract = Callable[[Any], str | None]
+"""Says what is wrong with a resolved target, or None."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered thing.
+
+    Attributes:
+        name: Unique within its registry.
+        target: The object, or a "module:attr" string.
+        summary: One line for people.
+        source: Citation.
+        origin: Distribution and version that registered it.
+    """
+
+    name: str
+    target: object
+    summary: str
+    source: str
+    origin: str
+
+
+@dataclass
+class Registry:
+    """The entries of one hook, e.g. all routers.
+
+    Attributes:
+        kind: Singular noun for messages, e.g. "router".
+        contract: Checked when an entry is first resolved.
+    """
+
+    kind: str
+    contract: Contract
+    _entries: dict[str, Entry] = field(default_factory=dict)
+    _resolved: dict[str, Any] = field(default_factory=dict)
+    _frozen: bool = False
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry.
+
+        Raises:
+            PluginError: If frozen, or name, target, summary or source is malformed, or the name
+                is taken; a clash names both origins.
+        """
+        where = f"Cannot register {self.kind} '{entry.name}' of {entry.origin}"
+        if self._frozen:
+            raise PluginError(f"{where}: registration has ended. Register in the hook only.")
+        if not isinstance(entry.name, str) or not _NAME.fullmatch(entry.name):
+            raise PluginError(
+                f"{where}: expected a name of lower-case words joined by dashes. Rename it."
+            )
+        if entry.target is None or (
+            isinstance(entry.target, str) and not _TARGET.fullmatch(entry.target)
+        ):
+            raise PluginError(
+                f"{where}: expected an object or a 'module:attr' string as target, "
+                f"got {entry.target!r}. Correct the target."
+            )
+        for label, text in (("summary", entry.summary), ("source", entry.source)):
+            if not isinstance(text, str) or not text.strip() or "\n" in text:
+                raise PluginError(f"{where}: expected one line as {label}, got {text!r}. Add it.")
+        other = self._entries.get(entry.name)
+        if other is not None:
+            raise PluginError(
+                f"{where}: the name is taken by {other.origin}. Rename one of the two, or leave "
+                "one plugin out with MOLORA_LOAD_PLUGINS."
+            )
+        self._entries[entry.name] = entry
+
+    def freeze(self) -> None:
+        """End registration."""
+        self._frozen = True
+
+    def remove_origin(self, origin: str) -> None:
+        """Forget all entries of one origin, after its plugin failed to load."""
+        self._entries = {n: e for n, e in self._entries.items() if e.origin != origin}
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def entry(self, name: str) -> Entry:
+        """The entry of a name.
+
+        Raises:
+            UnknownNameError: If nobody registered it; lists near names.
+        """
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UnknownNameError(self.kind, name, self._entries) from None
+
+    def resolve(self, name: str) -> Any:
+        """The target of a name, imported and checked against the contract on first use.
+
+        Raises:
+            UnknownNameError: If nobody registered it.
+            PluginError: If the import fails or the target breaks the contract.
+        """
+        if name in self._resolved:
+            return self._resolved[name]
+        entry = self.entry(name)
+        where = f"Cannot use {self.kind} '{name}' of {entry.origin}"
+        target = entry.target
+        if isinstance(target, str):
+            module_name, _, path = target.partition(":")
+            try:
+                target = importlib.import_module(module_name)
+                for part in path.split("."):
+                    target = getattr(target, part)
+            except Exception as error:
+                raise PluginError(
+                    f"{where}: importing '{entry.target}' failed with "
+                    f"{type(error).__name__}: {error}. Correct or uninstall the plugin."
+                ) from error
+        problem = self.contract(target)
+        if problem is not None:
+            raise PluginError(f"{where}: {problem}. Correct or uninstall the plugin.")
+        self._resolved[name] = target
+        return target
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (self._entries[name] for name in self.names())
+
 
 hookimpl = pluggy.HookimplMarker(GROUP)
 """Marks a function of a plugin as the implementation of the hook of the same name."""
@@ -35,38 +247,34 @@ class Plugins:
         failures: Plugins that could not be loaded, each with its one-line reason.
     """
 
-    routers: Registry = field(default_factory=lambda: Registry("router", contracts.check_router))
+    routers: Registry = field(default_factory=lambda: Registry("router", check_router))
     gain_predictors: Registry = field(
-        default_factory=lambda: Registry("gain predictor", contracts.check_callable)
+        default_factory=lambda: Registry("gain predictor", check_callable)
     )
     admission_checks: Registry = field(
-        default_factory=lambda: Registry("admission check", contracts.check_callable)
+        default_factory=lambda: Registry("admission check", check_callable)
     )
-    domains: Registry = field(default_factory=lambda: Registry("domain", contracts.check_callable))
+    domains: Registry = field(default_factory=lambda: Registry("domain", check_callable))
     adapter_kinds: Registry = field(
-        default_factory=lambda: Registry("adapter kind", contracts.check_adapter_kind)
+        default_factory=lambda: Registry("adapter kind", check_adapter_kind)
     )
-    merges: Registry = field(default_factory=lambda: Registry("merge", contracts.check_callable))
-    studies: Registry = field(default_factory=lambda: Registry("study", contracts.check_study))
+    merges: Registry = field(default_factory=lambda: Registry("merge", check_callable))
+    studies: Registry = field(default_factory=lambda: Registry("study", check_study))
     adapter_routers: Registry = field(
-        default_factory=lambda: Registry("adapter router", contracts.check_adapter_router)
+        default_factory=lambda: Registry("adapter router", check_adapter_router)
     )
     fitness_scopes: Registry = field(
-        default_factory=lambda: Registry("fitness scope", contracts.check_callable)
+        default_factory=lambda: Registry("fitness scope", check_callable)
     )
     lifecycle_operators: Registry = field(
-        default_factory=lambda: Registry("lifecycle operator", contracts.check_operator)
+        default_factory=lambda: Registry("lifecycle operator", check_operator)
     )
-    extractors: Registry = field(
-        default_factory=lambda: Registry("extractor", contracts.check_callable)
-    )
-    judges: Registry = field(default_factory=lambda: Registry("judge", contracts.check_callable))
+    extractors: Registry = field(default_factory=lambda: Registry("extractor", check_callable))
+    judges: Registry = field(default_factory=lambda: Registry("judge", check_callable))
     escalation_policies: Registry = field(
-        default_factory=lambda: Registry("escalation policy", contracts.check_policy)
+        default_factory=lambda: Registry("escalation policy", check_policy)
     )
-    task_families: Registry = field(
-        default_factory=lambda: Registry("task family", contracts.check_callable)
-    )
+    task_families: Registry = field(default_factory=lambda: Registry("task family", check_callable))
     failures: list[PluginError] = field(default_factory=list)
 
     def registries(self) -> dict[str, Registry]:

@@ -39,7 +39,7 @@ def run(
     """Answer tasks and record every decision in a signed trace."""
     from molora_fed.cascade.session import load_cascade, run_in_folder
     from molora_fed.cascade.task_files import load_tasks
-    from molora_fed.contributions.keys import load_key, load_or_make_key
+    from molora_fed.storage.keys import load_key, load_or_make_key
 
     asked = load_tasks(tasks)
     signing = load_key(key) if key else load_or_make_key(out / "keys" / "coordinator.pem")

@@ -40,16 +40,16 @@ def contribute(
     ] = None,
 ) -> None:
     """Sign a contribution of a checkpoint fine-tuned elsewhere; nothing is sent."""
-    from molora_fed.contributions.building import describe_outgoing
-    from molora_fed.contributions.keys import load_or_make_key
-    from molora_fed.importing import import_checkpoint
-    from molora_fed.reporting.summary import build_outgoing_table
-    from molora_fed.standalone import (
+    from molora_fed.contributions.build import describe_outgoing
+    from molora_fed.cooperative.checkpoints import import_checkpoint
+    from molora_fed.cooperative.contribute import (
         check_choices,
         open_terms,
         prepare_domain,
         sign_specialist,
     )
+    from molora_fed.reporting.summary import build_outgoing_table
+    from molora_fed.storage.keys import load_or_make_key
 
     with reporting("loading the base") as progress:
         terms = open_terms(cooperative, base_folder=base)

@@ -60,7 +60,6 @@ def create(
     seed: Annotated[int, typer.Option(help="Seed of base, training, routers and bootstraps.")] = 42,
 ) -> None:
     """Create a cooperative: its charter, base checkpoint, key and ledger."""
-    from molora_fed.adapters.layout import decoder_blocks
     from molora_fed.charter import (
         AdapterRules,
         Amendment,
@@ -68,9 +67,10 @@ def create(
         FusionRules,
         TrainingRules,
     )
-    from molora_fed.founding import found_cooperative
-    from molora_fed.freezing import recommend_frozen_depth
-    from molora_fed.options import find_cache_folder, parse_names
+    from molora_fed.cooperative.create import found_cooperative
+    from molora_fed.models.layout import decoder_blocks
+    from molora_fed.storage.settings import find_cache_folder, parse_names
+    from molora_fed.training.freezing import recommend_frozen_depth
 
     amendment = Amendment(
         domains=parse_names(domains) if domains else (),
@@ -115,7 +115,7 @@ def recommend(
     ] = 4,
 ) -> None:
     """Recommend how many blocks to freeze for a planned number of training steps."""
-    from molora_fed.freezing import MEASURED, recommend_frozen_depth
+    from molora_fed.training.freezing import MEASURED, recommend_frozen_depth
 
     advice = recommend_frozen_depth(steps, blocks)
     print(advice.describe())
@@ -132,8 +132,8 @@ def admit(
     ],
 ) -> None:
     """Receive contributions and judge them; `molora fuse` then fuses all that are admitted."""
-    from molora_fed.admitting import admit_contributions
-    from molora_fed.cooperative import open_cooperative
+    from molora_fed.cooperative.admit import admit_contributions
+    from molora_fed.cooperative.cooperative import open_cooperative
     from molora_fed.errors import AdmissionError
 
     with reporting("admission") as progress:
@@ -158,8 +158,8 @@ def amend(
     ],
 ) -> None:
     """Sign the next amendment: what may change of a charter, without voiding anyone's signature."""
-    from molora_fed.amending import amend_by_settings
-    from molora_fed.cooperative import open_cooperative
+    from molora_fed.cooperative.amend import amend_by_settings
+    from molora_fed.cooperative.cooperative import open_cooperative
 
     amended, changes = amend_by_settings(open_cooperative(cooperative), setting)
     number = amended.charter.amendment.number
@@ -179,8 +179,8 @@ def withdraw(
     reason: Annotated[str, typer.Option(help="Why, for the ledger's history.")] = "",
 ) -> None:
     """Take a contributor out, and delete what it gave; the others fuse again without training."""
-    from molora_fed.cooperative import open_cooperative
-    from molora_fed.withdrawal import withdraw_contributor
+    from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.federation.withdrawal import withdraw_contributor
 
     with reporting("withdrawing") as progress:
         done = withdraw_contributor(

@@ -21,11 +21,11 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 42,
 ) -> None:
     """Measure base, specialists or slots, and the model on your own text."""
-    from molora_fed.options import parse_data
+    from molora_fed.inference.texts import evaluate_evolved_texts, evaluate_texts
     from molora_fed.population.bundle import find_evolved, load_evolved
     from molora_fed.reporting.summary import build_loss_table
     from molora_fed.routing.bundle import find_fused, has_fused, load_fused
-    from molora_fed.text_evaluation import evaluate_evolved_texts, evaluate_texts
+    from molora_fed.storage.settings import parse_data
 
     texts = parse_data(data)
     with reporting("loading the model") as progress:

@@ -48,8 +48,8 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="Torch threads of adaptation.")] = 1,
 ) -> None:
     """Evolve the admitted contributions as [amendment.population] says; killed, it goes on."""
-    from molora_fed.cooperative import open_cooperative
-    from molora_fed.population.cooperating import evolve_cooperative
+    from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.cooperative.evolve import evolve_cooperative
     from molora_fed.reporting.population import write_population_report
     from molora_fed.reporting.summary import build_loss_table
 
@@ -91,9 +91,9 @@ def lineage(
     figure: Annotated[Path | None, typer.Option(help="Write the figure there, as PNG.")] = None,
 ) -> None:
     """Draw the tree of all adapters: parents, operator, seed, fitness before and after."""
-    from molora_fed.files import write_bytes
     from molora_fed.population.lineage import read_lineage
     from molora_fed.reporting.lineage import build_lineage_tree, draw_lineage
+    from molora_fed.storage.files import write_bytes
 
     name = "lineage.jsonl"
     inner = folder / "evolution" / name

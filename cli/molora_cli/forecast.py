@@ -80,9 +80,8 @@ def forecast(
 def _forecast_matrices(
     matrix: Path, own_domain_only: bool, records: "list[ForecastRecord]"
 ) -> dict[str, Any]:
-    from molora_fed.forecasting.history import collect_outcomes
+    from molora_fed.forecasting.history import collect_outcomes, forecast_runs
     from molora_fed.forecasting.matrices import load_runs
-    from molora_fed.forecasting.whole_runs import forecast_runs
     from molora_fed.plugins import get_plugins
 
     runs = load_runs(matrix, own_domain_only=own_domain_only)
@@ -95,12 +94,9 @@ def _forecast_cooperative(
     pilots: list[Path],
     records: "list[ForecastRecord]",
 ) -> dict[str, Any]:
-    from molora_fed.cooperative import open_cooperative
-    from molora_fed.forecasting.cooperatives import (
-        forecast_from_contributions,
-        forecast_from_pilots,
-    )
-    from molora_fed.forecasting.whole_runs import describe_forecast
+    from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.cooperative.forecast import forecast_from_contributions, forecast_from_pilots
+    from molora_fed.forecasting.history import describe_forecast
 
     opened = open_cooperative(folder)
     if pilots:
@@ -122,9 +118,9 @@ def history(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """How good recorded forecasts were: coverage, error, bias, interval score."""
-    from molora_fed.files import write_bytes
     from molora_fed.forecasting.history import build_history, find_records
     from molora_fed.reporting.summary import build_history_table
+    from molora_fed.storage.files import write_bytes
 
     found = build_history(find_records(folders))
     if figure is not None:

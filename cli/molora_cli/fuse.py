@@ -21,9 +21,9 @@ def fuse(
     ] = None,
 ) -> None:
     """Admit contributions and fuse them into one model, with a report."""
-    from molora_fed.cooperative import open_cooperative
+    from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.cooperative.fuse import fuse_contributions
     from molora_fed.reporting.summary import build_summary
-    from molora_fed.standalone import fuse_contributions
 
     opened = open_cooperative(cooperative)
     with reporting() as progress:

@@ -38,10 +38,10 @@ def generate(
     ] = None,
 ) -> None:
     """Continue a text with a fused or an evolved model."""
+    from molora_fed.inference.decoding import Sampling
+    from molora_fed.inference.decoding import generate as generate_text
     from molora_fed.population.bundle import find_evolved, load_evolved
     from molora_fed.routing.bundle import find_fused, has_fused, load_fused
-    from molora_fed.routing.decoding import Sampling
-    from molora_fed.routing.decoding import generate as generate_text
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value)
     with reporting("loading the model", transient=True) as progress:
@@ -51,7 +51,7 @@ def generate(
             progress.phase("generating")
             (generation,) = generate_text(model, prompt, **asdict(sampling), progress=progress)
         else:
-            from molora_fed.population.decoding import generate_evolved
+            from molora_fed.inference.evolved import generate_evolved
 
             population = load_evolved(evolved, base_folder=base)
             progress.phase("generating")

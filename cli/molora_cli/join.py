@@ -40,8 +40,8 @@ def join(
 ) -> None:
     """Train on your text, submit the adapter and the stated samples, receive the fused model."""
     from molora_fed.errors import ConfigError
-    from molora_fed.federation.joining import join as take_part
-    from molora_fed.options import count_cores, parse_shard
+    from molora_fed.federation.contributor import join as take_part
+    from molora_fed.storage.settings import count_cores, parse_shard
 
     if not yes and not sys.stdin.isatty():
         raise ConfigError(
@@ -73,7 +73,7 @@ def join(
 
 def _ask(charter: "Charter", board: Board, *, agreed: bool) -> bool:
     """Show what the charter asks for, and ask whether it may be sent."""
-    from molora_fed.contributions.building import describe_outgoing
+    from molora_fed.contributions.build import describe_outgoing
     from molora_fed.reporting.summary import build_outgoing_table
 
     with board.paused():

@@ -20,7 +20,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a cooperative until Ctrl-C; the same command goes on where it stopped."""
-    from molora_fed.federation.serving import serve as run_server
+    from molora_fed.federation.server import serve as run_server
 
     with watching(f"Cooperative in {cooperative}, server {host}:{port}") as board:
         run_server(cooperative, port, board, host=host, threads=threads)

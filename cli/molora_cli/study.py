@@ -56,7 +56,7 @@ def study(
         if summary:
             _print_result(planned.write(out or DEFAULT_OUT))
             return
-        from molora_fed.options import count_cores
+        from molora_fed.storage.settings import count_cores
 
         cores = workers or count_cores()
         survey = planned.survey(cores)
@@ -75,7 +75,7 @@ def _list() -> None:
 
 
 def _collect(folder: Path, out: Path | None) -> None:
-    from molora_fed.files import write_bytes
+    from molora_fed.storage.files import write_bytes
     from molora_fed.studies.collect import collect_claims
 
     page = collect_claims(folder, out.parent if out else folder)
@@ -88,8 +88,8 @@ def _collect(folder: Path, out: Path | None) -> None:
 
 def _plan(name: str, config: Path | None, seeds: str) -> "PlannedStudy":
     from molora_fed.errors import ConfigError
-    from molora_fed.options import find_cache_folder, parse_names
     from molora_fed.plugins import get_plugins
+    from molora_fed.storage.settings import find_cache_folder, parse_names
     from molora_fed.studies.results import plan_study
 
     changes = {}

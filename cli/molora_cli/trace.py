@@ -82,7 +82,7 @@ def prove(
     out: Annotated[Path, typer.Option(help="File to write; give it to `molora trace verify`.")],
 ) -> None:
     """Write the proof that one record is in a sealed run; it shows no other record."""
-    from molora_fed.files import write_json
+    from molora_fed.storage.files import write_json
     from molora_fed.tracing.proofs import build_proof
 
     proof = build_proof(path, record)
@@ -93,8 +93,8 @@ def prove(
 @app.command()
 def stats(path: Trace) -> None:
     """Count records by kind and writer; nothing is checked."""
+    from molora_fed.tracing.reading import count_trace
     from molora_fed.tracing.records import encode_json
-    from molora_fed.tracing.statistics import count_trace
 
     counts = count_trace(path)
     print(
@@ -137,8 +137,8 @@ def record(
     cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
 ) -> None:
     """Record what a cooperative decided since the last time, into a trace that others can audit."""
-    from molora_fed.auditing import record_cooperative
-    from molora_fed.cooperative import open_cooperative
+    from molora_fed.cooperative.audit import record_cooperative
+    from molora_fed.cooperative.cooperative import open_cooperative
 
     done = record_cooperative(open_cooperative(cooperative))
     print(f"trace  {done.folder}: {done.added:,} new events, {done.total:,} in all")

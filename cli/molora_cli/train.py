@@ -47,15 +47,15 @@ def train(
     ] = None,
 ) -> None:
     """Train a specialist and sign a contribution made of it; nothing is sent."""
-    from molora_fed.contributions.building import describe_outgoing
-    from molora_fed.options import count_cores, parse_options, parse_shard
-    from molora_fed.reporting.summary import build_outgoing_table
-    from molora_fed.standalone import (
+    from molora_fed.contributions.build import describe_outgoing
+    from molora_fed.cooperative.contribute import (
         check_choices,
         open_terms,
         prepare_domain,
         train_contribution,
     )
+    from molora_fed.reporting.summary import build_outgoing_table
+    from molora_fed.storage.settings import count_cores, parse_options, parse_shard
 
     share = parse_shard(shard)
     options = parse_options(option) if option else None

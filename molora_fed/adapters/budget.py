@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from molora_fed.adapters.quantise import count_row_bytes, count_scales
+from molora_fed.adapters.quantised_files import count_row_bytes, count_scales
 from molora_fed.adapters.updates import LinearUpdate, Spectrum
 from molora_fed.errors import AdapterError
 

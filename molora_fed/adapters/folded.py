@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from molora_fed.adapters.compatibility import check_adapter_fits
-from molora_fed.adapters.layout import block_index, decoder_blocks, weight_of
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.errors import RoutingError
+from molora_fed.models.layout import block_index, decoder_blocks, weight_of
 
 __all__ = ["FoldedExperts"]
 

@@ -15,21 +15,16 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from molora_fed.adapters.budget import Cost, compress
-from molora_fed.adapters.contract import AdapterKind
+from molora_fed.adapters.contract import AdapterKind, LinearOptions, SvdOptions, choose_modules
 from molora_fed.adapters.delta_files import load_delta
 from molora_fed.adapters.files import AdapterMeta
-from molora_fed.adapters.layout import bias_of, is_transposed, weight_of
 from molora_fed.adapters.low_rank_files import load_low_rank
-from molora_fed.adapters.options import (
-    LinearOptions,
-    SvdOptions,
-    choose_modules,
-)
 from molora_fed.adapters.quantised_files import is_quantised, load_quantised
 from molora_fed.adapters.save import write_updates
 from molora_fed.adapters.updates import Adapter, LinearUpdate, Spectrum, decompose
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
+from molora_fed.models.layout import bias_of, is_transposed, weight_of
 
 __all__ = ["AdapterKind", "DeltaKind", "LoraKind", "SvdKind"]
 

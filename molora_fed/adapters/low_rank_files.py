@@ -15,15 +15,13 @@ from molora_fed.adapters.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterMeta,
-    hash_adapter_files,
-    load_meta,
-    write_adapter_folder,
-)
-from molora_fed.adapters.tensor_files import (
     TensorHeader,
     describe_unreadable,
+    hash_adapter_files,
     load_json,
+    load_meta,
     load_tensors,
+    write_adapter_folder,
 )
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.charter import AdapterRules

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from molora_fed.adapters.compatibility import check_adapter_fits
+from molora_fed.adapters.contract import LinearOptions
 from molora_fed.adapters.delta_files import write_delta
 from molora_fed.adapters.files import AdapterMeta
-from molora_fed.adapters.layout import is_transposed
 from molora_fed.adapters.low_rank_files import write_low_rank
-from molora_fed.adapters.options import LinearOptions
-from molora_fed.adapters.quantise import Bits
-from molora_fed.adapters.quantised_files import write_quantised
+from molora_fed.adapters.quantised_files import Bits, write_quantised
 from molora_fed.adapters.updates import Adapter, LinearUpdate
+from molora_fed.models.layout import is_transposed
 
 __all__ = ["save_adapter", "write_updates"]
 

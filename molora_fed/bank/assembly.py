@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from molora_fed.bank.columns import make_scratch
-from molora_fed.bank.passes import ColumnMaker, Expert, Wanted
-from molora_fed.bank.totals import open_mean
+from molora_fed.bank.passes import ColumnMaker, Expert, Wanted, open_mean
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError
 

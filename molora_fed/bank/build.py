@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.bank.assembly import (
     check_blocks,
     check_experts,
@@ -18,15 +18,15 @@ from molora_fed.bank.assembly import (
     open_columns,
 )
 from molora_fed.bank.bank import Bank, CalibrationBank, HeldOutBank
+from molora_fed.bank.mixture import find_readout
 from molora_fed.bank.passes import ColumnMaker, Expert, Wanted, check_room, estimate_bank_bytes
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError
-from molora_fed.routing.mixture import find_readout
 from molora_fed.types import Mixture, Progress, Reading, Split
 
 if TYPE_CHECKING:
     from molora_fed.adapters.updates import Adapter
-    from molora_fed.base import Base
+    from molora_fed.models.base import Base
 
 __all__ = ["build_calibration_bank", "build_held_out_bank"]
 

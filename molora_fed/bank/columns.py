@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from molora_fed.errors import BankError
-from molora_fed.files import canonical_json, hash_bytes, storage_errors
+from molora_fed.storage.files import canonical_json, hash_bytes, storage_errors
 
 __all__ = ["ColumnKey", "build_key", "column_path", "make_scratch", "open_column", "write_rows"]
 

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.bank.columns import build_key, column_path
-from molora_fed.bank.passes import ColumnMaker
-from molora_fed.bank.totals import list_totals
+from molora_fed.bank.passes import ColumnMaker, list_totals
 from molora_fed.corpus.blocks import Blocks
-from molora_fed.files import storage_errors
+from molora_fed.storage.files import storage_errors
 from molora_fed.types import Progress
 
 if TYPE_CHECKING:
     from molora_fed.adapters.updates import Adapter
-    from molora_fed.base import Base
+    from molora_fed.models.base import Base
 
 __all__ = ["prune_bank", "subtract_expert"]
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from molora_fed.cascade.contract import CascadeModel, CountsScoring, Request, Sample, Scorer
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes
 
 __all__ = ["JudgeCall", "hash_requests", "hash_scoring", "playback_models", "recording_models"]
 

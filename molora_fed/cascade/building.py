@@ -95,7 +95,7 @@ class _Loader:
         return None if path is None else self._root / path
 
     def _base(self, path: Path) -> Any:
-        from molora_fed.base import load_base
+        from molora_fed.models.base import load_base
 
         folder = self._root / path
         if (folder / "cooperative.toml").is_file():
@@ -120,7 +120,7 @@ class _Loader:
         from molora_fed.adapters.files import load_adapter
         from molora_fed.contributions.receive import list_stored_files
         from molora_fed.contributions.states import ContributionState
-        from molora_fed.cooperative import open_cooperative
+        from molora_fed.cooperative.cooperative import open_cooperative
 
         cooperative = open_cooperative(folder)
         with cooperative.read_ledger() as ledger:

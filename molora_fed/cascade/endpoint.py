@@ -20,7 +20,7 @@ import httpx
 from molora_fed.cascade.config import EndpointSource
 from molora_fed.cascade.contract import Request, Sample
 from molora_fed.errors import CascadeError
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes
 
 __all__ = ["EndpointModel"]
 

@@ -1,7 +1,7 @@
 """The environment of a run: versions, hardware and threads that decide the last bits of a text."""
 
 from molora_fed import __version__
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes
 
 __all__ = ["describe_run_environment", "fingerprint_environment"]
 
@@ -14,7 +14,7 @@ def describe_run_environment(device: str = "cpu") -> dict[str, str]:
     """
     import torch
 
-    from molora_fed.training_state import describe_environment
+    from molora_fed.models.runtime import describe_environment
 
     return {
         "molora-fed": __version__,

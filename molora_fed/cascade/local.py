@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from molora_fed.adapters.updates import Adapter
-from molora_fed.base import Base
 from molora_fed.cascade.contract import Request, Sample
-from molora_fed.cascade.engines import Engine, EvolvedEngine, FusedEngine, PlainEngine
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.inference.decoding import PREFILL_TOKENS, Sampling, choose_tokens, make_generator
+from molora_fed.inference.engines import Engine, EvolvedEngine, FusedEngine, PlainEngine
+from molora_fed.models.base import Base
 from molora_fed.population.bundle import EvolvedModel
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.router_files import pack_router
-from molora_fed.routing.decoding import PREFILL_TOKENS, Sampling, choose_tokens, make_generator
 from molora_fed.routing.fused import FusedModel
 from molora_fed.routing.top_k import TopKRouter
+from molora_fed.storage.files import canonical_json, hash_bytes
 
 __all__ = [
     "LocalModel",

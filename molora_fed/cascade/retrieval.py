@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molora_fed.errors import CascadeError
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes
 
 __all__ = ["Example", "Found", "Retrieval", "compute_vectors"]
 

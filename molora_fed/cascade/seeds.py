@@ -1,6 +1,6 @@
 """Seeds of samples: the same task, template, model, environment and number, the same seed."""
 
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes
 
 __all__ = ["SEED_BITS", "compute_seed"]
 

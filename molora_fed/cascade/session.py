@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from molora_fed.cascade.building import build_cascade
 from molora_fed.cascade.config import load_config
 from molora_fed.cascade.contract import CascadeTask
-from molora_fed.cascade.describing import describe_cascade
 from molora_fed.cascade.environment import describe_run_environment
+from molora_fed.cascade.labels import describe_cascade
 from molora_fed.cascade.records import drop_survey_times, drop_times
 from molora_fed.cascade.replay import ReplayReport, replay_trace
 from molora_fed.cascade.running import (
@@ -24,10 +24,10 @@ from molora_fed.cascade.running import (
 from molora_fed.cascade.states import RunState, advance, store_artifact
 from molora_fed.cascade.survey import survey_task
 from molora_fed.cascade.task_files import hash_tasks
-from molora_fed.contributions.keys import build_public_pem
 from molora_fed.errors import CascadeError
-from molora_fed.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
+from molora_fed.storage.keys import build_public_pem
 from molora_fed.tracing.reading import read_records
 from molora_fed.tracing.segments import SEAL_FILE
 from molora_fed.tracing.writing import TraceWriter
@@ -267,7 +267,7 @@ def _finish(
 
 
 def _read_finished(folder: Path, key: ec.EllipticCurvePrivateKey, plugins: Plugins) -> RunResult:
-    from molora_fed.tracing.sealing import seal_run
+    from molora_fed.tracing.verifying import seal_run
 
     trace = folder / TRACE_FOLDER
     return RunResult(

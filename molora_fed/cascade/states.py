@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from molora_fed.errors import CascadeError
-from molora_fed.files import hash_bytes, hash_file, write_bytes
+from molora_fed.storage.files import hash_bytes, hash_file, write_bytes
 
 __all__ = ["ArtifactState", "RunState", "StateRecorder", "advance", "store_artifact"]
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from molora_fed.cascade.contract import CascadeTask
 from molora_fed.cascade.retrieval import Example
 from molora_fed.errors import CascadeError
-from molora_fed.files import canonical_json, hash_bytes, write_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
 
 __all__ = ["hash_tasks", "load_examples", "load_tasks", "save_tasks"]
 

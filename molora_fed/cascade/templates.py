@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from molora_fed.errors import CascadeError
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes
 
 __all__ = ["DEFAULT_TEMPLATE", "PromptTemplate"]
 

@@ -10,7 +10,7 @@ from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import Charter
@@ -27,12 +27,12 @@ from molora_fed.errors import (
     UnknownNameError,
     describe_mismatch,
 )
-from molora_fed.evaluation import compute_block_losses
+from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins
 from molora_fed.types import Finding, Progress, Split
 
 if TYPE_CHECKING:
-    from molora_fed.base import Base
+    from molora_fed.models.base import Base
 
 __all__ = [
     "AdmissionLosses",

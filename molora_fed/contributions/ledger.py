@@ -11,20 +11,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from molora_fed.contributions.amendments import SignedAmendment
-from molora_fed.contributions.keys import key_fingerprint
-from molora_fed.contributions.lock import take_lock
 from molora_fed.contributions.manifest import Manifest
-from molora_fed.contributions.reading import LedgerReader, ledger_errors
-from molora_fed.contributions.schema import build_statements
+from molora_fed.contributions.reading import LedgerReader, SignedAmendment, ledger_errors
 from molora_fed.contributions.states import (
     CONTRIBUTION_TRANSITIONS,
     COOPERATIVE_TRANSITIONS,
     ContributionState,
     CooperativeState,
+    build_statements,
 )
 from molora_fed.errors import LedgerError
-from molora_fed.files import canonical_json, sync_folder
+from molora_fed.storage.files import canonical_json, sync_folder
+from molora_fed.storage.keys import key_fingerprint
+from molora_fed.storage.locks import take_lock
 
 __all__ = ["Ledger", "LedgerReader", "create_ledger"]
 

@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from molora_fed.contributions.keys import verify
 from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.errors import AdapterError
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.keys import verify
 from molora_fed.types import Split
 
 __all__ = [

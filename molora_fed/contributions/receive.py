@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from molora_fed.charter import Amendment, Charter
 from molora_fed.contributions.admission import Candidate, Decision, Refusal, admit
-from molora_fed.contributions.building import compute_sample_bytes, count_samples
+from molora_fed.contributions.build import compute_sample_bytes, count_samples
 from molora_fed.contributions.ledger import Ledger, LedgerReader
 from molora_fed.contributions.manifest import (
     MANIFEST_FILE,
@@ -25,12 +25,12 @@ from molora_fed.contributions.reading import LedgerEntry
 from molora_fed.contributions.states import ContributionState
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import AdapterError, AdmissionError, LedgerError
-from molora_fed.files import hash_bytes
 from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.storage.files import hash_bytes
 from molora_fed.types import Progress
 
 if TYPE_CHECKING:
-    from molora_fed.base import Base
+    from molora_fed.models.base import Base
 
 __all__ = [
     "Receipt",

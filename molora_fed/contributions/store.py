@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from molora_fed.errors import AdapterError, StorageError
-from molora_fed.files import (
+from molora_fed.storage.files import (
     canonical_json,
     hash_bytes,
     replace_folder,

@@ -1,6 +1,8 @@
 """Near-duplicate clusters: the unit that splits and bootstraps never break up."""
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
@@ -8,10 +10,90 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
-from molora_fed.corpus.shingles import compute_shingles, strip_boilerplate
 from molora_fed.types import Document, Progress
 
-__all__ = ["cluster_documents"]
+__all__ = [
+    "SHINGLE_WORDS",
+    "cluster_documents",
+    "compute_containment",
+    "compute_contamination",
+    "compute_overlap",
+    "compute_shingles",
+    "index_shingles",
+    "strip_boilerplate",
+]
+
+
+SHINGLE_WORDS = 8
+
+_IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+# Japanese and Chinese put no space between words: there each character counts as one.
+_WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+")
+_LICENCE = re.compile(
+    r"licen[cs]e|copyright|\(c\) \d|all rights reserved|spdx|redistribution|"
+    r"permission is hereby granted|coding[:=]|\A#!",
+    re.IGNORECASE,
+)
+_COMMENT_BLOCK = re.compile(
+    r"(?:[ \t]*//[^\n]*\n)+|(?:[ \t]*#[^\n]*\n)+|(?:\.\\\"[^\n]*\n)+|/\*.*?\*/", re.DOTALL
+)
+_SPACE = re.compile(r"\s*")
+_MAX_HEADER_BLOCKS = 4
+
+
+def strip_boilerplate(text: str) -> str:
+    """Drop licence headers: leading comment blocks that speak of licence or copyright.
+
+    Decides only which documents are near-duplicates; the text that models see keeps them.
+    """
+    start = 0
+    for _ in range(_MAX_HEADER_BLOCKS):
+        gap = _SPACE.match(text, start)
+        block = _COMMENT_BLOCK.match(text, gap.end() if gap else start)
+        if block is None or not _LICENCE.search(block.group()):
+            break
+        start = block.end()
+    return text[start:]
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64: every input bit reaches every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _hash_word(word: str) -> int:
+    """64 bits of a word, the same in every process (Python's own string hash is not)."""
+    digest = hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def compute_shingles(texts: Iterable[str]) -> list[NDArray[np.uint64]]:
+    """Hash every run of 8 words (letters, digits, underscore; lower case) of each text.
+
+    Args:
+        texts: Any texts.
+
+    Returns:
+        For each text its hashes in order of position, shape (max(words - 7, 0),). Equal runs have
+        equal hashes, in every process; different runs collide with probability 2^-64.
+    """
+    table: dict[str, int] = {}
+    shingles = []
+    for text in texts:
+        words = _WORD.findall(text.lower())
+        for word in set(words).difference(table):
+            table[word] = _hash_word(word)
+        hashed = np.array([table[word] for word in words], dtype=np.uint64)  # (W,)
+        count = max(len(words) - SHINGLE_WORDS + 1, 0)
+        hashes = np.zeros(count, dtype=np.uint64)
+        for offset in range(SHINGLE_WORDS):
+            # Mixing between the additions makes the hash depend on the order of the words.
+            hashes = _mix(hashes + hashed[offset : offset + count])
+        shingles.append(hashes)
+    return shingles
+
 
 NUM_PERMUTATIONS = 64
 MIN_JACCARD = 0.5
@@ -109,3 +191,72 @@ def _find_containing(distinct: Sequence[NDArray[np.uint64]]) -> _Edges:
         shared.data >= MIN_CONTAINMENT * np.minimum(sizes[left], sizes[right])
     )
     return np.stack([left[linked], right[linked]])
+
+
+def index_shingles(texts: Iterable[str]) -> NDArray[np.uint64]:
+    """The word 8-grams of all texts as one sorted array, the form containment is looked up in."""
+    return np.sort(_join(compute_shingles(texts)))
+
+
+def compute_containment(index: NDArray[np.uint64], texts: Iterable[str]) -> float:
+    """Share of the texts' word 8-grams, counted by position, that occur in an index.
+
+    Args:
+        index: Sorted hashes, from `index_shingles`.
+        texts: Whole texts, licence headers included.
+
+    Returns:
+        A fraction in [0, 1]; 0 if the texts hold no run of 8 words.
+    """
+    hashes = _join(compute_shingles(texts))
+    if hashes.size == 0 or index.size == 0:
+        return 0.0
+    places = np.minimum(np.searchsorted(index, hashes), index.size - 1)
+    return float((index[places] == hashes).mean())
+
+
+def compute_contamination(train_texts: Iterable[str], held_out_texts: Iterable[str]) -> float:
+    """Share of the held-out word 8-grams, counted by position, that occur anywhere in train.
+
+    Args:
+        train_texts: Whole texts, licence headers included.
+        held_out_texts: Whole texts, licence headers included.
+
+    Returns:
+        A fraction in [0, 1]; 0 if the held-out texts hold no run of 8 words.
+    """
+    return compute_containment(index_shingles(train_texts), held_out_texts)
+
+
+def compute_overlap(
+    shingles: Sequence[NDArray[np.uint64]], clusters: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """Share of each cluster's word 8-grams, by position, that occur in any other cluster too.
+
+    A split made of whole clusters is contaminated by the others at most as much as the largest
+    overlap in it, however the clusters are dealt.
+
+    Args:
+        shingles: Hashes of each document, N arrays from `compute_shingles`.
+        clusters: Cluster of each document, (N,), numbered from 0 without gaps.
+
+    Returns:
+        A fraction in [0, 1] per cluster, (C,); 0 for a cluster without any run of 8 words.
+    """
+    num_clusters = int(clusters.max(initial=-1)) + 1
+    hashes = _join(shingles)  # (G,)
+    owners = np.repeat(clusters, [len(row) for row in shingles])  # (G,)
+    order = np.lexsort((owners, hashes))
+    hashes, owners = hashes[order], owners[order]
+    new_hash = np.ones(hashes.size, dtype=np.bool_)
+    new_hash[1:] = hashes[1:] != hashes[:-1]
+    new_owner = new_hash.copy()
+    new_owner[1:] |= owners[1:] != owners[:-1]
+    group = np.cumsum(new_hash) - 1  # (G,) index of the distinct hash
+    shared = np.bincount(group, weights=new_owner)[group] > 1 if hashes.size else new_hash
+    totals = np.bincount(owners, minlength=num_clusters)
+    return np.bincount(owners, weights=shared, minlength=num_clusters) / np.maximum(totals, 1)
+
+
+def _join(shingles: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    return np.concatenate([np.empty(0, dtype=np.uint64), *shingles])

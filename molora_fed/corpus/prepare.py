@@ -10,25 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molora_fed.charter import CorpusRules
-from molora_fed.corpus.blocks import Blocks, load_blocks
-from molora_fed.corpus.clusters import cluster_documents
-from molora_fed.corpus.contamination import (
+from molora_fed.corpus.blocks import Blocks, fingerprint_encoding, load_blocks, pack_documents
+from molora_fed.corpus.clusters import (
+    cluster_documents,
     compute_containment,
     compute_overlap,
+    compute_shingles,
     index_shingles,
 )
 from molora_fed.corpus.documents import cut_long_documents
-from molora_fed.corpus.packing import fingerprint_encoding, pack_documents
 from molora_fed.corpus.report import (
     CorpusReport,
     SplitReport,
     build_contamination_report,
     parse_report,
 )
-from molora_fed.corpus.shingles import compute_shingles
 from molora_fed.corpus.splits import SPLIT_FRACTIONS, assign_shards, assign_splits
 from molora_fed.errors import CorpusError
-from molora_fed.files import canonical_json, hash_bytes, replace_folder, write_json
+from molora_fed.storage.files import canonical_json, hash_bytes, replace_folder, write_json
 from molora_fed.types import Document, Progress, Split
 
 __all__ = [

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from molora_fed.contributions.keys import build_public_pem, load_key, sign
 from molora_fed.errors import FederationError, StorageError
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.mailbox import read_json, read_parts, take_batch
-from molora_fed.federation.records import (
+from molora_fed.federation.messages import (
     MAX_BATCH_BYTES,
     Envelope,
     Letter,
@@ -22,7 +21,8 @@ from molora_fed.federation.records import (
     parse_shipment,
     plan_parts,
 )
-from molora_fed.files import canonical_json, write_json
+from molora_fed.storage.files import canonical_json, write_json
+from molora_fed.storage.keys import build_public_pem, load_key, sign
 
 __all__ = ["answer", "build_hello_bytes"]
 

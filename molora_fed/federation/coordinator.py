@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molora_fed.charter import load_charter, write_charter
-from molora_fed.contributions.keys import key_fingerprint, load_key
 from molora_fed.contributions.states import ContributionState, CooperativeState
-from molora_fed.cooperative import Cooperative, open_cooperative
+from molora_fed.cooperative.cooperative import Cooperative, open_cooperative
+from molora_fed.cooperative.decisions import ForecastKeeper, begin_fusion, end_fusion
 from molora_fed.errors import AdapterError, FederationError, LedgerError, StorageError
 from molora_fed.federation.coordinator_mail import (
     Delivery,
@@ -29,14 +29,14 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.states import StateFile
 from molora_fed.federation.supervise import record_errors
 from molora_fed.federation.usage import UsageFile
-from molora_fed.files import write_json
-from molora_fed.fusion_ledger import ForecastKeeper, begin_fusion, end_fusion
 from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.storage.files import write_json
+from molora_fed.storage.keys import key_fingerprint, load_key
 
 if TYPE_CHECKING:
-    from molora_fed.base import Base
     from molora_fed.contributions.ledger import Ledger
     from molora_fed.contributions.receive import Receipt
+    from molora_fed.models.base import Base
 
 __all__ = ["CoordinatorWorker", "main"]
 
@@ -115,7 +115,7 @@ class CoordinatorWorker:
         """The cooperative's base, loaded at the first use; a plain look needs no torch."""
         if self._loaded_base is None:
             with self._usage.stage("loading"):
-                from molora_fed.base import check_base, load_base
+                from molora_fed.models.base import check_base, load_base
 
                 base = load_base(self._cooperative.base_folder)
                 check_base(base, self._charter.identity.base)
@@ -250,9 +250,9 @@ class CoordinatorWorker:
 
     def _fuse(self) -> None:
         """Fuse what is admitted, keep the forecasts in the ledger, publish the result."""
+        from molora_fed.contributions.contributed import collect_contributed
         from molora_fed.contributions.receive import load_admitted
-        from molora_fed.fusion import fuse
-        from molora_fed.fusion_plan import collect_contributed
+        from molora_fed.fusion.fuse import fuse
         from molora_fed.reporting.report import write_report
 
         phase = str(begin_fusion(self._ledger, actor=ACTOR))
@@ -287,13 +287,13 @@ class CoordinatorWorker:
     def _evolve(self) -> None:
         """Evolve a population with its contributors, on their texts, and publish it."""
         from molora_fed.contributions.receive import load_admitted
-        from molora_fed.federation.asking import Correspondence
         from molora_fed.federation.private_evolution import (
             EVOLVED_FOLDER,
             claim_folder,
             evolve_privately,
             find_boxes,
         )
+        from molora_fed.federation.requests import Correspondence
         from molora_fed.reporting.population import write_population_report
 
         phase = str(begin_fusion(self._ledger, actor=ACTOR))
@@ -349,8 +349,8 @@ class CoordinatorWorker:
         if not (folder / "record.json").exists():
             return None
         from molora_fed.adapters.files import load_adapter
-        from molora_fed.fusion import Control
-        from molora_fed.specialists import load_specialist
+        from molora_fed.fusion.fuse import Control
+        from molora_fed.training.specialists import load_specialist
 
         control = load_specialist(folder)
         adapter = load_adapter(control.adapter_folder, plugins=self._plugins, name="control")

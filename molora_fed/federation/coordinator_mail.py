@@ -12,13 +12,19 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from molora_fed.charter import Charter
-from molora_fed.contributions.keys import build_public_pem, sign
 from molora_fed.errors import FederationError
 from molora_fed.federation.homes import ContributorBox, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.records import Shipment, describe_folder, parse_shipment
+from molora_fed.federation.messages import Shipment, describe_folder, parse_shipment
 from molora_fed.federation.worker_mail import build_charter_bytes
-from molora_fed.files import canonical_json, hash_bytes, replace_folder, storage_errors, write_json
+from molora_fed.storage.files import (
+    canonical_json,
+    hash_bytes,
+    replace_folder,
+    storage_errors,
+    write_json,
+)
+from molora_fed.storage.keys import build_public_pem, sign
 
 __all__ = [
     "Delivery",

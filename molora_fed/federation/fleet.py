@@ -13,7 +13,7 @@ from typing import Any
 from molora_fed.errors import FederationError
 from molora_fed.federation.homes import CONTRIBUTOR_HOME, HOLD_SECONDS, home_from_environment
 from molora_fed.federation.mailbox import read_json
-from molora_fed.files import write_json
+from molora_fed.storage.files import write_json
 
 __all__ = [
     "CONNECTED",

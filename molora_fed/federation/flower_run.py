@@ -6,7 +6,7 @@ from molora_fed.errors import FederationError
 from molora_fed.federation.fleet import Fleet
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.supervise import build_flower_environment, parse_answer, run_command
-from molora_fed.files import write_bytes
+from molora_fed.storage.files import write_bytes
 
 __all__ = ["submit_run"]
 

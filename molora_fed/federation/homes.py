@@ -9,9 +9,9 @@ from typing import Any
 
 from molora_fed.errors import ConfigError, FederationError
 from molora_fed.federation.mailbox import Board, PartStore, read_json
-from molora_fed.federation.records import MAX_BATCH_BYTES
+from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.tasks import TaskQueue
-from molora_fed.files import write_json
+from molora_fed.storage.files import write_json
 
 __all__ = [
     "CONTRIBUTOR_HOME",
@@ -37,7 +37,7 @@ HOLD_SECONDS = "MOLORA_HOLD_SECONDS"
 """Environment variable of the server: how long contributors hold an answer back without news."""
 
 _LONGEST_HOLD_SECONDS = 25
-_LEFTOVER = ".*.tmp"  # the temporary names of `molora_fed.files`
+_LEFTOVER = ".*.tmp"  # the temporary names of `molora_fed.storage.files`
 _STATE_FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "phase": str,
     "message": str,

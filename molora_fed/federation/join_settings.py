@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from molora_fed.charter import load_charter
-from molora_fed.contributions.keys import build_public_pem, key_fingerprint, load_or_make_key
 from molora_fed.corpus.documents import read_documents
 from molora_fed.errors import CharterError, ConfigError
 from molora_fed.federation.homes import ContributorHome, JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.plugins import get_plugins
+from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
 
 __all__ = ["prepare_home", "prepare_settings"]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import FederationError
+from molora_fed.federation.contributor import join
 from molora_fed.federation.events import FederationEvent, OnEvent
 from molora_fed.federation.homes import JoinSettings
-from molora_fed.federation.joining import join
-from molora_fed.federation.serving import serve
+from molora_fed.federation.server import serve
 from molora_fed.federation.supervise import find_free_port, sigterm_as_interrupt
 
 __all__ = ["LocalContributor", "run_local"]

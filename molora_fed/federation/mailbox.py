@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import FederationError, StorageError
-from molora_fed.federation.records import (
+from molora_fed.federation.messages import (
     MAX_BATCH_BYTES,
     MAX_PART_BYTES,
     Part,
@@ -23,7 +23,7 @@ from molora_fed.federation.records import (
     parse_part_names,
     plan_parts,
 )
-from molora_fed.files import hash_file, replace_folder, write_bytes
+from molora_fed.storage.files import hash_file, replace_folder, write_bytes
 
 __all__ = [
     "Board",

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molora_fed.charter import Charter
-from molora_fed.contributions.keys import key_fingerprint
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.federation.homes import ContributorBox, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.files import canonical_json, hash_bytes, write_json
 from molora_fed.plugins import Plugins
+from molora_fed.storage.files import canonical_json, hash_bytes, write_json
+from molora_fed.storage.keys import key_fingerprint
 from molora_fed.types import Progress
 
 if TYPE_CHECKING:
-    from molora_fed.base import Base
+    from molora_fed.models.base import Base
     from molora_fed.population.questions import Ask
 
 __all__ = ["EVOLVED_FOLDER", "claim_folder", "evolve_privately", "find_boxes"]
@@ -96,11 +96,11 @@ def evolve_privately(
         MoloraError: Whatever the disk refuses.
     """
     from molora_fed.population.bundle import save_evolved
-    from molora_fed.population.cooperating import build_config, build_result, build_start
     from molora_fed.population.generations import evolve
     from molora_fed.population.lifecycle import open_operators
     from molora_fed.population.private import Member, PrivateData
     from molora_fed.population.private_evaluation import evaluate_privately
+    from molora_fed.population.setup import build_config, build_result, build_start
 
     rules = charter.amendment.population
     entrants = [

@@ -1,6 +1,6 @@
 """What is signed of questions and of answers. Imports no torch: workers start without it."""
 
-from molora_fed.files import canonical_json
+from molora_fed.storage.files import canonical_json
 
 __all__ = ["build_answer_bytes", "build_question_bytes"]
 

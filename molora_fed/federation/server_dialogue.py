@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from molora_fed.contributions.keys import key_fingerprint, verify
 from molora_fed.errors import FederationError, SignatureError
 from molora_fed.federation.client_dialogue import build_hello_bytes
 from molora_fed.federation.homes import (
@@ -18,7 +17,7 @@ from molora_fed.federation.homes import (
     public_state,
 )
 from molora_fed.federation.mailbox import read_json, read_parts, take_batch
-from molora_fed.federation.records import (
+from molora_fed.federation.messages import (
     Envelope,
     Letter,
     PartName,
@@ -27,7 +26,8 @@ from molora_fed.federation.records import (
     parse_shipment,
     plan_parts,
 )
-from molora_fed.files import write_json
+from molora_fed.storage.files import write_json
+from molora_fed.storage.keys import key_fingerprint, verify
 
 __all__ = ["Correspondent", "ServerDialogue"]
 

@@ -23,7 +23,7 @@ from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import prepare_home
 from molora_fed.federation.local import HOST, LocalContributor
 from molora_fed.federation.mailbox import hold_lock, read_json
-from molora_fed.federation.serving import ServerSupervisor
+from molora_fed.federation.server import ServerSupervisor
 from molora_fed.federation.simulated_member import SimulatedMember
 from molora_fed.federation.supervise import (
     ProcessGroup,
@@ -31,8 +31,8 @@ from molora_fed.federation.supervise import (
     find_free_port,
     sigterm_as_interrupt,
 )
-from molora_fed.files import write_json
-from molora_fed.options import count_cores
+from molora_fed.storage.files import write_json
+from molora_fed.storage.settings import count_cores
 
 __all__ = ["SimulationOutcome", "SimulationSupervisor", "run_simulated"]
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from molora_fed.files import write_json
+from molora_fed.storage.files import write_json
 
 __all__ = ["StateFile"]
 

@@ -27,7 +27,7 @@ import psutil
 from molora_fed import errors
 from molora_fed.errors import FederationError, MoloraError, PortTakenError
 from molora_fed.federation.mailbox import read_json
-from molora_fed.files import write_json
+from molora_fed.storage.files import write_json
 
 __all__ = [
     "ProcessGroup",

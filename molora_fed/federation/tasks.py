@@ -14,7 +14,7 @@ from typing import Any
 
 from molora_fed.errors import FederationError
 from molora_fed.federation.mailbox import read_json
-from molora_fed.files import write_json
+from molora_fed.storage.files import write_json
 
 __all__ = ["Claim", "TaskQueue"]
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from molora_fed.federation.mailbox import read_json
-from molora_fed.files import write_json
+from molora_fed.storage.files import write_json
 
 __all__ = ["UsageFile", "measure_peak_bytes"]
 

@@ -6,7 +6,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from molora_fed.errors import FederationError
-from molora_fed.federation.records import (
+from molora_fed.federation.messages import (
     MAX_BATCH_BYTES,
     MAX_LETTERS_BYTES,
     Envelope,
@@ -14,7 +14,7 @@ from molora_fed.federation.records import (
     parse_letters,
     parse_part_names,
 )
-from molora_fed.files import canonical_json
+from molora_fed.storage.files import canonical_json
 
 __all__ = ["FORMAT_VERSION", "pack_envelope", "unpack_envelope"]
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molora_fed.charter import Charter
-from molora_fed.contributions.keys import load_key, verify
 from molora_fed.errors import AdmissionError, FederationError
-from molora_fed.federation.answering import answer_question, find_question
 from molora_fed.federation.coordinator_mail import build_acknowledgement_bytes
 from molora_fed.federation.homes import ContributorHome, JoinSettings
 from molora_fed.federation.mailbox import hold_lock, read_json
+from molora_fed.federation.responses import answer_question, find_question
 from molora_fed.federation.states import StateFile
 from molora_fed.federation.supervise import record_errors
 from molora_fed.federation.tasks import Claim
@@ -31,13 +30,14 @@ from molora_fed.federation.worker_mail import (
     receive_shipment,
     until,
 )
-from molora_fed.files import canonical_json, hash_bytes
 from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.keys import load_key, verify
 from molora_fed.types import Document, Split
 
 if TYPE_CHECKING:
-    from molora_fed.base import Base
     from molora_fed.corpus.prepare import Corpus
+    from molora_fed.models.base import Base
     from molora_fed.population.private_member import PrivateMember
 
 __all__ = ["ContributorWorker", "main"]
@@ -185,7 +185,7 @@ class ContributorWorker:
             home.tasks.complete(claim)
 
     def _load_base(self, charter: Charter) -> "Base":
-        from molora_fed.base import check_base, load_base
+        from molora_fed.models.base import check_base, load_base
 
         self._state.enter("CORPUS", "loading the base")
         base = load_base(self._home.base)
@@ -216,7 +216,7 @@ class ContributorWorker:
     def _train(
         self, charter: Charter, base: "Base", corpus: "Corpus", claim: Claim | None
     ) -> _Trained:
-        from molora_fed.specialists import train_specialist
+        from molora_fed.training.specialists import train_specialist
 
         def progress(done: int, total: int, **fields: float | str) -> None:
             if claim is not None:
@@ -250,9 +250,9 @@ class ContributorWorker:
 
     def _measure(self, charter: Charter, base: "Base", corpus: "Corpus") -> _Trained:
         """An adapter trained earlier: read it, and measure it on this contributor's own text."""
-        from molora_fed.adapters.apply import applied
+        from molora_fed.adapters.compatibility import applied
         from molora_fed.adapters.files import check_adapter_fits, load_adapter
-        from molora_fed.evaluation import compute_block_losses
+        from molora_fed.models.forward import compute_block_losses
 
         self._state.enter("TRAINING", "measuring the adapter trained earlier")
         given = Path(self._settings.adapter)
@@ -280,13 +280,13 @@ class ContributorWorker:
     def _measure_start(self, charter: Charter, base: "Base", corpus: "Corpus") -> float | None:
         if charter.amendment.is_private:
             return None  # no sample goes along on which it could be compared
-        from molora_fed.contributions.start import measure_start_loss
+        from molora_fed.contributions.build import measure_start_loss
 
         domain = self._settings.domain
         return measure_start_loss(base.model, corpus.blocks, charter, domain=domain)
 
     def _build(self, charter: Charter, corpus: "Corpus", trained: _Trained) -> None:
-        from molora_fed.contributions.building import build_contribution
+        from molora_fed.contributions.build import build_contribution
 
         build_contribution(
             self._home.contribution,

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from molora_fed.charter import Charter, load_charter, parse_charter
-from molora_fed.contributions.keys import key_fingerprint, verify
 from molora_fed.errors import FederationError
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.records import Shipment, describe_folder, parse_shipment
-from molora_fed.files import canonical_json, hash_bytes, replace_folder, write_bytes, write_json
+from molora_fed.federation.messages import Shipment, describe_folder, parse_shipment
+from molora_fed.storage.files import (
+    canonical_json,
+    hash_bytes,
+    replace_folder,
+    write_bytes,
+    write_json,
+)
+from molora_fed.storage.keys import key_fingerprint, verify
 
 __all__ = [
     "build_charter_bytes",

@@ -16,7 +16,7 @@ from statistics import fmean
 
 from molora_fed.errors import ConfigError
 from molora_fed.forecasting.divergence import best_own_losses
-from molora_fed.forecasting.groups import group_outcomes, leave_out_group
+from molora_fed.forecasting.matrices import group_outcomes, leave_out_group
 from molora_fed.types import Case, LossMatrix, Outcome
 
 __all__ = [

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, get_args
 
 from molora_fed.errors import ConfigError
-from molora_fed.forecasting.groups import leave_out_group
+from molora_fed.forecasting.matrices import leave_out_group
 from molora_fed.plugins import Plugins
 from molora_fed.types import Case, Forecast, LossMatrix, Outcome, Reference
 

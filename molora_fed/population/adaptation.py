@@ -18,22 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from molora_fed.base import Base
+from molora_fed.bank.states import BaseStates, StateBatch, take_balanced
+from molora_fed.bank.views import GateView
 from molora_fed.errors import PopulationError, TrainingError
-from molora_fed.files import hash_bytes
-from molora_fed.forward import evaluating
+from molora_fed.models.base import Base
+from molora_fed.models.forward import evaluating
+from molora_fed.models.runtime import describe_environment, deterministic, limit_threads
 from molora_fed.population.adaptation_config import AdaptationConfig, AdaptationLog
-from molora_fed.population.contract import AdapterRouter, GateView, Population
+from molora_fed.population.contract import AdapterRouter, Population
 from molora_fed.population.mixture import Mixture
-from molora_fed.population.states import BaseStates, StateBatch, take_balanced
-from molora_fed.training_optimizer import deterministic, read_tensors, write_tensors
-from molora_fed.training_state import (
-    CheckpointStore,
-    Counters,
-    describe_environment,
-    limit_threads,
-    lock_folder,
-)
+from molora_fed.storage.files import hash_bytes
+from molora_fed.storage.locks import lock_folder
+from molora_fed.training.checkpoints import CheckpointStore, Counters
+from molora_fed.training.optimizer import read_tensors, write_tensors
 from molora_fed.types import Progress
 
 __all__ = ["AdaptationConfig", "Factor", "Trained", "adapt", "compute_loss"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from molora_fed.bank.states import BaseStates
 from molora_fed.errors import TrainingError
-from molora_fed.files import write_bytes
-from molora_fed.population.states import BaseStates
+from molora_fed.storage.files import write_bytes
 
 __all__ = ["AdaptationConfig", "AdaptationLog"]
 

@@ -11,9 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from molora_fed.base import Base
 from molora_fed.errors import PopulationError, describe_mismatch
-from molora_fed.files import hash_bytes, hash_file, replace_folder, write_bytes, write_json
+from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.contract import AdapterRouter, AdapterRouterOptions, Population
 from molora_fed.population.evolution import POPULATION_FOLDER, ROUTER_FILE, Branch
@@ -21,6 +20,7 @@ from molora_fed.population.files import fingerprint_population, load_population,
 from molora_fed.population.router_files import load_router, pack_router
 from molora_fed.population.slots import check_population
 from molora_fed.routing.bundle import BaseEntry, describe_base, load_recorded_base
+from molora_fed.storage.files import hash_bytes, hash_file, replace_folder, write_bytes, write_json
 
 __all__ = ["EvolvedModel", "find_evolved", "load_evolved", "save_evolved"]
 

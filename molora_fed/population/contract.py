@@ -9,7 +9,7 @@ a generation then measures fitness, and lifecycle operators replace slots.
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from molora_fed.adapters.updates import LinearUpdate
+from molora_fed.bank.views import GateReading, GateView
 
 __all__ = [
     "AdapterRouter",
@@ -24,17 +25,12 @@ __all__ = [
     "Birth",
     "Fitness",
     "FitnessScope",
-    "GateReading",
-    "GateView",
     "LifecycleOperator",
     "LossTable",
     "OperatorOptions",
     "Population",
     "Slot",
 ]
-
-GateReading = Literal["base_hidden", "embeddings"]
-"""What an adapter router may read: the base's final states (causal), or its token embeddings."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +91,6 @@ class Population:
     def num_slots(self) -> int:
         """P."""
         return len(self.slots)
-
-
-@dataclass(frozen=True)
-class GateView:
-    """What an adapter router may look at; columns it does not read are None.
-
-    Attributes:
-        document_starts: True at a document's first token, (B, T) bool.
-        base_hidden: The base's state that enters the output head, (B, T, D).
-        embeddings: The base's token embeddings, (B, T, D).
-    """
-
-    document_starts: Tensor
-    base_hidden: Tensor | None = None
-    embeddings: Tensor | None = None
 
 
 class AdapterRouterOptions(BaseModel):

@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molora_fed.bootstrap import ClusterIndex
+from molora_fed.bank.states import build_states
 from molora_fed.corpus.blocks import Blocks
-from molora_fed.evaluation import Evaluation, compute_best_domains
+from molora_fed.evaluation.bootstrap import ClusterIndex
+from molora_fed.evaluation.evaluate import Evaluation, compute_best_domains
 from molora_fed.population.bundle import EvolvedModel
 from molora_fed.population.contract import AdapterRouter, Population
-from molora_fed.population.measuring import measure_population
-from molora_fed.population.states import build_states, compute_mean_gates
+from molora_fed.population.losses import compute_mean_gates, measure_population
 from molora_fed.types import Progress
 
 __all__ = ["evaluate_population"]

@@ -14,16 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors.torch import save
 from torch import Tensor
 
-from molora_fed.adapters.tensor_files import (
-    ADAPTER_DTYPES,
-    TensorHeader,
-    load_json,
-    load_tensors,
-)
+from molora_fed.adapters.files import ADAPTER_DTYPES, TensorHeader, load_json, load_tensors
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
-from molora_fed.files import (
+from molora_fed.population.contract import Birth, Population, Slot
+from molora_fed.population.slots import check_slots
+from molora_fed.storage.files import (
     canonical_json,
     hash_bytes,
     hash_file,
@@ -31,8 +28,6 @@ from molora_fed.files import (
     write_bytes,
     write_json,
 )
-from molora_fed.population.contract import Birth, Population, Slot
-from molora_fed.population.slots import check_slots
 
 __all__ = ["POPULATION_FILES", "fingerprint_population", "load_population", "save_population"]
 

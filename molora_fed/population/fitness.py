@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molora_fed.base import Base
+from molora_fed.bank.states import BaseStates
 from molora_fed.errors import PopulationError
-from molora_fed.forward import run_blocks
+from molora_fed.models.base import Base
+from molora_fed.models.forward import run_blocks
 from molora_fed.population.contract import AdapterRouter, LossTable, Population, Slot
 from molora_fed.population.mixture import Mixture
-from molora_fed.population.states import BaseStates
 from molora_fed.types import Progress
 
 __all__ = ["Effects", "check_losses", "compute_effects", "measure_losses"]

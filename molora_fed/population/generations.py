@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from molora_fed.errors import PopulationError, describe_mismatch
-from molora_fed.files import canonical_json, hash_bytes, write_json
 from molora_fed.plugins import Plugins
 from molora_fed.population.contract import LifecycleState
 from molora_fed.population.evolution import (
@@ -41,7 +40,8 @@ from molora_fed.population.lifecycle import Step, reset_newborns, run_lifecycle
 from molora_fed.population.lineage import add_to_lineage
 from molora_fed.population.lineage_lines import describe_change, describe_fitness, describe_start
 from molora_fed.population.router_files import pack_router, save_router
-from molora_fed.training_state import lock_folder
+from molora_fed.storage.files import canonical_json, hash_bytes, write_json
+from molora_fed.storage.locks import lock_folder
 from molora_fed.types import Progress
 
 __all__ = ["evolve"]

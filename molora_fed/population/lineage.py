@@ -15,9 +15,9 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from molora_fed.errors import PopulationError
-from molora_fed.files import canonical_json, write_bytes
 from molora_fed.population.contract import Birth
 from molora_fed.population.lineage_lines import Change, Measurement
+from molora_fed.storage.files import canonical_json, write_bytes
 
 __all__ = ["Lineage", "Member", "add_to_lineage", "read_lineage"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from molora_fed.adapters.layout import weight_of
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.errors import PopulationError
+from molora_fed.models.layout import weight_of
 from molora_fed.population.contract import Population, Slot
 from molora_fed.population.slots import check_population
 

@@ -7,21 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from molora_fed.base import Base
+from molora_fed.bank.states import BaseStates, build_states
+from molora_fed.bank.views import GateReading
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
-from molora_fed.files import hash_bytes
+from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation import adapt
 from molora_fed.population.adaptation_config import AdaptationConfig
-from molora_fed.population.carving import Carved, Part
-from molora_fed.population.contract import Fitness, GateReading, LossTable
+from molora_fed.population.contract import Fitness, LossTable
 from molora_fed.population.evolution import Branch
 from molora_fed.population.fitness import measure_losses
 from molora_fed.population.guard import Comparison, compare_branches
 from molora_fed.population.lifecycle import compute_fitness
-from molora_fed.population.measuring import measure_population, sum_clusters
-from molora_fed.population.states import BaseStates, build_states, compute_mean_gates
+from molora_fed.population.losses import compute_mean_gates, measure_population, sum_clusters
+from molora_fed.population.split import Carved, Part
+from molora_fed.storage.files import hash_bytes
 from molora_fed.types import Progress
 
 __all__ = ["PooledData", "select_clusters"]

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molora_fed.errors import PopulationError
-from molora_fed.files import write_json
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation_config import AdaptationConfig
-from molora_fed.population.averaging import average_branches, check_adapted, choose_factor
+from molora_fed.population.average import average_branches, check_adapted, choose_factor
 from molora_fed.population.contract import Fitness, LossTable
 from molora_fed.population.evolution import POPULATION_FOLDER, ROUTER_FILE, Branch
 from molora_fed.population.files import load_population, save_population
@@ -25,6 +24,7 @@ from molora_fed.population.lifecycle import compute_fitness
 from molora_fed.population.moments import Moments, build_stand_ins
 from molora_fed.population.questions import Answer, Ask, Question
 from molora_fed.population.router_files import load_router, save_router
+from molora_fed.storage.files import write_json
 from molora_fed.types import Progress
 
 __all__ = ["Member", "PrivateData", "name_slot"]

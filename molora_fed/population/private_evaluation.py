@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from molora_fed.bootstrap import LEVEL
+from molora_fed.evaluation.bootstrap import LEVEL
 from molora_fed.population.evolution import Branch
 from molora_fed.population.moments import Moments
 from molora_fed.population.private import PrivateData, name_slot

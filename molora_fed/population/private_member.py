@@ -14,27 +14,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from molora_fed.base import Base
+from molora_fed.bank.states import BaseStates, build_states
 from molora_fed.charter import Charter
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation import adapt
 from molora_fed.population.adaptation_config import AdaptationConfig
-from molora_fed.population.carving import Carved, Shares, carve_blocks
 from molora_fed.population.contract import LossTable
 from molora_fed.population.evolution import Branch
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.fitness import measure_losses
-from molora_fed.population.measuring import list_clusters, measure_population, sum_clusters
+from molora_fed.population.losses import (
+    compute_mean_gates,
+    list_clusters,
+    measure_population,
+    sum_clusters,
+)
 from molora_fed.population.moments import MIN_CLUSTERS, Moments, measure_moments
 from molora_fed.population.pooled import select_clusters
 from molora_fed.population.private import name_slot
 from molora_fed.population.questions import Answer, Question
 from molora_fed.population.router_files import pack_router, parse_router_options
 from molora_fed.population.slots import check_population
-from molora_fed.population.states import BaseStates, build_states, compute_mean_gates
+from molora_fed.population.split import Carved, Shares, carve_blocks
+from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.types import Progress, Split
 
 __all__ = ["PrivateMember", "carve_own"]

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from molora_fed.charter import AdapterRules
-from molora_fed.contributions.building import MAX_FIGURES_BYTES
+from molora_fed.contributions.build import MAX_FIGURES_BYTES
 from molora_fed.errors import PopulationError
-from molora_fed.files import replace_folder, write_json
 from molora_fed.plugins import Plugins
 from molora_fed.population.evolution import POPULATION_FOLDER, ROUTER_FILE, Branch
 from molora_fed.population.files import load_population, save_population
 from molora_fed.population.router_files import load_router, save_router
+from molora_fed.storage.files import replace_folder, write_json
 
 __all__ = [
     "Answer",

@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from molora_fed.base import Base
 from molora_fed.errors import MoloraError, PopulationError
-from molora_fed.files import canonical_json, write_bytes
+from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.population.contract import AdapterRouter, AdapterRouterOptions
+from molora_fed.storage.files import canonical_json, write_bytes
 
 __all__ = ["load_router", "open_router", "pack_router", "parse_router_options", "save_router"]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from molora_fed.adapters.compatibility import find_misfits
-from molora_fed.adapters.layout import adaptable_modules, weight_of
 from molora_fed.adapters.updates import Adapter, LinearUpdate, truncate
-from molora_fed.base import Base
 from molora_fed.errors import PopulationError
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.models.base import Base
+from molora_fed.models.layout import adaptable_modules, weight_of
 from molora_fed.population.contract import Birth, Population, Slot
+from molora_fed.storage.files import canonical_json, hash_bytes
 
 __all__ = [
     "FRESH_ALPHA",

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from molora_fed.files import write_bytes, write_json
 from molora_fed.reporting.figures import PALETTE, save_figure, tidy_axes
 from molora_fed.reporting.methods import mask_controls
+from molora_fed.storage.files import write_bytes, write_json
 
 __all__ = ["draw_costs", "draw_escalation", "draw_sigma", "write_cascade_report"]
 

@@ -12,11 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from molora_fed.errors import ConfigError
-from molora_fed.files import write_bytes
 from molora_fed.population.lineage import Lineage, read_lineage
 from molora_fed.reporting.figures import PALETTE, draw_cells, draw_losses, save_figure, tidy_axes
 from molora_fed.reporting.lineage import draw_lineage
 from molora_fed.reporting.methods import list_methods, mask_controls
+from molora_fed.storage.files import write_bytes
 
 __all__ = [
     "RESULT_FILE",

@@ -9,10 +9,10 @@ from typing import Any
 import jinja2
 
 from molora_fed.errors import ConfigError
-from molora_fed.files import canonical_json, write_bytes, write_json
 from molora_fed.reporting import figures
 from molora_fed.reporting.methods import list_methods, mask_controls
 from molora_fed.reporting.phases import order_phases
+from molora_fed.storage.files import canonical_json, write_bytes, write_json
 
 __all__ = [
     "REPORT_JSON",

@@ -11,7 +11,7 @@ from molora_fed.reporting.methods import Method, list_methods, mask_controls
 from molora_fed.reporting.phases import order_phases
 
 if TYPE_CHECKING:
-    from molora_fed.contributions.building import OutgoingRow
+    from molora_fed.contributions.build import OutgoingRow
 
 __all__ = [
     "build_contamination_table",

@@ -6,19 +6,24 @@ the experts' predictions of x_{t+1}. `molora_fed.testing.check_router_conformanc
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from molora_fed.bank.views import RouterView
 from molora_fed.types import Progress, Reading
 
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
 
-__all__ = ["OutputRouter", "RouterOptions", "RouterState", "RouterView"]
+__all__ = [
+    "OutputRouter",
+    "RouterOptions",
+    "RouterState",
+]
+
 
 RouterState = Mapping[str, Tensor]
 """What a router remembers between decoding steps: tensors with the batch first."""
@@ -28,33 +33,6 @@ class RouterOptions(BaseModel):
     """Base of every router's options: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-@dataclass(frozen=True)
-class RouterView:
-    """What a router may look at; columns it does not read are None.
-
-    Attributes:
-        document_starts: True at a document's first token, (B, T) bool. State kept over a
-            document (running means, accumulated evidence) is reset there.
-        base_hidden: The base's hidden state that enters the output head, (B, T, D).
-        prefix_hidden: Hidden state after the K shared frozen blocks, (B, T, D).
-        mean_hidden: Experts' average of the state that enters the head, (B, T, D).
-        experts_hidden: The same of every expert, (B, T, E, D).
-        evidence: `log p_e(x_t | x_<t)` in nats, (B, T, E); 0 at a document's first token.
-    """
-
-    document_starts: Tensor
-    base_hidden: Tensor | None = None
-    prefix_hidden: Tensor | None = None
-    mean_hidden: Tensor | None = None
-    experts_hidden: Tensor | None = None
-    evidence: Tensor | None = None
-
-    def at(self, start: int, stop: int) -> "RouterView":
-        """The view of positions start to stop, (B, stop - start, ...)."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return RouterView(**{n: c if c is None else c[:, start:stop] for n, c in columns.items()})
 
 
 class OutputRouter(abc.ABC):

@@ -2,7 +2,7 @@
 
 The base is held once. Every expert is a row of the batch, so one forward pass gives all experts'
 distributions; a router turns what is known after each token into gates. The full form
-(`FusedModel.forward`) and decoding (molora_fed.routing.decoding) read the same `Runner`.
+(`FusedModel.forward`) and decoding (molora_fed.inference.decoding) read the same `Runner`.
 """
 
 import contextlib
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from molora_fed.adapters.folded import FoldedExperts
 from molora_fed.adapters.updates import Adapter
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.forward import Capture, capture_states, evaluating
-from molora_fed.routing.contract import OutputRouter, RouterView
+from molora_fed.models.forward import Capture, capture_states, evaluating
+from molora_fed.routing.contract import OutputRouter
 from molora_fed.types import Mixture, Reading
 
 if TYPE_CHECKING:
-    from molora_fed.base import Base
+    from molora_fed.models.base import Base
 
 __all__ = ["FusedExpert", "FusedModel", "FusedOutput", "Piece", "Runner", "mix_distributions"]
 

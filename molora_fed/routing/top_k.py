@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError
-from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.types import Progress, Reading
 
 if TYPE_CHECKING:

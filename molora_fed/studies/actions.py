@@ -3,24 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
-from molora_fed.base import (
-    Base,
-    BuiltinBaseConfig,
-    create_builtin_base,
-    fetch_base,
-    load_base,
-)
-from molora_fed.base_files import copy_checkpoint, quiet_transformers
 from molora_fed.charter import AdapterRules, CorpusRules, TrainingRules
-from molora_fed.control import train_monolithic
 from molora_fed.corpus.prepare import Corpus, load_corpus, prepare_corpus
-from molora_fed.files import replace_folder, storage_errors
+from molora_fed.models.base import Base, fetch_base, load_base
+from molora_fed.models.base_files import copy_checkpoint, quiet_transformers
 from molora_fed.plugins import get_plugins
-from molora_fed.specialists import Specialist, train_specialist
+from molora_fed.storage.files import replace_folder, storage_errors
 from molora_fed.studies.contract import Done, TaskContext
 from molora_fed.studies.substrate import BaseSettings, SpecialistSettings
+from molora_fed.training.builtin_base import BuiltinBaseConfig, create_builtin_base
+from molora_fed.training.pooled import train_monolithic
+from molora_fed.training.specialists import Specialist, train_specialist
 from molora_fed.types import Document, Split
 
 __all__ = [

@@ -19,20 +19,20 @@ from molora_fed.adapters.updates import Adapter
 from molora_fed.bank import CalibrationBank, Expert, HeldOutBank
 from molora_fed.bank import build_calibration_bank as build_calibration
 from molora_fed.bank import build_held_out_bank as build_held_out
-from molora_fed.base import Base
-from molora_fed.bootstrap import ClusterIndex
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.corpus.prepare import Corpus
 from molora_fed.errors import ConfigError
-from molora_fed.evaluation import Evaluation, evaluate
-from molora_fed.files import write_bytes, write_json
+from molora_fed.evaluation.bootstrap import ClusterIndex
+from molora_fed.evaluation.evaluate import Evaluation, evaluate
 from molora_fed.forecasting.divergence import compute_gains
-from molora_fed.fusion import measure_loss_matrix
-from molora_fed.fusion_plan import BASE_EXPERT
+from molora_fed.fusion.collapse import GuardedRouter, fit_guarded
+from molora_fed.fusion.fuse import measure_loss_matrix
+from molora_fed.fusion.plan import BASE_EXPERT
+from molora_fed.models.base import Base
 from molora_fed.plugins import get_plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
-from molora_fed.routing.guard import GuardedRouter, fit_guarded
 from molora_fed.routing.top_k import limit_experts
+from molora_fed.storage.files import write_bytes, write_json
 from molora_fed.studies.actions import open_base, open_corpus
 from molora_fed.studies.contract import Done, TaskContext
 from molora_fed.studies.substrate import FusionSettings

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from molora_fed import __version__
 from molora_fed.errors import ConfigError, StudyError
-from molora_fed.files import canonical_json, hash_bytes, hash_file, write_bytes, write_json
 from molora_fed.plugins import Plugins
+from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, write_bytes, write_json
 from molora_fed.studies.contract import Cell, Study, StudyOptions, Summary, Task
 from molora_fed.studies.render import draw_figure, render_study
 from molora_fed.studies.runner import Listener, State, run_tasks
@@ -167,7 +167,7 @@ class PlannedStudy:
     def _describe(
         self, summary: Summary, results: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
-        from molora_fed.training_state import describe_environment
+        from molora_fed.models.runtime import describe_environment
 
         return {
             "format_version": FORMAT_VERSION,

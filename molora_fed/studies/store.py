@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import StudyError
-from molora_fed.files import canonical_json, write_json
+from molora_fed.storage.files import canonical_json, write_json
 from molora_fed.studies.contract import Done, Task
 
 __all__ = ["RESULT_FILE", "TaskStore"]
@@ -39,7 +39,7 @@ class TaskStore:
 
     @classmethod
     def in_cache(cls, cache: Path) -> "TaskStore":
-        """The store of a cache folder; see `molora_fed.options.find_cache_folder`."""
+        """The store of a cache folder; see `molora_fed.storage.settings.find_cache_folder`."""
         return cls(cache / "studies" / "tasks")
 
     def folder(self, task: Task) -> Path:

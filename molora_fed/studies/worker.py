@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from molora_fed.errors import MoloraError, StudyError
-from molora_fed.files import write_bytes
+from molora_fed.storage.files import write_bytes
 from molora_fed.studies.contract import Task, TaskContext
 from molora_fed.studies.store import TaskStore
 from molora_fed.studies.wire import decode_task, encode_line

@@ -17,9 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from molora_fed.adapters.layout import adaptable_modules, bias_of, weight_of
 from molora_fed.adapters.updates import Adapter, LinearUpdate
-from molora_fed.files import hash_bytes, replace_folder
+from molora_fed.models.layout import adaptable_modules, bias_of, weight_of
+from molora_fed.storage.files import hash_bytes, replace_folder
 
 __all__ = [
     "ARCHITECTURES",

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 from molora_fed.errors import TraceError
-from molora_fed.files import storage_errors
+from molora_fed.storage.files import storage_errors
 
 __all__ = ["lock_run", "lock_writer"]
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molora_fed.contributions.keys import key_fingerprint
 from molora_fed.errors import TraceError
+from molora_fed.storage.keys import key_fingerprint
 from molora_fed.tracing.merkle import build_path, compute_path_root, hash_leaf
 from molora_fed.tracing.records import (
     FORMAT_VERSION,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import TraceError
-from molora_fed.files import hash_file, storage_errors, sync_folder
+from molora_fed.storage.files import hash_file, storage_errors, sync_folder
 from molora_fed.tracing.records import CHECKPOINT, GENESIS, BadLineError, parse_line
-from molora_fed.tracing.scanning import SegmentScan
+from molora_fed.tracing.run_scan import SegmentScan
 from molora_fed.tracing.segments import TORN_SUFFIX, SegmentName, read_lines
 
 __all__ = ["Recovery", "recover_segment"]

@@ -9,8 +9,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from molora_fed.errors import TraceError, describe_mismatch
-from molora_fed.tracing.records import FORMAT_VERSION, MAX_LINE_BYTES, is_hash
-from molora_fed.tracing.signing import sign_statement
+from molora_fed.tracing.records import FORMAT_VERSION, MAX_LINE_BYTES, is_hash, sign_statement
 
 __all__ = [
     "SEAL_FILE",

@@ -14,9 +14,9 @@ from typing import Any, Literal, Self
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from molora_fed.contributions.keys import build_public_pem, key_fingerprint
 from molora_fed.errors import ConfigError, TraceError, describe_mismatch
-from molora_fed.files import storage_errors, write_bytes
+from molora_fed.storage.files import storage_errors, write_bytes
+from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.tracing.locks import lock_run, lock_writer
 from molora_fed.tracing.merkle import MerkleTree
 from molora_fed.tracing.records import (
@@ -32,7 +32,7 @@ from molora_fed.tracing.records import (
     parse_line,
 )
 from molora_fed.tracing.recovery import recover_segment
-from molora_fed.tracing.scanning import SegmentScan
+from molora_fed.tracing.run_scan import SegmentScan
 from molora_fed.tracing.segments import (
     SEAL_FILE,
     Header,
@@ -253,12 +253,12 @@ class TraceWriter:
                 self._unlock()
 
     def seal(self) -> str:
-        """Close this writer and seal the whole run; see `molora_fed.tracing.sealing.seal_run`.
+        """Close this writer and seal the whole run; see `molora_fed.tracing.verifying.seal_run`.
 
         Returns:
             The run's Merkle root, hex. Keep it elsewhere too.
         """
-        from molora_fed.tracing.sealing import seal_run
+        from molora_fed.tracing.verifying import seal_run
 
         self.close()
         return seal_run(self._folder, key=self._key)

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from molora_fed.cascade.contract import MODES, Mode, ProbeEvidence
 from molora_fed.errors import ConfigError, StorageError
-from molora_fed.files import write_bytes
+from molora_fed.storage.files import write_bytes
 
 __all__ = [
     "Calibration",

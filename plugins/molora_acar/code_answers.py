@@ -14,7 +14,7 @@ from molora_acar.sandbox import run_function
 from molora_acar.sandbox_child import describe_value
 from molora_fed.cascade.contract import CascadeTask
 from molora_fed.errors import ConfigError
-from molora_fed.files import canonical_json
+from molora_fed.storage.files import canonical_json
 
 __all__ = ["MAX_PROGRAM", "extract_code", "format_outcomes"]
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from molora_fed.cascade.contract import CascadeTask
-from molora_fed.files import canonical_json
+from molora_fed.storage.files import canonical_json
 
 __all__ = [
     "MAX_TEXT",

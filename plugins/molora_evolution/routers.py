@@ -23,13 +23,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from molora_fed.bank.views import GateReading, GateView
 from molora_fed.errors import PopulationError, ShapeError
-from molora_fed.population.contract import (
-    AdapterRouter,
-    AdapterRouterOptions,
-    GateReading,
-    GateView,
-)
+from molora_fed.population.contract import AdapterRouter, AdapterRouterOptions
 from molora_fed.routing.causal import causal_mean
 
 __all__ = [

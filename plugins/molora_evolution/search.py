@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from molora_fed.base import Base
+from molora_fed.bank.states import BaseStates, take_balanced
 from molora_fed.errors import PopulationError
-from molora_fed.forward import evaluating
+from molora_fed.models.base import Base
+from molora_fed.models.forward import evaluating
 from molora_fed.population.adaptation import compute_loss
 from molora_fed.population.contract import AdapterRouter, Population
 from molora_fed.population.mixture import Mixture
-from molora_fed.population.states import BaseStates, take_balanced
 
 __all__ = [
     "Objective",

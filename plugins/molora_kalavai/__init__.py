@@ -71,7 +71,7 @@ def register_routers(register: Register) -> None:
     )
     register(
         "statistics",
-        "molora_kalavai.statistics:StatisticsRouter",
+        "molora_kalavai.lda:StatisticsRouter",
         summary="Linear discriminant of domains in closed form, two levels of covariance",
         source="own derivation, see docs/routers.md",
     )

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import ShapeError
 from molora_fed.routing.causal import causal_mean, count_since_start
-from molora_fed.routing.contract import RouterView
 from molora_fed.types import Reading
 from molora_kalavai.hidden import read_hidden
 from molora_kalavai.mixtures import fit_mixtures, mix_log

@@ -11,10 +11,11 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 from torch import Tensor
 
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.evaluation import compute_domain_losses
+from molora_fed.evaluation.evaluate import compute_domain_losses
 from molora_fed.routing.causal import causal_sum, count_since_start
-from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.fitting import check_calibration
 from molora_fed.types import Progress, Reading
 from molora_kalavai.hidden import HiddenRouter, pool_causally, read_hidden

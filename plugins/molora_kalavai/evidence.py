@@ -7,9 +7,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.routing.causal import causal_sum
-from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.fitting import check_calibration, compute_score_loss, fit_on_whole
 from molora_fed.types import Progress, Reading
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from molora_fed.bootstrap import ClusterIndex, compute_interval, resample_domain_means
+from molora_fed.evaluation.bootstrap import ClusterIndex, compute_interval, resample_domain_means
 from molora_fed.routing.fitting import compute_score_loss, fit_on_whole
 from molora_fed.types import Progress
 from molora_kalavai.evidence import EvidenceOptions

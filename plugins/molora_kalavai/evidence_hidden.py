@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.routing.causal import causal_mean, count_since_start
-from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.fitting import check_calibration
 from molora_fed.types import Progress, Reading
 from molora_kalavai.discriminant import Discriminant, fit_discriminant

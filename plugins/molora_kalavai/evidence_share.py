@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.fitting import check_calibration, compute_score_loss, fit_on_whole
 from molora_fed.types import Progress, Reading
 from molora_kalavai.evidence import check_evidence, read_relative_evidence

@@ -13,8 +13,8 @@ from molora_fed.forecasting.divergence import (
     compute_gain_percent,
     compute_gains,
 )
-from molora_fed.forecasting.groups import Model, mean_over_group
 from molora_fed.forecasting.intervals import fit_line
+from molora_fed.forecasting.matrices import Model, mean_over_group
 from molora_fed.types import Case, LossMatrix, Outcome
 
 __all__ = [

@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.evaluation import compute_domain_losses, compute_router_losses
+from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses
 from molora_fed.routing.causal import causal_mean, causal_sum, count_since_start
-from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.fitting import check_calibration, fit_on_batches
 from molora_fed.types import Progress, Reading
 

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.routing.contract import RouterOptions, RouterState, RouterView
+from molora_fed.routing.contract import RouterOptions, RouterState
 from molora_kalavai.hidden import HiddenOptions, HiddenRouter, draw_rows
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, ties
 from torch import Tensor
 
-from molora_fed.adapters.merge import merge_products
-from molora_fed.adapters.updates import Adapter
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.adapters.updates import Adapter, merge_products
+from molora_fed.storage.files import canonical_json, hash_bytes
 
 __all__ = ["DARE_DENSITY", "TIES_DENSITY", "merge_dare", "merge_dare_ties", "merge_ties"]
 

@@ -8,7 +8,8 @@ scores and what the levels do not promise.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from molora_fed.forecasting.groups import (
+from molora_fed.forecasting.intervals import Interval, compute_interval
+from molora_fed.forecasting.matrices import (
     Fit,
     Model,
     compute_group_residuals,
@@ -16,7 +17,6 @@ from molora_fed.forecasting.groups import (
     group_outcomes,
     is_same_condition,
 )
-from molora_fed.forecasting.intervals import Interval, compute_interval
 from molora_fed.types import Case, Forecast, LossMatrix, Outcome
 from molora_kalavai import formulas
 from molora_kalavai.published import list_published_outcomes

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import ShapeError
-from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState, RouterView
+from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.fitting import check_calibration
 from molora_fed.types import Progress, Reading
 

@@ -3,7 +3,7 @@
 import pytest
 from molora_cli import main
 
-from molora_fed.cooperative import open_cooperative
+from molora_fed.cooperative.cooperative import open_cooperative
 from molora_fed.errors import PluginError
 from molora_fed.plugins import get_plugins
 
@@ -103,8 +103,7 @@ def test_plugins_list_shows_origin_and_check_resolves_all(molora):
 
 
 def test_plugins_check_ends_with_60_if_one_fails(molora, monkeypatch):
-    from molora_fed.plugins import Plugins
-    from molora_fed.registry import Entry
+    from molora_fed.plugins import Entry, Plugins
 
     broken = Plugins(failures=[PluginError("Cannot load plugin other: it is broken.")])
     broken.domains.add(Entry("bad", "molora_fed.nowhere:attribute", "Bad", "none", "test"))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from molora_fed.contributions.states import CooperativeState
-from molora_fed.cooperative import open_cooperative
+from molora_fed.cooperative.cooperative import open_cooperative
 from molora_fed.population.bundle import load_evolved
 
 SETTINGS = {

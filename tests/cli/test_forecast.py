@@ -7,7 +7,7 @@ import pytest
 from molora_cli import main
 from molora_kalavai.published import load_published_runs
 
-from molora_fed.cooperative import open_cooperative
+from molora_fed.cooperative.cooperative import open_cooperative
 
 
 @pytest.fixture

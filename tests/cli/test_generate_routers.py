@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from molora_fed.charter import FusionRules
-from molora_fed.cooperative import amend_cooperative, open_cooperative
+from molora_fed.cooperative.cooperative import amend_cooperative, open_cooperative
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
-from molora_fed.base import load_base
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.contributions.states import ContributionState
-from molora_fed.cooperative import open_cooperative
+from molora_fed.cooperative.cooperative import open_cooperative
+from molora_fed.models.base import load_base
 
 
 @pytest.fixture

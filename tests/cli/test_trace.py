@@ -6,8 +6,8 @@ import shutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from molora_fed.contributions.keys import build_public_pem
-from molora_fed.tracing.sealing import export_run
+from molora_fed.storage.keys import build_public_pem
+from molora_fed.tracing.verifying import export_run
 from molora_fed.tracing.writing import TraceWriter
 
 

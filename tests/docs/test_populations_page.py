@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from molora_fed.base import load_base
 from molora_fed.corpus.blocks import Blocks
+from molora_fed.models.base import load_base
 from molora_fed.plugins import get_plugins
 from molora_fed.population.lineage import read_lineage
 from molora_fed.population.router_files import load_router

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.main import get_command
 
-from molora_fed.contracts import check_study
+from molora_fed.plugins import check_study
 from molora_fed.studies.results import PlannedStudy
 from molora_fed.studies.worker import run_task
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from cryptography.exceptions import InvalidSignature
 
-from molora_fed.auditing import _KINDS
-from molora_fed.contributions.keys import build_public_pem
+from molora_fed.cooperative.audit import _KINDS
+from molora_fed.storage.keys import build_public_pem
 from molora_fed.tracing.verifying import verify
 
 PAGE = (Path(__file__).parents[2] / "docs" / "traces.md").read_text()

@@ -25,7 +25,8 @@ def stage_root(tmp_path):
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Workers that neither train nor fuse."""
-    from molora_fed.federation import joining, serving
+    from molora_fed.federation import contributor as joining
+    from molora_fed.federation import server as serving
 
     monkeypatch.setattr(serving, "COORDINATOR_MODULE", "fake_coordinator")
     monkeypatch.setattr(joining, "WORKER_MODULE", "fake_worker")

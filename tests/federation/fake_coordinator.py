@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 from molora_fed.charter import load_charter
-from molora_fed.contributions.keys import load_or_make_key
 from molora_fed.federation.coordinator_mail import (
     acknowledge,
     complete_deliveries,
@@ -14,7 +13,8 @@ from molora_fed.federation.coordinator_mail import (
 )
 from molora_fed.federation.homes import CoordinatorHome, message_bytes
 from molora_fed.federation.supervise import record_errors
-from molora_fed.files import write_json
+from molora_fed.storage.files import write_json
+from molora_fed.storage.keys import load_or_make_key
 
 
 def work(home: CoordinatorHome) -> None:

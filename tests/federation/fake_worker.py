@@ -14,7 +14,7 @@ from molora_fed.federation.worker_mail import (
     receive_shipment,
     wait_for,
 )
-from molora_fed.files import replace_folder, write_json
+from molora_fed.storage.files import replace_folder, write_json
 
 CONTRIBUTION_BYTES = 2_000_000
 

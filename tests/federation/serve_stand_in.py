@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from molora_fed.federation import serving
+from molora_fed.federation import server as serving
 
 if __name__ == "__main__":
     serving.COORDINATOR_MODULE = "fake_coordinator"

@@ -15,7 +15,6 @@ from molora_fed.charter import (
     load_charter,
     write_charter,
 )
-from molora_fed.contributions.keys import load_or_make_key, verify
 from molora_fed.errors import FederationError, SignatureError
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator_mail import (
@@ -27,14 +26,15 @@ from molora_fed.federation.coordinator_mail import (
 )
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.records import Envelope, Letter, describe_folder
+from molora_fed.federation.messages import Envelope, Letter, describe_folder
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.worker_mail import (
     offer_contribution,
     receive_charter,
     receive_shipment,
 )
-from molora_fed.files import write_json
+from molora_fed.storage.files import write_json
+from molora_fed.storage.keys import load_or_make_key, verify
 
 SMALL = 2_000
 

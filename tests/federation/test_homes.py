@@ -3,7 +3,7 @@
 import pytest
 
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
-from molora_fed.files import replace_folder, stream_bytes
+from molora_fed.storage.files import replace_folder, stream_bytes
 
 
 def leave(path):

@@ -16,7 +16,7 @@ from molora_fed.federation.mailbox import (
     read_parts,
     take_batch,
 )
-from molora_fed.federation.records import Part, PartName, describe_folder, plan_parts
+from molora_fed.federation.messages import Part, PartName, describe_folder, plan_parts
 
 
 @given(
@@ -93,7 +93,7 @@ def test_the_board_takes_news_when_no_file_may_grow(tmp_path):
     script = (
         "import resource,sys;from pathlib import Path;"
         "from molora_fed.federation.mailbox import Board,PartStore;"
-        "from molora_fed.federation.records import Part,PartName;"
+        "from molora_fed.federation.messages import Part,PartName;"
         "from molora_fed.errors import StorageError\n"
         "root=Path(sys.argv[1])\n"
         "try:\n"

@@ -7,26 +7,27 @@ from dataclasses import dataclass, field
 import pytest
 from processes import find_processes
 
-from molora_fed.base import load_base
 from molora_fed.charter import (
     Amendment,
     CorpusRules,
     FusionRules,
+    OperatorRules,
+    PopulationRules,
     SampleRules,
     TrainingRules,
 )
 from molora_fed.contributions.receive import load_admitted
 from molora_fed.contributions.states import CooperativeState
-from molora_fed.cooperative import create_cooperative
+from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.corpus.prepare import load_corpus
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.local import LocalContributor, run_local
 from molora_fed.federation.private_evolution import evolve_privately
 from molora_fed.federation.supervise import find_free_port
+from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.population.bundle import load_evolved
 from molora_fed.population.private_member import PrivateMember
-from molora_fed.population.rules import OperatorRules, PopulationRules
 from molora_fed.testing.table import Table
 from molora_fed.testing.traffic import RecordingLine, find_text, find_tokens
 from molora_fed.types import Split

@@ -6,17 +6,17 @@ import time
 
 import pytest
 
-from molora_fed.base import load_base
 from molora_fed.charter import (
     Amendment,
     CorpusRules,
     FusionRules,
+    PopulationRules,
     SampleRules,
     TrainingRules,
 )
-from molora_fed.contributions.keys import load_or_make_key
 from molora_fed.contributions.states import ContributionState
-from molora_fed.cooperative import create_cooperative
+from molora_fed.cooperative.cooperative import create_cooperative
+from molora_fed.cooperative.evolve import evolve_cooperative
 from molora_fed.errors import ConfigError, PopulationError
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator import CoordinatorWorker
@@ -27,10 +27,10 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.worker import ContributorWorker
 from molora_fed.federation.worker_mail import give_consent
+from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.population.bundle import load_evolved
-from molora_fed.population.cooperating import evolve_cooperative
-from molora_fed.population.rules import PopulationRules
+from molora_fed.storage.keys import load_or_make_key
 
 MESSAGE_BYTES = 2**24
 PLUGINS = load_plugins()

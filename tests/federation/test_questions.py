@@ -16,13 +16,11 @@ from molora_fed.charter import (
     Charter,
     FusionRules,
     Identity,
+    PopulationRules,
     write_charter,
 )
-from molora_fed.contributions.building import describe_outgoing
-from molora_fed.contributions.keys import load_or_make_key, sign
+from molora_fed.contributions.build import describe_outgoing
 from molora_fed.errors import FederationError, PopulationError, SignatureError
-from molora_fed.federation.answering import answer_question, find_question
-from molora_fed.federation.asking import Correspondence
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator_mail import (
     acknowledge,
@@ -32,6 +30,8 @@ from molora_fed.federation.coordinator_mail import (
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.question_bytes import build_question_bytes
+from molora_fed.federation.requests import Correspondence
+from molora_fed.federation.responses import answer_question, find_question
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.worker_mail import (
     give_consent,
@@ -39,12 +39,12 @@ from molora_fed.federation.worker_mail import (
     offer_contribution,
     receive_charter,
 )
-from molora_fed.files import write_json
 from molora_fed.plugins import load_plugins
 from molora_fed.population.contract import Birth, Population, Slot
 from molora_fed.population.evolution import Branch
 from molora_fed.population.questions import Answer, Question
-from molora_fed.population.rules import PopulationRules
+from molora_fed.storage.files import write_json
+from molora_fed.storage.keys import load_or_make_key, sign
 from molora_fed.types import Split
 
 SMALL = 3_000

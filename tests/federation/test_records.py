@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molora_fed.errors import FederationError
-from molora_fed.federation.records import (
+from molora_fed.federation.messages import (
     Envelope,
     FileEntry,
     Letter,

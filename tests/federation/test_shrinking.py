@@ -5,15 +5,15 @@ import json
 import pytest
 from test_workers import Stage, take_turns, texts  # noqa: F401 (fixtures)
 
-from molora_fed.amending import amend_by_settings
-from molora_fed.contributions.keys import load_or_make_key
 from molora_fed.contributions.states import ContributionState, CooperativeState
+from molora_fed.cooperative.amend import amend_by_settings
 from molora_fed.errors import AdmissionError
 from molora_fed.federation.coordinator_mail import publish_charter
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.server_dialogue import ServerDialogue
+from molora_fed.federation.withdrawal import withdraw_contributor
 from molora_fed.federation.worker import ContributorWorker
-from molora_fed.withdrawal import withdraw_contributor
+from molora_fed.storage.keys import load_or_make_key
 
 
 class IdleWorker(ContributorWorker):

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from processes import find_processes, wait_until
 
-from molora_fed.base import load_base
 from molora_fed.charter import Amendment, CorpusRules, FusionRules, SampleRules, TrainingRules
 from molora_fed.contributions.states import ContributionState
-from molora_fed.cooperative import create_cooperative
+from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.errors import ConfigError, CorpusError, FederationError
 from molora_fed.federation import pool_worker
 from molora_fed.federation.fleet import PARTITIONS, find_own_home, write_partitions
@@ -27,8 +26,9 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.pool_worker import PoolWorker
 from molora_fed.federation.simulation import SimulationSupervisor, run_simulated
 from molora_fed.federation.usage import UsageFile, measure_peak_bytes
-from molora_fed.files import write_json
+from molora_fed.models.base import load_base
 from molora_fed.routing.bundle import load_fused
+from molora_fed.storage.files import write_json
 
 
 def test_a_partition_id_names_a_home(tmp_path, monkeypatch):

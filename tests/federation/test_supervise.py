@@ -19,10 +19,10 @@ from molora_fed.errors import (
     ServerUnreachableError,
     UnknownNameError,
 )
+from molora_fed.federation.contributor import join
 from molora_fed.federation.gateway import check_loopback, parse_server
-from molora_fed.federation.joining import join
 from molora_fed.federation.mailbox import hold_lock
-from molora_fed.federation.serving import serve
+from molora_fed.federation.server import serve
 from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,

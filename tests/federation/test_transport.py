@@ -13,9 +13,9 @@ import pytest
 from processes import find_processes, wait_until
 
 from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write_charter
+from molora_fed.federation.contributor import join
 from molora_fed.federation.homes import CoordinatorHome
-from molora_fed.federation.joining import join
-from molora_fed.federation.records import describe_folder
+from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.supervise import find_free_port, parse_answer
 
 HERE = Path(__file__).parent

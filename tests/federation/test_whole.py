@@ -7,16 +7,16 @@ import psutil
 import pytest
 from processes import find_processes
 
-from molora_fed.base import load_base
 from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
 from molora_fed.contributions.states import ContributionState, CooperativeState
-from molora_fed.cooperative import create_cooperative
+from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.corpus.prepare import load_corpus
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.local import LocalContributor, run_local
-from molora_fed.federation.records import describe_folder
+from molora_fed.federation.messages import describe_folder
+from molora_fed.models.base import load_base
 from molora_fed.routing.bundle import load_fused
-from molora_fed.specialists import load_specialist, train_specialist
+from molora_fed.training.specialists import load_specialist, train_specialist
 from molora_fed.types import Split
 
 pytestmark = [pytest.mark.federation, pytest.mark.slow]

@@ -13,7 +13,7 @@ import pytest
 from processes import find_processes, wait_until
 
 from molora_fed.charter import CorpusRules, SampleRules
-from molora_fed.demo import DemoOptions, run_demo
+from molora_fed.demo.run import DemoOptions, run_demo
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
 

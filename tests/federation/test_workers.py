@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from molora_fed.base import load_base
 from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
-from molora_fed.contributions.keys import load_or_make_key
 from molora_fed.contributions.states import ContributionState, CooperativeState
-from molora_fed.cooperative import create_cooperative
+from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.errors import AdmissionError, FederationError, IncompatibleAdapterError
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator import CoordinatorWorker
@@ -25,7 +23,9 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.worker import ContributorWorker, _Trained
 from molora_fed.federation.worker_mail import give_consent
+from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
+from molora_fed.storage.keys import load_or_make_key
 
 MESSAGE_BYTES = 64 * 2**20
 STEPS = 30

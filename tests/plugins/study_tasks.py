@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from molora_fed.builtin_base import BuiltinBaseConfig
 from molora_fed.plugins import hookimpl, load_plugins
 from molora_fed.studies import actions
 from molora_fed.studies.contract import Done, Task, TaskContext
+from molora_fed.training.builtin_base import BuiltinBaseConfig
 from molora_fed.types import Document
 
 DOMAINS = ("birds", "tools")

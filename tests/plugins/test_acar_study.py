@@ -35,10 +35,10 @@ from molora_acar.tasks.problems import Problem, compute_split
 from pydantic import ValidationError
 from scipy.stats import spearmanr
 
-from molora_fed.base import load_base
 from molora_fed.cascade.contract import Request
-from molora_fed.cascade.engines import PlainEngine
 from molora_fed.cascade.local import build_base_model
+from molora_fed.inference.engines import PlainEngine
+from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.studies.contract import Done, TaskContext
 

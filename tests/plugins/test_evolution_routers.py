@@ -10,8 +10,8 @@ from molora_evolution.routers import (
 )
 from pydantic import ValidationError
 
+from molora_fed.bank.views import GateView
 from molora_fed.errors import PopulationError, ShapeError
-from molora_fed.population.contract import GateView
 from molora_fed.testing import build_synthetic_view
 
 SLOTS, WIDTH = 5, 8

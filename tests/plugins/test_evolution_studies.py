@@ -16,7 +16,7 @@ from molora_evolution.studies.substrate import LIFECYCLE, EvolutionSettings, pla
 from molora_evolution.studies.substrate_actions import evolve_population
 from study_tasks import DOMAINS, Run, running
 
-from molora_fed.base_files import fingerprint_tokenizer
+from molora_fed.models.base_files import fingerprint_tokenizer
 from molora_fed.studies.contract import Cell, Summary, Task, TaskContext
 
 TINY = FactorialOptions(

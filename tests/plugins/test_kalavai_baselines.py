@@ -19,10 +19,10 @@ from molora_kalavai.studies.joint import JointModel
 from safetensors.torch import load_file
 from study_tasks import DOMAINS, Run, running
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.errors import ConfigError
-from molora_fed.evaluation import compute_block_losses
+from molora_fed.models.forward import compute_block_losses
 from molora_fed.studies.actions import open_base, open_corpus
 from molora_fed.studies.substrate import (
     BaseSettings,

@@ -12,10 +12,10 @@ from molora_kalavai.dispatch import DispatchOptions, DispatchRouter
 from pydantic import ValidationError
 
 from molora_fed.bank import HeldOutBank
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.evaluation import compute_domain_losses, compute_router_losses
-from molora_fed.routing.contract import RouterView
-from molora_fed.routing.guard import fit_guarded
+from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses
+from molora_fed.fusion.collapse import fit_guarded
 from molora_fed.testing import build_synthetic_bank, check_router_conformance, permute_experts
 
 

@@ -13,11 +13,11 @@ from molora_kalavai.evidence_hidden import EvidenceHiddenOptions, EvidenceHidden
 from molora_kalavai.evidence_share import FixedShareRouter, ShareOptions
 
 from molora_fed.bank import CalibrationBank, HeldOutBank
+from molora_fed.bank.mixture import compute_log_gates, compute_probability_nll
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.evaluation import compute_router_losses
-from molora_fed.routing.contract import RouterView
+from molora_fed.evaluation.evaluate import compute_router_losses
 from molora_fed.routing.fitting import fit_on_whole
-from molora_fed.routing.mixture import compute_log_gates, compute_probability_nll
 from molora_fed.testing import build_synthetic_bank, check_router_conformance, permute_experts
 
 

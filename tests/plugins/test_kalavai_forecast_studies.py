@@ -25,9 +25,9 @@ from molora_kalavai.studies.scoreboard import build_board, fit_line_by_group
 from pydantic import ValidationError
 from study_tasks import DOMAINS, running
 
-from molora_fed.files import canonical_json
 from molora_fed.forecasting.divergence import compute_gains
-from molora_fed.forecasting.groups import group_outcomes
+from molora_fed.forecasting.matrices import group_outcomes
+from molora_fed.storage.files import canonical_json
 from molora_fed.studies.contract import StudyOptions
 from molora_fed.studies.render import draw_figure
 from molora_fed.studies.substrate import (

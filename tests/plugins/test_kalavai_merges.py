@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from molora_kalavai.merges import DARE_DENSITY, TIES_DENSITY, merge_dare
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
-from molora_fed.adapters.merge import average_adapters
 from molora_fed.adapters.save import save_adapter
-from molora_fed.adapters.updates import Adapter, LinearUpdate
+from molora_fed.adapters.updates import Adapter, LinearUpdate, average_adapters
 from molora_fed.errors import AdapterError
 from molora_fed.plugins import load_plugins
 from molora_fed.testing.models import build_random_adapter

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from molora_fed.bank import HeldOutBank
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.evaluation import compute_domain_losses, compute_router_losses
+from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses
 from molora_fed.testing import (
     build_synthetic_bank,
     check_router_conformance,

@@ -21,7 +21,7 @@ from molora_kalavai.published import (
 )
 
 from molora_fed.forecasting.divergence import compute_gains, keep_own_losses
-from molora_fed.forecasting.groups import is_same_condition
+from molora_fed.forecasting.matrices import is_same_condition
 from molora_fed.forecasting.records import ask_predictors
 from molora_fed.plugins import load_plugins
 from molora_fed.types import Case, LossMatrix, Outcome

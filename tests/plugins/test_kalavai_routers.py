@@ -13,10 +13,10 @@ from molora_kalavai.linear import LinearOptions, LinearRouter, NoncausalLinearRo
 from pydantic import ValidationError
 
 from molora_fed.bank import HeldOutBank
+from molora_fed.bank.mixture import compute_log_gates, compute_probability_nll
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.evaluation import compute_router_losses
-from molora_fed.routing.contract import RouterView
-from molora_fed.routing.mixture import compute_log_gates, compute_probability_nll
+from molora_fed.evaluation.evaluate import compute_router_losses
 from molora_fed.testing import build_synthetic_bank, permute_experts
 from molora_fed.types import Split
 

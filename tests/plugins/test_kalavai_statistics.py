@@ -9,16 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from molora_kalavai.discriminant import Discriminant, fit_discriminant
+from molora_kalavai.lda import StatisticsOptions, StatisticsRouter
 from molora_kalavai.linear import LinearOptions, LinearRouter
 from molora_kalavai.mixtures import fit_mixtures, mix_log
 from molora_kalavai.moments import Moments, assign_folds, collect_moments
-from molora_kalavai.statistics import StatisticsOptions, StatisticsRouter
 from pydantic import ValidationError
 from scipy.stats import multivariate_normal
 
 from molora_fed.bank import HeldOutBank
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.evaluation import compute_domain_losses, compute_router_losses
+from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses
 from molora_fed.testing import build_synthetic_bank, permute_experts
 
 OPTIONS = StatisticsOptions()

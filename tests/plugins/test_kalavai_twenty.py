@@ -5,8 +5,8 @@ from matplotlib.figure import Figure as Canvas
 from molora_kalavai.studies.twenty import TwentyOptions, TwentyStudy
 from molora_kalavai.studies.twenty_run import _make_key, _without_times
 
-from molora_fed.contributions.keys import load_key
 from molora_fed.plugins import load_plugins
+from molora_fed.storage.keys import load_key
 
 DOMAINS = ("art", "law")
 OPTIONS = TwentyOptions(domains=DOMAINS, newcomer="code", memory=(1, 2))

@@ -9,9 +9,7 @@ from molora_acar.studies.batched import sample_in_batches
 from molora_acar.tasks.families import FAMILIES
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
-from molora_fed.base import Base, load_base
 from molora_fed.cascade.contract import CascadeTask, Request, Sample
-from molora_fed.cascade.engines import PlainEngine
 from molora_fed.cascade.escalation import hide_answer
 from molora_fed.cascade.families import TaskSplit
 from molora_fed.cascade.local import (
@@ -23,10 +21,12 @@ from molora_fed.cascade.local import (
 from molora_fed.cascade.retrieval import Example, Retrieval
 from molora_fed.cascade.seeds import compute_seed
 from molora_fed.cascade.templates import DEFAULT_TEMPLATE
+from molora_fed.inference.engines import PlainEngine
+from molora_fed.models.base import Base, load_base
+from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.studies.contract import TaskContext
-from molora_fed.training_state import limit_threads
 
 __all__ = ["MAX_NEW_TOKENS", "SCORERS", "collect_answers"]
 

@@ -22,16 +22,16 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from molora_acar.studies.recipe import ModelSettings, TrainingSettings
 from molora_acar.tasks.families import FAMILIES
 from molora_acar.tasks.problems import Problem
+from molora_fed.adapters.contract import open_kind
 from molora_fed.adapters.files import load_adapter
-from molora_fed.adapters.options import open_kind
-from molora_fed.base import load_base
-from molora_fed.base_files import quiet_transformers
 from molora_fed.charter import AdapterRules
-from molora_fed.files import replace_folder, storage_errors
+from molora_fed.corpus.batches import choose_rows
+from molora_fed.models.base import load_base
+from molora_fed.models.base_files import quiet_transformers
+from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import get_plugins
+from molora_fed.storage.files import replace_folder, storage_errors
 from molora_fed.studies.contract import TaskContext
-from molora_fed.training_data import choose_rows
-from molora_fed.training_state import limit_threads
 from molora_fed.types import Progress
 
 __all__ = [

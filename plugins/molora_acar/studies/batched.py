@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from molora_acar.studies.acar_models import STOP
-from molora_fed.base import Base
 from molora_fed.cascade.contract import Request, Sample
-from molora_fed.cascade.engines import PlainEngine
-from molora_fed.routing.decoding import Sampling, choose_tokens, make_generator
+from molora_fed.inference.decoding import Sampling, choose_tokens, make_generator
+from molora_fed.inference.engines import PlainEngine
+from molora_fed.models.base import Base
 from molora_fed.types import Progress
 
 __all__ = ["sample_in_batches"]

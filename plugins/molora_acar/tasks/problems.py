@@ -11,7 +11,7 @@ from typing import Any
 
 from molora_fed.cascade.families import TaskSplit
 from molora_fed.errors import ConfigError
-from molora_fed.files import hash_bytes
+from molora_fed.storage.files import hash_bytes
 
 __all__ = ["Problem", "ProblemMaker", "compute_split", "draw_problems"]
 

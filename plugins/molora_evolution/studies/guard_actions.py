@@ -31,7 +31,7 @@ from molora_fed.population.evolution import (
 )
 from molora_fed.population.generations import evolve
 from molora_fed.population.lifecycle import Step, reset_newborns, run_lifecycle
-from molora_fed.population.measuring import sum_clusters
+from molora_fed.population.losses import sum_clusters
 from molora_fed.population.pooled import PooledData
 from molora_fed.population.router_files import pack_router
 from molora_fed.studies.contract import Done, TaskContext

@@ -11,23 +11,24 @@ from torch import Tensor
 
 from molora_evolution.studies.substrate import EvolutionSettings
 from molora_fed.adapters.files import load_adapter
-from molora_fed.base import Base, load_base
-from molora_fed.base_files import copy_checkpoint, quiet_transformers
+from molora_fed.bank.states import BaseStates, build_states
+from molora_fed.bank.views import GateReading
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.corpus.prepare import Corpus
-from molora_fed.files import replace_folder, storage_errors
+from molora_fed.models.base import Base, load_base
+from molora_fed.models.base_files import copy_checkpoint, quiet_transformers
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.adaptation_config import AdaptationConfig
-from molora_fed.population.carving import Carved, Shares, carve_blocks
-from molora_fed.population.contract import GateReading, Population
+from molora_fed.population.contract import Population
 from molora_fed.population.evolution import Branch, EvolutionConfig, Evolved
 from molora_fed.population.generations import evolve
 from molora_fed.population.lifecycle import Step, open_operators
-from molora_fed.population.measuring import measure_population
+from molora_fed.population.losses import measure_population
 from molora_fed.population.pooled import PooledData
 from molora_fed.population.router_files import open_router
 from molora_fed.population.slots import make_population
-from molora_fed.population.states import BaseStates, build_states
+from molora_fed.population.split import Carved, Shares, carve_blocks
+from molora_fed.storage.files import replace_folder, storage_errors
 from molora_fed.studies.actions import open_base, open_corpus
 from molora_fed.studies.contract import Done, TaskContext
 from molora_fed.types import Split

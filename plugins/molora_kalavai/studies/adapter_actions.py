@@ -8,19 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
+from molora_fed.adapters.contract import LinearOptions
 from molora_fed.adapters.files import AdapterMeta, load_adapter
 from molora_fed.adapters.kinds import SvdKind
-from molora_fed.adapters.options import LinearOptions
 from molora_fed.adapters.save import write_updates
 from molora_fed.adapters.updates import Adapter, LinearUpdate, Spectrum, decompose
-from molora_fed.bootstrap import compute_interval, resample_domain_means
-from molora_fed.evaluation import Evaluation, compute_block_losses
+from molora_fed.evaluation.bootstrap import compute_interval, resample_domain_means
+from molora_fed.evaluation.evaluate import Evaluation
+from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import get_plugins
 from molora_fed.studies.actions import open_base, open_corpus, train_domain
 from molora_fed.studies.contract import TaskContext
 from molora_fed.studies.fusions import load_evaluation
-from molora_fed.training import METRICS_NAME
+from molora_fed.training.loop import METRICS_NAME
 from molora_fed.types import Split
 
 __all__ = ["compare_fusions", "derive_adapter", "screen_variants", "train_recipe"]

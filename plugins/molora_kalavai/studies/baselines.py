@@ -14,23 +14,23 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import nn
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.kinds import DeltaKind
-from molora_fed.base import Base
 from molora_fed.charter import AdapterRules
+from molora_fed.corpus.batches import mix_domains
 from molora_fed.corpus.prepare import Corpus
 from molora_fed.errors import ConfigError
-from molora_fed.evaluation import compute_block_losses
-from molora_fed.files import write_bytes
+from molora_fed.models.base import Base
+from molora_fed.models.forward import compute_block_losses
+from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import get_plugins
+from molora_fed.storage.files import write_bytes
 from molora_fed.studies.actions import open_base, open_corpus
 from molora_fed.studies.contract import Done, Task, TaskContext
 from molora_fed.studies.fusions import HELD_OUT_FILE
 from molora_fed.studies.substrate import BaseSettings, Member, SpecialistSettings, plan_pooled
-from molora_fed.training import CHECKPOINT_NAME, TrainConfig, TrainResult, train
-from molora_fed.training_data import mix_domains
-from molora_fed.training_state import limit_threads
+from molora_fed.training.loop import CHECKPOINT_NAME, TrainConfig, TrainResult, train
 from molora_fed.types import Split
 from molora_kalavai.studies.joint import JointModel
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from molora_fed.forecasting.groups import group_outcomes, mean_over_group
+from molora_fed.forecasting.matrices import group_outcomes, mean_over_group
 from molora_fed.forecasting.records import ask_predictors
 from molora_fed.plugins import get_plugins
 from molora_fed.studies.contract import (

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from molora_fed.forecasting.groups import leave_out_group
+from molora_fed.forecasting.matrices import leave_out_group
 from molora_fed.forecasting.pilots import (
     MAX_SHARE,
     PUBLISHED_GROWTH,
@@ -15,7 +15,7 @@ from molora_fed.forecasting.pilots import (
     fit_growth,
 )
 from molora_fed.forecasting.records import ask_predictors
-from molora_fed.fusion import measure_loss_matrix
+from molora_fed.fusion.fuse import measure_loss_matrix
 from molora_fed.plugins import get_plugins
 from molora_fed.studies.contract import Cell, Claim, Study, StudyOptions, Summary, TaskContext
 from molora_fed.studies.fusions import open_fusion

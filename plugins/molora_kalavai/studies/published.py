@@ -10,13 +10,12 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from molora_fed.errors import ConfigError
-from molora_fed.files import hash_bytes
 from molora_fed.forecasting.divergence import keep_own_losses
-from molora_fed.forecasting.groups import fit_and_forecast, group_outcomes
-from molora_fed.forecasting.matrices import MatrixRun
+from molora_fed.forecasting.matrices import MatrixRun, fit_and_forecast, group_outcomes
 from molora_fed.forecasting.records import ask_predictors
 from molora_fed.forecasting.scoring import ScoredForecast, score_all
 from molora_fed.plugins import get_plugins
+from molora_fed.storage.files import hash_bytes
 from molora_fed.studies.contract import (
     Cell,
     Claim,

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.charter import CorpusRules, FusionRules
 from molora_fed.corpus.prepare import prepare_corpus
-from molora_fed.evaluation import compute_domain_losses, compute_router_losses
+from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses
+from molora_fed.fusion.collapse import choose_published, fit_guarded
 from molora_fed.plugins import get_plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
-from molora_fed.routing.guard import choose_published, fit_guarded
 from molora_fed.studies.actions import open_base
 from molora_fed.studies.contract import Task, TaskContext
 from molora_fed.studies.fusions import open_fusion

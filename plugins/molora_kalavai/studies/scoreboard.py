@@ -7,14 +7,14 @@ from typing import Any
 
 from scipy.stats import linregress, t
 
-from molora_fed.forecasting.groups import (
+from molora_fed.forecasting.intervals import fit_line
+from molora_fed.forecasting.matrices import (
     Fit,
     fit_and_forecast,
     group_outcomes,
     leave_out_group,
     mean_over_group,
 )
-from molora_fed.forecasting.intervals import fit_line
 from molora_fed.forecasting.scoring import Coverage, Score, ScoredForecast, score_all
 from molora_fed.studies.contract import Claim, Figure, Table
 from molora_fed.types import Case, Forecast, Outcome, Reference

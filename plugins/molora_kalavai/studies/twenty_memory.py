@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from molora_fed.base import load_base
+from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.receive import load_admitted
-from molora_fed.cooperative import open_cooperative
+from molora_fed.cooperative.cooperative import open_cooperative
 from molora_fed.errors import StudyError
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.usage import measure_peak_bytes
-from molora_fed.files import write_json
-from molora_fed.fusion import fuse
-from molora_fed.fusion_plan import collect_contributed
+from molora_fed.fusion.fuse import fuse
+from molora_fed.models.base import load_base
 from molora_fed.reporting.report import write_report
+from molora_fed.storage.files import write_json
 
 __all__ = ["measure_memory"]
 

@@ -18,12 +18,12 @@ from molora_fed.adapters.files import (
     check_adapter_fits,
     hash_adapter_files,
     load_adapter,
+    load_tensors,
 )
 from molora_fed.adapters.save import save_adapter
-from molora_fed.adapters.tensor_files import load_tensors
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError, IncompatibleAdapterError, UnknownNameError
-from molora_fed.files import hash_file
+from molora_fed.storage.files import hash_file
 from molora_fed.testing.models import build_random_adapter
 
 

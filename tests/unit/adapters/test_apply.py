@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from molora_fed.adapters.apply import applied
-from molora_fed.adapters.layout import adaptable_modules, bias_of, is_transposed, weight_of
+from molora_fed.adapters.compatibility import applied
 from molora_fed.errors import IncompatibleAdapterError
+from molora_fed.models.layout import adaptable_modules, bias_of, is_transposed, weight_of
 from molora_fed.testing.models import build_random_adapter
 
 

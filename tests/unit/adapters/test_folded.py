@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.folded import FoldedExperts
-from molora_fed.adapters.layout import adaptable_modules, decoder_blocks
 from molora_fed.errors import IncompatibleAdapterError, RoutingError
+from molora_fed.models.layout import adaptable_modules, decoder_blocks
 from molora_fed.testing.models import build_random_adapter
 
 # (kind, rank) of each expert; None is the base.

@@ -6,14 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molora_fed.adapters.budget import Cost, divide_budget
-from molora_fed.adapters.contract import AdapterKind
+from molora_fed.adapters.contract import AdapterKind, choose_modules, open_kind
 from molora_fed.adapters.files import WEIGHTS_FILE, load_adapter
 from molora_fed.adapters.kinds import DeltaKind, LoraKind, SvdKind
-from molora_fed.adapters.layout import adaptable_modules
-from molora_fed.adapters.options import choose_modules, open_kind
 from molora_fed.adapters.updates import decompose
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
+from molora_fed.models.layout import adaptable_modules
 from molora_fed.plugins import get_plugins
 
 # PEFT 0.21 asks transformers 5 for an attribute by its old name.
@@ -119,7 +118,7 @@ def test_a_budget_s_ranks_differ_by_layer_and_load_in_peft(
 ):
     from peft import PeftModel
 
-    from molora_fed.adapters.apply import applied
+    from molora_fed.adapters.compatibility import applied
 
     base = tiny_model("gpt_neox")
     trained = train(SvdKind({"budget_bytes": 9000}), base, rank=16)
@@ -168,7 +167,7 @@ def test_a_spectrum_gives_its_matrix_back():
 
 
 def test_a_lora_of_int4_measures_what_it_ships(tiny_model, train, tokens, logits):
-    from molora_fed.adapters.apply import applied
+    from molora_fed.adapters.compatibility import applied
 
     trained = train(LoraKind({"precision": "int4"}), tiny_model("gpt_neox"))
     again = load_adapter(trained.folder, rules=AdapterRules())

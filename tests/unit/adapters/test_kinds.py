@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import ADAPTER_FILES, check_adapter_fits
 from molora_fed.adapters.kinds import DeltaKind, LoraKind, SvdKind
-from molora_fed.adapters.layout import adaptable_modules, weight_of
 from molora_fed.adapters.updates import truncate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
+from molora_fed.models.layout import adaptable_modules, weight_of
 from molora_fed.plugins import load_plugins
 
 # PEFT 0.21 asks transformers 5 for an attribute by its old name.

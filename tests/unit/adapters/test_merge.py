@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molora_fed.adapters.apply import applied
-from molora_fed.adapters.merge import average_adapters
-from molora_fed.adapters.updates import Adapter, LinearUpdate
+from molora_fed.adapters.compatibility import applied
+from molora_fed.adapters.updates import Adapter, LinearUpdate, average_adapters
 from molora_fed.errors import AdapterError, IncompatibleAdapterError
 from molora_fed.testing.models import build_random_adapter
 

@@ -7,8 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from molora_fed.adapters.apply import applied
-from molora_fed.adapters.compatibility import check_adapter_fits
+from molora_fed.adapters.compatibility import applied, check_adapter_fits
 from molora_fed.adapters.files import (
     CONFIG_FILE,
     META_FILE,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molora_fed.adapters.quantise import (
+from molora_fed.adapters.quantised_files import (
     BITS,
     Quantised,
     count_row_bytes,

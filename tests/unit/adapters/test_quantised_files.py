@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from molora_fed.adapters.contract import LinearOptions
 from molora_fed.adapters.files import (
     CONFIG_FILE,
     META_FILE,
@@ -18,11 +19,10 @@ from molora_fed.adapters.files import (
     find_non_finite,
     load_adapter,
 )
-from molora_fed.adapters.options import LinearOptions
 from molora_fed.adapters.save import save_adapter
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
-from molora_fed.files import hash_file
+from molora_fed.storage.files import hash_file
 from molora_fed.testing.models import build_random_adapter
 
 INT4 = LinearOptions(precision="int4", group=16)

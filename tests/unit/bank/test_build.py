@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.bank import (
     Expert,
     build_calibration_bank,
@@ -19,8 +19,7 @@ from molora_fed.bank import (
 from molora_fed.bank.prune import prune_bank, subtract_expert
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError, StorageError
-from molora_fed.evaluation import compute_block_losses
-from molora_fed.forward import Capture, run_blocks
+from molora_fed.models.forward import Capture, compute_block_losses, run_blocks
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import Split
 

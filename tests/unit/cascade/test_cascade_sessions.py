@@ -22,10 +22,10 @@ from molora_fed.cascade.running import CascadeSettings, run_cascade
 from molora_fed.cascade.session import run_in_folder
 from molora_fed.cascade.summary import summarise_runs
 from molora_fed.cascade.task_files import save_tasks
-from molora_fed.contributions.keys import build_public_pem, load_or_make_key
 from molora_fed.errors import CascadeError
 from molora_fed.plugins import load_plugins
 from molora_fed.reporting.cascade import write_cascade_report
+from molora_fed.storage.keys import build_public_pem, load_or_make_key
 from molora_fed.tracing.reading import read_records
 from molora_fed.tracing.verifying import verify
 
@@ -342,7 +342,7 @@ def test_hostile_records_end_in_findings(data):
             inner[data.draw(st.sampled_from(sorted(inner)))] = data.draw(JSON)
     else:
         body[key] = data.draw(JSON)
-    from molora_fed.cascade.describing import describe_cascade
+    from molora_fed.cascade.labels import describe_cascade
 
     replayer = Replayer(describe_cascade(cascade, plugins()), plugins=plugins())
     replayer.replay(body)

@@ -7,10 +7,8 @@ from molora_kalavai.evidence import ZeroTrainingEvidenceRouter
 from molora_kalavai.uniform import UniformRouter
 from torch.utils.flop_counter import FlopCounterMode
 
-from molora_fed.adapters.apply import applied
-from molora_fed.base import load_base
+from molora_fed.adapters.compatibility import applied
 from molora_fed.cascade.contract import CountsScoring, Request, Scorer
-from molora_fed.cascade.flops import count_fused, count_plain
 from molora_fed.cascade.local import (
     build_base_model,
     build_evolved_model,
@@ -18,11 +16,13 @@ from molora_fed.cascade.local import (
     build_specialist_model,
 )
 from molora_fed.errors import RoutingError
+from molora_fed.inference.decoding import Sampling, generate
+from molora_fed.inference.evolved import generate_evolved
+from molora_fed.inference.flops import count_fused, count_plain
+from molora_fed.models.base import load_base
 from molora_fed.population.bundle import EvolvedModel
-from molora_fed.population.decoding import generate_evolved
 from molora_fed.population.slots import make_population
 from molora_fed.routing.contract import RouterOptions
-from molora_fed.routing.decoding import Sampling, generate
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.testing.models import build_random_adapter
 

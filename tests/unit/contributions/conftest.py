@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from molora_fed.adapters.save import save_adapter
-from molora_fed.base import load_base
 from molora_fed.charter import Amendment, Charter, CorpusRules, Identity, SampleRules
-from molora_fed.contributions.amendments import sign_amendment
-from molora_fed.contributions.building import build_contribution
-from molora_fed.contributions.keys import build_public_pem, load_or_make_key
+from molora_fed.contributions.build import build_contribution
 from molora_fed.contributions.ledger import Ledger, create_ledger
+from molora_fed.contributions.reading import sign_amendment
 from molora_fed.contributions.store import BlobStore
 from molora_fed.corpus.blocks import Blocks
+from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
+from molora_fed.storage.keys import build_public_pem, load_or_make_key
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import Split
 

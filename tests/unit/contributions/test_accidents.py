@@ -16,7 +16,7 @@ from molora_fed.contributions.manifest import load_contribution
 from molora_fed.contributions.receive import load_admitted, receive_contribution
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import StorageError
-from molora_fed.files import hash_file
+from molora_fed.storage.files import hash_file
 
 SCRIPT = Path(__file__).with_name("receive_in_process.py")
 

@@ -8,9 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from molora_fed.charter import Amendment, TrainingRules
-from molora_fed.contributions.amendments import SignedAmendment, sign_amendment
-from molora_fed.contributions.keys import build_public_pem, sign
 from molora_fed.contributions.ledger import Ledger, LedgerReader, create_ledger
+from molora_fed.contributions.reading import SignedAmendment, sign_amendment
 from molora_fed.contributions.states import (
     CONTRIBUTION_TRANSITIONS,
     COOPERATIVE_TRANSITIONS,
@@ -18,7 +17,8 @@ from molora_fed.contributions.states import (
     CooperativeState,
 )
 from molora_fed.errors import LedgerError, SignatureError
-from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.keys import build_public_pem, sign
 
 RECEIVED, VERIFIED, ADMITTED, QUARANTINED, REJECTED, WITHDRAWN = ContributionState
 FAST = settings(

@@ -6,16 +6,16 @@ import json
 import pytest
 import torch
 
-from molora_fed.adapters.frozen import find_changed_frozen, fingerprint_frozen, list_frozen
-from molora_fed.adapters.layout import adaptable_modules
-from molora_fed.base import load_base
 from molora_fed.charter import AdapterRules, AdmissionRules
 from molora_fed.contributions.admission import Candidate, admit
+from molora_fed.contributions.build import measure_start_loss
 from molora_fed.contributions.manifest import load_contribution, parse_manifest
-from molora_fed.contributions.start import measure_start_loss
 from molora_fed.contributions.states import ContributionState
 from molora_fed.errors import CorpusError
-from molora_fed.files import canonical_json
+from molora_fed.models.base import load_base
+from molora_fed.models.frozen import find_changed_frozen, fingerprint_frozen, list_frozen
+from molora_fed.models.layout import adaptable_modules
+from molora_fed.storage.files import canonical_json
 from molora_fed.types import Split
 
 

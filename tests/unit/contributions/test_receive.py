@@ -4,9 +4,8 @@ import shutil
 
 import pytest
 
-from molora_fed.contributions.amendments import sign_amendment
-from molora_fed.contributions.keys import sign
 from molora_fed.contributions.manifest import load_contribution, parse_manifest
+from molora_fed.contributions.reading import sign_amendment
 from molora_fed.contributions.receive import (
     admit_pending,
     load_admitted,
@@ -15,7 +14,8 @@ from molora_fed.contributions.receive import (
 )
 from molora_fed.contributions.states import ContributionState
 from molora_fed.errors import AdapterError, AdmissionError, LedgerError, SignatureError
-from molora_fed.files import canonical_json
+from molora_fed.storage.files import canonical_json
+from molora_fed.storage.keys import sign
 from molora_fed.types import Split
 
 ADMITTED, REJECTED = ContributionState.ADMITTED, ContributionState.REJECTED

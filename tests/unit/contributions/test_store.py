@@ -4,7 +4,7 @@ import pytest
 
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import AdapterError, StorageError
-from molora_fed.files import hash_bytes
+from molora_fed.storage.files import hash_bytes
 
 DATA = b"blob" * 1000
 

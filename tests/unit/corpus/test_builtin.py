@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from molora_fed.charter import CorpusRules
 from molora_fed.corpus import builtin
 from molora_fed.corpus.builtin import read_cpp, read_python, read_readme, read_science
-from molora_fed.corpus.contamination import compute_containment, index_shingles
+from molora_fed.corpus.clusters import compute_containment, index_shingles
 from molora_fed.corpus.prepare import prepare_corpus, split_documents
 from molora_fed.errors import CorpusError
 from molora_fed.plugins import load_plugins

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from molora_fed.corpus.contamination import compute_contamination, compute_overlap
-from molora_fed.corpus.shingles import compute_shingles
+from molora_fed.corpus.clusters import compute_contamination, compute_overlap, compute_shingles
 
 RUN = "one two three four five six seven eight"
 

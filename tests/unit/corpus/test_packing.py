@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from molora_fed.corpus.packing import fingerprint_encoding, pack_documents, tokenize_documents
+from molora_fed.corpus.blocks import fingerprint_encoding, pack_documents, tokenize_documents
 from molora_fed.errors import CorpusError
 from molora_fed.types import Document, Split
 

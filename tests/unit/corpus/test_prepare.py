@@ -5,7 +5,7 @@ import pytest
 
 from molora_fed.charter import CorpusRules
 from molora_fed.corpus import prepare
-from molora_fed.corpus.contamination import compute_contamination
+from molora_fed.corpus.clusters import compute_contamination
 from molora_fed.corpus.prepare import (
     build_contamination_report,
     load_corpus,

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from molora_fed.corpus.shingles import compute_shingles, strip_boilerplate
+from molora_fed.corpus.clusters import compute_shingles, strip_boilerplate
 
 
 def test_equal_runs_have_equal_hashes_whatever_surrounds_them():
@@ -33,7 +33,7 @@ def test_text_without_spaces_counts_characters():
 def test_hashes_are_the_same_in_another_process():
     text = "the same words in the same order give the same hash everywhere"
     code = (
-        "from molora_fed.corpus.shingles import compute_shingles;"
+        "from molora_fed.corpus.clusters import compute_shingles;"
         f"print(compute_shingles([{text!r}])[0].tolist())"
     )
     other = subprocess.run(

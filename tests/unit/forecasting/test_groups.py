@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molora_fed.forecasting.groups import (
+from molora_fed.forecasting.matrices import (
     fit_and_forecast,
     group_outcomes,
     is_same_condition,

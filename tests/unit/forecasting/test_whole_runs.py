@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from molora_fed.forecasting.divergence import compute_gains, keep_own_losses
-from molora_fed.forecasting.whole_runs import describe_forecast, restate_against_best_specialist
+from molora_fed.forecasting.history import describe_forecast, restate_against_best_specialist
 from molora_fed.types import Forecast, LossMatrix
 
 FORGETFUL = LossMatrix(

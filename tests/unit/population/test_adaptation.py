@@ -15,15 +15,15 @@ from adaptation_helpers import (
     build_router,
 )
 
-from molora_fed.base import load_base
+from molora_fed.bank.states import take_balanced
 from molora_fed.errors import PopulationError, TrainingError
+from molora_fed.models.base import load_base
 from molora_fed.population import adaptation
 from molora_fed.population.adaptation import adapt, compute_loss
 from molora_fed.population.adaptation_config import AdaptationConfig
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.mixture import Mixture
 from molora_fed.population.router_files import pack_router
-from molora_fed.population.states import take_balanced
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from molora_evolution.search import (
     search_router,
 )
 
-from molora_fed.base import load_base
+from molora_fed.bank.states import take_balanced
 from molora_fed.errors import PopulationError
+from molora_fed.models.base import load_base
 from molora_fed.population.adaptation import compute_loss
 from molora_fed.population.mixture import Mixture
-from molora_fed.population.states import take_balanced
 
 SEARCHES = [search_by_evolution, search_by_gradient]
 TARGET = torch.tensor([0.5, -0.3, 0.2, 0.0, 0.8])

@@ -16,8 +16,8 @@ from evolution_helpers import (
     run_evolution,
 )
 
-from molora_fed.base import load_base
 from molora_fed.errors import PopulationError
+from molora_fed.models.base import load_base
 from molora_fed.population.evolution import Branch, read_generations
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.lineage import read_lineage

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError, MoloraError, PopulationError
-from molora_fed.files import hash_file
 from molora_fed.population.contract import Birth, Population, Slot
 from molora_fed.population.files import (
     POPULATION_FILES,
@@ -20,6 +19,7 @@ from molora_fed.population.files import (
     save_population,
 )
 from molora_fed.population.slots import make_population
+from molora_fed.storage.files import hash_file
 from molora_fed.testing.models import build_random_adapter
 
 CARD, WEIGHTS = POPULATION_FILES

@@ -14,12 +14,10 @@ from adaptation_helpers import build_population, build_router
 from evolution_helpers import read_results
 from private_helpers import MEMBERS, PLUGINS, RULES, Stage, build_charter, build_texts
 
-from molora_fed.base import load_base
 from molora_fed.errors import MoloraError, PopulationError
+from molora_fed.models.base import load_base
 from molora_fed.population.adaptation_config import AdaptationConfig
-from molora_fed.population.averaging import average_branches, check_adapted
-from molora_fed.population.carving import Carved, Part
-from molora_fed.population.cooperating import build_config
+from molora_fed.population.average import average_branches, check_adapted
 from molora_fed.population.evolution import Branch
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.generations import evolve
@@ -29,6 +27,8 @@ from molora_fed.population.private import Member
 from molora_fed.population.private_evaluation import evaluate_privately
 from molora_fed.population.private_member import carve_own
 from molora_fed.population.questions import Answer, Question, load_answer, load_question
+from molora_fed.population.setup import build_config
+from molora_fed.population.split import Carved, Part
 from molora_fed.types import Split
 
 THREE = (*MEMBERS, Member("3" * 64, "cleo", "down"))

@@ -5,8 +5,8 @@ import torch
 from adaptation_helpers import build_router
 from safetensors.torch import load, save
 
-from molora_fed.base import load_base
 from molora_fed.errors import PopulationError, UnknownNameError
+from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.population import router_files
 from molora_fed.population.router_files import load_router, open_router, save_router

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from molora_fed.adapters.apply import applied
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.errors import PopulationError
 from molora_fed.population.mixture import Mixture

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molora_fed.adapters.files import load_adapter
-from molora_fed.adapters.layout import adaptable_modules, weight_of
 from molora_fed.adapters.save import save_adapter
 from molora_fed.adapters.updates import LinearUpdate, truncate
 from molora_fed.errors import MoloraError, PopulationError
+from molora_fed.models.layout import adaptable_modules, weight_of
 from molora_fed.population.slots import (
     check_population,
     make_fresh_updates,

@@ -8,14 +8,14 @@ from fused_helpers import ProbeRouter, build_fused, random_tokens
 from molora_fed import hookimpl
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.save import save_adapter
-from molora_fed.base import load_base
 from molora_fed.errors import AdapterError, BaseCheckpointError, MoloraError, RoutingError
 from molora_fed.errors import UnknownNameError as Unknown
-from molora_fed.files import hash_file
+from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.routing.bundle import load_fused, load_manifest, save_fused
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import limit_experts
+from molora_fed.storage.files import hash_file
 
 
 class Probes:

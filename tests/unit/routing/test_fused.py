@@ -2,11 +2,11 @@ import pytest
 import torch
 from fused_helpers import ProbeRouter, build_fused, random_tokens
 
-from molora_fed.adapters.apply import applied
-from molora_fed.base import load_base
+from molora_fed.adapters.compatibility import applied
+from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.forward import Capture, run_blocks
-from molora_fed.routing.contract import RouterView
+from molora_fed.models.base import load_base
+from molora_fed.models.forward import Capture, run_blocks
 from molora_fed.routing.fused import FusedModel, mix_distributions
 from molora_fed.testing import ARCHITECTURES
 

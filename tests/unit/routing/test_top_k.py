@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from molora_kalavai.uniform import UniformRouter
 from pydantic import ValidationError
 
-from molora_fed.base import load_base
 from molora_fed.charter import FusionRules
 from molora_fed.errors import RoutingError
+from molora_fed.inference.decoding import Sampling, decode_tokens
+from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
-from molora_fed.routing.decoding import Sampling, decode_tokens
 from molora_fed.routing.fused import FusedModel
 from molora_fed.routing.top_k import keep_top_k, limit_experts
 from molora_fed.testing import build_synthetic_bank, check_router_conformance

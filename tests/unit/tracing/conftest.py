@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from molora_fed.contributions.keys import build_public_pem
+from molora_fed.storage.keys import build_public_pem
 from molora_fed.tracing.writing import SyncPolicy, TraceWriter
 
 

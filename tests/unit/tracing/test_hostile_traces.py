@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from molora_fed.errors import TraceError
 from molora_fed.tracing import records
 from molora_fed.tracing.proofs import build_proof, read_proof
-from molora_fed.tracing.reading import read_records
+from molora_fed.tracing.reading import count_trace, read_records
 from molora_fed.tracing.records import GENESIS, encode_line
-from molora_fed.tracing.statistics import count_trace
 from molora_fed.tracing.verifying import verify
 from molora_fed.tracing.writing import TraceWriter
 

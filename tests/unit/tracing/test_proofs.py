@@ -6,7 +6,7 @@ import pytest
 from molora_fed.errors import TraceError
 from molora_fed.tracing.proofs import build_proof, check_proof, read_proof
 from molora_fed.tracing.reading import read_records
-from molora_fed.tracing.sealing import export_run, seal_run
+from molora_fed.tracing.verifying import export_run, seal_run
 
 
 @pytest.fixture(scope="module")

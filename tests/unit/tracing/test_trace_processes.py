@@ -35,10 +35,9 @@ with TraceWriter(Path(folder), key=load_key(Path(key)), run_id="run", writer=nam
 
 
 def test_writers_in_processes_share_a_run(tmp_path):
-    from molora_fed.contributions.keys import build_public_pem, load_or_make_key
+    from molora_fed.storage.keys import build_public_pem, load_or_make_key
     from molora_fed.tracing.reading import read_records
-    from molora_fed.tracing.sealing import seal_run
-    from molora_fed.tracing.verifying import verify
+    from molora_fed.tracing.verifying import seal_run, verify
 
     key_path, folder = tmp_path / "key.pem", tmp_path / "run"
     key = load_or_make_key(key_path)
@@ -55,7 +54,7 @@ def test_writers_in_processes_share_a_run(tmp_path):
 def test_tracing_loads_nothing_heavy():
     code = """
 import sys
-import molora_cli.trace, molora_fed.tracing.verifying, molora_fed.tracing.sealing
+import molora_cli.trace, molora_fed.tracing.verifying
 heavy = {"torch", "transformers", "flwr", "molora_fed.cascade", "molora_fed.population"}
 sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
 """

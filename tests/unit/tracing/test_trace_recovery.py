@@ -5,8 +5,7 @@ import pytest
 from molora_fed.errors import ConfigError, StorageError, TraceError
 from molora_fed.tracing import writing
 from molora_fed.tracing.reading import read_records
-from molora_fed.tracing.sealing import seal_run
-from molora_fed.tracing.verifying import verify
+from molora_fed.tracing.verifying import seal_run, verify
 from molora_fed.tracing.writing import SyncPolicy, TraceWriter
 
 

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from molora_fed.tracing.sealing import export_run, seal_run
 from molora_fed.tracing.segments import SEAL_FILE
-from molora_fed.tracing.verifying import verify
+from molora_fed.tracing.verifying import export_run, seal_run, verify
 
 SETTINGS = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -151,7 +150,7 @@ def test_a_signature_in_its_other_form_is_found(runs, tmp_path, public):
         encode_dss_signature,
     )
 
-    from molora_fed.tracing.signing import _ORDER
+    from molora_fed.tracing.records import _ORDER
 
     lines = (runs / "one.jsonl").read_bytes().splitlines()
     seal = json.loads(lines[-1])
@@ -178,7 +177,7 @@ def test_the_place_of_a_change_is_told(runs, tmp_path, public):
 def test_another_key_vouches_for_nothing(runs, public):
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    from molora_fed.contributions.keys import build_public_pem
+    from molora_fed.storage.keys import build_public_pem
 
     other = build_public_pem(ec.generate_private_key(ec.SECP384R1()))
     report = verify(runs / "one.jsonl", other)

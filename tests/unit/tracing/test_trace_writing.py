@@ -2,8 +2,7 @@ import pytest
 
 from molora_fed.errors import TraceError
 from molora_fed.tracing.reading import read_records
-from molora_fed.tracing.sealing import export_run, seal_run
-from molora_fed.tracing.verifying import verify
+from molora_fed.tracing.verifying import export_run, seal_run, verify
 from molora_fed.tracing.writing import SyncPolicy, TraceWriter
 
 

@@ -1,0 +1,69 @@
+"""A contribution with what fusing reads of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from molora_fed.contributions.manifest import Contribution
+from molora_fed.corpus.blocks import Blocks
+from molora_fed.types import Split
+
+__all__ = [
+    "Contributed",
+    "collect_contributed",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Contributed:
+    """An admitted contribution, as fusing needs it.
+
+    Attributes:
+        id: Contribution id; experts are ordered by it.
+        contributor: Name, unique in a fusion; the specialist's name in reports.
+        domain: Domain it was trained on.
+        adapter: Folder with the adapter's files.
+        held_out: Blocks of the reported figures.
+        calibration: Blocks routers are fitted on; None if none are pooled.
+        admission: Blocks losses are measured on for forecasts where none are pooled.
+        contamination: Share of held-out word 8-grams that occur in train; None if not known.
+        training: Training record: steps, tokens, threads, ...
+    """
+
+    id: str
+    contributor: str
+    domain: str
+    adapter: Path
+    held_out: Blocks
+    calibration: Blocks | None = None
+    admission: Blocks | None = None
+    contamination: float | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def collect_contributed(contribution: Contribution) -> Contributed:
+    """Read what fusing needs of a contribution on disk.
+
+    Raises:
+        AdapterError: If its blocks are not those its manifest states, or held-out blocks are not
+            among them.
+        CorpusError: If a file of blocks is malformed.
+    """
+    manifest = contribution.manifest
+
+    def load(split: Split) -> Blocks | None:
+        has_split = any(sample == split for sample in manifest.sample_files)
+        return contribution.load_samples(split) if has_split else None
+
+    return Contributed(
+        id=contribution.id,
+        contributor=manifest.contributor,
+        domain=manifest.domain,
+        adapter=contribution.adapter_folder,
+        held_out=contribution.load_samples(Split.HELD_OUT),
+        calibration=load(Split.CALIBRATION),
+        admission=load(Split.ADMISSION),
+        contamination=manifest.contamination,
+        training=manifest.training,
+    )

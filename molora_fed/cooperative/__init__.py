@@ -1,0 +1,1 @@
+"""The verbs of a cooperative: create, contribute, admit, fuse, evolve, amend, audit."""

@@ -1,0 +1,323 @@
+"""A cooperative on the coordinator's disk: charter, base, ledger, blobs and key in one folder.
+
+`cooperative.toml` is written last, so a folder that has one is complete. The ledger holds the
+signed amendments and decides which counts; the file is for people to read and hand on.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from molora_fed.charter import (
+    AdapterRules,
+    Amendment,
+    BaseIdentity,
+    Charter,
+    CorpusRules,
+    Identity,
+    load_charter,
+    write_charter,
+)
+from molora_fed.contributions.ledger import Ledger, LedgerReader, create_ledger
+from molora_fed.contributions.reading import sign_amendment
+from molora_fed.contributions.store import BlobStore
+from molora_fed.errors import CharterError, describe_mismatch
+from molora_fed.plugins import Plugins, Registry, get_plugins
+from molora_fed.storage.keys import build_public_pem, load_key, load_or_make_key
+
+if TYPE_CHECKING:
+    from molora_fed.models.base import Base
+
+__all__ = [
+    "Cooperative",
+    "amend_cooperative",
+    "build_charter",
+    "check_charter_names",
+    "create_cooperative",
+    "open_cooperative",
+]
+
+CHARTER_FILE = "cooperative.toml"
+
+
+@dataclass(frozen=True)
+class Cooperative:
+    """A cooperative's folder and its charter with the amendment that counts.
+
+    Attributes:
+        folder: The coordinator's home.
+        charter: Identity, and the last signed amendment.
+    """
+
+    folder: Path
+    charter: Charter
+
+    @property
+    def base_folder(self) -> Path:
+        """Folder of the base checkpoint."""
+        return self.folder / "base"
+
+    @property
+    def key_path(self) -> Path:
+        """The coordinator's private key."""
+        return self.folder / "keys" / "coordinator.pem"
+
+    @property
+    def ledger_path(self) -> Path:
+        """The ledger's file."""
+        return self.folder / "ledger.db"
+
+    @property
+    def store(self) -> BlobStore:
+        """The files of contributions, by hash."""
+        return BlobStore(self.folder / "blobs")
+
+    def open_ledger(self) -> Ledger:
+        """Open the ledger for writing; close it, or use it as a context manager.
+
+        Raises:
+            LedgerError: If another process writes it.
+        """
+        return Ledger(self.ledger_path)
+
+    def read_ledger(self) -> LedgerReader:
+        """Open the ledger for reading, also while another process writes it."""
+        return LedgerReader(self.ledger_path)
+
+
+def create_cooperative(
+    folder: Path,
+    name: str,
+    base: "Base",
+    *,
+    adapters: AdapterRules | None = None,
+    corpus: CorpusRules | None = None,
+    amendment: Amendment | None = None,
+    plugins: Plugins | None = None,
+) -> Cooperative:
+    """Make a cooperative: key, base, ledger with amendment 0, charter.
+
+    Stopped at any moment and called again, it goes on; called again when done, it opens what is
+    there.
+
+    Args:
+        folder: The coordinator's home.
+        name: Lower-case letters, digits and dashes.
+        base: The base checkpoint; copied to `base/` unless it lies there.
+        adapters: What an adapter may be.
+        corpus: How text becomes blocks.
+        amendment: What may change later; number 0.
+        plugins: Where names in the charter are looked up; the installed plugins by default.
+
+    Raises:
+        CharterError: If a value cannot stand in a charter or does not suit the base, or the
+            folder holds another cooperative.
+        UnknownNameError: If it names a router, kind or check that nobody registers.
+        StorageError: If the disk refuses.
+    """
+    charter = build_charter(name, base.identity(), adapters, corpus, amendment)
+    check_charter_names(charter, plugins or get_plugins())
+    _check_suits_base(charter, base)
+    cooperative = Cooperative(folder, charter)
+    if (folder / CHARTER_FILE).exists():
+        return _open_same(cooperative)
+    key = load_or_make_key(cooperative.key_path)
+    if base.folder.resolve() != cooperative.base_folder.resolve():
+        from molora_fed.models.base import fetch_base
+
+        fetch_base(str(base.folder), cooperative.base_folder)
+    create_ledger(
+        cooperative.ledger_path,
+        coordinator_key=build_public_pem(key),
+        first=sign_amendment(key, charter.identity_hash, charter.amendment),
+    )
+    write_charter(charter, folder / CHARTER_FILE)
+    return cooperative
+
+
+def open_cooperative(folder: Path) -> Cooperative:
+    """Open a cooperative's folder and hold its charter against the ledger.
+
+    Raises:
+        CharterError: If `[identity]` was changed, or `[amendment]` is not a signed one.
+        LedgerError: If the ledger is missing or unreadable.
+        SignatureError: If the last amendment is not signed by the coordinator.
+    """
+    path = folder / CHARTER_FILE
+    charter = load_charter(path)
+    with LedgerReader(folder / "ledger.db") as ledger:
+        if ledger.identity_hash != charter.identity_hash:
+            raise CharterError(
+                describe_mismatch(
+                    f"Cannot open cooperative '{folder}'",
+                    expected=f"the charter its ledger belongs to, {ledger.identity_hash[:16]}",
+                    got=charter.identity_hash[:16],
+                    fix="Take back the change to [identity], or create another cooperative.",
+                )
+            )
+        signed = ledger.amendments()
+        signed[-1].check(ledger.coordinator_key)
+    # An older signed amendment in the file means a stop between ledger and file: the ledger counts.
+    if charter.amendment not in [one.amendment for one in signed]:
+        raise CharterError(
+            describe_mismatch(
+                f"Cannot open cooperative '{folder}'",
+                expected=f"an [amendment] that is signed, the last is {len(signed) - 1}",
+                got=f"an unsigned one with number {charter.amendment.number}",
+                fix="Take back the change, or sign it as the next amendment.",
+            )
+        )
+    return Cooperative(folder, Charter(identity=charter.identity, amendment=signed[-1].amendment))
+
+
+def amend_cooperative(
+    cooperative: Cooperative,
+    ledger: Ledger,
+    amendment: Amendment,
+    *,
+    plugins: Plugins | None = None,
+    actor: str = "coordinator",
+) -> Cooperative:
+    """Sign an amendment, add it to the ledger, and write the charter anew.
+
+    Stopped in between and called again with the same amendment, it goes on.
+
+    Args:
+        cooperative: What to amend.
+        ledger: Its ledger, open for writing.
+        amendment: Everything that counts from now on, with the next number.
+        plugins: Where names in it are looked up; the installed plugins by default.
+        actor: Who does this, for the history.
+
+    Raises:
+        CharterError: If it contradicts `[identity]`.
+        LedgerError: If its number is not the next one.
+        SignatureError: If the coordinator's key is missing or another one.
+        UnknownNameError: If it names a router, kind or check that nobody registers.
+    """
+    charter = Charter(identity=cooperative.charter.identity, amendment=amendment)
+    check_charter_names(charter, plugins or get_plugins())
+    key = load_key(cooperative.key_path)
+    ledger.add_amendment(sign_amendment(key, charter.identity_hash, amendment), actor=actor)
+    write_charter(charter, cooperative.folder / CHARTER_FILE)
+    return Cooperative(cooperative.folder, charter)
+
+
+def check_charter_names(charter: Charter, plugins: Plugins) -> None:
+    """Look up every name a charter uses; only a kind with options is loaded, to check them.
+
+    Raises:
+        UnknownNameError: If nobody registers a router, merge, adapter kind or admission check, or
+            in mode "population" an adapter router, fitness scope or lifecycle operator.
+        AdapterError: If the kind refuses its options.
+        CharterError: If `[amendment.training]` asks for an adapter that `[identity]` forbids.
+    """
+    rules, training = charter.identity.adapters, charter.amendment.training
+    fusion = charter.amendment.fusion
+    population = charter.amendment.population
+    evolved: tuple[tuple[Registry, tuple[str, ...]], ...] = (
+        (plugins.adapter_routers, (population.router,)),
+        (plugins.fitness_scopes, (population.scope,)),
+        (plugins.lifecycle_operators, tuple(one.name for one in population.lifecycle)),
+    )
+    for registry, names in (
+        *(evolved if fusion.mode == "population" else ()),
+        (plugins.adapter_kinds, rules.kinds),
+        (plugins.routers, (fusion.router, *fusion.compare)),
+        (plugins.merges, fusion.merges),
+        (plugins.admission_checks, charter.amendment.admission.checks),
+    ):
+        for name in names:
+            registry.entry(name)
+    problems = []
+    if training.kind not in rules.kinds:
+        problems.append((f"a training kind among {', '.join(rules.kinds)}", training.kind))
+    if training.rank > rules.max_rank:
+        problems.append((f"a training rank of at most {rules.max_rank}", str(training.rank)))
+    _raise_problems(f"Cannot use charter '{charter.identity.name}'", problems)
+    if training.options:
+        from molora_fed.adapters.contract import open_kind
+
+        open_kind(training.kind, training.options, plugins)
+
+
+def _check_suits_base(charter: Charter, base: "Base") -> None:
+    from molora_fed.models.layout import decoder_blocks
+
+    depth = len(decoder_blocks(base.model)[1])
+    frozen = charter.identity.adapters.frozen_depth
+    positions = getattr(base.model.config, "max_position_embeddings", None)
+    size = charter.identity.corpus.block_size
+    problems = []
+    if frozen >= depth:
+        problems.append((f"a frozen depth below the base's {depth} blocks", str(frozen)))
+    if positions is not None and size > positions:
+        problems.append((f"a block size of at most the base's {positions} positions", str(size)))
+    _raise_problems(f"Cannot use charter '{charter.identity.name}' on this base", problems)
+
+
+def _raise_problems(what: str, problems: Iterable[tuple[str, str]]) -> None:
+    pairs = list(problems)
+    if pairs:
+        raise CharterError(
+            describe_mismatch(
+                what,
+                expected=", ".join(want for want, _ in pairs),
+                got=", ".join(got for _, got in pairs),
+                fix="Correct these in the charter.",
+            )
+        )
+
+
+def build_charter(
+    name: str,
+    base: BaseIdentity,
+    adapters: AdapterRules | None,
+    corpus: CorpusRules | None,
+    amendment: Amendment | None,
+) -> Charter:
+    """Put a charter together that is not written anywhere yet.
+
+    Raises:
+        CharterError: If the name or the amendment's number is wrong.
+    """
+    first = amendment or Amendment()
+    if first.number != 0:
+        raise CharterError(
+            f"Cannot create cooperative '{name}': expected amendment 0, got {first.number}. "
+            "Number the first amendment 0."
+        )
+    try:
+        identity = Identity(
+            name=name,
+            base=base,
+            adapters=adapters or AdapterRules(),
+            corpus=corpus or CorpusRules(),
+        )
+    except ValidationError as error:
+        raise CharterError(
+            f"Cannot create cooperative '{name}': expected a name of lower-case letters, digits "
+            f"and dashes, got '{name}'. Choose another name."
+        ) from error
+    return Charter(identity=identity, amendment=first)
+
+
+def _open_same(wanted: Cooperative) -> Cooperative:
+    """Open the cooperative that is there if it is the one wanted."""
+    found = open_cooperative(wanted.folder)
+    with found.read_ledger() as ledger:
+        first = ledger.amendments()[0].amendment
+    if (found.charter.identity, first) != (wanted.charter.identity, wanted.charter.amendment):
+        raise CharterError(
+            describe_mismatch(
+                f"Cannot create cooperative '{wanted.charter.identity.name}' in '{wanted.folder}'",
+                expected="no cooperative there, or the same",
+                got=f"'{found.charter.identity.name}', charter {found.charter.identity_hash[:16]}, "
+                "with other rules",
+                fix="Choose another folder, or amend the one there.",
+            )
+        )
+    return found

@@ -1,0 +1,129 @@
+"""Founding a cooperative: everything is checked first, then the base is made or fetched."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from molora_fed.charter import AdapterRules, Amendment, BaseIdentity, CorpusRules
+from molora_fed.cooperative.cooperative import (
+    Cooperative,
+    build_charter,
+    check_charter_names,
+    create_cooperative,
+)
+from molora_fed.corpus.builtin import DEFAULT_DOMAINS
+from molora_fed.errors import CharterError
+from molora_fed.models.base import Base, fetch_base
+from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.training.builtin_base import BuiltinBaseConfig, create_builtin_base
+from molora_fed.types import Progress
+
+__all__ = ["BUILTIN_SOURCE", "found_cooperative"]
+
+BUILTIN_SOURCE = "builtin"
+_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_UNKNOWN = "0" * 64  # stands for fingerprints while there is no base yet
+
+
+def found_cooperative(
+    folder: Path,
+    name: str,
+    *,
+    source: str = BUILTIN_SOURCE,
+    adapters: AdapterRules | None = None,
+    corpus: CorpusRules | None = None,
+    amendment: Amendment | None = None,
+    base_steps: int | None = None,
+    cache: Path | None = None,
+    plugins: Plugins | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+    progress: Progress | None = None,
+) -> tuple[Cooperative, Base]:
+    """Make a cooperative with its base; stopped and called again, it goes on.
+
+    Args:
+        folder: The coordinator's home.
+        name: Lower-case letters, digits and dashes.
+        source: "builtin", "ID@REVISION" on the Hugging Face Hub, or a folder.
+        adapters: What an adapter may be.
+        corpus: How text becomes blocks.
+        amendment: What may change later; number 0.
+        base_steps: Training steps of the built-in base; its default if None.
+        cache: Folder in which built-in bases are kept for other cooperatives.
+        plugins: Where names are looked up; the installed plugins by default.
+        on_phase: Told what begins, for people.
+        progress: Receives progress of making the base.
+
+    Returns:
+        The cooperative and its base.
+
+    Raises:
+        CharterError: If a value cannot stand in a charter, or the folder holds another
+            cooperative.
+        UnknownNameError: If a router, kind or check is registered by nobody.
+        BaseCheckpointError: If the base cannot be made or fetched.
+        CorpusError: If a domain of the built-in base has too little text.
+        StorageError: If the disk refuses.
+    """
+    plugins = plugins or get_plugins()
+    corpus, amendment = corpus or CorpusRules(), amendment or Amendment()
+    unknown = BaseIdentity(id=source, weights=_UNKNOWN, tokenizer=_UNKNOWN)
+    _check_domains(name, amendment.domains)
+    draft = build_charter(name, unknown, adapters, corpus, amendment)
+    check_charter_names(draft, plugins)
+    is_new = not folder.exists()
+    if source == BUILTIN_SOURCE:
+        domains = _choose_domains(amendment, plugins)
+        on_phase(f"reading text of {', '.join(domains)}")
+        documents = {domain: read() for domain, read in domains.items()}
+        config = BuiltinBaseConfig(
+            seed=amendment.seed, block_size=corpus.block_size, split_seed=corpus.split_seed
+        )
+        if base_steps is not None:
+            config = replace(config, steps=base_steps)
+        on_phase("training the built-in base")
+        base = create_builtin_base(
+            folder / "base", documents, config=config, cache=cache, progress=progress
+        )
+    else:
+        on_phase(f"fetching base {source}")
+        base = fetch_base(source, folder / "base")
+    try:
+        cooperative = create_cooperative(
+            folder,
+            name,
+            base,
+            adapters=adapters,
+            corpus=corpus,
+            amendment=amendment,
+            plugins=plugins,
+        )
+    except CharterError:
+        if is_new:
+            shutil.rmtree(folder)  # the base alone is no cooperative, and nothing else is there
+        raise
+    return cooperative, base
+
+
+def _check_domains(name: str, domains: Iterable[str]) -> None:
+    """Refuse domains that no contribution can name.
+
+    Raises:
+        CharterError: Naming all of them.
+    """
+    wrong = [domain for domain in domains if not _DOMAIN.fullmatch(domain)]
+    if wrong:
+        raise CharterError(
+            f"Cannot create cooperative '{name}': expected domains of lower-case letters, digits "
+            f"and dashes, got {', '.join(map(repr, wrong))}. Rename these."
+        )
+
+
+def _choose_domains(amendment: Amendment, plugins: Plugins) -> Mapping[str, Callable[[], Any]]:
+    """Readers of the registered domains among those asked for; the built-in four if none is."""
+    known = set(plugins.domains.names())
+    chosen = [domain for domain in amendment.domains if domain in known] or DEFAULT_DOMAINS
+    return {domain: plugins.domains.resolve(domain) for domain in sorted(chosen)}

@@ -1,0 +1,130 @@
+"""Fusing a cooperative's contributions, as its coordinator does."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from molora_fed.contributions.contributed import collect_contributed
+from molora_fed.contributions.ledger import Ledger
+from molora_fed.contributions.manifest import Contribution, load_contribution
+from molora_fed.contributions.receive import load_admitted
+from molora_fed.cooperative.admit import check_all_admitted, find_contribution, receive_folders
+from molora_fed.cooperative.cooperative import Cooperative
+from molora_fed.cooperative.decisions import ForecastKeeper, begin_fusion, end_fusion
+from molora_fed.fusion.fuse import FusionResult, fuse
+from molora_fed.models.base import check_base, load_base
+from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.reporting.report import MetricRows, read_metrics_file, write_report
+from molora_fed.training.loop import METRICS_NAME
+from molora_fed.types import Progress
+
+__all__ = [
+    "Fused",
+    "fuse_contributions",
+]
+
+
+ACTOR = "molora fuse"
+
+
+def _ignore(phase: str) -> None:
+    """Do nothing; the default listener."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """A fusion on folders.
+
+    Attributes:
+        contributions: What was fused, in canonical order.
+        result: What the fusion measured, with the fused model.
+        report: Path of report.html.
+    """
+
+    contributions: tuple[Contribution, ...]
+    result: FusionResult
+    report: Path
+
+
+def fuse_contributions(
+    cooperative: Cooperative,
+    folders: Sequence[Path],
+    *,
+    out: Path | None = None,
+    plugins: Plugins | None = None,
+    on_phase: Callable[[str], None] = _ignore,
+    progress: Progress | None = None,
+) -> Fused:
+    """Receive contributions, admit them, fuse, and write the report.
+
+    Args:
+        cooperative: Whose charter, base and ledger count.
+        folders: Contributions, or folders of `train_contribution`; with none, all that the ledger
+            has admitted are fused.
+        out: Gets `bank/`, `fused/`, `result.json` and `report/`; the cooperative's folder if None.
+        plugins: Where everything is registered; the installed plugins by default.
+        on_phase: Told what begins.
+        progress: Receives progress within a phase.
+
+    Raises:
+        AdmissionError: If contributions were not admitted; names all of them, and nothing is fused.
+        LedgerError: If another process, such as a server, works on the cooperative.
+        MoloraError: Whatever admission or fusing refuses.
+    """
+    plugins, out = plugins or get_plugins(), out or cooperative.folder
+    charter = cooperative.charter
+    sources = [find_contribution(folder) for folder in folders]
+    given = {load_contribution(source).id: source for source in sources}
+    with cooperative.open_ledger() as ledger:
+        on_phase("base")
+        base = load_base(cooperative.base_folder)
+        check_base(base, charter.identity.base)
+        on_phase("admission")
+        check_all_admitted(
+            receive_folders(
+                ledger,
+                cooperative,
+                base,
+                given.values(),
+                actor=ACTOR,
+                plugins=plugins,
+                progress=progress,
+            )
+        )
+        contributions = _choose(ledger, cooperative, given)
+        contributed = [collect_contributed(contribution) for contribution in contributions]
+        if contributed:
+            begin_fusion(ledger, actor=ACTOR)
+        result = fuse(
+            base,
+            charter,
+            contributed,
+            out,
+            plugins=plugins,
+            on_phase=on_phase,
+            on_forecasts=ForecastKeeper(ledger, actor=ACTOR),
+            progress=progress,
+        )
+        on_phase("report")
+        metrics = _collect_metrics(contributions, given)
+        report = write_report(result.result, metrics, out / "report")
+        end_fusion(ledger, actor=ACTOR, result=result.result)
+    return Fused(tuple(contributions), result, report)
+
+
+def _choose(ledger: Ledger, cooperative: Cooperative, given: dict[str, Path]) -> list[Contribution]:
+    """The given contributions as they lie in the store; all admitted ones if none is given."""
+    admitted = load_admitted(ledger, cooperative.store)
+    return [one for one in admitted if not given or one.id in given]
+
+
+def _collect_metrics(
+    contributions: Sequence[Contribution], given: dict[str, Path]
+) -> dict[str, MetricRows]:
+    """Training metrics that lie beside contributions made on this machine, by contributor."""
+    metrics: dict[str, MetricRows] = {}
+    for one in contributions:
+        file = given[one.id].parent / METRICS_NAME if one.id in given else None
+        if file is not None and file.is_file():
+            metrics[one.manifest.contributor] = read_metrics_file(file)
+    return metrics

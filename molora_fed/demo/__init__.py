@@ -1,0 +1,1 @@
+"""A whole cooperative on one machine."""

@@ -1,0 +1,1 @@
+"""Held-out losses, gains and their intervals."""

@@ -1,0 +1,335 @@
+"""The only evaluator: every loss that is reported or decided on is computed here."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molora_fed.errors import BankError
+from molora_fed.evaluation.bootstrap import (
+    LEVEL,
+    ClusterIndex,
+    compute_interval,
+    resample_domain_means,
+)
+from molora_fed.types import Progress
+
+if TYPE_CHECKING:
+    from molora_fed.bank import Bank, HeldOutBank
+    from molora_fed.routing.contract import OutputRouter
+
+__all__ = [
+    "Evaluation",
+    "RouterLosses",
+    "compute_best_domains",
+    "compute_domain_losses",
+    "compute_router_losses",
+    "evaluate",
+]
+
+
+BASELINE_NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
+"""What a non-expert model may be called in reports, e.g. "weight_average"."""
+
+_BEFORE = ("base", "uniform")
+_AFTER = ("domain_oracle", "token_oracle")
+_GROUPS = (("specialists", "specialist:"), ("fused", "fused:"))
+_TAKEN = frozenset((*_BEFORE, *_AFTER, *(key for key, _ in _GROUPS)))
+
+
+@dataclass(frozen=True, eq=False)
+class RouterLosses:
+    """What a router does on a bank.
+
+    Attributes:
+        nll: Loss of every predicted token in nats, (N, T-1) float32.
+        gates: Mean gate of every expert by domain, (domains, E).
+    """
+
+    nll: Tensor
+    gates: NDArray[np.float64]
+
+
+@torch.no_grad()
+def compute_router_losses(bank: "Bank", router: "OutputRouter | None") -> RouterLosses:
+    """Run a router over a whole bank.
+
+    Args:
+        bank: Calibration or held-out.
+        router: A fitted router; None gives every expert the same gate.
+
+    Returns:
+        Losses under the bank's mixture, and mean gates of the positions that predict.
+
+    Raises:
+        ShapeError: If the router was fitted for other experts.
+    """
+    nll = torch.empty(bank.num_blocks, bank.block_size - 1)
+    gate_sums = np.zeros((len(bank.domains), bank.num_experts))
+    for rows in bank.chunks():
+        gates = bank.uniform_gates(rows) if router is None else router.gates(bank.view(rows))
+        nll[rows] = bank.nll(gates, rows).cpu()
+        per_block = gates[:, :-1].double().mean(dim=1).cpu().numpy()
+        np.add.at(gate_sums, bank.domain_of[rows], per_block)
+    blocks = np.bincount(bank.domain_of, minlength=len(bank.domains))
+    return RouterLosses(nll, gate_sums / blocks[:, None])
+
+
+def compute_domain_losses(bank: "Bank", nll: Tensor) -> dict[str, float]:
+    """Mean loss of each domain, nats per token.
+
+    Args:
+        bank: The bank that `nll` was computed on.
+        nll: Loss of every predicted token, (N, T-1) nats.
+    """
+    per_block = nll.double().mean(dim=1).cpu().numpy()
+    return {
+        domain: float(per_block[bank.domain_of == index].mean())
+        for index, domain in enumerate(bank.domains)
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Losses of all methods on one held-out bank, kept as sums per document cluster.
+
+    Attributes:
+        domains: Domain names.
+        clusters: Which cluster each predicted token belongs to.
+        sums: Sum of losses per cluster, (C,), by method: base, uniform, domain_oracle,
+            token_oracle, each of the baselines, specialist:<name>, fused:<router>.
+        gates: Mean gate by router, domain and expert.
+        seed: Of the bootstrap.
+    """
+
+    domains: tuple[str, ...]
+    clusters: ClusterIndex
+    sums: Mapping[str, NDArray[np.float64]]
+    gates: Mapping[str, Mapping[str, Mapping[str, float]]]
+    seed: int
+
+    def losses(self, method: str) -> dict[str, float]:
+        """Loss by domain, nats per token."""
+        means = self.clusters.domain_means(self.sums[method])
+        return {domain: float(mean) for domain, mean in zip(self.domains, means, strict=True)}
+
+    def equal_weight(self, method: str) -> float:
+        """Plain mean over domains of the loss, nats per token."""
+        return float(self.clusters.domain_means(self.sums[method]).mean())
+
+    def best_specialist(self) -> str:
+        """The specialist with the lowest equal-weight loss, as a method name.
+
+        Raises:
+            BankError: If the bank has no specialist.
+        """
+        names = [method for method in self.sums if method.startswith("specialist:")]
+        if not names:
+            raise BankError(
+                "Cannot compare with the best specialist: expected one at least, got none. "
+                "Fuse at least one contribution."
+            )
+        return min(names, key=self.equal_weight)
+
+    def best_alone(self) -> str:
+        """The better of the base and the best specialist, as a method name."""
+        return min(("base", self.best_specialist()), key=self.equal_weight)
+
+    def to_json(self) -> dict[str, Any]:
+        """The parts of report.json that come from held-out losses, intervals included.
+
+        Returns:
+            `losses`, `equal_weight`, `best_alone`, `best_specialist`, `gain_percent`,
+            `gain_interval_percent`, `oracle_gap_nats`, `gates` and `baseline_gain_percent`, as
+            docs/report.schema.json says. Intervals are the 95 % percentile bootstrap by document
+            cluster.
+        """
+        names = list(self.sums)
+        means = resample_domain_means(self.clusters, list(self.sums.values()), seed=self.seed)
+        resampled = dict(zip(names, means.mean(axis=2).T, strict=True))  # equal weight, (R,) each
+        alone, specialist = self.best_alone(), self.best_specialist()
+        references = {"vs_best_alone": alone, "vs_best_specialist": specialist}
+        routers = {name: f"fused:{name}" for name in self.gates}
+        return {
+            "losses": self._losses_json(),
+            "equal_weight": {
+                name: {"point": self.equal_weight(name), **_interval(resampled[name])}
+                for name in names
+            },
+            "best_alone": self._named(alone),
+            "best_specialist": self._named(specialist),
+            "gain_percent": {
+                router: {
+                    label: _gain(self.equal_weight(reference), self.equal_weight(method))
+                    for label, reference in references.items()
+                }
+                for router, method in routers.items()
+            },
+            "gain_interval_percent": {
+                router: {
+                    label: _interval(_gain(resampled[reference], resampled[method]))
+                    for label, reference in references.items()
+                }
+                for router, method in routers.items()
+            },
+            "oracle_gap_nats": {
+                router: {
+                    "point": self.equal_weight(method) - self.equal_weight("domain_oracle"),
+                    **_interval(resampled[method] - resampled["domain_oracle"]),
+                    "level": LEVEL,
+                }
+                for router, method in routers.items()
+            },
+            "gates": {router: dict(by_domain) for router, by_domain in self.gates.items()},
+            "baseline_gain_percent": {
+                method: {
+                    label: {
+                        "point": _gain(self.equal_weight(reference), self.equal_weight(method)),
+                        **_interval(_gain(resampled[reference], resampled[method])),
+                    }
+                    for label, reference in references.items()
+                }
+                for method in self._plain_methods()
+            },
+        }
+
+    def difference(self, method: str, other: str) -> dict[str, float]:
+        """Equal-weight loss of one method minus another's, nats per token.
+
+        Args:
+            method: Key of `sums`.
+            other: Key of `sums`.
+
+        Returns:
+            `point`, and `low` and `high` of the 95 % interval by document cluster; both losses are
+            resampled together.
+        """
+        pair = [self.sums[method], self.sums[other]]
+        means = resample_domain_means(self.clusters, pair, seed=self.seed).mean(axis=2)
+        return {
+            "point": self.equal_weight(method) - self.equal_weight(other),
+            **_interval(means[:, 0] - means[:, 1]),
+        }
+
+    def _plain_methods(self) -> list[str]:
+        """Base, uniform gates, baselines by name, oracles: what is neither specialist nor fused."""
+        baselines = (name for name in self.sums if name not in _TAKEN and ":" not in name)
+        return [m for m in (*_BEFORE, *sorted(baselines), *_AFTER) if m in self.sums]
+
+    def _losses_json(self) -> dict[str, Any]:
+        losses: dict[str, Any] = {method: self.losses(method) for method in self._plain_methods()}
+        for key, prefix in _GROUPS:
+            losses[key] = {
+                method.removeprefix(prefix): self.losses(method)
+                for method in self.sums
+                if method.startswith(prefix)
+            }
+        return losses
+
+    def _named(self, method: str) -> dict[str, Any]:
+        return {"name": method.removeprefix("specialist:"), "loss": self.equal_weight(method)}
+
+
+def evaluate(
+    bank: "HeldOutBank",
+    routers: Mapping[str, "OutputRouter"],
+    baselines: Mapping[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure everything that is reported, from the columns of one held-out bank.
+
+    Args:
+        bank: Held-out bank with the columns the routers read.
+        routers: Fitted routers by name.
+        baselines: Losses (N, T-1) of models that are no experts, by name in lower case: a merge
+            (from `bank.add_column`), the base continued on all data, a wider model, ...
+        seed: Of the bootstrap.
+        progress: Receives methods done and in all.
+
+    Returns:
+        Losses of the base, each specialist, uniform gates, the baselines, the domain oracle (for
+        each domain the best of base and experts), the token oracle (the same for each token) and
+        each router.
+
+    Raises:
+        BankError: If it is no held-out bank, or a baseline has another name or shape.
+    """
+    others = dict(baselines or {})
+    _check_evaluation(bank, others)
+    index = ClusterIndex.build(bank.clusters, bank.domain_of)
+    sums: dict[str, NDArray[np.float64]] = {"base": index.sum(bank.base_nll().numpy())}
+    first = int(bank.has_base_expert)
+    for expert in range(first, bank.num_experts):
+        name = f"specialist:{bank.expert_names[expert]}"
+        sums[name] = index.sum(bank.expert_nll(expert).numpy())
+    alone = list(sums.values())
+    for name, nll in others.items():
+        sums[name] = index.sum(nll.numpy())
+    sums["domain_oracle"] = compute_best_domains(index, alone)
+    lowest = torch.minimum(bank.base_nll(), -bank.logprob[:, 1:].amax(dim=-1))
+    sums["token_oracle"] = index.sum(lowest.numpy())
+    sums["uniform"] = index.sum(compute_router_losses(bank, None).nll.numpy())
+    gates: dict[str, dict[str, dict[str, float]]] = {}
+    for done, (name, router) in enumerate(routers.items(), start=1):
+        found = compute_router_losses(bank, router)
+        sums[f"fused:{name}"] = index.sum(found.nll.numpy())
+        gates[name] = {
+            domain: dict(zip(bank.expert_names, map(float, row), strict=True))
+            for domain, row in zip(bank.domains, found.gates, strict=True)
+        }
+        if progress is not None:
+            progress(done, len(routers), router=name)
+    return Evaluation(bank.domains, index, sums, gates, seed)
+
+
+def compute_best_domains(
+    index: ClusterIndex, alone: list[NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    """Sums per cluster of the model that is best on the cluster's whole domain.
+
+    Args:
+        index: Clusters of the predicted tokens.
+        alone: Sums per cluster of each model, (C,).
+    """
+    table = np.stack([index.domain_means(sums) for sums in alone])  # (models, domains)
+    best = table.argmin(axis=0)
+    return np.stack(alone)[best[index.domain_of], np.arange(len(index.counts))]
+
+
+def _check_evaluation(bank: object, baselines: Mapping[str, Tensor]) -> None:
+    from molora_fed.bank import HeldOutBank
+
+    if not isinstance(bank, HeldOutBank):
+        raise BankError(
+            f"Cannot report from this bank: expected a HeldOutBank, got {type(bank).__name__}. "
+            "Build one of the held-out split."
+        )
+    shape = (bank.num_blocks, bank.block_size - 1)
+    wrong = sorted(
+        f"{name} {tuple(nll.shape)}"
+        for name, nll in baselines.items()
+        if name in _TAKEN or not BASELINE_NAME.fullmatch(name) or tuple(nll.shape) != shape
+    )
+    if wrong:
+        raise BankError(
+            f"Cannot evaluate baselines: expected names in lower case, none of "
+            f"{', '.join(sorted(_TAKEN))}, with losses {shape}, got {', '.join(wrong)}. "
+            "Rename them, or measure them on this bank's blocks."
+        )
+
+
+def _gain(reference: Any, loss: Any) -> Any:
+    """Reduction of the loss in percent of the reference's."""
+    return 100.0 * (reference - loss) / reference
+
+
+def _interval(statistics: NDArray[np.float64]) -> dict[str, float]:
+    low, high = compute_interval(statistics)
+    return {"low": low, "high": high}

@@ -1,0 +1,254 @@
+"""What travels between a server and a contributor: letters, shipments and the parts of files.
+
+Every letter is idempotent: receiving it twice changes nothing, so whatever is lost is sent again.
+Files travel as a `Shipment` (names, sizes and hashes) and its parts (at most 64 MB each, named by
+hash and offset), so a transfer goes on where it stopped. Imports neither torch nor flwr.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from molora_fed.errors import FederationError
+from molora_fed.storage.files import canonical_json, hash_bytes, hash_file
+
+__all__ = [
+    "MAX_BATCH_BYTES",
+    "MAX_LETTERS_BYTES",
+    "MAX_PART_BYTES",
+    "Envelope",
+    "FileEntry",
+    "Letter",
+    "LetterKind",
+    "Part",
+    "PartName",
+    "Shipment",
+    "describe_folder",
+    "parse_letters",
+    "parse_part_names",
+    "parse_shipment",
+    "plan_parts",
+]
+
+MAX_PART_BYTES = 64 * 2**20
+"""Largest part of a file; Flower holds 3 to 4 copies of a message in memory."""
+MAX_BATCH_BYTES = 64 * 2**20
+"""Largest sum of the parts in one envelope."""
+MAX_LETTERS_BYTES = 900_000
+"""Largest JSON of the letters in one envelope; Flower does not chunk these."""
+MAX_FILES = 4_096
+MAX_FILE_BYTES = 2**40
+
+LetterKind = Literal[
+    "hello",  # server: a nonce; contributor: its public key and a signature over the nonce
+    "refusal",  # server: why this contributor cannot take part
+    "charter",  # server: charter text, coordinator's signature, the base's shipment
+    "task",  # server: work to do, claimed by the contributor's worker
+    "wait",  # server: answer once something has changed, or after some seconds
+    "fetch",  # server: send these parts of your contribution
+    "acknowledgement",  # server: the ledger holds your contribution; its state and findings
+    "result",  # server: the shipment of the fused model and report
+    "question",  # server: populations, and what to do with them on texts that stay where they are
+    "state",  # contributor: where it stands; in every reply
+    "manifest",  # contributor: the shipment of its contribution
+    "answer",  # contributor: the shipment of its answer to the last question
+]
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,5}")
+
+
+def _malformed(what: str, *, expected: str, got: object) -> FederationError:
+    return FederationError(
+        f"Cannot read {what}: expected {expected}, got {str(got)[:120]!r}. "
+        "Run the same molora-fed version on both sides."
+    )
+
+
+@dataclass(frozen=True)
+class Letter:
+    """One idempotent letter.
+
+    Attributes:
+        kind: What it is about.
+        body: JSON object.
+    """
+
+    kind: LetterKind
+    body: Mapping[str, Any]
+
+
+@dataclass(frozen=True, order=True)
+class PartName:
+    """Which bytes of which file: `length` bytes at `offset` of the file with this SHA-256."""
+
+    sha256: str
+    offset: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.sha256}-{self.offset}-{self.length}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part with its bytes."""
+
+    name: PartName
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What one Flower message carries: letters, and parts of files beside them."""
+
+    letters: tuple[Letter, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+    def find(self, kind: LetterKind) -> Mapping[str, Any] | None:
+        """Body of the first letter of a kind, or None."""
+        return next((letter.body for letter in self.letters if letter.kind == kind), None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parts."""
+        return sum(len(part.data) for part in self.parts)
+
+
+@dataclass(frozen=True, order=True)
+class FileEntry:
+    """One file of a shipment: relative name, SHA-256 and size."""
+
+    name: str
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """A folder's files by name, hash and size, in the order of their names."""
+
+    files: tuple[FileEntry, ...]
+
+    @property
+    def id(self) -> str:
+        """SHA-256 over names, hashes and sizes: equal content, equal id."""
+        return hash_bytes(canonical_json(self.to_json()))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.num_bytes for entry in self.files)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The form that `parse_shipment` reads."""
+        return [
+            {"name": entry.name, "sha256": entry.sha256, "num_bytes": entry.num_bytes}
+            for entry in self.files
+        ]
+
+
+def parse_shipment(value: Any, *, max_bytes: int = MAX_FILE_BYTES) -> Shipment:
+    """Read a shipment from outside.
+
+    Args:
+        value: JSON value.
+        max_bytes: Largest sum of the files' sizes.
+
+    Raises:
+        FederationError: If it is malformed, a name leaves its folder, or it is too large.
+    """
+    what = "a list of files"
+    if not isinstance(value, list) or len(value) > MAX_FILES:
+        raise _malformed(what, expected=f"a list of at most {MAX_FILES}", got=value)
+    entries = []
+    for item in value:
+        if not isinstance(item, dict) or set(item) != {"name", "sha256", "num_bytes"}:
+            raise _malformed(what, expected="name, sha256 and num_bytes", got=item)
+        name, sha256, size = item["name"], item["sha256"], item["num_bytes"]
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise _malformed(what, expected="a plain relative file name", got=name)
+        if not isinstance(sha256, str) or not _HASH.fullmatch(sha256):
+            raise _malformed(what, expected="a SHA-256", got=sha256)
+        if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES:
+            raise _malformed(what, expected=f"a size up to {MAX_FILE_BYTES} bytes", got=size)
+        entries.append(FileEntry(name, sha256, size))
+    names = [entry.name for entry in entries]
+    folders = {str(parent) for name in names for parent in Path(name).parents}
+    if len(set(names)) != len(names) or folders & set(names):
+        raise _malformed(what, expected="each name once", got=names)
+    shipment = Shipment(tuple(sorted(entries)))
+    if shipment.num_bytes > max_bytes:
+        raise _malformed(what, expected=f"at most {max_bytes} bytes", got=shipment.num_bytes)
+    return shipment
+
+
+def describe_folder(folder: Path) -> Shipment:
+    """The shipment of all files of a folder; names that start with a dot are left out.
+
+    Raises:
+        FederationError: If a file's name could not be received.
+    """
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not any(part.startswith(".") for part in name.split("/")):
+            entries.append(FileEntry(name, hash_file(path), path.stat().st_size))
+    return parse_shipment(Shipment(tuple(entries)).to_json())
+
+
+def plan_parts(shipment: Shipment, *, part_bytes: int = MAX_PART_BYTES) -> list[PartName]:
+    """The parts of all files of a shipment; files with equal content are sent once."""
+    sizes = {entry.sha256: entry.num_bytes for entry in shipment.files}
+    return [
+        PartName(sha256, offset, min(part_bytes, size - offset))
+        for sha256, size in sizes.items()
+        for offset in range(0, size, part_bytes)
+    ]
+
+
+def parse_letters(value: Any) -> tuple[Letter, ...]:
+    """Read letters from outside.
+
+    Raises:
+        FederationError: If it is not a list of letters of known kinds.
+    """
+    if not isinstance(value, list):
+        raise _malformed("letters", expected="a list", got=value)
+    letters = []
+    for item in value:
+        if not isinstance(item, dict) or set(item) != {"kind", "body"}:
+            raise _malformed("a letter", expected="kind and body", got=item)
+        if item["kind"] not in get_args(LetterKind) or not isinstance(item["body"], dict):
+            raise _malformed("a letter", expected="a known kind and an object", got=item)
+        letters.append(Letter(item["kind"], item["body"]))
+    return tuple(letters)
+
+
+def parse_part_names(values: Iterable[Any]) -> list[PartName]:
+    """Read part names written by `str(PartName)`; malformed ones raise.
+
+    Raises:
+        FederationError: If one is not hash-offset-length, or too long.
+    """
+    names = []
+    for value in values:
+        fields = value.split("-") if isinstance(value, str) else []
+        if (
+            len(fields) != 3
+            or not _HASH.fullmatch(fields[0])
+            or not (
+                fields[1].isascii()
+                and fields[1].isdigit()
+                and fields[2].isascii()
+                and fields[2].isdigit()
+            )
+        ):
+            raise _malformed("a part's name", expected="hash-offset-length", got=value)
+        name = PartName(fields[0], int(fields[1]), int(fields[2]))
+        if not 0 < name.length <= MAX_PART_BYTES or name.offset > MAX_FILE_BYTES:
+            raise _malformed("a part's name", expected=f"1 to {MAX_PART_BYTES} bytes", got=value)
+        names.append(name)
+    return names

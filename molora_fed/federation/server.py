@@ -1,0 +1,294 @@
+"""`molora serve`: keeps the SuperLink, the mail-carrying run and the coordinator's worker alive."""
+
+import os
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from molora_fed.charter import load_charter
+from molora_fed.errors import FederationError
+from molora_fed.federation.events import FederationEvent, OnEvent
+from molora_fed.federation.fleet import CONNECTED, Fleet
+from molora_fed.federation.flower_run import submit_run
+from molora_fed.federation.gateway import DEFAULT_PORT, check_loopback
+from molora_fed.federation.homes import COORDINATOR_HOME, ContributorBox, CoordinatorHome
+from molora_fed.federation.mailbox import hold_lock, read_json
+from molora_fed.federation.supervise import (
+    ProcessGroup,
+    Restarts,
+    build_flower_environment,
+    check_port_free,
+    is_healthy,
+    is_running,
+    parse_answer,
+    raise_recorded,
+    sigterm_as_interrupt,
+)
+from molora_fed.storage.settings import count_cores
+
+__all__ = ["ServerSupervisor", "serve"]
+
+POLL_SECONDS = 0.3
+START_SECONDS = 60.0
+STALE_SECONDS = 30.0
+FIRST_PULSE_SECONDS = 60.0
+COORDINATOR_MODULE = "molora_fed.federation.coordinator"
+
+
+def serve(
+    cooperative: Path,
+    port: int = DEFAULT_PORT,
+    on_event: OnEvent = lambda event: None,
+    *,
+    host: str = "127.0.0.1",
+    threads: int | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Run a cooperative's server until it is told to stop.
+
+    Ctrl-C and SIGTERM (KeyboardInterrupt) end it too; either way no process is left behind, and
+    the same command goes on where it stopped.
+
+    Args:
+        cooperative: The coordinator's home, made by `molora coop create`.
+        port: Port of the server.
+        on_event: Receives what changes.
+        host: Loopback address to listen on.
+        threads: Threads of the coordinator's worker; None takes all cores.
+        stop: Set it to end.
+
+    Raises:
+        ConfigError: If the host is not this machine.
+        CharterError: If there is no cooperative in the folder.
+        PortTakenError: If the port is in use.
+        FederationError: If a server already runs on this folder, or its processes keep failing.
+        MoloraError: Whatever ended the coordinator's worker.
+    """
+    stop = stop or threading.Event()
+    supervisor = ServerSupervisor(cooperative, port, on_event, host=host, threads=threads)
+    with sigterm_as_interrupt(), supervisor:
+        while not stop.wait(POLL_SECONDS):
+            supervisor.poll()
+
+
+class ServerSupervisor:
+    """The server's processes; a context manager that leaves none behind.
+
+    Entering starts them, `poll` (about three times a second) watches and reports.
+
+    Args:
+        cooperative: The coordinator's home.
+        port: Port of the server.
+        on_event: Receives what changes.
+        host: Loopback address to listen on.
+        threads: Threads of the coordinator's worker; None takes all cores.
+        fleet: Which nodes the SuperLink has.
+    """
+
+    def __init__(
+        self,
+        cooperative: Path,
+        port: int,
+        on_event: OnEvent,
+        *,
+        host: str = "127.0.0.1",
+        threads: int | None = None,
+        fleet: Fleet = CONNECTED,
+    ) -> None:
+        check_loopback(host)
+        self.home = CoordinatorHome(cooperative)
+        self.address = f"{host}:{port}"
+        self._host, self._port = host, port
+        self._on_event = on_event
+        self._threads = threads or count_cores()
+        self._fleet = fleet
+        self._processes = ProcessGroup(self.home.logs, self.home.root / "processes.json")
+        self._lock = hold_lock(self.home.root / "serve.lock", what="a server")
+        self._restarts = Restarts()
+        self._submitted = 0.0
+        self._phase = ""
+        self._shown: dict[str, FederationEvent] = {}
+        self._problem = ""
+
+    def __enter__(self) -> "ServerSupervisor":
+        """Start everything; what was started ends again if something fails."""
+        load_charter(self.home.charter)
+        self._lock.__enter__()
+        try:
+            self._processes.end_leftovers()
+            self.home.remove_leftovers()
+            check_port_free(self._host, self._port)
+            self.home.stop_file.unlink(missing_ok=True)
+            self.home.error_file.unlink(missing_ok=True)
+            self.home.state_file.unlink(missing_ok=True)
+            self.home.board.prepare()
+            self.home.pulse.prepare()
+            self._emit(FederationEvent("STARTING", message=f"server on {self.address}"))
+            self._start_superlink()
+            self._start_coordinator()
+            self._submit_run()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End everything."""
+        self._stop()
+
+    @property
+    def phase(self) -> str:
+        """Phase of the cooperative as last reported by the coordinator's worker."""
+        return self._phase
+
+    def measure_mail_seconds(self) -> float:
+        """Processor seconds of the SuperLink and all it started, the carriers of letters."""
+        return self._processes.measure_seconds("superlink")
+
+    def poll(self) -> None:
+        """Look after the processes once, and report what changed.
+
+        Raises:
+            FederationError: If they keep failing.
+            MoloraError: Whatever ended the coordinator's worker.
+        """
+        self._processes.glance()
+        self._watch_coordinator()
+        self._watch_flower()
+        self._report()
+
+    def _emit(self, event: FederationEvent) -> None:
+        self._on_event(event)
+
+    def _start_superlink(self) -> None:
+        own = {COORDINATOR_HOME: str(self.home.root)}
+        env = build_flower_environment(self.home.root, **own, **self._fleet.environment)
+        # In memory: Flower's tables are transport, not truth, and SQLite locks under large parts.
+        command = [
+            "flower-superlink", "--insecure", "--host", self._host, "--port", str(self._port),
+            "--disable-runtime-dependency-installation", *self._fleet.superlink_options,
+        ]  # fmt: skip
+        self._processes.start("superlink", command, env)
+        deadline = time.monotonic() + START_SECONDS
+        while not is_healthy(self._host, self._port):
+            code = self._processes.exit_code("superlink")
+            if code is not None or time.monotonic() > deadline:
+                raise FederationError(
+                    f"Cannot start the server on {self.address}: expected a healthy SuperLink, "
+                    f"got {'no answer' if code is None else f'exit status {code}'}. "
+                    f"See {self._processes.log('superlink')}."
+                )
+            time.sleep(0.1)
+
+    def _start_coordinator(self) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", COORDINATOR_MODULE, str(self.home.root)]
+        self._processes.start("coordinator", command, env)
+
+    def _submit_run(self) -> None:
+        """Start the mail-carrying run; see `submit_run`."""
+        self.home.pulse.post("")  # what the one before left must not be taken for its own
+        submit_run(self.home, self.address, self._fleet)
+        self._submitted = time.monotonic()
+
+    def _watch_coordinator(self) -> None:
+        code = self._processes.exit_code("coordinator")
+        if code is None:
+            return
+        log = self._processes.log("coordinator")
+        if code > 0:
+            raise_recorded(
+                self.home.error_file,
+                otherwise=f"Cannot go on: expected the coordinator's worker to run, got exit "
+                f"status {code}. See {log}.",
+            )
+        self._restarts.note("the coordinator's worker", log)
+        self._warn(f"the coordinator's worker ended with {code}; started again")
+        self._start_coordinator()
+
+    def _watch_flower(self) -> None:
+        """Restart the SuperLink or the run when they died.
+
+        Without its `flower-superexec` a SuperLink looks healthy and never starts a run again.
+        """
+        code = self._processes.exit_code("superlink")
+        if code is not None or not self._processes.has_descendant("superlink", "flower-superexec"):
+            self._restarts.note("the SuperLink", self._processes.log("superlink"))
+            self._warn("the SuperLink ended; started again")
+            self._processes.stop("superlink", grace_seconds=2.0)
+            self._start_superlink()
+            self._submit_run()
+            return
+        age = time.monotonic() - self._submitted
+        pulse = parse_answer(self.home.pulse.read())
+        silent = time.time() - pulse["time"] if "time" in pulse else age
+        is_gone = "pid" in pulse and not is_running(int(pulse["pid"]))
+        if is_gone or (age > FIRST_PULSE_SECONDS and silent > STALE_SECONDS):
+            self._restarts.note("the mail-carrying run", self._processes.log("superlink"))
+            self._warn("the mail-carrying run ended; submitted again")
+            self._submit_run()
+
+    def _warn(self, message: str) -> None:
+        self._emit(FederationEvent(self._phase or "STARTING", message=message, problem=True))
+
+    def _report(self) -> None:
+        """Emit an event for whatever changed in the coordinator's state and the mailboxes."""
+        problem = self.home.board.read() or self.home.worker_board.read()
+        if problem != self._problem:
+            self._problem = problem
+            recovered = "the disk takes data again; going on"
+            self._emit(
+                FederationEvent(self._phase, message=problem or recovered, problem=bool(problem))
+            )
+        state = self.home.read_state()
+        self._phase = state.get("phase", self._phase)
+        events = [FederationEvent(**state)] if state else []
+        events += [_describe(box) for box in self.home.contributors()]
+        for event in events:
+            if self._shown.get(event.contributor) != event:
+                self._shown[event.contributor] = event
+                self._emit(event)
+
+    def _stop(self) -> None:
+        """Ask the run to end, then end every process."""
+        try:
+            self.home.mail.mkdir(parents=True, exist_ok=True)
+            self.home.stop_file.touch()
+            self._wait_for_carrier()
+        except OSError:
+            pass  # on a full disk the run is ended by signal like the rest
+        try:
+            self._processes.stop_all()
+        finally:
+            self._lock.__exit__(None, None, None)
+            self._emit(FederationEvent("STOPPED", message="server stopped"))
+
+    def _wait_for_carrier(self) -> None:
+        """Let the run that was asked to end do so by itself, for a while."""
+        carrier = parse_answer(self.home.pulse.read()).get("pid")
+        deadline = time.monotonic() + self._fleet.farewell_seconds
+        while carrier is not None and is_running(int(carrier)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def _describe(box: ContributorBox) -> FederationEvent:
+    """One contributor as the server sees it."""
+    state = read_json(box.state_file) or {}
+    problem = str(state.pop("problem", ""))
+    last_phase = str(state.pop("phase", "JOINING"))
+    refusal = read_json(box.refusal_file) or {}
+    offer = read_json(box.offer_file) or {}
+    ledger_state = ""
+    if offer:
+        acknowledgement = read_json(box.acknowledgement_file(offer["id"])) or {}
+        ledger_state = str(acknowledgement.get("state", ""))
+    event = FederationEvent(
+        phase="DONE" if box.delivered_file.exists() else last_phase,
+        contributor=box.name,
+        state=ledger_state,
+        **state,
+    )
+    bad_news = problem or str(refusal.get("reason", ""))
+    return replace(event, message=bad_news, problem=True) if bad_news else event

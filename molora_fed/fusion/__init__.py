@@ -1,0 +1,1 @@
+"""Plan, fuse, guard against collapse, result."""

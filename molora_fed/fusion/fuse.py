@@ -1,0 +1,306 @@
+"""Fusing: admitted contributions in; a fused model, scored forecasts and one evaluation out.
+
+The order is the protocol: bank on calibration blocks; forecasts written down; routers fitted under
+the collapse guard; held-out blocks read once; forecasts scored; the fused model saved. `molora
+fuse` and the federation's server call the same function.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from molora_fed.adapters.updates import Adapter
+from molora_fed.bank import (
+    CalibrationBank,
+    HeldOutBank,
+    build_calibration_bank,
+    build_held_out_bank,
+)
+from molora_fed.charter import Charter
+from molora_fed.contributions.contributed import Contributed
+from molora_fed.errors import RoutingError
+from molora_fed.evaluation.evaluate import Evaluation, compute_domain_losses, evaluate
+from molora_fed.forecasting.records import ForecastRecord, make_forecasts, score_forecasts
+from molora_fed.fusion.collapse import GuardedRouter, choose_published, fit_guarded
+from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, plan_fusion
+from molora_fed.fusion.result import Outcome, build_result
+from molora_fed.models.base import Base
+from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.routing.bundle import save_fused
+from molora_fed.routing.fused import FusedExpert, FusedModel
+from molora_fed.storage.files import write_json
+from molora_fed.types import Case, LossMatrix, Progress, Reference
+
+__all__ = ["PHASES", "Control", "FusionResult", "fuse", "measure_loss_matrix"]
+
+PHASES = ("calibration-bank", "forecasts", "routers", "held-out-bank", "evaluation", "saving")
+"""What `on_phase` is told, in order; also the keys of `seconds`."""
+
+FORECASTS_FILE = "forecasts.json"
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """A model of equal total cost that is reported beside the fused one.
+
+    Attributes:
+        adapter: What it adds to the base: the base continued on the pooled train text.
+        compute: Its cost, e.g. steps and tokens.
+    """
+
+    adapter: Adapter
+    compute: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class FusionResult:
+    """What a fusion gives.
+
+    Attributes:
+        result: Content of report.json as far as fusing knows it (docs/report.schema.json); also
+            in `result.json` of the folder.
+        fused: The fused model.
+        fused_folder: Where it was saved.
+        forecasts: Scored forecasts.
+        evaluation: Held-out losses by document cluster.
+    """
+
+    result: dict[str, Any]
+    fused: FusedModel
+    fused_folder: Path
+    forecasts: tuple[ForecastRecord, ...]
+    evaluation: Evaluation
+
+
+@dataclass
+class _Clock:
+    """Names the phase that runs and how long each took."""
+
+    on_phase: Callable[[str], None] | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self.on_phase is not None:
+            self.on_phase(name)
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
+
+
+def measure_loss_matrix(bank: CalibrationBank, own_domain: Mapping[str, str]) -> LossMatrix:
+    """Losses of base and specialists on calibration blocks, for forecasts.
+
+    Args:
+        bank: Calibration bank with all specialists as experts.
+        own_domain: Domain each specialist was trained on, by expert name.
+    """
+    specialists = {
+        name: compute_domain_losses(bank, bank.expert_nll(index))
+        for index, name in enumerate(bank.expert_names)
+        if name in own_domain
+    }
+    base = compute_domain_losses(bank, bank.base_nll())
+    return LossMatrix(bank.domains, base, specialists, dict(own_domain))
+
+
+def fuse(
+    base: Base,
+    charter: Charter,
+    contributions: Sequence[Contributed],
+    folder: Path,
+    *,
+    plugins: Plugins | None = None,
+    seed: int | None = None,
+    control: Control | None = None,
+    on_phase: Callable[[str], None] | None = None,
+    on_forecasts: Callable[[Sequence[ForecastRecord]], None] | None = None,
+    progress: Progress | None = None,
+) -> FusionResult:
+    """Fuse contributions under a charter.
+
+    Args:
+        base: The charter's base checkpoint.
+        charter: Decides experts, routers, mixture and batch size.
+        contributions: Admitted contributions, in any order.
+        folder: Receives `bank/`, `forecasts.json`, `fused/` and `result.json`. Killed and called
+            again, it goes on with the columns that are missing from the bank.
+        plugins: Where routers, adapter kinds and gain predictors are registered; the installed
+            ones if None.
+        seed: Of routers and bootstraps; the amendment's if None.
+        control: A model of equal cost to report beside the fused one.
+        on_phase: Told the phase of `PHASES` that begins.
+        on_forecasts: Receives the forecasts before any router is fitted, so that a ledger can
+            commit them; again, scored, after the evaluation.
+        progress: Receives progress within a phase.
+
+    Returns:
+        The saved fused model with everything that was measured.
+
+    Raises:
+        BaseCheckpointError: If the base is not the charter's.
+        CharterError: If a router's options are wrong.
+        ConfigError: If contributions clash or lack blocks.
+        RoutingError: If a router cannot be fitted; MoloraError in general for what the bank, the
+            adapters and the disk refuse.
+    """
+    plugins = plugins or get_plugins()
+    seed = charter.amendment.seed if seed is None else seed
+    plan = plan_fusion(base, charter, contributions, plugins)
+    clock = _Clock(on_phase)
+    with clock.phase("calibration-bank"):
+        bank = build_calibration_bank(
+            folder / "bank", base, plan.experts, plan.measured, progress=progress, **plan.bank
+        )
+    with clock.phase("forecasts"):
+        matrix = measure_loss_matrix(bank, plan.own_domain)
+        case = Case(matrix, group=charter.identity_hash)
+        forecasts = make_forecasts(case, plan.router, plugins)
+        _record(forecasts, folder, on_forecasts)
+    with clock.phase("routers"):
+        guarded, left_out = _fit_routers(plan, bank, charter, seed, progress)
+        published = choose_published(guarded, plan.router, charter.amendment.fusion.fallback)
+    with clock.phase("held-out-bank"):
+        held_out = build_held_out_bank(
+            folder / "bank", base, plan.experts, plan.held_out, progress=progress, **plan.bank
+        )
+        adapters = plan.load_adapters()
+        baselines = dict(_measure_merges(plan, held_out, adapters, charter, seed))
+        if control is not None:
+            baselines["control"] = held_out.add_column("control", control.adapter)
+    with clock.phase("evaluation"):
+        routers = {name: found.router for name, found in guarded.items()}
+        evaluation = evaluate(held_out, routers, baselines, seed=seed, progress=progress)
+        measured = evaluation.to_json()
+        forecasts = score_forecasts(forecasts, _name_gains(measured["gain_percent"]))
+        _record(forecasts, folder, on_forecasts)
+    with clock.phase("saving"):
+        fused = _build_fused(base, plan, adapters, published, routers[published])
+        fused_folder = folder / "fused"
+        save_fused(fused, fused_folder, adapters=plan.adapter_folders)
+    outcome = Outcome(
+        plan=plan,
+        fused=fused,
+        measured=measured,
+        forecasts=forecasts,
+        guard=_describe_guard(guarded, left_out, plan.router, published),
+        seconds=clock.seconds,
+        folder=folder,
+        control=None if control is None else control.compute,
+    )
+    result = build_result(outcome, charter, seed)
+    write_json(folder / RESULT_FILE, result)
+    return FusionResult(result, fused, fused_folder, tuple(forecasts), evaluation)
+
+
+def _measure_merges(
+    plan: FusionPlan,
+    bank: HeldOutBank,
+    adapters: Sequence[Adapter | None],
+    charter: Charter,
+    seed: int,
+) -> Iterator[tuple[str, Tensor]]:
+    """Losses (N, T-1) of the charter's merges by name in reports."""
+    specialists = [adapter for adapter in adapters if adapter is not None]
+    for name in charter.amendment.fusion.merges:
+        merged = plan.plugins.merges.resolve(name)(specialists, name=name, seed=seed)
+        yield "weight_average" if name == "average" else name, bank.add_column(name, merged)
+
+
+def _record(
+    forecasts: Sequence[ForecastRecord],
+    folder: Path,
+    on_forecasts: Callable[[Sequence[ForecastRecord]], None] | None,
+) -> None:
+    """On disk first, then to whoever keeps the ledger."""
+    write_json(folder / FORECASTS_FILE, [record.to_json() for record in forecasts])
+    if on_forecasts is not None:
+        on_forecasts(forecasts)
+
+
+def _fit_routers(
+    plan: FusionPlan,
+    bank: CalibrationBank,
+    charter: Charter,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[dict[str, GuardedRouter[Any]], dict[str, dict[str, Any]]]:
+    """Fit every router; those that learn are left out where no calibration blocks are pooled."""
+    rules = charter.amendment.fusion
+    guarded: dict[str, GuardedRouter[Any]] = {}
+    left_out: dict[str, dict[str, Any]] = {}
+    for name, (router_class, options) in plan.routers.items():
+        found = fit_guarded(
+            router_class,
+            bank,
+            options,
+            seed,
+            collapse_nats=rules.collapse_nats,
+            restarts=rules.restarts,
+            progress=progress,
+        )
+        if plan.is_pooled or not found.router.state_tensors():
+            guarded[name] = found
+        elif name == plan.router:
+            raise RoutingError(
+                f"Cannot fit router '{name}': expected calibration blocks, got none from any "
+                "contributor. Fuse with 'evidence-zero', or ask for calibration blocks."
+            )
+        else:
+            left_out[name] = {"left_out": "it learns, and no calibration blocks are pooled"}
+    return guarded, left_out
+
+
+def _describe_guard(
+    guarded: Mapping[str, GuardedRouter[Any]],
+    left_out: Mapping[str, Mapping[str, Any]],
+    chosen: str,
+    published: str,
+) -> dict[str, Any]:
+    """The report's `guard`; a router that another was published for says so."""
+    described: dict[str, Any] = {name: found.to_json() for name, found in guarded.items()}
+    if published != chosen:
+        described[chosen]["replaced_by"] = published
+    return {**described, **left_out}
+
+
+def _name_gains(
+    gains: Mapping[str, Mapping[str, float]],
+) -> dict[str, dict[Reference, float]]:
+    """Gains by router and reference, from report.json's names."""
+    return {
+        router: {"best_alone": g["vs_best_alone"], "best_specialist": g["vs_best_specialist"]}
+        for router, g in gains.items()
+    }
+
+
+def _build_fused(
+    base: Base,
+    plan: FusionPlan,
+    adapters: Sequence[Adapter | None],
+    name: str,
+    router: Any,
+) -> FusedModel:
+    sources = {c.contributor: c for c in plan.contributions}
+    experts = []
+    for expert, adapter in zip(plan.experts, adapters, strict=True):
+        source = sources.get(expert.name)
+        experts.append(
+            FusedExpert(BASE_EXPERT, None)
+            if source is None
+            else FusedExpert(expert.name, adapter, source.domain, source.id)
+        )
+    return FusedModel(
+        base,
+        tuple(experts),
+        router,
+        name,
+        plan.bank["mixture"],
+        plan.rules.frozen_depth,
+    )

@@ -1,0 +1,201 @@
+"""What a fusion will do, checked before anything is computed."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from molora_fed.adapters.files import load_adapter
+from molora_fed.adapters.updates import Adapter
+from molora_fed.bank import Expert
+from molora_fed.charter import AdapterRules, Charter
+from molora_fed.contributions.contributed import Contributed
+from molora_fed.corpus.blocks import Blocks
+from molora_fed.errors import CharterError, ConfigError
+from molora_fed.models.base import Base, check_base
+from molora_fed.plugins import Plugins
+from molora_fed.routing.contract import OutputRouter, RouterOptions
+from molora_fed.routing.top_k import limit_experts
+from molora_fed.types import Reading
+
+__all__ = [
+    "BASE_EXPERT",
+    "FusionPlan",
+    "build_routers",
+    "plan_fusion",
+]
+
+
+BASE_EXPERT = "base"
+"""Name of the base as an expert; no contributor may have it."""
+
+
+@dataclass(frozen=True, eq=False)
+class FusionPlan:
+    """Everything a fusion needs, in its final order.
+
+    Attributes:
+        contributions: Sorted by contribution id.
+        experts: The base first if the charter says so, then the contributions.
+        router: Name of the router that is published, unless it collapses.
+        routers: Class and options by name; the published one first.
+        bank: Further arguments of both banks: readings, mixture, batch, frozen depth.
+        is_pooled: Whether contributors sent calibration blocks.
+        rules: The charter's limits on adapters.
+        plugins: Where adapter kinds are registered.
+    """
+
+    contributions: tuple[Contributed, ...]
+    experts: tuple[Expert, ...]
+    router: str
+    routers: Mapping[str, tuple[type[OutputRouter], RouterOptions]]
+    bank: Mapping[str, Any]
+    is_pooled: bool
+    rules: AdapterRules
+    plugins: Plugins
+
+    @property
+    def own_domain(self) -> dict[str, str]:
+        """Domain each specialist was trained on."""
+        return {c.contributor: c.domain for c in self.contributions}
+
+    @property
+    def adapter_folders(self) -> dict[str, Path]:
+        """Folder of each specialist's adapter."""
+        return {c.contributor: c.adapter for c in self.contributions}
+
+    @property
+    def measured(self) -> list[Blocks]:
+        """Calibration blocks; admission blocks where none are pooled."""
+        parts = (c.calibration if self.is_pooled else c.admission for c in self.contributions)
+        return [part for part in parts if part is not None]
+
+    @property
+    def held_out(self) -> list[Blocks]:
+        """Held-out blocks of every contributor."""
+        return [c.held_out for c in self.contributions]
+
+    def load_adapters(self) -> list[Adapter | None]:
+        """The experts' adapters, all in memory; None for the base."""
+        return [expert.load() for expert in self.experts]
+
+
+def plan_fusion(
+    base: Base, charter: Charter, contributions: Sequence[Contributed], plugins: Plugins
+) -> FusionPlan:
+    """Check everything that can be checked before the first forward pass.
+
+    Raises:
+        BaseCheckpointError: If the base is not the charter's.
+        CharterError: If the charter does not fuse by a router, or a router's options are wrong;
+            all of them are named.
+        ConfigError: If there is no contribution, names clash, or blocks are missing.
+        UnknownNameError: If nobody registers a router or a merge.
+    """
+    check_base(base, charter.identity.base)
+    _check_mode(charter)
+    ordered = tuple(sorted(contributions, key=lambda c: c.id))
+    rules, fusion = charter.identity.adapters, charter.amendment.fusion
+    is_pooled = _check_contributions(ordered)
+    routers = build_routers(charter, plugins)
+    for name in fusion.merges:
+        plugins.merges.entry(name)
+    readings: frozenset[Reading] = frozenset().union(
+        *(router.reads(options) for router, options in routers.values())
+    )
+    base_experts = [Expert(BASE_EXPERT, None)] if fusion.base_expert else []
+    specialists = [
+        Expert(
+            c.contributor,
+            partial(load_adapter, c.adapter, rules=rules, plugins=plugins, name=c.contributor),
+        )
+        for c in ordered
+    ]
+    return FusionPlan(
+        contributions=ordered,
+        experts=(*base_experts, *specialists),
+        router=fusion.router,
+        routers=routers,
+        bank={
+            "readings": readings,
+            "mixture": fusion.mixture,
+            "batch": charter.identity.corpus.evaluation_batch,
+            "frozen_depth": rules.frozen_depth,
+        },
+        is_pooled=is_pooled,
+        rules=rules,
+        plugins=plugins,
+    )
+
+
+def _check_mode(charter: Charter) -> None:
+    if charter.amendment.fusion.mode != "router":
+        raise CharterError(
+            f"Cannot fuse cooperative '{charter.identity.name}' by a router: expected fusion mode "
+            f"'router', got '{charter.amendment.fusion.mode}'. Use `molora evolve`, or amend "
+            "fusion.mode."
+        )
+
+
+def _check_contributions(contributions: Sequence[Contributed]) -> bool:
+    """Names and blocks; returns whether calibration blocks are pooled."""
+    if not contributions:
+        raise ConfigError(
+            "Cannot fuse: expected at least one admitted contribution, got none. "
+            "Wait for contributors, or look at why theirs were refused."
+        )
+    counts = Counter(c.contributor for c in contributions)
+    clashes = sorted(name for name, n in counts.items() if n > 1 or name == BASE_EXPERT)
+    if clashes:
+        raise ConfigError(
+            f"Cannot fuse: expected contributors of different names, none '{BASE_EXPERT}', "
+            f"got {', '.join(clashes)}. Rename or leave out one of them."
+        )
+    without = [c.contributor for c in contributions if not c.calibration]
+    if without and len(without) < len(contributions):
+        raise ConfigError(
+            "Cannot fuse: expected calibration blocks from every contributor or from none, "
+            f"got none from {', '.join(without)}. Leave them out, or ask for their blocks."
+        )
+    bare = [c.contributor for c in contributions if without and not c.admission]
+    if bare:
+        raise ConfigError(
+            "Cannot fuse: expected calibration or admission blocks to measure losses on, "
+            f"got none from {', '.join(bare)}. Ask for their blocks."
+        )
+    return not without
+
+
+def build_routers(
+    charter: Charter, plugins: Plugins
+) -> dict[str, tuple[type[OutputRouter], RouterOptions]]:
+    """Class and options of every router that a charter names; the published one first.
+
+    Raises:
+        CharterError: If its options are wrong; all of them are named.
+        UnknownNameError: If nobody registers a router.
+    """
+    fusion = charter.amendment.fusion
+    routers: dict[str, tuple[type[OutputRouter], RouterOptions]] = {}
+    last_resort = [fusion.fallback] if fusion.fallback else []
+    for name in dict.fromkeys((fusion.router, *fusion.compare, *last_resort)):
+        router = plugins.routers.resolve(name)
+        options = fusion.options if name == fusion.router else {}
+        if name == fusion.router and fusion.top_k is not None:
+            router = limit_experts(router, fusion.top_k)
+        try:
+            routers[name] = (router, router.Options.model_validate(options))
+        except ValidationError as error:
+            offenders = "; ".join(
+                f"{'.'.join(str(part) for part in item['loc']) or 'options'}: {item['msg']}"
+                for item in error.errors()
+            )
+            raise CharterError(
+                f"Cannot use router '{name}': expected options that it knows, got {offenders}. "
+                "Correct [amendment.fusion.options]."
+            ) from error
+    return routers

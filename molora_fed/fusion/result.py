@@ -1,0 +1,164 @@
+"""The result of a fusion in the form of report.json (docs/report.schema.json)."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molora_fed.adapters.updates import Adapter
+from molora_fed.charter import Charter
+from molora_fed.contributions.contributed import Contributed
+from molora_fed.corpus.blocks import Blocks
+from molora_fed.forecasting.records import ForecastRecord
+from molora_fed.fusion.plan import FusionPlan
+from molora_fed.routing.fused import FusedExpert, FusedModel
+from molora_fed.routing.top_k import TopKRouter
+
+__all__ = ["Outcome", "build_result"]
+
+FORMAT_VERSION = 1
+_LIBRARIES = (
+    "molora-fed", "numpy", "peft", "safetensors", "scipy", "tokenizers", "torch", "transformers",
+)  # fmt: skip
+_COMPUTE = ("steps", "tokens", "threads", "seconds", "parameters", "kind", "domain")
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a fusion did, before it is put into words.
+
+    Attributes:
+        plan: What was fused.
+        fused: The fused model.
+        measured: The evaluation's parts of the report.
+        forecasts: Scored forecasts.
+        guard: What the collapse guard did, by router.
+        seconds: Wall time by phase.
+        folder: Where bank and fused model lie.
+        control: Cost of the control; None without one.
+    """
+
+    plan: FusionPlan
+    fused: FusedModel
+    measured: Mapping[str, Any]
+    forecasts: Sequence[ForecastRecord]
+    guard: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    folder: Path
+    control: Mapping[str, Any] | None
+
+
+def build_result(outcome: Outcome, charter: Charter, seed: int) -> dict[str, Any]:
+    """Compose the content of report.json that fusing knows.
+
+    Args:
+        outcome: What was done and measured.
+        charter: Under which rules.
+        seed: Of routers and bootstraps.
+
+    Returns:
+        JSON values that satisfy docs/report.schema.json.
+    """
+    plan, fused = outcome.plan, outcome.fused
+    return {
+        **outcome.measured,
+        "format_version": FORMAT_VERSION,
+        "cooperative": charter.identity.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "router": fused.router_name,
+        "top_k": fused.router.top_k if isinstance(fused.router, TopKRouter) else None,
+        "mixture": fused.mixture,
+        "privacy_mode": charter.identity.privacy_mode,
+        "domains": sorted({c.domain for c in plan.contributions}),
+        "experts": [_describe_expert(expert) for expert in fused.experts],
+        "own_domain": plan.own_domain,
+        "guard": dict(outcome.guard),
+        "forecasts": {record.predictor: record.summary() for record in outcome.forecasts},
+        "contamination": _collect_contamination(plan),
+        "corpus": {c.contributor: _count_blocks(c.domain, _samples(c)) for c in plan.contributions},
+        "compute": _collect_compute(outcome),
+        "bytes": {
+            "adapters": {e.name: e.adapter.num_bytes for e in fused.experts if e.adapter},
+            "bank": _count_bytes(outcome.folder / "bank"),
+            "fused": _count_bytes(outcome.folder / "fused"),
+        },
+        "seconds": dict(outcome.seconds),
+        "threads": {"fuse": torch.get_num_threads()},
+        "fingerprints": {
+            "base": fused.base.weights,
+            "tokenizer": fused.base.tokenizer_fingerprint,
+            "charter": charter.identity_hash,
+            "contributions": {c.contributor: c.id for c in plan.contributions},
+            "adapters": {e.name: e.adapter.hash for e in fused.experts if e.adapter},
+            "calibration": {
+                c.contributor: c.calibration.fingerprint
+                for c in plan.contributions
+                if c.calibration
+            },
+            "held_out": {c.contributor: c.held_out.fingerprint for c in plan.contributions},
+        },
+        "versions": {
+            **{name: version(name) for name in _LIBRARIES},
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _describe_expert(expert: FusedExpert) -> dict[str, Any]:
+    adapter: Adapter | None = expert.adapter
+    return {
+        "name": expert.name,
+        "domain": expert.domain,
+        "contribution": expert.contribution,
+        "kind": None if adapter is None else adapter.kind,
+        "rank": None if adapter is None else adapter.max_rank or None,
+        "bytes": 0 if adapter is None else adapter.num_bytes,
+    }
+
+
+def _collect_contamination(plan: FusionPlan) -> dict[str, float]:
+    """The worst of a domain's contributors, where it is known."""
+    worst: dict[str, float] = {}
+    for c in plan.contributions:
+        if c.contamination is not None:
+            worst[c.domain] = max(worst.get(c.domain, 0.0), c.contamination)
+    return worst
+
+
+def _samples(contributed: Contributed) -> list[Blocks]:
+    parts = (contributed.calibration, contributed.admission, contributed.held_out)
+    return [part for part in parts if part is not None]
+
+
+def _count_blocks(domain: str, samples: Sequence[Blocks]) -> dict[str, Any]:
+    counts = {str(s.split): {"blocks": len(s), "tokens": int(s.tokens.size)} for s in samples}
+    return {"domain": domain, **counts}
+
+
+def _collect_compute(outcome: Outcome) -> dict[str, Any]:
+    """Training cost where steps and tokens are known."""
+    trainings: dict[str, Any] = {
+        c.contributor: {"domain": c.domain, **c.training} for c in outcome.plan.contributions
+    }
+    contributors = {name: _pick_compute(record) for name, record in trainings.items()}
+    compute: dict[str, Any] = {"contributors": {n: c for n, c in contributors.items() if c}}
+    for name, record in (("base", outcome.fused.base.training), ("control", outcome.control)):
+        if found := _pick_compute(record or {}):
+            compute[name] = found
+    return compute
+
+
+def _pick_compute(record: Mapping[str, Any]) -> dict[str, Any]:
+    if not {"steps", "tokens"} <= record.keys():
+        return {}
+    return {name: record[name] for name in _COMPUTE if name in record}
+
+
+def _count_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,1 @@
+"""Using a fused or evolved model: open, generate, evaluate texts."""

@@ -1,0 +1,160 @@
+"""A fused or evolved model on anyone's own text, through the one evaluator."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from molora_fed.bank import Expert, build_held_out_bank
+from molora_fed.corpus.blocks import Blocks, pack_documents
+from molora_fed.corpus.clusters import cluster_documents
+from molora_fed.corpus.documents import read_documents
+from molora_fed.errors import ConfigError, CorpusError
+from molora_fed.evaluation.evaluate import Evaluation, evaluate
+from molora_fed.routing.fused import FusedModel
+from molora_fed.types import Progress, Split
+
+if TYPE_CHECKING:
+    from molora_fed.models.base import Base
+    from molora_fed.population.bundle import EvolvedModel
+
+__all__ = ["evaluate_evolved_texts", "evaluate_texts"]
+
+
+def evaluate_texts(
+    fused: FusedModel,
+    data: Mapping[str, Sequence[Path]],
+    *,
+    block_size: int = 128,
+    batch: int = 16,
+    seed: int = 42,
+    on_phase: Callable[[str], None] = lambda phase: None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure base, specialists and fused model on texts.
+
+    All text counts as held-out: that none of it was trained on is for the caller to know.
+
+    Args:
+        fused: The fused model.
+        data: Files and folders by a name of the text.
+        block_size: T, tokens per block.
+        batch: Blocks per forward pass.
+        seed: Of clusters and bootstraps.
+        on_phase: Told what begins.
+        progress: Receives progress within a phase.
+
+    Raises:
+        ConfigError: If blocks are longer than the base's positions.
+        CorpusError: If a text cannot be read, or is shorter than one block.
+        StorageError: If the temporary disk has no room.
+    """
+    blocks = _read_all(fused.base, data, block_size, seed, on_phase, progress)
+    on_phase("measuring")
+    with tempfile.TemporaryDirectory(prefix="molora-bank-") as temporary:
+        bank = build_held_out_bank(
+            Path(temporary),
+            fused.base,
+            [Expert(expert.name, expert.adapter) for expert in fused.experts],
+            blocks,
+            readings=fused.router.reads(fused.router.options),
+            mixture=fused.mixture,
+            batch=batch,
+            frozen_depth=fused.frozen_depth,
+            progress=progress,
+        )
+        return evaluate(bank, {fused.router_name: fused.router}, seed=seed)
+
+
+def evaluate_evolved_texts(
+    evolved: "EvolvedModel",
+    data: Mapping[str, Sequence[Path]],
+    *,
+    block_size: int = 128,
+    batch: int = 16,
+    seed: int = 42,
+    on_phase: Callable[[str], None] = lambda phase: None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure base, each slot alone and the population on texts; see `evaluate_texts`.
+
+    Args:
+        evolved: The evolved model.
+        data: Files and folders by a name of the text.
+        block_size: T, tokens per block.
+        batch: Blocks per forward pass.
+        seed: Of clusters and bootstraps.
+        on_phase: Told what begins.
+        progress: Receives progress within a phase.
+
+    Raises:
+        ConfigError: If blocks are longer than the base's positions.
+        CorpusError: If a text cannot be read, or is shorter than one block.
+        StorageError: If the temporary disk has no room.
+    """
+    from molora_fed.population.evaluation import evaluate_population
+
+    blocks = _read_all(evolved.base, data, block_size, seed, on_phase, progress)
+    on_phase("measuring")
+    with tempfile.TemporaryDirectory(prefix="molora-states-") as temporary:
+        return evaluate_population(
+            evolved, blocks, Path(temporary), batch=batch, seed=seed, progress=progress
+        )
+
+
+def _read_all(
+    base: "Base",
+    data: Mapping[str, Sequence[Path]],
+    block_size: int,
+    seed: int,
+    on_phase: Callable[[str], None],
+    progress: Progress | None,
+) -> list[Blocks]:
+    """All texts as held-out blocks.
+
+    Raises:
+        ConfigError: If blocks are longer than the base's positions.
+        CorpusError: If a text is shorter than one block.
+    """
+    positions = getattr(base.model.config, "max_position_embeddings", None)
+    if positions is not None and block_size > positions:
+        raise ConfigError(
+            f"Cannot evaluate in blocks of {block_size} tokens: expected at most the base's "
+            f"{positions} positions, got more. Choose smaller blocks."
+        )
+    blocks = []
+    for name, paths in data.items():
+        on_phase(f"reading {name}")
+        blocks.append(_read_blocks(base, name, paths, block_size, seed, progress))
+    return blocks
+
+
+def _read_blocks(
+    base: "Base",
+    name: str,
+    paths: Sequence[Path],
+    block_size: int,
+    seed: int,
+    progress: Progress | None,
+) -> Blocks:
+    """One text as held-out blocks, near-duplicates clustered for the intervals.
+
+    Raises:
+        CorpusError: If it is shorter than one block.
+    """
+    documents = list(read_documents(paths))
+    packed = pack_documents(
+        documents,
+        cluster_documents(documents, seed=seed, progress=progress),
+        base.tokenizer,
+        domain=name,
+        split=Split.HELD_OUT,
+        block_size=block_size,
+    )
+    if len(packed) == 0:
+        characters = sum(len(document.text) for document in documents)
+        raise CorpusError(
+            f"Cannot evaluate on '{name}': expected at least one block of {block_size} tokens, "
+            f"got {characters} characters in all. Add text, or choose smaller blocks."
+        )
+    return packed

@@ -1,0 +1,1 @@
+"""The base checkpoint: its files, layers, forward passes, precision and threads."""

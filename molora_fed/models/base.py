@@ -1,0 +1,287 @@
+"""The base checkpoint: load, check, fetch, or make the built-in one."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from molora_fed.charter import BaseIdentity
+from molora_fed.errors import BaseCheckpointError, describe_mismatch
+from molora_fed.models.base_files import (
+    copy_checkpoint,
+    download_checkpoint,
+    find_weight_files,
+    fingerprint_tokenizer,
+    fingerprint_weights,
+    load_json_file,
+    quiet_transformers,
+)
+from molora_fed.storage.files import replace_folder, write_json
+
+__all__ = [
+    "Base",
+    "check_base",
+    "fetch_base",
+    "fingerprint_tokenizer",
+    "fingerprint_weights",
+    "load_base",
+    "load_model",
+]
+
+
+FORMAT_VERSION = 1
+CARD_FILE = "base.json"
+_HUB_SOURCE = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w./-]+)")
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A loaded base checkpoint.
+
+    Attributes:
+        folder: Where it lies.
+        model: Hugging Face causal LM in eval mode, no parameter requiring gradients.
+        tokenizer: Its tokenizer.
+        weights: Fingerprint of the weights.
+        tokenizer_fingerprint: Fingerprint of the tokenizer's files.
+        id: Name for people.
+        revision: Revision for people.
+        training: How the built-in base was trained: steps, tokens, validation loss by domain,
+            settings, versions; None for any other.
+    """
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    weights: str
+    tokenizer_fingerprint: str
+    id: str
+    revision: str
+    training: Mapping[str, Any] | None
+
+    @property
+    def hidden_size(self) -> int:
+        """D, width of the hidden state that enters the output head."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    def identity(self) -> BaseIdentity:
+        """What a charter says about it."""
+        return BaseIdentity(
+            id=self.id,
+            revision=self.revision,
+            weights=self.weights,
+            tokenizer=self.tokenizer_fingerprint,
+        )
+
+
+def check_base(base: Base, identity: BaseIdentity) -> None:
+    """Check that a base is the one a charter names.
+
+    Raises:
+        BaseCheckpointError: If a fingerprint differs; names expected and got.
+    """
+    pairs = {
+        "weights": (identity.weights, base.weights),
+        "tokenizer": (identity.tokenizer, base.tokenizer_fingerprint),
+    }
+    wrong = {part: pair for part, pair in pairs.items() if pair[0] != pair[1]}
+    if wrong:
+        raise BaseCheckpointError(
+            describe_mismatch(
+                f"Cannot use base '{base.folder}'",
+                expected=f"{identity.id} with " + _list({p: e for p, (e, _) in wrong.items()}),
+                got=_list({p: g for p, (_, g) in wrong.items()}),
+                fix="Fetch the cooperative's base.",
+            )
+        )
+
+
+def _list(fingerprints: Mapping[str, str]) -> str:
+    return " and ".join(f"{part} {value}" for part, value in fingerprints.items())
+
+
+def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
+    """Load a checkpoint from a folder: safetensors only, none of its own code.
+
+    Args:
+        folder: Hugging Face checkpoint with its tokenizer, optionally with `base.json`.
+        dtype: Dtype of the model in memory; fingerprints are over the files.
+
+    Raises:
+        BaseCheckpointError: If anything is missing, malformed, needs code of its own, does not
+            cover all of the model's parameters, or differs from what `base.json` says.
+    """
+    what = f"Cannot load base checkpoint '{folder}'"
+    weights = fingerprint_weights(folder)
+    tokenizer_fingerprint = fingerprint_tokenizer(folder)
+    model = load_model(folder, dtype=dtype)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+    except Exception as error:  # transformers raises many kinds on malformed folders
+        reason = " ".join(str(error).split())[:300]
+        raise BaseCheckpointError(
+            f"{what}: expected a causal language model with its tokenizer, "
+            f"got {type(error).__name__}: {reason} Check config.json and the tokenizer's files."
+        ) from error
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise BaseCheckpointError(
+            f"{what}: expected a tokenizer of at most {vocabulary} tokens, got {len(tokenizer)}. "
+            "Put the tokenizer of these weights beside them."
+        )
+    card = load_json_file(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
+    base = Base(
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        weights=weights,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        id=str(card.get("id", folder.resolve().name)),
+        revision=str(card.get("revision", "")),
+        training=card.get("training"),
+    )
+    if card:
+        check_base(base, _read_identity(card, folder))
+    return base
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a checkpoint's model alone: safetensors only, none of its own code.
+
+    Args:
+        folder: Hugging Face checkpoint.
+        dtype: Dtype of the model in memory.
+
+    Returns:
+        The model in evaluation mode, with no parameter requiring gradients.
+
+    Raises:
+        BaseCheckpointError: If weights are missing, malformed, need code of their own or do not
+            cover all of the model's parameters.
+    """
+    what = f"Cannot load checkpoint '{folder}'"
+    find_weight_files(folder)
+    try:
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers raises many kinds on malformed folders
+        reason = " ".join(str(error).split())[:300]
+        raise BaseCheckpointError(
+            f"{what}: expected a causal language model with its tokenizer, "
+            f"got {type(error).__name__}: {reason} Check config.json and the tokenizer's files."
+        ) from error
+    missing = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
+    if missing:
+        raise BaseCheckpointError(
+            f"{what}: expected all parameters of {type(model).__name__}, got none or another "
+            f"shape for {', '.join(missing[:5])} ({len(missing)} in all). Fetch it again."
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _read_identity(card: Mapping[str, Any], folder: Path) -> BaseIdentity:
+    try:
+        return BaseIdentity(**{k: card[k] for k in ("id", "revision", "weights", "tokenizer")})
+    except (KeyError, ValueError) as error:
+        raise BaseCheckpointError(
+            f"Cannot read base checkpoint '{folder}': expected id, revision and fingerprints in "
+            f"'{CARD_FILE}', got {' '.join(str(error).split())[:200]}. Fetch the base again."
+        ) from error
+
+
+def write_card(folder: Path, name: str, revision: str, training: Mapping[str, Any] | None) -> None:
+    """Write down what a base is: id, revision, fingerprints of its files, how it was trained.
+
+    Args:
+        folder: The base's checkpoint.
+        name: Its id.
+        revision: Its revision.
+        training: Record of its training; None if it was not trained here.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    card = {
+        "format_version": FORMAT_VERSION,
+        "id": name,
+        "revision": revision,
+        "weights": fingerprint_weights(folder),
+        "tokenizer": fingerprint_tokenizer(folder),
+        "training": training,
+    }
+    write_json(folder / CARD_FILE, card)
+
+
+def fetch_base(source: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
+    """Copy a base into a folder, from another folder or from the Hugging Face Hub, and load it.
+
+    Files are copied byte by byte, so everyone who fetches the same source has the same
+    fingerprints. A base that was fetched before is loaded without asking again.
+
+    Args:
+        source: A local folder, or "ID@REVISION" on the Hub.
+        folder: Target; absent, empty, or holding the same base.
+        dtype: Dtype of the model in memory.
+
+    Raises:
+        BaseCheckpointError: If there is no such source, it cannot be loaded, or the target holds
+            something else; nothing is left half-copied.
+        StorageError: If the disk refuses.
+    """
+    hub = _HUB_SOURCE.fullmatch(source)
+    is_local = Path(source).is_dir()
+    if not is_local and hub is None:
+        raise BaseCheckpointError(
+            f"Cannot fetch base '{source}': expected a folder, or ID@REVISION of the Hugging Face "
+            "Hub, got neither. Name a revision, e.g. EleutherAI/pythia-70m@main."
+        )
+    card: Mapping[str, Any] = {}
+    if is_local:
+        local = Path(source)
+        if local.resolve() == folder.resolve():
+            return load_base(folder, dtype=dtype)
+        card = load_json_file(local / CARD_FILE) if (local / CARD_FILE).exists() else {}
+    name = hub["id"] if hub and not is_local else str(card.get("id", Path(source).resolve().name))
+    revision = hub["revision"] if hub and not is_local else str(card.get("revision", ""))
+    if (folder / CARD_FILE).exists():
+        base = load_base(folder, dtype=dtype)
+        if (base.id, base.revision) == (name, revision) and (
+            not is_local or fingerprint_weights(Path(source)) == base.weights
+        ):
+            return base
+    check_free(folder)
+    origin = Path(source) if is_local else download_checkpoint(name, revision)
+    with replace_folder(folder) as target:
+        copy_checkpoint(origin, target)
+        write_card(target, name, revision, card.get("training"))
+        base = load_base(target, dtype=dtype)
+    return replace(base, folder=folder)
+
+
+def check_free(folder: Path, *allowed: str) -> None:
+    """Check that a folder may be replaced.
+
+    Raises:
+        BaseCheckpointError: If it holds anything but the allowed names.
+    """
+    found = sorted({p.name for p in folder.iterdir()} - set(allowed)) if folder.is_dir() else []
+    if found or (folder.exists() and not folder.is_dir()):
+        raise BaseCheckpointError(
+            f"Cannot put a base into '{folder}': expected an empty or absent folder, or the same "
+            f"base, got {', '.join(found[:5]) or 'a file'}. Choose another folder."
+        )

@@ -1,0 +1,360 @@
+"""Specialists: the base trained on one domain and shipped as an adapter."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molora_fed.adapters.compatibility import applied
+from molora_fed.adapters.contract import open_kind
+from molora_fed.adapters.files import load_adapter
+from molora_fed.adapters.updates import Adapter
+from molora_fed.charter import AdapterRules, TrainingRules
+from molora_fed.corpus.blocks import Blocks
+from molora_fed.errors import TrainingError, describe_mismatch
+from molora_fed.models.base import Base
+from molora_fed.models.forward import compute_block_losses
+from molora_fed.models.runtime import limit_threads
+from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.storage.files import canonical_json, hash_bytes, write_json
+from molora_fed.training.loop import CHECKPOINT_NAME, METRICS_NAME, TrainConfig, train
+from molora_fed.types import Progress
+
+__all__ = [
+    "AdapterJob",
+    "Specialist",
+    "build_config",
+    "load_specialist",
+    "run_job",
+    "train_specialist",
+]
+
+FORMAT_VERSION = 1
+WATCHED_BLOCKS = 64  # validation blocks looked at during training; the record's losses are on all
+_ADAPTER_FOLDER = "adapter"
+_RECORD = "record.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Specialist:
+    """A trained specialist on disk.
+
+    Attributes:
+        folder: Holds `adapter/`, `record.json` and `metrics.jsonl`.
+        domain: Domain it was trained on; the control names all of them, joined by "+".
+        kind: Adapter kind.
+        base_loss: The base's loss on all validation blocks, nats per token.
+        loss: Its own loss on the same blocks, measured on the adapter read back from disk.
+        adapter_hash: Hash of the adapter's files.
+        record: Settings, seeds, steps, tokens, threads, dtype, versions, fingerprints; JSON values
+            without wall times.
+    """
+
+    folder: Path
+    domain: str
+    kind: str
+    base_loss: float
+    loss: float
+    adapter_hash: str
+    record: Mapping[str, Any]
+
+    @property
+    def adapter_folder(self) -> Path:
+        """Folder of the adapter's files."""
+        return self.folder / _ADAPTER_FOLDER
+
+    @property
+    def metrics_file(self) -> Path:
+        """JSON lines of the training run."""
+        return self.folder / METRICS_NAME
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterJob:
+    """One adapter to train.
+
+    Attributes:
+        base: The base; it stays as it is.
+        domain: Name kept in the record.
+        train_tokens: Blocks to train on, (N, T).
+        validation_tokens: Blocks the record's losses are measured on, (N', T).
+        watched_tokens: Blocks the best weights are chosen by, (N'', T).
+        kind: Adapter kind.
+        rank: R of low-rank kinds.
+        rules: Limits of the adapter.
+        config: Settings of the loop.
+        options: Options of the kind.
+    """
+
+    base: Base
+    domain: str
+    train_tokens: NDArray[np.int32]
+    validation_tokens: NDArray[np.int32]
+    watched_tokens: NDArray[np.int32]
+    kind: str
+    rank: int
+    rules: AdapterRules
+    config: TrainConfig
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """The inputs as JSON values."""
+        settings = {name: value for name, value in asdict(self.config).items() if name != "threads"}
+        return {
+            "format_version": FORMAT_VERSION,
+            "domain": self.domain,
+            "kind": self.kind,
+            "rank": self.rank,
+            "frozen_depth": self.rules.frozen_depth,
+            "base_weights": self.base.weights,
+            "base_tokenizer": self.base.tokenizer_fingerprint,
+            "train_blocks": _hash_tokens(self.train_tokens),
+            "validation_blocks": _hash_tokens(self.validation_tokens),
+            "num_train_blocks": len(self.train_tokens),
+            "num_validation_blocks": len(self.validation_tokens),
+            "settings": settings,
+            # Left out where empty: so are they in records from before there were any.
+            **({"options": dict(self.options)} if self.options else {}),
+        }
+
+
+def _hash_tokens(tokens: NDArray[np.int32]) -> str:
+    head = canonical_json(list(tokens.shape))
+    return hash_bytes(head + np.ascontiguousarray(tokens).tobytes())
+
+
+def load_specialist(folder: Path) -> Specialist:
+    """Read a finished specialist's record.
+
+    Raises:
+        TrainingError: If there is none, or it is malformed.
+    """
+    path = folder / _RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Specialist(
+            folder=folder,
+            domain=str(record["domain"]),
+            kind=str(record["kind"]),
+            base_loss=float(record["base_loss"]),
+            loss=float(record["loss"]),
+            adapter_hash=str(record["adapter_hash"]),
+            record=record,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"Cannot read specialist '{folder}': expected a finished training with '{_RECORD}', "
+            f"got {type(error).__name__}: {error}. Train it with `molora train`."
+        ) from error
+
+
+def _find_finished(job: AdapterJob, folder: Path, plugins: Plugins) -> Specialist | None:
+    """The specialist, if this very job was finished in the folder before.
+
+    Raises:
+        TrainingError: If another job was, or its adapter changed since.
+    """
+    if not (folder / _RECORD).exists():
+        return None
+    specialist = load_specialist(folder)
+    wanted = job.describe()
+    differing = [n for n, value in wanted.items() if specialist.record.get(n) != value]
+    what = f"Cannot train in '{folder}'"
+    if differing:
+        raise TrainingError(
+            describe_mismatch(
+                what,
+                expected="an empty folder or the same training",
+                got=f"a finished one that differs in {', '.join(differing)}",
+                fix="Choose another folder.",
+            )
+        )
+    adapter = load_adapter(specialist.adapter_folder, plugins=plugins, name=folder.name)
+    if adapter.hash != specialist.adapter_hash:
+        raise TrainingError(
+            describe_mismatch(
+                what,
+                expected=f"the adapter {specialist.adapter_hash} of its record",
+                got=adapter.hash,
+                fix="Remove the folder and train again.",
+            )
+        )
+    return specialist
+
+
+def _compute_mean_loss(job: AdapterJob, adapter: Adapter | None) -> float:
+    """Loss on all validation blocks, nats per token; None measures the base."""
+    with applied(job.base.model, adapter) as model:
+        losses = compute_block_losses(
+            model, job.validation_tokens, batch=job.config.evaluation_batch
+        )
+    return float(losses.double().mean())
+
+
+def run_job(
+    job: AdapterJob, folder: Path, plugins: Plugins, progress: Progress | None
+) -> Specialist:
+    """Train, export, read back, measure, and write the record last.
+
+    Args:
+        job: What to train.
+        folder: Gets `adapter/`, `record.json` and `metrics.jsonl`; a finished job is loaded.
+        plugins: Where the kind is looked up.
+        progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
+
+    Raises:
+        TrainingError: If the folder holds another job, or see `molora_fed.training.loop.train`.
+        AdapterError: If the adapter breaks the job's rules.
+        UnknownNameError: If no plugin registers the kind.
+        StorageError: If the disk refuses.
+    """
+    finished = _find_finished(job, folder, plugins)
+    if finished is not None:
+        return finished
+    for left_over in folder.glob(f".{_ADAPTER_FOLDER}.*"):
+        shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed
+    kind = open_kind(job.kind, job.options, plugins)
+    model, parameters = kind.prepare(job.base.model, job.rules, job.rank, seed=job.config.seed)
+    inputs = job.describe()
+    result = train(
+        model,
+        parameters,
+        job.train_tokens,
+        job.watched_tokens,
+        job.config,
+        folder,
+        context={"job": hash_bytes(canonical_json(inputs))},
+        progress=progress,
+    )
+    with limit_threads(result.threads):
+        kind.export(
+            model,
+            job.base.model,
+            folder / _ADAPTER_FOLDER,
+            job.rank,
+            job.rules,
+            base_weights=job.base.weights,
+        )
+        adapter = load_adapter(
+            folder / _ADAPTER_FOLDER, rules=job.rules, plugins=plugins, name=folder.name
+        )
+        record = {
+            **inputs,
+            **result.to_record(),
+            "watched_loss": result.loss,
+            "base_loss": _compute_mean_loss(job, None),
+            "loss": _compute_mean_loss(job, adapter),
+            "adapter_hash": adapter.hash,
+            "adapter_bytes": adapter.num_bytes,
+        }
+    write_json(folder / _RECORD, record)
+    (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+    return load_specialist(folder)
+
+
+def build_config(
+    kind: str,
+    training: TrainingRules,
+    plugins: Plugins,
+    *,
+    hidden_size: int,
+    steps: int,
+    patience: int | None,
+    seed: int,
+    threads: int,
+    evaluation_batch: int,
+) -> TrainConfig:
+    """The loop's settings under a charter's rules; the kind decides the rate they leave open."""
+    rate = training.learning_rate
+    if rate is None:
+        rate = plugins.adapter_kinds.resolve(kind)().suggest_learning_rate(hidden_size)
+    return TrainConfig(
+        steps=steps,
+        batch=training.batch,
+        learning_rate=rate,
+        seed=seed,
+        threads=threads,
+        validate_every=training.validate_every,
+        patience=patience,
+        evaluation_batch=evaluation_batch,
+    )
+
+
+def train_specialist(
+    base: Base,
+    train_blocks: Blocks,
+    validation_blocks: Blocks,
+    *,
+    kind: str,
+    rules: AdapterRules,
+    training: TrainingRules,
+    seed: int,
+    threads: int,
+    folder: Path,
+    plugins: Plugins | None = None,
+    evaluation_batch: int = 16,
+    progress: Progress | None = None,
+) -> Specialist:
+    """Train a specialist, or go on where a killed run stopped; a finished one is loaded.
+
+    Args:
+        base: The cooperative's base; it stays as it is.
+        train_blocks: Blocks of the contributor's train split.
+        validation_blocks: Blocks of its validation split: best weights, early stop, losses.
+        kind: Adapter kind, one the rules accept.
+        rules: The charter's rules for adapters.
+        training: The charter's rules for training.
+        seed: Seed of initial factors and data order.
+        threads: Torch threads; a resumed run keeps those it began with.
+        folder: Gets `adapter/`, `record.json` and `metrics.jsonl`.
+        plugins: Where the kind is looked up; the installed plugins by default.
+        evaluation_batch: Blocks per forward pass when a loss is measured, from the charter.
+        progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
+
+    Raises:
+        TrainingError: If the rules refuse the kind, the folder holds another training, or see
+            `molora_fed.training.loop.train`.
+        AdapterError: If the adapter breaks the charter's limits.
+        UnknownNameError: If no plugin registers the kind.
+        StorageError: If the disk refuses.
+    """
+    registered = plugins or get_plugins()
+    if kind not in rules.kinds:
+        raise TrainingError(
+            describe_mismatch(
+                f"Cannot train a specialist of kind '{kind}'",
+                expected=f"one of {', '.join(rules.kinds)}",
+                got=f"'{kind}'",
+                fix="Choose a kind that the charter accepts.",
+            )
+        )
+    config = build_config(
+        kind,
+        training,
+        registered,
+        hidden_size=base.hidden_size,
+        seed=seed,
+        threads=threads,
+        evaluation_batch=evaluation_batch,
+        steps=training.steps,
+        patience=training.patience,
+    )
+    job = AdapterJob(
+        base=base,
+        domain=train_blocks.domain,
+        train_tokens=train_blocks.tokens,
+        validation_tokens=validation_blocks.tokens,
+        watched_tokens=validation_blocks.take(WATCHED_BLOCKS).tokens,
+        kind=kind,
+        rank=training.rank,
+        rules=rules,
+        config=config,
+        # Another kind than the one the rules speak of has options of its own: its defaults.
+        options=training.options if kind == training.kind else {},
+    )
+    return run_job(job, folder, registered, progress)
