@@ -24,7 +24,7 @@ def test_killed_writers_lose_no_acknowledged_record(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from molora_fed.contributions.keys import load_key
+from molora_fed.storage.keys import load_key
 from molora_fed.tracing.writing import TraceWriter
 
 folder, key, name = sys.argv[1:]

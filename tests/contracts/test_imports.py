@@ -1,0 +1,125 @@
+"""Imports point down: every import, lazy and type-only ones too, is in the table below.
+
+`docs/architecture.md` shows the same table; a test there reads this one.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGES = {
+    "molora_fed": REPOSITORY / "molora_fed",
+    "molora_cli": REPOSITORY / "cli" / "molora_cli",
+    "molora_kalavai": REPOSITORY / "plugins" / "molora_kalavai",
+    "molora_evolution": REPOSITORY / "plugins" / "molora_evolution",
+    "molora_acar": REPOSITORY / "plugins" / "molora_acar",
+    "molora_studies": REPOSITORY / "plugins" / "molora_studies",
+}
+MAX_CHAIN = 14  # folders on the longest way down
+MAX_ROOT_MODULES = 8
+
+_MEASURING = "corpus models adapters bank routing evaluation"
+_BELOW_COOPERATIVE = (
+    f"{_MEASURING} tracing training contributions forecasting fusion population reporting"
+)
+
+# What a place may import besides the root's modules and storage, lowest place first.
+ALLOWED: dict[str, str] = {
+    "root": "",
+    "storage": "",
+    "corpus": "",
+    "models": "",
+    "tracing": "",
+    "adapters": "models",
+    "training": "corpus models adapters",
+    "contributions": "corpus models adapters",
+    "bank": "corpus models adapters",
+    "routing": "models adapters bank",
+    "forecasting": "contributions",
+    "evaluation": "bank routing forecasting",
+    # `contributions`: a plan is made of contributions, with the samples that came with them.
+    "fusion": "corpus models adapters contributions bank routing forecasting evaluation",
+    "population": f"{_MEASURING} contributions training",
+    "inference": f"{_MEASURING} population",
+    "reporting": "contributions forecasting population",
+    "testing": "models adapters bank routing evaluation population",
+    "cooperative": _BELOW_COOPERATIVE,
+    "federation": f"{_BELOW_COOPERATIVE} inference testing cooperative",
+    "cascade": f"{_BELOW_COOPERATIVE} inference testing cooperative",
+    "demo": f"{_BELOW_COOPERATIVE} inference testing cooperative federation",
+    "molora_kalavai": f"{_MEASURING} contributions forecasting",
+    "molora_evolution": f"{_MEASURING} training population",
+    "molora_acar": "cascade",
+}
+ALLOWED["molora_studies"] = " ".join((*ALLOWED, "molora_studies"))
+ALLOWED["molora_cli"] = " ".join(name for name in ALLOWED if name != "molora_studies")
+
+
+def find_place(module: str) -> str:
+    """The folder of the core, or the package, that a module belongs to."""
+    package, _, rest = module.partition(".")
+    if package != "molora_fed":
+        return package
+    folder = rest.partition(".")[0]
+    return folder if (PACKAGES["molora_fed"] / folder).is_dir() and folder else "root"
+
+
+def list_imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything of this project that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in found if name.partition(".")[0] in PACKAGES)
+
+
+def list_arrows() -> Iterator[tuple[str, str, str]]:
+    """Every import between two places: from, to, and where it stands."""
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            relative = path.relative_to(folder).with_suffix("")
+            place = find_place(".".join((package, *relative.parts)))
+            for line, name in list_imports(path):
+                if find_place(name) != place:
+                    yield place, find_place(name), f"{path.relative_to(REPOSITORY)}:{line}"
+
+
+ARROWS = tuple(list_arrows())
+
+
+@pytest.mark.parametrize("place", sorted({*ALLOWED, *(arrow[0] for arrow in ARROWS)}))
+def test_a_place_imports_only_what_the_table_allows(place):
+    allowed = {"root", "storage", *ALLOWED[place].split()}
+    wrong = [f"{at} imports {to}" for source, to, at in ARROWS if source == place]
+    wrong = [line for line in wrong if line.rpartition(" ")[2] not in allowed]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_has_no_circle_and_its_longest_chain_is_short():
+    arrows = {place: set() for place in ALLOWED}
+    for source, to, _ in ARROWS:
+        if to != "root":  # everything stands on the root's modules, and `charter` on storage
+            arrows[source].add(to)
+    depth = {}
+    waiting = dict(arrows)
+    while waiting:
+        ready = [place for place, below in waiting.items() if below <= depth.keys()]
+        assert ready, f"a circle among {sorted(waiting)}"
+        for place in ready:
+            below = waiting.pop(place) - {"root", "storage"}
+            depth[place] = 1 + max((depth[each] for each in below), default=1)
+    assert max(depth.values()) <= MAX_CHAIN
+
+
+def test_every_allowed_arrow_names_a_place():
+    assert {name for names in ALLOWED.values() for name in names.split()} <= ALLOWED.keys()
+
+
+def test_few_modules_stand_at_the_root():
+    assert len(list(PACKAGES["molora_fed"].glob("*.py"))) <= MAX_ROOT_MODULES
