@@ -62,7 +62,27 @@ _TORCH_GUARD = re.compile(
     r"\A#if !defined\(TORCH_STABLE_ONLY\)[^\n]*\n|"
     r"#else\n#error \"This file should not be included[^\n]*\n#endif[^\n]*\n?\Z"
 )
-_OWN_DISTRIBUTION = "molora-fed"
+# A fixed list, not whatever is installed: a dependency added later must not change the built-in
+# base and every figure measured with it. These are the distributions that the first published
+# figures were made with; this project's own page would tie the text to its version.
+_DESCRIBED = frozenset(
+    {"accelerate", "alembic", "annotated-doc", "annotated-types", "anyio", "ast_serialize",
+     "attrs", "certifi", "cffi", "charset-normalizer", "click", "contourpy", "cryptography",
+     "cycler", "datasketch", "execnet", "fastapi", "filelock", "flwr", "fonttools", "fsspec",
+     "greenlet", "grpcio", "grpcio-health-checking", "h11", "hf-xet", "httpcore", "httpcore2",
+     "httptools", "httpx", "httpx2", "huggingface_hub", "hypothesis", "idna", "iniconfig",
+     "iterators", "jinja2", "jsonschema", "jsonschema-specifications", "kiwisolver", "librt",
+     "mako", "markdown-it-py", "markupsafe", "matplotlib", "mdurl", "mpmath", "msgpack", "mypy",
+     "mypy_extensions", "networkx", "numpy", "numpy-typing-compat", "optype", "packaging",
+     "pathspec", "peft", "pillow", "pip", "pluggy", "prompt_toolkit", "protobuf", "psutil",
+     "pyarrow", "pycparser", "pycryptodome", "pydantic", "pydantic_core", "pygments", "pyparsing",
+     "pytest", "pytest-xdist", "python-dateutil", "python-dotenv", "pyyaml", "ray", "referencing",
+     "regex", "requests", "rich", "rpds-py", "ruff", "safetensors", "scipy", "scipy-stubs",
+     "setuptools", "shellingham", "sortedcontainers", "sqlalchemy", "starlette", "sympy",
+     "tokenizers", "tomli", "tomli_w", "torch", "tqdm", "transformers", "truststore", "typer",
+     "types-jsonschema", "types-psutil", "typing-inspection", "typing_extensions", "tzdata",
+     "urllib3", "uv", "uvicorn", "uvloop", "watchfiles", "wcwidth", "websockets"}
+)  # fmt: skip
 _SCIENCE_PACKAGES = ("numpy", "scipy")
 _SCIENCE_EXCLUDED = frozenset({"test", "tests", "testing", "__pycache__"})
 _SCIENCE_SOURCE_CHARACTERS = 10_000_000
@@ -208,21 +228,20 @@ def _read_topics() -> Iterator[Document]:
 
 
 def _read_descriptions() -> Iterator[Document]:
-    """Long descriptions (usually the README) of installed distributions, each once."""
+    """Long descriptions (usually the README) of the listed distributions, each once."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         # `metadata.json` keeps the description whether it came as a body or as a header.
         fields = distribution.metadata.json
-        # This project's own page would tie the text to its version.
-        if str(fields.get("name")) == _OWN_DISTRIBUTION:
-            continue
-        found.setdefault(str(fields.get("name", "")).lower(), str(fields.get("description", "")))
+        name = str(fields.get("name", "")).lower()
+        if name in _DESCRIBED:
+            found.setdefault(name, str(fields.get("description", "")))
     for name, text in sorted(found.items()):
         yield Document(f"description/{name}", text)
 
 
 def read_readme() -> Iterator[Document]:
-    """Long descriptions of installed distributions and Python's language reference.
+    """Long descriptions of a fixed list of distributions, and Python's language reference.
 
     Raises:
         CorpusError: If there are neither.
@@ -232,7 +251,7 @@ def read_readme() -> Iterator[Document]:
         for document in (*_read_descriptions(), *_read_topics())
         if len(document.text) >= MIN_CHARACTERS
     ]
-    return choose_documents(documents, "readme", "installed distributions")
+    return choose_documents(documents, "readme", "the listed distributions")
 
 
 DEFAULT_DOMAINS = ("cpp", "python", "readme", "science")

@@ -2,6 +2,7 @@
 
 import os
 import time
+from importlib import metadata
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -109,3 +110,13 @@ def test_every_domain_is_registered():
     domains = load_plugins().domains
     assert {*READERS, "man-de", "man-pt-br", "man-tr", "man-uk"} <= set(domains.names())
     assert all(callable(domains.resolve(name)) for name in domains.names())
+
+
+def test_readme_does_not_change_with_what_else_is_installed(documents, tmp_path, monkeypatch):
+    installed = tmp_path / "later_dependency-1.0.dist-info"
+    installed.mkdir()
+    text = "Metadata-Version: 2.1\nName: later-dependency\nVersion: 1.0\n\n" + "Words. " * 400
+    (installed / "METADATA").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert metadata.version("later-dependency") == "1.0"
+    assert list(read_readme()) == documents["readme"]
