@@ -14,19 +14,23 @@ A fault with `since` is skipped where it is stale: it came with a test that olde
 """
 
 import argparse
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -35,6 +39,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FAULTS = Path(__file__).with_suffix(".toml")
 PRODUCT = ("molora_fed", "cli", "plugins")
 BESIDE = ("tests", "contrib", "docs", "bench", "pyproject.toml", "README.md", "CHANGELOG.md")
+PRELOADED = (
+    "pytest", "hypothesis", "torch", "transformers.pytorch_utils", "transformers.models.gpt_neox",
+    "transformers.models.auto.modeling_auto", "peft", "accelerate", "scipy.stats", "flwr.app",
+)  # fmt: skip
 KEYS = {"name", "breaks", "old", "new", "tests", "since"}
 TESTS_FAILED = 1  # pytest's exit status; others say that tests could not be run
 SHOWN = 88  # characters of a faulty line in a message
@@ -200,20 +208,42 @@ def copy_tree(tree: Path, target: Path) -> None:
             shutil.copy2(source, target / name)
 
 
+def run_pytest(
+    folder: Path, paths: Sequence[str], arguments: Sequence[str], output: Path, stop: bool
+) -> None:
+    """Run pytest in this process, its output in a file; ends the process with pytest's status."""
+    os.setsid()  # so that what tests start can be ended with it
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(folder)
+    sys.path[:0] = paths
+    sys.dont_write_bytecode = stop
+    status = int(pytest.main([*arguments]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 class Copy:
-    """A copy of a checkout in which faults are planted, one at a time."""
+    """A copy of a checkout in which faults are planted, one at a time.
+
+    Tests run in processes forked from one that has the large libraries loaded, and nothing of the
+    product: importing them takes longer than most tests.
+    """
 
     def __init__(self, tree: Path, folder: Path, timeout: float) -> None:
         self._tree = tree
-        self._folder = folder
+        self._folder = folder.resolve()
         self._timeout = timeout
         copy_tree(tree, folder)
-        paths = [str(folder / part) if part != "molora_fed" else str(folder) for part in PRODUCT]
-        self._environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        }
+        self._paths = [str(self._folder / part) for part in ("", "cli", "plugins")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(self._paths)  # for processes that tests start
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # A progress bar of the preloaded libraries keeps a semaphore for good.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([*PRELOADED])
 
     def check_imported(self) -> None:
         """Refuse to go on if tests would import another copy of the product.
@@ -221,42 +251,42 @@ class Copy:
         Raises:
             RuntimeError: If a package is found elsewhere.
         """
-        code = "import molora_fed, molora_cli, molora_kalavai as k; print(molora_fed.__file__, "
-        code += "molora_cli.__file__, k.__file__, sep='\\n')"
-        found = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=self._folder,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-        )
-        foreign = [
-            line
-            for line in found.stdout.splitlines()
-            if not Path(line).resolve().is_relative_to(self._folder.resolve())
-        ]
+        names = ("molora_fed", "molora_cli", "molora_kalavai")
+        code = f"import {', '.join(names)}; print(*({', '.join(f'{n}.__file__' for n in names)},))"
+        command = [sys.executable, "-c", code]
+        found = subprocess.run(command, cwd=self._folder, capture_output=True, text=True)
+        foreign = [f for f in found.stdout.split() if not Path(f).is_relative_to(self._folder)]
         if found.returncode or foreign:
             raise RuntimeError(
-                f"expected the copy to be imported, got {'; '.join(foreign) or found.stderr[-500:]}"
+                f"expected the copy to be imported, got {foreign or found.stderr[-500:]}"
             )
 
     def run(self, tests: Sequence[str], *, stop: bool = True) -> tuple[int | None, str]:
-        """Run tests; returns pytest's exit status, None if out of time, and its output."""
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line"]
-        # Bytecode of the right files is kept for all runs, that of a planted one is not.
-        environment = {**self._environment, **({"PYTHONDONTWRITEBYTECODE": "1"} if stop else {})}
-        try:
-            found = subprocess.run(
-                [*command, *(["-x"] if stop else []), *dict.fromkeys(tests)],
-                cwd=self._folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=self._timeout if stop else None,
-            )
-        except subprocess.TimeoutExpired:
+        """Run tests.
+
+        Args:
+            tests: Node ids.
+            stop: Whether to stop at the first failure, and to keep no bytecode: that of a planted
+                file may be of the same size and second as that of the right one.
+
+        Returns:
+            Pytest's exit status, None if out of time, and its output.
+        """
+        arguments = ["-q", "-p", "no:cacheprovider", "--tb=line", *(["-x"] if stop else [])]
+        arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of preloaded modules
+        output = self._folder / "pytest-output.txt"
+        process = self._context.Process(
+            target=run_pytest,
+            args=(self._folder, self._paths, [*arguments, *dict.fromkeys(tests)], output, stop),
+        )
+        process.start()
+        process.join(self._timeout if stop else None)
+        if process.is_alive():
+            with suppress(ProcessLookupError):
+                os.killpg(int(str(process.pid)), signal.SIGKILL)
+            process.join()
             return None, ""
-        return found.returncode, found.stdout + found.stderr
+        return process.exitcode, output.read_text(encoding="utf-8", errors="replace")
 
     def try_fault(self, planted: Planted) -> Outcome:
         """Plant a fault, run its tests, and put the file back."""
