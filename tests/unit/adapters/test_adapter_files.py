@@ -268,6 +268,21 @@ def test_header_that_claims_too_much(saved):
     assert "header of 1099511627776" in refused(folder)
 
 
+def test_header_over_the_limit(saved):
+    _, folder = saved
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, tensors = data[8 : 8 + length], data[8 + length :]
+    limit = 16 * 2**20
+    for size in (limit, limit + 8):  # JSON may be followed by spaces
+        padded = size.to_bytes(8, "little") + header.ljust(size) + tensors
+        (folder / WEIGHTS_FILE).write_bytes(padded)
+        if size == limit:
+            load_adapter(folder)
+        else:
+            assert f"header of {size}" in refused(folder)
+
+
 @pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE])
 def test_missing_file(saved, file):
     _, folder = saved

@@ -260,6 +260,22 @@ def test_own_domain_loss_on_the_admission_sample(judge, contribute, write_adapte
     assert judge(contribution, charter=lenient).state == ContributionState.ADMITTED
 
 
+@pytest.mark.parametrize(
+    ("share", "state"),
+    [(0.999, ContributionState.REJECTED), (1.001, ContributionState.ADMITTED)],
+)
+def test_own_domain_loss_may_rise_by_the_charters_threshold(
+    judge, contribute, write_adapter, charter, base, share, state
+):
+    samples = {split: make_likely_blocks(base, split) for split in Split}
+    contribution = contribute(adapter=write_adapter(strength=3.0), samples=samples)
+    losses = judge(contribution).losses
+    rules = AdmissionRules(max_loss_rise=share * (losses.specialist - losses.base))
+    amendment = charter.amendment.model_copy(update={"admission": rules})
+    other = charter.model_copy(update={"amendment": amendment})
+    assert judge(contribution, charter=other).state == state
+
+
 def test_everything_wrong_is_told_at_once(judge, contribute, write_adapter, charter):
     def poison(tensors):
         tensors[next(iter(sorted(tensors)))].fill_(float("nan"))

@@ -31,8 +31,9 @@ def test_a_cluster_in_two_domains_is_refused():
         ClusterIndex.build(np.array([[1, 1], [1, 1]]), np.array([0, 1]))
 
 
-def test_resamples_match_a_plain_loop():
-    index, values = make_index(2, clusters=6)
+@pytest.mark.parametrize("blocks_per_cluster", [2, [1, 2, 3, 1, 2, 5] * 2])
+def test_resamples_of_clusters_of_any_size_match_a_plain_loop(blocks_per_cluster):
+    index, values = make_index(blocks_per_cluster, clusters=6)
     sums = index.sum(values)
     means = resample_domain_means(index, [sums, sums * 2], seed=3, resamples=50)
     generator = np.random.default_rng(3)

@@ -11,8 +11,15 @@ from molora_kalavai.evidence import ZeroTrainingEvidenceRouter
 from molora_kalavai.linear import LinearOptions, LinearRouter
 
 from molora_fed.bank import HeldOutBank
+from molora_fed.bootstrap import ClusterIndex
 from molora_fed.errors import BankError, ShapeError
 from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses, evaluate
+from molora_fed.evaluation import (
+    Evaluation,
+    compute_domain_losses,
+    compute_router_losses,
+    evaluate,
+)
 from molora_fed.testing import build_synthetic_bank
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
@@ -144,6 +151,15 @@ def test_domains_of_unequal_size_count_equally(bank):
     nll = torch.ones(bank.num_blocks, 23)
     nll[torch.from_numpy(bank.domain_of == 2)] = 4.0
     assert compute_domain_losses(bank, nll) == {"domain-0": 1, "domain-1": 1, "domain-2": 4}
+
+
+def test_equal_weight_does_not_depend_on_the_size_of_domains():
+    domain_of = np.array([0, 1, 1, 1])  # one block, and three
+    clusters = ClusterIndex.build(np.repeat(np.arange(4)[:, None], 9, axis=1), domain_of)
+    sums = {"base": clusters.sum(np.repeat(domain_of + 1.0, 8).astype(np.float32))}
+    evaluation = Evaluation(("small", "large"), clusters, sums, {}, seed=0)
+    assert evaluation.losses("base") == {"small": 1, "large": 2}
+    assert evaluation.equal_weight("base") == 1.5
 
 
 def test_uniform_gates_have_no_router(bank):

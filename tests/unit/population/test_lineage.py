@@ -137,6 +137,13 @@ def test_a_file_that_says_what_cannot_be_is_refused(path, number, change, named)
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_with_a_line_twice_is_refused(path):
+    first, fitness, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, fitness, fitness, *others]))
+    with pytest.raises(PopulationError, match="the fitness of generation 1 here"):
+        read_lineage(path)
+
+
 def test_files_that_are_no_lineage_are_refused(tmp_path):
     path = tmp_path / "lineage.jsonl"
     with pytest.raises(PopulationError, match="expected a file, got No such file"):

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import stat
 import subprocess
 import sys
 
@@ -37,6 +38,18 @@ def test_write_replaces_whole_files_and_keeps_the_mode(tmp_path):
     assert target.read_bytes() == b"two"
     assert target.stat().st_mode & 0o777 == 0o600
     assert [p.name for p in target.parent.iterdir()] == ["key.pem"]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    target, flushed, fsync = tmp_path / "ledger.json", [], os.fsync
+
+    def watch(descriptor):
+        flushed.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), target.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", watch)
+    write_bytes(target, b"whole")
+    assert flushed == [(False, False), (True, True)]  # (is the folder, has its name)
 
 
 def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
