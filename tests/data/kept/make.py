@@ -16,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -88,6 +89,8 @@ UNCHANGED = {"base", "blobs", "bank", "fused", "keys", "report", "states", "trac
 }
 """What an evolution does not change in a cooperative, and what it can make again."""
 PROMPTS = ("abcd dcba ", "wxyz zyxw lmn")
+LIBRARIES = ("accelerate", "numpy", "peft", "torch", "transformers")
+"""With Python and the CPU, what decides the last bits of figures and of trained bytes."""
 CASCADE = """
 [cascade]
 probe = "base"
@@ -293,8 +296,10 @@ def keep(source: Path, home: Path, name: str, *, leave: object = frozenset()) ->
 def record(home: Path) -> None:
     """What commands say of the kept models."""
     evaluation = write_text(home / "texts" / "own.jsonl", "abcwxy", 9, 4)
-    recorded = {
-        "made": {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    recorded = {"made": {name: version(name) for name in LIBRARIES}}
+    recorded["made"] |= {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "hardware": torch.backends.cpu.get_cpu_capability(),
     }
     models = {name: home / "bundles" / name for name in ROUTERS}
     models["cooperative"] = home / "cooperative"
