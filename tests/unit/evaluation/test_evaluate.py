@@ -22,7 +22,7 @@ from molora_fed.evaluation import (
 )
 from molora_fed.testing import build_synthetic_bank
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
+SCHEMA = Path(__file__).parents[3] / "docs" / "report.schema.json"
 
 
 @pytest.fixture(scope="module")
