@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from molora_fed.files import canonical_json, hash_bytes
+from molora_fed.studies.action_ids import get_hashed_name
 from molora_fed.types import Progress
 
 __all__ = [
@@ -53,9 +54,10 @@ class Task:
 
     Attributes:
         name: For people, e.g. "specialist cpp seed 42".
-        action: "module:function", called as `function(settings, context)` in another process; it
-            returns the result as JSON values and leaves files in `context.folder`. The same
-            settings and needs give the same result: wall times go under the key "seconds".
+        action: An id of `action_ids`, or "module:function" for one that never moves. Called as
+            `function(settings, context)` in another process; it returns the result as JSON values
+            and leaves files in `context.folder`. The same settings and needs give the same
+            result: wall times go under the key "seconds".
         settings: JSON values that decide the result.
         needs: Tasks that must be done before.
         seconds: Estimate on one quiet core.
@@ -73,7 +75,8 @@ class Task:
     def key(self) -> str:
         """SHA-256 over action, version, settings and the keys of what it needs."""
         needs = [task.key for task in self.needs]
-        return hash_bytes(canonical_json([self.action, self.version, dict(self.settings), needs]))
+        action = get_hashed_name(self.action)
+        return hash_bytes(canonical_json([action, self.version, dict(self.settings), needs]))
 
     def walk(self) -> Iterator["Task"]:
         """All tasks this one rests on, then itself; some may come more than once."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from molora_fed.errors import StudyError
 from molora_fed.files import canonical_json, write_json
+from molora_fed.studies.action_ids import get_hashed_name
 from molora_fed.studies.contract import Done, Task
 
 __all__ = ["RESULT_FILE", "TaskStore"]
@@ -95,7 +96,7 @@ class TaskStore:
         content = {
             "format_version": FORMAT_VERSION,
             "name": task.name,
-            "action": task.action,
+            "action": get_hashed_name(task.action),
             "version": task.version,
             "settings": dict(task.settings),
             "needs": [need.key for need in task.needs],

@@ -26,8 +26,6 @@ __all__ = [
     "plan_specialist",
 ]
 
-_ACTIONS = "molora_fed.studies.actions"
-_FUSIONS = "molora_fed.studies.fusions"
 DEFAULT_DOMAINS = ("cpp", "python", "readme", "science")
 _FLOPS = 5e10  # a quiet core's float operations a second in training, for estimates only
 
@@ -154,7 +152,7 @@ def plan_base(settings: BaseSettings | None = None) -> Task:
     values = chosen.model_dump(mode="json")
     return Task(
         name=f"base {chosen.source} D={chosen.hidden} steps={chosen.steps} seed={chosen.seed}",
-        action=f"{_ACTIONS}:make_base",
+        action="make-base",
         settings=values,
         seconds=_estimate_training(values, chosen.steps, chosen.batch),
     )
@@ -168,7 +166,7 @@ def plan_continued_base(base: Task, corpora: Sequence[Task], *, steps: int, seed
     pooled = plan_pooled(base, corpora, SpecialistSettings(steps=steps, seed=seed))
     return Task(
         name=f"{base.name} continued {steps} steps seed={seed}",
-        action=f"{_ACTIONS}:apply_to_base",
+        action="apply-to-base",
         settings={},
         needs=(base, pooled),
         seconds=5,
@@ -179,7 +177,7 @@ def plan_corpus(base: Task, domain: str, *, shard: tuple[int, int] = (0, 1)) -> 
     """Blocks of a domain with the base's tokenizer, in `corpus/`; a shard of several if given."""
     return Task(
         name=f"corpus {domain}" + (f" {shard[0] + 1} of {shard[1]}" if shard[1] > 1 else ""),
-        action=f"{_ACTIONS}:prepare_domain",
+        action="prepare-domain",
         settings={
             "domain": domain,
             "shard": list(shard),
@@ -195,7 +193,7 @@ def plan_specialist(base: Task, corpus: Task, settings: SpecialistSettings | Non
     chosen = settings or SpecialistSettings()
     return Task(
         name=f"{corpus.settings['domain']} {chosen.kind} {chosen.steps} steps seed={chosen.seed}",
-        action=f"{_ACTIONS}:train_domain",
+        action="train-domain",
         settings=chosen.model_dump(mode="json"),
         needs=(base, corpus),
         seconds=_estimate_training(base.settings, chosen.steps, chosen.batch),
@@ -207,7 +205,7 @@ def plan_pooled(base: Task, corpora: Sequence[Task], settings: SpecialistSetting
     names = "+".join(corpus.settings["domain"] for corpus in corpora)
     return Task(
         name=f"pooled {names} {settings.steps} steps seed={settings.seed}",
-        action=f"{_ACTIONS}:train_pooled",
+        action="train-pooled",
         settings=settings.model_dump(mode="json"),
         needs=(base, *corpora),
         seconds=_estimate_training(base.settings, settings.steps, settings.batch),
@@ -242,7 +240,7 @@ def plan_fusion(
     domains = list(dict.fromkeys([m.corpus.key for m in members] + [t.key for t in further]))
     return Task(
         name=name,
-        action=f"{_FUSIONS}:fuse_members",
+        action="fuse-members",
         settings={
             "fusion": settings.model_dump(mode="json"),
             "members": [member.name for member in members],
@@ -263,7 +261,7 @@ def plan_mean(name: str, fusions: Sequence[Task]) -> Task:
     """The mean over seeds of fusions on the same held-out blocks, intervals by cluster."""
     return Task(
         name=name,
-        action=f"{_FUSIONS}:average_fusions",
+        action="average-fusions",
         settings={},
         needs=tuple(fusions),
         seconds=5,

@@ -6,7 +6,6 @@ runner ends. `python -m molora_fed.studies.worker CACHE`.
 
 import contextlib
 import gc
-import importlib
 import json
 import os
 import queue
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 
 from molora_fed.errors import MoloraError, StudyError
 from molora_fed.files import write_bytes
+from molora_fed.studies.action_ids import load_action
 from molora_fed.studies.contract import Task, TaskContext
 from molora_fed.studies.store import TaskStore
 from molora_fed.studies.wire import decode_task, encode_line
@@ -97,13 +97,11 @@ def run_task(task: Task, cache: Path, progress: Progress | None = None) -> bool:
 
 
 def _find_action(task: Task) -> Any:
-    module, _, name = task.action.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        return load_action(task.action)
+    except StudyError as error:
         raise StudyError(
-            f"Cannot do task '{task.name}': expected a function '{task.action}', got {error}. "
-            "Correct the plan of the study."
+            f"Cannot do task '{task.name}': {error}. Correct the plan of the study."
         ) from error
 
 

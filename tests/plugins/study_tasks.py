@@ -1,6 +1,5 @@
 """Runs a study's tasks one after the other in this process, on small made-up domains."""
 
-import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pytest
 from molora_fed.builtin_base import BuiltinBaseConfig
 from molora_fed.plugins import hookimpl, load_plugins
 from molora_fed.studies import actions
+from molora_fed.studies.action_ids import load_action
 from molora_fed.studies.contract import Done, Task, TaskContext
 from molora_fed.types import Document
 
@@ -65,10 +65,9 @@ def running(root: Path) -> Iterator[Run]:
             needs = tuple(run_task(other) for other in task.needs)
             folder = root / task.key
             folder.mkdir()
-            module, _, name = task.action.partition(":")
             context = TaskContext(folder, needs, 1, root / "cache")
             settings = json.loads(json.dumps(task.settings))
-            result = getattr(importlib.import_module(module), name)(settings, context)
+            result = load_action(task.action)(settings, context)
             finished[task.key] = Done(task, folder, json.loads(json.dumps(result)))
         return finished[task.key]
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from molora_acar.studies import acar_answers, recipe
 from molora_acar.studies.acar import AcarStudy
-from molora_acar.studies.acar_answers import collect_answers
 from molora_acar.studies.acar_cases import open_case
 from molora_acar.studies.acar_findings import Findings
 from molora_acar.studies.acar_measures import (
@@ -24,9 +23,7 @@ from molora_acar.studies.acar_measures import (
 from molora_acar.studies.acar_models import (
     build_tokenizer,
     draw_training_problems,
-    make_checkpoint,
     pack_problems,
-    train_member,
     train_on_answers,
 )
 from molora_acar.studies.acar_outcomes import decide_all
@@ -40,6 +37,7 @@ from molora_fed.cascade.contract import Request
 from molora_fed.cascade.engines import PlainEngine
 from molora_fed.cascade.local import build_base_model
 from molora_fed.plugins import load_plugins
+from molora_fed.studies.action_ids import load_action
 from molora_fed.studies.contract import Done, TaskContext
 
 SEED = 5
@@ -60,17 +58,11 @@ OPTIONS = recipe.AcarOptions(
 
 
 def _do(task, folder, done=()):
-    actions = {
-        "make_checkpoint": make_checkpoint,
-        "train_member": train_member,
-        "collect_answers": collect_answers,
-        "decide_all": decide_all,
-    }
     own = folder / task.key[:8]
     own.mkdir(parents=True, exist_ok=True)
     needs = tuple(done)
     context = TaskContext(folder=own, needs=needs, threads=1, cache=folder)
-    return Done(task, own, actions[task.action.split(":")[1]](dict(task.settings), context))
+    return Done(task, own, load_action(task.action)(dict(task.settings), context))
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ def test_collapse_deals_all_fits_and_shares_its_fusions_with_cross_lingual():
         is_shared = cell.task.needs[0].key in languages
         assert is_shared == (cell.labels["cooperative"] != "near-twins")
     assert len(CrossLingualOptions().languages) >= 6
-    base = next(t for t in cells[0].task.walk() if t.action.endswith("make_base"))
+    base = next(t for t in cells[0].task.walk() if t.action == "make-base")
     assert not any(domain.startswith("man-") for domain in base.settings["domains"])
 
 

@@ -51,7 +51,7 @@ def published():
 def test_the_published_runs_are_scored_as_the_page_says(published):
     options = StudyOptions()
     [cell] = PublishedStudy.plan(options)
-    assert cell.task.action.endswith("published:forecast_published")
+    assert cell.task.action == "forecast-published"
     summary = PublishedStudy.summarise(options, {cell.name: published})
     scores = summary.findings["scores"]
     assert scores["fitted"]["rmse"] <= 0.9

@@ -1,6 +1,5 @@
 """Studies of the recipe: what they plan, and what they conclude from known figures."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from molora_kalavai.studies.scaling import ScalingOptions, ScalingStudy
 from molora_kalavai.studies.shared_init import SharedInitOptions, SharedInitStudy
 
 from molora_fed.plugins import load_plugins
+from molora_fed.studies.action_ids import load_action
 from molora_fed.studies.contract import Cell, Study, Summary
 
 STUDIES = load_plugins().studies
@@ -54,8 +54,7 @@ def test_every_study_plans_distinct_cells_of_known_actions(name: str):
     assert len({cell.name for cell in cells}) == len(cells)
     tasks = {task.key: task for cell in cells for task in cell.task.walk()}
     for action in {task.action for task in tasks.values()}:
-        module, _, function = action.partition(":")
-        assert callable(getattr(importlib.import_module(module), function)), action
+        assert callable(load_action(action)), action
     assert all(task.seconds > 0 for task in tasks.values())
 
 

@@ -17,7 +17,6 @@ __all__ = [
     "plan_specialists",
 ]
 
-_ACTIONS = "molora_acar.studies"
 NUM_MEMBERS = 3
 _FLOPS = 2e10  # of a quiet core on models as small as these, for estimates only
 _LEVELS: Mapping[str, tuple[int, ...]] = {
@@ -168,7 +167,7 @@ def _plan_checkpoint(
     training = training.model_copy(update={"families": families})
     return Task(
         name=f"{name} D={model.hidden} steps={training.steps} seed={seed}",
-        action=f"{_ACTIONS}.acar_models:make_checkpoint",
+        action="make-checkpoint",
         settings={
             "model": model.model_dump(mode="json"),
             "training": training.model_dump(mode="json"),
@@ -196,7 +195,7 @@ def plan_specialists(options: AcarOptions, base: Task, seed: int) -> dict[str, T
         training = options.specialist_training.model_copy(update={"families": dict(families)})
         planned[name] = Task(
             name=f"specialist {name} seed={seed}",
-            action=f"{_ACTIONS}.acar_models:train_member",
+            action="train-member",
             settings={
                 "kind": options.kind,
                 "training": training.model_dump(mode="json"),
@@ -216,7 +215,7 @@ def plan_answers(options: AcarOptions, seed: int) -> Task:
     cells = sum(len(levels) for levels in options.levels.values())
     return Task(
         name=f"answers seed={seed}",
-        action=f"{_ACTIONS}.acar_answers:collect_answers",
+        action="collect-answers",
         settings={
             "members": list(specialists),
             "levels": _levels(options),
@@ -236,7 +235,7 @@ def plan_outcomes(options: AcarOptions, seed: int) -> Task:
     """What every configuration makes of these answers."""
     return Task(
         name=f"outcomes seed={seed}",
-        action=f"{_ACTIONS}.acar_outcomes:decide_all",
+        action="decide-all",
         settings={"threshold": options.threshold, "judge": options.judge},
         needs=(plan_answers(options, seed),),
         seconds=30,

@@ -41,7 +41,6 @@ from molora_fed.studies.contract import Cell, Study, StudyOptions, Summary, Task
 
 __all__ = ["GuardOptions", "GuardStudy"]
 
-_ACTIONS = "molora_evolution.studies.guard_actions"
 _NONE, _PLANTED = "no lifecycle", "planted operators"
 
 
@@ -151,18 +150,18 @@ def _plan_seed(options: GuardOptions, seed: int) -> list[Cell]:
         vocabulary = options.vocabularies[0]
         return plan_evolution(options, settings, seed=seed, vocabulary=vocabulary, label=name)
 
-    kept = replace(plan(_NONE, (), "off", DELTA_NATS), action=f"{_ACTIONS}:evolve_and_keep")
+    kept = replace(plan(_NONE, (), "off", DELTA_NATS), action="evolve-and-keep")
 
     def follow(task: Task, action: str, branches: int, passes: int) -> Task:
         return replace(
             task,
-            action=f"{_ACTIONS}:{action}",
+            action=action,
             needs=(*task.needs, kept),
             seconds=_estimate(options, branches, passes),
         )
 
     rounds, lifecycle = options.generations, build_lifecycle(divide=options.divide)
-    bare = follow(plan(BARE, lifecycle, "off", DELTA_NATS), "evolve_beside", rounds, 0)
+    bare = follow(plan(BARE, lifecycle, "off", DELTA_NATS), "evolve-beside", rounds, 0)
     cells = [
         Cell(_name(_NONE, seed), {"what": _NONE, "seed": seed}, kept),
         Cell(_name(BARE, seed), {"what": BARE, "seed": seed}, bare),
@@ -171,10 +170,10 @@ def _plan_seed(options: GuardOptions, seed: int) -> list[Cell]:
         name = _name_guarded(delta)
         task = plan(name, lifecycle, options.guard, delta)
         # Twins are known until a lifecycle is kept: on average, say, every second one.
-        guarded = follow(task, "evolve_beside", 3 * rounds // 2, 2 * rounds)
+        guarded = follow(task, "evolve-beside", 3 * rounds // 2, 2 * rounds)
         cells.append(Cell(_name(name, seed), {"what": name, "delta": delta, "seed": seed}, guarded))
     task = plan(_PLANTED, (), options.guard, options.deltas[0])
-    planted = follow(task, "plant_operators", 2 * rounds, 4 * rounds)
+    planted = follow(task, "plant-operators", 2 * rounds, 4 * rounds)
     cells.append(Cell(_name(_PLANTED, seed), {"what": _PLANTED, "seed": seed}, planted))
     return cells
 

@@ -124,7 +124,7 @@ class SandboxStudy(Study):
                 {"alignment": alignment, "noise": noise, "seed": seed},
                 Task(
                     f"sandbox {_name(alignment, noise, seed)}",
-                    f"{__name__}:search_channels",
+                    "search-channels",
                     {
                         "alignment": alignment,
                         "noise": noise,

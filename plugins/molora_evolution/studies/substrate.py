@@ -31,7 +31,6 @@ __all__ = [
     "plan_evolution",
 ]
 
-_ACTIONS = f"{__name__}_actions"
 
 OLD_ROUTER, NEW_ROUTER = "softmax-embedding-mean", "parallel-sigmoid"
 
@@ -162,7 +161,7 @@ def _plan_states(options: SubstrateOptions, name: str, base: Task, corpora: Sequ
     blocks = options.train_blocks + 2 * options.calibration + options.held_out
     return Task(
         f"states {name}",
-        f"{_ACTIONS}:make_states",
+        "make-states",
         settings,
         (base, *corpora),
         seconds=2 + 0.0015 * blocks * len(corpora),
@@ -216,7 +215,7 @@ def plan_evolution(
         name += f" noise {perturbation:g}"
         base = Task(
             f"base {name}",
-            f"{_ACTIONS}:perturb_base",
+            "perturb-base",
             {"relative": perturbation, "seed": seed},
             (base,),
             seconds=3,
@@ -224,7 +223,7 @@ def plan_evolution(
     states = _plan_states(options, name, base, corpora)
     return Task(
         f"{label} {name}",
-        f"{_ACTIONS}:evolve_population",
+        "evolve-population",
         {
             "evolution": settings.model_dump(mode="json"),
             "slots": options.slots,

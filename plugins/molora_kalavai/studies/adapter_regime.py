@@ -21,7 +21,6 @@ from molora_kalavai.studies.conditions import THREE_DOMAINS
 
 __all__ = ["AdapterRegimeOptions", "AdapterRegimeStudy", "Recipe", "Size", "Variant"]
 
-_ACTIONS = "molora_kalavai.studies.adapter_actions"
 ROUTERS: Mapping[str, Mapping[str, Any]] = {"evidence": {}}
 
 
@@ -262,7 +261,7 @@ class _SizePlan:
         full = self._full(domain, seed)
         return Task(
             name=f"screening {self.size.label} {domain} seed={seed}",
-            action=f"{_ACTIONS}:screen_variants",
+            action="screen-variants",
             settings={"variants": variants, "blocks": self.size.blocks},
             needs=(self.base, self._corpus(domain), full),
             seconds=5 + 1.2e-8 * len(variants) * self.size.blocks * self._width(),
@@ -275,7 +274,7 @@ class _SizePlan:
     def _derive(self, variant: Variant, domain: str, seed: int) -> Task:
         return Task(
             name=f"{variant.label} of {self.size.label} {domain} seed={seed}",
-            action=f"{_ACTIONS}:derive_adapter",
+            action="derive-adapter",
             settings=variant.model_dump(mode="json"),
             needs=(self._full(domain, seed),),
             seconds=3 + 1e-6 * self._width(),
@@ -289,7 +288,7 @@ class _SizePlan:
         )
         return Task(
             name=f"{recipe.label}: {like.name}",
-            action=f"{_ACTIONS}:train_recipe",
+            action="train-recipe",
             settings=like.settings,
             needs=like.needs,
             seconds=like.seconds,
@@ -316,7 +315,7 @@ class _SizePlan:
     def _compare(self, label: str, full: Sequence[Task], small: Sequence[Task]) -> Cell:
         task = Task(
             name=f"{label} against full {self.size.label}, {len(full)} seeds",
-            action=f"{_ACTIONS}:compare_fusions",
+            action="compare-fusions",
             settings={},
             needs=(*full, *small),
             seconds=3,

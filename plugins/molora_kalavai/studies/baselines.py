@@ -45,7 +45,6 @@ __all__ = [
     "train_joint",
 ]
 
-_MODULE = "molora_kalavai.studies.baselines"
 _ROUTER_RATE = 3e-3  # three times what routers take on a bank, for there are fewer steps
 # Of a specialist's rate. On validation text, 120 steps at D = 128 gained 0.0013 nats with 0.1; with
 # 0.3 they never came back to where they started from.
@@ -103,7 +102,7 @@ def plan_wider(
     pooled = plan_pooled(wide, corpora, SpecialistSettings(steps=steps, seed=seed))
     return Task(
         name=f"wider D={wide.settings['hidden']} {steps} steps seed={seed}",
-        action=f"{_MODULE}:measure_model",
+        action="measure-model",
         settings={"held_out": held_out},
         needs=(base, wide, pooled, *corpora),
         seconds=10 + 4.0 * len(corpora),
@@ -126,7 +125,7 @@ def plan_whole(
     one = plan_pooled(base, corpora, SpecialistSettings(steps=steps, seed=seed, batch=batch))
     return Task(
         name=f"{base.name} continued whole {steps} steps seed={seed}",
-        action=f"{_MODULE}:continue_whole",
+        action="continue-whole",
         settings={"steps": steps, "batch": batch, "seed": seed, "held_out": held_out},
         needs=(base, *corpora),
         seconds=one.seconds,
@@ -152,7 +151,7 @@ def plan_joint(
     one = plan_pooled(base, corpora, SpecialistSettings(steps=steps, seed=seed, batch=batch))
     return Task(
         name=f"joint of {len(members)}, {steps} steps seed={seed}",
-        action=f"{_MODULE}:train_joint",
+        action="train-joint",
         settings={
             "steps": steps,
             "batch": batch,

@@ -26,7 +26,7 @@ def plan_differences(name: str, fusions: Sequence[Task], pairs: Sequence[tuple[s
     """
     return Task(
         name=name,
-        action="molora_kalavai.studies.comparisons:compare_methods",
+        action="compare-methods",
         settings={"pairs": [list(pair) for pair in pairs]},
         needs=tuple(fusions),
         seconds=3,

@@ -118,7 +118,7 @@ def plan_pilots(condition: Condition, seed: int, share: float, learning_rate: fl
     settings = FusionSettings(merges=(), calibration=_PILOT_BLOCKS, seed=seed)
     name = f"pilots of {condition.name}, seed {seed}"
     task = plan_fusion(name, base, members, settings)
-    action = "molora_kalavai.studies.pilot:measure_pilots"
+    action = "measure-pilots"
     return replace(task, action=action, seconds=5 + 2.0 * len(members) ** 2)
 
 

@@ -112,7 +112,7 @@ def plan_part(base: Task, domain: str, part: int, parts: int) -> Task:
     """Blocks of a part of a domain as a domain of its own, "python-1" for example."""
     return Task(
         name=f"corpus {domain}-{part + 1}",
-        action="molora_kalavai.studies.refits:prepare_part",
+        action="prepare-part",
         settings={
             "domain": f"{domain}-{part + 1}",
             "of": domain,

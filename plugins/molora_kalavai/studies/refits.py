@@ -47,7 +47,7 @@ def plan_refits(
     """
     return Task(
         name=name,
-        action="molora_kalavai.studies.refits:refit_routers",
+        action="refit-routers",
         settings={"seeds": list(seeds), "guarded": list(guarded), "lost_nats": LOST_NATS},
         needs=(fusion, *fusion.needs),
         seconds=seconds,

@@ -136,7 +136,7 @@ class SharedInitStudy(Study):
             if bases[age] is not base:
                 trained = Task(
                     f"{trained.name} from {age} steps later, on the shared base",
-                    "molora_kalavai.studies.shared_init:rebase_adapter",
+                    "rebase-adapter",
                     {},
                     needs=(base, bases[age], trained),
                     seconds=3,

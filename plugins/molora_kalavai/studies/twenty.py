@@ -35,7 +35,6 @@ TWENTY_DOMAINS = (
 """One contributor each; every machine with the package has them but the languages, which are
 manual pages. Name others in the study's file where a machine lacks some."""
 
-_ACTION = "molora_kalavai.studies.twenty_run:run_twenty"
 _PUBLISHED_GAIN = 16.71  # arXiv 2603.22755, Pythia-1B, percent over the best specialist
 _PUBLISHED_DIVERGENCE = 15.68
 _FLAT = 1.10  # largest memory at the most experts, of that at the fewest
@@ -83,7 +82,7 @@ class TwentyStudy(Study):
                 {"seed": seed, "contributors": count},
                 Task(
                     name=f"{count} contributors and one more, seed {seed}",
-                    action=_ACTION,
+                    action="run-twenty",
                     settings={
                         "domains": list(options.domains),
                         "newcomer": options.newcomer,

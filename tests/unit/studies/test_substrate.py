@@ -1,6 +1,5 @@
 """The substrate's tasks, run one after the other in this process on the smallest models."""
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from molora_fed.errors import ConfigError
+from molora_fed.studies.action_ids import load_action
 from molora_fed.studies.contract import Done, Task, TaskContext
 from molora_fed.studies.substrate import (
     BaseSettings,
@@ -61,11 +61,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             needs = tuple(run_task(other) for other in task.needs)
             folder = root / task.key
             folder.mkdir()
-            module, _, name = task.action.partition(":")
-            action = getattr(importlib.import_module(module), name)
             context = TaskContext(folder, needs, 1, root / "cache")
             settings = json.loads(json.dumps(task.settings))
-            result = json.loads(json.dumps(action(settings, context)))
+            result = json.loads(json.dumps(load_action(task.action)(settings, context)))
             finished[task.key] = Done(task, folder, result)
         return finished[task.key]
 
