@@ -68,6 +68,11 @@ def register_studies(register: Register) -> None:
 
 
 @hookspec
+def register_commands(register: Register) -> None:
+    """Register commands: `molora <name>` runs a Typer app or a function that Typer can call."""
+
+
+@hookspec
 def register_adapter_routers(register: Register) -> None:
     """Register adapter routers: subclasses of `molora_fed.population.contract.AdapterRouter`."""
 

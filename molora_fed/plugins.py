@@ -1,7 +1,8 @@
 """Finds, loads and freezes plugins; the result is a `Plugins` object, never a module global.
 
-`MOLORA_LOAD_PLUGINS=a,b` restricts loading to the entry points named a and b (the core's own is
-always loaded); `MOLORA_TRACE_HOOKS=1` prints every hook call to standard error.
+`MOLORA_LOAD_PLUGINS=a,b` restricts loading to the entry points named a and b (the core and
+the command line are always loaded); `MOLORA_TRACE_HOOKS=1` prints every hook call to standard
+error.
 """
 
 import os
@@ -24,7 +25,8 @@ __all__ = ["Plugins", "get_plugins", "hookimpl", "load_plugins"]
 hookimpl = pluggy.HookimplMarker(GROUP)
 """Marks a function of a plugin as the implementation of the hook of the same name."""
 
-CORE_ENTRY_POINT = "core"
+BUILT_IN = ("molora_fed.builtin", "molora_cli.commands")
+"""Entry points that are always loaded, and first, by the module they name."""
 
 
 @dataclass
@@ -66,6 +68,9 @@ class Plugins:
     )
     task_families: Registry = field(
         default_factory=lambda: Registry("task family", contracts.check_callable)
+    )
+    commands: Registry = field(
+        default_factory=lambda: Registry("command", contracts.check_callable)
     )
     failures: list[PluginError] = field(default_factory=list)
 
@@ -115,8 +120,8 @@ def _load_one(manager: pluggy.PluginManager, plugins: Plugins, module: Any, orig
 def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
     """Load all installed plugins, then freeze every registry.
 
-    A plugin that fails is left out whole and listed in `Plugins.failures`; the core's own
-    registration failing is an error.
+    A plugin that fails is left out whole and listed in `Plugins.failures`; a failure of the core's
+    or the command line's own registration is an error.
 
     Args:
         extra: Further plugins as (origin, module or object), for tests and one-file plugins;
@@ -126,7 +131,7 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
         A fresh `Plugins`.
 
     Raises:
-        PluginError: If the core or an `extra` plugin cannot be loaded.
+        PluginError: If the core, the command line or an `extra` plugin cannot be loaded.
     """
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
@@ -137,7 +142,7 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
     wanted = os.environ.get("MOLORA_LOAD_PLUGINS")
     names = None if wanted is None else {n.strip() for n in wanted.split(",") if n.strip()}
     for point in sorted(entry_points(group=GROUP), key=_load_order):
-        if names is not None and point.name not in names and point.name != CORE_ENTRY_POINT:
+        if names is not None and point.name not in names and point.value not in BUILT_IN:
             continue
         version = point.dist.version if point.dist else "?"
         distribution = point.dist.name if point.dist else "?"
@@ -153,7 +158,7 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
                 ) from error
             _load_one(manager, plugins, module, origin)
         except PluginError as error:
-            if point.name == CORE_ENTRY_POINT:
+            if point.value in BUILT_IN:
                 raise
             plugins.failures.append(error)
     for origin, module in extra:
@@ -163,9 +168,10 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
     return plugins
 
 
-def _load_order(point: EntryPoint) -> tuple[bool, str, str]:
-    """The core first, then by name: clashes are reported alike on every machine."""
-    return (point.name != CORE_ENTRY_POINT, point.name, point.value)
+def _load_order(point: EntryPoint) -> tuple[int, str, str]:
+    """The built-in ones first, then by name: clashes are reported alike on every machine."""
+    place = BUILT_IN.index(point.value) if point.value in BUILT_IN else len(BUILT_IN)
+    return (place, point.name, point.value)
 
 
 @cache
