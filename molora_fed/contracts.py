@@ -14,7 +14,6 @@ __all__ = [
     "check_operator",
     "check_policy",
     "check_router",
-    "check_study",
 ]
 
 _ROUTER_METHODS = (
@@ -50,19 +49,6 @@ def check_adapter_kind(target: Any) -> str | None:
         return f"expected a class, got {type(target).__name__}"
     missing = [name for name in _KIND_METHODS if not callable(getattr(target, name, None))]
     return f"expected the methods {', '.join(missing)}, got none of these" if missing else None
-
-
-def check_study(target: Any) -> str | None:
-    """Say what is wrong with a study class, or None."""
-    if not inspect.isclass(target):
-        return f"expected a class, got {type(target).__name__}"
-    missing = [n for n in ("plan", "summarise") if not callable(getattr(target, n, None))]
-    if missing:
-        return f"expected the class methods {', '.join(missing)}, got none of these"
-    options = getattr(target, "Options", None)
-    if not inspect.isclass(options) or not hasattr(options, "model_validate"):
-        return "expected a pydantic model as attribute 'Options'"
-    return None
 
 
 def check_adapter_router(target: Any) -> str | None:

@@ -7,7 +7,7 @@ error.
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -17,10 +17,19 @@ import pluggy
 
 from molora_fed import contracts, hookspecs
 from molora_fed.errors import PluginError
-from molora_fed.hookspecs import GROUP
+from molora_fed.hookspecs import GROUP, Register
 from molora_fed.registry import Entry, Registry
 
-__all__ = ["Plugins", "get_plugins", "hookimpl", "load_plugins"]
+__all__ = [
+    "Plugins",
+    "build_register",
+    "describe_failure",
+    "find_entry_points",
+    "get_plugins",
+    "hookimpl",
+    "import_entry_point",
+    "load_plugins",
+]
 
 hookimpl = pluggy.HookimplMarker(GROUP)
 """Marks a function of a plugin as the implementation of the hook of the same name."""
@@ -49,7 +58,6 @@ class Plugins:
         default_factory=lambda: Registry("adapter kind", contracts.check_adapter_kind)
     )
     merges: Registry = field(default_factory=lambda: Registry("merge", contracts.check_callable))
-    studies: Registry = field(default_factory=lambda: Registry("study", contracts.check_study))
     adapter_routers: Registry = field(
         default_factory=lambda: Registry("adapter router", contracts.check_adapter_router)
     )
@@ -79,7 +87,9 @@ class Plugins:
         return {n: v for n, v in vars(self).items() if isinstance(v, Registry)}
 
 
-def _build_register(registry: Registry, origin: str) -> Callable[..., None]:
+def build_register(registry: Registry, origin: str) -> Register:
+    """What a plugin's hook is handed to add entries of one origin to a registry."""
+
     def register(name: str, target: object, *, summary: str, source: str) -> None:
         registry.add(Entry(name, target, summary, source, origin))
 
@@ -103,18 +113,13 @@ def _load_one(manager: pluggy.PluginManager, plugins: Plugins, module: Any, orig
             hook = f"register_{suffix}"
             if hook in implemented:
                 caller = manager.subset_hook_caller(hook, remove_plugins=others)
-                caller(register=_build_register(registry, origin))
+                caller(register=build_register(registry, origin))
     except Exception as error:
         if manager.is_registered(module):
             manager.unregister(module)
         for registry in plugins.registries().values():
             registry.remove_origin(origin)
-        reason = error.args[0] if error.args else type(error).__name__
-        text = " ".join(str(reason).split()).rstrip(".") + "."
-        raise PluginError(
-            f"Cannot load plugin {origin}: {text} Correct or uninstall it, or leave it out with "
-            "MOLORA_LOAD_PLUGINS."
-        ) from error
+        raise describe_failure(error, origin) from error
 
 
 def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
@@ -139,24 +144,9 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
         manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
         manager.enable_tracing()
     plugins = Plugins()
-    wanted = os.environ.get("MOLORA_LOAD_PLUGINS")
-    names = None if wanted is None else {n.strip() for n in wanted.split(",") if n.strip()}
-    for point in sorted(entry_points(group=GROUP), key=_load_order):
-        if names is not None and point.name not in names and point.value not in BUILT_IN:
-            continue
-        version = point.dist.version if point.dist else "?"
-        distribution = point.dist.name if point.dist else "?"
-        origin = f"{point.name} ({distribution} {version})"
+    for point, origin in find_entry_points(GROUP):
         try:
-            try:
-                module = point.load()
-            except Exception as error:
-                raise PluginError(
-                    f"Cannot load plugin {origin}: importing '{point.value}' failed with "
-                    f"{type(error).__name__}: {error}. Correct or uninstall it, or leave it out "
-                    "with MOLORA_LOAD_PLUGINS."
-                ) from error
-            _load_one(manager, plugins, module, origin)
+            _load_one(manager, plugins, import_entry_point(point, origin), origin)
         except PluginError as error:
             if point.value in BUILT_IN:
                 raise
@@ -166,6 +156,47 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
     for registry in plugins.registries().values():
         registry.freeze()
     return plugins
+
+
+def find_entry_points(group: str) -> Iterator[tuple[EntryPoint, str]]:
+    """Entry points of a group that `MOLORA_LOAD_PLUGINS` allows, each with its origin for people.
+
+    Args:
+        group: Entry-point group, e.g. "molora_fed".
+    """
+    wanted = os.environ.get("MOLORA_LOAD_PLUGINS")
+    names = None if wanted is None else {n.strip() for n in wanted.split(",") if n.strip()}
+    for point in sorted(entry_points(group=group), key=_load_order):
+        if names is None or point.name in names or point.value in BUILT_IN:
+            version = point.dist.version if point.dist else "?"
+            distribution = point.dist.name if point.dist else "?"
+            yield point, f"{point.name} ({distribution} {version})"
+
+
+def import_entry_point(point: EntryPoint, origin: str) -> Any:
+    """Import what an entry point names.
+
+    Raises:
+        PluginError: If that fails.
+    """
+    try:
+        return point.load()
+    except Exception as error:
+        raise PluginError(
+            f"Cannot load plugin {origin}: importing '{point.value}' failed with "
+            f"{type(error).__name__}: {error}. Correct or uninstall it, or leave it out "
+            "with MOLORA_LOAD_PLUGINS."
+        ) from error
+
+
+def describe_failure(error: Exception, origin: str) -> PluginError:
+    """The error of a plugin whose registration failed, in one line."""
+    reason = error.args[0] if error.args else type(error).__name__
+    text = " ".join(str(reason).split()).rstrip(".") + "."
+    return PluginError(
+        f"Cannot load plugin {origin}: {text} Correct or uninstall it, or leave it out with "
+        "MOLORA_LOAD_PLUGINS."
+    )
 
 
 def _load_order(point: EntryPoint) -> tuple[int, str, str]:

@@ -22,7 +22,6 @@ OWN = (
     ("evaluate", "evaluate:evaluate", "Measure base, specialists and the model on your own text"),
     ("generate", "generate:generate", "Continue a text with a fused or an evolved model"),
     ("report", "report:report", "Draw the page and figures of a fusion or an evolution again"),
-    ("study", "study:study", "Run a study: many small runs that answer one question"),
     ("coop", "coop:app", "Create, inspect and amend cooperatives"),
     ("evolve", "evolve:app", "Evolve a population of adapters"),
     ("forecast", "forecast:app", "Forecast what fusing will be worth, before it is done"),

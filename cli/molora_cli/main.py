@@ -26,7 +26,7 @@ from molora_fed.errors import MoloraError, PluginError, StorageError
 if TYPE_CHECKING:
     from molora_fed.plugins import Plugins
 
-__all__ = ["app", "main", "run"]
+__all__ = ["app", "build_command", "main", "run"]
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -58,7 +58,7 @@ class CommandGroup(TyperGroup):
             return None
         target = registry.resolve(cmd_name)
         try:
-            return _build_command(cmd_name, target)
+            return build_command(cmd_name, target)
         except Exception as error:
             raise PluginError(
                 f"Cannot use command '{cmd_name}' of {registry.entry(cmd_name).origin}: expected a "
@@ -85,11 +85,8 @@ class CommandGroup(TyperGroup):
         """List commands by their summaries, and plugins that could not be loaded."""
         plugins = _get_plugins()
         own = [(name, summary) for name, _, summary in OWN]
-        others = [
-            (entry.name, f"{entry.summary} [{entry.origin}]")
-            for entry in plugins.commands
-            if entry.name not in dict(own)
-        ]
+        entries = [entry for entry in plugins.commands if entry.name not in dict(own)]
+        others = [(entry.name, entry.summary) for entry in entries]
         for title, rows in (("Commands", own), ("Commands of plugins", others)):
             if rows:
                 with formatter.section(title):
@@ -100,7 +97,7 @@ class CommandGroup(TyperGroup):
                     formatter.write_text(str(failure))
 
 
-def _build_command(name: str, target: object) -> click.Command:
+def build_command(name: str, target: object) -> click.Command:
     """A command of a Typer app or a function, named as it is registered."""
     parent = typer.Typer(add_completion=False, rich_markup_mode=None)
     parent.callback()(lambda: None)
