@@ -73,13 +73,13 @@ class CommandGroup(TyperGroup):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
+            message = error.message
             near = difflib.get_close_matches(args[0], self.list_commands(ctx))
             if near:
                 names = ", ".join(map(repr, near))
-                error.message = f"{error.message.rstrip('.')}. Did you mean {names}?"
+                message = f"{message.rstrip('.')}. Did you mean {names}?"
             failures = [str(failure) for failure in _get_plugins().failures]
-            error.message = " ".join([error.message, *failures])
-            raise
+            raise click.UsageError(" ".join([message, *failures]), error.ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List commands by their summaries, and plugins that could not be loaded."""

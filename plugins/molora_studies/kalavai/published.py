@@ -105,8 +105,9 @@ def hash_statements(source: str) -> str:
     """SHA-256 over a module's lines without imports, docstrings and blank lines."""
     left = dict(enumerate(source.splitlines(), start=1))
     for node in ast.walk(ast.parse(source)):
-        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if isinstance(node, ast.Import | ast.ImportFrom) or is_text:
+        if isinstance(node, ast.Import | ast.ImportFrom) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
             for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                 left.pop(number, None)
     return hash_bytes("\n".join(line.rstrip() for line in left.values() if line.strip()).encode())
