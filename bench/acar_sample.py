@@ -15,13 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from molora_acar.studies.recipe import AcarOptions, plan_answers
 from molora_acar.tasks.families import FAMILIES
+from molora_studies.acar.recipe import AcarOptions, plan_answers
+from molora_studies.framework.store import TaskStore
 
 from molora_fed.cascade.task_files import save_tasks
 from molora_fed.storage.files import write_bytes
 from molora_fed.storage.settings import find_cache_folder
-from molora_fed.studies.store import TaskStore
 from molora_fed.tracing.verifying import export_run
 
 NAME = "sample-trace"

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from molora_kalavai.studies.routers import RoutersOptions, RoutersStudy
+from molora_studies.framework.fusions import open_fusion
+from molora_studies.framework.store import TaskStore
+from molora_studies.kalavai.routers import RoutersOptions, RoutersStudy
 
 from molora_fed.storage.files import write_json
 from molora_fed.storage.settings import find_cache_folder
-from molora_fed.studies.fusions import open_fusion
-from molora_fed.studies.store import TaskStore
 from molora_fed.types import Reading
 
 OUT = Path("docs/results/kalavai/fit_routers")

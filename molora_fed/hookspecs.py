@@ -63,8 +63,8 @@ def register_merges(register: Register) -> None:
 
 
 @hookspec
-def register_studies(register: Register) -> None:
-    """Register studies: subclasses of `molora_fed.studies.contract.Study`."""
+def register_commands(register: Register) -> None:
+    """Register commands: `molora <name>` runs a Typer app or a function that Typer can call."""
 
 
 @hookspec

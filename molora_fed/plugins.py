@@ -1,7 +1,8 @@
 """Finds, loads and freezes plugins; the result is a `Plugins` object, never a module global.
 
-`MOLORA_LOAD_PLUGINS=a,b` restricts loading to the entry points named a and b (the core's own is
-always loaded); `MOLORA_TRACE_HOOKS=1` prints every hook call to standard error.
+`MOLORA_LOAD_PLUGINS=a,b` restricts loading to the entry points named a and b (the core and
+the command line are always loaded); `MOLORA_TRACE_HOOKS=1` prints every hook call to standard
+error.
 """
 
 import importlib
@@ -19,22 +20,25 @@ import pluggy
 
 from molora_fed import hookspecs
 from molora_fed.errors import PluginError, UnknownNameError
-from molora_fed.hookspecs import GROUP
+from molora_fed.hookspecs import GROUP, Register
 
 __all__ = [
     "Contract",
     "Entry",
     "Plugins",
     "Registry",
+    "build_register",
     "check_adapter_kind",
     "check_adapter_router",
     "check_callable",
     "check_operator",
     "check_policy",
     "check_router",
-    "check_study",
+    "describe_failure",
+    "find_entry_points",
     "get_plugins",
     "hookimpl",
+    "import_entry_point",
     "load_plugins",
 ]
 
@@ -62,11 +66,6 @@ def check_router(target: Any) -> str | None:
 def check_adapter_kind(target: Any) -> str | None:
     """Describe what an adapter kind lacks, or return None."""
     return _check_methods(target, _KIND_METHODS)
-
-
-def check_study(target: Any) -> str | None:
-    """Describe what a study class lacks, or return None."""
-    return _check_class(target, ("plan", "summarise"))
 
 
 def check_adapter_router(target: Any) -> str | None:
@@ -236,7 +235,8 @@ class Registry:
 hookimpl = pluggy.HookimplMarker(GROUP)
 """Marks a function of a plugin as the implementation of the hook of the same name."""
 
-CORE_ENTRY_POINT = "core"
+BUILT_IN = ("molora_fed.builtin", "molora_cli.commands")
+"""Entry points that are always loaded, and first, by the module they name."""
 
 
 @dataclass
@@ -259,7 +259,6 @@ class Plugins:
         default_factory=lambda: Registry("adapter kind", check_adapter_kind)
     )
     merges: Registry = field(default_factory=lambda: Registry("merge", check_callable))
-    studies: Registry = field(default_factory=lambda: Registry("study", check_study))
     adapter_routers: Registry = field(
         default_factory=lambda: Registry("adapter router", check_adapter_router)
     )
@@ -275,6 +274,7 @@ class Plugins:
         default_factory=lambda: Registry("escalation policy", check_policy)
     )
     task_families: Registry = field(default_factory=lambda: Registry("task family", check_callable))
+    commands: Registry = field(default_factory=lambda: Registry("command", check_callable))
     failures: list[PluginError] = field(default_factory=list)
 
     def registries(self) -> dict[str, Registry]:
@@ -282,7 +282,9 @@ class Plugins:
         return {n: v for n, v in vars(self).items() if isinstance(v, Registry)}
 
 
-def _build_register(registry: Registry, origin: str) -> Callable[..., None]:
+def build_register(registry: Registry, origin: str) -> Register:
+    """What a plugin's hook is handed to add entries of one origin to a registry."""
+
     def register(name: str, target: object, *, summary: str, source: str) -> None:
         registry.add(Entry(name, target, summary, source, origin))
 
@@ -306,25 +308,20 @@ def _load_one(manager: pluggy.PluginManager, plugins: Plugins, module: Any, orig
             hook = f"register_{suffix}"
             if hook in implemented:
                 caller = manager.subset_hook_caller(hook, remove_plugins=others)
-                caller(register=_build_register(registry, origin))
+                caller(register=build_register(registry, origin))
     except Exception as error:
         if manager.is_registered(module):
             manager.unregister(module)
         for registry in plugins.registries().values():
             registry.remove_origin(origin)
-        reason = error.args[0] if error.args else type(error).__name__
-        text = " ".join(str(reason).split()).rstrip(".") + "."
-        raise PluginError(
-            f"Cannot load plugin {origin}: {text} Correct or uninstall it, or leave it out with "
-            "MOLORA_LOAD_PLUGINS."
-        ) from error
+        raise describe_failure(error, origin) from error
 
 
 def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
     """Load all installed plugins, then freeze every registry.
 
-    A plugin that fails is left out whole and listed in `Plugins.failures`; the core's own
-    registration failing is an error.
+    A plugin that fails is left out whole and listed in `Plugins.failures`; a failure of the core's
+    or the command line's own registration is an error.
 
     Args:
         extra: Further plugins as (origin, module or object), for tests and one-file plugins;
@@ -334,7 +331,7 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
         A fresh `Plugins`.
 
     Raises:
-        PluginError: If the core or an `extra` plugin cannot be loaded.
+        PluginError: If the core, the command line or an `extra` plugin cannot be loaded.
     """
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
@@ -342,26 +339,11 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
         manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
         manager.enable_tracing()
     plugins = Plugins()
-    wanted = os.environ.get("MOLORA_LOAD_PLUGINS")
-    names = None if wanted is None else {n.strip() for n in wanted.split(",") if n.strip()}
-    for point in sorted(entry_points(group=GROUP), key=_load_order):
-        if names is not None and point.name not in names and point.name != CORE_ENTRY_POINT:
-            continue
-        version = point.dist.version if point.dist else "?"
-        distribution = point.dist.name if point.dist else "?"
-        origin = f"{point.name} ({distribution} {version})"
+    for point, origin in find_entry_points(GROUP):
         try:
-            try:
-                module = point.load()
-            except Exception as error:
-                raise PluginError(
-                    f"Cannot load plugin {origin}: importing '{point.value}' failed with "
-                    f"{type(error).__name__}: {error}. Correct or uninstall it, or leave it out "
-                    "with MOLORA_LOAD_PLUGINS."
-                ) from error
-            _load_one(manager, plugins, module, origin)
+            _load_one(manager, plugins, import_entry_point(point, origin), origin)
         except PluginError as error:
-            if point.name == CORE_ENTRY_POINT:
+            if point.value in BUILT_IN:
                 raise
             plugins.failures.append(error)
     for origin, module in extra:
@@ -371,9 +353,51 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
     return plugins
 
 
-def _load_order(point: EntryPoint) -> tuple[bool, str, str]:
-    """The core first, then by name: clashes are reported alike on every machine."""
-    return (point.name != CORE_ENTRY_POINT, point.name, point.value)
+def find_entry_points(group: str) -> Iterator[tuple[EntryPoint, str]]:
+    """Entry points of a group that `MOLORA_LOAD_PLUGINS` allows, each with its origin for people.
+
+    Args:
+        group: Entry-point group, e.g. "molora_fed".
+    """
+    wanted = os.environ.get("MOLORA_LOAD_PLUGINS")
+    names = None if wanted is None else {n.strip() for n in wanted.split(",") if n.strip()}
+    for point in sorted(entry_points(group=group), key=_load_order):
+        if names is None or point.name in names or point.value in BUILT_IN:
+            version = point.dist.version if point.dist else "?"
+            distribution = point.dist.name if point.dist else "?"
+            yield point, f"{point.name} ({distribution} {version})"
+
+
+def import_entry_point(point: EntryPoint, origin: str) -> Any:
+    """Import what an entry point names.
+
+    Raises:
+        PluginError: If that fails.
+    """
+    try:
+        return point.load()
+    except Exception as error:
+        raise PluginError(
+            f"Cannot load plugin {origin}: importing '{point.value}' failed with "
+            f"{type(error).__name__}: {error}. Correct or uninstall it, or leave it out "
+            "with MOLORA_LOAD_PLUGINS."
+        ) from error
+
+
+def describe_failure(error: Exception, origin: str) -> PluginError:
+    """The error of a plugin whose registration failed, in one line."""
+    reason = error.args[0] if error.args else type(error).__name__
+    text = " ".join(str(reason).split()).rstrip(".") + "."
+    return PluginError(
+        f"Cannot load plugin {origin}: {text} Correct or uninstall it, or leave it out with "
+        "MOLORA_LOAD_PLUGINS."
+    )
+
+
+def _load_order(point: EntryPoint) -> tuple[int, str, str]:
+    """The built-in ones first, then by name: clashes are reported alike on every machine."""
+    place = BUILT_IN.index(point.value) if point.value in BUILT_IN else len(BUILT_IN)
+    return (place, point.name, point.value)
 
 
 @cache

@@ -1,8 +1,10 @@
-"""The `molora` command: its verbs, and how every failure becomes one line and an exit code.
+"""The `molora` command: how commands are found, and how a failure becomes a line and an exit code.
 
-Verbs import what they need when they run, so that `molora --help` loads no heavy library.
+All commands, its own and those of plugins, come through the hook `register_commands`. A command is
+imported when it is invoked, so that `molora --help` loads no heavy library.
 """
 
+import difflib
 import os
 import signal
 import sys
@@ -10,62 +12,111 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 import typer
+from typer.core import TyperGroup
+from typer.main import get_group
 
-from molora_cli import (
-    cascade,
-    contribute,
-    coop,
-    demo,
-    evaluate,
-    evolve,
-    forecast,
-    fuse,
-    generate,
-    join,
-    plugins,
-    report,
-    serve,
-    study,
-    trace,
-    train,
-)
+from molora_cli.commands import OWN
 from molora_fed import __version__
-from molora_fed.errors import MoloraError, StorageError
+from molora_fed.errors import MoloraError, PluginError, StorageError
 
-__all__ = ["app", "main", "run"]
+if TYPE_CHECKING:
+    from molora_fed.plugins import Plugins
+
+__all__ = ["app", "build_command", "main", "run"]
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BROKEN_PIPE = 128 + signal.SIGPIPE
 DEBUG = "MOLORA_DEBUG"
 
+
+def _get_plugins() -> "Plugins":
+    from molora_fed.plugins import get_plugins
+
+    return get_plugins()
+
+
+class CommandGroup(TyperGroup):
+    """The registered commands; each is imported only when it is invoked."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Own commands in the order of the help, then those of plugins by name."""
+        own = [name for name, _, _ in OWN]
+        return [*own, *(name for name in _get_plugins().commands.names() if name not in own)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command.
+
+        Raises:
+            PluginError: If that fails.
+        """
+        registry = _get_plugins().commands
+        if cmd_name not in registry.names():
+            return None
+        target = registry.resolve(cmd_name)
+        try:
+            return build_command(cmd_name, target)
+        except Exception as error:
+            raise PluginError(
+                f"Cannot use command '{cmd_name}' of {registry.entry(cmd_name).origin}: expected a "
+                f"Typer app or a function that Typer can call, got {type(error).__name__}: "
+                f"{error}. Correct or uninstall the plugin."
+            ) from error
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command; the error of an unknown one lists near names and failed plugins."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            message = error.message
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx))
+            if near:
+                names = ", ".join(map(repr, near))
+                message = f"{message.rstrip('.')}. Did you mean {names}?"
+            failures = [str(failure) for failure in _get_plugins().failures]
+            raise click.UsageError(" ".join([message, *failures]), error.ctx) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List commands by their summaries, and plugins that could not be loaded."""
+        plugins = _get_plugins()
+        own = [(name, summary) for name, _, summary in OWN]
+        entries = [entry for entry in plugins.commands if entry.name not in dict(own)]
+        others = [(entry.name, entry.summary) for entry in entries]
+        for title, rows in (("Commands", own), ("Commands of plugins", others)):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+        if plugins.failures:
+            with formatter.section("Plugins left out"):
+                for failure in plugins.failures:
+                    formatter.write_text(str(failure))
+
+
+def build_command(name: str, target: object) -> click.Command:
+    """A command of a Typer app or a function, named as it is registered."""
+    parent = typer.Typer(add_completion=False, rich_markup_mode=None)
+    parent.callback()(lambda: None)
+    if isinstance(target, typer.Typer):
+        parent.add_typer(target, name=name)
+    else:
+        parent.command(name)(target)  # type: ignore[type-var]
+    return get_group(parent).commands[name]
+
+
 app = typer.Typer(
     name="molora",
+    cls=CommandGroup,
     help="Fuse independently trained specialists of one shared checkpoint into one model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command("demo")(demo.demo)
-app.add_typer(coop.app, name="coop")
-app.command("serve")(serve.serve)
-app.command("join")(join.join)
-app.command("train")(train.train)
-app.command("contribute")(contribute.contribute)
-app.command("fuse")(fuse.fuse)
-app.add_typer(evolve.app, name="evolve")
-app.command("evaluate")(evaluate.evaluate)
-app.command("generate")(generate.generate)
-app.command("report")(report.report)
-app.add_typer(forecast.app, name="forecast")
-app.command("study")(study.study)
-app.add_typer(trace.app, name="trace")
-app.add_typer(cascade.app, name="cascade")
-app.add_typer(plugins.app, name="plugins")
 
 
 def _show_version(wanted: bool) -> None:

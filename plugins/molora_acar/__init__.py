@@ -99,14 +99,3 @@ def register_task_families(register: Register) -> None:
             summary=summary,
             source="own definition, see docs/tasks.md",
         )
-
-
-@hookimpl
-def register_studies(register: Register) -> None:
-    """Register the study of the paper's claims."""
-    register(
-        "acar",
-        "molora_acar.studies.acar:AcarStudy",
-        summary="Escalation by disagreement against fixed ensembles",
-        source=_PAPER,
-    )

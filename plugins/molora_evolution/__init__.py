@@ -75,20 +75,3 @@ def register_lifecycle_operators(register: Register) -> None:
         summary="Perturbs singular values and vectors of newborns",
         source=own,
     )
-
-
-@hookimpl
-def register_studies(register: Register) -> None:
-    """Register studies of the paper's claims."""
-    for name, target, summary in (
-        (
-            "base-perturbation",
-            "base_perturbation:BasePerturbationStudy",
-            "The lifecycle on perturbed bases",
-        ),
-        ("factorial", "factorial:FactorialStudy", "Router, scope and lifecycle, decomposed"),
-        ("guard", "guard:GuardStudy", "What the guard of a lifecycle keeps"),
-        ("inheritance", "inheritance:InheritanceStudy", "Shares of the parent in a newborn"),
-        ("sandbox", "sandbox:SandboxStudy", "Evolution against gradient on a synthetic teacher"),
-    ):
-        register(name, f"molora_evolution.studies.{target}", summary=summary, source=_PAPER)

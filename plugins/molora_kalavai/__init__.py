@@ -116,26 +116,3 @@ def register_merges(register: Register) -> None:
         summary="Half of each difference dropped at random and rescaled, then merged by sign",
         source="arXiv 2311.03099 (PEFT's dare_ties)",
     )
-
-
-@hookimpl
-def register_studies(register: Register) -> None:
-    """Register studies of the paper's claims."""
-    for name, target, summary in (
-        ("adapter-regime", "adapter_regime:AdapterRegimeStudy", "Adapters' bytes against gain"),
-        ("collapse", "collapse:CollapseStudy", "How often each router loses a domain"),
-        ("cross-lingual", "cross_lingual:CrossLingualStudy", "Languages the base never saw"),
-        ("divergence-law", "divergence_law:DivergenceLawStudy", "Divergence and gain"),
-        ("duration", "duration:DurationStudy", "Training length, with and without frozen blocks"),
-        ("freeze", "freeze:FreezeStudy", "Frozen depth against the fusion gain"),
-        ("heterogeneous", "heterogeneous:HeterogeneousStudy", "Contributors' different recipes"),
-        ("maturity", "maturity:MaturityStudy", "Bases of several ages"),
-        ("pilot", "pilot:PilotStudy", "Forecasts from a tenth of the steps, scored"),
-        ("published", "published:PublishedStudy", "Forecasts of the published runs, scored"),
-        ("monolithic", "monolithic:MonolithicStudy", "Pooling the data instead, at equal cost"),
-        ("routers", "routers:RoutersStudy", "Every router and every baseline in one table"),
-        ("scaling", "scaling:ScalingStudy", "From two to five specialists"),
-        ("shared-init", "shared_init:SharedInitStudy", "Contributors' different checkpoints"),
-        ("twenty", "twenty:TwentyStudy", "Twenty contributors on one machine, and one more"),
-    ):
-        register(name, f"molora_kalavai.studies.{target}", summary=summary, source=_PAPER)

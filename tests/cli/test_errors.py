@@ -1,11 +1,13 @@
 """Wrong arguments: one line on standard error, the error's exit code, nothing half-written."""
 
+import types
+
 import pytest
 from molora_cli import main
 
 from molora_fed.cooperative.cooperative import open_cooperative
 from molora_fed.errors import PluginError
-from molora_fed.plugins import get_plugins
+from molora_fed.plugins import get_plugins, hookimpl, load_plugins
 
 WRONG = {
     "coop-name": (11, "coop create Bad_Name --base {base} --folder {out}"),
@@ -103,10 +105,14 @@ def test_plugins_list_shows_origin_and_check_resolves_all(molora):
 
 
 def test_plugins_check_ends_with_60_if_one_fails(molora, monkeypatch):
-    from molora_fed.plugins import Entry, Plugins
-
-    broken = Plugins(failures=[PluginError("Cannot load plugin other: it is broken.")])
-    broken.domains.add(Entry("bad", "molora_fed.nowhere:attribute", "Bad", "none", "test"))
+    plugin = types.ModuleType("test")
+    plugin.register_domains = hookimpl(
+        lambda register: register(
+            "bad", "molora_fed.nowhere:attribute", summary="Bad", source="none"
+        )
+    )
+    broken = load_plugins(extra=[("test", plugin)])
+    broken.failures.append(PluginError("Cannot load plugin other: it is broken."))
     monkeypatch.setattr("molora_fed.plugins.get_plugins", lambda: broken)
     listed, checked = molora("plugins", "list"), molora("plugins", "list", "--check")
     assert listed.code == 0

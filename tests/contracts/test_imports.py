@@ -54,8 +54,8 @@ ALLOWED: dict[str, str] = {
     "molora_evolution": f"{_MEASURING} training population",
     "molora_acar": "cascade",
 }
-ALLOWED["molora_studies"] = " ".join((*ALLOWED, "molora_studies"))
-ALLOWED["molora_cli"] = " ".join(name for name in ALLOWED if name != "molora_studies")
+ALLOWED["molora_cli"] = " ".join(ALLOWED)
+ALLOWED["molora_studies"] = " ".join(ALLOWED)
 
 
 def find_place(module: str) -> str:
@@ -118,7 +118,7 @@ def test_the_table_has_no_circle_and_its_longest_chain_is_short():
 
 
 def test_every_allowed_arrow_names_a_place():
-    assert {name for names in ALLOWED.values() for name in names.split()} <= ALLOWED.keys()
+    assert {name for names in ALLOWED.values() for name in names.split()} < ALLOWED.keys()
 
 
 def test_few_modules_stand_at_the_root():

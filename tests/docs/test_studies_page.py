@@ -5,11 +5,9 @@ import sys
 import types
 from pathlib import Path
 
-from typer.main import get_command
-
-from molora_fed.plugins import check_study
-from molora_fed.studies.results import PlannedStudy
-from molora_fed.studies.worker import run_task
+from molora_studies.framework.registry import check_study
+from molora_studies.framework.results import PlannedStudy
+from molora_studies.framework.worker import run_task
 
 PAGE = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
 
@@ -31,8 +29,9 @@ def test_the_example_study_runs(tmp_path, monkeypatch):
 
 
 def test_the_page_names_every_option():
-    from molora_cli.main import app
+    from molora_cli.main import build_command
+    from molora_studies.command import study
 
-    options = get_command(app).commands["study"].params
+    options = build_command("study", study).params
     flags = {flag for option in options for flag in option.opts if flag.startswith("--")}
     assert flags == set(re.findall(r"--[a-z]+", PAGE))

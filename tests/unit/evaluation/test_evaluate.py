@@ -11,10 +11,9 @@ from molora_kalavai.evidence import ZeroTrainingEvidenceRouter
 from molora_kalavai.linear import LinearOptions, LinearRouter
 
 from molora_fed.bank import HeldOutBank
-from molora_fed.bootstrap import ClusterIndex
 from molora_fed.errors import BankError, ShapeError
-from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses, evaluate
-from molora_fed.evaluation import (
+from molora_fed.evaluation.bootstrap import ClusterIndex
+from molora_fed.evaluation.evaluate import (
     Evaluation,
     compute_domain_losses,
     compute_router_losses,

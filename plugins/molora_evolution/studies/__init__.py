@@ -1,1 +1,0 @@
-"""Studies of the evolutionary population, and the tasks they are made of."""

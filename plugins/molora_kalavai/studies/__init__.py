@@ -1,1 +1,0 @@
-"""Studies of the paper's claims on local text; see docs/studies.md."""

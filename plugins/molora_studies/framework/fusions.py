@@ -1,0 +1,336 @@
+"""The fusion of a study's members, measured as every fusion is; an action of the substrate."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from molora_fed.adapters.files import load_adapter
+from molora_fed.adapters.updates import Adapter
+from molora_fed.bank import CalibrationBank, Expert, HeldOutBank
+from molora_fed.bank import build_calibration_bank as build_calibration
+from molora_fed.bank import build_held_out_bank as build_held_out
+from molora_fed.corpus.blocks import Blocks
+from molora_fed.corpus.prepare import Corpus
+from molora_fed.errors import ConfigError
+from molora_fed.evaluation.bootstrap import ClusterIndex
+from molora_fed.evaluation.evaluate import Evaluation, evaluate
+from molora_fed.forecasting.divergence import compute_gains
+from molora_fed.fusion.collapse import GuardedRouter, fit_guarded
+from molora_fed.fusion.fuse import measure_loss_matrix
+from molora_fed.fusion.plan import BASE_EXPERT
+from molora_fed.models.base import Base
+from molora_fed.plugins import get_plugins
+from molora_fed.routing.contract import OutputRouter, RouterOptions
+from molora_fed.routing.top_k import limit_experts
+from molora_fed.storage.files import write_bytes, write_json
+from molora_fed.types import LossMatrix, Reading, Split
+from molora_studies.framework.actions import open_base, open_corpus
+from molora_studies.framework.contract import Done, TaskContext
+from molora_studies.framework.substrate import FusionSettings
+
+__all__ = ["Fusion", "average_fusions", "fuse_members", "load_evaluation", "open_fusion"]
+
+_SUMS = "evaluation.safetensors"
+_EVALUATION = "evaluation.json"
+HELD_OUT_FILE = "held_out.safetensors"
+
+RouterChoice = tuple[type[OutputRouter], RouterOptions]
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """The inputs of a fusion task, opened; banks are found again if they were built.
+
+    Attributes:
+        base: The shared base.
+        settings: How it is fused.
+        members: Names in the task's order.
+        adapters: The finished tasks of their adapters.
+        corpora: The corpora, each once, members' first.
+        own_domain: Domain by member.
+        baselines: Finished tasks of baselines by label.
+        folder: The task's folder.
+        needs: The task's inputs.
+    """
+
+    base: Base
+    settings: FusionSettings
+    members: tuple[str, ...]
+    adapters: tuple[Done, ...]
+    corpora: tuple[Corpus, ...]
+    own_domain: Mapping[str, str]
+    baselines: Mapping[str, Done]
+    folder: Path
+
+    def choose_routers(self) -> dict[str, RouterChoice]:
+        """Class and options of each router by label."""
+        registry = get_plugins().routers
+        chosen: dict[str, RouterChoice] = {}
+        for label, given in self.settings.routers.items():
+            options = dict(given)
+            router = registry.resolve(options.pop("router", label))
+            if "top_k" in options:
+                router = limit_experts(router, options.pop("top_k"))
+            chosen[label] = (router, router.Options.model_validate(options))
+        return chosen
+
+    def load_adapters(self) -> list[Adapter]:
+        """The members' adapters, in their order."""
+        return [
+            self._load(name, done) for name, done in zip(self.members, self.adapters, strict=True)
+        ]
+
+    def build_calibration_bank(
+        self, readings: frozenset[Reading], progress: Any = None
+    ) -> CalibrationBank:
+        """The bank routers are fitted on."""
+        blocks = self._take(Split.CALIBRATION, self.settings.calibration)
+        return build_calibration(
+            self.folder / "bank",
+            self.base,
+            self._experts(),
+            blocks,
+            **self._bank(readings, progress),
+        )
+
+    def build_held_out_bank(
+        self, readings: frozenset[Reading], progress: Any = None
+    ) -> HeldOutBank:
+        """The bank that is reported from."""
+        blocks = self._take(Split.HELD_OUT, self.settings.held_out)
+        return build_held_out(
+            self.folder / "bank",
+            self.base,
+            self._experts(),
+            blocks,
+            **self._bank(readings, progress),
+        )
+
+    def _experts(self) -> list[Expert]:
+        base = [Expert(BASE_EXPERT, None)] if self.settings.base_expert else []
+        return base + [
+            Expert(name, partial(self._load, name, done))
+            for name, done in zip(self.members, self.adapters, strict=True)
+        ]
+
+    @staticmethod
+    def _load(name: str, done: Done) -> Adapter:
+        return load_adapter(done.folder / "adapter", plugins=get_plugins(), name=name)
+
+    def _take(self, split: Split, count: int) -> list[Blocks]:
+        return [corpus.blocks[split].take(count) for corpus in self.corpora]
+
+    def _bank(self, readings: frozenset[Reading], progress: Any) -> dict[str, Any]:
+        depths = {int(done.result.get("frozen_depth", 0)) for done in self.adapters}
+        return {
+            "readings": readings,
+            "mixture": self.settings.mixture,
+            "frozen_depth": min(depths),
+            "progress": progress,
+        }
+
+
+def open_fusion(settings: Mapping[str, Any], context_needs: Sequence[Done], folder: Path) -> Fusion:
+    """Open what a `plan_fusion` task rests on.
+
+    Args:
+        settings: The fusion task's settings.
+        context_needs: Its finished needs, in the task's order.
+        folder: Where the bank's columns lie: the fusion task's folder, or another.
+    """
+    members = tuple(settings["members"])
+    base, rest = context_needs[0], list(context_needs[1:])
+    adapters = tuple(rest[0 : 2 * len(members) : 2])
+    owned = rest[1 : 2 * len(members) : 2]
+    rest = rest[2 * len(members) :]
+    labels = list(settings["baselines"])
+    baselines = dict(zip(labels, rest[: len(labels)], strict=True))
+    distinct = {done.task.key: done for done in [*owned, *rest[len(labels) :]]}
+    return Fusion(
+        base=open_base(base),
+        settings=FusionSettings.model_validate(settings["fusion"]),
+        members=members,
+        adapters=adapters,
+        corpora=tuple(open_corpus(done) for done in distinct.values()),
+        own_domain={n: d.task.settings["domain"] for n, d in zip(members, owned, strict=True)},
+        baselines=baselines,
+        folder=folder,
+    )
+
+
+def fuse_members(settings: Mapping[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Fuse and measure; see `plan_fusion`."""
+    fusion = open_fusion(settings, context.needs, context.folder)
+    routers = fusion.choose_routers()
+    readings: frozenset[Reading] = frozenset().union(
+        {"evidence"}, *(router.reads(options) for router, options in routers.values())
+    )
+    start = time.monotonic()
+    bank = fusion.build_calibration_bank(readings, context.progress)
+    calibration = measure_loss_matrix(bank, fusion.own_domain)
+    seconds = {"bank": time.monotonic() - start}
+    fitted, reports = {}, {}
+    for label, choice in routers.items():
+        start = time.monotonic()
+        found = _fit(choice, bank, fusion.settings)
+        fitted[label] = found.router
+        reports[label] = {"guard": found.to_json(), "seconds": {"fit": time.monotonic() - start}}
+    held_out = fusion.build_held_out_bank(readings, context.progress)
+    evaluation = evaluate(
+        held_out, fitted, dict(_measure_baselines(fusion, held_out)), seed=fusion.settings.seed
+    )
+    _save_evaluation(evaluation, context.folder)
+    matrix, fused = _read_matrix(evaluation, fusion.own_domain)
+    return {
+        "evaluation": evaluation.to_json(),
+        "calibration": _matrix_to_json(calibration),
+        "held_out": {**_matrix_to_json(matrix), "fused": fused},
+        "gains": {label: dict(compute_gains(matrix, losses)) for label, losses in fused.items()},
+        "routers": reports,
+        "members": {
+            name: {
+                key: done.result.get(key)
+                for key in ("domain", "base_loss", "loss", "adapter_bytes", "steps")
+            }
+            for name, done in zip(fusion.members, fusion.adapters, strict=True)
+        },
+        "seconds": seconds,
+    }
+
+
+def _fit(
+    choice: RouterChoice, bank: CalibrationBank, settings: FusionSettings
+) -> GuardedRouter[OutputRouter]:
+    router, options = choice
+    restarts = 3 if settings.guarded else 0
+    return fit_guarded(router, bank, options, settings.seed, restarts=restarts)
+
+
+def _measure_baselines(fusion: Fusion, bank: HeldOutBank) -> Iterator[tuple[str, Tensor]]:
+    """Losses (N, T-1) by label of merges and of models trained beside."""
+    registry = get_plugins().merges
+    if fusion.settings.merges:
+        adapters = fusion.load_adapters()
+        for name in fusion.settings.merges:
+            label = "weight_average" if name == "average" else name
+            merged = registry.resolve(name)(adapters, name=name, seed=fusion.settings.seed)
+            yield label, bank.add_column(label, merged)
+    for label, done in fusion.baselines.items():
+        if (done.folder / "adapter").is_dir():
+            adapter = load_adapter(done.folder / "adapter", plugins=get_plugins(), name=label)
+            yield label, bank.add_column(label, adapter)
+        else:
+            yield label, _read_losses(done.folder / HELD_OUT_FILE, bank, label)
+
+
+def _read_losses(path: Path, bank: HeldOutBank, label: str) -> Tensor:
+    """Losses of a model of another shape, kept by domain in the order of the corpus's blocks."""
+    kept = load_file(path)
+    nll = torch.empty(bank.num_blocks, bank.block_size - 1)
+    for index, domain in enumerate(bank.domains):
+        rows = torch.from_numpy(np.flatnonzero(bank.domain_of == index))
+        if domain not in kept or len(kept[domain]) < len(rows):
+            raise ConfigError(
+                f"Cannot measure baseline '{label}': expected losses of {len(rows)} blocks of "
+                f"domain '{domain}', got {len(kept.get(domain, ()))}. Measure as many blocks."
+            )
+        nll[rows] = kept[domain][: len(rows)]
+    return nll
+
+
+def _read_matrix(
+    evaluation: Evaluation, own_domain: Mapping[str, str]
+) -> tuple[LossMatrix, dict[str, dict[str, float]]]:
+    """Held-out losses of base and specialists, and of every router."""
+    specialists = {name: evaluation.losses(f"specialist:{name}") for name in own_domain}
+    matrix = LossMatrix(
+        evaluation.domains, evaluation.losses("base"), specialists, dict(own_domain)
+    )
+    return matrix, {label: evaluation.losses(f"fused:{label}") for label in evaluation.gates}
+
+
+def _matrix_to_json(matrix: LossMatrix) -> dict[str, Any]:
+    return {
+        "domains": list(matrix.domains),
+        "base": dict(matrix.base),
+        "specialists": {name: dict(losses) for name, losses in matrix.specialists.items()},
+        "own_domain": dict(matrix.own_domain),
+    }
+
+
+def _save_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Sums per cluster of every method, from which intervals over seeds are made."""
+    tensors = {f"sums/{name}": torch.from_numpy(sums) for name, sums in evaluation.sums.items()}
+    tensors["clusters/domain_of"] = torch.from_numpy(evaluation.clusters.domain_of)
+    tensors["clusters/counts"] = torch.from_numpy(evaluation.clusters.counts)
+    write_bytes(folder / _SUMS, save(tensors))
+    card = {
+        "domains": list(evaluation.domains),
+        "methods": list(evaluation.sums),
+        "gates": {router: dict(gates) for router, gates in evaluation.gates.items()},
+        "seed": evaluation.seed,
+    }
+    write_json(folder / _EVALUATION, card)
+
+
+def load_evaluation(folder: Path) -> Evaluation:
+    """The evaluation that a fusion task kept."""
+    card = json.loads((folder / _EVALUATION).read_bytes())
+    tensors = load_file(folder / _SUMS)
+    domain_of: NDArray[np.int64] = tensors["clusters/domain_of"].numpy()
+    counts: NDArray[np.float64] = tensors["clusters/counts"].numpy()
+    clusters = ClusterIndex(np.zeros(0, dtype=np.int64), domain_of, counts, len(card["domains"]))
+    sums = {name: tensors[f"sums/{name}"].numpy() for name in card["methods"]}
+    return Evaluation(tuple(card["domains"]), clusters, sums, card["gates"], card["seed"])
+
+
+def average_fusions(settings: Mapping[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Average evaluations over seeds, cluster by cluster; see `plan_mean`.
+
+    Raises:
+        ConfigError: If they were not measured on the same held-out blocks with the same methods.
+    """
+    evaluations = [load_evaluation(done.folder) for done in context.needs]
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        if not (
+            np.array_equal(first.clusters.counts, other.clusters.counts)
+            and np.array_equal(first.clusters.domain_of, other.clusters.domain_of)
+            and list(first.sums) == list(other.sums)
+        ):
+            raise ConfigError(
+                "Cannot average fusions: expected the same methods on the same held-out blocks, "
+                "got others. Average fusions that differ in seeds only."
+            )
+    mean = Evaluation(
+        first.domains,
+        first.clusters,
+        {n: np.mean([e.sums[n] for e in evaluations], axis=0) for n in first.sums},
+        {
+            router: {
+                domain: {
+                    expert: float(np.mean([e.gates[router][domain][expert] for e in evaluations]))
+                    for expert in by_expert
+                }
+                for domain, by_expert in gates.items()
+            }
+            for router, gates in first.gates.items()
+        },
+        first.seed,
+    )
+    return {
+        "evaluation": mean.to_json(),
+        "fusions": len(evaluations),
+        "gains": [done.result["gains"] for done in context.needs],
+        "equal_weight": [{n: e.equal_weight(n) for n in e.sums} for e in evaluations],
+    }

@@ -1,0 +1,98 @@
+"""Studies for people: Markdown pages and SVG figures, the same bytes for the same results."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from molora_studies.framework.contract import Figure
+
+__all__ = ["draw_figure", "render_claims", "render_study", "render_table"]
+
+_STYLE = {
+    "axes.edgecolor": "#222222",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "grid.color": "#E5E5E5",
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.markersize": 5,
+    "svg.hashsalt": "molora",
+    "text.color": "#222222",
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+}
+
+
+def draw_figure(figure: Figure) -> bytes:
+    """A figure as SVG in the reports' style; a study only draws what it shows."""
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.figure import Figure as Canvas
+
+    from molora_fed.reporting.figures import PALETTE
+
+    style = {**_STYLE, "axes.prop_cycle": cycler(color=PALETTE)}
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(style):
+        canvas = Canvas(figsize=(8.0, 4.5), layout="constrained")
+        figure.draw(canvas)
+        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _escape(text: object) -> str:
+    return " ".join(str(text).replace("|", "\\|").split())
+
+
+def render_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a Markdown table."""
+    yield "| " + " | ".join(map(_escape, columns)) + " |"
+    yield "|" + "---|" * len(columns)
+    for row in rows:
+        yield "| " + " | ".join(map(_escape, row)) + " |"
+
+
+def render_claims(claims: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines of the table of published claims beside our figures."""
+    rows = [
+        [each["claim"], each["published"], each["measured"], each["verdict"], each["reason"]]
+        for each in claims
+    ]
+    yield from render_table(("claim", "published", "ours", "verdict", "why"), rows)
+
+
+def render_study(document: Mapping[str, Any]) -> str:
+    """The Markdown page of a study's JSON document."""
+    name, summary = document["study"], document["summary"]
+    lines = [f"# {document['title']}", ""]
+    if summary["claims"]:
+        lines += ["## Claims", "", *render_claims(summary["claims"]), ""]
+    for table in summary["tables"]:
+        lines += [f"## {table['title']}", "", *render_table(table["columns"], table["rows"]), ""]
+    for figure in summary["figures"]:
+        caption = _escape(figure["caption"])
+        lines += [f"![{caption}]({name}-{figure['name']}.svg)", "", caption, ""]
+    if summary["notes"]:
+        lines += ["## Notes", "", *(f"- {_escape(note)}" for note in summary["notes"]), ""]
+    lines += ["## How it was made", "", *_render_making(document)]
+    return "\n".join(lines) + "\n"
+
+
+def _render_making(document: Mapping[str, Any]) -> Iterator[str]:
+    seconds = sum(document["seconds"]["tasks"].values())
+    versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
+    yield (
+        f"`molora study {document['study']}`: {len(document['cells'])} cells, "
+        f"{len(document['seconds']['tasks'])} tasks, {seconds / 60:.1f} core-minutes in all; "
+        f"seeds {', '.join(map(str, document['seeds']))}."
+    )
+    yield ""
+    yield f"Options: `{json.dumps(document['options'], sort_keys=True)}`"
+    yield ""
+    yield f"Versions: {versions}."

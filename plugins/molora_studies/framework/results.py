@@ -1,0 +1,267 @@
+"""A study from its options to its files: plan, run, summarise, write."""
+
+import importlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache as memo
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from molora_fed import __version__
+from molora_fed.errors import ConfigError, StudyError
+from molora_fed.plugins import Registry
+from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, write_bytes, write_json
+from molora_studies.framework.contract import Cell, Study, StudyOptions, Summary, Task
+from molora_studies.framework.render import draw_figure, render_study
+from molora_studies.framework.runner import Listener, State, run_tasks
+from molora_studies.framework.schedule import collect_tasks, estimate_seconds, find_missing
+from molora_studies.framework.store import TaskStore
+
+__all__ = ["PlannedStudy", "StudyPlan", "Written", "plan_study", "read_options"]
+
+FORMAT_VERSION = 1
+MAX_CONFIG_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a run would do.
+
+    Attributes:
+        cells: Number of cells.
+        tasks: All tasks by key, needs first.
+        done: Keys of those that are finished.
+        seconds: Estimate of the rest on so many quiet cores.
+        workers: That number.
+    """
+
+    cells: int
+    tasks: Mapping[str, Task]
+    done: frozenset[str]
+    seconds: float
+    workers: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a study leaves.
+
+    Attributes:
+        document: Content of the JSON file.
+        files: The JSON file, the Markdown page, then the figures.
+    """
+
+    document: Mapping[str, Any]
+    files: Sequence[Path]
+
+
+def read_options(study: type[Study], name: str, config: Path | None, **changes: Any) -> Any:
+    """Options of a study from its TOML file, or their defaults.
+
+    Args:
+        study: The study.
+        name: Its name, for errors.
+        config: TOML file; None takes every default.
+        **changes: Values that replace the file's.
+
+    Raises:
+        ConfigError: If the file cannot be read, a key is unknown, or a value is out of range.
+    """
+    where = f"Cannot read options of study '{name}'" + (f" from '{config}'" if config else "")
+    values: dict[str, Any] = {}
+    if config is not None:
+        try:
+            if config.stat().st_size > MAX_CONFIG_BYTES:
+                raise ConfigError(
+                    f"{where}: expected at most {MAX_CONFIG_BYTES} bytes, got "
+                    f"{config.stat().st_size}. Check that this is the right file."
+                )
+            values = tomllib.loads(config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{where}: expected TOML, got {reason}. Correct the file.") from error
+    try:
+        return study.Options.model_validate({**values, **changes})
+    except ValidationError as error:
+        offenders = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'options'}: {item['msg']}"
+            f" (got {item['input']!r})"[:200]
+            for item in error.errors()
+        )
+        raise ConfigError(
+            f"{where}: expected keys and values that it knows, got {offenders}. Correct these; "
+            f"it knows {', '.join(sorted(study.Options.model_fields))}."
+        ) from error
+
+
+@dataclass(frozen=True)
+class PlannedStudy:
+    """A study with its options and cells.
+
+    Attributes:
+        name: Registered name.
+        origin: Distribution and version that registered it.
+        study: The class.
+        options: Its options.
+        cells: Its cells.
+        cache: Folder of everything that is kept between runs.
+    """
+
+    name: str
+    origin: str
+    study: type[Study]
+    options: StudyOptions
+    cells: Sequence[Cell]
+    cache: Path
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The cells' tasks."""
+        return [cell.task for cell in self.cells]
+
+    def survey(self, workers: int) -> StudyPlan:
+        """What there is to do, and how long it takes on so many cores."""
+        store, tasks = TaskStore.in_cache(self.cache), collect_tasks(self.tasks)
+        done = frozenset(set(tasks) - find_missing(self.tasks, store.is_done))
+        seconds = estimate_seconds(tasks, done, workers)
+        return StudyPlan(len(self.cells), tasks, done, seconds, workers)
+
+    def run(self, workers: int, listener: Listener | None = None) -> State:
+        """Do what is left; see `molora_studies.framework.runner.run_tasks`."""
+        return run_tasks(self.tasks, self.cache, workers=workers, listener=listener)
+
+    def write(self, out: Path, *, seconds: float | None = None) -> Written:
+        """Summarise finished cells, and write JSON, Markdown and figures.
+
+        Args:
+            out: Folder.
+            seconds: Wall-clock seconds of the run; None if nothing ran.
+
+        Raises:
+            StudyError: If a cell is not finished.
+            StorageError: If the disk refuses.
+        """
+        store = TaskStore.in_cache(self.cache)
+        missing = [cell.name for cell in self.cells if not store.is_done(cell.task)]
+        if missing:
+            raise StudyError(
+                f"Cannot summarise study '{self.name}': expected all {len(self.cells)} cells, got "
+                f"{len(self.cells) - len(missing)}; missing {', '.join(missing[:3])}"
+                f"{' and others' if len(missing) > 3 else ''}. Run `molora study {self.name}`."
+            )
+        read = {cell.name: store.read(cell.task) for cell in self.cells}
+        results = {name: done.result for name, (done, _) in read.items()}
+        summary = self.study.summarise(self.options, results)
+        document = self._describe(summary, results)
+        task_seconds = {
+            f"{task.name} ({task.key[:8]})": store.read(task)[1]
+            for task in collect_tasks(self.tasks).values()
+            if store.is_done(task)
+        }
+        document["seconds"] = {"run": seconds, "tasks": task_seconds}
+        return self._write_files(out, document, summary)
+
+    def _describe(
+        self, summary: Summary, results: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        from molora_fed.models.runtime import describe_environment
+
+        return {
+            "format_version": FORMAT_VERSION,
+            "study": self.name,
+            "title": self.study.title,
+            "options": self.options.model_dump(mode="json"),
+            "seeds": list(self.options.seeds),
+            "versions": {"molora-fed": __version__, **describe_environment("cpu")},
+            "code": {"origin": self.origin, **_hash_code(self.study)},
+            "cells": [
+                {
+                    "name": cell.name,
+                    "labels": dict(cell.labels),
+                    "key": cell.task.key,
+                    "result": results[cell.name],
+                }
+                for cell in self.cells
+            ],
+            "summary": {
+                "findings": dict(summary.findings),
+                "claims": [asdict(claim) for claim in summary.claims],
+                "tables": [
+                    {
+                        "title": table.title,
+                        "columns": list(table.columns),
+                        "rows": [list(row) for row in table.rows],
+                    }
+                    for table in summary.tables
+                ],
+                "figures": [
+                    {"name": figure.name, "caption": figure.caption} for figure in summary.figures
+                ],
+                "notes": list(summary.notes),
+            },
+        }
+
+    def _write_files(self, out: Path, document: dict[str, Any], summary: Summary) -> Written:
+        try:
+            canonical_json(document)
+        except (TypeError, ValueError) as error:
+            raise StudyError(
+                f"Cannot write study '{self.name}': expected finite JSON values in its summary, "
+                f"got {error}. Correct `summarise`."
+            ) from error
+        figures = [(out / f"{self.name}-{figure.name}.svg", figure) for figure in summary.figures]
+        for path, figure in figures:
+            write_bytes(path, draw_figure(figure))
+        page, data = out / f"{self.name}.md", out / f"{self.name}.json"
+        write_bytes(page, render_study(document).encode())
+        write_json(data, document)
+        return Written(document, [data, page, *(path for path, _ in figures)])
+
+
+@memo
+def _hash_package(name: str) -> str:
+    """SHA-256 over a package's Python files: what exactly made a result; empty if it has none."""
+    folders = list(getattr(importlib.import_module(name), "__path__", ()))
+    if not folders:
+        return ""
+    root = Path(folders[0])
+    files = {str(p.relative_to(root)): hash_file(p) for p in sorted(root.rglob("*.py"))}
+    return hash_bytes(canonical_json(files))
+
+
+def _hash_code(study: type[Study]) -> dict[str, str]:
+    packages = ("molora_fed", study.__module__.partition(".")[0], *study.measures)
+    return {name: found for name in dict.fromkeys(packages) if (found := _hash_package(name))}
+
+
+def plan_study(
+    name: str, studies: Registry, cache: Path, *, config: Path | None = None, **changes: Any
+) -> PlannedStudy:
+    """Read a study's options and plan its cells; nothing runs.
+
+    Args:
+        name: Registered name.
+        studies: What is registered.
+        cache: Folder of everything that is kept between runs.
+        config: TOML file of options.
+        **changes: Options that replace the file's.
+
+    Raises:
+        UnknownNameError: If nobody registered it.
+        ConfigError: If its options are wrong.
+        StudyError: If two cells have one name.
+    """
+    study = studies.resolve(name)
+    options = read_options(study, name, config, **changes)
+    cells = tuple(study.plan(options))
+    names = [cell.name for cell in cells]
+    twice = sorted({each for each in names if names.count(each) > 1})
+    if twice or not cells:
+        raise StudyError(
+            f"Cannot plan study '{name}': expected cells with names of their own, got "
+            f"{', '.join(twice) + ' more than once' if twice else 'no cell'}. Correct its plan."
+        )
+    return PlannedStudy(name, studies.entry(name).origin, study, options, cells, cache)

@@ -1,0 +1,163 @@
+"""How far the base was trained before it was shared: bases of several ages."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from molora_studies.framework.contract import (
+    Cell,
+    Claim,
+    Figure,
+    Study,
+    StudyOptions,
+    Summary,
+    Table,
+)
+from molora_studies.kalavai.conditions import (
+    THREE_DOMAINS,
+    Estimate,
+    estimate,
+    plan_aged_base,
+    plan_condition,
+    read_gain,
+)
+
+__all__ = ["MaturityOptions", "MaturityStudy"]
+
+
+class MaturityOptions(StudyOptions):
+    """Options.
+
+    Attributes:
+        domains: One contributor each.
+        ages: Steps of the base.
+        screened: Ages run at the first seed only.
+        steps: Steps of a specialist.
+    """
+
+    domains: tuple[str, ...] = THREE_DOMAINS
+    ages: tuple[int, ...] = Field(default=(325, 1300, 2600, 5200), min_length=2)
+    screened: tuple[int, ...] = (1300,)
+    steps: int = 600
+
+
+class MaturityStudy(Study):
+    """Every age of the base; each base has a schedule of its own, tokenizer and text are shared."""
+
+    Options: ClassVar[type[StudyOptions]] = MaturityOptions
+    title: ClassVar[str] = "Maturity of the base"
+    measures: ClassVar[tuple[str, ...]] = ("molora_kalavai",)
+
+    @classmethod
+    def plan(cls, options: MaturityOptions) -> Sequence[Cell]:
+        """A cell an age and seed."""
+        return [
+            Cell(
+                f"base {age} seed {seed}",
+                {"age": age, "seed": seed},
+                plan_condition(
+                    f"base of {age} steps, seed {seed}",
+                    options.domains,
+                    seed,
+                    {"steps": options.steps},
+                    base=plan_aged_base(age),
+                ),
+            )
+            for age in options.ages
+            for seed in cls._seeds(options, age)
+        ]
+
+    @staticmethod
+    def _seeds(options: MaturityOptions, age: int) -> tuple[int, ...]:
+        return options.seeds[:1] if age in options.screened else options.seeds
+
+    @classmethod
+    def summarise(
+        cls, options: MaturityOptions, results: Mapping[str, Mapping[str, Any]]
+    ) -> Summary:
+        """Gain by age, and whether it falls as the base matures."""
+
+        def read(age: int, figure: Any) -> list[float]:
+            return [figure(results[f"base {age} seed {seed}"]) for seed in cls._seeds(options, age)]
+
+        gains = {age: estimate(read(age, read_gain)) for age in options.ages}
+        on_specialist = {
+            age: estimate(read(age, lambda r: read_gain(r, reference="best_specialist")))
+            for age in options.ages
+        }
+        base_loss = {age: read(age, _base_loss)[0] for age in options.ages}
+        youngest, oldest = min(options.ages), max(options.ages)
+        pairs = zip(read(youngest, read_gain), read(oldest, read_gain), strict=False)
+        fall = estimate(a - b for a, b in pairs)
+        sure = fall.low is not None and fall.low > 0
+        return Summary(
+            findings={
+                "gain_percent": {str(a): e.to_json() for a, e in gains.items()},
+                "gain_over_best_specialist_percent": {
+                    str(a): e.to_json() for a, e in on_specialist.items()
+                },
+                "base_loss_nats": {str(a): loss for a, loss in base_loss.items()},
+            },
+            claims=[
+                Claim(
+                    "A better trained base leaves less to gain",
+                    "Qwen-1.5B gains +1.06 % where Pythia at step 10,000 gains +6.5 to +7.7 %",
+                    f"from {youngest} to {oldest} steps the gain falls by {fall.show('pp')}",
+                    "holds" if sure else ("not decided" if fall.mean > 0 else "does not hold"),
+                    "holds if the interval of the paired fall lies above 0",
+                ),
+                Claim(
+                    "There is a gain at every age",
+                    "positive for all published bases",
+                    ", ".join(f"{a}: {e.mean:+.2f} %" for a, e in gains.items()),
+                    "holds" if all(_is_above(e) for e in gains.values()) else "not decided",
+                    "holds if every age measured at several seeds has an interval above 0",
+                ),
+            ],
+            tables=[
+                Table(
+                    "Gain by age of the base",
+                    ("base steps", "base loss", "on the best alone", "on the best specialist"),
+                    [
+                        (
+                            str(a),
+                            f"{base_loss[a]:.3f} nats",
+                            gains[a].show(),
+                            on_specialist[a].show(),
+                        )
+                        for a in options.ages
+                    ],
+                )
+            ],
+            figures=[
+                Figure(
+                    "age",
+                    "Gain by age of the base; bars are 95 % intervals over seeds.",
+                    lambda figure: _draw(figure, gains, on_specialist),
+                )
+            ],
+        )
+
+
+def _base_loss(result: Mapping[str, Any]) -> float:
+    losses = result["held_out"]["base"]
+    return float(sum(losses.values()) / len(losses))
+
+
+def _is_above(gain: Estimate) -> bool:
+    return gain.mean > 0 if gain.low is None else gain.low > 0
+
+
+def _draw(figure: Any, alone: Mapping[int, Estimate], specialist: Mapping[int, Estimate]) -> None:
+    axes = figure.subplots()
+    for label, found in (("on the best alone", alone), ("on the best specialist", specialist)):
+        errors = [e.mean - e.low if e.low is not None else 0.0 for e in found.values()]
+        axes.errorbar(
+            list(found), [e.mean for e in found.values()], yerr=errors, marker="o", capsize=3,
+            label=label,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("training steps of the base")
+    axes.set_ylabel("gain, %")
+    axes.legend()
