@@ -261,7 +261,7 @@ def compare(
         if len(parts) in BANK_AGAIN_AFTER and num_blocks <= LARGEST_REPEATED:
             banks.append(run_our_side()[2])
     view = bank.view(slice(0, 32))
-    reference = LinearRouter(len(experts), LinearOptions(), weight.detach())
+    reference = LinearRouter(len(experts), LinearOptions(), {"weight": weight.detach()})
     difference = float((reference.gates(view) - router.gates(view)).abs().max())
     count = len(experts)
     bound = steps * batch * count / (num_blocks * (count + 1))

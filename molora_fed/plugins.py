@@ -45,7 +45,6 @@ __all__ = [
 
 _ROUTER_METHODS = (
     "reads", "fit", "scores", "gates", "init_state", "step", "reorder", "state_tensors",
-    "from_state",
 )  # fmt: skip
 _KIND_METHODS = ("prepare", "export", "load")
 

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from molora_fed.storage.keys import load_or_make_key
 from molora_fed.testing.models import ARCHITECTURES, build_tiny_checkpoint, build_tiny_model
 
 _built = cache(build_tiny_model)
@@ -53,3 +54,13 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
 def tokens() -> torch.Tensor:
     """Random token ids of the tiny vocabulary, (2, 24)."""
     return torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def contributor_key(tmp_path_factory):
+    return load_or_make_key(tmp_path_factory.mktemp("keys") / "key.pem")
+
+
+@pytest.fixture(scope="session")
+def coordinator_key(tmp_path_factory):
+    return load_or_make_key(tmp_path_factory.mktemp("keys") / "coordinator.pem")

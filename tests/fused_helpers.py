@@ -2,7 +2,6 @@
 
 import torch
 
-from molora_fed.errors import ShapeError
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.testing import build_random_adapter
@@ -13,27 +12,25 @@ class ProbeOptions(RouterOptions):
     sharpness: float = 0.3
 
 
-class ProbeRouter(OutputRouter):
+class ProbeRouter(OutputRouter[ProbeOptions]):
     """Scores every column it reads, and sums the evidence of a document so far."""
 
-    Options = ProbeOptions
-
-    def __init__(self, num_experts, options, projection):
-        super().__init__(num_experts, options)
-        self.projection = projection  # (D, E)
+    @classmethod
+    def shapes(cls, num_experts, options):
+        return {"projection": ("D", num_experts)}
 
     @classmethod
     def build(cls, num_experts, hidden_size, columns, seed=0):
         generator = torch.Generator().manual_seed(seed)
         projection = torch.randn(hidden_size, num_experts, generator=generator)
-        return cls(num_experts, ProbeOptions(columns=columns), projection)
+        return cls(num_experts, ProbeOptions(columns=columns), {"projection": projection})
 
     @classmethod
     def reads(cls, options):
         return frozenset(options.columns)
 
     @classmethod
-    def fit(cls, bank, options, seed, progress=None):
+    def learn(cls, bank, options, seed, progress):
         return cls.build(bank.num_experts, bank.hidden_size, options.columns, seed)
 
     def scores(self, view):
@@ -62,15 +59,6 @@ class ProbeRouter(OutputRouter):
     def step(self, view, state):
         scores, state = self._score(view, state)
         return torch.softmax(scores, dim=-1), state
-
-    def state_tensors(self):
-        return {"projection": self.projection}
-
-    @classmethod
-    def from_state(cls, num_experts, options, tensors):
-        if tensors["projection"].shape[1] != num_experts:
-            raise ShapeError(f"expected {num_experts} experts")
-        return cls(num_experts, options, tensors["projection"])
 
 
 class NoncausalRouter(ProbeRouter):

@@ -251,7 +251,7 @@ def load_fused(
     try:
         tensors: dict[str, Tensor] = load(state)
         options = router_class.Options.model_validate(manifest.router.options)
-        router = router_class.from_state(len(experts), options, tensors)
+        router = router_class(len(experts), options, tensors)
     except (SafetensorError, ValidationError, KeyError, ValueError) as error:
         raise RoutingError(
             f"Cannot load fused model '{folder}': expected options and state of router "

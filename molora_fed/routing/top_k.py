@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError
@@ -53,57 +54,58 @@ class TopKRouter(OutputRouter):
     inner_class: ClassVar[type[OutputRouter]]
     top_k: ClassVar[int]
 
-    def __init__(self, inner: OutputRouter) -> None:
-        super().__init__(inner.num_experts, inner.options)
-        self.inner = inner
+    @override
+    def __init__(
+        self,
+        num_experts: int,
+        options: RouterOptions | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(num_experts, options)
+        self.inner = self.inner_class(num_experts, options, tensors)
 
     @classmethod
+    @override
     def reads(cls, options: RouterOptions) -> frozenset[Reading]:
-        """What the other router reads."""
         return cls.inner_class.reads(options)
 
     @classmethod
-    def fit(
+    @override
+    def learn(
         cls,
         bank: "CalibrationBank",
         options: RouterOptions,
         seed: int,
-        progress: Progress | None = None,
+        progress: Progress | None,
     ) -> Self:
-        """Fit the other router."""
-        return cls(cls.inner_class.fit(bank, options, seed, progress))
+        inner = cls.inner_class.fit(bank, options, seed, progress)
+        return cls(inner.num_experts, inner.options, inner.state_tensors())
 
+    @override
     def scores(self, view: RouterView) -> Tensor:
-        """The other router's ranking of all experts, (B, T, E)."""
         return self.inner.scores(view)
 
+    @override
     def gates(self, view: RouterView) -> Tensor:
         """The other router's k largest gates, renormalised, (B, T, E)."""
         return keep_top_k(self.inner.gates(view), self.top_k)
 
+    @override
     def init_state(self, batch_size: int) -> RouterState:
-        """The other router's state."""
         return self.inner.init_state(batch_size)
 
+    @override
     def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
-        """Gates of the next positions, (B, t, E), and the state after them."""
         gates, state = self.inner.step(view, state)
         return keep_top_k(gates, self.top_k), state
 
+    @override
     def reorder(self, state: RouterState, index: Tensor) -> RouterState:
-        """State whose row b is the old row `index[b]`."""
         return self.inner.reorder(state, index)
 
+    @override
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything the other router learned."""
         return self.inner.state_tensors()
-
-    @classmethod
-    def from_state(
-        cls, num_experts: int, options: RouterOptions, tensors: Mapping[str, Tensor]
-    ) -> Self:
-        """The router around the one that `state_tensors` came from."""
-        return cls(cls.inner_class.from_state(num_experts, options, tensors))
 
 
 @cache
@@ -125,6 +127,7 @@ def limit_experts(router: type[OutputRouter], limit: int) -> type[TopKRouter]:
 
     class Limited(TopKRouter):
         Options: ClassVar[type[RouterOptions]] = router.Options
+        name: ClassVar[str] = router.name
         causal: ClassVar[bool] = router.causal
         inner_class: ClassVar[type[OutputRouter]] = router
         top_k: ClassVar[int] = limit

@@ -120,7 +120,7 @@ def _leaves_inputs_alone(case: _Case) -> str | None:
 
 def _survives_saving(case: _Case) -> str | None:
     tensors = {name: t.contiguous() for name, t in case.fitted.state_tensors().items()}
-    loaded = case.router.from_state(case.bank.num_experts, case.options, load(save(tensors)))
+    loaded = case.router(case.bank.num_experts, case.options, load(save(tensors)))
     if torch.equal(loaded.gates(case.view), case.fitted.gates(case.view)):
         return None
     return "expected the same gates after saving and loading, got others"

@@ -1,7 +1,6 @@
 """A linear discriminant of domains on a running mean, in closed form; see docs/routers.md."""
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from molora_fed.bank.views import RouterView
-from molora_fed.errors import ShapeError
 from molora_fed.routing.causal import causal_mean, count_since_start
 from molora_fed.types import Reading
 from molora_kalavai.hidden import read_hidden
@@ -111,30 +109,6 @@ class Discriminant:
     def tensors(self) -> dict[str, Tensor]:
         """All of it, for safetensors."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @staticmethod
-    def load(tensors: Mapping[str, Tensor], num_domains: int, label: str) -> "Discriminant":
-        """From `tensors`, every shape checked.
-
-        Raises:
-            ShapeError: If one is missing or has another shape.
-        """
-        centre = tensors.get("centre")
-        width = centre.numel() if centre is not None else 0
-        expected = {
-            "centre": (width,),
-            "basis": (width, width),
-            "means": (num_domains, width),
-            "spread": (width,),
-            "correlation": (1,),
-            "temperature": (1,),
-        }
-        got = {name: tuple(tensors[name].shape) for name in expected if name in tensors}
-        if got != expected or width == 0:
-            raise ShapeError(
-                f"Cannot load router '{label}': expected {expected}, got {got}. Fuse again."
-            )
-        return Discriminant(**{name: tensors[name] for name in expected})
 
 
 @dataclass(frozen=True, eq=False)

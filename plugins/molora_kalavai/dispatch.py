@@ -1,6 +1,5 @@
 """One expert per document, chosen by a domain classifier once some of the document was read."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
@@ -10,13 +9,12 @@ from pydantic import Field
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 from torch import Tensor
+from typing_extensions import override
 
 from molora_fed.bank.views import RouterView
-from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.evaluation.evaluate import compute_domain_losses
 from molora_fed.routing.causal import causal_sum, count_since_start
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
-from molora_fed.routing.fitting import check_calibration
 from molora_fed.types import Progress, Reading
 from molora_kalavai.hidden import HiddenRouter, pool_causally, read_hidden
 
@@ -44,7 +42,7 @@ class DispatchOptions(RouterOptions):
     iterations: int = Field(default=200, ge=1)
 
 
-class DispatchRouter(OutputRouter):
+class DispatchRouter(OutputRouter[DispatchOptions]):
     """One expert a document: the lowest expected loss under the classifier's domains.
 
     P(d | m_n) is a logistic regression on the mean m_n of the document's first n hidden states;
@@ -55,59 +53,52 @@ class DispatchRouter(OutputRouter):
     document's first n tokens only, and chooses by expected loss.
     """
 
-    Options: ClassVar[type[RouterOptions]] = DispatchOptions
-
-    def __init__(
-        self,
-        num_experts: int,
-        options: DispatchOptions,
-        weight: Tensor,
-        bias: Tensor,
-        losses: Tensor,
-    ) -> None:
-        super().__init__(num_experts, options)
-        self.input: Reading = options.input
-        self.read_tokens = options.read_tokens
-        self.weight = weight  # (C, D)
-        self.bias = bias  # (C,)
-        self.losses = losses  # (C, E)
+    name: ClassVar[str] = "dispatch"
 
     @classmethod
+    @override
     def reads(cls, options: RouterOptions) -> frozenset[Reading]:
-        """The one hidden state of the options."""
-        return frozenset({_narrow(options).input})
+        return frozenset({cls.narrow(options).input})
 
     @classmethod
-    def fit(
+    @override
+    def shapes(cls, num_experts: int, options: DispatchOptions) -> dict[str, tuple[int | str, ...]]:
+        """The classifier, (C, D) and (C,), and the losses it weighs, (C, E)."""
+        return {"weight": ("C", "D"), "bias": ("C",), "losses": ("C", num_experts)}
+
+    @classmethod
+    @override
+    def learn(
         cls,
         bank: "CalibrationBank",
-        options: RouterOptions,
+        options: DispatchOptions,
         seed: int,
-        progress: Progress | None = None,
+        progress: Progress | None,
     ) -> Self:
         """Fit the classifier on documents of at least n tokens; `seed` has no effect."""
-        check_calibration(bank)
-        chosen = _narrow(options)
-        samples, domain_of = _collect_samples(bank, chosen)
-        weight, bias = _fit_classifier(samples, domain_of, len(bank.domains), chosen)
+        samples, domain_of = _collect_samples(bank, options)
+        weight, bias = _fit_classifier(samples, domain_of, len(bank.domains), options)
         tables = [compute_domain_losses(bank, bank.expert_nll(e)) for e in range(bank.num_experts)]
         losses = torch.tensor([[table[domain] for table in tables] for domain in bank.domains])
-        return cls(
-            bank.num_experts,
-            chosen,
-            torch.from_numpy(weight).float().to(bank.device),
-            torch.from_numpy(bias).float().to(bank.device),
-            losses.to(bank.device),
-        )
+        tensors = {
+            "weight": torch.from_numpy(weight).float(),
+            "bias": torch.from_numpy(bias).float(),
+            "losses": losses,
+        }
+        on_device = {name: tensor.to(bank.device) for name, tensor in tensors.items()}
+        return cls(bank.num_experts, options, on_device)
 
+    @override
     def scores(self, view: RouterView) -> Tensor:
         """Minus the expected loss of every expert, (B, T, E)."""
         return self._advance(view, self.init_state(len(view.document_starts)))[0]
 
+    @override
     def gates(self, view: RouterView) -> Tensor:
         """1 for the chosen expert, 0 for the others, (B, T, E)."""
         return _choose(self.scores(view))
 
+    @override
     def init_state(self, batch_size: int) -> RouterState:
         """Sum (B, D) and number (B,) of the document's states; scores held since n, (B, E)."""
         device = self.weight.device
@@ -117,58 +108,25 @@ class DispatchRouter(OutputRouter):
             "held": torch.zeros(batch_size, self.num_experts, device=device),
         }
 
+    @override
     def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
-        """Gates of the next positions, (B, t, E), and the state after them."""
         scores, state = self._advance(view, state)
         return _choose(scores), state
 
     def _advance(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
-        hidden = read_hidden(view, self.input, "dispatch")
-        self._check_width(hidden)
+        hidden = read_hidden(view, self.options.input, self.name, self.weight.shape[1])
         device = hidden.device
         weight, bias, losses = (t.to(device) for t in (self.weight, self.bias, self.losses))
         count = count_since_start(view.document_starts, carry=state["count"].to(device))
         mean, after = pool_causally(hidden, view, state)
         posterior = torch.softmax(mean @ weight.T + bias, dim=-1)
-        deciding = (count == self.read_tokens).unsqueeze(-1)
+        deciding = (count == self.options.read_tokens).unsqueeze(-1)
         # One position of a document is not 0, so its sum from there on is what was decided there.
         decided = torch.where(deciding, -(posterior @ losses), 0.0)
         held = causal_sum(decided, view.document_starts, carry=state["held"].to(device))
-        has_decided = (count >= self.read_tokens).unsqueeze(-1)
+        has_decided = (count >= self.options.read_tokens).unsqueeze(-1)
         scores = torch.where(has_decided, held, -losses.mean(dim=0))
         return scores, {**after, "held": held[:, -1]}
-
-    def _check_width(self, hidden: Tensor) -> None:
-        if hidden.shape[-1] != self.weight.shape[1]:
-            raise ShapeError(
-                f"Cannot route with 'dispatch': expected {self.input} of width "
-                f"{self.weight.shape[1]}, got {hidden.shape[-1]}. Use the base it was fitted on."
-            )
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The classifier, (C, D) and (C,), and the losses it weighs, (C, E)."""
-        return {"weight": self.weight, "bias": self.bias, "losses": self.losses}
-
-    @classmethod
-    def from_state(
-        cls, num_experts: int, options: RouterOptions, tensors: Mapping[str, Tensor]
-    ) -> Self:
-        """The router with this classifier and these losses.
-
-        Raises:
-            ShapeError: If one is missing, or they do not fit each other or the experts.
-        """
-        chosen = _narrow(options)
-        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        weight = got.get("weight", ())
-        domains = weight[0] if len(weight) == 2 else -1
-        expected = {"weight": weight, "bias": (domains,), "losses": (domains, num_experts)}
-        if domains < 1 or got != expected:
-            raise ShapeError(
-                f"Cannot load router 'dispatch': expected weight (C, D), bias (C,) and losses "
-                f"(C, {num_experts}), got {got or 'nothing'}. Fuse again."
-            )
-        return cls(num_experts, chosen, tensors["weight"], tensors["bias"], tensors["losses"])
 
 
 def _choose(scores: Tensor) -> Tensor:
@@ -238,12 +196,3 @@ def _fit_classifier(
     weight[seen] = table[:, :-1] / scale
     bias[seen] = table[:, -1] - weight[seen] @ mean
     return weight, bias
-
-
-def _narrow(options: RouterOptions) -> DispatchOptions:
-    if not isinstance(options, DispatchOptions):
-        raise RoutingError(
-            f"Cannot use router 'dispatch': expected DispatchOptions, got "
-            f"{type(options).__name__}. Build the options with its Options class."
-        )
-    return options

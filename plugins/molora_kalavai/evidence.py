@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
+from typing_extensions import override
 
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.routing.causal import causal_sum
-from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
-from molora_fed.routing.fitting import check_calibration, compute_score_loss, fit_on_whole
+from molora_fed.routing.contract import OptionsT, OutputRouter, RouterOptions, RouterState
+from molora_fed.routing.fitting import compute_score_loss, fit_on_whole
 from molora_fed.types import Progress, Reading
 
 if TYPE_CHECKING:
@@ -57,105 +58,70 @@ class EvidenceOptions(RouterOptions):
         return decays
 
 
-class _EvidenceGates(OutputRouter):
+class EvidenceGates(OutputRouter[OptionsT]):
     """Gates softmax(prior + sum_k weight_k * sum_{s<=t} decay_k^(t-s) evidence_s).
 
     Attributes:
-        decays: decay_k, K of them.
         weights: weight_k, (K,).
         prior: Log-prior of each expert, (E,).
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        options: RouterOptions,
-        decays: tuple[float, ...],
-        weights: Tensor,
-        prior: Tensor,
-    ) -> None:
-        super().__init__(num_experts, options)
-        self.decays = decays
-        self.weights = weights
-        self.prior = prior
+    readings: ClassVar[frozenset[Reading]] = frozenset({"evidence"})
+    weights: Tensor
+    prior: Tensor
 
-    @classmethod
-    def reads(cls, options: RouterOptions) -> frozenset[Reading]:
-        """Evidence alone."""
-        return frozenset({"evidence"})
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """decay_k, K of them."""
+        return (1.0,)
 
-    def _sums(self, view: RouterView, carry: Tensor | None = None) -> Tensor:
+    def sums(self, view: RouterView, carry: Tensor | None = None) -> Tensor:
         """Discounted evidence at every decay, (B, T, E, K); `carry` is (B, E, K)."""
         return accumulate_evidence(view, self.decays, carry)
 
-    def _score(self, sums: Tensor) -> Tensor:
+    def score(self, sums: Tensor) -> Tensor:
+        """Scores (..., E) of sums (..., E, K), differentiable in weights and prior."""
         return sums @ self.weights.to(sums.device) + self.prior.to(sums.device)
 
+    @override
     def scores(self, view: RouterView) -> Tensor:
         """Log-posterior of each expert up to a constant, (B, T, E)."""
         check_evidence(view, self.num_experts)
-        return self._score(self._sums(view))
+        return self.score(self.sums(view))
 
+    @override
     def init_state(self, batch_size: int) -> RouterState:
         """Discounted evidence of the document so far, (B, E, K)."""
         shape = (batch_size, self.num_experts, len(self.decays))
         return {"sums": torch.zeros(shape, device=self.weights.device)}
 
+    @override
     def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
-        """Gates of the next positions, (B, t, E), and the state after them."""
         check_evidence(view, self.num_experts)
-        sums = self._sums(view, state["sums"].to(view.document_starts.device))
-        return torch.softmax(self._score(sums), dim=-1), {"sums": sums[:, -1]}
+        sums = self.sums(view, state["sums"].to(view.document_starts.device))
+        return torch.softmax(self.score(sums), dim=-1), {"sums": sums[:, -1]}
 
 
-class ZeroTrainingEvidenceRouter(_EvidenceGates):
+class ZeroTrainingEvidenceRouter(EvidenceGates[ZeroOptions]):
     """The Bayesian mixture of experts: nothing is fitted, no calibration block is read.
 
     Source: own derivation, see docs/routers.md.
     """
 
-    Options: ClassVar[type[RouterOptions]] = ZeroOptions
+    name: ClassVar[str] = "evidence-zero"
 
-    @classmethod
-    def fit(
-        cls,
-        bank: "CalibrationBank",
-        options: RouterOptions,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> Self:
-        """The router for the bank's experts; reads nothing else of it."""
-        check_calibration(bank)
-        return cls.of(bank.num_experts, options)
-
-    @classmethod
-    def of(cls, num_experts: int, options: RouterOptions | None = None) -> Self:
-        """The router for any number of experts, without a bank."""
-        ones, zeros = torch.ones(1), torch.zeros(num_experts)
-        return cls(num_experts, options or ZeroOptions(), (1.0,), ones, zeros)
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Nothing was learned."""
-        return {}
-
-    @classmethod
-    def from_state(
-        cls, num_experts: int, options: RouterOptions, tensors: Mapping[str, Tensor]
-    ) -> Self:
-        """The router for this number of experts.
-
-        Raises:
-            ShapeError: If there are tensors: they belong to another router.
-        """
-        if tensors:
-            raise ShapeError(
-                f"Cannot load router 'evidence-zero': expected no tensors, "
-                f"got {', '.join(sorted(tensors))}. Fuse again."
-            )
-        return cls.of(num_experts, options)
+    @override
+    def __init__(
+        self,
+        num_experts: int,
+        options: RouterOptions | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(num_experts, options, tensors)
+        self.weights, self.prior = torch.ones(1), torch.zeros(num_experts)
 
 
-class EvidenceRouter(_EvidenceGates):
+class EvidenceRouter(EvidenceGates[EvidenceOptions]):
     """Evidence at several decays, a weight each, fitted on calibration from the zero form.
 
     On the calibration bank it is never worse than the zero-training form, where it starts.
@@ -163,60 +129,47 @@ class EvidenceRouter(_EvidenceGates):
     Source: own derivation, see docs/routers.md.
     """
 
-    Options: ClassVar[type[RouterOptions]] = EvidenceOptions
+    name: ClassVar[str] = "evidence"
+
+    @property
+    @override
+    def decays(self) -> tuple[float, ...]:
+        return self.options.decays
 
     @classmethod
-    def fit(
+    @override
+    def shapes(cls, num_experts: int, options: EvidenceOptions) -> dict[str, tuple[int | str, ...]]:
+        return {"weights": (len(options.decays),), "prior": (num_experts,)}
+
+    @classmethod
+    @override
+    def learn(
         cls,
         bank: "CalibrationBank",
-        options: RouterOptions,
+        options: EvidenceOptions,
         seed: int,
-        progress: Progress | None = None,
+        progress: Progress | None,
     ) -> Self:
         """Fit the weights (and the prior, if asked for) on the whole bank; `seed` has no effect."""
-        check_calibration(bank)
-        chosen = _narrow(options)
-        weights = torch.zeros(len(chosen.decays), device=bank.device)
+        weights = torch.zeros(len(options.decays), device=bank.device)
         weights[0] = 1.0
         prior = torch.zeros(bank.num_experts, device=bank.device)
-        router = cls(bank.num_experts, chosen, chosen.decays, weights, prior)
-        sums = bank.derive(f"evidence:{chosen.decays}", router._sums)
-        parameters = [router.weights, router.prior] if chosen.prior else [router.weights]
+        router = cls(bank.num_experts, options, {"weights": weights, "prior": prior})
+        sums = bank.derive(f"evidence:{options.decays}", router.sums)
+        parameters = [router.weights, router.prior] if options.prior else [router.weights]
         start = [parameter.clone() for parameter in parameters]
         fit_on_whole(
             # Evidence weighs distributions, and so it is fitted, a vocabulary's width cheaper.
             bank.under_probability_mixture(),
             sums,
             parameters,
-            router._score,
-            iterations=chosen.iterations,
+            router.score,
+            iterations=options.iterations,
             progress=progress,
         )
         if bank.mixture != "probability":
             _keep_better(bank, sums, router, parameters, start)
         return router
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Weights of the decays, (K,), and the prior, (E,)."""
-        return {"weights": self.weights.detach(), "prior": self.prior.detach()}
-
-    @classmethod
-    def from_state(
-        cls, num_experts: int, options: RouterOptions, tensors: Mapping[str, Tensor]
-    ) -> Self:
-        """The router with these weights and prior.
-
-        Raises:
-            ShapeError: If one is missing or has another shape.
-        """
-        chosen = _narrow(options)
-        expected = {"weights": (len(chosen.decays),), "prior": (num_experts,)}
-        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if got != expected:
-            raise ShapeError(
-                f"Cannot load router 'evidence': expected {expected}, got {got}. Fuse again."
-            )
-        return cls(num_experts, chosen, chosen.decays, tensors["weights"], tensors["prior"])
 
 
 def check_evidence(view: RouterView, num_experts: int) -> None:
@@ -288,21 +241,12 @@ def _keep_better(
 ) -> None:
     """Go back to the start if the bank's own mixture is better there."""
     fitted = [parameter.clone() for parameter in parameters]
-    fitted_loss = compute_score_loss(bank, sums, router._score)
+    fitted_loss = compute_score_loss(bank, sums, router.score)
     _assign(parameters, start)
-    if fitted_loss < compute_score_loss(bank, sums, router._score):
+    if fitted_loss < compute_score_loss(bank, sums, router.score):
         _assign(parameters, fitted)
 
 
 def _assign(parameters: list[Tensor], values: list[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
-
-
-def _narrow(options: RouterOptions) -> EvidenceOptions:
-    if not isinstance(options, EvidenceOptions):
-        raise RoutingError(
-            f"Cannot use router 'evidence': expected EvidenceOptions, got "
-            f"{type(options).__name__}. Build the options with its Options class."
-        )
-    return options

@@ -1,17 +1,16 @@
 """Evidence with a switching rate: the expert that writes a document may change within it."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from molora_fed.bank.views import RouterView
-from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
-from molora_fed.routing.fitting import check_calibration, compute_score_loss, fit_on_whole
+from molora_fed.routing.fitting import compute_score_loss, fit_on_whole
 from molora_fed.types import Progress, Reading
 from molora_kalavai.evidence import check_evidence, read_relative_evidence
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FixedShareRouter", "ShareOptions"]
 
-_LABEL = "evidence-share"
+_NAMES = ("rate", "power", "log_prior")
 _START_RATE = -5.0  # log-odds: a switch every 150 tokens
 _START_POWER = 2.0  # log-odds: evidence counts 0.88 of its face value
 
@@ -38,7 +37,7 @@ class ShareOptions(RouterOptions):
     iterations: int = Field(default=40, ge=1)
 
 
-class FixedShareRouter(OutputRouter):
+class FixedShareRouter(OutputRouter[ShareOptions]):
     """Bayes' rule for a writer who changes: a share of all belief goes back to the prior.
 
     v_t(e) = w_t(e) p_e(x_t)^power, normalised; w_{t+1} = (1 - rate) v_t + rate * prior; gates are
@@ -53,38 +52,21 @@ class FixedShareRouter(OutputRouter):
         log_prior: (E,), exponentials sum to 1.
     """
 
-    Options: ClassVar[type[RouterOptions]] = ShareOptions
-
-    def __init__(
-        self,
-        num_experts: int,
-        options: ShareOptions,
-        rate: Tensor,
-        power: Tensor,
-        log_prior: Tensor,
-    ) -> None:
-        super().__init__(num_experts, options)
-        self.rate = rate
-        self.power = power
-        self.log_prior = log_prior
+    name: ClassVar[str] = "evidence-share"
+    readings: ClassVar[frozenset[Reading]] = frozenset({"evidence"})
 
     @classmethod
-    def reads(cls, options: RouterOptions) -> frozenset[Reading]:
-        """Evidence alone."""
-        return frozenset({"evidence"})
+    @override
+    def shapes(cls, num_experts: int, options: ShareOptions) -> dict[str, tuple[int | str, ...]]:
+        return dict(zip(_NAMES, ((), (), (num_experts,)), strict=True))
 
     @classmethod
-    def fit(
-        cls,
-        bank: "CalibrationBank",
-        options: RouterOptions,
-        seed: int,
-        progress: Progress | None = None,
+    @override
+    def learn(
+        cls, bank: "CalibrationBank", options: ShareOptions, seed: int, progress: Progress | None
     ) -> Self:
         """Fit on the whole bank, never worse there than the zero form; `seed` has no effect."""
-        check_calibration(bank)
-        chosen = _narrow(options)
-        features = bank.derive(_LABEL, _pack)
+        features = bank.derive(cls.name, _pack)
         rate = torch.tensor(_START_RATE, device=bank.device)
         power = torch.tensor(_START_POWER, device=bank.device)
         prior = torch.zeros(bank.num_experts, device=bank.device)
@@ -102,27 +84,25 @@ class FixedShareRouter(OutputRouter):
             # Evidence weighs distributions, and so it is fitted, a vocabulary's width cheaper.
             bank.under_probability_mixture(),
             features,
-            [rate, power, prior] if chosen.prior else [rate, power],
+            [rate, power, prior] if options.prior else [rate, power],
             score,
-            iterations=chosen.iterations,
+            iterations=options.iterations,
             progress=progress,
         )
-        log_prior = torch.log_softmax(prior, dim=-1)
-        fitted = cls(bank.num_experts, chosen, torch.sigmoid(rate), torch.sigmoid(power), log_prior)
-        zero = cls._zero(bank.num_experts, chosen, bank.device)
-        better = min(
-            (fitted, zero), key=lambda r: compute_score_loss(bank, features, r._score_packed)
-        )
-        return better
+        numbers = (torch.sigmoid(rate), torch.sigmoid(power), torch.log_softmax(prior, dim=-1))
+        fitted = cls(bank.num_experts, options, dict(zip(_NAMES, numbers, strict=True)))
+        zero = cls._zero(bank.num_experts, options, bank.device)
+        return min((fitted, zero), key=lambda r: compute_score_loss(bank, features, r.score_packed))
 
     @classmethod
     def _zero(cls, num_experts: int, options: ShareOptions, device: torch.device) -> Self:
         """No switches, evidence at face value, all experts equal."""
         rate, power = torch.zeros((), device=device), torch.ones((), device=device)
         uniform = torch.log_softmax(torch.zeros(num_experts, device=device), dim=-1)
-        return cls(num_experts, options, rate, power, uniform)
+        return cls(num_experts, options, {"rate": rate, "power": power, "log_prior": uniform})
 
-    def _score_packed(self, packed: Tensor) -> Tensor:
+    def score_packed(self, packed: Tensor) -> Tensor:
+        """Scores (B, T, E) of what `bank.derive` keeps of a view."""
         return self._run(*_unpack(packed))[0]
 
     def _run(
@@ -133,44 +113,25 @@ class FixedShareRouter(OutputRouter):
         )
         return _share(evidence, starts, rate.log(), torch.log1p(-rate), power, prior, carry)
 
+    @override
     def scores(self, view: RouterView) -> Tensor:
         """Log-probability of each expert writing the next token, (B, T, E)."""
         check_evidence(view, self.num_experts)
         return self._run(read_relative_evidence(view), view.document_starts)[0]
 
+    @override
     def init_state(self, batch_size: int) -> RouterState:
         """Log-probability of each expert writing the next token, (B, E)."""
         return {"belief": self.log_prior.expand(batch_size, -1).clone()}
 
+    @override
     def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
-        """Gates of the next positions, (B, t, E), and the state after them."""
         check_evidence(view, self.num_experts)
         evidence = read_relative_evidence(view)
         scores, belief = self._run(
             evidence, view.document_starts, state["belief"].to(evidence.device)
         )
         return torch.softmax(scores, dim=-1), {"belief": belief}
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Rate and power, (), and the log-prior, (E,)."""
-        return {"rate": self.rate, "power": self.power, "log_prior": self.log_prior}
-
-    @classmethod
-    def from_state(
-        cls, num_experts: int, options: RouterOptions, tensors: Mapping[str, Tensor]
-    ) -> Self:
-        """The router with these numbers.
-
-        Raises:
-            ShapeError: If one is missing or has another shape.
-        """
-        expected = {"rate": (), "power": (), "log_prior": (num_experts,)}
-        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if got != expected:
-            raise ShapeError(
-                f"Cannot load router '{_LABEL}': expected {expected}, got {got}. Fuse again."
-            )
-        return cls(num_experts, _narrow(options), **tensors)
 
 
 def _share(
@@ -207,12 +168,3 @@ def _pack(view: RouterView) -> Tensor:
 
 def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     return packed[..., :-1], packed[..., -1] > 0
-
-
-def _narrow(options: RouterOptions) -> ShareOptions:
-    if not isinstance(options, ShareOptions):
-        raise RoutingError(
-            f"Cannot use router '{_LABEL}': expected ShareOptions, got "
-            f"{type(options).__name__}. Build the options with its Options class."
-        )
-    return options

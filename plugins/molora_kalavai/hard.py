@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from molora_fed.routing.top_k import keep_top_k
 from molora_kalavai.linear import LinearRouter
@@ -20,8 +21,9 @@ class HardRouter(LinearRouter):
     Source: arXiv 2603.22755, protocol; deviations as those of `linear`.
     """
 
-    label: ClassVar[str] = "hard"
+    name: ClassVar[str] = "hard"
 
+    @override
     def to_gates(self, scores: Tensor) -> Tensor:
         """1 for the best expert, 0 for the others."""
         return keep_top_k(torch.softmax(scores, dim=-1), 1)

@@ -2,20 +2,21 @@
 
 import abc
 import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypeVar, override
 
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses
 from molora_fed.routing.causal import causal_mean, causal_sum, count_since_start
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
-from molora_fed.routing.fitting import check_calibration, fit_on_batches
+from molora_fed.routing.fitting import fit_on_batches
 from molora_fed.types import Progress, Reading
 
 if TYPE_CHECKING:
@@ -45,33 +46,25 @@ class HiddenOptions(RouterOptions):
     restarts: int = Field(default=0, ge=0)
 
 
-class HiddenRouter(OutputRouter):
+HiddenOptionsT = TypeVar("HiddenOptionsT", bound=HiddenOptions, default=Any)
+
+
+class HiddenRouter(OutputRouter[HiddenOptionsT]):
     """Gates computed from m_t, the mean of the document's hidden states up to t.
 
-    Subclasses say how they start, what they learn, and how m_t becomes scores.
+    Subclasses say what they learn, how they start, and how m_t becomes scores.
 
     Attributes:
-        label: Registered name, for errors.
         pooling: Name of what `pool` computes; routers of equal names share the numbers.
-        input: The hidden state that is read.
     """
 
     Options: ClassVar[type[RouterOptions]] = HiddenOptions
-    label: ClassVar[str]
     pooling: ClassVar[str] = "causal-mean"
-
-    def __init__(self, num_experts: int, options: HiddenOptions) -> None:
-        super().__init__(num_experts, options)
-        self.input: Reading = options.input
 
     @classmethod
     @abc.abstractmethod
-    def draw(cls, bank: "CalibrationBank", options: HiddenOptions, seed: int) -> Self:
+    def draw(cls, bank: "CalibrationBank", options: HiddenOptionsT, seed: int) -> Self:
         """The router before its first step; the order of experts must not matter."""
-
-    @abc.abstractmethod
-    def parameters(self) -> Sequence[Tensor]:
-        """What is learned."""
 
     @property
     @abc.abstractmethod
@@ -79,72 +72,58 @@ class HiddenRouter(OutputRouter):
         """D, the width of the hidden state it was fitted on."""
 
     @abc.abstractmethod
-    def score(self, pooled: Tensor) -> Tensor:
-        """Scores (..., E) of pooled states (..., D), differentiable in the parameters."""
+    def scorer(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """What turns pooled states (..., D) into scores (..., E), differentiably.
+
+        Args:
+            device: Where the states are.
+        """
 
     @classmethod
+    @override
     def reads(cls, options: RouterOptions) -> frozenset[Reading]:
-        """The one hidden state of the options."""
         return frozenset({cls.narrow(options).input})
 
     @classmethod
-    def narrow(cls, options: RouterOptions) -> HiddenOptions:
-        """The options as this router's own.
-
-        Raises:
-            RoutingError: If they are another router's.
-        """
-        if not (isinstance(options, HiddenOptions) and isinstance(options, cls.Options)):
-            raise RoutingError(
-                f"Cannot use router '{cls.label}': expected {cls.Options.__name__}, got "
-                f"{type(options).__name__}. Build the options with its Options class."
-            )
-        return options
-
-    @classmethod
-    def fit(
+    @override
+    def learn(
         cls,
         bank: "CalibrationBank",
-        options: RouterOptions,
+        options: HiddenOptionsT,
         seed: int,
-        progress: Progress | None = None,
+        progress: Progress | None,
     ) -> Self:
         """Fit on the bank; `seed` decides the start and the order of blocks."""
-        check_calibration(bank)
-        chosen = cls.narrow(options)
-        runs = chosen.restarts + 1
+        runs = options.restarts + 1
         fits = (
-            cls._fit_once(bank, chosen, _derive_seed(seed, run), _shift(progress, run, runs))
+            cls._fit_once(bank, options, _derive_seed(seed, run), _shift(progress, run, runs))
             for run in range(runs)
         )
         return next(fits) if runs == 1 else min(fits, key=lambda fit: _compute_loss(bank, fit))
 
     @classmethod
     def _fit_once(
-        cls, bank: "CalibrationBank", chosen: HiddenOptions, seed: int, progress: Progress | None
+        cls, bank: "CalibrationBank", options: HiddenOptionsT, seed: int, progress: Progress | None
     ) -> Self:
-        name: Reading = chosen.input
+        name: Reading = options.input
         features = bank.derive(
-            f"{cls.pooling}:{name}", lambda view: cls.pool(cls._read(view, name), view)
+            f"{cls.pooling}:{name}",
+            lambda view: cls.pool(read_hidden(view, name, cls.name), view),
         )
-        router = cls.draw(bank, chosen, seed)
+        router = cls.draw(bank, options, seed)
         fit_on_batches(
             bank,
             features,
-            router.parameters(),
-            router.score,
-            steps=chosen.steps,
-            batch=chosen.batch,
-            learning_rate=chosen.learning_rate,
+            list(router.parameters()),
+            router.scorer(bank.device),
+            steps=options.steps,
+            batch=options.batch,
+            learning_rate=options.learning_rate,
             seed=seed,
-            curriculum=chosen.curriculum,
+            curriculum=options.curriculum,
             progress=progress,
         )
         return router
-
-    @classmethod
-    def _read(cls, view: RouterView, name: Reading) -> Tensor:
-        return read_hidden(view, name, cls.label)
 
     @staticmethod
     def pool(hidden: Tensor, view: RouterView) -> Tensor:
@@ -155,37 +134,31 @@ class HiddenRouter(OutputRouter):
         """Gates of scores, (..., E) both."""
         return torch.softmax(scores, dim=-1)
 
+    @override
     def scores(self, view: RouterView) -> Tensor:
-        """Logits of the gates, (B, T, E)."""
-        hidden = self._read(view, self.input)
-        self._check_width(hidden)
-        return self.score(self.pool(hidden, view))
+        hidden = read_hidden(view, self.options.input, self.name, self.width)
+        return self.scorer(hidden.device)(self.pool(hidden, view))
 
+    @override
     def gates(self, view: RouterView) -> Tensor:
-        """Gates of shape (B, T, E), non-negative, summing to 1 over E."""
         return self.to_gates(self.scores(view))
 
+    @override
     def init_state(self, batch_size: int) -> RouterState:
         """Sum of the document's states, (B, D), and their number, (B,)."""
-        device = self.parameters()[0].device
+        device = next(self.parameters()).device
         return {
             "sum": torch.zeros(batch_size, self.width, device=device),
             "count": torch.zeros(batch_size, device=device),
         }
 
+    @override
     def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
-        """Gates of the next positions, (B, t, E), and the state after them."""
-        hidden = self._read(view, self.input)
-        self._check_width(hidden)
+        if not self.causal:
+            return super().step(view, state)
+        hidden = read_hidden(view, self.options.input, self.name, self.width)
         mean, state = pool_causally(hidden, view, state)
-        return self.to_gates(self.score(mean)), state
-
-    def _check_width(self, hidden: Tensor) -> None:
-        if hidden.shape[-1] != self.width:
-            raise ShapeError(
-                f"Cannot route with '{self.label}': expected {self.input} of width "
-                f"{self.width}, got {hidden.shape[-1]}. Use the base it was fitted on."
-            )
+        return self.to_gates(self.scorer(hidden.device)(mean)), state
 
 
 def pool_causally(
@@ -207,17 +180,29 @@ def pool_causally(
     return total / count.unsqueeze(-1), {"sum": total[:, -1], "count": count[:, -1]}
 
 
-def read_hidden(view: RouterView, name: Reading, label: str) -> Tensor:
+def read_hidden(view: RouterView, name: Reading, label: str, width: int | None = None) -> Tensor:
     """A hidden column of a view, (B, T, D).
+
+    Args:
+        view: The view.
+        name: The column.
+        label: The router's name, for errors.
+        width: D the router was fitted on; None takes any.
 
     Raises:
         RoutingError: If the view has none.
+        ShapeError: If it has another width.
     """
     column: Tensor | None = getattr(view, name)
     if column is None:
         raise RoutingError(
             f"Cannot route with '{label}': expected a view with {name}, got none. "
             "Build the bank with this reading."
+        )
+    if width is not None and column.shape[-1] != width:
+        raise ShapeError(
+            f"Cannot route with '{label}': expected {name} of width {width}, got "
+            f"{column.shape[-1]}. Use the base it was fitted on."
         )
     return column
 
@@ -242,7 +227,7 @@ def _derive_seed(seed: int, run: int) -> int:
 
 
 def _shift(progress: Progress | None, run: int, runs: int) -> Progress | None:
-    """Progress of one run, told as progress of all."""
+    """Progress of one run as a part of the overall progress."""
     if progress is None or runs == 1:
         return progress
     report = progress

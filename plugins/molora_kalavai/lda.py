@@ -1,28 +1,26 @@
 """A router in closed form from class means and shared covariances of a hidden state."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypeVar, override
 
 from molora_fed.bank.views import RouterView
-from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.routing.causal import causal_mean, count_since_start
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
-from molora_fed.routing.fitting import check_calibration
 from molora_fed.types import Progress, Reading
 from molora_kalavai.discriminant import Discriminant, fit_discriminant
+from molora_kalavai.evidence_fit import EvidenceHiddenOptions
 from molora_kalavai.hidden import pool_causally, read_hidden
 from molora_kalavai.mixtures import mix_log
 
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
 
-__all__ = ["StatisticsOptions", "StatisticsRouter"]
-
-_LABEL = "statistics"
+__all__ = ["DiscriminantRouter", "StatisticsOptions", "StatisticsRouter"]
 
 
 class StatisticsOptions(RouterOptions):
@@ -37,7 +35,66 @@ class StatisticsOptions(RouterOptions):
     folds: int = Field(default=5, ge=2)
 
 
-class StatisticsRouter(OutputRouter):
+HiddenT = TypeVar("HiddenT", bound=StatisticsOptions | EvidenceHiddenOptions, default=Any)
+
+
+class DiscriminantRouter(OutputRouter[HiddenT]):
+    """What the routers by a discriminant share: its tensors, and the running mean it reads.
+
+    Attributes:
+        mixtures: Weight of each expert in each domain, (C, E).
+    """
+
+    mixtures: Tensor
+
+    @classmethod
+    @override
+    def reads(cls, options: RouterOptions) -> frozenset[Reading]:
+        return frozenset({cls.narrow(options).input, *cls.readings})
+
+    @classmethod
+    @override
+    def shapes(cls, num_experts: int, options: HiddenT) -> dict[str, tuple[int | str, ...]]:
+        return {
+            "centre": ("D",),
+            "basis": ("D", "D"),
+            "means": ("C", "D"),
+            "spread": ("D",),
+            "correlation": (1,),
+            "temperature": (1,),
+            "mixtures": ("C", num_experts),
+        }
+
+    def discriminant(self, device: torch.device) -> Discriminant:
+        """P(domain | running mean), on a device."""
+        return Discriminant(
+            **{field.name: getattr(self, field.name).to(device) for field in fields(Discriminant)}
+        )
+
+    def read(self, view: RouterView) -> Tensor:
+        """The hidden state of the options, (B, T, D).
+
+        Raises:
+            RoutingError: If the view has none.
+            ShapeError: If it has another width.
+        """
+        return read_hidden(view, self.options.input, self.name, len(self.centre))
+
+    def mix_by_domain(self, mean: Tensor, count: Tensor) -> Tensor:
+        """Log sum_d P(d | mean) w_d, (..., E), of running means (..., D) over `count` tokens."""
+        log_posterior = self.discriminant(mean.device).log_posterior(mean, count)
+        return mix_log(log_posterior, self.mixtures.to(mean.device))
+
+    @override
+    def init_state(self, batch_size: int) -> RouterState:
+        """Sum of the document's states, (B, D), and their number, (B,)."""
+        return {
+            "sum": self.centre.new_zeros(batch_size, len(self.centre)),
+            "count": self.centre.new_zeros(batch_size),
+        }
+
+
+class StatisticsRouter(DiscriminantRouter[StatisticsOptions]):
     """Gates sum_d P(d | m_t) w_d: each domain's best constant gates, by the domain's probability.
 
     P is a linear discriminant on m_t, the mean of the document's hidden states up to t.
@@ -46,103 +103,33 @@ class StatisticsRouter(OutputRouter):
     docs/routers.md.
     """
 
-    Options: ClassVar[type[RouterOptions]] = StatisticsOptions
-
-    def __init__(
-        self,
-        num_experts: int,
-        options: StatisticsOptions,
-        discriminant: Discriminant,
-        mixtures: Tensor,
-    ) -> None:
-        super().__init__(num_experts, options)
-        self.input: Reading = options.input
-        self.discriminant = discriminant
-        self.mixtures = mixtures  # (C, E)
+    name: ClassVar[str] = "statistics"
 
     @classmethod
-    def reads(cls, options: RouterOptions) -> frozenset[Reading]:
-        """The one hidden state of the options."""
-        return frozenset({_narrow(options).input})
-
-    @classmethod
-    def fit(
+    @override
+    def learn(
         cls,
         bank: "CalibrationBank",
-        options: RouterOptions,
+        options: StatisticsOptions,
         seed: int,
-        progress: Progress | None = None,
+        progress: Progress | None,
     ) -> Self:
         """Fit on the whole bank in two passes; `seed` has no effect."""
-        check_calibration(bank)
-        chosen = _narrow(options)
         with torch.no_grad():
-            found = fit_discriminant(bank, chosen.input, chosen.folds, _LABEL)
-        discriminant = found.discriminant.to(bank.device)
-        return cls(bank.num_experts, chosen, discriminant, found.mixtures.to(bank.device))
+            found = fit_discriminant(bank, options.input, options.folds, cls.name)
+        tensors = {**found.discriminant.tensors(), "mixtures": found.mixtures}
+        on_device = {name: tensor.to(bank.device) for name, tensor in tensors.items()}
+        return cls(bank.num_experts, options, on_device)
 
+    @override
     def scores(self, view: RouterView) -> Tensor:
         """Logarithm of the gates, (B, T, E)."""
-        mean = causal_mean(self._read(view), view.document_starts)
-        return self._score(mean, count_since_start(view.document_starts))
+        mean = causal_mean(self.read(view), view.document_starts)
+        return self.mix_by_domain(mean, count_since_start(view.document_starts))
 
-    def init_state(self, batch_size: int) -> RouterState:
-        """Sum of the document's states, (B, D), and their number, (B,)."""
-        centre = self.discriminant.centre
-        return {
-            "sum": centre.new_zeros(batch_size, len(centre)),
-            "count": centre.new_zeros(batch_size),
-        }
-
+    @override
     def step(self, view: RouterView, state: RouterState) -> tuple[Tensor, RouterState]:
-        """Gates of the next positions, (B, t, E), and the state after them."""
-        hidden = self._read(view)
+        hidden = self.read(view)
         count = count_since_start(view.document_starts, carry=state["count"].to(hidden.device))
         mean, after = pool_causally(hidden, view, state)
-        return torch.softmax(self._score(mean, count), dim=-1), after
-
-    def _score(self, mean: Tensor, count: Tensor) -> Tensor:
-        log_posterior = self.discriminant.to(mean.device).log_posterior(mean, count)
-        return mix_log(log_posterior, self.mixtures.to(mean.device))
-
-    def _read(self, view: RouterView) -> Tensor:
-        hidden = read_hidden(view, self.input, _LABEL)
-        if hidden.shape[-1] != len(self.discriminant.centre):
-            raise ShapeError(
-                f"Cannot route with '{_LABEL}': expected {self.input} of width "
-                f"{len(self.discriminant.centre)}, got {hidden.shape[-1]}. "
-                "Use the base it was fitted on."
-            )
-        return hidden
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The discriminant's tensors and the domains' gates, (C, E)."""
-        return {**self.discriminant.tensors(), "mixtures": self.mixtures}
-
-    @classmethod
-    def from_state(
-        cls, num_experts: int, options: RouterOptions, tensors: Mapping[str, Tensor]
-    ) -> Self:
-        """The router with these statistics.
-
-        Raises:
-            ShapeError: If a tensor is missing or has another shape.
-        """
-        mixtures = tensors.get("mixtures")
-        if mixtures is None or mixtures.ndim != 2 or mixtures.shape[1] != num_experts:
-            got = "nothing" if mixtures is None else str(tuple(mixtures.shape))
-            raise ShapeError(
-                f"Cannot load router '{_LABEL}': expected mixtures (C, {num_experts}), got {got}. "
-                "Fuse again."
-            )
-        discriminant = Discriminant.load(tensors, len(mixtures), _LABEL)
-        return cls(num_experts, _narrow(options), discriminant, mixtures)
-
-
-def _narrow(options: RouterOptions) -> StatisticsOptions:
-    if not isinstance(options, StatisticsOptions):
-        raise RoutingError(
-            f"Cannot use router '{_LABEL}': expected StatisticsOptions, got "
-            f"{type(options).__name__}. Build the options with its Options class."
-        )
-    return options
+        return torch.softmax(self.mix_by_domain(mean, count), dim=-1), after

@@ -58,7 +58,7 @@ class ForgetsTheDocument(LinearRouter):
 class TakesAnyBank(ZeroTrainingEvidenceRouter):
     @classmethod
     def fit(cls, bank, options, seed, progress=None):
-        return cls.of(bank.num_experts, options)
+        return cls(bank.num_experts, options)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def build_router(read_tokens, num_experts=3):
     losses[:, 0] -= 0.5
     losses[:, 1] -= 0.01  # so that no two experts tie
     tensors = {"weight": 50 * torch.eye(3), "bias": torch.zeros(3), "losses": losses}
-    return DispatchRouter.from_state(num_experts, DispatchOptions(read_tokens=read_tokens), tensors)
+    return DispatchRouter(num_experts, DispatchOptions(read_tokens=read_tokens), tensors)
 
 
 @st.composite
@@ -201,11 +201,11 @@ def state(domains=3, width=16, num_experts=3, **changed):
 )
 def test_state_of_another_router_is_refused(tensors):
     with pytest.raises(ShapeError, match="Cannot load router 'dispatch'"):
-        DispatchRouter.from_state(3, DispatchOptions(), tensors)
+        DispatchRouter(3, DispatchOptions(), tensors)
 
 
 def test_another_width_or_no_column_is_refused(bank):
-    router = DispatchRouter.from_state(3, DispatchOptions(), state(width=8))
+    router = DispatchRouter(3, DispatchOptions(), state(width=8))
     with pytest.raises(ShapeError, match="base_hidden of width 8, got 16"):
         router.gates(bank.view(slice(0, 1)))
     with pytest.raises(RoutingError, match="'dispatch': expected a view with base_hidden"):

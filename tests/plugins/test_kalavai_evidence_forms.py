@@ -27,7 +27,7 @@ def make_share(rate, power, prior):
         "power": torch.tensor(power),
         "log_prior": torch.tensor(prior).log(),
     }
-    return FixedShareRouter.from_state(len(prior), ShareOptions(), tensors)
+    return FixedShareRouter(len(prior), ShareOptions(), tensors)
 
 
 def find_best_sequence(logprob, rate, power, prior):
@@ -67,7 +67,7 @@ def test_no_document_costs_more_than_any_sequence_of_experts_plus_its_switches(c
 def test_without_switches_it_is_the_zero_form():
     view = build_synthetic_bank().view(slice(0, 6))
     share = make_share(0.0, 1.0, [1 / 3] * 3)
-    torch.testing.assert_close(share.gates(view), ZeroTrainingEvidenceRouter.of(3).gates(view))
+    torch.testing.assert_close(share.gates(view), ZeroTrainingEvidenceRouter(3).gates(view))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -79,7 +79,7 @@ def test_fixed_share_is_never_worse_than_zero_on_calibration(seed, prior):
     fitted = FixedShareRouter.fit(bank, ShareOptions(prior=prior), 0)
     losses = [
         compute_router_losses(bank, router).nll.mean()
-        for router in (fitted, ZeroTrainingEvidenceRouter.of(4))
+        for router in (fitted, ZeroTrainingEvidenceRouter(4))
     ]
     assert losses[0] <= losses[1] + 1e-6
 
@@ -98,7 +98,7 @@ def test_a_switching_rate_is_found_where_documents_switch():
     bank = build_switching_bank(CalibrationBank, 0)
     held_out = build_switching_bank(HeldOutBank, 1)
     share = FixedShareRouter.fit(bank, ShareOptions(), 0)
-    zero = ZeroTrainingEvidenceRouter.of(3)
+    zero = ZeroTrainingEvidenceRouter(3)
     found, plain = (compute_router_losses(held_out, r).nll.mean() for r in (share, zero))
     assert 0.003 < float(share.rate) < 0.2
     assert found < plain - 0.02
@@ -196,6 +196,6 @@ def test_fitting_some_blocks_is_fitting_a_bank_of_them():
 )
 def test_state_of_another_router_is_refused(router, reason):
     with pytest.raises(ShapeError, match=reason):
-        router.from_state(3, router.Options(), {"weight": torch.zeros(1)})
+        router(3, router.Options(), {"weight": torch.zeros(1)})
     with pytest.raises(RoutingError, match="Options, got"):
         router.fit(build_synthetic_bank(), ZeroTrainingEvidenceRouter.Options(), 0)

@@ -45,7 +45,7 @@ def columns(draw):
 def test_no_document_costs_more_than_its_best_expert_plus_ln_e(case):
     logprob, starts = case
     evidence = logprob.masked_fill(starts[..., None], 0.0)
-    router = ZeroTrainingEvidenceRouter.of(logprob.shape[-1])
+    router = ZeroTrainingEvidenceRouter(logprob.shape[-1])
     gates = router.gates(RouterView(document_starts=starts, evidence=evidence))
     nll = compute_probability_nll(compute_log_gates(gates), logprob).double()
     allowance = np.log(logprob.shape[-1]) + 1e-3  # rounding of float32 sums of up to 24 * 30
@@ -67,7 +67,7 @@ def test_fitted_evidence_is_never_worse_than_zero_on_calibration(seed, prior):
     if seed == 3:  # evidence that misleads: the fit has to leave it
         bank = replace(bank, logprob=bank.logprob.flip(1), _derived={})
     fitted = EvidenceRouter.fit(bank, EvidenceOptions(prior=prior), 0)
-    zero = ZeroTrainingEvidenceRouter.of(4)
+    zero = ZeroTrainingEvidenceRouter(4)
     losses = [compute_router_losses(bank, router).nll.mean() for router in (fitted, zero)]
     assert losses[0] <= losses[1] + 1e-6
 
@@ -76,8 +76,8 @@ def test_fitted_evidence_starts_from_the_zero_form():
     bank = build_synthetic_bank()
     view = bank.view(slice(0, 5))
     tensors = {"weights": torch.tensor([1.0, 0.0, 0.0]), "prior": torch.zeros(3)}
-    start = EvidenceRouter.from_state(3, EvidenceOptions(), tensors)
-    torch.testing.assert_close(start.gates(view), ZeroTrainingEvidenceRouter.of(3).gates(view))
+    start = EvidenceRouter(3, EvidenceOptions(), tensors)
+    torch.testing.assert_close(start.gates(view), ZeroTrainingEvidenceRouter(3).gates(view))
 
 
 def test_zero_form_is_bayes_rule():
@@ -85,7 +85,7 @@ def test_zero_form_is_bayes_rule():
     starts = torch.tensor([[True, False, False, True]])
     evidence = logprob.masked_fill(starts[..., None], 0.0)
     view = RouterView(document_starts=starts, evidence=evidence)
-    found = ZeroTrainingEvidenceRouter.of(2).gates(view)[0]
+    found = ZeroTrainingEvidenceRouter(2).gates(view)[0]
     expected = [[1 / 2, 1 / 2], [1 / 3, 2 / 3], [0.6, 0.4], [1 / 2, 1 / 2]]
     torch.testing.assert_close(found, torch.tensor(expected))
 
@@ -150,28 +150,28 @@ def test_senseless_options_are_refused(options, values):
 @pytest.mark.parametrize(
     ("router", "tensors", "reason"),
     [
-        (LinearRouter, {}, "got nothing"),
-        (LinearRouter, {"weight": torch.zeros(4, 8)}, r"\(3, D\), got \(4, 8\)"),
+        (LinearRouter, {}, "got no tensors"),
+        (LinearRouter, {"weight": torch.zeros(4, 8)}, r"\(3, D\), got weight \(4, 8\)"),
         (EvidenceRouter, {"weights": torch.zeros(3)}, "prior"),
         (ZeroTrainingEvidenceRouter, {"weight": torch.zeros(1)}, "no tensors, got weight"),
     ],
 )
 def test_state_of_another_router_is_refused(router, tensors, reason):
     with pytest.raises(ShapeError, match=reason):
-        router.from_state(3, router.Options(), tensors)
+        router(3, router.Options(), tensors)
 
 
 def test_view_without_the_column_is_refused():
     bank = build_synthetic_bank(readings=frozenset({"base_hidden"}))
     view = bank.view(slice(0, 1))
     with pytest.raises(ShapeError, match="got none"):
-        ZeroTrainingEvidenceRouter.of(3).gates(view)
+        ZeroTrainingEvidenceRouter(3).gates(view)
     with pytest.raises(RoutingError, match="a view with mean_hidden"):
         LinearRouter.fit(bank, LinearOptions(), 0)
 
 
 def test_linear_of_another_width_is_refused():
-    router = LinearRouter.from_state(3, LinearOptions(), {"weight": torch.zeros(3, 8)})
+    router = LinearRouter(3, LinearOptions(), {"weight": torch.zeros(3, 8)})
     with pytest.raises(ShapeError, match="width 8, got 16"):
         router.gates(build_synthetic_bank().view(slice(0, 1)))
 
@@ -191,6 +191,6 @@ def test_evidence_on_a_logit_bank_is_kept_only_if_it_helps_there(tiny_model, tmp
     base = SimpleNamespace(model=model, weights="a" * 64, hidden_size=32)
     bank = build_calibration_bank(tmp_path, base, experts, [blocks], mixture="logit")
     fitted = EvidenceRouter.fit(bank, EvidenceOptions(), 0)
-    zero = ZeroTrainingEvidenceRouter.of(3)
+    zero = ZeroTrainingEvidenceRouter(3)
     losses = [compute_router_losses(bank, router).nll.mean() for router in (fitted, zero)]
     assert losses[0] <= losses[1] + 1e-6

@@ -240,10 +240,10 @@ def test_states_that_do_not_fit_are_refused():
     router = StatisticsRouter.fit(bank, OPTIONS, 0)
     tensors = router.state_tensors()
     with pytest.raises(ShapeError, match=r"mixtures \(C, 5\)"):
-        StatisticsRouter.from_state(5, OPTIONS, tensors)
-    with pytest.raises(ShapeError, match="'spread'"):
+        StatisticsRouter(5, OPTIONS, tensors)
+    with pytest.raises(ShapeError, match=r"spread \(D\)"):
         kept = {name: tensor for name, tensor in tensors.items() if name != "spread"}
-        StatisticsRouter.from_state(3, OPTIONS, kept)
+        StatisticsRouter(3, OPTIONS, kept)
     narrow = build_synthetic_bank(hidden_size=8)
     with pytest.raises(ShapeError, match="width 16, got 8"):
         router.gates(narrow.view(slice(0, 1)))

@@ -1,15 +1,9 @@
-"""A worked third-party plugin; registers by name only, so nothing heavy loads before use."""
+"""A worked third-party plugin: registered by name, so nothing heavy loads before use."""
 
-from molora_fed import hookimpl
-from molora_fed.hookspecs import Register
+from molora_fed import Register, hookimpl
 
 
 @hookimpl
 def register_routers(register: Register) -> None:
     """Register the router."""
-    register(
-        "last-token",
-        "molora_last_token.router:LastTokenRouter",
-        summary="Follows the evidence of the last token alone",
-        source="own definition",
-    )
+    register("last-token", f"{__name__}.router:LastTokenRouter", summary="Last token", source="own")

@@ -74,7 +74,7 @@ def _load_models(settings: Mapping[str, Any], context: TaskContext, plugins: Plu
         for name, done in zip(settings["members"], context.needs[2:], strict=True)
     }
     router_class = plugins.routers.resolve(ROUTER)
-    router = router_class.from_state(len(adapters), router_class.Options(), {})
+    router = router_class(len(adapters), router_class.Options(), {})
     experts = tuple(FusedExpert(name, adapter) for name, adapter in adapters.items())
     fused = FusedModel(base, experts, router, ROUTER, "probability", 0)
     scorers = {

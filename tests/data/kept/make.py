@@ -26,12 +26,12 @@ import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from molora_cli.main import run
-
 from molora_fed.contributions.amendments import SignedAmendment
 from molora_fed.contributions.keys import load_key, sign
+from molora_fed.files import canonical_json
+
 from molora_fed.cooperative import open_cooperative
 from molora_fed.errors import AdmissionError
-from molora_fed.files import canonical_json
 from molora_fed.testing.models import build_tiny_checkpoint
 
 HERE = Path(__file__).resolve()

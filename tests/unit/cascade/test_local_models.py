@@ -41,7 +41,7 @@ def adapters(base):
 
 def build_fused(base, adapters, router_class=ZeroTrainingEvidenceRouter, options=None):
     experts = (FusedExpert("base", None), *(FusedExpert(a.name, a, "d", "id") for a in adapters))
-    router = router_class.from_state(len(experts), options or router_class.Options(), {})
+    router = router_class(len(experts), options or router_class.Options(), {})
     return FusedModel(base, experts, router, "evidence-zero", "probability", 0)
 
 

@@ -14,7 +14,7 @@ from molora_fed.contributions.store import BlobStore
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
-from molora_fed.storage.keys import build_public_pem, load_or_make_key
+from molora_fed.storage.keys import build_public_pem
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import Split
 
@@ -76,16 +76,6 @@ def make_blocks(split, count, *, domain="legal", size=BLOCK_SIZE, seed=0, vocabu
 def blocks():
     """`blocks(split, count, ...)`: random blocks."""
     return make_blocks
-
-
-@pytest.fixture(scope="session")
-def contributor_key(tmp_path_factory):
-    return load_or_make_key(tmp_path_factory.mktemp("keys") / "key.pem")
-
-
-@pytest.fixture(scope="session")
-def coordinator_key(tmp_path_factory):
-    return load_or_make_key(tmp_path_factory.mktemp("keys") / "coordinator.pem")
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_resamples_of_clusters_of_any_size_match_a_plain_loop(blocks_per_cluster
 def test_parts_give_the_same_draws(monkeypatch):
     index, values = make_index(1)
     whole = resample_domain_means(index, [index.sum(values)], seed=1, resamples=100)
-    monkeypatch.setattr("molora_fed.evaluation.evaluate.evaluate.bootstrap._DRAWS_AT_ONCE", 40 * 7)
+    monkeypatch.setattr("molora_fed.evaluation.bootstrap._DRAWS_AT_ONCE", 40 * 7)
     parts = resample_domain_means(index, [index.sum(values)], seed=1, resamples=100)
     np.testing.assert_array_equal(whole, parts)
 

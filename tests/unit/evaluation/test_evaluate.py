@@ -33,7 +33,7 @@ def bank():
 def routers():
     calibration = build_synthetic_bank()
     return {
-        "evidence-zero": ZeroTrainingEvidenceRouter.of(3),
+        "evidence-zero": ZeroTrainingEvidenceRouter(3),
         "linear": LinearRouter.fit(calibration, LinearOptions(learning_rate=0.02), 0),
     }
 
@@ -215,4 +215,4 @@ def test_a_difference_is_paired(bank, evaluation):
 
 def test_router_of_other_experts_is_refused(bank):
     with pytest.raises(ShapeError, match="evidence of 4 experts, got 3"):
-        evaluate(bank, {"evidence": ZeroTrainingEvidenceRouter.of(4)})
+        evaluate(bank, {"evidence": ZeroTrainingEvidenceRouter(4)})

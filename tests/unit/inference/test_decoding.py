@@ -125,7 +125,7 @@ def test_a_text_ends_with_the_end_of_text_token(neox):
 
 def test_a_router_that_reads_the_future_cannot_generate(neox):
     fused = build_fused(neox)
-    router = NoncausalRouter(3, fused.router.options, fused.router.projection)
+    router = NoncausalRouter(3, fused.router.options, fused.router.state_tensors())
     noncausal = FusedModel(neox, fused.experts, router, "peeking", "probability", 1)
     with pytest.raises(RoutingError, match="router 'peeking': expected a causal router"):
         generate(noncausal, "text")

@@ -111,7 +111,7 @@ def test_an_unknown_router_is_named(saved):
 def test_a_limit_on_experts_is_kept(saved, plugins):
     fused, home = saved
     tensors = fused.router.state_tensors()
-    router = limit_experts(ProbeRouter, 2).from_state(3, fused.router.options, tensors)
+    router = limit_experts(ProbeRouter, 2)(3, fused.router.options, tensors)
     limited = FusedModel(fused.base, fused.experts, router, "probe", "logit", fused.frozen_depth)
     folders = {e.name: home / "fused" / "adapters" / e.name for e in fused.experts}
     assert save_fused(limited, home / "limited", adapters=folders).router.top_k == 2
@@ -146,7 +146,7 @@ def edit(home, change):
         (lambda c: c["router"]["options"].update(nonsense=1), "options and state of router"),
         (lambda c: c["router"].update(top_k=0), "router.top_k"),
         (lambda c: c["experts"][0].update(adapter="00" * 32), "adapter 'expert-0': expected SHA"),
-        (lambda c: c["experts"].pop(), "experts"),
+        (lambda c: c["experts"].pop(), r"expected projection \(D, 2\)"),
     ],
 )
 def test_a_changed_manifest_is_refused_in_one_line(saved, plugins, change, match):

@@ -100,7 +100,7 @@ def test_one_expert_with_gate_one_is_that_expert(neox, mixture):
             gates[..., 2] = 1.0
             return gates
 
-    one_hot = OneHot(3, fused.router.options, fused.router.projection)
+    one_hot = OneHot(3, fused.router.options, fused.router.state_tensors())
     single = FusedModel(neox, fused.experts, one_hot, "one-hot", mixture, 1)
     tokens = random_tokens(2, 10)
     with applied(neox.model, fused.experts[2].adapter), torch.no_grad():
@@ -111,7 +111,7 @@ def test_one_expert_with_gate_one_is_that_expert(neox, mixture):
 def test_permuting_experts_permutes_gates_only(neox):
     fused = build_fused(neox)
     order = [2, 0, 1]
-    router = ProbeRouter(3, fused.router.options, fused.router.projection[:, order])
+    router = ProbeRouter(3, fused.router.options, {"projection": fused.router.projection[:, order]})
     shuffled = FusedModel(
         neox, tuple(fused.experts[i] for i in order), router, "probe", "probability", 1
     )

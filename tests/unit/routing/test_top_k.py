@@ -91,9 +91,7 @@ def base(tiny_checkpoint):
 def limit(fused, router, top_k):
     """The fused model with its router in the wrapper."""
     tensors = fused.router.state_tensors()
-    limited = limit_experts(router, top_k).from_state(
-        fused.router.num_experts, fused.router.options, tensors
-    )
+    limited = limit_experts(router, top_k)(fused.router.num_experts, fused.router.options, tensors)
     parts = (fused.router_name, fused.mixture, fused.frozen_depth)
     return FusedModel(fused.base, fused.experts, limited, *parts)
 
