@@ -9,9 +9,9 @@ from training_helpers import build_tokens
 
 from molora_fed.corpus.batches import mix_domains, take_batch
 from molora_fed.errors import TrainingError
+from molora_fed.models import runtime
 from molora_fed.models.runtime import limit_threads
 from molora_fed.storage.locks import lock_folder
-from molora_fed.training import checkpoints as training_state
 from molora_fed.training import loop as training
 from molora_fed.training.loop import CHECKPOINT_NAME, METRICS_NAME, TrainConfig, train
 
@@ -139,7 +139,7 @@ def test_resuming_with_another_dtype_is_refused(tiny_model, tmp_path):
 def test_resuming_with_other_versions_is_refused(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         run(tiny_model(), tmp_path, progress=stop_at(6))
-    monkeypatch.setattr(training_state, "version", lambda name: "0.0.1")
+    monkeypatch.setattr(runtime, "version", lambda name: "0.0.1")
     with pytest.raises(TrainingError, match=r"torch '.*' instead of '0.0.1'"):
         run(tiny_model(), tmp_path)
 
