@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molora_fed.charter import BaseIdentity
@@ -76,6 +77,13 @@ class Base:
             weights=self.weights,
             tokenizer=self.tokenizer_fingerprint,
         )
+
+    def find_document_starts(self, tokens: Tensor) -> Tensor:
+        """True at the first position and after every end-of-text token, (B, T) bool."""
+        starts = torch.zeros_like(tokens, dtype=torch.bool)
+        starts[:, 0] = True
+        starts[:, 1:] = tokens[:, :-1] == self.tokenizer.eos_token_id
+        return starts
 
 
 def check_base(base: Base, identity: BaseIdentity) -> None:

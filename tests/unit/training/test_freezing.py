@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from molora_fed.errors import ConfigError
 from molora_fed.training.freezing import MEASURED, PUBLISHED, FreezeCurve, recommend_frozen_depth
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "kalavai"
+RESULTS = Path(__file__).parents[3] / "docs" / "results" / "kalavai"
 STEPS = st.integers(1, 10**7)
 
 
