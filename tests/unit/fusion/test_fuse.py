@@ -25,7 +25,7 @@ from molora_fed.routing.bundle import load_fused, load_manifest
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import LossMatrix
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "report.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")

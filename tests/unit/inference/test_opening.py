@@ -82,7 +82,7 @@ def test_an_evolved_model_is_measured_like_a_fused_one(home, tmp_path):
 
 
 def test_no_model_is_one_line_that_names_what_was_looked_for(home, tmp_path):
-    with pytest.raises(ConfigError, match="fused, evolved, got none.*`molora fuse` or") as caught:
+    with pytest.raises(ConfigError, match=r"fused, evolved, got none.*`molora fuse` or") as caught:
         open_model(tmp_path, kinds=("fused", "evolved"))
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="expected one of evolved"):
