@@ -52,8 +52,7 @@ class LocalModel:
         self._engine = engine
         self._tokenizer = engine.base.tokenizer
         self._device = engine.base.model.device
-        config = engine.base.model.config.get_text_config()
-        self._positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._positions = engine.base.max_positions
 
     def sample(self, requests: Sequence[Request]) -> Sequence[Sample]:
         """Answer requests; those that differ in their seed alone are one batch.

@@ -248,7 +248,7 @@ def _check_length(base: Base, prompt_tokens: int, sampling: Sampling) -> None:
     Raises:
         ConfigError: If prompt and new tokens exceed them.
     """
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = base.max_positions
     length = prompt_tokens + sampling.max_new_tokens
     if limit is not None and length > limit:
         raise ConfigError(

@@ -88,7 +88,7 @@ def _read_all(
         ConfigError: If blocks are longer than the base's positions.
         CorpusError: If a text is shorter than one block.
     """
-    positions = getattr(base.model.config, "max_position_embeddings", None)
+    positions = base.max_positions
     if positions is not None and block_size > positions:
         raise ConfigError(
             f"Cannot evaluate in blocks of {block_size} tokens: expected at most the base's "

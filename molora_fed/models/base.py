@@ -69,6 +69,12 @@ class Base:
         """D, width of the hidden state that enters the output head."""
         return int(self.model.get_output_embeddings().weight.shape[1])
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest text it can read; None if its config sets no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
     def identity(self) -> BaseIdentity:
         """What a charter says about it."""
         return BaseIdentity(
