@@ -1,8 +1,8 @@
 """The pooled baseline: one adapter trained on all domains' data together, for equal total compute.
 
 It trains the linear layers of the blocks that are not frozen, as specialists do, not all weights of
-the base. It takes as many steps as all specialists did: what the contributors could have had by pooling
-their data instead of fusing.
+the base. It takes as many steps as all specialists did: what the contributors could have had by
+pooling their data instead of fusing.
 """
 
 from collections.abc import Sequence
