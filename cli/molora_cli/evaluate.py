@@ -1,7 +1,7 @@
 """`molora evaluate`: a fused or evolved model on one's own text."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,29 +21,24 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 42,
 ) -> None:
     """Measure base, specialists or slots, and the model on your own text."""
-    from molora_fed.inference.texts import evaluate_evolved_texts, evaluate_texts
-    from molora_fed.population.bundle import find_evolved, load_evolved
+    from molora_fed.inference.opening import open_model
+    from molora_fed.inference.texts import evaluate_texts
     from molora_fed.reporting.summary import build_loss_table
-    from molora_fed.routing.bundle import find_fused, has_fused, load_fused
     from molora_fed.storage.settings import parse_data
 
     texts = parse_data(data)
     with reporting("loading the model") as progress:
-        settings: Any = {
-            "block_size": block_size,
-            "seed": seed,
-            "on_phase": progress.phase,
-            "progress": progress,
-        }
-        evolved = None if has_fused(fused) else find_evolved(fused)
-        if evolved is None:
-            model = load_fused(find_fused(fused), base_folder=base)
-            router, evaluation = model.router_name, evaluate_texts(model, texts, **settings)
-        else:
-            population = load_evolved(evolved, base_folder=base)
-            router = population.router_name
-            evaluation = evaluate_evolved_texts(population, texts, **settings)
-    result = evaluation.to_json() | {"domains": list(texts), "router": router}
+        model = open_model(fused, kinds=("fused", "evolved"), base_folder=base)
+        evaluation = evaluate_texts(
+            model,
+            texts,
+            block_size=block_size,
+            seed=seed,
+            on_phase=progress.phase,
+            progress=progress,
+        )
+    result = evaluation.to_json() | {"domains": list(texts)}
+    (result["router"],) = result["losses"]["fused"]
     show(
         build_loss_table(result),
         f"Best alone: {result['best_alone']['name']}. Intervals are by document cluster, of which "

@@ -1,6 +1,5 @@
 """`molora generate`: text from a fused or an evolved model."""
 
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -38,24 +37,16 @@ def generate(
     ] = None,
 ) -> None:
     """Continue a text with a fused or an evolved model."""
-    from molora_fed.inference.decoding import Sampling
-    from molora_fed.inference.decoding import generate as generate_text
-    from molora_fed.population.bundle import find_evolved, load_evolved
-    from molora_fed.routing.bundle import find_fused, has_fused, load_fused
+    from molora_fed.inference.engines import build_engine
+    from molora_fed.inference.generate import Sampling
+    from molora_fed.inference.generate import generate as generate_text
+    from molora_fed.inference.opening import open_model
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value)
     with reporting("loading the model", transient=True) as progress:
-        evolved = None if has_fused(fused) else find_evolved(fused)
-        if evolved is None:
-            model = load_fused(find_fused(fused), base_folder=base)
-            progress.phase("generating")
-            (generation,) = generate_text(model, prompt, **asdict(sampling), progress=progress)
-        else:
-            from molora_fed.inference.evolved import generate_evolved
-
-            population = load_evolved(evolved, base_folder=base)
-            progress.phase("generating")
-            (generation,) = generate_evolved(population, prompt, sampling, progress=progress)
+        engine = build_engine(open_model(fused, kinds=("fused", "evolved"), base_folder=base))
+        progress.phase("generating")
+        (generation,) = generate_text(engine, prompt, sampling, progress=progress)
     print(generation.prompt + generation.text)
     gates = sorted(generation.gates.items(), key=lambda item: -item[1])
     note("gates: " + ", ".join(f"{name} {gate:.2f}" for name, gate in gates))

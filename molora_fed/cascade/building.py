@@ -60,36 +60,24 @@ class _Loader:
     def _load_local(
         self, name: str, source: BaseSource | SpecialistSource | FusedSource | EvolvedSource
     ) -> CascadeModel:
-        from molora_fed.cascade import local
+        from molora_fed.cascade.local import LocalModel
+        from molora_fed.inference.engines import Model, PlainModel, build_engine
+        from molora_fed.inference.opening import open_model
 
+        model: Model
         match source:
             case BaseSource():
-                return local.build_base_model(name, self._base(source.path))
+                model = PlainModel(self._base(source.path))
             case SpecialistSource():
-                base, adapter = self._specialist(name, source)
-                return local.build_specialist_model(name, base, adapter)
-            case FusedSource():
-                from molora_fed.routing.bundle import find_fused, load_fused
-
-                fused = load_fused(
-                    find_fused(self._root / source.path),
+                model = PlainModel(*self._specialist(name, source))
+            case FusedSource() | EvolvedSource():
+                model = open_model(
+                    self._root / source.path,
+                    kinds=("fused",) if isinstance(source, FusedSource) else ("evolved",),
                     base_folder=self._optional(source.base),
                     plugins=self._plugins,
                 )
-                return local.build_fused_model(name, fused)
-            case EvolvedSource():
-                from molora_fed.population.bundle import find_evolved, load_evolved
-
-                folder = find_evolved(self._root / source.path)
-                if folder is None:
-                    raise CascadeError(
-                        f"Cannot load model '{name}': expected an evolved model in "
-                        f"'{source.path}', got none. Make one with `molora evolve`."
-                    )
-                evolved = load_evolved(
-                    folder, base_folder=self._optional(source.base), plugins=self._plugins
-                )
-                return local.build_evolved_model(name, evolved)
+        return LocalModel(name, build_engine(model))
 
     def _optional(self, path: Path | None) -> Path | None:
         return None if path is None else self._root / path

@@ -10,26 +10,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from molora_fed.adapters.updates import Adapter
 from molora_fed.cascade.contract import Request, Sample
-from molora_fed.inference.decoding import PREFILL_TOKENS, Sampling, choose_tokens, make_generator
-from molora_fed.inference.engines import Engine, EvolvedEngine, FusedEngine, PlainEngine
-from molora_fed.models.base import Base
-from molora_fed.population.bundle import EvolvedModel
-from molora_fed.population.files import fingerprint_population
-from molora_fed.population.router_files import pack_router
-from molora_fed.routing.fused import FusedModel
-from molora_fed.routing.top_k import TopKRouter
-from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.inference.engines import Engine
+from molora_fed.inference.generate import (
+    PREFILL_TOKENS,
+    Sampling,
+    decode_tokens,
+    make_generator,
+    mark_start,
+)
 
-__all__ = [
-    "LocalModel",
-    "build_base_model",
-    "build_evolved_model",
-    "build_fused_model",
-    "build_specialist_model",
-]
+__all__ = ["LocalModel"]
 
 
 class LocalModel:
@@ -43,22 +36,23 @@ class LocalModel:
 
     is_local = True
 
-    def __init__(self, name: str, fingerprint: str, base: Base, engine: Engine) -> None:
+    def __init__(self, name: str, engine: Engine) -> None:
         """Put a model behind the interface.
 
         Args:
             name: Unique in a cascade.
-            fingerprint: Of everything that decides its text.
-            base: Base whose tokenizer and positions count.
             engine: What reads and writes.
+
+        Raises:
+            RoutingError: If its router is not causal.
         """
+        engine.check_causal()
         self.name = name
-        self.fingerprint = fingerprint
+        self.fingerprint = engine.fingerprint()
         self._engine = engine
-        self._tokenizer = base.tokenizer
-        self._device = base.model.device
-        config = base.model.config.get_text_config()
-        self._positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._tokenizer = engine.base.tokenizer
+        self._device = engine.base.model.device
+        self._positions = engine.base.max_positions
 
     def sample(self, requests: Sequence[Request]) -> Sequence[Sample]:
         """Answer requests; those that differ in their seed alone are one batch.
@@ -120,10 +114,10 @@ class LocalModel:
             return 0.0
         tokens = torch.tensor([before + after], device=self._device)
         targets = torch.tensor(after, device=self._device)
-        pieces = []
-        with self._engine.reading(1) as step:
-            for piece in tokens[:, :-1].split(PREFILL_TOKENS, dim=1):
-                pieces.append(step(piece)[0])
+        read = tokens[:, :-1].split(PREFILL_TOKENS, dim=1)
+        starts = mark_start(tokens[:, :-1]).split(PREFILL_TOKENS, dim=1)
+        with self._engine.read(1) as reader:
+            pieces = [reader.step(*piece)[0][0] for piece in zip(read, starts, strict=True)]
         log_probs = torch.cat(pieces)[-len(after) :]  # (answer tokens, V)
         return float(log_probs.gather(-1, targets.unsqueeze(-1)).double().sum())
 
@@ -154,20 +148,22 @@ class LocalModel:
     def _write(self, ids: list[int], requests: Sequence[Request]) -> list[tuple[str, int]]:
         """Text and number of new tokens of every row."""
         first = requests[0]
-        sampling = Sampling(first.max_new_tokens, first.temperature)
-        generators = [make_generator(one.seed, 0) for one in requests]
         rows = [_Row(self._tokenizer, first.stop) for _ in requests]
+
+        def find_ended(tokens: Tensor) -> Tensor:
+            for row, chosen in zip(rows, tokens.tolist(), strict=True):
+                row.add(chosen)
+            return torch.tensor([row.is_over for row in rows], device=tokens.device)
+
         prompt = torch.tensor([ids] * len(requests), device=self._device)
-        with self._engine.reading(len(requests)) as step:
-            for piece in prompt.split(PREFILL_TOKENS, dim=1):
-                log_probs = step(piece)[:, -1]
-            for left in reversed(range(first.max_new_tokens)):
-                token = choose_tokens(log_probs, sampling, generators)
-                for row, chosen in zip(rows, token.tolist(), strict=True):
-                    row.add(chosen)
-                if not left or all(row.is_over for row in rows):
-                    break
-                log_probs = step(token.unsqueeze(1))[:, -1]
+        decode_tokens(
+            self._engine,
+            prompt,
+            Sampling(first.max_new_tokens, first.temperature),
+            generators=[make_generator(one.seed, 0) for one in requests],
+            document_starts=mark_start(prompt),
+            find_ended=find_ended,
+        )
         return [(row.text, len(row.tokens)) for row in rows]
 
 
@@ -190,68 +186,3 @@ class _Row:
         if found:
             self.text = self.text[: min(found)]
         self.is_over = bool(found) or token == self._tokenizer.eos_token_id
-
-
-def _fingerprint(sort: str, base: Base, *parts: Any) -> str:
-    identity = [sort, base.weights, base.tokenizer_fingerprint, str(base.model.dtype), *parts]
-    return hash_bytes(canonical_json(identity))
-
-
-def build_base_model(name: str, base: Base) -> LocalModel:
-    """A base checkpoint, or any checkpoint loaded as one.
-
-    Args:
-        name: Unique in a cascade.
-        base: The checkpoint.
-    """
-    return LocalModel(name, _fingerprint("base", base), base, PlainEngine(base.model))
-
-
-def build_specialist_model(name: str, base: Base, adapter: Adapter) -> LocalModel:
-    """A specialist: a copy of the base with an adapter's updates added to its weights.
-
-    Args:
-        name: Unique in a cascade.
-        base: Its base.
-        adapter: What it adds.
-
-    Raises:
-        IncompatibleAdapterError: If the adapter does not fit the base.
-    """
-    fingerprint = _fingerprint("specialist", base, adapter.hash)
-    return LocalModel(name, fingerprint, base, PlainEngine(base.model, adapter))
-
-
-def build_fused_model(name: str, fused: FusedModel) -> LocalModel:
-    """A fused model.
-
-    Args:
-        name: Unique in a cascade.
-        fused: The model.
-
-    Raises:
-        RoutingError: If its router is not causal.
-    """
-    router = {
-        key: hash_bytes(tensor.detach().cpu().float().numpy().tobytes())
-        for key, tensor in fused.router.state_tensors().items()
-    }
-    experts = [[e.name, None if e.adapter is None else e.adapter.hash] for e in fused.experts]
-    options = fused.router.options.model_dump(mode="json")
-    top_k = fused.router.top_k if isinstance(fused.router, TopKRouter) else None
-    parts = (experts, fused.router_name, options, router, top_k, fused.mixture)
-    fingerprint = _fingerprint("fused", fused.base, *parts)
-    return LocalModel(name, fingerprint, fused.base, FusedEngine(fused))
-
-
-def build_evolved_model(name: str, evolved: EvolvedModel) -> LocalModel:
-    """An evolved model.
-
-    Args:
-        name: Unique in a cascade.
-        evolved: The model.
-    """
-    router = hash_bytes(pack_router(evolved.router, evolved.router_name))
-    parts = (fingerprint_population(evolved.population), evolved.router_name, router)
-    fingerprint = _fingerprint("evolved", evolved.base, *parts)
-    return LocalModel(name, fingerprint, evolved.base, EvolvedEngine(evolved))

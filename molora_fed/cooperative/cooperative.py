@@ -249,7 +249,7 @@ def _check_suits_base(charter: Charter, base: "Base") -> None:
 
     depth = len(decoder_blocks(base.model)[1])
     frozen = charter.identity.adapters.frozen_depth
-    positions = getattr(base.model.config, "max_position_embeddings", None)
+    positions = base.max_positions
     size = charter.identity.corpus.block_size
     problems = []
     if frozen >= depth:

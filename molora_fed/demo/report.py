@@ -13,7 +13,8 @@ from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.local import LocalContributor
-from molora_fed.inference.decoding import generate
+from molora_fed.inference.engines import FusedEngine
+from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.runtime import limit_threads
 from molora_fed.reporting.phases import BUDGET_SECONDS
 from molora_fed.reporting.report import MetricRows, read_metrics_file, write_report
@@ -68,14 +69,8 @@ def generate_samples(cooperative: Cooperative, *, seed: int) -> list[dict[str, A
     prompts = [choose_prompt(held_out[domain], fused.base.tokenizer) for domain in domains]
     # Single tokens are too little work to share: threads would mostly wait for each other.
     with limit_threads(1):
-        texts = generate(
-            fused,
-            prompts,
-            max_new_tokens=NEW_TOKENS,
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
-            seed=seed,
-        )
+        sampling = Sampling(NEW_TOKENS, TEMPERATURE, top_p=TOP_P, seed=seed)
+        texts = generate(FusedEngine(fused), prompts, sampling)
     return [
         {"domain": domain, "prompt": text.prompt, "text": text.text, "experts": text.gates}
         for domain, text in zip(domains, texts, strict=True)

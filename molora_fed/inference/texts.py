@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from molora_fed.bank import Expert, build_held_out_bank
 from molora_fed.corpus.blocks import Blocks, pack_documents
@@ -11,18 +10,17 @@ from molora_fed.corpus.clusters import cluster_documents
 from molora_fed.corpus.documents import read_documents
 from molora_fed.errors import ConfigError, CorpusError
 from molora_fed.evaluation.evaluate import Evaluation, evaluate
-from molora_fed.routing.fused import FusedModel
+from molora_fed.inference.engines import Model, PlainModel
+from molora_fed.models.base import Base
+from molora_fed.population.bundle import EvolvedModel
+from molora_fed.population.evaluation import evaluate_population
 from molora_fed.types import Progress, Split
 
-if TYPE_CHECKING:
-    from molora_fed.models.base import Base
-    from molora_fed.population.bundle import EvolvedModel
-
-__all__ = ["evaluate_evolved_texts", "evaluate_texts"]
+__all__ = ["evaluate_texts"]
 
 
 def evaluate_texts(
-    fused: FusedModel,
+    model: Model,
     data: Mapping[str, Sequence[Path]],
     *,
     block_size: int = 128,
@@ -31,12 +29,12 @@ def evaluate_texts(
     on_phase: Callable[[str], None] = lambda phase: None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure base, specialists and fused model on texts.
+    """Measure base, specialists or slots alone, and the model on texts.
 
     All text counts as held-out: that none of it was trained on is for the caller to know.
 
     Args:
-        fused: The fused model.
+        model: The fused or evolved model.
         data: Files and folders by a name of the text.
         block_size: T, tokens per block.
         batch: Blocks per forward pass.
@@ -45,65 +43,39 @@ def evaluate_texts(
         progress: Receives progress within a phase.
 
     Raises:
-        ConfigError: If blocks are longer than the base's positions.
+        ConfigError: If it is neither fused nor evolved, or blocks are longer than the base's
+            positions.
         CorpusError: If a text cannot be read, or is shorter than one block.
         StorageError: If the temporary disk has no room.
     """
-    blocks = _read_all(fused.base, data, block_size, seed, on_phase, progress)
+    if isinstance(model, PlainModel):
+        raise ConfigError(
+            f"Cannot evaluate '{model.base.folder}': expected a fused or evolved model, got a base "
+            "or a specialist alone. Fuse it, or evolve it."
+        )
+    blocks = _read_all(model.base, data, block_size, seed, on_phase, progress)
     on_phase("measuring")
-    with tempfile.TemporaryDirectory(prefix="molora-bank-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="molora-texts-") as temporary:
+        if isinstance(model, EvolvedModel):
+            return evaluate_population(
+                model, blocks, Path(temporary), batch=batch, seed=seed, progress=progress
+            )
         bank = build_held_out_bank(
             Path(temporary),
-            fused.base,
-            [Expert(expert.name, expert.adapter) for expert in fused.experts],
+            model.base,
+            [Expert(expert.name, expert.adapter) for expert in model.experts],
             blocks,
-            readings=fused.router.reads(fused.router.options),
-            mixture=fused.mixture,
+            readings=model.router.reads(model.router.options),
+            mixture=model.mixture,
             batch=batch,
-            frozen_depth=fused.frozen_depth,
+            frozen_depth=model.frozen_depth,
             progress=progress,
         )
-        return evaluate(bank, {fused.router_name: fused.router}, seed=seed)
-
-
-def evaluate_evolved_texts(
-    evolved: "EvolvedModel",
-    data: Mapping[str, Sequence[Path]],
-    *,
-    block_size: int = 128,
-    batch: int = 16,
-    seed: int = 42,
-    on_phase: Callable[[str], None] = lambda phase: None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Measure base, each slot alone and the population on texts; see `evaluate_texts`.
-
-    Args:
-        evolved: The evolved model.
-        data: Files and folders by a name of the text.
-        block_size: T, tokens per block.
-        batch: Blocks per forward pass.
-        seed: Of clusters and bootstraps.
-        on_phase: Told what begins.
-        progress: Receives progress within a phase.
-
-    Raises:
-        ConfigError: If blocks are longer than the base's positions.
-        CorpusError: If a text cannot be read, or is shorter than one block.
-        StorageError: If the temporary disk has no room.
-    """
-    from molora_fed.population.evaluation import evaluate_population
-
-    blocks = _read_all(evolved.base, data, block_size, seed, on_phase, progress)
-    on_phase("measuring")
-    with tempfile.TemporaryDirectory(prefix="molora-states-") as temporary:
-        return evaluate_population(
-            evolved, blocks, Path(temporary), batch=batch, seed=seed, progress=progress
-        )
+        return evaluate(bank, {model.router_name: model.router}, seed=seed)
 
 
 def _read_all(
-    base: "Base",
+    base: Base,
     data: Mapping[str, Sequence[Path]],
     block_size: int,
     seed: int,
@@ -116,7 +88,7 @@ def _read_all(
         ConfigError: If blocks are longer than the base's positions.
         CorpusError: If a text is shorter than one block.
     """
-    positions = getattr(base.model.config, "max_position_embeddings", None)
+    positions = base.max_positions
     if positions is not None and block_size > positions:
         raise ConfigError(
             f"Cannot evaluate in blocks of {block_size} tokens: expected at most the base's "
@@ -130,7 +102,7 @@ def _read_all(
 
 
 def _read_blocks(
-    base: "Base",
+    base: Base,
     name: str,
     paths: Sequence[Path],
     block_size: int,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molora_fed.charter import BaseIdentity
@@ -68,6 +69,12 @@ class Base:
         """D, width of the hidden state that enters the output head."""
         return int(self.model.get_output_embeddings().weight.shape[1])
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest text it can read; None if its config sets no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
     def identity(self) -> BaseIdentity:
         """What a charter says about it."""
         return BaseIdentity(
@@ -76,6 +83,13 @@ class Base:
             weights=self.weights,
             tokenizer=self.tokenizer_fingerprint,
         )
+
+    def find_document_starts(self, tokens: Tensor) -> Tensor:
+        """True at the first position and after every end-of-text token, (B, T) bool."""
+        starts = torch.zeros_like(tokens, dtype=torch.bool)
+        starts[:, 0] = True
+        starts[:, 1:] = tokens[:, :-1] == self.tokenizer.eos_token_id
+        return starts
 
 
 def check_base(base: Base, identity: BaseIdentity) -> None:

@@ -1,17 +1,13 @@
-"""Settings of an adaptation, and the lines it leaves about itself."""
+"""Settings of an adaptation."""
 
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from molora_fed.bank.states import BaseStates
 from molora_fed.errors import TrainingError
-from molora_fed.storage.files import write_bytes
 
-__all__ = ["AdaptationConfig", "AdaptationLog"]
+__all__ = ["AdaptationConfig"]
 
 _POSITIVE = ("steps", "batch", "threads", "warmup", "clip_norm", "checkpoint_every")
 _NOT_NEGATIVE = ("learning_rate", "router_learning_rate", "first_step")
@@ -84,44 +80,3 @@ class AdaptationConfig:
                 "Cannot adapt a population: expected positive settings, steps within the whole "
                 f"run, and blocks of one size by domain, got {'; '.join(problems)}. Correct these."
             )
-
-
-class AdaptationLog:
-    """JSON lines of an adaptation; resuming cuts them back to the checkpoint."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self._path = path
-        self._rows: list[dict[str, float]] = []
-        self._before = 0.0
-        self._started = time.perf_counter()
-        if step and path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            self._rows = [row for row in rows if row["step"] <= step]
-            self._before = self._rows[-1]["seconds"] if self._rows else 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Wall time since this process began with it."""
-        return time.perf_counter() - self._started
-
-    def add(self, step: int, loss: float, rate_scale: float) -> None:
-        """Add a line.
-
-        Args:
-            step: Steps of this adaptation done.
-            loss: Mean training loss since the last line, nats per token.
-            rate_scale: Factor of the peak rates at this step.
-        """
-        seconds = round(self._before + self.seconds, 3)
-        self._rows.append(
-            {"step": step, "loss": loss, "rate_scale": rate_scale, "seconds": seconds}
-        )
-
-    def save(self) -> None:
-        """Write all lines.
-
-        Raises:
-            StorageError: If the disk refuses.
-        """
-        lines = "".join(json.dumps(row) + "\n" for row in self._rows)
-        write_bytes(self._path, lines.encode())

@@ -7,9 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from molora_fed.errors import PopulationError, describe_mismatch
 from molora_fed.models.base import Base
@@ -60,13 +58,6 @@ class EvolvedModel:
     def slot_names(self) -> tuple[str, ...]:
         """Ids of the slots' adapters, in order."""
         return tuple(slot.birth.id for slot in self.population.slots)
-
-    def find_document_starts(self, tokens: Tensor) -> Tensor:
-        """True at the first position and after every end-of-text token, (B, T) bool."""
-        starts = torch.zeros_like(tokens, dtype=torch.bool)
-        starts[:, 0] = True
-        starts[:, 1:] = tokens[:, :-1] == self.base.tokenizer.eos_token_id
-        return starts
 
 
 def save_evolved(base: Base, branch: Branch, router_name: str, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Fits routers on a bank: mini-batch AdamW as published, or all of it at once for few numbers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from molora_fed.errors import RoutingError
+from molora_fed.models.runtime import limit_threads
 from molora_fed.types import Progress
 
 if TYPE_CHECKING:
@@ -223,17 +224,10 @@ def _weighted_losses(
         yield torch.dot(block_losses, weights[part].to(bank.device))
 
 
-@contextmanager
-def _threads_for(bank: "CalibrationBank") -> Iterator[None]:
+def _threads_for(bank: "CalibrationBank") -> AbstractContextManager[None]:
     """One thread for the probability mixture; all of them where logits are mixed.
 
     Its steps are so small that threads wait for each other longer than they work (a hundred times
     longer on a busy machine), and one thread gives the same bytes whatever the machine has.
     """
-    before = torch.get_num_threads()
-    if bank.readout is None:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return limit_threads(1 if bank.readout is None else torch.get_num_threads())

@@ -2,7 +2,7 @@
 
 The base is held once. Every expert is a row of the batch, so one forward pass gives all experts'
 distributions; a router turns what is known after each token into gates. The full form
-(`FusedModel.forward`) and decoding (molora_fed.inference.decoding) read the same `Runner`.
+(`FusedModel.forward`) and decoding (molora_fed.inference) read the same `Runner`.
 """
 
 import contextlib
@@ -116,11 +116,8 @@ class FusedModel:
             )
 
     def find_document_starts(self, tokens: Tensor) -> Tensor:
-        """True at the first position and after every end-of-text token, (B, T) bool."""
-        starts = torch.zeros_like(tokens, dtype=torch.bool)
-        starts[:, 0] = True
-        starts[:, 1:] = tokens[:, :-1] == self.base.tokenizer.eos_token_id
-        return starts
+        """See `molora_fed.models.base.Base.find_document_starts`."""
+        return self.base.find_document_starts(tokens)
 
     def forward(self, tokens: Tensor, document_starts: Tensor | None = None) -> FusedOutput:
         """Run the full form: every position at once, no cache, no gradients.

@@ -117,7 +117,7 @@ class TrainedBase:
         """Write a Hugging Face checkpoint with the metrics of its training.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         with storage_errors(folder), quiet_transformers():
             self.model.save_pretrained(folder)
@@ -254,7 +254,7 @@ def train_builtin_base(
     Raises:
         CorpusError: If a domain has too little text for one block.
         TrainingError: See `molora_fed.training.loop.train`.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     texts = [d.text for documents in splits.values() for d in documents[Split.TRAIN]]
     tokenizer = _build_tokenizer(texts, config)
@@ -326,7 +326,7 @@ def create_builtin_base(
         BaseCheckpointError: If the target holds something else.
         CorpusError: If a domain has too little text.
         TrainingError: See `molora_fed.training.loop.train`.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     settings = config or BuiltinBaseConfig()
     splits = split_domains(documents_by_domain, settings)

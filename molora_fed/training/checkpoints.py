@@ -6,14 +6,16 @@ the step reached and the run's identity: everything that decides the bytes of th
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from molora_fed.errors import TrainingError
 from molora_fed.storage.files import write_bytes
@@ -24,8 +26,11 @@ __all__ = [
     "Counters",
     "Metrics",
     "Tensors",
+    "copy_values",
+    "read_tensors",
+    "set_values",
+    "write_tensors",
 ]
-
 
 FORMAT_VERSION = 1
 
@@ -70,6 +75,56 @@ class Tensors:
     best: Sequence[Tensor] = ()
 
 
+def copy_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The parameters' values now."""
+    return [p.detach().clone() for p in parameters]
+
+
+def set_values(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Put values into the parameters."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def read_tensors(
+    parameters: Sequence[nn.Parameter], optimizer: Optimizer, best: Sequence[Tensor]
+) -> Tensors:
+    """What a checkpoint keeps of a run.
+
+    Args:
+        parameters: All that are trained; each has been stepped at least once.
+        optimizer: AdamW over them.
+        best: Values at the lowest validation loss; empty where nothing is chosen by it.
+    """
+    states = [optimizer.state[p] for p in parameters]
+    first = [state["exp_avg"] for state in states]
+    second = [state["exp_avg_sq"] for state in states]
+    return Tensors(parameters, first, second, best)
+
+
+def write_tensors(
+    parameters: Sequence[nn.Parameter], optimizer: Optimizer, step: int, tensors: Tensors
+) -> None:
+    """Put a checkpoint's values into parameters and optimiser.
+
+    Args:
+        parameters: All that are trained, in the checkpoint's order.
+        optimizer: AdamW over them.
+        step: Steps it had done.
+        tensors: What the checkpoint kept.
+    """
+    set_values(parameters, tensors.parameters)
+    moments = zip(parameters, tensors.exp_avg, tensors.exp_avg_sq, strict=True)
+    for parameter, first, second in moments:
+        device = parameter.device
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step), device=device),
+            "exp_avg": first.to(device),
+            "exp_avg_sq": second.to(device),
+        }
+
+
 @dataclass(frozen=True)
 class CheckpointStore:
     """The checkpoint file of one run.
@@ -86,7 +141,7 @@ class CheckpointStore:
         """Replace the checkpoint.
 
         Raises:
-            StorageError: If the disk refuses; the former checkpoint stays.
+            StorageError: On I/O errors; the former checkpoint stays.
         """
         named = {
             f"{name}.{index:05d}": tensor.detach().to("cpu").contiguous()
@@ -164,76 +219,83 @@ class Metrics:
         self,
         path: Path,
         *,
-        counters: Counters,
         steps: int,
-        step_tokens: int,
+        first_step: int,
+        initial_loss: float | None,
+        describe: Callable[[int], Mapping[str, float | int]],
+        step_tokens: int | None,
         progress: Progress | None,
     ) -> None:
+        """Begin the lines, or read those up to the checkpoint.
+
+        Args:
+            path: The file.
+            steps: Optimiser steps in all.
+            first_step: Steps done before this process began.
+            initial_loss: Validation loss before the first step, nats per token; None where
+                nothing is validated.
+            describe: What a line says of a number of steps done, beside losses and seconds.
+            step_tokens: Tokens of a step, whose rate the progress tells; None tells none.
+            progress: Told the step with loss and eta_seconds, and what else is known.
+        """
         self._path = path
         self._steps = steps
+        self._first_step = first_step
+        self._describe = describe
         self._step_tokens = step_tokens
         self._progress = progress
-        self._first_step = counters.step
-        self._validation_loss = counters.initial_loss
+        self._validation_loss = initial_loss
         self._rows: list[dict[str, float | int | None]] = []
         self._before = 0.0
         self._started = time.perf_counter()
-        if counters.step and path.exists():
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            kept = [line for line in lines if line["step"] <= counters.step]
-            self._rows.extend(kept)
-            self._before = kept[-1]["seconds"]
-            self._validation_loss = kept[-1]["validation_loss"]
-        else:
-            self._append(0, None, counters.initial_loss, 0.0)
+        if first_step and path.exists():
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self._rows.extend(line for line in lines if line["step"] <= first_step)
+            if self._rows:
+                self._before = self._rows[-1]["seconds"] or 0.0
+                self._validation_loss = self._rows[-1].get("validation_loss")
+        elif initial_loss is not None:
+            self._append(0, None, initial_loss)
 
     @property
     def seconds(self) -> float:
         """Wall time of the run, restarts included."""
         return self._before + time.perf_counter() - self._started
 
-    def _append(
-        self, step: int, loss: float | None, validation_loss: float | None, rate: float
-    ) -> None:
-        self._rows.append(
-            {
-                "step": step,
-                "loss": loss,
-                "validation_loss": validation_loss,
-                "learning_rate": rate,
-                "tokens": step * self._step_tokens,
-                "seconds": round(self.seconds, 3),
-            }
-        )
+    def _append(self, step: int, loss: float | None, validation_loss: float | None) -> None:
+        row: dict[str, float | int | None] = {"step": step, "loss": loss}
+        if self._validation_loss is not None:
+            row["validation_loss"] = validation_loss
+        seconds = round(self.seconds, 3)
+        self._rows.append({**row, **self._describe(step), "seconds": seconds})
 
-    def add(self, step: int, loss: float, validation_loss: float | None, rate: float) -> None:
+    def add(self, step: int, loss: float, validation_loss: float | None) -> None:
         """Add a line and tell the progress.
 
         Args:
             step: Optimiser steps done.
             loss: Mean training loss since the last line, nats per token.
             validation_loss: Loss of a validation made at this step, nats per token.
-            rate: Learning rate of the step.
         """
-        self._append(step, loss, validation_loss, rate)
+        self._append(step, loss, validation_loss)
         if validation_loss is not None:
             self._validation_loss = validation_loss
-        if self._progress is not None:
-            seconds_per_step = (self.seconds - self._before) / (step - self._first_step)
-            self._progress(
-                step,
-                self._steps,
-                loss=loss,
-                validation_loss=self._validation_loss,
-                tokens_per_second=self._step_tokens / seconds_per_step,
-                eta_seconds=(self._steps - step) * seconds_per_step,
-            )
+        if self._progress is None:
+            return
+        seconds_per_step = (self.seconds - self._before) / (step - self._first_step)
+        fields = {"loss": loss}
+        if self._validation_loss is not None:
+            fields["validation_loss"] = self._validation_loss
+        if self._step_tokens is not None:
+            fields["tokens_per_second"] = self._step_tokens / seconds_per_step
+        eta = (self._steps - step) * seconds_per_step
+        self._progress(step, self._steps, **fields, eta_seconds=eta)
 
     def save(self) -> None:
         """Write all lines.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         lines = "".join(json.dumps(row) + "\n" for row in self._rows)
         write_bytes(self._path, lines.encode())

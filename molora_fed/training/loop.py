@@ -1,14 +1,18 @@
-"""The one training loop: the built-in base, every specialist and the control go through it.
+"""The one training loop: every run is a job for `run_training`.
 
-- Data order and random numbers follow from (seed, step) alone, so a run that is killed at any
+- A step's loss follows from its number and the parameters alone, so a run that is killed at any
   moment and started again ends with the same bytes as one that was not.
-- The parameters of the lowest validation loss are the result; the start counts as step 0.
-- Every forward pass sees whole blocks; there is no padding and no masking of documents.
+- Where a job validates, the parameters of the lowest validation loss are the result, and the start
+  counts as step 0; elsewhere the last parameters are.
+- `train` builds the job of a language model on blocks of tokens: the built-in base, specialists and
+  the pooled baseline. Every forward pass sees whole blocks; there is no padding and no masking of
+  documents.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from molora_fed.corpus.batches import take_batch
 from molora_fed.errors import TrainingError
@@ -24,8 +29,15 @@ from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.runtime import describe_environment, deterministic, limit_threads
 from molora_fed.storage.files import hash_bytes
 from molora_fed.storage.locks import lock_folder
-from molora_fed.training.checkpoints import CheckpointStore, Counters, Metrics
-from molora_fed.training.optimizer import copy_values, read_tensors, set_values, write_tensors
+from molora_fed.training.checkpoints import (
+    CheckpointStore,
+    Counters,
+    Metrics,
+    copy_values,
+    read_tensors,
+    set_values,
+    write_tensors,
+)
 from molora_fed.types import Progress
 
 __all__ = [
@@ -33,13 +45,228 @@ __all__ = [
     "METRICS_NAME",
     "TrainConfig",
     "TrainResult",
+    "TrainingJob",
+    "build_optimizer",
     "compute_learning_rate",
+    "run_training",
+    "seed_step",
     "train",
 ]
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 METRICS_NAME = "metrics.jsonl"
 REPORT_EVERY = 5  # steps between two readings of the loss: a reading waits for the device
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingJob:
+    """A run of the one loop. Steps are counted from 0.
+
+    Attributes:
+        parameters: What is trained; each group's gradient is clipped by itself.
+        optimizer: AdamW over all of them.
+        rates: Learning rates of the optimiser's groups at a step.
+        loss: Mean loss of a step's batch, nats per token; a function of the step and the
+            parameters alone.
+        validate: Validation loss with the parameters as they are, nats per token; None if nothing
+            is chosen by it.
+        steps: Optimiser steps at most.
+        save_every: Steps between validations; each writes a checkpoint, and so does the last step.
+        identity: Everything that decides the bytes of the result, except threads.
+        describe: What a line of the metrics says of a number of steps done, beside losses and
+            seconds.
+        threads: Torch threads of a run that starts; one that is resumed keeps its own.
+        clip_norm: Largest norm of a group's gradient.
+        patience: Validations without improvement before stopping; None never stops early.
+        step_tokens: Tokens of a step, whose rate the progress tells; None tells none.
+        first_step: Steps of a longer run before this one, which messages count.
+        failure: What an error of this run begins with.
+        advice: What to do if its loss is not finite.
+        checkpoint_name: File of the checkpoint.
+        metrics_name: File of the metrics.
+    """
+
+    parameters: Sequence[Sequence[nn.Parameter]]
+    optimizer: Optimizer
+    rates: Callable[[int], Sequence[float]]
+    loss: Callable[[int], Tensor]
+    validate: Callable[[], float] | None
+    steps: int
+    save_every: int
+    identity: Mapping[str, Any]
+    describe: Callable[[int], Mapping[str, float | int]]
+    threads: int
+    clip_norm: float = 1.0
+    patience: int | None = None
+    step_tokens: int | None = None
+    first_step: int = 0
+    failure: str = "Cannot train"
+    advice: str = "Lower the learning rate, or check the base and the text."
+    checkpoint_name: str = CHECKPOINT_NAME
+    metrics_name: str = METRICS_NAME
+
+    @property
+    def flat(self) -> list[nn.Parameter]:
+        """All parameters, in the order in which a checkpoint keeps them."""
+        return [parameter for group in self.parameters for parameter in group]
+
+
+def seed_step(seed: int, number: int) -> None:
+    """Seed torch for one step, whatever ran before it."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.01,
+    beta2: float = 0.99,
+) -> AdamW:
+    """AdamW that decays matrices and leaves vectors alone.
+
+    Args:
+        parameters: What is trained.
+        learning_rate: Rate until another is set.
+        weight_decay: Decay of matrices.
+        beta2: Second-moment decay.
+    """
+    decays = {weight_decay: [p for p in parameters if p.ndim >= 2]}
+    decays[0.0] = [*decays.get(0.0, []), *(p for p in parameters if p.ndim < 2)]
+    return AdamW(
+        [{"params": group, "weight_decay": decay} for decay, group in decays.items()],
+        lr=learning_rate,
+        betas=(0.9, beta2),
+        fused=True,
+    )
+
+
+def run_training(
+    job: TrainingJob, folder: Path, progress: Progress | None = None
+) -> tuple[Counters, float]:
+    """Run a job, or go on where a killed run in the same folder stopped.
+
+    Args:
+        job: What to train.
+        folder: Gets checkpoint and metrics.
+        progress: Told the step with loss and eta_seconds; with validation_loss and
+            tokens_per_second where the job has them.
+
+    Returns:
+        How far it came, and its wall time in seconds, restarts included. The parameters hold the
+        result.
+
+    Raises:
+        TrainingError: If the loss is not finite, another process trains in the folder, or its
+            checkpoint was made from other inputs, versions, hardware or dtype.
+        StorageError: On I/O errors.
+    """
+    parameters = job.flat
+    device = parameters[0].device
+    with lock_folder(folder):
+        store = CheckpointStore(folder / job.checkpoint_name, job.identity)
+        found = store.load(parameters)
+        threads = job.threads if found is None else found[0].threads
+        devices = [device] if device.type == "cuda" else []
+        with (
+            limit_threads(threads),
+            deterministic(device),
+            torch.random.fork_rng(devices=devices),
+        ):
+            if found is None:
+                loss = _validate(job) if job.validate else math.nan
+                counters = Counters(0, loss, 0, loss, 0, False, threads)
+                best = copy_values(parameters) if job.validate else []
+            else:
+                counters, best = found[0], list(found[1].best)
+                write_tensors(parameters, job.optimizer, counters.step, found[1])
+            metrics = Metrics(
+                folder / job.metrics_name,
+                steps=job.steps,
+                first_step=counters.step,
+                initial_loss=counters.initial_loss if job.validate else None,
+                describe=job.describe,
+                step_tokens=job.step_tokens,
+                progress=progress,
+            )
+            counters, best = _take_steps(job, counters, best, metrics, store)
+            if best:
+                set_values(parameters, best)
+    return counters, metrics.seconds
+
+
+def _take_steps(
+    job: TrainingJob,
+    counters: Counters,
+    best: list[Tensor],
+    metrics: Metrics,
+    store: CheckpointStore,
+) -> tuple[Counters, list[Tensor]]:
+    """Train from where the counters stand to the end; returns the last counters and the best."""
+    parameters = job.flat
+    pending: list[Tensor] = []  # losses not read yet
+    for step in range(counters.step, job.steps):
+        if counters.stopped:
+            break
+        pending.append(_take_step(job, step))
+        done = step + 1
+        is_due = done % job.save_every == 0 or done == job.steps
+        if not is_due and done % REPORT_EVERY:
+            continue
+        loss = float(torch.stack(pending).mean())
+        pending.clear()
+        validation_loss = None
+        if job.validate is None:
+            _check_finite(job, loss, f"loss up to step {job.first_step + done}")
+        elif is_due:
+            validation_loss = _validate(job)
+        metrics.add(done, loss, validation_loss)
+        if is_due:
+            if validation_loss is None:
+                counters = Counters(done, loss, done, loss, 0, False, counters.threads)
+            else:
+                counters = _judge(counters, done, validation_loss, job.patience)
+                best = copy_values(parameters) if counters.best_step == done else best
+            metrics.save()
+            store.save(counters, read_tensors(parameters, job.optimizer, best))
+    return counters, best
+
+
+def _take_step(job: TrainingJob, step: int) -> Tensor:
+    """One optimiser step; returns the loss before it."""
+    for settings, rate in zip(job.optimizer.param_groups, job.rates(step), strict=True):
+        settings["lr"] = rate
+    loss = job.loss(step)
+    loss.backward()
+    for group in job.parameters:
+        for parameter in group:
+            if parameter.grad is None:  # took no part in this batch
+                parameter.grad = torch.zeros_like(parameter)
+        nn.utils.clip_grad_norm_(group, job.clip_norm)
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    return loss.detach()
+
+
+def _validate(job: TrainingJob) -> float:
+    loss = math.nan if job.validate is None else job.validate()
+    _check_finite(job, loss, "validation loss")
+    return loss
+
+
+def _check_finite(job: TrainingJob, loss: float, what: str) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(f"{job.failure}: expected a finite {what}, got {loss}. {job.advice}")
+
+
+def _judge(counters: Counters, step: int, loss: float, patience: int | None) -> Counters:
+    """The counters after a validation."""
+    if loss < counters.best_loss:
+        return replace(counters, step=step, best_step=step, best_loss=loss, stale=0)
+    stale = counters.stale + 1
+    return replace(
+        counters, step=step, stale=stale, stopped=patience is not None and stale >= patience
+    )
 
 
 @dataclass(frozen=True)
@@ -119,95 +346,15 @@ def compute_learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
-def _compute_loss(model: Any, tokens: Tensor) -> Tensor:
-    """Mean loss of a batch (B, T) over its B * (T - 1) predicted tokens, nats."""
+def _compute_loss(
+    model: Any, blocks: NDArray[np.int32], config: TrainConfig, device: torch.device, step: int
+) -> Tensor:
+    """Mean loss of a step's batch (B, T) over its B * (T - 1) predicted tokens, nats."""
+    seed_step(config.seed, step + 1)
+    rows = take_batch(blocks, step, batch=config.batch, seed=config.seed)
+    tokens = torch.from_numpy(rows).long().to(device)
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # (B, T - 1, V)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-class _Run:
-    """Model, parameters and optimiser of one run, and what moves between them and the disk."""
-
-    def __init__(self, model: Any, parameters: Sequence[nn.Parameter], config: TrainConfig) -> None:
-        self.model = model
-        self.parameters = parameters
-        self.config = config
-        decays = {config.weight_decay: [p for p in parameters if p.ndim >= 2]}
-        decays[0.0] = [*decays.get(0.0, []), *(p for p in parameters if p.ndim < 2)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group, "weight_decay": decay} for decay, group in decays.items()],
-            lr=config.learning_rate,
-            betas=(0.9, config.beta2),
-            fused=True,
-        )
-
-    def validate(self, blocks: NDArray[np.int32]) -> float:
-        """Mean loss over blocks (N, T), nats per token."""
-        losses = compute_block_losses(self.model, blocks, batch=self.config.evaluation_batch)
-        mean = float(losses.double().mean())
-        if not math.isfinite(mean):
-            raise TrainingError(
-                f"Cannot train: expected a finite validation loss, got {mean}. "
-                "Lower the learning rate, or check the base and the text."
-            )
-        return mean
-
-    def save(self, store: CheckpointStore, counters: Counters, best: Sequence[Tensor]) -> None:
-        """Write a checkpoint."""
-        store.save(counters, read_tensors(self.parameters, self.optimizer, best))
-
-
-def _judge(counters: Counters, step: int, loss: float, patience: int | None) -> Counters:
-    """The counters after a validation."""
-    if loss < counters.best_loss:
-        return replace(counters, step=step, best_step=step, best_loss=loss, stale=0)
-    stale = counters.stale + 1
-    return replace(
-        counters, step=step, stale=stale, stopped=patience is not None and stale >= patience
-    )
-
-
-def _loop(
-    run: _Run,
-    accelerator: Accelerator,
-    train_blocks: NDArray[np.int32],
-    validation_blocks: NDArray[np.int32],
-    counters: Counters,
-    best: Sequence[Tensor],
-    metrics: Metrics,
-    store: CheckpointStore,
-) -> tuple[Counters, Sequence[Tensor]]:
-    """Train from where the counters stand to the end; returns the last counters and the best."""
-    config = run.config
-    model, optimizer = accelerator.prepare(run.model, run.optimizer)
-    pending: list[Tensor] = []  # losses not read yet
-    model.train()
-    for step in range(counters.step + 1, config.steps + 1):
-        if counters.stopped:
-            break
-        rate = compute_learning_rate(step - 1, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
-        rows = take_batch(train_blocks, step - 1, batch=config.batch, seed=config.seed)
-        loss = _compute_loss(model, torch.from_numpy(rows).long().to(accelerator.device))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(run.parameters, config.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        pending.append(loss.detach())
-        is_due = step % config.validate_every == 0 or step == config.steps
-        if is_due or step % REPORT_EVERY == 0:
-            mean_loss = float(torch.stack(pending).mean())
-            pending.clear()
-            validation_loss = run.validate(validation_blocks) if is_due else None
-            metrics.add(step, mean_loss, validation_loss, rate)
-            if validation_loss is not None:
-                counters = _judge(counters, step, validation_loss, config.patience)
-                best = copy_values(run.parameters) if counters.best_step == step else best
-                metrics.save()
-                run.save(store, counters, best)
-    return counters, best
 
 
 def _check_inputs(
@@ -264,61 +411,57 @@ def train(
         TrainingError: If settings or blocks cannot be trained on, the loss is not finite, another
             process trains in the folder, or its checkpoint was made from other inputs, versions,
             hardware or dtype.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     _check_inputs(parameters, train_blocks, validation_blocks, config)
-    accelerator = Accelerator(mixed_precision="no")
-    environment = describe_environment(accelerator.device.type)
+    device = Accelerator(mixed_precision="no").device
+    environment = describe_environment(device.type)
     dtype = str(parameters[0].dtype).removeprefix("torch.")
     settings = {k: v for k, v in asdict(config).items() if k != "threads"}
     data = b"".join(np.ascontiguousarray(b).tobytes() for b in (train_blocks, validation_blocks))
-    identity = {
-        **environment,
-        **settings,
-        **(context or {}),
-        "dtype": dtype,
-        "blocks": hash_bytes(data),
-    }
-    with lock_folder(folder):
-        store = CheckpointStore(folder / CHECKPOINT_NAME, identity)
-        found = store.load(parameters)
-        threads = config.threads if found is None else found[0].threads
-        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-        with (
-            limit_threads(threads),
-            deterministic(accelerator.device),
-            torch.random.fork_rng(devices=devices),
-        ):
-            run = _Run(model.to(accelerator.device), parameters, config)
-            if found is None:
-                loss = run.validate(validation_blocks)
-                counters = Counters(0, loss, 0, loss, 0, False, threads)
-                best: Sequence[Tensor] = copy_values(run.parameters)
-            else:
-                counters, best = found[0], found[1].best
-                write_tensors(parameters, run.optimizer, counters.step, found[1])
-            metrics = Metrics(
-                folder / METRICS_NAME,
-                counters=counters,
-                steps=config.steps,
-                step_tokens=config.batch * int(train_blocks.shape[1]),
-                progress=progress,
-            )
-            counters, best = _loop(
-                run,
-                accelerator,
-                train_blocks,
-                validation_blocks,
-                counters,
-                best,
-                metrics,
-                store,
-            )
-            set_values(run.parameters, best)
-            model.to("cpu").eval()
+    model.to(device).train()
+    optimizer = build_optimizer(
+        parameters,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        beta2=config.beta2,
+    )
+    step_tokens = config.batch * int(train_blocks.shape[1])
+
+    def validate() -> float:
+        losses = compute_block_losses(model, validation_blocks, batch=config.evaluation_batch)
+        return float(losses.double().mean())
+
+    def describe(step: int) -> dict[str, float | int]:
+        rate = compute_learning_rate(step - 1, config) if step else 0.0
+        return {"learning_rate": rate, "tokens": step * step_tokens}
+
+    job = TrainingJob(
+        parameters=[parameters],
+        optimizer=optimizer,
+        rates=lambda step: [compute_learning_rate(step, config)] * len(optimizer.param_groups),
+        loss=partial(_compute_loss, model, train_blocks, config, device),
+        validate=validate,
+        steps=config.steps,
+        save_every=config.validate_every,
+        identity={
+            **environment,
+            **settings,
+            **(context or {}),
+            "dtype": dtype,
+            "blocks": hash_bytes(data),
+        },
+        describe=describe,
+        threads=config.threads,
+        clip_norm=config.clip_norm,
+        patience=config.patience,
+        step_tokens=step_tokens,
+    )
+    counters, seconds = run_training(job, folder, progress)
+    model.to("cpu").eval()
     return TrainResult(
         steps=counters.step,
-        tokens=counters.step * config.batch * int(train_blocks.shape[1]),
+        tokens=counters.step * step_tokens,
         best_step=counters.best_step,
         initial_loss=counters.initial_loss,
         loss=counters.best_loss,
@@ -326,5 +469,5 @@ def train(
         threads=counters.threads,
         dtype=dtype,
         environment=environment,
-        seconds=metrics.seconds,
+        seconds=seconds,
     )

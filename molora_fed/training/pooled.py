@@ -1,7 +1,8 @@
-"""The control: the base continued on all domains' data together, for equal total compute.
+"""The pooled baseline: one adapter trained on all domains' data together, for equal total compute.
 
-It takes as many steps as all specialists did: what the contributors could have had by pooling
-their data instead of fusing.
+It trains the linear layers of the blocks that are not frozen, as specialists do, not all weights of
+the base. It takes as many steps as all specialists did: what the contributors could have had by
+pooling their data instead of fusing.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ def train_monolithic(
     evaluation_batch: int = 16,
     progress: Progress | None = None,
 ) -> Specialist:
-    """Train the control: the base continued on the pooled data, same loop, same linear layers.
+    """Train the pooled baseline: the same loop and linear layers on the data of all domains.
 
     It is no contribution: the charter's limits on kind and bytes do not bind it, and it takes
     part in the bank only as a column that is not an expert.
@@ -66,7 +67,7 @@ def train_monolithic(
     Raises:
         TrainingError: If there are no blocks, the folder holds another training, or see
             `molora_fed.training.loop.train`.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     registered = plugins or get_plugins()
     filled = [blocks for blocks in train_blocks if len(blocks)]

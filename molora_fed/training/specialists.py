@@ -211,7 +211,7 @@ def run_job(
         TrainingError: If the folder holds another job, or see `molora_fed.training.loop.train`.
         AdapterError: If the adapter breaks the job's rules.
         UnknownNameError: If no plugin registers the kind.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     finished = _find_finished(job, folder, plugins)
     if finished is not None:
@@ -321,7 +321,7 @@ def train_specialist(
             `molora_fed.training.loop.train`.
         AdapterError: If the adapter breaks the charter's limits.
         UnknownNameError: If no plugin registers the kind.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     registered = plugins or get_plugins()
     if kind not in rules.kinds:

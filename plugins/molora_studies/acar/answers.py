@@ -11,16 +11,11 @@ from molora_fed.adapters.updates import Adapter
 from molora_fed.cascade.contract import CascadeTask, Request, Sample
 from molora_fed.cascade.escalation import hide_answer
 from molora_fed.cascade.families import TaskSplit
-from molora_fed.cascade.local import (
-    LocalModel,
-    build_base_model,
-    build_fused_model,
-    build_specialist_model,
-)
+from molora_fed.cascade.local import LocalModel
 from molora_fed.cascade.retrieval import Example, Retrieval
 from molora_fed.cascade.seeds import compute_seed
 from molora_fed.cascade.templates import DEFAULT_TEMPLATE
-from molora_fed.inference.engines import PlainEngine
+from molora_fed.inference.engines import Engine, FusedEngine, PlainEngine, PlainModel
 from molora_fed.models.base import Base, load_base
 from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import Plugins, get_plugins
@@ -57,14 +52,11 @@ class _Models:
     adapters: Mapping[str, Adapter]
     scorers: Mapping[str, LocalModel]
 
-    def open(self, name: str | None) -> tuple[PlainEngine, Base, str]:
-        """Engine, base and fingerprint of a member, or of the probe."""
+    def open(self, name: str | None) -> Engine:
+        """A member, or the probe."""
         if name is None:
-            model = build_base_model("probe", self.probe)
-            return PlainEngine(self.probe.model), self.probe, model.fingerprint
-        adapter = self.adapters[name]
-        model = build_specialist_model(name, self.base, adapter)
-        return PlainEngine(self.base.model, adapter), self.base, model.fingerprint
+            return PlainEngine(PlainModel(self.probe))
+        return PlainEngine(PlainModel(self.base, self.adapters[name]))
 
 
 def _load_models(settings: Mapping[str, Any], context: TaskContext, plugins: Plugins) -> _Models:
@@ -78,8 +70,8 @@ def _load_models(settings: Mapping[str, Any], context: TaskContext, plugins: Plu
     experts = tuple(FusedExpert(name, adapter) for name, adapter in adapters.items())
     fused = FusedModel(base, experts, router, ROUTER, "probability", 0)
     scorers = {
-        "base": build_base_model("base", base),
-        "fused": build_fused_model("fused", fused),
+        "base": LocalModel("base", PlainEngine(PlainModel(base))),
+        "fused": LocalModel("fused", FusedEngine(fused)),
     }
     return _Models(probe, base, adapters, scorers)
 
@@ -115,7 +107,8 @@ def _ask(
     context: TaskContext,
 ) -> list[list[Sample]]:
     """Samples of one model on every task: N of the probe, one of a member."""
-    engine, base, fingerprint = models.open(name)
+    engine = models.open(name)
+    fingerprint = engine.fingerprint()
     count = settings["samples"] if name is None else 1
     requests = [
         Request(
@@ -130,7 +123,7 @@ def _ask(
         for task, prompt in zip(tasks, prompts, strict=True)
         for number in range(count)
     ]
-    samples = sample_in_batches(engine, base, requests, context.progress)
+    samples = sample_in_batches(engine, requests, context.progress)
     return [samples[at : at + count] for at in range(0, len(samples), count)]
 
 

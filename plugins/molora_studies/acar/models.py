@@ -1,13 +1,14 @@
 """The models of the study `acar`: bytes in, bytes out, trained on solved problems.
 
 Answers are what counts: their tokens weigh 1 in the loss, those of prompts less, since most of a
-prompt is chance. The project's one training loop counts all tokens alike, so this room has its own.
+prompt is chance.
 """
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from molora_fed.models.base_files import quiet_transformers
 from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import replace_folder, storage_errors
+from molora_fed.training.loop import TrainingJob, build_optimizer, run_training
 from molora_fed.types import Progress
 from molora_studies.acar.recipe import ModelSettings, TrainingSettings
 from molora_studies.framework.contract import TaskContext
@@ -50,7 +52,6 @@ STOP = "\n"
 POSITIONS = 256
 _END_OF_TEXT = "<|endoftext|>"
 _WARMUP = 0.1
-_REPORT_EVERY = 50
 _UNLIMITED = 2**62
 
 
@@ -143,13 +144,12 @@ def pack_problems(
     return tokens, weighed
 
 
-def _list_rates(settings: TrainingSettings) -> Iterator[float]:
-    """Linear warm-up, then a cosine down to 0."""
+def _compute_rate(step: int, settings: TrainingSettings) -> float:
+    """Rate of a step (from 0): linear warm-up, then a cosine down to 0."""
     warmup = max(1, round(_WARMUP * settings.steps))
-    for step in range(settings.steps):
-        share = max(0, step - warmup) / max(1, settings.steps - warmup)
-        rising = min(1.0, (step + 1) / warmup)
-        yield settings.learning_rate * rising * 0.5 * (1.0 + math.cos(math.pi * share))
+    share = max(0, step - warmup) / max(1, settings.steps - warmup)
+    rising = min(1.0, (step + 1) / warmup)
+    return settings.learning_rate * rising * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
 def train_on_answers(
@@ -176,19 +176,10 @@ def train_on_answers(
     Returns:
         Mean loss of the last tenth of the steps, nats per unit of weight.
     """
-    decays = {0.01: [p for p in parameters if p.ndim >= 2]}
-    decays[0.0] = [p for p in parameters if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": group, "weight_decay": decay} for decay, group in decays.items()],
-        lr=settings.learning_rate,
-        betas=(0.9, 0.99),
-        fused=True,
-    )
+    optimizer = build_optimizer(parameters, learning_rate=settings.learning_rate)
     losses: list[float] = []
-    model.train()
-    for step, rate in enumerate(_list_rates(settings)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+
+    def compute_loss(step: int) -> torch.Tensor:
         rows = choose_rows(len(tokens), step, batch=settings.batch, seed=seed)
         batch = torch.from_numpy(tokens[rows]).long()
         weight = torch.from_numpy(weights[rows])[:, 1:].flatten()
@@ -197,13 +188,24 @@ def train_on_answers(
             logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
         )
         loss = (each * weight).sum() / weight.sum()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
         losses.append(float(loss.detach()))
-        if progress is not None and (step + 1) % _REPORT_EVERY == 0:
-            progress(step + 1, settings.steps, loss=float(np.mean(losses[-_REPORT_EVERY:])))
+        return loss
+
+    job = TrainingJob(
+        parameters=[parameters],
+        optimizer=optimizer,
+        rates=lambda step: [_compute_rate(step, settings)] * len(optimizer.param_groups),
+        loss=compute_loss,
+        validate=None,
+        steps=settings.steps,
+        save_every=settings.steps,
+        identity={},
+        describe=lambda step: {},
+        threads=torch.get_num_threads(),
+    )
+    model.train()
+    with TemporaryDirectory(prefix="molora-acar-") as folder:
+        run_training(job, Path(folder), progress)
     model.eval()
     return float(np.mean(losses[-max(1, settings.steps // 10) :]))
 

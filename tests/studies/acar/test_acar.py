@@ -36,8 +36,8 @@ from pydantic import ValidationError
 from scipy.stats import spearmanr
 
 from molora_fed.cascade.contract import Request
-from molora_fed.cascade.local import build_base_model
-from molora_fed.inference.engines import PlainEngine
+from molora_fed.cascade.local import LocalModel
+from molora_fed.inference.engines import PlainEngine, PlainModel
 from molora_fed.models.base import load_base
 
 SEED = 5
@@ -141,14 +141,14 @@ def test_training_lowers_the_loss_and_repeats(study):
 
 
 def test_a_batch_of_prompts_says_what_prompts_alone_say(study):
-    base = load_base(study["base"].folder / "base")
-    alone = build_base_model("base", base)
+    engine = PlainEngine(PlainModel(load_base(study["base"].folder / "base")))
+    alone = LocalModel("base", engine)
     requests = [
         Request(prompt, seed, 12, temperature, ("\n",))
         for seed, prompt in enumerate(["sort 312:", "T&F F|T ~T:", "sort 999:", "sort 12345:"] * 2)
         for temperature in (0.0, 0.9)
     ]
-    batched = sample_in_batches(PlainEngine(base.model), base, requests)
+    batched = sample_in_batches(engine, requests)
     for one, request in zip(batched, requests, strict=True):
         (expected,) = alone.sample([request])
         assert one == replace(expected, seconds=0.0)

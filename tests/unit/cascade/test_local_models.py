@@ -9,16 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.cascade.contract import CountsScoring, Request, Scorer
-from molora_fed.cascade.local import (
-    build_base_model,
-    build_evolved_model,
-    build_fused_model,
-    build_specialist_model,
-)
+from molora_fed.cascade.local import LocalModel
 from molora_fed.errors import RoutingError
-from molora_fed.inference.decoding import Sampling, generate
-from molora_fed.inference.evolved import generate_evolved
+from molora_fed.inference.engines import (
+    EvolvedEngine,
+    FusedEngine,
+    PlainModel,
+    build_engine,
+)
 from molora_fed.inference.flops import count_fused, count_plain
+from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.base import load_base
 from molora_fed.population.bundle import EvolvedModel
 from molora_fed.population.slots import make_population
@@ -53,13 +53,17 @@ def build_evolved(base, adapters):
     return EvolvedModel(base, population, router, "parallel-sigmoid")
 
 
+def open_local(model, name="model"):
+    return LocalModel(name, build_engine(model))
+
+
 @pytest.fixture(scope="module")
 def models(base, adapters):
     return {
-        "base": build_base_model("base", base),
-        "specialist": build_specialist_model("specialist", base, adapters[0]),
-        "fused": build_fused_model("fused", build_fused(base, adapters)),
-        "evolved": build_evolved_model("evolved", build_evolved(base, adapters)),
+        "base": open_local(PlainModel(base)),
+        "specialist": open_local(PlainModel(base, adapters[0])),
+        "fused": open_local(build_fused(base, adapters)),
+        "evolved": open_local(build_evolved(base, adapters)),
     }
 
 
@@ -89,10 +93,10 @@ def test_each_sample_follows_from_its_own_seed(models, kind):
 
 def test_greedy_text_is_that_of_generate(base, adapters, models):
     (sample,) = models["fused"].sample(requests(0, temperature=0.0))
-    (expected,) = generate(build_fused(base, adapters), PROMPT, max_new_tokens=6)
+    (expected,) = generate(FusedEngine(build_fused(base, adapters)), PROMPT, Sampling(6))
     assert sample.text == expected.text and sample.new_tokens == len(expected.tokens)
     (sample,) = models["evolved"].sample(requests(0, temperature=0.0))
-    (expected,) = generate_evolved(build_evolved(base, adapters), PROMPT, Sampling(6))
+    (expected,) = generate(EvolvedEngine(build_evolved(base, adapters)), PROMPT, Sampling(6))
     assert sample.text == expected.text
 
 
@@ -100,7 +104,7 @@ def test_a_specialist_is_the_base_with_its_adapter(base, adapters, models):
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     (sample,) = models["specialist"].sample(requests(0, temperature=0.0))
     with applied(base.model, adapters[0]):
-        (expected,) = build_base_model("again", base).sample(requests(0, temperature=0.0))
+        (expected,) = open_local(PlainModel(base)).sample(requests(0, temperature=0.0))
     assert sample.text == expected.text
     assert all(torch.equal(before[name], one) for name, one in base.model.state_dict().items())
 
@@ -143,9 +147,9 @@ def test_requests_that_differ_come_back_in_their_order(models):
 
 def test_fingerprints_tell_models_apart_and_not_their_names(base, adapters, models):
     assert len({one.fingerprint for one in models.values()}) == 4
-    assert build_base_model("other", base).fingerprint == models["base"].fingerprint
+    assert open_local(PlainModel(base), "other").fingerprint == models["base"].fingerprint
     other = replace(build_fused(base, adapters), mixture="logit")
-    assert build_fused_model("fused", other).fingerprint != models["fused"].fingerprint
+    assert open_local(other).fingerprint != models["fused"].fingerprint
 
 
 def test_a_router_that_reads_the_future_cannot_sample(base, adapters):
@@ -153,7 +157,7 @@ def test_a_router_that_reads_the_future_cannot_sample(base, adapters):
         causal = False
 
     with pytest.raises(RoutingError, match="causal"):
-        build_fused_model("fused", build_fused(base, adapters, Noncausal, RouterOptions()))
+        open_local(build_fused(base, adapters, Noncausal, RouterOptions()))
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 7, 33])

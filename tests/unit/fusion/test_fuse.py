@@ -18,7 +18,8 @@ from molora_fed.errors import (
 from molora_fed.forecasting.divergence import compute_gains
 from molora_fed.forecasting.records import parse_record
 from molora_fed.fusion.fuse import PHASES, Control, fuse
-from molora_fed.inference.decoding import generate
+from molora_fed.inference.engines import FusedEngine
+from molora_fed.inference.generate import Sampling, generate
 from molora_fed.plugins import load_plugins
 from molora_fed.routing.bundle import load_fused, load_manifest
 from molora_fed.testing import build_random_adapter
@@ -162,7 +163,10 @@ def test_the_saved_model_generates(fusion, cooperative):
     told = []
     fused = load_fused(fusion[0].fused_folder, base_folder=cooperative[0].folder)
     results = generate(
-        fused, ["ab", "cd", "longer"], max_new_tokens=5, progress=lambda *a, **_: told.append(a)
+        FusedEngine(fused),
+        ["ab", "cd", "longer"],
+        Sampling(max_new_tokens=5),
+        progress=lambda *a, **_: told.append(a),
     )
     assert [len(r.tokens) for r in results] == [5, 5, 5]
     assert results[0].gates.keys() == {"base", "law-1", "law-2", "art-1"}

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from training_helpers import build_tokens
 
 from molora_fed.corpus.batches import mix_domains, take_batch
 from molora_fed.errors import TrainingError
+from molora_fed.models import runtime
 from molora_fed.models.runtime import limit_threads
 from molora_fed.storage.locks import lock_folder
 from molora_fed.training import loop as training
@@ -138,7 +140,7 @@ def test_resuming_with_another_dtype_is_refused(tiny_model, tmp_path):
 def test_resuming_with_other_versions_is_refused(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         run(tiny_model(), tmp_path, progress=stop_at(6))
-    monkeypatch.setattr("molora_fed.models.runtime.version", lambda name: "0.0.1")
+    monkeypatch.setattr(runtime, "version", lambda name: "0.0.1")
     with pytest.raises(TrainingError, match=r"torch '.*' instead of '0.0.1'"):
         run(tiny_model(), tmp_path)
 
@@ -276,3 +278,59 @@ def test_threads_return_to_what_they_were():
         assert torch.get_num_threads() == before + 1
         raise Stopped
     assert torch.get_num_threads() == before
+
+
+def build_job(value, **changes):
+    """A job of one number that is pulled to the step's target; nothing is validated."""
+    parameter = torch.nn.Parameter(torch.tensor([value]))
+    settings = {
+        "parameters": [[parameter]],
+        "optimizer": training.build_optimizer([parameter], learning_rate=0.1),
+        "rates": lambda step: [0.1 / (step + 1)] * 2,  # of matrices and of vectors
+        "loss": lambda step: ((parameter - step) ** 2).sum(),
+        "validate": None,
+        "steps": 11,
+        "save_every": 4,
+        "identity": {"job": "pull"},
+        "describe": lambda step: {"target": step - 1},
+        "threads": 1,
+    }
+    return training.TrainingJob(**{**settings, **changes})
+
+
+def test_a_job_without_validation_ends_with_its_last_parameters_wherever_it_was_stopped(tmp_path):
+    whole, resumed = build_job(3.0), build_job(3.0)
+    counters, _ = training.run_training(whole, tmp_path / "whole")
+    assert counters.step == 11 and whole.flat[0].item() != 3.0
+    with pytest.raises(Stopped):
+        training.run_training(build_job(3.0), tmp_path / "broken", stop_at(10))
+    training.run_training(resumed, tmp_path / "broken")
+    assert torch.equal(whole.flat[0], resumed.flat[0])
+    rows = [json.loads(line) for line in (tmp_path / "broken" / METRICS_NAME).open()]
+    assert [(row["step"], row["target"]) for row in rows] == [
+        (4, 3),
+        (5, 4),
+        (8, 7),
+        (10, 9),
+        (11, 10),
+    ]
+    assert all(set(row) == {"step", "loss", "target", "seconds"} for row in rows)
+
+
+def test_a_job_without_validation_stops_before_a_checkpoint_of_nan(tmp_path):
+    job = build_job(math.nan, first_step=20, failure="Cannot pull", advice="Start elsewhere.")
+    with pytest.raises(TrainingError, match="Cannot pull: expected a finite loss up to step 24"):
+        training.run_training(job, tmp_path)
+    assert not (tmp_path / CHECKPOINT_NAME).exists()
+
+
+def test_a_parameter_without_a_gradient_is_trained_on(tmp_path):
+    job = build_job(1.0)
+    spare = torch.nn.Parameter(torch.ones(2))
+    both = [job.flat[0], spare]
+    optimizer = training.build_optimizer(both, learning_rate=0.1, weight_decay=0.0)
+    rates = lambda step: [0.1] * len(optimizer.param_groups)  # noqa: E731
+    training.run_training(
+        replace(job, parameters=[both], optimizer=optimizer, rates=rates), tmp_path
+    )
+    assert torch.equal(spare, torch.ones(2))

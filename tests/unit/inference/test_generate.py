@@ -7,7 +7,8 @@ from fused_helpers import (
 )
 
 from molora_fed.errors import ConfigError, RoutingError
-from molora_fed.inference.decoding import Sampling, decode_tokens, generate
+from molora_fed.inference.engines import FusedEngine
+from molora_fed.inference.generate import Sampling, decode_tokens, generate
 from molora_fed.models.base import load_base
 from molora_fed.routing.fused import FusedModel
 from molora_fed.testing import ARCHITECTURES
@@ -27,11 +28,11 @@ def neox(tiny_checkpoint):
 
 @pytest.mark.parametrize("mixture", ["probability", "logit"])
 @pytest.mark.parametrize("prefill", [128, 5])
-def test_decoding_equals_the_full_form(base, mixture, prefill, monkeypatch):
-    monkeypatch.setattr("molora_fed.inference.decoding.PREFILL_TOKENS", prefill)
+def test_decoding_equals_the_full_form(base, mixture, prefill):
     fused = build_fused(base, columns=ALL_COLUMNS, mixture=mixture)
     prompt = random_tokens(2, 13)
-    tokens, gates = decode_tokens(fused, prompt, Sampling(max_new_tokens=12))
+    sampling = Sampling(max_new_tokens=12)
+    tokens, gates = decode_tokens(FusedEngine(fused), prompt, sampling, prefill=prefill)
     text = torch.cat([prompt, tokens], dim=1)
     full = fused.forward(text[:, :-1])
     chosen = full.log_probs[:, 12:]
@@ -45,49 +46,51 @@ def test_evidence_of_the_prompt_alone_holds_the_gates(neox):
     fused = build_fused(neox)
     prompt = random_tokens(2, 9)
     held = Sampling(max_new_tokens=6, evidence_from="prompt")
-    _, gates = decode_tokens(fused, prompt, held)
+    _, gates = decode_tokens(FusedEngine(fused), prompt, held)
     torch.testing.assert_close(gates, gates[:, :1].expand_as(gates), atol=0, rtol=0)
     torch.testing.assert_close(gates[:, 0], fused.forward(prompt).gates[:, -1], atol=1e-4, rtol=0)
-    _, moving = decode_tokens(fused, prompt, Sampling(max_new_tokens=6))
+    _, moving = decode_tokens(FusedEngine(fused), prompt, Sampling(max_new_tokens=6))
     assert not torch.allclose(moving, gates, atol=1e-3)
 
 
 def test_a_router_without_evidence_steps_on_whatever_evidence_from_says(neox):
-    fused = build_fused(neox, columns=("mean_hidden",))
+    engine = FusedEngine(build_fused(neox, columns=("mean_hidden",)))
     prompt = random_tokens(1, 9)
     results = [
-        decode_tokens(fused, prompt, Sampling(max_new_tokens=6, evidence_from=source))[1]
+        decode_tokens(engine, prompt, Sampling(max_new_tokens=6, evidence_from=source))[1]
         for source in ("prompt", "all")
     ]
     assert torch.equal(*results)
 
 
 def test_sampling_is_seeded_and_does_not_depend_on_neighbours(neox):
-    fused = build_fused(neox)
+    engine = FusedEngine(build_fused(neox))
     options = {"max_new_tokens": 10, "temperature": 1.0}
-    alone = generate(fused, "one", seed=3, **options)[0]
-    again = generate(fused, ["one", "two", "three"], seed=3, **options)
+    alone = generate(engine, "one", Sampling(seed=3, **options))[0]
+    again = generate(engine, ["one", "two", "three"], Sampling(seed=3, **options))
     assert again[0].tokens == alone.tokens
-    assert generate(fused, "one", seed=4, **options)[0].tokens != alone.tokens
+    assert generate(engine, "one", Sampling(seed=4, **options))[0].tokens != alone.tokens
     assert [g.prompt for g in again] == ["one", "two", "three"]
-    shuffled = generate(fused, ["one", "three!", "two"], seed=3, **options)
+    shuffled = generate(engine, ["one", "three!", "two"], Sampling(seed=3, **options))
     assert shuffled[0].tokens == alone.tokens
 
 
 def test_prompts_of_different_lengths_give_what_each_gives_alone(neox):
-    fused = build_fused(neox)
+    engine = FusedEngine(build_fused(neox))
     texts = ["a longer prompt", "short", ""]
-    together = generate(fused, texts, max_new_tokens=8)
+    together = generate(engine, texts, Sampling(max_new_tokens=8))
     for text, result in zip(texts, together, strict=True):
-        assert generate(fused, text, max_new_tokens=8)[0] == result
+        assert generate(engine, text, Sampling(max_new_tokens=8))[0] == result
         assert sum(result.gates.values()) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_top_k_of_one_and_a_tiny_top_p_are_greedy(neox):
-    fused = build_fused(neox)
-    greedy = generate(fused, "abc", max_new_tokens=8)[0].tokens
+    engine = FusedEngine(build_fused(neox))
+    greedy = generate(engine, "abc", Sampling(max_new_tokens=8))[0].tokens
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
-        sampled = generate(fused, "abc", max_new_tokens=8, temperature=1.0, seed=1, **narrow)
+        sampled = generate(
+            engine, "abc", Sampling(max_new_tokens=8, temperature=1.0, seed=1, **narrow)
+        )
         assert sampled[0].tokens == greedy
 
 
@@ -95,7 +98,7 @@ def test_top_k_keeps_only_the_likeliest(neox):
     fused = build_fused(neox)
     prompt = random_tokens(1, 6).expand(40, -1)
     options = Sampling(max_new_tokens=1, temperature=2.0, top_k=3, seed=5)
-    tokens, _ = decode_tokens(fused, prompt, options)
+    tokens, _ = decode_tokens(FusedEngine(fused), prompt, options)
     best = fused.forward(prompt[:1]).log_probs[0, -1].topk(3).indices.tolist()
     assert set(tokens.flatten().tolist()) <= set(best)
     assert len(set(tokens.flatten().tolist())) > 1
@@ -104,7 +107,9 @@ def test_top_k_keeps_only_the_likeliest(neox):
 def test_sampled_tokens_follow_the_mixture(neox):
     fused = build_fused(neox)
     prompt = random_tokens(1, 6).expand(2000, -1)
-    tokens, _ = decode_tokens(fused, prompt, Sampling(max_new_tokens=1, temperature=1.0, seed=8))
+    tokens, _ = decode_tokens(
+        FusedEngine(fused), prompt, Sampling(max_new_tokens=1, temperature=1.0, seed=8)
+    )
     expected = fused.forward(prompt[:1]).log_probs[0, -1].exp()
     found = torch.bincount(tokens.flatten(), minlength=len(expected)) / 2000
     assert (found - expected).abs().sum() < 0.4  # total variation; 257 cells, 2,000 draws
@@ -113,10 +118,10 @@ def test_sampled_tokens_follow_the_mixture(neox):
 def test_a_text_ends_with_the_end_of_text_token(neox):
     fused = build_fused(neox)
     prompt = random_tokens(1, 5)
-    first, _ = decode_tokens(fused, prompt, Sampling(max_new_tokens=4))
+    first, _ = decode_tokens(FusedEngine(fused), prompt, Sampling(max_new_tokens=4))
     neox.tokenizer.eos_token_id, end = int(first[0, 1]), neox.tokenizer.eos_token_id
     try:
-        tokens, gates = decode_tokens(fused, prompt, Sampling(max_new_tokens=4))
+        tokens, gates = decode_tokens(FusedEngine(fused), prompt, Sampling(max_new_tokens=4))
         stop = first[0].tolist().index(int(first[0, 1])) + 1
         assert tokens.shape[1] == stop == gates.shape[1]
     finally:
@@ -128,12 +133,12 @@ def test_a_router_that_reads_the_future_cannot_generate(neox):
     router = NoncausalRouter(3, fused.router.options, fused.router.state_tensors())
     noncausal = FusedModel(neox, fused.experts, router, "peeking", "probability", 1)
     with pytest.raises(RoutingError, match="router 'peeking': expected a causal router"):
-        generate(noncausal, "text")
+        generate(FusedEngine(noncausal), "text")
 
 
 def test_too_many_positions_are_refused(neox):
     with pytest.raises(ConfigError, match="at most 128 tokens with the new ones, got 134"):
-        generate(build_fused(neox), "four", max_new_tokens=130)
+        generate(FusedEngine(build_fused(neox)), "four", Sampling(max_new_tokens=130))
 
 
 @pytest.mark.parametrize(

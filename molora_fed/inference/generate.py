@@ -1,33 +1,32 @@
-"""Text from a fused model: greedy or sampled, with a cache, the router stepping along.
+"""Text from a model: greedy or sampled, with a cache, a router stepping along; one loop for all.
 
 Prompts of one length are decoded together and prompts of other lengths apart, so nothing is ever
 padded; each prompt draws from its own generator, so its text does not depend on its neighbours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from molora_fed.errors import ConfigError, RoutingError
-from molora_fed.routing.fused import FusedModel, Runner, mix_distributions
+from molora_fed.errors import ConfigError
+from molora_fed.inference.engines import Engine
+from molora_fed.models.base import Base
 from molora_fed.storage.files import hash_bytes
 from molora_fed.types import Progress
 
-if TYPE_CHECKING:
-    from molora_fed.models.base import Base
-
 __all__ = [
+    "PREFILL_TOKENS",
     "EvidenceSource",
     "Generation",
     "Sampling",
-    "check_length",
     "choose_tokens",
     "decode_tokens",
     "generate",
     "make_generator",
+    "mark_start",
 ]
 
 EvidenceSource = Literal["prompt", "all"]
@@ -87,7 +86,7 @@ class Generation:
         text: What was added, without special tokens.
         tokens: Token ids that were added, the end-of-text token included.
         is_finished: Whether it ended by itself.
-        gates: Mean gate by expert over the tokens that were added.
+        gates: Mean gate by expert or slot over the tokens that were added.
     """
 
     prompt: str
@@ -98,63 +97,62 @@ class Generation:
 
 
 def generate(
-    fused: FusedModel,
+    engine: Engine,
     prompts: str | Sequence[str],
+    sampling: Sampling | None = None,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    evidence_from: EvidenceSource = "all",
     progress: Progress | None = None,
 ) -> list[Generation]:
     """Continue prompts.
 
     Args:
-        fused: The fused model.
+        engine: The model.
         prompts: One or several texts; an empty one starts a new document.
-        max_new_tokens: See `Sampling`, also for the arguments up to `evidence_from`.
-        temperature: See `Sampling`.
-        top_k: See `Sampling`.
-        top_p: See `Sampling`.
-        seed: See `Sampling`.
-        evidence_from: See `Sampling`.
-        progress: Receives tokens done and tokens in all, per prompt length.
+        sampling: How tokens are chosen.
+        progress: Receives tokens done and tokens in all, over all prompts.
 
     Returns:
         One generation a prompt, in their order.
 
     Raises:
-        ConfigError: If an option is out of range, or prompt and new tokens exceed the base's
-            positions.
-        RoutingError: If the router is not causal.
+        ConfigError: If prompt and new tokens exceed the base's positions.
+        RoutingError: If the model's router is not causal.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, evidence_from)
+    sampling = sampling or Sampling()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    tokenizer = fused.base.tokenizer
+    tokenizer = engine.base.tokenizer
     start = [tokenizer.eos_token_id]
     encoded = [tokenizer.encode(text, add_special_tokens=False) or start for text in texts]
-    by_length: dict[int, list[int]] = {}
-    for index, ids in enumerate(encoded):
-        by_length.setdefault(len(ids), []).append(index)
+    for ids in encoded:
+        _check_length(engine.base, len(ids), sampling)
+    groups = list(_group_by_length(encoded, engine.max_rows))
     results: dict[int, Generation] = {}
-    for done, length in enumerate(sorted(by_length)):
-        rows = by_length[length]
+    for done, rows in enumerate(groups):
+        prompt = torch.tensor([encoded[i] for i in rows], device=engine.base.model.device)
         tokens, gates = decode_tokens(
-            fused,
-            torch.tensor([encoded[i] for i in rows]),
+            engine,
+            prompt,
             sampling,
-            streams=rows,
-            progress=_shift(progress, done, len(by_length)),
+            generators=[make_generator(sampling.seed, row) for row in rows],
+            progress=_shift(progress, done, len(groups)),
         )
         for row, index in enumerate(rows):
-            results[index] = _describe(fused, texts[index], tokens[row], gates[row])
+            results[index] = _describe(engine, texts[index], tokens[row], gates[row])
     return [results[index] for index in range(len(texts))]
 
 
+def _group_by_length(encoded: Sequence[Sequence[int]], max_rows: int | None) -> Iterator[list[int]]:
+    """Places of prompts that are decoded together."""
+    by_length: dict[int, list[int]] = {}
+    for index, ids in enumerate(encoded):
+        by_length.setdefault(len(ids), []).append(index)
+    for _, rows in sorted(by_length.items()):
+        size = max_rows or len(rows)
+        yield from (rows[at : at + size] for at in range(0, len(rows), size))
+
+
 def _shift(progress: Progress | None, group: int, groups: int) -> Progress | None:
-    """Progress of one group of prompts, told as progress of all."""
+    """Overall progress, from the progress of one group of prompts."""
     if progress is None:
         return None
     report = progress
@@ -165,34 +163,46 @@ def _shift(progress: Progress | None, group: int, groups: int) -> Progress | Non
     return shifted
 
 
-def _describe(fused: FusedModel, prompt: str, tokens: Tensor, gates: Tensor) -> Generation:
+def _describe(engine: Engine, prompt: str, tokens: Tensor, gates: Tensor) -> Generation:
     """Cut at the end-of-text token and turn ids into text."""
-    end = fused.base.tokenizer.eos_token_id
-    ids = [int(token) for token in tokens]
-    is_finished = end in ids
+    tokenizer = engine.base.tokenizer
+    ids = tokens.tolist()
+    is_finished = tokenizer.eos_token_id in ids
     if is_finished:
-        ids = ids[: ids.index(end) + 1]
-    text = fused.base.tokenizer.decode(ids, skip_special_tokens=True)
-    mean = gates[: len(ids)].mean(0)
-    by_expert = {e.name: float(g) for e, g in zip(fused.experts, mean, strict=True)}
-    return Generation(prompt, text, tuple(ids), is_finished, by_expert)
+        ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
+    mean = gates[: len(ids)].mean(0).tolist()
+    return Generation(
+        prompt=prompt,
+        text=tokenizer.decode(ids, skip_special_tokens=True),
+        tokens=tuple(ids),
+        is_finished=is_finished,
+        gates=dict(zip(engine.gate_names, mean, strict=True)),
+    )
 
 
 def decode_tokens(
-    fused: FusedModel,
+    engine: Engine,
     prompt: Tensor,
     sampling: Sampling,
     *,
-    streams: Sequence[int] | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+    document_starts: Tensor | None = None,
+    find_ended: Callable[[Tensor], Tensor] | None = None,
+    prefill: int = PREFILL_TOKENS,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Continue token ids of one length; the tensors behind `generate`.
+    """Continue token ids of one length: the one token loop.
 
     Args:
-        fused: The fused model.
+        engine: The model.
         prompt: Token ids, (B, P), integer.
         sampling: How tokens are chosen.
-        streams: Number of each row's random stream; 0 .. B-1 if None.
+        generators: Random numbers of each row; streams 0 .. B-1 of the sampling's seed if None.
+        document_starts: True at a document's first token, (B, P) bool; found by the end-of-text
+            token if None.
+        find_ended: Told the tokens (B,) just chosen, says which rows end with them, (B,) bool;
+            those of the end-of-text token if None.
+        prefill: Positions of a prompt read at once.
         progress: Receives tokens done and tokens in all.
 
     Returns:
@@ -200,66 +210,49 @@ def decode_tokens(
         that ended goes on with end-of-text tokens; decoding stops when all have ended.
 
     Raises:
-        ConfigError: If prompt and new tokens exceed the base's positions.
-        RoutingError: If the router is not causal.
+        RoutingError: If the model's router is not causal.
     """
-    _check_can_decode(fused, prompt, sampling)
-    prompt = prompt.to(device=fused.base.model.device, dtype=torch.long)
-    generators = [make_generator(sampling.seed, s) for s in streams or range(len(prompt))]
-    end = fused.base.tokenizer.eos_token_id
-    is_held = sampling.evidence_from == "prompt" and "evidence" in fused.router.reads(
-        fused.router.options
-    )
+    end = engine.base.tokenizer.eos_token_id
+    prompt = prompt.to(device=engine.base.model.device, dtype=torch.long)
+    if generators is None:
+        generators = [make_generator(sampling.seed, row) for row in range(len(prompt))]
+    if document_starts is None:
+        document_starts = engine.base.find_document_starts(prompt)
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    no_start = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
     chosen: list[Tensor] = []
     used: list[Tensor] = []
-    with Runner(fused, cached=True) as runner:
-        state = fused.router.init_state(len(prompt))
-        starts = fused.find_document_starts(prompt)
-        for at in range(0, prompt.shape[1], PREFILL_TOKENS):
-            piece = runner.step(
-                prompt[:, at : at + PREFILL_TOKENS], starts[:, at : at + PREFILL_TOKENS]
-            )
-            gates, state = fused.router.step(piece.view, state)
+    with engine.read(len(prompt)) as reader:
+        for at in range(0, prompt.shape[1], prefill):
+            piece = slice(at, at + prefill)
+            log_probs, gates = reader.step(prompt[:, piece], document_starts[:, piece], last=True)
+        if sampling.evidence_from == "prompt":
+            reader.hold_gates()
         while True:
-            gates = gates[:, -1:]
-            mixed = mix_distributions(piece.expert_logprob[:, :, -1:], gates, fused.mixture)[:, 0]
-            token = choose_tokens(mixed, sampling, generators)
+            token = choose_tokens(log_probs[:, -1], sampling, generators)
             token = torch.where(ended, torch.full_like(token, end), token)
-            ended = ended | (token == end)
+            ended = ended | (token == end if find_ended is None else find_ended(token))
             chosen.append(token)
             used.append(gates)
             if progress is not None:
                 progress(len(chosen), sampling.max_new_tokens)
             if len(chosen) == sampling.max_new_tokens or bool(ended.all()):
                 break
-            no_start = torch.zeros(len(token), 1, dtype=torch.bool, device=token.device)
-            piece = runner.step(token.unsqueeze(1), no_start)
-            if not is_held:
-                gates, state = fused.router.step(piece.view, state)
+            log_probs, gates = reader.step(token.unsqueeze(1), no_start, last=True)
     return torch.stack(chosen, dim=1), torch.cat(used, dim=1)
 
 
-def _check_can_decode(fused: FusedModel, prompt: Tensor, sampling: Sampling) -> None:
-    if not fused.router.causal:
-        raise RoutingError(
-            f"Cannot generate with router '{fused.router_name}': expected a causal router, got "
-            "one that reads the future of a text. Fuse with another router."
-        )
-    check_length(fused.base, prompt, sampling)
-
-
-def check_length(base: "Base", prompt: Tensor, sampling: Sampling) -> None:
+def _check_length(base: Base, prompt_tokens: int, sampling: Sampling) -> None:
     """Refuse to go beyond the base's positions.
 
     Raises:
         ConfigError: If prompt and new tokens exceed them.
     """
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    length = prompt.shape[1] + sampling.max_new_tokens
+    limit = base.max_positions
+    length = prompt_tokens + sampling.max_new_tokens
     if limit is not None and length > limit:
         raise ConfigError(
-            f"Cannot generate after a prompt of {prompt.shape[1]} tokens: expected at most {limit} "
+            f"Cannot generate after a prompt of {prompt_tokens} tokens: expected at most {limit} "
             f"tokens with the new ones, got {length}. Shorten the prompt or ask for fewer tokens."
         )
 
@@ -268,6 +261,13 @@ def make_generator(seed: int, stream: int) -> torch.Generator:
     """A generator of its own for each prompt, on the CPU, so that devices agree."""
     digest = hash_bytes(f"{seed}/{stream}".encode())
     return torch.Generator().manual_seed(int(digest[:15], 16))
+
+
+def mark_start(tokens: Tensor) -> Tensor:
+    """True at the first position alone, (B, T) bool: each row is one document."""
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, 0] = True
+    return starts
 
 
 def choose_tokens(

@@ -1,0 +1,88 @@
+"""Opening a model from its folder, whatever it is: fused, evolved, a specialist or a base."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from molora_fed.adapters.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from molora_fed.adapters.files import load_adapter
+from molora_fed.errors import ConfigError
+from molora_fed.inference.engines import Model, PlainModel
+from molora_fed.models.base import load_base
+from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.population.bundle import find_evolved, load_evolved
+from molora_fed.routing.bundle import find_fused, has_fused, load_fused
+
+__all__ = ["ModelKind", "open_model"]
+
+ModelKind = Literal["fused", "evolved", "specialist", "base"]
+
+_COMMANDS: dict[ModelKind, str] = {
+    "fused": "molora fuse",
+    "evolved": "molora evolve",
+    "specialist": "molora train",
+    "base": "molora coop create",
+}
+
+
+def open_model(
+    folder: Path,
+    *,
+    kinds: Sequence[ModelKind] = ("fused", "evolved", "specialist", "base"),
+    base_folder: Path | None = None,
+    plugins: Plugins | None = None,
+) -> Model:
+    """Open the model in a folder: its own, a cooperative's, a contributor's home or a run's.
+
+    Args:
+        folder: Where it is.
+        kinds: What is accepted; of several models in one folder, the first kind here is opened.
+        base_folder: Where its base is; the recorded relative path if None, which a specialist
+            does not have.
+        plugins: Where routers and adapter kinds are registered; the installed ones if None.
+
+    Raises:
+        ConfigError: If there is no model of these kinds, or a specialist's base is not named.
+        MoloraError: Whatever loading it refuses.
+    """
+    plugins = plugins or get_plugins()
+    for kind in kinds:
+        found = _find(folder, kind)
+        if found is not None:
+            return _load(found, kind, base_folder, plugins)
+    commands = " or ".join(f"`{_COMMANDS[kind]}`" for kind in kinds)
+    raise ConfigError(
+        f"Cannot open a model in '{folder}': expected one of {', '.join(kinds)}, got none. "
+        f"Make one with {commands}."
+    )
+
+
+def _find(folder: Path, kind: ModelKind) -> Path | None:
+    """Where in a folder there is a model of a kind."""
+    match kind:
+        case "fused":
+            return find_fused(folder) if has_fused(folder) else None
+        case "evolved":
+            return find_evolved(folder)
+        case "specialist":
+            places, name = (folder / "adapter", folder), ADAPTER_CONFIG_FILE
+        case "base":
+            places, name = (folder, folder / "base"), "config.json"
+    return next((place for place in places if (place / name).is_file()), None)
+
+
+def _load(folder: Path, kind: ModelKind, base_folder: Path | None, plugins: Plugins) -> Model:
+    match kind:
+        case "fused":
+            return load_fused(folder, base_folder=base_folder, plugins=plugins)
+        case "evolved":
+            return load_evolved(folder, base_folder=base_folder, plugins=plugins)
+        case "base":
+            return PlainModel(load_base(folder))
+    if base_folder is None:
+        raise ConfigError(
+            f"Cannot open the specialist in '{folder}': expected the folder of its base, got none. "
+            "Say where the base is."
+        )
+    base = load_base(_find(base_folder, "base") or base_folder)
+    return PlainModel(base, load_adapter(folder, plugins=plugins))
