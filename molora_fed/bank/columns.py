@@ -4,6 +4,7 @@ import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -44,8 +45,13 @@ class ColumnKey:
     @property
     def hash(self) -> str:
         """SHA-256 of the key, lower-case hex."""
-        parts = {**vars(self), "dtype": str(self.dtype), "version": CODE_VERSION}
-        return hash_bytes(canonical_json(parts))
+        return _hash_key(self)
+
+
+@lru_cache(maxsize=4096)
+def _hash_key(key: ColumnKey) -> str:
+    parts = {**vars(key), "dtype": str(key.dtype), "version": CODE_VERSION}
+    return hash_bytes(canonical_json(parts))
 
 
 def build_key(

@@ -12,6 +12,7 @@ __all__ = [
     "compute_equal_weight_loss",
     "compute_gain_percent",
     "compute_gains",
+    "compute_own_divergences",
     "compute_reference_losses",
     "keep_own_losses",
 ]
@@ -80,6 +81,14 @@ def compute_divergences(matrix: LossMatrix) -> dict[str, float]:
     """
     own = best_own_losses(matrix)
     return {d: compute_gain_percent(matrix.base[d], own[d]) for d in matrix.domains}
+
+
+def compute_own_divergences(matrix: LossMatrix) -> dict[str, float]:
+    """Divergence of every specialist on its own domain, by its name, percent."""
+    return {
+        name: compute_gain_percent(matrix.base[own], matrix.specialists[name][own])
+        for name, own in matrix.own_domain.items()
+    }
 
 
 def compute_reference_losses(matrix: LossMatrix) -> dict[Reference, float]:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from molora_fed.errors import ConfigError, describe_mismatch
@@ -29,7 +28,6 @@ __all__ = [
     "is_same_condition",
     "leave_out_group",
     "load_runs",
-    "mean_over_group",
     "parse_runs",
 ]
 
@@ -255,11 +253,6 @@ def group_outcomes(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
         else:
             alone.append([outcome])
     return [named[name] for name in sorted(named)] + alone
-
-
-def mean_over_group(group: Sequence[Outcome], value: Callable[[Outcome], float]) -> float:
-    """A figure averaged over a group's runs."""
-    return fmean(value(outcome) for outcome in group)
 
 
 def compute_group_residuals(

@@ -12,9 +12,10 @@ from molora_fed.forecasting.divergence import (
     compute_divergences,
     compute_gain_percent,
     compute_gains,
+    compute_own_divergences,
 )
 from molora_fed.forecasting.intervals import fit_line
-from molora_fed.forecasting.matrices import Model, mean_over_group
+from molora_fed.forecasting.matrices import Model
 from molora_fed.types import Case, LossMatrix, Outcome
 
 __all__ = [
@@ -26,10 +27,16 @@ __all__ = [
     "is_full",
     "line_gain",
     "mean_divergence",
+    "mean_over_group",
     "measure_forgetting",
     "oracle_gain",
     "own_loss_gain",
 ]
+
+
+def mean_over_group(group: Sequence[Outcome], value: Callable[[Outcome], float]) -> float:
+    """A figure averaged over a group's runs."""
+    return fmean(value(outcome) for outcome in group)
 
 
 def mean_divergence(case: Case) -> float:
@@ -66,18 +73,13 @@ def forgetting_gain(case: Case, ratio_of: Callable[[str], float]) -> float:
     """
     losses = case.losses
     total = sum(losses.base[d] for d in losses.domains)
+    divergences = compute_own_divergences(losses)
     best = min(
         losses.specialists[name][own]
-        + (total - losses.base[own])
-        * (1.0 + ratio_of(name) * max(_divergence(losses, name), 0.0) / 100.0)
+        + (total - losses.base[own]) * (1.0 + ratio_of(name) * max(divergences[name], 0.0) / 100.0)
         for name, own in losses.own_domain.items()
     )
     return compute_gain_percent(best, sum(best_own_losses(losses).values()))
-
-
-def _divergence(losses: LossMatrix, name: str) -> float:
-    own = losses.own_domain[name]
-    return compute_gain_percent(losses.base[own], losses.specialists[name][own])
 
 
 def is_full(losses: LossMatrix) -> bool:
@@ -103,7 +105,7 @@ def measure_forgetting(losses: LossMatrix, name: str) -> float | None:
     Returns:
         Unitless; None if it learnt nothing or there is no other domain.
     """
-    divergence = _divergence(losses, name)
+    divergence = compute_own_divergences(losses)[name]
     others = [d for d in losses.domains if d != losses.own_domain[name]]
     if divergence <= 0 or not others:
         return None

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, ClassVar
 
-from molora_kalavai.formulas import mean_divergence, own_loss_gain
+from molora_kalavai.formulas import mean_divergence, mean_over_group, own_loss_gain
 from pydantic import Field, field_validator
 
-from molora_fed.forecasting.matrices import group_outcomes, mean_over_group
+from molora_fed.forecasting.matrices import group_outcomes
 from molora_fed.forecasting.records import ask_predictors
 from molora_fed.plugins import get_plugins
 from molora_fed.types import Outcome, Reference

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from molora_kalavai.formulas import fit_law, mean_divergence
+from molora_kalavai.formulas import fit_law, mean_divergence, mean_over_group
 from scipy.stats import linregress, t
 
 from molora_fed.forecasting.intervals import fit_line
@@ -14,7 +14,6 @@ from molora_fed.forecasting.matrices import (
     fit_and_forecast,
     group_outcomes,
     leave_out_group,
-    mean_over_group,
 )
 from molora_fed.forecasting.scoring import Coverage, Score, ScoredForecast, score_all
 from molora_fed.types import Case, Forecast, Outcome, Reference

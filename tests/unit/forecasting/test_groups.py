@@ -4,13 +4,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from molora_kalavai.formulas import mean_over_group
 
 from molora_fed.forecasting.matrices import (
     fit_and_forecast,
     group_outcomes,
     is_same_condition,
     leave_out_group,
-    mean_over_group,
 )
 from molora_fed.types import Case, LossMatrix, Outcome
 
