@@ -2,14 +2,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+WORKERS ?= 2
+LONG := docs/results/rebuild/test-long.txt
 
-.PHONY: demo test lint types check bench clean
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
+.PHONY: demo test test-processes test-long lint types check bench clean
 
 demo: $(STAMP)  ## A whole federation on this machine, a few minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molora demo
 
-test: $(STAMP)  ## All tests that CI runs
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+test: $(STAMP)  ## The tests, a few minutes
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not processes and not long"
+
+test-processes: $(STAMP)  ## Federations and commands in many real processes, killed and started again
+	$(PYTEST) -m "processes and not long"
+
+test-long: $(STAMP)  ## By hand; what it says is kept
+	$(PYTEST) -v --no-header --durations=0 -m long | tee $(LONG)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -18,7 +30,12 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test test-processes
+
+bench:  ## What each benchmark measures; it runs none of them
+	@echo "Each is run by itself; its options: $(BIN)/python bench/NAME.py --help"
+	@for file in $$(grep -l __main__ bench/*.py); do \
+	  echo; echo "$$file"; sed -n '1s/^"""/    /p' $$file; done
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """Runs commands in this process; a tiny cooperative with two trained contributions."""
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,3 +74,14 @@ def setup(tmp_path_factory, tiny_checkpoint) -> Setup:
         train += ["--out", trained[domain], "--threads", "1", "--name", f"{domain}-1"]
         assert run([str(part) for part in train]) == 0
     return Setup(root, root / "tiny", texts, trained)
+
+
+@pytest.fixture(scope="session")
+def fused_once(setup, tmp_path_factory) -> Path:
+    """A folder with the cooperative after a fusion (`tiny`) and what it made (`out`); copy it."""
+    root = tmp_path_factory.mktemp("fused") / "once"
+    shutil.copytree(setup.cooperative, root / "tiny")
+    trained = [str(folder) for folder in setup.trained.values()]
+    fuse = ["fuse", "--cooperative", str(root / "tiny"), *trained, "--out", str(root / "out")]
+    assert run(fuse) == 0
+    return root

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from molora_cli.main import run
 
 CONFIG = """
 [cascade]
@@ -38,14 +37,10 @@ base = "tiny/base"
 
 
 @pytest.fixture(scope="module")
-def place(setup, tmp_path_factory):
+def place(setup, fused_once, tmp_path_factory):
     """A cooperative whose two contributions are fused, a description and tasks."""
-    root = tmp_path_factory.mktemp("cascade")
-    shutil.copytree(setup.cooperative, root / "tiny")
+    root = shutil.copytree(fused_once, tmp_path_factory.mktemp("cascade") / "place")
     shutil.copytree(setup.trained["abc"], root / "trained")
-    trained = [str(folder) for folder in setup.trained.values()]
-    fuse = ["fuse", "--cooperative", str(root / "tiny"), *trained, "--out", str(root / "out")]
-    assert run(fuse) == 0
     (root / "c.toml").write_text(CONFIG)
     lines = [
         {"id": f"t{n}", "family": "f", "prompt": f"abc {n} ", "extractor": "normalised-text"}

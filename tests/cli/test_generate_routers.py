@@ -10,24 +10,20 @@ from molora_fed.cooperative.cooperative import amend_cooperative, open_cooperati
 
 
 @pytest.fixture(scope="module")
-def fuse_with(setup, tmp_path_factory):
-    """Fuse the trained contributions under other fusion rules; returns the folder."""
+def fuse_with(fused_once, tmp_path_factory):
+    """Fuse the admitted contributions under other fusion rules; returns the folder."""
     from molora_cli.main import run
 
     def fuse(**rules):
-        root = tmp_path_factory.mktemp("fused")
-        shutil.copytree(setup.cooperative, root / "tiny")
+        root = tmp_path_factory.mktemp("routers")
+        shutil.copytree(fused_once / "tiny", root / "tiny")
         cooperative = open_cooperative(root / "tiny")
         old = cooperative.charter.amendment
         fusion = FusionRules.model_validate({"compare": (), "fallback": "", **rules})
         amendment = old.model_copy(update={"fusion": fusion, "number": old.number + 1})
         with cooperative.open_ledger() as ledger:
             amend_cooperative(cooperative, ledger, amendment)
-        trained = [str(folder) for folder in setup.trained.values()]
-        done = run(
-            ["fuse", "--cooperative", str(root / "tiny"), *trained, "--out", str(root / "o")]
-        )
-        assert done == 0
+        assert run(["fuse", "--cooperative", str(root / "tiny"), "--out", str(root / "o")]) == 0
         return root / "o"
 
     return fuse

@@ -12,16 +12,9 @@ from molora_fed.storage.files import hash_file
 
 
 @pytest.fixture(scope="module")
-def fused(setup, tmp_path_factory):
+def fused(fused_once, tmp_path_factory):
     """A copy of the cooperative with both contributions fused, and where the result lies."""
-    from molora_cli.main import run
-
-    root = tmp_path_factory.mktemp("fused")
-    shutil.copytree(setup.cooperative, root / "tiny")
-    trained = [str(folder) for folder in setup.trained.values()]
-    arguments = ["fuse", "--cooperative", str(root / "tiny"), *trained, "--out", str(root / "out")]
-    assert run(arguments) == 0
-    return root
+    return shutil.copytree(fused_once, tmp_path_factory.mktemp("steps") / "fused")
 
 
 def test_create_prints_identity_and_fingerprints_and_finds_it_again(

@@ -12,6 +12,8 @@ from molora_fed.federation.supervise import find_free_port
 
 SECONDS = 60
 
+pytestmark = pytest.mark.processes
+
 
 def start(*arguments, **more):
     return subprocess.Popen(
@@ -41,7 +43,6 @@ def test_training_stops_with_one_line(setup, tmp_path, number, code):
     assert err.splitlines() == ["error: stopped. The same command goes on where it stopped."]
 
 
-@pytest.mark.federation
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_server_stops_with_one_line_and_leaves_no_process(setup, number, code):
     process = start("serve", setup.cooperative, "--port", find_free_port(), "--threads", 1)

@@ -32,7 +32,7 @@ from molora_fed.testing.table import Table
 from molora_fed.testing.traffic import RecordingLine, find_text, find_tokens
 from molora_fed.types import Split
 
-pytestmark = [pytest.mark.federation, pytest.mark.slow]
+pytestmark = pytest.mark.processes
 
 WORDS = {"alpha": ("ka", "lo", "mi", "nu"), "beta": ("zz", "xx", "yy", "ww")}
 TRAINING = TrainingRules(

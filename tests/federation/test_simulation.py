@@ -169,8 +169,7 @@ def find_pool(root):
     return [p for p in find_processes(root) if pool_worker.__name__ in p.cmdline()]
 
 
-@pytest.mark.federation
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_simulated_contributors_fuse_and_a_third_joins_them(
     stage_root, tiny_checkpoint, monkeypatch
 ):

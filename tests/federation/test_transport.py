@@ -20,7 +20,7 @@ from molora_fed.federation.supervise import find_free_port, parse_answer
 
 HERE = Path(__file__).parent
 
-pytestmark = [pytest.mark.federation, pytest.mark.slow]
+pytestmark = pytest.mark.processes
 
 MESSAGE_BYTES = 800_000
 

@@ -19,7 +19,7 @@ from molora_fed.routing.bundle import load_fused
 from molora_fed.training.specialists import load_specialist, train_specialist
 from molora_fed.types import Split
 
-pytestmark = [pytest.mark.federation, pytest.mark.slow]
+pytestmark = pytest.mark.processes
 
 STEPS = 400
 TRAINING = TrainingRules(

@@ -44,8 +44,6 @@ def write_texts(folder: Path, word: str) -> Path:
     return folder
 
 
-@pytest.mark.federation
-@pytest.mark.slow
 def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data = {name: [write_texts(stage_root / name, name)] for name in ("alpha", "beta")}
@@ -82,7 +80,7 @@ def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monk
     assert (done.fused / "fused.json").is_file()
 
 
-@pytest.mark.federation
+@pytest.mark.processes
 def test_ctrl_c_ends_a_demo_with_one_line_and_no_process(stage_root, tiny_checkpoint):
     data = [f"{name}={write_texts(stage_root / name, name)}" for name in ("alpha", "beta")]
     command = [

@@ -2,11 +2,11 @@
 
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forking_helpers import run_forked
 
 from molora_fed.plugins import load_plugins
 
@@ -24,13 +24,14 @@ def test_loads_beside_the_others(project, monkeypatch):
     assert plugins.routers.resolve(name).__module__.startswith(module.__name__)
 
 
+def run_own_tests(project):
+    os.chdir(project)
+    sys.path.insert(0, str(project))
+    plain = ["-q", "-p", "no:cacheprovider", "--assert", "plain"]
+    sys.exit(pytest.main([*plain, str(project / "tests")]))
+
+
 @pytest.mark.parametrize("project", PROJECTS, ids=lambda project: project.name)
-def test_passes_its_own_tests(project):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(project / "tests")],
-        cwd=project,
-        env={**os.environ, "PYTHONPATH": str(project)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
+def test_passes_its_own_tests(project, tmp_path):
+    done = run_forked(tmp_path, run_own_tests, project)
+    assert done.code == 0, done.out

@@ -154,6 +154,7 @@ def start_waiting(tmp_path, cache):
     return process, family, config, gate, last
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_study_leaves_no_process_and_goes_on(cache, tmp_path, studies, number):
     process, family, config, gate, last = start_waiting(tmp_path, cache)

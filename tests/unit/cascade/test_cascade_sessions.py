@@ -426,7 +426,7 @@ path = "m3"
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_give_the_same_bytes_and_replay_each_other(tmp_path, tiny_checkpoint, key):
     load_or_make_key(tmp_path / "key.pem")
     for seed in range(4):

@@ -1,7 +1,5 @@
 """Receives one contribution in a process of its own, with an accident on the way.
 
-python receive_in_process.py LEDGER CONTRIBUTION CHARTER ACCIDENT [LIMIT]
-
 Admission is replaced by a fixed word, so that no model is needed.
 """
 
@@ -24,7 +22,7 @@ def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arrange(accident: str) -> None:
+def arrange(accident: str, limit: int | None) -> None:
     """Let the process be killed at a moment, or let the disk take no more than so many bytes."""
     log = Ledger._log
 
@@ -60,30 +58,27 @@ def arrange(accident: str) -> None:
     elif accident == "before-receipt":
         receive._build_receipt = die
     elif accident == "disk-full":
-        limit = int(sys.argv[5])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    elif accident != "none":
+    else:
         sys.exit(f"unknown accident {accident}")
 
 
-def main() -> None:
-    ledger_path, folder = Path(sys.argv[1]), Path(sys.argv[2])
+def receive_with_accident(
+    ledger_path: Path, folder: Path, charter: Path, accident: str, limit: int | None = None
+) -> None:
+    """Receive a contribution; its process ends with the error's exit code, or is killed."""
     receive.admit = lambda candidate: Decision(ContributionState.ADMITTED)
-    arrange(sys.argv[4])
+    arrange(accident, limit)
     try:
         with Ledger(ledger_path) as ledger:
             receipt = receive.receive_contribution(
                 ledger,
                 BlobStore(ledger_path.parent / "blobs"),
                 folder,
-                charter=load_charter(Path(sys.argv[3])),
+                charter=load_charter(charter),
                 base=None,
             )
     except MoloraError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     print(receipt.state, receipt.known)
-
-
-if __name__ == "__main__":
-    main()

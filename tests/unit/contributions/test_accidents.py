@@ -1,14 +1,11 @@
 """Receiving survives a kill at any moment and a full disk; real processes, nothing mocked."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from forking_helpers import run_forked
+from receive_in_process import receive_with_accident
 
 from molora_fed.charter import write_charter
 from molora_fed.contributions.ledger import Ledger, LedgerReader
@@ -17,8 +14,6 @@ from molora_fed.contributions.receive import load_admitted, receive_contribution
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import StorageError
 from molora_fed.storage.files import hash_file
-
-SCRIPT = Path(__file__).with_name("receive_in_process.py")
 
 STATE_AFTER_KILL = {
     "first-commit": None,
@@ -32,16 +27,8 @@ STATE_AFTER_KILL = {
 
 
 def run(home, contribution, accident, *more):
-    command = [
-        sys.executable, SCRIPT, home / "ledger.db", contribution, home.parent / "cooperative.toml",
-        accident, *more,
-    ]  # fmt: skip
-    return subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    arguments = (home / "ledger.db", contribution, home.parent / "cooperative.toml", accident)
+    return run_forked(home.parent / "said", receive_with_accident, *arguments, *more)
 
 
 def check_whole(home):
@@ -83,10 +70,9 @@ def test_kill_at_any_moment_loses_nothing(home, contribute, go_on, tmp_path):
     for name in homes:
         shutil.copy(tmp_path / "cooperative.toml", tmp_path / name)
 
-    with ThreadPoolExecutor(4) as pool:
-        killed = pool.map(lambda name: run(homes[name], contribution.folder, name), homes)
-        for name, process in zip(homes, killed, strict=True):
-            assert process.returncode == -signal.SIGKILL, (name, process.stderr)
+    for name in homes:
+        killed = run(homes[name], contribution.folder, name)
+        assert killed.code == -signal.SIGKILL, (name, killed.err)
     for name, expected in STATE_AFTER_KILL.items():
         assert check_whole(homes[name]) == ([] if expected is None else [expected]), name
         receipt = go_on(homes[name], contribution.folder)
@@ -115,9 +101,9 @@ def test_disk_full_leaves_nothing_half_written(
     contribution = contribute(adapter=write_adapter(kind="delta"), kind="delta")
     assert max(entry.bytes for entry in contribution.manifest.files.values()) > 50_000
     refused = run(home, contribution.folder, "disk-full", limit)
-    assert refused.returncode == StorageError.exit_code, refused.stderr
-    assert refused.stdout == ""
-    message = refused.stderr.strip()
+    assert refused.code == StorageError.exit_code, refused.err
+    assert refused.out == ""
+    message = refused.err.strip()
     assert message.startswith("Cannot ")
     assert what in message
     assert "Free some space" in message

@@ -1,6 +1,8 @@
 import json
 import os
+import tempfile
 from itertools import pairwise
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +11,8 @@ import pytest
 from molora_fed.corpus.documents import choose_evenly, cut_long_documents, read_documents
 from molora_fed.errors import CorpusError
 from molora_fed.types import Document
+
+NOBODY = 65534
 
 
 def read(*paths):
@@ -120,11 +124,19 @@ def test_all_problems_are_told_at_once(tmp_path):
     assert_refused([tmp_path], "a.txt", "b.txt", "c.txt", "and 2 more")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_forbidden_file(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    (tmp_path / "a.txt").chmod(0)
-    assert_refused([tmp_path], "Permission denied")
+def test_forbidden_file():
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        (folder / "a.txt").write_text("x")
+        (folder / "a.txt").chmod(0)
+        folder.chmod(0o755)
+        if user == 0:
+            os.seteuid(NOBODY)  # root may read everything
+        try:
+            assert_refused([folder], "a.txt", "Permission denied")
+        finally:
+            os.seteuid(user)
 
 
 def test_one_large_document_is_cut_without_loss(make_text):

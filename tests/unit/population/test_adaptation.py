@@ -1,6 +1,5 @@
 import json
 import math
-import multiprocessing
 import signal
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from adaptation_helpers import (
     build_population,
     build_router,
 )
+from forking_helpers import run_forked
 
 from molora_fed.bank.states import take_balanced
 from molora_fed.errors import PopulationError, TrainingError
@@ -67,12 +67,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(base, tmp_pa
 
 def test_a_killed_adaptation_goes_on_to_the_same_bytes(base, tiny_checkpoint, tmp_path):
     expected = bytes_of(adapt_counting(base, tmp_path / "whole"))
-    process = multiprocessing.get_context("spawn").Process(
-        target=adapt_until_killed, args=(str(tiny_checkpoint()), str(tmp_path / "killed"), 6)
+    ended = run_forked(
+        tmp_path / "said", adapt_until_killed, str(tiny_checkpoint()), str(tmp_path / "killed"), 6
     )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert ended.code == -signal.SIGKILL, ended.err
     assert bytes_of(adapt_counting(base, tmp_path / "killed")) == expected
 
 

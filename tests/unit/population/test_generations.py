@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import signal
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from evolution_helpers import (
     read_results,
     run_evolution,
 )
+from forking_helpers import run_forked
 
 from molora_fed.errors import PopulationError
 from molora_fed.models.base import load_base
@@ -148,12 +148,10 @@ def test_a_stopped_evolution_goes_on_to_the_same_bytes(base, whole, tmp_path, at
 
 
 def test_a_killed_evolution_goes_on_to_the_same_bytes(base, tiny_checkpoint, whole, tmp_path):
-    process = multiprocessing.get_context("spawn").Process(
-        target=evolve_until_killed, args=(str(tiny_checkpoint()), str(tmp_path), 110)
+    ended = run_forked(
+        tmp_path / "said", evolve_until_killed, str(tiny_checkpoint()), str(tmp_path), 110
     )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert ended.code == -signal.SIGKILL, ended.err
     run_evolution(base, tmp_path, *LIFECYCLE)
     assert read_results(tmp_path) == whole[0]
 

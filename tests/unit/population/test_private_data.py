@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from adaptation_helpers import build_population, build_router
 from evolution_helpers import read_results
+from forking_helpers import run_forked
 from private_helpers import MEMBERS, PLUGINS, RULES, Stage, build_charter, build_texts
 
 from molora_fed.errors import MoloraError, PopulationError
@@ -209,12 +209,9 @@ def evolve_until_killed(checkpoint, folder, count):
 def test_killed_and_resumed_it_ends_with_the_same_bytes(tmp_path, tiny_checkpoint, base):
     evolve_privately(base, tmp_path / "whole")
     folder = tmp_path / "killed"
-    context = multiprocessing.get_context("spawn")
     arguments = (str(tiny_checkpoint("gpt_neox")), str(folder), 75)  # in the middle of generation 1
-    process = context.Process(target=evolve_until_killed, args=arguments)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    ended = run_forked(tmp_path / "said", evolve_until_killed, *arguments)
+    assert ended.code == -signal.SIGKILL, ended.err
     assert not (folder / "evolution" / "generations" / "0002" / "generation.json").exists()
     evolve_privately(base, folder)
     assert read_results(folder) == read_results(tmp_path / "whole")

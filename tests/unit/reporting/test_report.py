@@ -1,6 +1,7 @@
 import errno
 import json
 import re
+import shutil
 
 import pytest
 
@@ -9,27 +10,25 @@ from molora_fed.reporting import report
 from molora_fed.reporting.report import find_report, load_report, read_metrics, write_report
 
 
-def test_everything_is_written(result, metrics, tmp_path):
-    page = write_report(result, metrics, tmp_path / "report")
-    assert page == tmp_path / "report" / "report.html"
-    names = {path.name for path in page.parent.iterdir()}
+def test_everything_is_written(result, written):
+    names = {path.name for path in written.iterdir()}
     assert names == {
         "report.html", "report.json", "metrics", "losses.png", "loss_matrix.png", "gates.png",
         "forecasts.png", "training_curves.png",
     }  # fmt: skip
-    assert json.loads((page.parent / "report.json").read_text()) == result
+    assert json.loads((written / "report.json").read_text()) == result
 
 
-def test_the_page_needs_no_other_file(result, metrics, tmp_path):
-    text = write_report(result, metrics, tmp_path).read_text()
+def test_the_page_needs_no_other_file(written):
+    text = (written / "report.html").read_text()
     assert text.count("data:image/png;base64,") == 5
     assert not re.search(r"""(src|href)=["'](?!data:)""", text)
     assert "http" not in text.replace("data:image", "")
     assert "<script" not in text
 
 
-def test_the_page_leads_with_the_honest_gain(result, tmp_path):
-    text = write_report(result, {}, tmp_path).read_text()
+def test_the_page_leads_with_the_honest_gain(result, written):
+    text = (written / "report.html").read_text()
     lead = text.index("gain over the best anyone has alone")
     assert lead < text.index("Against the best specialist only")
     assert f"{result['gain_percent']['evidence']['vs_best_alone']:+.2f} %" in text
@@ -42,31 +41,35 @@ def test_the_minimal_result_has_a_page_too(minimal, tmp_path):
     assert "All methods" in text and "Compute" not in text
 
 
-def test_names_from_outside_are_escaped(result, tmp_path):
+def test_names_from_outside_are_escaped(result, minimal, tmp_path):
     evil = "<script>alert(1)</script>"
-    result["cooperative"] = evil
     result["samples"][0]["text"] = evil + "\x1b[2J"
-    text = write_report(result, {}, tmp_path).read_text()
+    named = {**minimal, "cooperative": evil, "samples": result["samples"]}
+    text = write_report(named, {}, tmp_path).read_text()
     assert "<script" not in text and "&lt;script&gt;" in text and "\x1b" not in text
 
 
-def test_drawn_again_from_its_own_files_it_is_the_same(result, metrics, tmp_path):
-    first = write_report(result, metrics, tmp_path).read_bytes()
+def test_drawn_again_from_its_own_files_it_is_the_same(written, tmp_path):
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    first = (tmp_path / "report.html").read_bytes()
     path = find_report(tmp_path)
     again = write_report(load_report(path), read_metrics(path.parent), path.parent)
     assert again.read_bytes() == first
 
 
-def test_a_report_leaves_other_files_alone_and_takes_old_figures_away(result, metrics, tmp_path):
+def test_a_report_leaves_other_files_alone_and_takes_old_figures_away(
+    result, metrics, written, tmp_path
+):
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    assert (tmp_path / "gates.png").exists()
     (tmp_path / "thesis.txt").write_text("mine")
-    write_report(result, metrics, tmp_path)
     write_report({**result, "gates": {}}, metrics, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     assert not (tmp_path / "gates.png").exists()
 
 
-def test_a_report_is_found_in_its_folder_or_beside(result, tmp_path):
-    write_report(result, {}, tmp_path / "demo" / "report")
+def test_a_report_is_found_in_its_folder_or_beside(written, tmp_path):
+    shutil.copytree(written, tmp_path / "demo" / "report")
     expected = tmp_path / "demo" / "report" / "report.json"
     for place in (tmp_path / "demo", expected.parent, expected):
         assert find_report(place) == expected

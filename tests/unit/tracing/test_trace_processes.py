@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_writers_lose_no_acknowledged_record(tmp_path):
     """The bench with few kills; docs/results/acar/trace-kill.md has the figures of fifty."""
     command = [sys.executable, ROOT / "bench" / "trace_kill.py", "--kills", "3", "--out", tmp_path]

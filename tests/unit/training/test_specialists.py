@@ -1,9 +1,9 @@
 import json
-import multiprocessing
 import signal
 
 import pytest
 import torch
+from forking_helpers import run_forked
 from peft import PeftModel
 from training_helpers import RULES, TRAINING, build_blocks, run_until_killed, train_counting
 
@@ -235,18 +235,11 @@ MOMENTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_helpers", "molora_fed.adapters.kinds"])
-    return context
-
-
 @pytest.mark.parametrize(
     ("kind", "moments"), [("svd", MOMENTS), ("lora", MOMENTS[2::4]), ("delta", MOMENTS[3::4])]
 )
 def test_killed_anywhere_and_restarted_gives_the_same_bytes(
-    tiny_checkpoint, tmp_path, processes, kind, moments
+    tiny_checkpoint, tmp_path, kind, moments
 ):
     checkpoint = tiny_checkpoint("gpt_neox")
     whole = train_counting(load_base(checkpoint), tmp_path / "whole", kind=kind)
@@ -254,10 +247,7 @@ def test_killed_anywhere_and_restarted_gives_the_same_bytes(
 
     def start(where, count):
         arguments = (str(checkpoint), str(broken), kind, where, count)
-        process = processes.Process(target=run_until_killed, args=arguments)
-        process.start()
-        process.join(timeout=120)
-        return process.exitcode
+        return run_forked(tmp_path / "said", run_until_killed, *arguments).code
 
     codes = [start(where, count) for where, count in moments]
     assert set(codes) == {-signal.SIGKILL}
