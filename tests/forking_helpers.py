@@ -15,10 +15,10 @@ PRELOADED = (
     "torch",
     "transformers.models.gpt_neox.modeling_gpt_neox",
     "molora_fed.adapters.kinds",
-    "molora_fed.base",
+    "molora_fed.models.base",
     "molora_fed.contributions.receive",
     "molora_fed.population.generations",
-    "molora_fed.specialists",
+    "molora_fed.training.specialists",
 )
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(PRELOADED))
