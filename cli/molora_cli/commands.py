@@ -6,30 +6,47 @@ Targets are imported when a command is invoked; `molora --help` prints the summa
 from molora_fed import hookimpl
 from molora_fed.hookspecs import Register
 
-__all__ = ["OWN", "register_commands"]
+__all__ = ["GROUPS", "OWN", "register_commands"]
 
-OWN = (
-    ("demo", "demo:demo", "Run a whole cooperative on this machine, from training to the report"),
-    ("serve", "serve:serve", "Serve a cooperative until Ctrl-C"),
-    ("join", "join:join", "Train on your text, submit the adapter, receive the fused model"),
-    ("train", "train:train", "Train a specialist and sign a contribution; nothing is sent"),
-    (
-        "contribute",
-        "contribute:contribute",
-        "Sign a contribution of a checkpoint trained elsewhere",
+GROUPS = {
+    "Newcomer": (
+        ("demo", "demo:demo", "Run a whole cooperative on this machine, training to report"),
     ),
-    ("fuse", "fuse:fuse", "Admit contributions and fuse them into one model, with a report"),
-    ("evaluate", "evaluate:evaluate", "Measure base, specialists and the model on your own text"),
-    ("generate", "generate:generate", "Continue a text with a fused or an evolved model"),
-    ("report", "report:report", "Draw the page and figures of a fusion or an evolution again"),
-    ("coop", "coop:app", "Create, inspect and amend cooperatives"),
-    ("evolve", "evolve:app", "Evolve a population of adapters"),
-    ("forecast", "forecast:app", "Forecast what fusing will be worth, before it is done"),
-    ("trace", "trace:app", "Look at decision traces and check them"),
-    ("cascade", "cascade:app", "Answer tasks: probe cheaply, escalate where samples disagree"),
-    ("plugins", "plugins:app", "List and check what plugins register"),
-)
-"""Name, target in this package, summary; in the order of the help."""
+    "Contributor": (
+        ("join", "join:join", "Train on your text, submit the adapter, receive the fused model"),
+        ("train", "train:train", "Train a specialist and sign a contribution; nothing is sent"),
+        (
+            "contribute",
+            "contribute:contribute",
+            "Sign a contribution of another checkpoint",
+        ),
+    ),
+    "Coordinator": (
+        ("coop", "coop:app", "Create, inspect and amend cooperatives"),
+        ("serve", "serve:serve", "Serve a cooperative until Ctrl-C"),
+        ("forecast", "forecast:app", "Forecast what fusing will be worth, before it is done"),
+        ("fuse", "fuse:fuse", "Admit contributions and fuse them into one model, with a report"),
+        ("evolve", "evolve:app", "Evolve a population of adapters"),
+        ("report", "report:report", "Draw the page and figures of a fusion or an evolution again"),
+    ),
+    "User of the result": (
+        ("generate", "generate:generate", "Continue a text with a fused or an evolved model"),
+        ("evaluate", "evaluate:evaluate", "Measure base, specialists and the model on your text"),
+        (
+            "cascade",
+            "cascade:app",
+            "Answer tasks: one model first, more where its samples differ",
+        ),
+        ("trace", "trace:app", "Look at decision traces and check them"),
+    ),
+    "Researcher and plugin author": (
+        ("plugins", "plugins:app", "List and check what plugins register"),
+    ),
+}
+"""Name, target in this package and summary of each command, by who uses it, in the help's order;
+commands of plugins are listed in the last group."""
+
+OWN = tuple(command for group in GROUPS.values() for command in group)
 
 
 @hookimpl

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from molora_cli.commands import OWN
+from molora_cli.commands import GROUPS, OWN
 from molora_fed import __version__
 from molora_fed.errors import MoloraError, PluginError, StorageError
 
@@ -82,19 +82,33 @@ class CommandGroup(TyperGroup):
             raise click.UsageError(" ".join([message, *failures]), error.ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List commands by their summaries, and plugins that could not be loaded."""
+        """List commands by who uses them, plugins' last, and plugins that could not be loaded."""
         plugins = _get_plugins()
-        own = [(name, summary) for name, _, summary in OWN]
-        entries = [entry for entry in plugins.commands if entry.name not in dict(own)]
-        others = [(entry.name, entry.summary) for entry in entries]
-        for title, rows in (("Commands", own), ("Commands of plugins", others)):
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
+        own = {name for name, _, _ in OWN}
+        others = [(e.name, e.summary) for e in plugins.commands if e.name not in own]
+        for title, commands in GROUPS.items():
+            rows = [(name, summary) for name, _, summary in commands]
+            is_last = title == list(GROUPS)[-1]
+            with formatter.section(title):
+                formatter.write_dl([*rows, *others] if is_last else rows)
         if plugins.failures:
             with formatter.section("Plugins left out"):
                 for failure in plugins.failures:
                     formatter.write_text(str(failure))
+
+
+class PlainFormatter(click.HelpFormatter):
+    """Help as plain text: Typer escapes brackets for markup, which is switched off here."""
+
+    def write_dl(
+        self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
+    ) -> None:
+        """Write terms and what they mean, without the escapes."""
+        plain = [(term, text.replace("\\[", "[")) for term, text in rows]
+        super().write_dl(plain, col_max, col_spacing)
+
+
+click.Context.formatter_class = PlainFormatter
 
 
 def build_command(name: str, target: object) -> click.Command:

@@ -4,7 +4,11 @@ import resource
 import subprocess
 import sys
 
+import click
 import pytest
+from molora_cli.commands import GROUPS
+from molora_cli.main import app, run
+from typer.main import get_command
 
 HEAVY = ("torch", "transformers", "flwr", "numpy", "peft", "accelerate", "matplotlib", "grpc")
 VERBS = ("demo", "coop", "serve", "join", "train", "fuse", "evaluate", "generate", "report")
@@ -53,3 +57,30 @@ def test_help_takes_under_half_a_second():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(used) < 0.5
+
+
+def list_commands(command, path=()):
+    """Every command and subcommand, as words after `molora`."""
+    yield path
+    names = command.list_commands(click.Context(command)) if hasattr(command, "commands") else ()
+    for name in names:
+        yield from list_commands(command.get_command(click.Context(command), name), (*path, name))
+
+
+def test_help_is_grouped_by_who_uses_a_command():
+    lines = probe("--help")
+    titles = [line.rstrip(":") for line in lines if line.endswith(":") and line[0] != " "]
+    assert titles == ["Options", *GROUPS]
+    assert lines.index("Researcher and plugin author:") < next(
+        index for index, line in enumerate(lines) if line.split()[:1] == ["study"]
+    )
+
+
+def test_help_of_every_command_is_plain_text(capsys):
+    found = list(list_commands(get_command(app)))
+    assert ("coop", "create") in found and ("study",) in found
+    for path in found:
+        assert run([*path, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "[required]" in text and "[default: " in text
+    assert "\\" not in text
