@@ -54,8 +54,8 @@ def summarize(results: dict[int, dict[str, Any]]) -> str:
         "the report of each. The seed decides base, data order, routers and bootstraps; documents",
         "are split alike at every seed, by the charter's split seed. Losses are held-out nats per",
         "token, equal weight over domains; intervals are the 95 % bootstrap by document cluster.",
-        "The control is the base continued on all domains' text pooled, for the steps of all",
-        "specialists together.",
+        "The control is an adapter of the linear layers, trained on all domains' text pooled for",
+        "the steps of all specialists together; embedding, output head and norms stay the base's.",
         "",
         "| seed | base | best specialist | control | linear | evidence-zero | evidence "
         "| gain on best alone | gap to domain oracle, nats | gain on control |",

@@ -80,7 +80,8 @@ def demo(
     control: Annotated[
         bool,
         typer.Option(
-            "--control", help="Also continue the base on all text pooled, for equal total compute."
+            "--control",
+            help="Also train linear layers on all text pooled, for as many steps in all.",
         ),
     ] = False,
     base: Annotated[

@@ -92,7 +92,7 @@ def compute_sample_bytes(blocks: int, block_size: int) -> int:
 
 
 def describe_outgoing(source: Manifest | Charter) -> list[OutgoingRow]:
-    """List what leaves a contributor's machine, to be shown before anything is sent.
+    """List what a contributor sends, to be shown before anything is sent.
 
     Args:
         source: A manifest, for exact figures; or a charter, for the most that its rules allow.
@@ -120,7 +120,8 @@ def describe_outgoing(source: Manifest | Charter) -> list[OutgoingRow]:
         for split, count in count_samples(source.amendment).items()
     ]
     adapter = source.identity.adapters.max_bytes + 2 * MAX_CONFIG_BYTES
-    rows.append(OutgoingRow("adapter", 0, 0, adapter, exact=False))
+    # Its size is known after training; until then, what the charter admits.
+    rows.append(OutgoingRow("adapter, by the charter's limit", 0, 0, adapter, exact=False))
     rows.append(OutgoingRow("manifest", 0, 0, MAX_MANIFEST_BYTES, exact=False))
     if source.amendment.is_private:
         amendment = source.amendment

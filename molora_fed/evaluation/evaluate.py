@@ -249,7 +249,7 @@ def evaluate(
         bank: Held-out bank with the columns the routers read.
         routers: Fitted routers by name.
         baselines: Losses (N, T-1) of models that are no experts, by name in lower case: a merge
-            (from `bank.add_column`), the base continued on all data, a wider model, ...
+            (from `bank.add_column`), one trained on all data, a wider model, ...
         seed: Of the bootstrap.
         progress: Receives methods done and in all.
 

@@ -50,7 +50,7 @@ class Control:
     """A model of equal total cost that is reported beside the fused one.
 
     Attributes:
-        adapter: What it adds to the base: the base continued on the pooled train text.
+        adapter: What it adds to the base: linear layers trained on the pooled train text.
         compute: Its cost, e.g. steps and tokens.
     """
 

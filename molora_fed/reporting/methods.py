@@ -9,7 +9,7 @@ __all__ = ["Method", "compute_equal_weight", "list_methods", "mask_controls"]
 
 _LABELS = {
     "base": "base",
-    "control": "base continued, equal compute",
+    "control": "pooled, linear layers only",
     "uniform": "uniform gates",
     "weight_average": "weight average (B@A)",
     "domain_oracle": "domain oracle",

@@ -57,7 +57,7 @@ def _describe_gain(result: Mapping[str, Any]) -> Text:
     if "control" in methods:
         control, fused = methods["control"], methods[f"fused:{router}"]
         text.append(
-            f"\nAgainst the base continued on all text pooled, for equal total compute: "
+            f"\nAgainst linear layers trained on all text pooled, for as many steps in all: "
             f"{100 * (control - fused) / control:+.2f} %."
         )
     return text
@@ -204,24 +204,26 @@ def build_time_table(seconds: Mapping[str, float], budget: Mapping[str, float]) 
 
 
 def build_outgoing_table(rows: "Sequence[OutgoingRow]") -> Table:
-    """What leaves a contributor's machine.
+    """What a contributor sends.
+
+    What is not known yet is shown by its upper limit: "at most".
 
     Args:
         rows: From `describe_outgoing`.
     """
-    is_exact = all(row.exact for row in rows)
-    limit = "" if is_exact else ", at most"
-    table = _new_table(f"What leaves this machine{limit}", "what", "blocks", "tokens", "bytes")
+    table = _new_table("What is sent", "what", "blocks", "tokens", "bytes")
     for row in rows:
         table.add_row(
             row.what,
             f"{row.blocks:,}" if row.blocks else "-",
             f"{row.tokens:,}" if row.tokens else "-",
-            f"{row.bytes:,}",
+            f"{row.bytes:,}" if row.exact else f"at most {row.bytes:,}",
         )
     table.add_section()
     blocks, tokens = sum(row.blocks for row in rows), sum(row.tokens for row in rows)
-    table.add_row("in all", f"{blocks:,}", f"{tokens:,}", f"{sum(row.bytes for row in rows):,}")
+    limit = "" if all(row.exact for row in rows) else "at most "
+    total = f"{limit}{sum(row.bytes for row in rows):,}"
+    table.add_row("in all", f"{blocks:,}", f"{tokens:,}", total)
     return table
 
 

@@ -329,4 +329,4 @@ def test_consent_is_to_what_is_asked_for(tmp_path):
     outgoing = {row.what: row for row in describe_outgoing(stage.charter)}
     assert not any(row.blocks or row.tokens for row in outgoing.values())
     assert not any(split in name for split in Split for name in outgoing)
-    assert {"adapter", "adapted population, every round"} <= outgoing.keys()
+    assert {"adapter, by the charter's limit", "adapted population, every round"} <= outgoing.keys()
