@@ -94,7 +94,7 @@ class ContributorWorker:
         self._state.enter("JOINING", "waiting for the charter")
         if not home.offer_file.exists():
             # Takes seconds, like the first messages: both go on at once.
-            for room in ("corpus.prepare", "specialists", "contributions.building"):
+            for room in ("corpus.prepare", "training.specialists", "contributions.build"):
                 importlib.import_module(f"molora_fed.{room}")
         charter = yield from until(lambda: receive_charter(home))
         self._check_domain(charter)

@@ -230,7 +230,8 @@ def test_the_answer_of_flowers_command_line_is_found():
 
 
 @pytest.mark.parametrize(
-    "module", ["client_app", "server_app", "serving", "joining", "local", "coordinator", "worker"]
+    "module",
+    ["client_app", "server_app", "server", "contributor", "local", "coordinator", "worker"],
 )
 def test_no_app_and_no_supervisor_imports_torch(module):
     script = (

@@ -120,7 +120,7 @@ class Wayward(LinearRouter):
     def fit(cls, bank, options, seed, progress=None):
         router = super().fit(bank, options, seed, progress)
         if seed % 2 == 0:
-            router.weight = torch.zeros_like(router.weight)
+            router.weight.zero_()
             router.weight[0] = 0
             router.bias = 40.0
         return router

@@ -17,7 +17,6 @@ from molora_fed.models.base import load_base
 from molora_fed.population.bundle import EvolvedModel, save_evolved
 from molora_fed.population.evolution import Branch
 from molora_fed.routing.bundle import save_fused
-from molora_fed.routing.contract import RouterOptions
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.testing import build_random_adapter
 
@@ -31,7 +30,7 @@ def home(tiny_checkpoint, tmp_path_factory):
     folder = home / "specialist" / "adapter"
     save_adapter(build_random_adapter(base.model, rank=2, seed=1), base.model, folder)
     expert = FusedExpert("one", load_adapter(folder), "letters", "ab" * 32)
-    router = UniformRouter.from_state(2, RouterOptions(), {})
+    router = UniformRouter(2)
     fused = FusedModel(base, (FusedExpert("base", None), expert), router, "uniform", "logit", 0)
     save_fused(fused, home / "fused", adapters={"one": folder})
     branch = Branch(build_population(base), build_router().eval())
