@@ -360,7 +360,7 @@ def write_charter(charter: Charter, path: Path) -> None:
     """Write a charter as TOML, whole or not at all.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     data = charter.model_dump(mode="json", exclude_none=True)
     header = (

@@ -106,7 +106,7 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 Contract = Callable[[Any], str | None]
-"""Says what is wrong with a resolved target, or None."""
+"""Describes what a resolved target lacks, or returns None."""
 
 
 @dataclass(frozen=True)

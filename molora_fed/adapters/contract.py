@@ -235,7 +235,7 @@ class AdapterKind(abc.ABC):
             base_weights: Fingerprint of the base, written beside.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
 
     @abc.abstractmethod

@@ -39,7 +39,7 @@ def write_delta(
         dtype: Element type of the file.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     tensors = {f"{name}.weight": update.product().to(dtype) for name, update in updates.items()}
     tensors |= {f"{n}.bias": u.bias.to(dtype) for n, u in updates.items() if u.bias is not None}

@@ -290,7 +290,7 @@ def write_adapter_folder(
         meta: Content of `molora_adapter.json`.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     plain = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
     with replace_folder(folder) as target:

@@ -75,7 +75,7 @@ def write_low_rank(
         use_rslora: Whether the scale is written as alpha / sqrt(R) or as alpha / R.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     ranks = {name: update.rank or 0 for name, update in updates.items()}
     alphas = {}

@@ -218,7 +218,7 @@ def write_quantised(
 
     Raises:
         AdapterError: If a number is NaN or infinite.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     tensors: dict[str, Tensor] = {}
     modules = {}

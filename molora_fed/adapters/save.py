@@ -37,7 +37,7 @@ def save_adapter(
 
     Raises:
         IncompatibleAdapterError: If it does not fit the model.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     check_adapter_fits(adapter, model)
     low_rank = all(u.rank is not None and u.bias is None for u in adapter.updates.values())
@@ -70,7 +70,7 @@ def write_updates(
 
     Raises:
         AdapterError: If numbers to be rounded are not finite.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     precision = None if options is None else options.precision
     if options is not None and options.precision in _BITS:

@@ -76,7 +76,7 @@ def build_calibration_bank(
         progress: Receives blocks done and in all over all passes, with `bank_bytes` and `expert`.
 
     Returns:
-        The bank. Killed and called again, it goes on with the first unfinished expert.
+        The bank. Safe to interrupt; called again, it resumes with the first unfinished expert.
 
     Raises:
         BankError: If blocks or experts do not fit together, or an expert's numbers are not finite.

@@ -239,7 +239,7 @@ class ColumnMaker:
 
         Raises:
             BankError: If a log-probability is not finite; no column is left behind.
-            StorageError: If the disk refuses; likewise.
+            StorageError: On I/O errors; likewise.
         """
         capture = Capture(
             hidden=work.adds or "hidden" in work.columns,
@@ -276,7 +276,7 @@ class ColumnMaker:
             progress: Receives blocks done and blocks in all.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         totals = [t for t in list_totals(self.folder) if own in t.adapters and t.is_of(self)]
         with ExitStack() as stack:
@@ -422,7 +422,7 @@ def change_total(
         What takes the states of the one expert that is new or gone, in order.
 
     Raises:
-        StorageError: If the disk refuses; the total from before stays.
+        StorageError: On I/O errors; the total from before stays.
     """
     target = _path(maker, after)
     start = _open(maker, before) if before else None

@@ -49,7 +49,7 @@ def subtract_expert(
 
     Raises:
         IncompatibleAdapterError: If the adapter does not fit the base.
-        StorageError: If the disk refuses; called again, it goes on.
+        StorageError: On I/O errors; called again, it goes on.
     """
     known = {total.blocks for total in list_totals(folder) if adapter.hash in total.adapters}
     concerned = [part for part in blocks if part.fingerprint in known]
@@ -86,7 +86,7 @@ def prune_bank(
         Bytes that are free now.
 
     Raises:
-        StorageError: If the disk refuses; called again, it goes on.
+        StorageError: On I/O errors; called again, it goes on.
     """
     experts, parts = ["", *adapters], set(blocks)
     kept = {

@@ -1,4 +1,4 @@
-"""A run of a cascade in a folder: its trace, its states, its answers; killed, it goes on."""
+"""A run of a cascade in a folder: its trace, its states, its answers; safe to interrupt."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -141,7 +141,7 @@ def run_in_folder(
     Raises:
         CascadeError: If the folder holds another run.
         TraceError: If the trace cannot be written or read.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
         MoloraError: Whatever extractor, policy or judge refuse for good.
     """
     plugins = plugins or get_plugins()
@@ -175,7 +175,7 @@ def _check_same(folder: Path, recorded: Mapping[str, Any] | None, run: Mapping[s
     differing = sorted(k for k in {*recorded, *run} if recorded.get(k) != run.get(k))
     if differing:
         raise CascadeError(
-            f"Cannot go on with run '{folder}': expected the cascade, tasks, options and versions "
+            f"Cannot resume run '{folder}': expected the cascade, tasks, options and versions "
             f"it was begun with, got others: {', '.join(differing)}. Choose another folder."
         )
 

@@ -86,7 +86,7 @@ def store_artifact(path: Path, data: bytes, record: StateRecorder) -> None:
 
     Raises:
         CascadeError: If another content is read back.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     body = {"artifact": path.name, "sha256": hash_bytes(data)}
     state = ArtifactState.CREATED

@@ -154,7 +154,7 @@ def save_tasks(tasks: Iterable[CascadeTask], path: Path) -> None:
         path: Target, replaced.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     write_bytes(path, b"".join(canonical_json(_describe(task)) + b"\n" for task in tasks))
 

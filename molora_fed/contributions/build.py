@@ -174,7 +174,7 @@ def build_contribution(
     Raises:
         AdapterError: If an adapter file is missing, or a value cannot stand in a manifest.
         CorpusError: If blocks of a split the charter asks for are missing or of another size.
-        StorageError: If the disk refuses; nothing is left behind.
+        StorageError: On I/O errors; nothing is left behind.
     """
     chosen = choose_samples(samples, charter, domain=domain)
     with replace_folder(folder) as temporary:

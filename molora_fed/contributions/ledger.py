@@ -282,7 +282,7 @@ def create_ledger(
     Raises:
         LedgerError: If a different ledger is there, or another process writes it.
         SignatureError: If the coordinator did not sign the amendment.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     first.check(coordinator_key)
     path.parent.mkdir(parents=True, exist_ok=True)

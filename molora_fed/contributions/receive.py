@@ -1,7 +1,7 @@
 """The way of a contribution into the ledger; the same for a folder and for an upload.
 
 Each step is committed before the next begins, and done again it changes nothing: after a crash
-the same call goes on where it stopped.
+the same call resumes it.
 """
 
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ def receive_contribution(
         SignatureError: If the signature does not verify.
         LedgerError: If the contributor's name is bound to another key, or has another admitted
             contribution.
-        StorageError: If the disk refuses; nothing is left half-written.
+        StorageError: On I/O errors; nothing is left half-written.
     """
     try:
         contribution = load_contribution(folder)
@@ -161,7 +161,7 @@ def load_stored(entry: LedgerEntry, store: BlobStore) -> Contribution:
     """A verified contribution as a folder laid out from the store.
 
     Raises:
-        StorageError: If a blob is missing or the disk refuses.
+        StorageError: If a blob is missing, or on I/O errors.
         AdapterError: If it is not yet verified, so that files may be missing, or was withdrawn.
     """
     if entry.state == ContributionState.RECEIVED:

@@ -61,7 +61,7 @@ class BlobStore:
             Their SHA-256, lower-case hex.
 
         Raises:
-            StorageError: If the disk refuses; nothing is left behind.
+            StorageError: On I/O errors; nothing is left behind.
         """
         sha = hash_bytes(data)
         if not self.has(sha):
@@ -81,7 +81,7 @@ class BlobStore:
 
         Raises:
             AdapterError: If it has another hash or is larger; nothing is left behind.
-            StorageError: If the disk refuses; nothing is left behind.
+            StorageError: On I/O errors; nothing is left behind.
         """
         target = self.path(expected)
         if not target.is_file():
@@ -103,7 +103,7 @@ class BlobStore:
             The folder, complete and on disk; the same for the same files.
 
         Raises:
-            StorageError: If a blob is missing or the disk refuses; no folder is left behind.
+            StorageError: If a blob is missing, or on I/O errors; no folder is left behind.
         """
         folder = self.folder(files)
         if folder.is_dir():
@@ -134,7 +134,7 @@ class BlobStore:
             Bytes of the blobs that are gone now.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         freed = 0
         with storage_errors(self.root):

@@ -100,7 +100,7 @@ class Blocks:
         """Write the blocks, whole or not at all.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         write_bytes(path, self.to_bytes())
 

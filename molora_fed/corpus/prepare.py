@@ -263,7 +263,7 @@ def prepare_corpus(
 
     Raises:
         CorpusError: If there is too little text; says what was read and what is needed.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     index, num_shards = shard
     if not 0 <= index < num_shards:

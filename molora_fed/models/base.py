@@ -255,7 +255,7 @@ def fetch_base(source: str, folder: Path, *, dtype: torch.dtype = torch.float32)
     Raises:
         BaseCheckpointError: If there is no such source, it cannot be loaded, or the target holds
             something else; nothing is left half-copied.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     hub = _HUB_SOURCE.fullmatch(source)
     is_local = Path(source).is_dir()

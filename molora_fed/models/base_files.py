@@ -169,7 +169,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
     Raises:
         BaseCheckpointError: If the source has no weights or a weight file is missing.
-        OSError: If the disk refuses.
+        OSError: On I/O errors.
     """
     weights = find_weight_files(source)
     missing = [path.name for path in weights if not path.is_file()]

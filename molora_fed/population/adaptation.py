@@ -116,7 +116,7 @@ def adapt(
     trained_factors: Trained = "both",
     progress: Progress | None = None,
 ) -> tuple[Population, AdapterRouter]:
-    """Train a population, or go on where a killed run in the same folder stopped.
+    """Train a population, or resume a run that was stopped in the same folder.
 
     Args:
         base: The base; its model runs where it lies, and stays as it is.

@@ -71,7 +71,7 @@ def save_evolved(base: Base, branch: Branch, router_name: str, folder: Path) -> 
 
     Raises:
         PopulationError: If the population cannot be written.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     packed = pack_router(branch.router, router_name)
     with replace_folder(folder) as target:

@@ -118,7 +118,7 @@ class EvolutionData(Protocol):
     def adapt(
         self, branch: Branch, config: AdaptationConfig, folder: Path, progress: Progress | None
     ) -> Branch:
-        """Train a branch; killed and called again with the same folder, it goes on."""
+        """Train a branch; safe to interrupt, call again with the same folder to resume."""
 
     def measure_fitness(
         self, branch: Branch, generation: int, progress: Progress | None
@@ -213,7 +213,7 @@ def load_branch(folder: Path, finished: Generation, plugins: Plugins) -> Branch:
     if fingerprint_population(branch.population) != finished.population:
         raise PopulationError(
             describe_mismatch(
-                f"Cannot go on from generation '{folder}'",
+                f"Cannot resume from generation '{folder}'",
                 expected=f"a population of fingerprint {finished.population[:12]}",
                 got="another",
                 fix="Remove that folder to evolve it again.",

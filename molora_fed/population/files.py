@@ -150,7 +150,7 @@ def save_population(population: Population, folder: Path) -> str:
 
     Raises:
         PopulationError: If it is empty, or a slot is not low-rank or holds NaN or infinity.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     card, weights = _encode(population)
     with replace_folder(folder) as target:

@@ -61,7 +61,7 @@ def evolve(
     on_phase: Callable[[str], None] = lambda phase: None,
     progress: Progress | None = None,
 ) -> Evolved:
-    """Evolve a population, or go on where a killed run in the same folder stopped.
+    """Evolve a population, or resume a run that was stopped in the same folder.
 
     Args:
         branch: Where it starts; it stays as it is.
@@ -77,7 +77,7 @@ def evolve(
         PopulationError: If the settings cannot be used, an operator or the data refuse, or the
             folder holds an evolution of other inputs.
         TrainingError: If adaptation refuses, or another process works in the folder.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     _check(branch, config)
     with lock_folder(folder):
@@ -275,7 +275,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     if differences:
         raise PopulationError(
             describe_mismatch(
-                f"Cannot go on with the evolution in '{folder}'",
+                f"Cannot resume the evolution in '{folder}'",
                 expected="the inputs and settings it was started with",
                 got=f"others: {', '.join(differences)}",
                 fix="Restore these, or evolve in another folder.",

@@ -173,7 +173,9 @@ def _check_step(
         ]
         known = {slot.birth.id for slot in (*start.slots, *new.slots)}
         unknown = {p for i in newborn for p in new.slots[i].birth.parents} - known
-        faults += [f"the parent '{parent}', who does not live" for parent in sorted(unknown)]
+        faults += [
+            f"the parent '{parent}', which is not in the population" for parent in sorted(unknown)
+        ]
         if any(i not in places for i in after.freed) or newborn & set(after.freed):
             faults.append(f"freed slots {list(after.freed)}")
         if set(after.parents) != newborn:

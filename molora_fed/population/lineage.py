@@ -124,7 +124,7 @@ def add_to_lineage(path: Path, line: Measurement | Change) -> None:
     Raises:
         PopulationError: If the file cannot be read, or the line contradicts it: another one is
             there in its place, or it says what cannot be.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     lines = read_lineage(path).lines if path.exists() else ()
     for one in lines:
@@ -199,7 +199,7 @@ def _follow(change: Change, alive: dict[int, str], born: set[str]) -> list[str]:
         ]
         known = {*alive.values(), *ids}
         unknown = sorted({p for one in change.births for p in one.parents} - known)
-        faults += [f"the parent '{parent}', who does not live" for parent in unknown]
+        faults += [f"the parent '{parent}', which is not in the population" for parent in unknown]
     if wrong:
         faults.append("births and deaths that do not match")
     born.update(ids)

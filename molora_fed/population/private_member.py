@@ -126,7 +126,7 @@ class PrivateMember:
 
         Raises:
             PopulationError: If the question does not fit this base or these rules.
-            MoloraError: Whatever adaptation or the disk refuses.
+            MoloraError: Whatever adaptation refuses, and I/O errors.
         """
         for branch in question.branches:
             check_population(branch.population, self._base.model)

@@ -95,7 +95,7 @@ def save_question(question: Question, router_name: str, folder: Path) -> None:
 
     Raises:
         PopulationError: If a population cannot be written.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     with replace_folder(folder) as target:
         for number, branch in enumerate(question.branches):
@@ -128,7 +128,7 @@ def save_answer(answer: Answer, router_name: str, folder: Path) -> None:
 
     Raises:
         PopulationError: If a population cannot be written.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     with replace_folder(folder) as target:
         if answer.branch is not None:

@@ -127,7 +127,7 @@ def save_router(router: AdapterRouter, name: str, path: Path) -> None:
         path: Target.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     write_bytes(path, pack_router(router, name))
 

@@ -93,7 +93,7 @@ def evolve_contributions(
         BaseCheckpointError: If the base is not the charter's.
         ConfigError: If there are no contributions, or no calibration blocks.
         PopulationError: If the rules cannot be used, or there is too little calibration text.
-        MoloraError: Whatever adaptation or the disk refuses.
+        MoloraError: Whatever adaptation refuses, and I/O errors.
     """
     check_base(base, charter.identity.base)
     rules, batch = charter.amendment.population, charter.identity.corpus.evaluation_batch

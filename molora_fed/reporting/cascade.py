@@ -145,7 +145,7 @@ def write_cascade_report(summary: Mapping[str, Any], folder: Path) -> Path:
         Path of the page.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     images = _draw(summary)
     environment = jinja2.Environment(

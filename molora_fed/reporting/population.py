@@ -120,7 +120,7 @@ def write_population_report(folder: Path) -> Path:
     Raises:
         ConfigError: If the result is missing, too large or malformed.
         PopulationError: If the lineage cannot be read.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     path = folder / RESULT_FILE
     try:

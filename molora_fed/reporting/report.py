@@ -131,7 +131,7 @@ def write_report(
 
     Raises:
         ConfigError: If the result lacks a part or one is malformed; nothing is written.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     _check_result(result, str(folder))
     try:

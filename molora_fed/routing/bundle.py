@@ -121,7 +121,7 @@ def save_fused(fused: FusedModel, folder: Path, *, adapters: Mapping[str, Path])
 
     Raises:
         RoutingError: If an expert's name cannot be a folder's, or its files are missing.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     state = save(
         {n: t.detach().cpu().contiguous() for n, t in fused.router.state_tensors().items()}

@@ -89,7 +89,7 @@ def stream_bytes(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
         A binary file to write into.
 
     Raises:
-        StorageError: If the disk refuses; nothing is left behind.
+        StorageError: On I/O errors; nothing is left behind.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         mode: Permission bits.
 
     Raises:
-        StorageError: If the disk refuses; nothing is left behind.
+        StorageError: On I/O errors; nothing is left behind.
     """
     with stream_bytes(path, mode=mode) as file:
         file.write(data)
@@ -132,7 +132,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes], *, mode: int = 0o644) -> N
         mode: Permission bits.
 
     Raises:
-        StorageError: If the disk refuses; nothing is left behind.
+        StorageError: On I/O errors; nothing is left behind.
     """
     with stream_bytes(path, mode=mode) as file:
         for piece in pieces:
@@ -143,7 +143,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON value for people (indented, sorted keys), whole or not at all.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
         ValueError: If the value holds NaN or infinity.
     """
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -158,7 +158,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
         The temporary folder to write into.
 
     Raises:
-        StorageError: If the disk refuses; what was at `path` before stays.
+        StorageError: On I/O errors; what was at `path` before stays.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
     Raises:
         SignatureError: If a file is there that cannot be used; see `load_key`.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     if not path.exists():
         key = ec.generate_private_key(ec.SECP384R1())

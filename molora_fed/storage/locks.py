@@ -23,7 +23,7 @@ def take_lock(path: Path) -> FileIO:
 
     Raises:
         LedgerError: If another process, or another `Ledger` of this one, has it.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     lock_path = path.with_name(f"{path.name}.lock")
     try:

@@ -19,7 +19,7 @@ def lock_run(folder: Path, *, shared: bool) -> FileIO:
 
     Raises:
         TraceError: If that cannot be, because of who has it.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     who = "is being sealed" if shared else "still has open writers"
@@ -31,7 +31,7 @@ def lock_writer(folder: Path, writer: str) -> FileIO:
 
     Raises:
         TraceError: If another process has it.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     path = folder / f".{writer}.writer.lock"
     return _lock(path, fcntl.LOCK_EX, f"'{folder}' as '{writer}'", "has a writer of this name")

@@ -62,7 +62,7 @@ def recover_segment(
     Raises:
         TraceError: If what does not fit lies before a checkpoint: that is no torn tail, someone
             changed the segment. Nothing is touched then.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     path = folder / name.file
     scan = SegmentScan(public_pem, fingerprint, head=_read_first_prev(path))
@@ -73,7 +73,7 @@ def recover_segment(
         elif reason := line.fault or scan.check(line.data):
             if not scan.covered:
                 raise TraceError(
-                    f"Cannot go on with trace '{path}': expected a header and a checkpoint signed "
+                    f"Cannot resume trace '{path}': expected a header and a checkpoint signed "
                     f"by this run's key, got another: {reason}. Give the run's key, or another "
                     "folder."
                 )
@@ -82,7 +82,7 @@ def recover_segment(
             scan.add(line.data)
     if not scan.covered:
         raise TraceError(
-            f"Cannot go on with trace '{path}': expected a header and a checkpoint, got an empty "
+            f"Cannot resume trace '{path}': expected a header and a checkpoint, got an empty "
             "file. Go on in another folder."
         )
     return scan, None if good is None else _set_aside(path, good)
@@ -102,7 +102,7 @@ def _refuse_edited(path: Path, byte: int, data: bytes) -> None:
         return
     if is_checkpoint:
         raise TraceError(
-            f"Cannot go on with trace '{path}': expected at most a torn end, got a break at byte "
+            f"Cannot resume trace '{path}': expected at most a torn end, got a break at byte "
             f"{byte} with a checkpoint after it. Look at it with `molora trace verify`; go on in "
             "another folder."
         )

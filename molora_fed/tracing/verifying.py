@@ -219,7 +219,7 @@ def seal_run(folder: Path, *, key: ec.EllipticCurvePrivateKey) -> str:
 
     Raises:
         TraceError: If a writer is still open, or the run does not verify.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     public = build_public_pem(key)
     lock = lock_run(folder, shared=False)
@@ -275,7 +275,7 @@ def export_run(folder: Path, target: Path) -> None:
 
     Raises:
         TraceError: If it is not sealed.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     if not (folder / SEAL_FILE).is_file():
         raise TraceError(

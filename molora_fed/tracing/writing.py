@@ -107,7 +107,7 @@ class TraceWriter:
             ConfigError: If a name cannot be used.
             TraceError: If the run is sealed or of another id or key, the writer's name is in use,
                 or its last segment was edited.
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         if not is_writer_name(writer) or not is_run_id(run_id):
             raise ConfigError(
@@ -190,7 +190,7 @@ class TraceWriter:
         Raises:
             TraceError: If it is no record of these limits, or the writer is closed; nothing is
                 written then.
-            StorageError: If the disk refuses; the writer takes no more records then.
+            StorageError: On I/O errors; the writer takes no more records then.
         """
         if kind in RESERVED_KINDS or not is_kind(kind):
             raise TraceError(
@@ -224,7 +224,7 @@ class TraceWriter:
 
         Raises:
             TraceError: If the writer is closed.
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         with self._mutex:
             self._check_open()
@@ -316,7 +316,7 @@ class TraceWriter:
         if self._descriptor < 0 or self._failed:
             raise TraceError(
                 f"Cannot write trace '{self._folder}': expected an open writer, got one that "
-                f"{'failed' if self._failed else 'was closed'}. Open it again; it goes on there."
+                f"{'failed' if self._failed else 'was closed'}. Open it again to resume."
             )
 
     def _unlock(self) -> None:

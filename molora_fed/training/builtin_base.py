@@ -243,7 +243,7 @@ def train_builtin_base(
     folder: Path,
     progress: Progress | None = None,
 ) -> TrainedBase:
-    """Train tokenizer and model; goes on where a killed run in the folder stopped.
+    """Train tokenizer and model; resumes a run that was stopped in the folder.
 
     Args:
         splits: Documents of each domain, from `split_domains`.

@@ -144,7 +144,7 @@ def build_optimizer(
 def run_training(
     job: TrainingJob, folder: Path, progress: Progress | None = None
 ) -> tuple[Counters, float]:
-    """Run a job, or go on where a killed run in the same folder stopped.
+    """Run a job, or resume a run that was stopped in the same folder.
 
     Args:
         job: What to train.
@@ -391,7 +391,7 @@ def train(
     context: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train, or go on where a killed run in the same folder stopped.
+    """Train, or resume a run that was stopped in the same folder.
 
     Args:
         model: A Hugging Face causal LM; left in eval mode with the best parameters.

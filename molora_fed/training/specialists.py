@@ -300,7 +300,7 @@ def train_specialist(
     evaluation_batch: int = 16,
     progress: Progress | None = None,
 ) -> Specialist:
-    """Train a specialist, or go on where a killed run stopped; a finished one is loaded.
+    """Train a specialist, or resume a run that was stopped; a finished one is loaded.
 
     Args:
         base: The cooperative's base; it stays as it is.

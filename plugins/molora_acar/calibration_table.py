@@ -236,7 +236,7 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
     """Write a table as JSON; the same table gives the same bytes.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     write_bytes(path, calibration.model_dump_json(indent=1).encode() + b"\n")
 

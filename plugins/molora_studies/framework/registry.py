@@ -26,7 +26,7 @@ GROUP = "molora_studies"
 
 
 def check_study(target: Any) -> str | None:
-    """Say what is wrong with a study class, or None."""
+    """Return an error description of a study class, or None."""
     if not inspect.isclass(target):
         return f"expected a class, got {type(target).__name__}"
     missing = [n for n in ("plan", "summarise") if not callable(getattr(target, n, None))]

@@ -142,7 +142,7 @@ class PlannedStudy:
 
         Raises:
             StudyError: If a cell is not finished.
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         store = TaskStore.in_cache(self.cache)
         missing = [cell.name for cell in self.cells if not store.is_done(cell.task)]

@@ -79,7 +79,7 @@ class TaskStore:
 
         Raises:
             StudyError: If the result is not JSON, or too large.
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         where = f"Cannot keep the result of task '{task.name}'"
         try:

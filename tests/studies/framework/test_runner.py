@@ -162,7 +162,7 @@ def test_a_stopped_study_leaves_no_process_and_goes_on(cache, tmp_path, studies,
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     if number != signal.SIGKILL:
-        assert err.splitlines() == ["error: stopped. The same command goes on where it stopped."]
+        assert err.splitlines() == ["error: stopped. Run the same command again to resume."]
     assert not psutil.wait_procs(family, timeout=10)[1]
     gate.touch()
     again = start("sums", "--config", config, "--out", tmp_path / "out", "--workers", 2)

@@ -98,7 +98,9 @@ WRONG = {
     "3 slots": lambda s: replace(s, population=replace(s.population, slots=s.population.slots[:3])),
     "another base": lambda s: replace(s, population=replace(s.population, base_weights="cd" * 32)),
     "a newborn of generation 2 in slot 1": lambda s: put_newborn(s, generation=2),
-    "the parent 'g9-s9', who does not live": lambda s: put_newborn(s, parents=("g9-s9",)),
+    "the parent 'g9-s9', which is not in the population": lambda s: put_newborn(
+        s, parents=("g9-s9",)
+    ),
     "gate parents of slots [], not [1]": lambda s: (
         put_newborn(s, parents=(), gates=0) and replace(put_newborn(s), parents={})
     ),

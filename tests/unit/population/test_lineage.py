@@ -126,7 +126,11 @@ def edit(path, number, change):
         (1, lambda r: r["slots"].reverse(), "fitness of other adapters"),
         (2, lambda r: r.update(deaths=["g0-s0"]), "births and deaths that do not match"),
         (2, lambda r: r["births"][0].update(generation=2), "a birth of generation 2"),
-        (2, lambda r: r["births"][0].update(parents=["x"]), "the parent 'x', who does not live"),
+        (
+            2,
+            lambda r: r["births"][0].update(parents=["x"]),
+            "the parent 'x', which is not in the population",
+        ),
         (4, lambda r: r.update(generation=1), "the change of generation 1 here"),
     ],
 )
