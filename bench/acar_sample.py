@@ -21,7 +21,7 @@ from molora_studies.framework.store import TaskStore
 
 from molora_fed.cascade.task_files import save_tasks
 from molora_fed.storage.files import write_bytes
-from molora_fed.storage.settings import find_cache_folder
+from molora_fed.storage.values import find_cache_folder
 from molora_fed.tracing.verifying import export_run
 
 NAME = "sample-trace"

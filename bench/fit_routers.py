@@ -20,7 +20,7 @@ from molora_studies.framework.store import TaskStore
 from molora_studies.kalavai.routers import RoutersOptions, RoutersStudy
 
 from molora_fed.storage.files import write_json
-from molora_fed.storage.settings import find_cache_folder
+from molora_fed.storage.values import find_cache_folder
 from molora_fed.types import Reading
 
 OUT = Path("docs/results/kalavai/fit_routers")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molora_fed.errors import CharterError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
+from molora_fed.storage.settings import describe_offenders
 from molora_fed.types import Mixture
 
 __all__ = [
@@ -323,11 +324,7 @@ def parse_charter(text: str, *, where: str = "cooperative.toml") -> Charter:
             f"Cannot read charter '{where}': expected TOML, got {error}. Correct that line."
         ) from error
     except ValidationError as error:
-        offenders = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'charter'}: {item['msg']}"
-            f" (got {item['input']!r})"[:200]
-            for item in error.errors()
-        )
+        offenders = describe_offenders(error, whole="charter", with_values=True)
         raise CharterError(
             f"Cannot read charter '{where}': expected only known keys with valid values, "
             f"got {offenders}. Correct or remove these."

@@ -69,7 +69,7 @@ def create(
     )
     from molora_fed.cooperative.create import found_cooperative
     from molora_fed.models.layout import decoder_blocks
-    from molora_fed.storage.settings import find_cache_folder, parse_names
+    from molora_fed.storage.values import find_cache_folder, parse_names
     from molora_fed.training.freezing import recommend_frozen_depth
 
     amendment = Amendment(

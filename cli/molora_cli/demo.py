@@ -94,7 +94,7 @@ def demo(
     """Run a whole cooperative on this machine: server, contributors, fused model, report."""
     from molora_fed.demo.run import DemoOptions, run_demo
     from molora_fed.reporting.summary import build_sample_text, build_summary, build_time_table
-    from molora_fed.storage.settings import find_cache_folder, parse_data, parse_names
+    from molora_fed.storage.values import find_cache_folder, parse_data, parse_names
 
     options = DemoOptions(
         domains=parse_names(domains) if domains else (),

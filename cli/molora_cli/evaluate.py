@@ -24,7 +24,7 @@ def evaluate(
     from molora_fed.inference.opening import open_model
     from molora_fed.inference.texts import evaluate_texts
     from molora_fed.reporting.summary import build_loss_table
-    from molora_fed.storage.settings import parse_data
+    from molora_fed.storage.values import parse_data
 
     texts = parse_data(data)
     with reporting("loading the model") as progress:

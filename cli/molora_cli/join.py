@@ -41,7 +41,7 @@ def join(
     """Train on your text, submit the adapter and the stated samples, receive the fused model."""
     from molora_fed.errors import ConfigError
     from molora_fed.federation.contributor import join as take_part
-    from molora_fed.storage.settings import count_cores, parse_shard
+    from molora_fed.storage.values import count_cores, parse_shard
 
     if not yes and not sys.stdin.isatty():
         raise ConfigError(

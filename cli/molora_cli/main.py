@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -101,7 +101,7 @@ class PlainFormatter(click.HelpFormatter):
     """Help as plain text: Typer escapes brackets for markup, which is switched off here."""
 
     def write_dl(
-        self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
+        self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
     ) -> None:
         """Write terms and what they mean, without the escapes."""
         plain = [(term, text.replace("\\[", "[")) for term, text in rows]

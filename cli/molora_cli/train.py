@@ -55,7 +55,7 @@ def train(
         train_contribution,
     )
     from molora_fed.reporting.summary import build_outgoing_table
-    from molora_fed.storage.settings import count_cores, parse_options, parse_shard
+    from molora_fed.storage.values import count_cores, parse_options, parse_shard
 
     share = parse_shard(shard)
     options = parse_options(option) if option else None

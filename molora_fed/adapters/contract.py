@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from molora_fed.adapters.compatibility import matches_target
@@ -14,6 +14,7 @@ from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
 from molora_fed.models.layout import adaptable_modules, block_index, decoder_blocks
 from molora_fed.plugins import Plugins
+from molora_fed.storage.settings import check_options
 
 __all__ = [
     "AdapterKind",
@@ -78,17 +79,8 @@ def read_options(
     Raises:
         AdapterError: If a key is unknown or a value out of range.
     """
-    try:
-        return options_type.model_validate(dict(options or {}))
-    except ValidationError as error:
-        offenders = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-        )
-        known = ", ".join(options_type.model_fields) or "none"
-        raise AdapterError(
-            f"Cannot use options of kind '{kind}': expected valid values among the keys {known}, "
-            f"got {offenders[:300]}. Correct or remove these."
-        ) from error
+    what, fix = f"Cannot use options of kind '{kind}'", "Correct or remove these."
+    return check_options(options_type, options, what=what, error=AdapterError, fix=fix)
 
 
 def open_kind(name: str, options: Mapping[str, Any] | None, plugins: Plugins) -> "AdapterKind":

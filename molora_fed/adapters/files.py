@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -30,6 +30,7 @@ from molora_fed.storage.files import (
     write_bytes,
     write_json,
 )
+from molora_fed.storage.settings import read_model
 
 __all__ = [
     "ADAPTER_DTYPES",
@@ -258,18 +259,14 @@ def load_meta(folder: Path, name: str) -> AdapterMeta:
     """
     if not (folder / META_FILE).exists():
         return AdapterMeta(kind="lora", frozen_depth=0)
-    try:
-        return AdapterMeta.model_validate(load_json(folder / META_FILE, name))
-    except ValidationError as error:
-        offenders = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-        )
-        raise describe_unreadable(
-            name,
-            expected=f"known keys with valid values in '{META_FILE}'",
-            got=offenders[:300],
-            fix="Export the adapter again with this version.",
-        ) from error
+    return read_model(
+        folder / META_FILE,
+        AdapterMeta,
+        what=f"Cannot read adapter '{name}'",
+        error=AdapterError,
+        fix="Export the adapter again with this version.",
+        max_bytes=MAX_JSON_BYTES,
+    )
 
 
 def hash_adapter_files(folder: Path) -> str:

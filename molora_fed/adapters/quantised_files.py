@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from molora_fed.adapters.files import (
     ADAPTER_DTYPES,
     CONFIG_FILE,
+    MAX_JSON_BYTES,
     WEIGHTS_FILE,
     AdapterMeta,
     TensorHeader,
@@ -33,6 +34,7 @@ from molora_fed.adapters.files import (
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
+from molora_fed.storage.settings import read_model
 
 __all__ = [
     "BITS",
@@ -298,18 +300,14 @@ def _check_headers(
 
 
 def _load_config(folder: Path, name: str) -> _Config:
-    try:
-        return _Config.model_validate(load_json(folder / CONFIG_FILE, name))
-    except ValidationError as error:
-        offenders = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-        )
-        raise describe_unreadable(
-            name,
-            expected=f"format '{_FORMAT}', bits, group and modules in '{CONFIG_FILE}'",
-            got=" ".join(offenders.split())[:300],
-            fix=_FIX,
-        ) from error
+    return read_model(
+        folder / CONFIG_FILE,
+        _Config,
+        what=f"Cannot read adapter '{name}'",
+        error=AdapterError,
+        fix=_FIX,
+        max_bytes=MAX_JSON_BYTES,
+    )
 
 
 def load_quantised(folder: Path, rules: AdapterRules | None, name: str) -> Adapter:

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from molora_fed.cascade.config import (
     BaseSource,
     CascadeConfig,
@@ -24,6 +22,7 @@ from molora_fed.cascade.task_files import load_examples
 from molora_fed.cascade.templates import PromptTemplate
 from molora_fed.errors import CascadeError
 from molora_fed.plugins import Plugins
+from molora_fed.storage.settings import open_options
 
 __all__ = ["build_cascade", "build_models", "build_policy", "place_files"]
 
@@ -139,18 +138,9 @@ def build_policy(name: str, options: Mapping[str, Any], plugins: Plugins) -> Esc
         CascadeError: If it refuses its options.
         UnknownNameError: If nobody registers it.
     """
-    policy_class = plugins.escalation_policies.resolve(name)
-    try:
-        policy: EscalationPolicy = policy_class(policy_class.Options.model_validate(dict(options)))
-    except ValidationError as error:
-        offenders = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-            for item in error.errors()[:5]
-        )
-        raise CascadeError(
-            f"Cannot use policy '{name}': expected only known options with valid values, got "
-            f"{offenders}. Correct [cascade.policy_options]."
-        ) from error
+    fix = "Correct [cascade.policy_options]."
+    found = open_options(plugins.escalation_policies, name, options, error=CascadeError, fix=fix)
+    policy: EscalationPolicy = found[0](found[1])
     return policy
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from molora_fed.errors import CascadeError
+from molora_fed.storage.settings import describe_offenders
 
 __all__ = [
     "BaseSource",
@@ -230,10 +231,7 @@ def load_config(path: Path) -> CascadeConfig:
             raise ValueError(f"more than {MAX_CONFIG_BYTES} bytes")
         found = CascadeConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        offenders = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"[:200]
-            for item in error.errors()[:5]
-        )
+        offenders = describe_offenders(error, whole="cascade")
         raise CascadeError(
             f"{what}: expected only known keys with valid values, got {offenders}. Correct these."
         ) from error

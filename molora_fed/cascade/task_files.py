@@ -11,6 +11,7 @@ from molora_fed.cascade.contract import CascadeTask
 from molora_fed.cascade.retrieval import Example
 from molora_fed.errors import CascadeError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
+from molora_fed.storage.settings import describe_offenders
 
 __all__ = ["hash_tasks", "load_examples", "load_tasks", "save_tasks"]
 
@@ -82,11 +83,6 @@ def _parse(line: bytes, number: int) -> Any:
     return value
 
 
-def _explain(error: ValidationError) -> str:
-    items = error.errors()[:3]
-    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in items)
-
-
 def load_tasks(path: Path) -> list[CascadeTask]:
     """Read tasks.
 
@@ -103,7 +99,7 @@ def load_tasks(path: Path) -> list[CascadeTask]:
         except ValidationError as error:
             raise CascadeError(
                 f"Cannot read tasks '{path}': expected a task on line {number}, got "
-                f"{_explain(error)}. Correct that line."
+                f"{describe_offenders(error, whole='line')}. Correct that line."
             ) from error
         if task.id in tasks:
             raise CascadeError(
@@ -134,7 +130,7 @@ def load_examples(path: Path) -> list[Example]:
         except ValidationError as error:
             raise CascadeError(
                 f"Cannot read examples '{path}': expected a solved task on line {number}, got "
-                f"{_explain(error)}. Correct that line."
+                f"{describe_offenders(error, whole='line')}. Correct that line."
             ) from error
     return found
 

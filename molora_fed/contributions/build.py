@@ -23,7 +23,6 @@ from molora_fed.contributions.manifest import (
     FileEntry,
     Manifest,
     SampleEntry,
-    describe_offenders,
     load_contribution,
     parse_manifest,
 )
@@ -32,6 +31,7 @@ from molora_fed.errors import AdapterError, CorpusError
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.storage.files import hash_file, replace_folder, write_bytes, write_json
 from molora_fed.storage.keys import build_public_pem, sign
+from molora_fed.storage.settings import describe_offenders
 from molora_fed.types import Split
 
 __all__ = [
@@ -207,7 +207,7 @@ def _make_manifest(**fields: Any) -> Manifest:
     except ValidationError as error:
         raise AdapterError(
             f"Cannot build contribution of '{fields['contributor']}': expected values a manifest "
-            f"can hold, got {describe_offenders(error)}. Correct these."
+            f"can hold, got {describe_offenders(error, whole='manifest')}. Correct these."
         ) from error
 
 

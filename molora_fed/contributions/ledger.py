@@ -11,6 +11,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock
+
 from molora_fed.contributions.manifest import Manifest
 from molora_fed.contributions.reading import LedgerReader, SignedAmendment, ledger_errors
 from molora_fed.contributions.states import (
@@ -23,9 +25,33 @@ from molora_fed.contributions.states import (
 from molora_fed.errors import LedgerError
 from molora_fed.storage.files import canonical_json, sync_folder
 from molora_fed.storage.keys import key_fingerprint
-from molora_fed.storage.locks import take_lock
+from molora_fed.storage.locks import read_holder, try_lock
 
 __all__ = ["Ledger", "LedgerReader", "create_ledger"]
+
+
+def _take_lock(path: Path) -> BaseFileLock:
+    """Take the right to write a ledger, until it is released.
+
+    Raises:
+        LedgerError: If there is no folder, or another process, or another `Ledger` of this one,
+            has it.
+        StorageError: On I/O errors.
+    """
+    if not path.parent.is_dir():
+        raise LedgerError(
+            f"Cannot open ledger '{path}': expected a folder '{path.parent}', got none. "
+            "Make a cooperative with `molora coop create NAME`."
+        )
+    lock_path = path.with_name(f"{path.name}.lock")
+    lock = try_lock(lock_path)
+    if lock is None:
+        raise LedgerError(
+            f"Cannot write ledger '{path}': expected to be its only writer, got process "
+            f"{read_holder(lock_path)} writing it already. Stop that `molora` process, or wait for "
+            "it."
+        )
+    return lock
 
 
 class Ledger(LedgerReader):
@@ -36,11 +62,11 @@ class Ledger(LedgerReader):
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = take_lock(path)
+        self._lock = _take_lock(path)
         try:
             super().__init__(path)
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
 
     def _connect(self) -> sqlite3.Connection:
@@ -50,7 +76,7 @@ class Ledger(LedgerReader):
     def close(self) -> None:
         """Let go of the file and of the right to write."""
         super().close()
-        self._lock.close()
+        self._lock.release()
 
     def register_contributor(self, name: str, public_key: str, *, actor: str) -> None:
         """Bind a name to a key, once; one key may have several names.
@@ -286,7 +312,7 @@ def create_ledger(
     """
     first.check(coordinator_key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with take_lock(path), ledger_errors(path):
+    with _take_lock(path), ledger_errors(path):
         connection = _connect_writer(path)
         try:
             if not connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:

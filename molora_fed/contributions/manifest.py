@@ -20,6 +20,7 @@ from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.errors import AdapterError
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.keys import verify
+from molora_fed.storage.settings import describe_offenders
 from molora_fed.types import Split
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "SampleEntry",
-    "describe_offenders",
     "load_contribution",
     "parse_manifest",
     "read_signature",
@@ -240,7 +240,7 @@ def parse_manifest(data: bytes, *, where: str = MANIFEST_FILE) -> Manifest:
     except ValidationError as error:
         raise AdapterError(
             f"{what}: expected the keys of format {FORMAT_VERSION} with valid values, "
-            f"got {describe_offenders(error)}. Build the contribution again."
+            f"got {describe_offenders(error, whole='manifest')}. Build the contribution again."
         ) from error
     except ValueError as error:
         raise AdapterError(
@@ -254,14 +254,6 @@ def parse_manifest(data: bytes, *, where: str = MANIFEST_FILE) -> Manifest:
             f"got none called {', '.join(missing)}. Build the contribution again."
         )
     return manifest
-
-
-def describe_offenders(error: ValidationError) -> str:
-    """Name the keys that are wrong, and why, in one line without their values."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in item['loc'])[:80] or 'manifest'}: {item['msg']}"[:200]
-        for item in error.errors(include_url=False, include_input=False)[:10]
-    )
 
 
 def read_signature(data: bytes) -> str:

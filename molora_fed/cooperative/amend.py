@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from molora_fed.charter import Amendment, Charter
-from molora_fed.contributions.manifest import describe_offenders
 from molora_fed.cooperative.cooperative import Cooperative, amend_cooperative
 from molora_fed.errors import CharterError, describe_mismatch
 from molora_fed.plugins import Plugins, get_plugins
-from molora_fed.storage.settings import parse_names
+from molora_fed.storage.settings import describe_offenders
+from molora_fed.storage.values import parse_names
 
 __all__ = ["Change", "amend_by_settings", "apply_settings", "list_changes"]
 
@@ -115,7 +115,7 @@ def apply_settings(amendment: Amendment, settings: Sequence[str]) -> Amendment:
             describe_mismatch(
                 "Cannot amend the charter",
                 expected="valid values",
-                got=describe_offenders(error),
+                got=describe_offenders(error, whole="amendment"),
                 fix=_FIX,
             )
         ) from error

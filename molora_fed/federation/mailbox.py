@@ -5,7 +5,6 @@ one goes on from the folders. Imports neither torch nor flwr.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from molora_fed.federation.messages import (
     parse_part_names,
     plan_parts,
 )
+from molora_fed.storage import locks
 from molora_fed.storage.files import hash_file, replace_folder, write_bytes
 
 __all__ = [
@@ -61,19 +61,12 @@ def hold_lock(path: Path, *, what: str) -> Iterator[None]:
     Raises:
         FederationError: If another process holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FederationError(
-                f"Cannot start {what} in '{path.parent}': expected nobody else there, got a "
-                "running one. Stop it first, or use another folder."
-            ) from error
+    busy = FederationError(
+        f"Cannot start {what} in '{path.parent}': expected nobody else there, got a running one. "
+        "Stop it first, or use another folder."
+    )
+    with locks.hold_lock(path, busy):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def take_batch(names: Sequence[PartName], *, max_bytes: int = MAX_BATCH_BYTES) -> list[PartName]:

@@ -26,7 +26,7 @@ from molora_fed.federation.supervise import (
     raise_recorded,
     sigterm_as_interrupt,
 )
-from molora_fed.storage.settings import count_cores
+from molora_fed.storage.values import count_cores
 
 __all__ = ["ServerSupervisor", "serve"]
 

@@ -32,7 +32,7 @@ from molora_fed.federation.supervise import (
     sigterm_as_interrupt,
 )
 from molora_fed.storage.files import write_json
-from molora_fed.storage.settings import count_cores
+from molora_fed.storage.values import count_cores
 
 __all__ = ["SimulationOutcome", "SimulationSupervisor", "run_simulated"]
 

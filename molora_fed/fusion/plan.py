@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
 from molora_fed.bank import Expert
@@ -20,6 +18,7 @@ from molora_fed.models.base import Base, check_base
 from molora_fed.plugins import Plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.top_k import limit_experts
+from molora_fed.storage.settings import open_options
 from molora_fed.types import Reading
 
 __all__ = [
@@ -183,19 +182,14 @@ def build_routers(
     routers: dict[str, tuple[type[OutputRouter], RouterOptions]] = {}
     last_resort = [fusion.fallback] if fusion.fallback else []
     for name in dict.fromkeys((fusion.router, *fusion.compare, *last_resort)):
-        router = plugins.routers.resolve(name)
-        options = fusion.options if name == fusion.router else {}
+        router, chosen = open_options(
+            plugins.routers,
+            name,
+            fusion.options if name == fusion.router else {},
+            error=CharterError,
+            fix="Correct [amendment.fusion.options].",
+        )
         if name == fusion.router and fusion.top_k is not None:
             router = limit_experts(router, fusion.top_k)
-        try:
-            routers[name] = (router, router.Options.model_validate(options))
-        except ValidationError as error:
-            offenders = "; ".join(
-                f"{'.'.join(str(part) for part in item['loc']) or 'options'}: {item['msg']}"
-                for item in error.errors()
-            )
-            raise CharterError(
-                f"Cannot use router '{name}': expected options that it knows, got {offenders}. "
-                "Correct [amendment.fusion.options]."
-            ) from error
+        routers[name] = (router, chosen)
     return routers

@@ -3,11 +3,10 @@
 The folder holds `evolved.json`, `router.safetensors` and `population/`.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from molora_fed.errors import PopulationError, describe_mismatch
 from molora_fed.models.base import Base
@@ -19,6 +18,7 @@ from molora_fed.population.router_files import load_router, pack_router
 from molora_fed.population.slots import check_population
 from molora_fed.routing.bundle import BaseEntry, describe_base, load_recorded_base
 from molora_fed.storage.files import hash_bytes, hash_file, replace_folder, write_bytes, write_json
+from molora_fed.storage.settings import read_model
 
 __all__ = ["EvolvedModel", "find_evolved", "load_evolved", "save_evolved"]
 
@@ -149,16 +149,11 @@ def _check_router(folder: Path, router: AdapterRouter, population: Population, b
 
 
 def _read_manifest(folder: Path) -> _Manifest:
-    path = folder / MANIFEST_FILE
-    try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError(f"more than {MAX_MANIFEST_BYTES} bytes")
-        return _Manifest.model_validate(json.loads(path.read_bytes()))
-    except ValidationError as error:
-        got = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-    except (OSError, ValueError, RecursionError) as error:
-        got = str(error)
-    raise PopulationError(
-        f"Cannot load evolved model '{folder}': expected a valid {MANIFEST_FILE}, got "
-        f"{' '.join(got.split())[:300]}. Evolve again, or copy the folder again."
+    return read_model(
+        folder / MANIFEST_FILE,
+        _Manifest,
+        what=f"Cannot load evolved model '{folder}'",
+        error=PopulationError,
+        fix="Evolve again, or copy the folder again.",
+        max_bytes=MAX_MANIFEST_BYTES,
     )

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import save
 from torch import Tensor
 
-from molora_fed.adapters.files import ADAPTER_DTYPES, TensorHeader, load_json, load_tensors
+from molora_fed.adapters.files import (
+    ADAPTER_DTYPES,
+    MAX_JSON_BYTES,
+    TensorHeader,
+    load_tensors,
+)
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
@@ -28,6 +33,7 @@ from molora_fed.storage.files import (
     write_bytes,
     write_json,
 )
+from molora_fed.storage.settings import read_model
 
 __all__ = ["POPULATION_FILES", "fingerprint_population", "load_population", "save_population"]
 
@@ -219,15 +225,14 @@ def _unreadable(folder: Path, expected: str, got: str) -> AdapterError:
 
 
 def _read_card(folder: Path) -> _Card:
-    try:
-        return _Card.model_validate(load_json(folder / _CARD, str(folder)))
-    except ValidationError as error:
-        offenders = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-        )
-        raise _unreadable(
-            folder, f"known keys with valid values in '{_CARD}'", offenders[:300]
-        ) from error
+    return read_model(
+        folder / _CARD,
+        _Card,
+        what=f"Cannot read population '{folder}'",
+        error=AdapterError,
+        fix="Copy the folder again, or evolve again.",
+        max_bytes=MAX_JSON_BYTES,
+    )
 
 
 def _split(key: str) -> tuple[int, str, str]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from molora_fed.errors import PopulationError
 from molora_fed.plugins import Plugins
@@ -23,6 +22,7 @@ from molora_fed.population.contract import (
     Population,
 )
 from molora_fed.population.slots import check_slots
+from molora_fed.storage.settings import open_options
 
 __all__ = ["Step", "compute_fitness", "open_operators", "reset_newborns", "run_lifecycle"]
 
@@ -89,18 +89,14 @@ def open_operators(
     """
     steps = []
     for name, options in chosen:
-        operator: type[LifecycleOperator] = plugins.lifecycle_operators.resolve(name)
-        try:
-            steps.append(Step(name, operator(operator.Options.model_validate(dict(options)))))
-        except ValidationError as error:
-            offenders = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']}"
-                for item in error.errors()
-            )
-            raise PopulationError(
-                f"Cannot use lifecycle operator '{name}': expected options that it knows, got "
-                f"{offenders}. Correct the operator's options."
-            ) from error
+        operator, settings = open_options(
+            plugins.lifecycle_operators,
+            name,
+            options,
+            error=PopulationError,
+            fix="Correct the operator's options.",
+        )
+        steps.append(Step(name, operator(settings)))
     return tuple(steps)
 
 

@@ -18,6 +18,7 @@ from molora_fed.errors import PopulationError
 from molora_fed.population.contract import Birth
 from molora_fed.population.lineage_lines import Change, Measurement
 from molora_fed.storage.files import canonical_json, write_bytes
+from molora_fed.storage.settings import describe_offenders
 
 __all__ = ["Lineage", "Member", "add_to_lineage", "read_lineage"]
 
@@ -113,9 +114,8 @@ def read_lineage(path: Path) -> Lineage:
     except OSError as error:
         raise _unreadable(path, "a file", str(error.strerror)) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise _unreadable(path, "lines of a lineage", what[:200]) from error
+        offenders = describe_offenders(error, whole="line")
+        raise _unreadable(path, "lines of a lineage", offenders) from error
 
 
 def add_to_lineage(path: Path, line: Measurement | Change) -> None:

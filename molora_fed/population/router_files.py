@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -15,6 +15,7 @@ from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.population.contract import AdapterRouter, AdapterRouterOptions
 from molora_fed.storage.files import canonical_json, write_bytes
+from molora_fed.storage.settings import open_options
 
 __all__ = ["load_router", "open_router", "pack_router", "parse_router_options", "save_router"]
 
@@ -43,18 +44,8 @@ def parse_router_options(
         UnknownNameError: If no plugin registers it.
         PopulationError: If its options are wrong; all of them are named.
     """
-    router: type[AdapterRouter] = plugins.adapter_routers.resolve(name)
-    try:
-        return router, router.Options.model_validate(dict(options))
-    except ValidationError as error:
-        offenders = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']}"
-            for item in error.errors()
-        )
-        raise PopulationError(
-            f"Cannot use adapter router '{name}': expected options that it knows, got "
-            f"{offenders}. Correct the router's options."
-        ) from error
+    fix = "Correct the router's options."
+    return open_options(plugins.adapter_routers, name, options, error=PopulationError, fix=fix)
 
 
 def open_router(

@@ -4,7 +4,6 @@ The folder holds `fused.json`, `router.safetensors` and `adapters/<expert>/`; th
 a relative path and by the fingerprints of its weights and tokenizer, which decide.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import TopKRouter, limit_experts
 from molora_fed.storage.files import hash_bytes, replace_folder, write_bytes, write_json
+from molora_fed.storage.settings import describe_offenders, read_model
 from molora_fed.types import Mixture
 
 __all__ = [
@@ -184,26 +184,21 @@ def load_manifest(folder: Path) -> FusedManifest:
     Raises:
         RoutingError: If it is missing, too large or malformed; all offenders are named.
     """
-    path = folder / MANIFEST_FILE
-    data = _read(path, MAX_MANIFEST_BYTES, folder)
-    try:
-        content = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RoutingError(
-            f"Cannot load fused model '{folder}': expected JSON in {MANIFEST_FILE}, got {error}. "
-            "Fuse again, or copy the folder again."
-        ) from error
-    return _parse(content, folder, doing="load")
+    return read_model(
+        folder / MANIFEST_FILE,
+        FusedManifest,
+        what=f"Cannot load fused model '{folder}'",
+        error=RoutingError,
+        fix="Fuse again, or copy the folder again.",
+        max_bytes=MAX_MANIFEST_BYTES,
+    )
 
 
 def _parse(content: Any, folder: Path, *, doing: str) -> FusedManifest:
     try:
         return FusedManifest.model_validate(content)
     except ValidationError as error:
-        offenders = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"[:160]
-            for item in error.errors()[:8]
-        )
+        offenders = describe_offenders(error, whole=MANIFEST_FILE)
         raise RoutingError(
             f"Cannot {doing} fused model '{folder}': expected a valid {MANIFEST_FILE}, "
             f"got {offenders}. Fuse again, or copy the folder again."

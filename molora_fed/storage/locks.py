@@ -1,86 +1,93 @@
-"""The right to write a ledger: a lock on `<ledger>.lock` that one process holds at a time.
+"""Locks that one process holds at a time.
 
-The kernel drops the lock when the process ends, however it ends; nothing is ever stale.
+The kernel drops a lock when its process ends, however it ends; nothing is ever stale. Lock files
+stay where they are: to delete one would let two processes lock two files of one name.
 """
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 
-from molora_fed.errors import LedgerError, StorageError, TrainingError
+from filelock import BaseFileLock, FileLock, Timeout
 
-__all__ = [
-    "lock_folder",
-    "take_lock",
-]
+from molora_fed.errors import MoloraError, TrainingError
+from molora_fed.storage.files import storage_errors
+
+__all__ = ["hold_lock", "lock_folder", "read_holder", "try_lock"]
 
 
-def take_lock(path: Path) -> FileIO:
-    """Take the right to write, until the file that is returned is closed.
+def try_lock(path: Path) -> BaseFileLock | None:
+    """Take a lock until it is released or the process ends.
+
+    Args:
+        path: Lock file, made if absent; its folder exists. It gets the process number, which is
+            only for messages: the lock itself is the kernel's.
+
+    Returns:
+        The lock, to `release()`; None if it is held, be it by this process.
 
     Raises:
-        LedgerError: If another process, or another `Ledger` of this one, has it.
         StorageError: On I/O errors.
     """
-    lock_path = path.with_name(f"{path.name}.lock")
-    try:
-        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except FileNotFoundError as error:
-        raise LedgerError(
-            f"Cannot open ledger '{path}': expected a folder '{path.parent}', got none. "
-            "Make a cooperative with `molora coop create NAME`."
-        ) from error
-    except OSError as error:
-        raise StorageError(
-            f"Cannot open ledger '{path}': expected a writable folder, got {error.strerror}. "
-            "Check the folder and its permissions."
-        ) from error
-    lock = FileIO(descriptor, "r+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = lock.read(32).decode("ascii", "replace").strip() or "unknown"
-        lock.close()
-        raise LedgerError(
-            f"Cannot write ledger '{path}': expected to be its only writer, got process {holder} "
-            "writing it already. Stop that `molora` process, or wait for it."
-        ) from error
-    # The process number is only for the message above: the lock itself is the kernel's.
-    try:
-        lock.truncate(0)
-        lock.write(str(os.getpid()).encode())
-    except OSError as error:
-        lock.close()
-        raise StorageError(
-            f"Cannot open ledger '{path}': expected a writable disk, got {error.strerror}. "
-            "Free some space and run the same command again."
-        ) from error
+    lock = FileLock(path, timeout=0, mode=0o644)
+    with storage_errors(path):
+        try:
+            lock.acquire()
+        except Timeout:
+            return None
+        try:
+            path.write_text(str(os.getpid()), encoding="ascii")
+        except OSError:
+            lock.release()
+            raise
     return lock
+
+
+def read_holder(path: Path) -> str:
+    """Number of the process that holds a lock, for messages; "unknown" if the file has none."""
+    try:
+        return path.read_bytes()[:32].decode("ascii", "replace").strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+@contextmanager
+def hold_lock(path: Path, busy: MoloraError) -> Iterator[None]:
+    """Hold a lock for the block.
+
+    Args:
+        path: Lock file; its folder is made if absent.
+        busy: Raised if another process holds it.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(path)
+    if lock is None:
+        raise busy
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder for one process; the lock ends with the process, however it ends.
+    """Hold a folder of a training run; what a killed process left half-written is removed.
 
     Raises:
         TrainingError: If another process holds it.
+        StorageError: On I/O errors.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingError(
-                f"Cannot train in '{folder}': expected no other process there, got one at work. "
-                "Wait for it, or choose another folder."
-            ) from error
+    busy = TrainingError(
+        f"Cannot train in '{folder}': expected no other process there, got one at work. "
+        "Wait for it, or choose another folder."
+    )
+    with hold_lock(folder / ".lock", busy):
         for left_over in folder.glob(".*.tmp"):
-            if left_over.is_file():  # a killed process could not remove these
+            if left_over.is_file():
                 left_over.unlink()
         yield
-    finally:
-        os.close(descriptor)

@@ -1,110 +1,144 @@
-"""Values of command-line options that several commands share. Imports nothing heavy."""
+"""Settings from files and people: strict models, options of what is registered, one-line errors."""
 
-import os
-import tomllib
-from collections.abc import Iterable
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from molora_fed.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = [
-    "count_cores",
-    "find_cache_folder",
-    "parse_data",
-    "parse_names",
-    "parse_options",
-    "parse_shard",
-]
+from molora_fed.errors import MoloraError
+from molora_fed.plugins import Registry
+
+__all__ = ["StrictModel", "check_options", "describe_offenders", "open_options", "read_model"]
+
+_SHOWN = 8  # offenders named in one message
+_CHARACTERS = 200  # of each
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def find_cache_folder() -> Path:
-    """Where built-in bases are kept for all cooperatives of this user.
+class StrictModel(BaseModel):
+    """Base of what is read from files: unknown keys are refused, values never change."""
 
-    `MOLORA_CACHE` if it is set, else `molora-fed` in the user's cache folder.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def describe_offenders(
+    error: ValidationError, *, whole: str = "options", with_values: bool = False
+) -> str:
+    """Name the keys that are wrong, and why, in one line.
+
+    Args:
+        error: Of pydantic.
+        whole: Name of the whole, where no single key is wrong.
+        with_values: Whether to repeat the values; only those that the reader wrote.
     """
-    if own := os.environ.get("MOLORA_CACHE"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "molora-fed"
-
-
-def count_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def parse_names(text: str) -> tuple[str, ...]:
-    """Names separated by commas, in their order, each once.
-
-    Raises:
-        ConfigError: If one is empty.
-    """
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise ConfigError(
-            f"Cannot use names '{text}': expected names separated by commas, got an empty one. "
-            "Write them like python,science."
-        )
-    return tuple(dict.fromkeys(names))
-
-
-def parse_options(texts: Iterable[str]) -> dict[str, Any]:
-    """Options by name from KEY=VALUE; values are TOML, a bare word is text.
-
-    Raises:
-        ConfigError: If one is malformed, or a key comes twice.
-    """
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, separator, value = (part.strip() for part in text.partition("="))
-        if not separator or not key or key in found:
-            raise ConfigError(
-                f"Cannot use option '{text}': expected KEY=VALUE with every key once, got "
-                "something else. Write it like precision=int8."
-            )
-        try:
-            found[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[key] = value
-    return found
-
-
-def parse_data(values: Iterable[str]) -> dict[str, tuple[Path, ...]]:
-    """Files and folders by domain, from NAME=PATH; a name may come several times.
-
-    Raises:
-        ConfigError: If one is malformed, or a path does not exist.
-    """
-    data: dict[str, tuple[Path, ...]] = {}
-    for value in values:
-        name, separator, path = value.partition("=")
-        if not separator or not name.strip() or not path.strip():
-            raise ConfigError(
-                f"Cannot use data '{value}': expected NAME=PATH, got something else. "
-                "Write it like legal=texts/legal."
-            )
-        if not Path(path).exists():
-            raise ConfigError(
-                f"Cannot use data of domain '{name}': expected a file or folder at '{path}', got "
-                "nothing there. Check the path."
-            )
-        data[name.strip()] = (*data.get(name.strip(), ()), Path(path))
-    return data
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """A share of a domain, from "2/3" (the second of three) to (1, 3).
-
-    Raises:
-        ConfigError: If it is malformed or out of range.
-    """
-    number, _, count = text.partition("/")
-    if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
-        return int(number) - 1, int(count)
-    raise ConfigError(
-        f"Cannot use shard '{text}': expected I/N with 1 <= I <= N, got something else. "
-        "Write 2/3 for the second of three contributors who share a domain."
+    return "; ".join(
+        (
+            f"{'.'.join(map(str, item['loc']))[:80] or whole}: {item['msg']}"
+            + (f" (got {item['input']!r})" if with_values else "")
+        )[:_CHARACTERS]
+        for item in error.errors(include_url=False)[:_SHOWN]
     )
+
+
+def check_options(
+    options_type: type[Model],
+    raw: Mapping[str, Any] | None,
+    *,
+    what: str,
+    error: type[MoloraError],
+    fix: str,
+) -> Model:
+    """Check options against their model.
+
+    Args:
+        options_type: Pydantic model of the options.
+        raw: Keys and values; None or empty takes all defaults.
+        what: What failed, the start of the message.
+        error: Class of the error.
+        fix: What to do next, one sentence.
+
+    Raises:
+        MoloraError: Of the class given, if a key is unknown or a value out of range; all are named.
+    """
+    try:
+        return options_type.model_validate(dict(raw or {}))
+    except ValidationError as wrong:
+        known = ", ".join(options_type.model_fields) or "none"
+        raise error(
+            f"{what}: expected valid values among the options {known}, got "
+            f"{describe_offenders(wrong)}. {fix}"
+        ) from wrong
+
+
+def open_options(
+    registry: Registry,
+    name: str,
+    raw: Mapping[str, Any] | None,
+    *,
+    error: type[MoloraError],
+    fix: str,
+) -> tuple[Any, Any]:
+    """Find what is registered under a name, and check its options.
+
+    Args:
+        registry: Where the name is looked up.
+        name: Registered name.
+        raw: Its options.
+        error: Class of the error about options.
+        fix: What to do next, one sentence.
+
+    Returns:
+        The registered class, and an instance of its `Options`.
+
+    Raises:
+        UnknownNameError: If nobody registers the name.
+        MoloraError: Of the class given, if the options are wrong.
+    """
+    target = registry.resolve(name)
+    what = f"Cannot use {registry.kind} '{name}'"
+    return target, check_options(target.Options, raw, what=what, error=error, fix=fix)
+
+
+def read_model(
+    path: Path,
+    model: type[Model],
+    *,
+    what: str,
+    error: type[MoloraError],
+    fix: str,
+    max_bytes: int,
+) -> Model:
+    """Read a bounded JSON file whose sender is not trusted.
+
+    Args:
+        path: The file.
+        model: What it has to hold.
+        what: What failed, the start of the message.
+        error: Class of the error.
+        fix: What to do next, one sentence.
+        max_bytes: Largest file that is read.
+
+    Raises:
+        MoloraError: Of the class given, if the file is missing, too large, not JSON or malformed.
+    """
+    cause: Exception | None = None
+    expected = f"a readable '{path.name}'"
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+        if len(data) <= max_bytes:
+            expected = f"JSON in '{path.name}'"
+            content = json.loads(data)
+            expected = f"known keys with valid values in '{path.name}'"
+            return model.model_validate(content)
+        expected, got = f"at most {max_bytes} bytes in '{path.name}'", "more"
+    except ValidationError as wrong:
+        cause, got = wrong, describe_offenders(wrong, whole=path.name)
+    except OSError as wrong:
+        cause, got = wrong, wrong.strerror or type(wrong).__name__
+    except (ValueError, RecursionError) as wrong:
+        cause, got = wrong, " ".join(str(wrong).split())[:_CHARACTERS]
+    raise error(f"{what}: expected {expected}, got {got}. {fix}") from cause

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from molora_acar.extractors import extract_choice
 from molora_fed.cascade.contract import (
@@ -19,6 +19,7 @@ from molora_fed.cascade.contract import (
     Verdict,
 )
 from molora_fed.errors import ConfigError
+from molora_fed.storage.settings import check_options
 
 __all__ = [
     "LikelihoodOptions",
@@ -273,12 +274,5 @@ _LETTERS = CascadeTask("judgement", "judgement", "", "choice-letter", details={"
 
 
 def _read_options(options: type[AnyOptions], request: JudgeRequest, judge: str) -> AnyOptions:
-    try:
-        return options.model_validate(dict(request.options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"Cannot use judge '{judge}': expected options that it knows, got {name}: "
-            f"{first['msg']}. Correct judge_options."
-        ) from error
+    what, fix = f"Cannot use judge '{judge}'", "Correct judge_options."
+    return check_options(options, request.options, what=what, error=ConfigError, fix=fix)

@@ -56,7 +56,7 @@ def study(
         if summary:
             _print_result(planned.write(out or DEFAULT_OUT))
             return
-        from molora_fed.storage.settings import count_cores
+        from molora_fed.storage.values import count_cores
 
         cores = workers or count_cores()
         survey = planned.survey(cores)
@@ -91,7 +91,7 @@ def _collect(folder: Path, out: Path | None) -> None:
 
 def _plan(name: str, config: Path | None, seeds: str) -> "PlannedStudy":
     from molora_fed.errors import ConfigError
-    from molora_fed.storage.settings import find_cache_folder, parse_names
+    from molora_fed.storage.values import find_cache_folder, parse_names
     from molora_studies.framework.registry import get_studies
     from molora_studies.framework.results import plan_study
 

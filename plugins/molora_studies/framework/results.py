@@ -14,6 +14,7 @@ from molora_fed import __version__
 from molora_fed.errors import ConfigError, StudyError
 from molora_fed.plugins import Registry
 from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, write_bytes, write_json
+from molora_fed.storage.settings import describe_offenders
 from molora_studies.framework.contract import Cell, Study, StudyOptions, Summary, Task
 from molora_studies.framework.render import draw_figure, render_study
 from molora_studies.framework.runner import Listener, State, run_tasks
@@ -86,11 +87,7 @@ def read_options(study: type[Study], name: str, config: Path | None, **changes: 
     try:
         return study.Options.model_validate({**values, **changes})
     except ValidationError as error:
-        offenders = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'options'}: {item['msg']}"
-            f" (got {item['input']!r})"[:200]
-            for item in error.errors()
-        )
+        offenders = describe_offenders(error, with_values=True)
         raise ConfigError(
             f"{where}: expected keys and values that it knows, got {offenders}. Correct these; "
             f"it knows {', '.join(sorted(study.Options.model_fields))}."

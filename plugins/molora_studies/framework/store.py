@@ -4,9 +4,7 @@
 is held by one process at a time; the lock ends with the process, however it ends.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 
 from molora_fed.errors import StudyError
 from molora_fed.storage.files import canonical_json, write_json
+from molora_fed.storage.locks import try_lock
 from molora_studies.framework.action_ids import get_hashed_name
 from molora_studies.framework.contract import Done, Task
 
@@ -40,7 +39,7 @@ class TaskStore:
 
     @classmethod
     def in_cache(cls, cache: Path) -> "TaskStore":
-        """The store of a cache folder; see `molora_fed.storage.settings.find_cache_folder`."""
+        """The store of a cache folder; see `molora_fed.storage.values.find_cache_folder`."""
         return cls(cache / "studies" / "tasks")
 
     def folder(self, task: Task) -> Path:
@@ -115,13 +114,9 @@ class TaskStore:
             False if another process holds it.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.root / f"{task.key}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+        lock = try_lock(self.root / f"{task.key}.lock")
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+            yield lock is not None
         finally:
-            os.close(descriptor)
+            if lock is not None:
+                lock.release()

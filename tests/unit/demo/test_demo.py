@@ -9,7 +9,7 @@ from molora_fed.demo.run import DemoOptions, PhaseClock, plan_contributors, run_
 from molora_fed.errors import ConfigError, UnknownNameError
 from molora_fed.federation.events import FederationEvent
 from molora_fed.plugins import load_plugins
-from molora_fed.storage.settings import count_cores
+from molora_fed.storage.values import count_cores
 from molora_fed.testing import build_tiny_tokenizer
 from molora_fed.types import Split
 

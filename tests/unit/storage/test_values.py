@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from molora_fed.errors import ConfigError
-from molora_fed.storage.settings import find_cache_folder, parse_data, parse_names, parse_options
+from molora_fed.storage.values import find_cache_folder, parse_data, parse_names, parse_options
 
 
 def test_names_are_kept_in_order_and_once():
