@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
-from molora_fed.cooperative.contribute import Terms, prepare_domain
+from molora_fed.cooperative.contribute import CharterAndBase, prepare_domain
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.create import BUILTIN_SOURCE, found_cooperative
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
@@ -316,10 +316,10 @@ def train_control(
     """
     folder = cooperative.folder / "control"
     charter = cooperative.charter
-    terms = Terms(charter, base)
+    under = CharterAndBase(charter, base)
     corpora = [
         prepare_domain(
-            terms,
+            under,
             member.domain,
             member.data,
             folder / "text" / member.name,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
 from molora_fed.contributions.states import ContributionState, CooperativeState
+from molora_fed.cooperative.contribute import MeasuredAdapter, sign_adapter
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.errors import AdmissionError, FederationError, IncompatibleAdapterError
 from molora_fed.federation.client_dialogue import answer
@@ -21,7 +22,7 @@ from molora_fed.federation.coordinator_mail import publish_charter
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
-from molora_fed.federation.worker import ContributorWorker, _Trained
+from molora_fed.federation.worker import ContributorWorker
 from molora_fed.federation.worker_mail import give_consent
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
@@ -45,7 +46,7 @@ def take_turns(monkeypatch):
         return call
 
     for worker, names in (
-        (ContributorWorker, ("_load_base", "_prepare_corpus", "_train", "_measure")),
+        (ContributorWorker, ("_load_base", "_prepare_corpus", "_make_contribution")),
         (CoordinatorWorker, ("look",)),
     ):
         for name in names:
@@ -173,8 +174,11 @@ def spoil(training, name, value):
 class LyingWorker(ContributorWorker):
     """States losses it did not measure."""
 
-    def _measure(self, charter, base, corpus):
-        return _Trained(Path(self._settings.adapter), "lora", 3.0, 2.0, {})
+    def _make_contribution(self, under, corpus, claim):
+        home, settings = self._home, self._settings
+        adapter = MeasuredAdapter(Path(settings.adapter), "lora", 3.0, 2.0, {})
+        key = load_or_make_key(home.key)
+        sign_adapter(under, corpus, adapter, home.contribution, key=key, name=settings.name)
 
 
 def test_bad_adapters_are_refused_in_one_line_and_the_others_go_on(
