@@ -5,7 +5,6 @@ anywhere and run again, it goes on and ends with the same bytes.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,13 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import check_adapter_fits, load_adapter
-from molora_fed.charter import Charter, load_charter
+from molora_fed.charter import Charter, check_name, load_charter
 from molora_fed.contributions.build import build_contribution, measure_start_loss
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.cooperative.cooperative import load_charter_base, open_cooperative
 from molora_fed.corpus.documents import read_documents
 from molora_fed.corpus.prepare import Corpus, prepare_corpus
 from molora_fed.errors import AdapterError, BaseCheckpointError, ConfigError
-from molora_fed.fusion.plan import BASE_EXPERT
 from molora_fed.models.base import Base
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
@@ -41,9 +39,6 @@ __all__ = [
     "prepare_domain",
     "sign_adapter",
 ]
-
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,9 +181,9 @@ def check_choices(
             kind.
     """
     charter = under.charter
-    _check_name("domain", domain)
+    check_name("domain", domain)
     if name:
-        _check_name("name", name)
+        check_name("name", name)
     allowed = {
         "domain": (domain, charter.amendment.domains),
         "kind": (kind, charter.identity.adapters.kinds),
@@ -199,24 +194,6 @@ def check_choices(
                 f"Cannot train for cooperative '{charter.identity.name}': expected a {what} among "
                 f"{', '.join(asked)}, got '{chosen}'. Choose one of these."
             )
-
-
-def _check_name(what: str, name: str) -> None:
-    """Refuse what no manifest can hold, before any work is done.
-
-    Raises:
-        ConfigError: Naming what and why.
-    """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"Cannot use {what} '{name}': expected lower-case letters, digits and dashes, got "
-            f"something else. Choose another with --{what}."
-        )
-    if what == "name" and name == BASE_EXPERT:
-        raise ConfigError(
-            f"Cannot use name '{name}': expected another name, got that of the base in every "
-            "report. Choose another with --name."
-        )
 
 
 def make_contribution(
@@ -336,7 +313,8 @@ def _measure_given(
     # An adapter that does not say what it was trained on states no start, either.
     is_known = adapter.base_weights == base.weights
     start = _measure_start(under, corpus) if is_known else None
-    return MeasuredAdapter(folder, adapter.kind, *losses, _read_record(given), start)
+    base_loss, loss = losses
+    return MeasuredAdapter(folder, adapter.kind, base_loss, loss, _read_record(given), start)
 
 
 def _read_record(given: Path) -> Mapping[str, Any]:

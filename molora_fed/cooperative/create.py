@@ -1,13 +1,12 @@
 """Founding a cooperative: everything is checked first, then the base is made or fetched."""
 
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from molora_fed.charter import AdapterRules, Amendment, BaseIdentity, CorpusRules
+from molora_fed.charter import AdapterRules, Amendment, BaseIdentity, CorpusRules, is_name
 from molora_fed.cooperative.cooperative import (
     Cooperative,
     build_charter,
@@ -24,7 +23,6 @@ from molora_fed.types import Progress
 __all__ = ["BUILTIN_SOURCE", "found_cooperative"]
 
 BUILTIN_SOURCE = "builtin"
-_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _UNKNOWN = "0" * 64  # stands for fingerprints while there is no base yet
 
 
@@ -114,7 +112,7 @@ def _check_domains(name: str, domains: Iterable[str]) -> None:
     Raises:
         CharterError: Naming all of them.
     """
-    wrong = [domain for domain in domains if not _DOMAIN.fullmatch(domain)]
+    wrong = [domain for domain in domains if not is_name(domain)]
     if wrong:
         raise CharterError(
             f"Cannot create cooperative '{name}': expected domains of lower-case letters, digits "

@@ -120,14 +120,20 @@ def complete_result(
         path = ContributorHome(member.home).corpus / "corpus.json"
         if path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))["report"]
-            corpus[member.name] = {**corpus.get(member.name, {}), "report": report}
+            corpus[member.settings.name] = {
+                **corpus.get(member.settings.name, {}),
+                "report": report,
+            }
     return {
         **result,
         "command": command,
         "samples": [dict(sample) for sample in samples],
         "seconds": {**seconds, **result["seconds"]},
         "budget_seconds": dict(BUDGET_SECONDS),
-        "threads": {**result.get("threads", {}), **{m.name: m.threads for m in contributors}},
+        "threads": {
+            **result.get("threads", {}),
+            **{member.settings.name: member.settings.threads for member in contributors},
+        },
         "compute": compute,
         "corpus": corpus,
         "bytes": {
@@ -147,7 +153,7 @@ def collect_metrics(contributors: Sequence[LocalContributor]) -> dict[str, Metri
     for member in contributors:
         paths = list(ContributorHome(member.home).training.rglob(METRICS_NAME))
         if paths:
-            metrics[member.name] = read_metrics_file(max(paths, key=_modified))
+            metrics[member.settings.name] = read_metrics_file(max(paths, key=_modified))
     return metrics
 
 

@@ -19,6 +19,7 @@ from molora_fed.cooperative.create import BUILTIN_SOURCE, found_cooperative
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.errors import ConfigError
 from molora_fed.federation.events import FederationEvent
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor, run_local
 from molora_fed.federation.mailbox import read_json
 from molora_fed.plugins import Plugins, get_plugins
@@ -163,12 +164,14 @@ def plan_contributors(options: DemoOptions, plugins: Plugins) -> list[LocalContr
         name = domain if shares == 1 else f"{domain}-{share + 1}"
         planned.append(
             LocalContributor(
-                name,
-                domain,
                 options.out / "contributors" / name,
-                data=tuple(options.data.get(domain, ())),
-                shard=(share, shares),
-                threads=threads,
+                JoinSettings(
+                    name,
+                    domain,
+                    data=tuple(options.data.get(domain, ())),
+                    shard=(share, shares),
+                    threads=threads,
+                ),
             )
         )
     return planned
@@ -197,7 +200,7 @@ def run_demo(
     shown, registered = listener or _Quiet(), plugins or get_plugins()
     contributors = plan_contributors(options, registered)
     cores = options.cores or count_cores()
-    clock = PhaseClock(member.name for member in contributors)
+    clock = PhaseClock(member.settings.name for member in contributors)
 
     def enter(phase: str) -> None:
         clock.enter(phase)
@@ -261,7 +264,7 @@ def _found(
     changes = {"steps": options.steps, "kind": options.kind}
     training = training.model_copy(update={k: v for k, v in changes.items() if v is not None})
     amendment = Amendment(
-        domains=tuple(sorted({member.domain for member in contributors})),
+        domains=tuple(sorted({member.settings.domain for member in contributors})),
         expected=len(contributors),
         seed=options.seed,
         training=training,
@@ -320,10 +323,10 @@ def train_control(
     corpora = [
         prepare_domain(
             under,
-            member.domain,
-            member.data,
-            folder / "text" / member.name,
-            shard=member.shard,
+            member.settings.domain,
+            member.settings.data,
+            folder / "text" / member.settings.name,
+            shard=member.settings.shard,
             plugins=plugins,
         )
         for member in contributors

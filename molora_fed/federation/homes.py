@@ -3,15 +3,14 @@
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from molora_fed.errors import ConfigError, FederationError
+from molora_fed.errors import ConfigError
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import Board, PartStore, read_json
 from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.tasks import TaskQueue
-from molora_fed.storage.files import write_json
 
 __all__ = [
     "CONTRIBUTOR_HOME",
@@ -20,7 +19,6 @@ __all__ = [
     "MESSAGE_BYTES",
     "ContributorHome",
     "CoordinatorHome",
-    "JoinSettings",
     "hold_seconds",
     "home_from_environment",
     "message_bytes",
@@ -229,62 +227,10 @@ class ContributorHome(_Home):
         """Folder of the training that a contribution of this recipe comes from."""
         return self.training / recipe[:16]
 
-    def read_settings(self) -> "JoinSettings":
+    def read_settings(self) -> JoinSettings:
         """The settings of `molora join`.
 
         Raises:
             FederationError: If they are missing or malformed.
         """
         return JoinSettings.from_json(read_json(self.settings_file))
-
-
-@dataclass(frozen=True)
-class JoinSettings:
-    """What a contributor joins with; kept in its home, read by the worker and the ClientApp.
-
-    Attributes:
-        name: Contributor's name, unique in the cooperative; letters, digits and dashes.
-        domain: Domain it trains on.
-        data: Files and folders of text; empty takes the built-in domain of that name.
-        adapter: Folder of an adapter trained earlier, or empty to train one.
-        shard: (i, n): this contributor's share i of n of the documents of its domain.
-        threads: Threads of training.
-    """
-
-    name: str
-    domain: str
-    data: tuple[str, ...] = ()
-    adapter: str = ""
-    shard: tuple[int, int] = (0, 1)
-    threads: int = 1
-
-    def save(self, path: Path) -> None:
-        """Write the settings, whole or not at all.
-
-        Raises:
-            StorageError: If the disk refuses.
-        """
-        write_json(path, asdict(self))
-
-    @classmethod
-    def from_json(cls, value: Any) -> "JoinSettings":
-        """Read what `save` wrote.
-
-        Raises:
-            FederationError: If it is missing or malformed.
-        """
-        try:
-            index, count = value["shard"]
-            return cls(
-                name=str(value["name"]),
-                domain=str(value["domain"]),
-                data=tuple(str(path) for path in value["data"]),
-                adapter=str(value["adapter"]),
-                shard=(int(index), int(count)),
-                threads=int(value["threads"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FederationError(
-                f"Cannot read the settings of a contributor: expected join.json as written by "
-                f"`molora join`, got {error!r}. Run `molora join` again."
-            ) from error

@@ -12,7 +12,7 @@ from typing import Any
 from molora_fed.errors import FederationError
 from molora_fed.federation.contributor import join
 from molora_fed.federation.events import FederationEvent, OnEvent
-from molora_fed.federation.homes import JoinSettings
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.server import serve
 from molora_fed.federation.supervise import find_free_port, sigterm_as_interrupt
 
@@ -28,34 +28,12 @@ class LocalContributor:
     """One contributor of a local federation.
 
     Attributes:
-        name: Its name, unique among all.
-        domain: Domain it trains on.
         home: Its home folder.
-        data: Files and folders of text; empty takes the built-in domain of that name.
-        adapter: Folder of an adapter trained earlier; None trains one.
-        shard: (i, n): its share i of n of the domain's documents.
-        threads: Threads of its training.
+        settings: What it joins with; its name is unique among all.
     """
 
-    name: str
-    domain: str
     home: Path
-    data: tuple[Path, ...] = ()
-    adapter: Path | None = None
-    shard: tuple[int, int] = (0, 1)
-    threads: int = 1
-
-    @property
-    def settings(self) -> JoinSettings:
-        """The settings it joins with."""
-        return JoinSettings(
-            name=self.name,
-            domain=self.domain,
-            data=tuple(str(path.absolute()) for path in self.data),
-            adapter=str(self.adapter.absolute()) if self.adapter else "",
-            shard=self.shard,
-            threads=self.threads,
-        )
+    settings: JoinSettings
 
     def take_part(self, server: str, on_event: OnEvent, stop: threading.Event) -> dict[str, Any]:
         """`join` with these settings; returns the acknowledgement.
@@ -63,10 +41,14 @@ class LocalContributor:
         Nothing leaves this machine, so it agrees to whatever the charter asks for.
         """
         return join(
-            server, self.domain, self.data, self.home, self.adapter, on_event, name=self.name,
-            shard=self.shard, threads=self.threads, wait_seconds=START_SECONDS, stop=stop,
+            server,
+            self.settings,
+            self.home,
+            on_event,
             consent=lambda charter: True,
-        )  # fmt: skip
+            wait_seconds=START_SECONDS,
+            stop=stop,
+        )
 
 
 def run_local(
@@ -105,7 +87,7 @@ def run_local(
 
     def run_member(member: LocalContributor) -> None:
         answer = member.take_part(f"{HOST}:{chosen}", crew.emit, crew.stop_members)
-        acknowledgements[member.name] = answer
+        acknowledgements[member.settings.name] = answer
 
     with sigterm_as_interrupt(), crew:
         crew.start_server(

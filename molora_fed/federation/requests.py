@@ -23,7 +23,7 @@ from molora_fed.population.questions import Answer, Question, load_answer, save_
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import sign, verify
 
-__all__ = ["Correspondence"]
+__all__ = ["RemoteData"]
 
 LOOK_SECONDS = 0.2
 _FIGURES_BYTES = 4 * 2**20
@@ -31,7 +31,7 @@ _FIGURES_BYTES = 4 * 2**20
 Read = TypeVar("Read")
 
 
-class Correspondence:
+class RemoteData:
     """Asks the contributors of an evolution; see `Ask`.
 
     Args:

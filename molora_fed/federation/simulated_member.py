@@ -6,7 +6,8 @@ from typing import Any
 from molora_fed.charter import load_charter
 from molora_fed.errors import CharterError, FederationError
 from molora_fed.federation.events import FederationEvent
-from molora_fed.federation.homes import ContributorHome, JoinSettings
+from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.supervise import raise_recorded
 from molora_fed.federation.worker_mail import give_consent, has_consent

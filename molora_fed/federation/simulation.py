@@ -217,7 +217,7 @@ class SimulationSupervisor:
         _check_distinct([*self._contributors, contributor])
         if len(self._members) >= self._capacity:
             raise ConfigError(
-                f"Cannot let '{contributor.name}' join: expected a free node of "
+                f"Cannot let '{contributor.settings.name}' join: expected a free node of "
                 f"{self._capacity}, got none. Reserve more."
             )
         member = SimulatedMember(ContributorHome(contributor.home), contributor.settings)
@@ -265,7 +265,7 @@ class SimulationSupervisor:
 
 def _check_distinct(contributors: Sequence[LocalContributor]) -> None:
     for what, values in (
-        ("name", [contributor.name for contributor in contributors]),
+        ("name", [contributor.settings.name for contributor in contributors]),
         ("home", [str(contributor.home.absolute()) for contributor in contributors]),
     ):
         twice = sorted({value for value in values if values.count(value) > 1})

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from molora_fed.charter import Charter
 from molora_fed.errors import AdmissionError, FederationError
 from molora_fed.federation.coordinator_mail import build_acknowledgement_bytes
-from molora_fed.federation.homes import ContributorHome, JoinSettings
+from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import hold_lock, read_json
 from molora_fed.federation.responses import answer_question, find_question
 from molora_fed.federation.states import StateFile
@@ -129,17 +130,17 @@ class ContributorWorker:
 
     def _recipe(self, charter: Charter, amendment: int | None = None) -> str:
         """Hash of what a contribution is made from, under the charter's amendment or another."""
-        settings = self._settings
+        kept = self._settings.to_json()
         return hash_bytes(
             canonical_json(
                 {
                     "identity": charter.identity_hash,
                     "amendment": charter.amendment.number if amendment is None else amendment,
-                    "name": settings.name,
-                    "domain": settings.domain,
-                    "data": list(settings.data),
-                    "adapter": settings.adapter,
-                    "shard": list(settings.shard),
+                    "name": kept["name"],
+                    "domain": kept["domain"],
+                    "data": kept["data"],
+                    "adapter": kept["adapter"],
+                    "shard": kept["shard"],
                 }
             )
         )
@@ -181,7 +182,7 @@ class ContributorWorker:
         return prepare_domain(
             under,
             settings.domain,
-            [Path(path) for path in settings.data],
+            settings.data,
             self._home.root,
             shard=settings.shard,
             plugins=self._plugins,
@@ -217,7 +218,7 @@ class ContributorWorker:
                 home.root,
                 key=load_key(home.key),
                 name=settings.name,
-                given=Path(settings.adapter) if settings.adapter else None,
+                given=settings.adapter,
                 training_folder=home.training_folder(self._recipe(under.charter)),
                 threads=settings.threads,
                 plugins=self._plugins,

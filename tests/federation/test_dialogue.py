@@ -24,7 +24,8 @@ from molora_fed.federation.coordinator_mail import (
     publish_charter,
     publish_result,
 )
-from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import Envelope, Letter, describe_folder
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue

@@ -27,10 +27,11 @@ from molora_fed.federation.coordinator_mail import (
     complete_deliveries,
     publish_charter,
 )
-from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.question_bytes import build_question_bytes
-from molora_fed.federation.requests import Correspondence
+from molora_fed.federation.requests import RemoteData
 from molora_fed.federation.responses import answer_question, find_question
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.worker_mail import (
@@ -147,7 +148,7 @@ class Stage:
 
     def correspond(self):
         boxes = {box.name: box for box in self.server.contributors()}
-        return Correspondence(
+        return RemoteData(
             self.server, {name: boxes[name] for name in self.homes}, key=self.key,
             charter=self.charter, part_bytes=self.message_bytes, plugins=PLUGINS,
             on_wait=self.waits.append, on_problem=self.problems.append,

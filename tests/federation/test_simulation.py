@@ -21,6 +21,7 @@ from molora_fed.federation.homes import (
     ContributorHome,
     hold_seconds,
 )
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.pool_worker import PoolWorker
@@ -56,10 +57,10 @@ def test_how_long_answers_are_held_back_is_checked(monkeypatch, text):
 
 
 def test_a_name_or_a_home_comes_once(tmp_path):
-    one = LocalContributor("a", "alpha", tmp_path / "a")
+    one = LocalContributor(tmp_path / "a", JoinSettings("a", "alpha"))
     for other in (
-        LocalContributor("a", "beta", tmp_path / "b"),
-        LocalContributor("b", "beta", tmp_path / "a"),
+        LocalContributor(tmp_path / "b", JoinSettings("a", "beta")),
+        LocalContributor(tmp_path / "a", JoinSettings("b", "beta")),
     ):
         with pytest.raises(ConfigError, match="more than once"):
             run_simulated(tmp_path / "server", [one, other])
@@ -192,7 +193,8 @@ def test_two_simulated_contributors_fuse_and_a_third_joins_them(
     )  # fmt: skip
     members = [
         LocalContributor(
-            domain, domain, stage_root / domain, (write_text(stage_root / "text" / domain, domain),)
+            stage_root / domain,
+            JoinSettings(domain, domain, (write_text(stage_root / "text" / domain, domain),)),
         )
         for domain in DOMAINS
     ]
@@ -233,7 +235,7 @@ def test_two_simulated_contributors_fuse_and_a_third_joins_them(
     assert len(first["summary"]["contributions"]) == 2
     for member, count in zip(members, (2, 2, 3), strict=True):
         experts = load_fused(member.home / "result" / "fused").experts[1:]
-        assert len(experts) == count and member.name in [expert.name for expert in experts]
+        assert len(experts) == count and member.settings.name in [expert.name for expert in experts]
     assert [expert.name for expert in experts] == [entry.contributor for entry in entries]
     # Who paid for what: corpora and training by contributor, admission and fusion by coordinator.
     assert {"admission", "fusion"} <= set(read_json(cooperative.folder / "usage.json")["seconds"])

@@ -6,7 +6,6 @@ import math
 import random
 import shutil
 import threading
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -19,7 +18,8 @@ from molora_fed.errors import AdmissionError, FederationError, IncompatibleAdapt
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator import CoordinatorWorker
 from molora_fed.federation.coordinator_mail import publish_charter
-from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.worker import ContributorWorker
@@ -92,7 +92,7 @@ class Stage:
     def join(self, name, domain, texts, *, worker=ContributorWorker, **settings):
         home = ContributorHome(self.root / name)
         load_or_make_key(home.key)
-        settings = JoinSettings(name, domain, (str(texts / domain),), **settings)
+        settings = JoinSettings(name, domain, (texts / domain,), **settings)
         settings.save(home.settings_file)
         work = worker(home, self.plugins)
 
@@ -144,7 +144,7 @@ def test_a_later_contribution_grows_the_published_model(tmp_path, tiny_checkpoin
 
     # An adapter trained earlier by another, submitted under another name and domain's text.
     (training,) = alpha.training.iterdir()
-    gamma = stage.join("gamma-1", "alpha", texts, adapter=str(training))
+    gamma = stage.join("gamma-1", "alpha", texts, adapter=training)
     stage.run()
     assert stage.failures == {}
     with stage.cooperative.read_ledger() as ledger:
@@ -168,7 +168,7 @@ def spoil(training, name, value):
     tensors = load_file(weights)
     tensors[min(tensors)][0, 0] = value
     save_file(tensors, weights)
-    return str(adapter)
+    return adapter
 
 
 class LyingWorker(ContributorWorker):
@@ -176,7 +176,7 @@ class LyingWorker(ContributorWorker):
 
     def _make_contribution(self, under, corpus, claim):
         home, settings = self._home, self._settings
-        adapter = MeasuredAdapter(Path(settings.adapter), "lora", 3.0, 2.0, {})
+        adapter = MeasuredAdapter(settings.adapter, "lora", 3.0, 2.0, {})
         key = load_or_make_key(home.key)
         sign_adapter(under, corpus, adapter, home.contribution, key=key, name=settings.name)
 
