@@ -138,7 +138,7 @@ def create_cooperative(
         CharterError: If a value cannot stand in a charter or does not suit the base, or the
             folder holds another cooperative.
         UnknownNameError: If it names a router, kind or check that nobody registers.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     charter = build_charter(name, base.identity(), adapters, corpus, amendment)
     check_charter_names(charter, plugins or get_plugins())

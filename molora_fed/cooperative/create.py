@@ -64,7 +64,7 @@ def found_cooperative(
         UnknownNameError: If a router, kind or check is registered by nobody.
         BaseCheckpointError: If the base cannot be made or fetched.
         CorpusError: If a domain of the built-in base has too little text.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     plugins = plugins or get_plugins()
     corpus, amendment = corpus or CorpusRules(), amendment or Amendment()

@@ -22,7 +22,7 @@ from molora_fed.routing.bundle import load_fused
 from molora_fed.training.loop import METRICS_NAME
 from molora_fed.types import Split
 
-__all__ = ["choose_prompt", "complete_result", "generate_samples", "write"]
+__all__ = ["choose_prompt", "complete_result", "generate_samples", "write_demo_report"]
 
 PROMPT_TOKENS = 24
 NEW_TOKENS = 64
@@ -105,7 +105,7 @@ def complete_result(
         Content of report.json.
     """
     manifests = [contribution.manifest for contribution in _list_admitted(cooperative)]
-    metrics = collect_metrics(contributors)
+    metrics = _collect_metrics(contributors)
     compute = {name: dict(value) for name, value in result.get("compute", {}).items()}
     by_name = {n: dict(row) for n, row in compute.get("contributors", {}).items()}
     for name, rows in metrics.items():
@@ -147,7 +147,7 @@ def complete_result(
     }
 
 
-def collect_metrics(contributors: Sequence[LocalContributor]) -> dict[str, MetricRows]:
+def _collect_metrics(contributors: Sequence[LocalContributor]) -> dict[str, MetricRows]:
     """Training metrics of every contributor that trained here, of its latest training."""
     metrics: dict[str, MetricRows] = {}
     for member in contributors:
@@ -161,7 +161,7 @@ def _modified(path: Path) -> float:
     return path.stat().st_mtime
 
 
-def write(
+def write_demo_report(
     result: Mapping[str, Any], contributors: Sequence[LocalContributor], folder: Path
 ) -> Path:
     """Write the report with training curves.
@@ -170,6 +170,6 @@ def write(
         Path of report.html.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
-    return write_report(result, collect_metrics(contributors), folder)
+    return write_report(result, _collect_metrics(contributors), folder)

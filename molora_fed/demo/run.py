@@ -17,11 +17,12 @@ from molora_fed.cooperative.contribute import CharterAndBase, prepare_domain
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.create import BUILTIN_SOURCE, found_cooperative
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
+from molora_fed.demo.report import complete_result, generate_samples, write_demo_report
 from molora_fed.errors import ConfigError
-from molora_fed.federation.events import FederationEvent
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor, run_local
 from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.status import FederationEvent
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.reporting.phases import BUDGET_SECONDS
 from molora_fed.storage.files import write_json
@@ -214,8 +215,6 @@ def run_demo(
         enter("base")
         cooperative, base = _found(options, contributors, registered, shown.progress)
         if options.control:
-            pass
-
             enter("control")
             train_control(
                 cooperative,
@@ -228,15 +227,13 @@ def run_demo(
         clock.enter("starting")
         run_local(cooperative.folder, contributors, observe, threads=cores)
         enter("samples")
-        from molora_fed.demo import report as demo_report
-
-        samples = demo_report.generate_samples(cooperative, seed=options.seed)
+        samples = generate_samples(cooperative, seed=options.seed)
     finally:
         clock.enter("")
         seconds = _add_earlier(options.out, clock.seconds)
     enter("report")
     result = json.loads((cooperative.folder / RESULT_FILE).read_text(encoding="utf-8"))
-    completed = demo_report.complete_result(
+    completed = complete_result(
         result,
         cooperative,
         contributors,
@@ -244,7 +241,7 @@ def run_demo(
         seconds={name: seconds[name] for name in seconds if name != "report"},
         command=options.command,
     )
-    report = demo_report.write(completed, contributors, options.out / "report")
+    report = write_demo_report(completed, contributors, options.out / "report")
     clock.enter("")
     return DemoResult(
         completed,

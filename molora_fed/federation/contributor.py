@@ -11,16 +11,16 @@ from typing import Any
 
 from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import CharterError, FederationError, ServerUnreachableError
-from molora_fed.federation.events import FederationEvent, OnEvent
-from molora_fed.federation.gateway import parse_server
 from molora_fed.federation.homes import CONTRIBUTOR_HOME, ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.mailbox import hold_lock, read_json
+from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,
     find_free_port,
     is_healthy,
+    parse_server,
     raise_recorded,
     sigterm_as_interrupt,
 )
@@ -188,7 +188,7 @@ class ContributorSupervisor:
             FederationError: If this contributor was refused, or processes keep failing.
             MoloraError: Whatever ended the worker.
         """
-        self._processes.glance()
+        self._processes.poll()
         self._report()
         refusal = read_json(self.home.refusal_letter)
         if refusal is not None:

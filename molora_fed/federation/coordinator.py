@@ -25,9 +25,8 @@ from molora_fed.federation.coordinator_mail import (
 )
 from molora_fed.federation.homes import CoordinatorHome, message_bytes
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.states import StateFile
+from molora_fed.federation.status import StateFile, UsageFile
 from molora_fed.federation.supervise import record_errors
-from molora_fed.federation.usage import UsageFile
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.keys import key_fingerprint, load_key

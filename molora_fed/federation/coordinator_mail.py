@@ -53,7 +53,7 @@ def publish_charter(
         part_bytes: Largest part of a file.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     text = home.charter.read_text(encoding="utf-8")
     # Only the checkpoint's own files: what lies in folders below is of its training.
@@ -98,7 +98,7 @@ class Delivery:
 
         Raises:
             FederationError: If a file is damaged; its parts are dropped and fetched again.
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         self.box.parts.assemble(self.shipment, target, part_bytes=part_bytes)
 
@@ -142,7 +142,7 @@ def acknowledge(
         part_bytes: Largest part of a file.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     body = {
         "shipment": delivery.shipment.id,
@@ -161,7 +161,7 @@ def announce_withdrawal(
     """Tell a contributor that it is out; no result is sent to it any more.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     for path in sorted((box.folder / "acknowledgements").glob("*.json")):
         body = read_json(path) or {}
@@ -177,7 +177,7 @@ def retract_result(home: CoordinatorHome, contribution_id: str) -> bool:
         Whether there was one.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     letter = home.outbox / "result.json"
     if contribution_id not in (read_json(letter) or {}).get("summary", {}).get("contributions", ()):
@@ -209,7 +209,7 @@ def publish_result(
 
     Raises:
         FederationError: If a folder is missing.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     for folder in folders.values():
         if not folder.is_dir():

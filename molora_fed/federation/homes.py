@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from molora_fed.errors import ConfigError
+from molora_fed.errors import ConfigError, FederationError
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import Board, PartStore, read_json
 from molora_fed.federation.messages import MAX_BATCH_BYTES
-from molora_fed.federation.tasks import TaskQueue
+from molora_fed.storage.files import write_json
 
 __all__ = [
     "CONTRIBUTOR_HOME",
@@ -209,11 +209,38 @@ class ContributorHome(_Home):
         self.offer_file = self.mail / "outbox" / "offer.json"
         self.shipments = self.mail / "received"
         self.parts = PartStore(self.mail / "parts")
-        self.tasks = TaskQueue(self.mail / "tasks")
+        self.tasks = self.mail / "inbox" / "tasks"
+        self._earlier_tasks = self.mail / "tasks"  # where versions with a queue kept them
 
     def remove_leftovers(self) -> None:
         """Delete what a killed contributor left half-written; call it only while none runs."""
         self._remove([*self.root.glob(_LEFTOVER), *self.mail.rglob(_LEFTOVER)])
+
+    def keep_task(self, task_id: str, task: Mapping[str, Any]) -> None:
+        """Keep a task that has arrived, unless it is known; done is what its outcome is of.
+
+        Raises:
+            FederationError: If the id is not of letters, digits, dots and dashes.
+            StorageError: On I/O errors.
+        """
+        if not task_id or not all(c.isascii() and (c.isalnum() or c in ".-") for c in task_id):
+            raise FederationError(
+                f"Cannot take task '{task_id}': expected an id of letters, digits, dots and "
+                "dashes, got others. Run the same molora-fed version on both sides."
+            )
+        if task_id not in self.list_tasks():
+            write_json(self.tasks / f"{task_id}.json", dict(task))
+
+    def list_tasks(self) -> set[str]:
+        """Ids of all tasks that ever arrived."""
+        earlier = (self._earlier_tasks / name for name in ("pending", "claimed", "done"))
+        return {
+            path.name.removesuffix(".json").split("~")[0]
+            for folder in (self.tasks, *earlier)
+            if folder.is_dir()
+            for path in folder.iterdir()
+            if not path.name.startswith(".")
+        }
 
     def question_folder(self, question: str) -> Path:
         """Folder of a question that has arrived, by its id."""

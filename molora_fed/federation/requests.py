@@ -16,8 +16,13 @@ from molora_fed.charter import Charter
 from molora_fed.errors import MoloraError, StorageError
 from molora_fed.federation.homes import ContributorBox, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.messages import Shipment, describe_folder, parse_shipment
-from molora_fed.federation.question_bytes import build_answer_bytes, build_question_bytes
+from molora_fed.federation.messages import (
+    Shipment,
+    build_answer_bytes,
+    build_question_bytes,
+    describe_folder,
+    parse_shipment,
+)
 from molora_fed.plugins import Plugins
 from molora_fed.population.questions import Answer, Question, load_answer, save_question
 from molora_fed.storage.files import write_json
@@ -75,7 +80,7 @@ class RemoteData:
         """Ask everybody, and wait until all have given an answer that can be used.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         letter = self._publish(question)
         asked = parse_shipment(letter["files"])
@@ -113,7 +118,7 @@ class RemoteData:
         """Withdraw whatever is still asked, and delete what was sent.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         for box in self._boxes.values():
             box.question_file.unlink(missing_ok=True)

@@ -9,8 +9,12 @@ from molora_fed.charter import Charter
 from molora_fed.errors import FederationError
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.messages import describe_folder, parse_shipment
-from molora_fed.federation.question_bytes import build_answer_bytes, build_question_bytes
+from molora_fed.federation.messages import (
+    build_answer_bytes,
+    build_question_bytes,
+    describe_folder,
+    parse_shipment,
+)
 from molora_fed.federation.worker_mail import receive_shipment
 from molora_fed.plugins import Plugins
 from molora_fed.storage.files import write_json
@@ -84,7 +88,7 @@ def answer_question(
 
     Raises:
         PopulationError: If the question does not fit the charter or the base.
-        MoloraError: Whatever measuring, adaptation or the disk refuses.
+        MoloraError: Whatever measuring and adaptation raise; a StorageError on I/O errors.
     """
     from molora_fed.population.questions import load_question, save_answer
 

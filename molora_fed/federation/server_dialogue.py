@@ -182,7 +182,7 @@ class ServerDialogue:
         Raises:
             SignatureError: If a hello is not signed by the key it shows.
             FederationError: If the answer is malformed, or the contribution is too large.
-            StorageError: If the disk refuses; the answer is then asked for again.
+            StorageError: On I/O errors; the answer is then asked for again.
         """
         if not correspondent.fingerprint and not reply.letters:
             return  # a simulated node whose contributor has not joined yet

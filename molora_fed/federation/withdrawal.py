@@ -87,7 +87,7 @@ def withdraw_contributor(
 
     Raises:
         LedgerError: If nobody of that name is admitted, or a server works on the cooperative.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     with cooperative.open_ledger() as ledger:
         entry = _find_entry(ledger, contributor)

@@ -19,10 +19,8 @@ from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import hold_lock, read_json
 from molora_fed.federation.responses import answer_question, find_question
-from molora_fed.federation.states import StateFile
+from molora_fed.federation.status import StateFile, UsageFile
 from molora_fed.federation.supervise import record_errors
-from molora_fed.federation.tasks import Claim
-from molora_fed.federation.usage import UsageFile
 from molora_fed.federation.worker_mail import (
     LOOK_SECONDS,
     has_consent,
@@ -41,9 +39,6 @@ if TYPE_CHECKING:
     from molora_fed.population.private_member import PrivateMember
 
 __all__ = ["ContributorWorker", "main"]
-
-LEASE_SECONDS = 120.0
-OWNER = "worker"
 
 
 _PHASES = {
@@ -146,26 +141,22 @@ class ContributorWorker:
         )
 
     def _contribute(self, charter: Charter) -> Iterator[None]:
-        """Train, build the contribution and offer it, under the lease of the server's task."""
+        """Make the contribution and offer it, once the server's task is here; the offer ends it."""
         home = self._home
         self._state.enter("JOINING", "waiting for the base")
         yield from until(
             lambda: receive_shipment(home, home.charter_letter, "base", home.base) or None
         )
         task_id = f"train-{charter.amendment.number}"
-        yield from until(lambda: task_id in home.tasks.known() or None)
-        # None: the task was done before, and now made from other settings once more.
-        claim = home.tasks.claim(OWNER, lease_seconds=LEASE_SECONDS)
+        yield from until(lambda: task_id in home.list_tasks() or None)
         with self._usage.stage("corpus"):
             under = self._load_base(charter)
             corpus = self._prepare_corpus(under)
-        self._make_contribution(under, corpus, claim)
+        self._make_contribution(under, corpus)
         if not has_consent(home, charter):
             self._state.enter("SUBMITTING", "waiting for your consent to send it")
             yield from until(lambda: has_consent(home, charter) or None)
         offer_contribution(home, recipe=self._recipe(charter))
-        if claim is not None:
-            home.tasks.complete(claim)
 
     def _load_base(self, charter: Charter) -> "CharterAndBase":
         from molora_fed.cooperative.contribute import CharterAndBase
@@ -189,19 +180,11 @@ class ContributorWorker:
             progress=self._state.progress,
         )
 
-    def _make_contribution(
-        self, under: "CharterAndBase", corpus: "Corpus", claim: Claim | None
-    ) -> None:
+    def _make_contribution(self, under: "CharterAndBase", corpus: "Corpus") -> None:
         """Run the contributor's flow, with its phases in the worker's state and usage."""
         from molora_fed.cooperative.contribute import make_contribution
 
         home, settings = self._home, self._settings
-
-        def progress(done: int, total: int, **fields: float | str) -> None:
-            if claim is not None:
-                home.tasks.renew(claim, lease_seconds=LEASE_SECONDS)
-            self._state.progress(done, total, **fields)
-
         with ExitStack() as stage:
 
             def enter(phase: str) -> None:
@@ -223,7 +206,7 @@ class ContributorWorker:
                 threads=settings.threads,
                 plugins=self._plugins,
                 on_phase=enter,
-                progress=progress,
+                progress=self._state.progress,
             )
 
     def _read_decision(self) -> bool | None:

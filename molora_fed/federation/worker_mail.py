@@ -112,7 +112,7 @@ def receive_shipment(home: ContributorHome, letter: Path, field: str, target: Pa
 
     Raises:
         FederationError: If the letter is malformed.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     value = read_json(letter)
     if value is None:
@@ -151,7 +151,7 @@ def give_consent(home: ContributorHome, charter: Charter) -> None:
     """Note that the contributor agrees to send what this charter asks for.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     write_json(home.consent_file, _build_consent(charter))
 
@@ -164,7 +164,7 @@ def offer_contribution(home: ContributorHome, *, recipe: str = "") -> Shipment:
         recipe: Hash of what it was made from, kept beside the offer.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     shipment = describe_folder(home.contribution)
     offer: dict[str, Any] = {

@@ -30,7 +30,7 @@ from molora_fed.federation.coordinator_mail import (
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.question_bytes import build_question_bytes
+from molora_fed.federation.messages import build_question_bytes
 from molora_fed.federation.requests import RemoteData
 from molora_fed.federation.responses import answer_question, find_question
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue

@@ -26,7 +26,7 @@ from molora_fed.federation.local import LocalContributor
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.pool_worker import PoolWorker
 from molora_fed.federation.simulation import SimulationSupervisor, run_simulated
-from molora_fed.federation.usage import UsageFile, measure_peak_bytes
+from molora_fed.federation.status import UsageFile, measure_peak_bytes
 from molora_fed.models.base import load_base
 from molora_fed.routing.bundle import load_fused
 from molora_fed.storage.files import write_json
@@ -71,7 +71,7 @@ def test_cost_is_summed_over_restarts_and_nested_stages_count_once(tmp_path, mon
     usage = UsageFile(tmp_path / "usage.json")
     usage.add("outer", 2.0)
     again = UsageFile(tmp_path / "usage.json")
-    monkeypatch.setattr("molora_fed.federation.usage.time.process_time", lambda: next(clock))
+    monkeypatch.setattr("molora_fed.federation.status.time.process_time", lambda: next(clock))
     with again.stage("outer"), again.stage("inner"):
         pass
     kept = json.loads((tmp_path / "usage.json").read_text())
@@ -101,7 +101,7 @@ def homes(tmp_path, monkeypatch):
     monkeypatch.setattr(pool_worker, "ContributorWorker", Steps)
     homes = [ContributorHome(tmp_path / str(number)) for number in range(4)]
     for home in homes[:3]:
-        home.tasks.offer("train-0", {"kind": "train"})
+        home.keep_task("train-0", {"kind": "train"})
     return homes
 
 

@@ -20,16 +20,17 @@ from molora_fed.errors import (
     UnknownNameError,
 )
 from molora_fed.federation.contributor import join
-from molora_fed.federation.gateway import check_loopback, parse_server
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.server import serve
 from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,
+    check_loopback,
     check_port_free,
     find_free_port,
     parse_answer,
+    parse_server,
     raise_recorded,
     record_errors,
 )

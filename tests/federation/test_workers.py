@@ -174,7 +174,7 @@ def spoil(training, name, value):
 class LyingWorker(ContributorWorker):
     """States losses it did not measure."""
 
-    def _make_contribution(self, under, corpus, claim):
+    def _make_contribution(self, under, corpus):
         home, settings = self._home, self._settings
         adapter = MeasuredAdapter(settings.adapter, "lora", 3.0, 2.0, {})
         key = load_or_make_key(home.key)

@@ -13,13 +13,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from molora_fed.charter import AdapterRules, Amendment, FusionRules, SampleRules, TrainingRules
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.cooperative.cooperative import Cooperative, create_cooperative
-from molora_fed.federation.events import FederationEvent
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.simulation import SimulationSupervisor
+from molora_fed.federation.status import FederationEvent
 from molora_fed.federation.supervise import sigterm_as_interrupt
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes, write_json
 from molora_fed.training.specialists import load_specialist

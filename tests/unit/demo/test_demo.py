@@ -7,7 +7,7 @@ from molora_fed.corpus.blocks import Blocks
 from molora_fed.demo.report import choose_prompt
 from molora_fed.demo.run import DemoOptions, PhaseClock, plan_contributors, run_demo
 from molora_fed.errors import ConfigError, UnknownNameError
-from molora_fed.federation.events import FederationEvent
+from molora_fed.federation.status import FederationEvent
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.settings import count_cores
 from molora_fed.testing import build_tiny_tokenizer
