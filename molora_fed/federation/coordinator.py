@@ -92,7 +92,7 @@ class CoordinatorWorker:
         self._usage.add("start", time.process_time())
         self._admit_pending()
         while True:
-            with self._mending(), self._usage.stage("looking"):
+            with self._waiting_for_space(), self._usage.stage("looking"):
                 self.look()
             time.sleep(LOOK_SECONDS)
 
@@ -118,7 +118,7 @@ class CoordinatorWorker:
         return self._loaded_base
 
     @contextmanager
-    def _mending(self) -> Iterator[None]:
+    def _waiting_for_space(self) -> Iterator[None]:
         """On a full disk say so and try again later; whatever was begun goes on."""
         try:
             yield
@@ -152,8 +152,8 @@ class CoordinatorWorker:
 
     def _advance_to_training(self) -> None:
         if self._ledger.cooperative_state == _S.RECRUITING and any(
-            (read_json(box.state_file) or {}).get("phase") not in (None, "JOINING")
-            for box in self._home.contributors()
+            (read_json(mailbox.state_file) or {}).get("phase") not in (None, "JOINING")
+            for mailbox in self._home.contributors()
         ):
             self._ledger.advance(_S.TRAINING, actor=ACTOR)
             self._show()

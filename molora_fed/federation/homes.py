@@ -148,19 +148,19 @@ class CoordinatorHome(_Home):
         # Not in the home itself: `molora fuse` may be at work there.
         self._remove([*self.mail.rglob(_LEFTOVER), *self.received.glob(_LEFTOVER)])
 
-    def contributor(self, fingerprint: str) -> "ContributorBox":
+    def contributor(self, fingerprint: str) -> "ContributorMailbox":
         """The mailbox of one contributor, named by the fingerprint of its public key."""
-        return ContributorBox(self.mail / "contributors" / fingerprint)
+        return ContributorMailbox(self.mail / "contributors" / fingerprint)
 
-    def contributors(self) -> list["ContributorBox"]:
+    def contributors(self) -> list["ContributorMailbox"]:
         """The mailboxes of all contributors that ever said hello, by fingerprint."""
         folder = self.mail / "contributors"
         if not folder.is_dir():
             return []
-        return [ContributorBox(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+        return [ContributorMailbox(path) for path in sorted(folder.iterdir()) if path.is_dir()]
 
 
-class ContributorBox:
+class ContributorMailbox:
     """What the server holds of one contributor: who it is, where it stands, what it sent."""
 
     def __init__(self, folder: Path) -> None:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from molora_fed.charter import Charter
 from molora_fed.errors import MoloraError, StorageError
-from molora_fed.federation.homes import ContributorBox, CoordinatorHome
+from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import (
     Shipment,
@@ -41,7 +41,7 @@ class RemoteData:
 
     Args:
         home: The coordinator's home.
-        boxes: Mailbox of each contributor by name, in the order of answers.
+        mailboxes: Mailbox of each contributor by name, in the order of answers.
         key: The coordinator's private key.
         charter: The cooperative's charter.
         part_bytes: Largest part of a file.
@@ -53,7 +53,7 @@ class RemoteData:
     def __init__(
         self,
         home: CoordinatorHome,
-        boxes: Mapping[str, ContributorBox],
+        mailboxes: Mapping[str, ContributorMailbox],
         *,
         key: EllipticCurvePrivateKey,
         charter: Charter,
@@ -63,7 +63,7 @@ class RemoteData:
         on_problem: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._home = home
-        self._boxes = boxes
+        self._mailboxes = mailboxes
         self._key = key
         self._identity = charter.identity_hash
         self._amendment = charter.amendment.number
@@ -88,14 +88,14 @@ class RemoteData:
         found: dict[str, Read] = {}
         problem = ""
         shown: tuple[str, ...] | None = None
-        while len(found) < len(self._boxes):
-            for name, box in self._boxes.items():
+        while len(found) < len(self._mailboxes):
+            for name, mailbox in self._mailboxes.items():
                 if name in found:
                     continue
                 try:
-                    if self._collect(name, box, letter):
+                    if self._collect(name, mailbox, letter):
                         found[name] = read(self._load(name, asked))
-                        box.question_file.unlink(missing_ok=True)
+                        mailbox.question_file.unlink(missing_ok=True)
                 except StorageError:
                     raise
                 except MoloraError as error:
@@ -103,8 +103,8 @@ class RemoteData:
                     problem = str(error)
                     self._on_problem(problem)
                     shutil.rmtree(self._place(name, asked), ignore_errors=True)
-                    box.answer_file.unlink(missing_ok=True)
-            missing = tuple(name for name in self._boxes if name not in found)
+                    mailbox.answer_file.unlink(missing_ok=True)
+            missing = tuple(name for name in self._mailboxes if name not in found)
             if missing and missing != shown:
                 self._on_wait(missing)
                 shown = missing
@@ -112,7 +112,7 @@ class RemoteData:
                 time.sleep(LOOK_SECONDS)
         if problem:
             self._on_problem("")
-        return [found[name] for name in self._boxes]
+        return [found[name] for name in self._mailboxes]
 
     def close(self) -> None:
         """Withdraw whatever is still asked, and delete what was sent.
@@ -120,9 +120,9 @@ class RemoteData:
         Raises:
             StorageError: On I/O errors.
         """
-        for box in self._boxes.values():
-            box.question_file.unlink(missing_ok=True)
-            box.answer_file.unlink(missing_ok=True)
+        for mailbox in self._mailboxes.values():
+            mailbox.question_file.unlink(missing_ok=True)
+            mailbox.answer_file.unlink(missing_ok=True)
         shutil.rmtree(self._questions, ignore_errors=True)
 
     def _publish(self, question: Question) -> dict[str, Any]:
@@ -157,28 +157,28 @@ class RemoteData:
             if branch.parents[1].name != asked.id[:16]:
                 shutil.rmtree(branch)
 
-    def _collect(self, name: str, box: ContributorBox, letter: Mapping[str, Any]) -> bool:
+    def _collect(self, name: str, mailbox: ContributorMailbox, letter: Mapping[str, Any]) -> bool:
         """Ask one contributor, or take its answer; whether it is here now."""
         asked = parse_shipment(letter["files"])
         place = self._place(name, asked)
         if (place / "answer.json").is_file():
             return True
-        if (read_json(box.question_file) or {}).get("id") != asked.id:
-            write_json(box.question_file, dict(letter))
-        answered = read_json(box.answer_file) or {}
+        if (read_json(mailbox.question_file) or {}).get("id") != asked.id:
+            write_json(mailbox.question_file, dict(letter))
+        answered = read_json(mailbox.answer_file) or {}
         if answered.get("question") != asked.id:
             return False
         files = parse_shipment(answered["files"])
-        if box.parts.missing(files, part_bytes=self._part_bytes):
+        if mailbox.parts.missing(files, part_bytes=self._part_bytes):
             return False
         verify(
-            str((read_json(box.hello_file) or {}).get("public_key", "")),
+            str((read_json(mailbox.hello_file) or {}).get("public_key", "")),
             build_answer_bytes(self._identity, asked.id, files.id),
             str(answered["signature"]),
             what=f"answer of '{name}'",
         )
-        box.parts.assemble(files, place, part_bytes=self._part_bytes)
-        box.parts.discard(files, part_bytes=self._part_bytes)
+        mailbox.parts.assemble(files, place, part_bytes=self._part_bytes)
+        mailbox.parts.discard(files, part_bytes=self._part_bytes)
         return True
 
     def _load(self, name: str, asked: Shipment) -> Answer:

@@ -12,7 +12,7 @@ import tomli_w
 from molora_fed.charter import load_charter
 from molora_fed.errors import FederationError
 from molora_fed.federation.fleet import CONNECTED, Fleet
-from molora_fed.federation.homes import COORDINATOR_HOME, ContributorBox, CoordinatorHome
+from molora_fed.federation.homes import COORDINATOR_HOME, ContributorMailbox, CoordinatorHome
 from molora_fed.federation.mailbox import hold_lock, read_json
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
@@ -270,7 +270,7 @@ class ServerSupervisor:
         state = self.home.read_state()
         self._phase = state.get("phase", self._phase)
         events = [FederationEvent(**state)] if state else []
-        events += [_describe(box) for box in self.home.contributors()]
+        events += [_describe(mailbox) for mailbox in self.home.contributors()]
         for event in events:
             if self._shown.get(event.contributor) != event:
                 self._shown[event.contributor] = event
@@ -326,20 +326,20 @@ def _submit_run(home: CoordinatorHome, address: str, fleet: Fleet) -> None:
         )
 
 
-def _describe(box: ContributorBox) -> FederationEvent:
+def _describe(mailbox: ContributorMailbox) -> FederationEvent:
     """One contributor as the server sees it."""
-    state = read_json(box.state_file) or {}
+    state = read_json(mailbox.state_file) or {}
     problem = str(state.pop("problem", ""))
     last_phase = str(state.pop("phase", "JOINING"))
-    refusal = read_json(box.refusal_file) or {}
-    offer = read_json(box.offer_file) or {}
+    refusal = read_json(mailbox.refusal_file) or {}
+    offer = read_json(mailbox.offer_file) or {}
     ledger_state = ""
     if offer:
-        acknowledgement = read_json(box.acknowledgement_file(offer["id"])) or {}
+        acknowledgement = read_json(mailbox.acknowledgement_file(offer["id"])) or {}
         ledger_state = str(acknowledgement.get("state", ""))
     event = FederationEvent(
-        phase="DONE" if box.delivered_file.exists() else last_phase,
-        contributor=box.name,
+        phase="DONE" if mailbox.delivered_file.exists() else last_phase,
+        contributor=mailbox.name,
         state=ledger_state,
         **state,
     )

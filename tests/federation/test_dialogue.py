@@ -237,8 +237,8 @@ def test_a_contribution_over_the_charters_limit_is_refused_before_it_is_sent(tmp
     offer_contribution(home)
     with pytest.raises(FederationError, match="at most"):
         stage.exchange()
-    box = stage.server.contributor(stage.correspondent.fingerprint)
-    assert box.parts.held() == set()
+    mailbox = stage.server.contributor(stage.correspondent.fingerprint)
+    assert mailbox.parts.held() == set()
     stage.exchange("reply lost")
     assert "at most" in read_json(home.refusal_letter)["reason"]
 

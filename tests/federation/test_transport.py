@@ -67,7 +67,7 @@ class Server:
         return process if is_running else None
 
     def num_parts(self):
-        return sum(len(box.parts.held()) for box in self.home.contributors())
+        return sum(len(mailbox.parts.held()) for mailbox in self.home.contributors())
 
 
 def limit_files(process, num_bytes):

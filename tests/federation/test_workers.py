@@ -242,8 +242,8 @@ def test_nothing_of_a_contributor_leaves_before_it_agrees(tmp_path, tiny_checkpo
     def watch():
         seen.append(home.read_state().get("message"))
         if seen.count("waiting for your consent to send it") == 5:
-            (box,) = stage.server.contributors()
-            assert not home.offer_file.exists() and box.parts.held() == set()
+            (mailbox,) = stage.server.contributors()
+            assert not home.offer_file.exists() and mailbox.parts.held() == set()
             stage.consents = True
 
     stage.run(meddle=watch)
