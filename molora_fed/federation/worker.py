@@ -18,11 +18,12 @@ from molora_fed.federation.coordinator_mail import build_acknowledgement_bytes
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import hold_lock, read_json
-from molora_fed.federation.responses import answer_question, find_question
 from molora_fed.federation.status import StateFile, UsageFile
 from molora_fed.federation.supervise import record_errors
 from molora_fed.federation.worker_mail import (
     LOOK_SECONDS,
+    answer_question,
+    find_question,
     has_consent,
     offer_contribution,
     receive_charter,

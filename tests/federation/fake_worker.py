@@ -12,11 +12,16 @@ from molora_fed.federation.worker_mail import (
     offer_contribution,
     receive_charter,
     receive_shipment,
-    wait_for,
 )
 from molora_fed.storage.files import replace_folder, write_json
 
 CONTRIBUTION_BYTES = 2_000_000
+
+
+def wait_for(look):
+    while (found := look()) is None:
+        time.sleep(0.2)
+    return found
 
 
 def work(home: ContributorHome) -> None:

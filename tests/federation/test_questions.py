@@ -32,9 +32,10 @@ from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import build_question_bytes
 from molora_fed.federation.requests import RemoteData
-from molora_fed.federation.responses import answer_question, find_question
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.worker_mail import (
+    answer_question,
+    find_question,
     give_consent,
     has_consent,
     offer_contribution,

@@ -219,7 +219,7 @@ def test_two_simulated_contributors_fuse_and_a_third_joins_them(
         # Two have published; the third joins while the server runs.
         supervisor.join(members[2])
         with pytest.raises(ConfigError, match="expected a free node of 3"):
-            supervisor.join(LocalContributor("delta", "beta", stage_root / "delta"))
+            supervisor.join(LocalContributor(stage_root / "delta", JoinSettings("delta", "beta")))
         wait_until(
             lambda: supervisor.poll() or supervisor.is_finished, what="the grown model", seconds=180
         )
