@@ -47,7 +47,7 @@ def run(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads of adaptation.")] = 1,
 ) -> None:
-    """Evolve the admitted contributions as [amendment.population] says; killed, it goes on."""
+    """Evolve the admitted contributions as [amendment.population] says; safe to interrupt."""
     from molora_fed.cooperative.cooperative import open_cooperative
     from molora_fed.cooperative.evolve import evolve_cooperative
     from molora_fed.reporting.summary import build_loss_table

@@ -40,7 +40,7 @@ def found_cooperative(
     on_phase: Callable[[str], None] = lambda phase: None,
     progress: Progress | None = None,
 ) -> tuple[Cooperative, Base]:
-    """Make a cooperative with its base; stopped and called again, it goes on.
+    """Make a cooperative with its base; safe to interrupt, run again to resume.
 
     Args:
         folder: The coordinator's home.

@@ -1,6 +1,6 @@
 """The demo: a whole cooperative on this machine, as it is deployed, in a few minutes.
 
-It founds a cooperative, runs its server and one contributor a domain as processes of their own
+It creates a cooperative, runs its server and one contributor a domain as processes of their own
 on loopback, and adds to their result what only this machine knows: training curves, corpora,
 generated samples, and the time of each phase.
 """
@@ -184,7 +184,7 @@ def run_demo(
     *,
     plugins: Plugins | None = None,
 ) -> DemoResult:
-    """Run a whole cooperative on this machine; stopped and called again, it goes on.
+    """Run a whole cooperative on this machine; safe to interrupt, run again to resume.
 
     Args:
         options: What to do.
@@ -213,7 +213,7 @@ def run_demo(
 
     try:
         enter("base")
-        cooperative, base = _found(options, contributors, registered, shown.progress)
+        cooperative, base = _create(options, contributors, registered, shown.progress)
         if options.control:
             enter("control")
             train_control(
@@ -251,7 +251,7 @@ def run_demo(
     )
 
 
-def _found(
+def _create(
     options: DemoOptions,
     contributors: Sequence[LocalContributor],
     plugins: Plugins,

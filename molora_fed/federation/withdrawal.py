@@ -68,7 +68,7 @@ def withdraw_contributor(
     plugins: Plugins | None = None,
     progress: Progress | None = None,
 ) -> Withdrawal:
-    """Withdraw a contributor; stopped in between and called again, it goes on.
+    """Withdraw a contributor; safe to interrupt, run again to resume.
 
     The state is committed first. Where routers read the experts' average, one last pass takes
     the leaver out of it. Then its files, its rejected earlier attempts' files, bank columns that

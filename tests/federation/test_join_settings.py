@@ -32,3 +32,13 @@ def test_a_name_is_made_of_domain_and_key(tmp_path):
     settings = prepare_home(home, JoinSettings(name="", domain="python"))
     assert settings.name.startswith("python-")
     assert home.read_settings() == settings
+
+
+@pytest.mark.parametrize("adapter", ["", "/adapters/mine"])
+def test_settings_that_an_earlier_version_kept_stay_as_they_are(adapter):
+    # The recipe of a training in flight is a hash over these values.
+    kept = {
+        "name": "me", "domain": "mine", "data": ["/texts/a", "/texts/b.txt"],
+        "adapter": adapter, "shard": [1, 3], "threads": 2,
+    }  # fmt: skip
+    assert JoinSettings.from_json(kept).to_json() == kept
