@@ -131,7 +131,9 @@ class _Upload:
 
     def num_held(self) -> int:
         """Bytes of the contribution that the server holds."""
-        return sum(part.length for box in self.home.contributors() for part in box.parts.held())
+        return sum(
+            part.length for mailbox in self.home.contributors() for part in mailbox.parts.held()
+        )
 
     def carrier(self) -> int:
         """Process id of what carries the mail now; 0 if nothing does."""

@@ -35,18 +35,18 @@ from molora_fed.contributions.manifest import Contribution
 from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.create import found_cooperative
+from molora_fed.cooperative.evolve import PooledTexts, PrivateTexts, evolve_contributions
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.corpus.prepare import load_corpus
-from molora_fed.federation.events import FederationEvent
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor, run_local
-from molora_fed.federation.private_evolution import evolve_privately
+from molora_fed.federation.status import FederationEvent
 from molora_fed.federation.supervise import find_free_port
 from molora_fed.models.base import Base
 from molora_fed.plugins import get_plugins
 from molora_fed.population.private_member import PrivateMember
-from molora_fed.population.setup import evolve_contributions
 from molora_fed.storage.files import write_bytes, write_json
 from molora_fed.storage.values import find_cache_folder
 from molora_fed.testing.table import Table
@@ -139,12 +139,12 @@ def federate(root: Path) -> tuple[Cooperative, Base, list[Member], dict[str, Any
     with ExitStack() as stack:
         lines = [stack.enter_context(RecordingLine(port)) for _ in DOMAINS]
         members = [
-            Member(f"{domain}-1", domain, root / domain, port=line.port)
+            Member(root / domain, JoinSettings(f"{domain}-1", domain), port=line.port)
             for domain, line in zip(DOMAINS, lines, strict=True)
         ]
         run_local(cooperative.folder, members, meddler, port=port, threads=1)
         traffic = {
-            member.name: {"sent": line.sent, "received": line.received}
+            member.settings.name: {"sent": line.sent, "received": line.received}
             for member, line in zip(members, lines, strict=True)
         }
     return cooperative, base, members, traffic, meddler
@@ -171,12 +171,12 @@ def evolve_undisturbed(
         for one in admitted
     }
     table = Table(root, people, charter, plugins)
-    result = evolve_privately(
-        base, charter, admitted, table, root / "evolution", plugins=plugins,
+    texts = PrivateTexts(charter, admitted, table, plugins=plugins)
+    done = evolve_contributions(
+        base, charter, texts, root / "evolution", plugins=plugins,
         on_phase=lambda phase: print(f"undisturbed: {phase}", flush=True),
-        progress=lambda done, total, **figures: None,
     )  # fmt: skip
-    return table, dict(result)
+    return table, done.result
 
 
 def evolve_pooled(
@@ -201,8 +201,10 @@ def evolve_pooled(
         )
         for one in admitted
     ]
+    plugins = get_plugins()
+    texts = PooledTexts(base, charter, contributed, root, plugins=plugins)
     done = evolve_contributions(
-        base, charter, contributed, root, plugins=get_plugins(),
+        base, charter, texts, root, plugins=plugins,
         on_phase=lambda phase: print(f"pooled: {phase}", flush=True),
     )  # fmt: skip
     return done.result

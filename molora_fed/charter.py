@@ -5,6 +5,7 @@ Its identity, the hash of `[identity]`, can never change; everything else is an 
 anyone's signature.
 """
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +13,10 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from molora_fed.errors import CharterError
+from molora_fed.errors import CharterError, ConfigError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.storage.settings import describe_offenders
-from molora_fed.types import Mixture
+from molora_fed.types import BASE_EXPERT, Mixture
 
 __all__ = [
     "AdapterRules",
@@ -28,10 +29,41 @@ __all__ = [
     "OperatorRules",
     "PopulationRules",
     "TrainingRules",
+    "check_name",
+    "is_name",
     "load_charter",
     "parse_charter",
     "write_charter",
 ]
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+def is_name(value: str) -> bool:
+    """Whether a domain, contributor or cooperative may have this name."""
+    return _NAME.fullmatch(value) is not None
+
+
+def check_name(what: str, value: str) -> None:
+    """Refuse a name that no contribution can hold, before any work is done.
+
+    Args:
+        what: "name" for a contributor's, or "domain"; also the option to choose it with.
+        value: The name.
+
+    Raises:
+        ConfigError: If it is malformed, or a contributor's is reserved.
+    """
+    if not is_name(value):
+        raise ConfigError(
+            f"Cannot use {what} '{value}': expected lower-case letters, digits and dashes, got "
+            f"something else. Choose another with --{what}."
+        )
+    if what == "name" and value == BASE_EXPERT:
+        raise ConfigError(
+            f"Cannot use name '{value}': expected another name, got that of the base in every "
+            "report. Choose another with --name."
+        )
 
 
 class OperatorRules(BaseModel):

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Literal, Protocol
 
 __all__ = [
+    "BASE_EXPERT",
     "Case",
     "Document",
     "Finding",
@@ -20,6 +21,9 @@ __all__ = [
     "Split",
     "Verdict",
 ]
+
+BASE_EXPERT = "base"
+"""Name of the base as an expert; no contributor may have it."""
 
 Reading = Literal["base_hidden", "prefix_hidden", "mean_hidden", "experts_hidden", "evidence"]
 """What a router may read of a view; the bank makes only the columns that are read."""

@@ -43,23 +43,24 @@ def contribute(
     from molora_fed.contributions.build import describe_outgoing
     from molora_fed.cooperative.checkpoints import import_checkpoint
     from molora_fed.cooperative.contribute import (
+        MeasuredAdapter,
         check_choices,
-        open_terms,
+        open_charter_and_base,
         prepare_domain,
-        sign_specialist,
+        sign_adapter,
     )
     from molora_fed.reporting.summary import build_outgoing_table
     from molora_fed.storage.keys import load_or_make_key
 
     with reporting("loading the base") as progress:
-        terms = open_terms(cooperative, base_folder=base)
-        check_choices(terms, domain=domain, name=name, kind=kind)
+        under = open_charter_and_base(cooperative, base_folder=base)
+        check_choices(under, domain=domain, name=name, kind=kind)
         progress.phase("preparing the text")
-        corpus = prepare_domain(terms, domain, data, out, progress=progress)
+        corpus = prepare_domain(under, domain, data, out, progress=progress)
         progress.phase("comparing the checkpoint with the base")
         imported = import_checkpoint(
-            terms.base,
-            terms.charter,
+            under.base,
+            under.charter,
             corpus,
             checkpoint,
             out,
@@ -68,16 +69,16 @@ def contribute(
             progress=progress,
         )
         # What the checkpoint was trained on is not known here: no contamination is stated.
-        signed = sign_specialist(
-            terms,
+        contribution = sign_adapter(
+            under,
             corpus,
-            imported.specialist,
+            MeasuredAdapter.of_specialist(imported.specialist, imported.start_loss),
+            out / "contribution",
             key=load_or_make_key(key or out / "key.pem"),
             name=name,
-            start_loss=imported.start_loss,
         )
     show(build_corpus_table(corpus.report))
-    specialist, manifest = imported.specialist, signed.contribution.manifest
+    specialist, manifest = imported.specialist, contribution.manifest
     print(
         f"Specialist '{manifest.contributor}' ({specialist.kind}): validation loss "
         f"{specialist.loss:.4f}, checkpoint {imported.checkpoint_loss:.4f}, base "
@@ -85,4 +86,4 @@ def contribute(
     )
     print("Nothing was sent. If you submit it, this is what goes:")
     show(build_outgoing_table(describe_outgoing(manifest)))
-    print(f"Contribution {signed.contribution.id} in {signed.contribution.folder}")
+    print(f"Contribution {contribution.id} in {contribution.folder}")

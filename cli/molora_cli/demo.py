@@ -14,7 +14,7 @@ from molora_cli.output import show
 from molora_cli.progress import Reporter, reporting
 
 if TYPE_CHECKING:
-    from molora_fed.federation.events import FederationEvent
+    from molora_fed.federation.status import FederationEvent
 
 
 class _View:

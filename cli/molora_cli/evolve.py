@@ -47,19 +47,16 @@ def run(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads of adaptation.")] = 1,
 ) -> None:
-    """Evolve the admitted contributions as [amendment.population] says; killed, it goes on."""
+    """Evolve the admitted contributions as [amendment.population] says; safe to interrupt."""
     from molora_fed.cooperative.cooperative import open_cooperative
     from molora_fed.cooperative.evolve import evolve_cooperative
-    from molora_fed.reporting.population import write_population_report
     from molora_fed.reporting.summary import build_loss_table
 
     opened = open_cooperative(cooperative)
     with reporting() as progress:
-        done = evolve_cooperative(
+        done, page = evolve_cooperative(
             opened, out=out, threads=threads, on_phase=progress.phase, progress=progress
         )
-        progress.phase("report")
-        page = write_population_report(done.folder)
     show(build_loss_table(done.result))
     _print_generations(done.evolved)
     print(f"report         {page}")

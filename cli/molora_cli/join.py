@@ -41,6 +41,7 @@ def join(
     """Train on your text, submit the adapter and the stated samples, receive the fused model."""
     from molora_fed.errors import ConfigError
     from molora_fed.federation.contributor import join as take_part
+    from molora_fed.federation.join_settings import JoinSettings
     from molora_fed.storage.values import count_cores, parse_shard
 
     if not yes and not sys.stdin.isatty():
@@ -48,18 +49,21 @@ def join(
             "Cannot ask what may be sent: expected a terminal, got none. Pass --yes to agree to "
             "what the charter asks for."
         )
+    settings = JoinSettings(
+        name=name,
+        domain=domain,
+        data=tuple(data or ()),
+        adapter=adapter,
+        shard=parse_shard(shard),
+        threads=threads or count_cores(),
+    )
     where = home or Path(f"contributor-{domain}")
     with watching(f"Contributor for '{domain}' in {where}, server {server}") as board:
         acknowledgement = take_part(
             server,
-            domain,
-            data or (),
+            settings,
             where,
-            adapter,
             board,
-            name=name,
-            shard=parse_shard(shard),
-            threads=threads or count_cores(),
             consent=lambda charter: _ask(charter, board, agreed=yes),
         )
     print(f"{acknowledgement['state']}  contribution {acknowledgement['contribution_id']}")

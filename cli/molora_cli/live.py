@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from molora_fed.federation.events import FederationEvent
+    from molora_fed.federation.status import FederationEvent
 
 __all__ = ["Board", "watching"]
 

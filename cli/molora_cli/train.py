@@ -50,40 +50,41 @@ def train(
     from molora_fed.contributions.build import describe_outgoing
     from molora_fed.cooperative.contribute import (
         check_choices,
-        open_terms,
+        make_contribution,
+        open_charter_and_base,
         prepare_domain,
-        train_contribution,
     )
     from molora_fed.reporting.summary import build_outgoing_table
+    from molora_fed.storage.keys import load_or_make_key
     from molora_fed.storage.values import count_cores, parse_options, parse_shard
 
     share = parse_shard(shard)
     options = parse_options(option) if option else None
     with reporting("loading the base") as progress:
-        terms = open_terms(cooperative, base_folder=base)
-        check_choices(terms, domain=domain, name=name, kind=kind)
+        under = open_charter_and_base(cooperative, base_folder=base)
+        check_choices(under, domain=domain, name=name, kind=kind)
         progress.phase("preparing the text")
-        corpus = prepare_domain(terms, domain, data or (), out, shard=share, progress=progress)
+        corpus = prepare_domain(under, domain, data or (), out, shard=share, progress=progress)
     show(build_corpus_table(corpus.report))
     with reporting("training") as progress:
-        trained = train_contribution(
-            terms,
+        made = make_contribution(
+            under,
             corpus,
             out,
+            key=load_or_make_key(key or out / "key.pem"),
             name=name,
             kind=kind,
             options=options,
             steps=steps,
             seed=seed,
             threads=threads or count_cores(),
-            key_path=key,
             progress=progress,
         )
-    specialist, manifest = trained.specialist, trained.contribution.manifest
+    adapter, manifest = made.adapter, made.contribution.manifest
     print(
-        f"Specialist '{manifest.contributor}' ({specialist.kind}): validation loss "
-        f"{specialist.loss:.4f}, base {specialist.base_loss:.4f} nats per token"
+        f"Specialist '{manifest.contributor}' ({adapter.kind}): validation loss "
+        f"{adapter.loss:.4f}, base {adapter.base_loss:.4f} nats per token"
     )
     print("Nothing was sent. If you submit it, this is what goes:")
     show(build_outgoing_table(describe_outgoing(manifest)))
-    print(f"Contribution {trained.contribution.id} in {trained.contribution.folder}")
+    print(f"Contribution {made.contribution.id} in {made.contribution.folder}")

@@ -8,7 +8,7 @@ from molora_fed.contributions.receive import Receipt, receive_contribution
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.errors import AdmissionError
-from molora_fed.models.base import Base, check_base, load_base
+from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.types import Progress
 
@@ -34,7 +34,7 @@ def admit_contributions(
 
     Args:
         cooperative: Whose charter, base and ledger count.
-        folders: Contributions, or folders of `train_contribution`.
+        folders: Contributions, or folders of `make_contribution`.
         plugins: Where checks and kinds are registered; the installed plugins by default.
         progress: Receives blocks done while losses are measured.
 
@@ -47,8 +47,7 @@ def admit_contributions(
     """
     sources = [find_contribution(folder) for folder in folders]
     with cooperative.open_ledger() as ledger:
-        base = load_base(cooperative.base_folder)
-        check_base(base, cooperative.charter.identity.base)
+        base = cooperative.load_base()
         return receive_folders(
             ledger, cooperative, base, sources, actor=ACTOR, plugins=plugins, progress=progress
         )

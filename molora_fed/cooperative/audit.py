@@ -73,7 +73,7 @@ def record_cooperative(cooperative: Cooperative) -> Audit:
         SignatureError: If the coordinator's key is missing.
         TraceError: If the trace does not verify, another process writes it, or the ledger tells
             another history than was recorded.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     folder = cooperative.folder / TRACE_FOLDER
     key = load_key(cooperative.key_path)

@@ -82,7 +82,7 @@ def import_checkpoint(
             adapter breaks the charter's limits.
         BaseCheckpointError: If a checkpoint cannot be loaded.
         UnknownNameError: If no plugin registers the kind.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     plugins = plugins or get_plugins()
     rules, training = charter.identity.adapters, charter.amendment.training

@@ -1,47 +1,49 @@
-"""Every step without a network: train and sign a contribution, receive and fuse on folders.
+"""A contributor's flow: text of its domain, an adapter with its losses, a signed contribution.
 
-The federation's workers call the same functions of the core; here folders take the place of mail.
+`molora train` and the federation's worker run the same steps. Each is durable: interrupted
+anywhere and run again, it goes on and ends with the same bytes.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from molora_fed.charter import Charter, load_charter
+from molora_fed.adapters.compatibility import applied
+from molora_fed.adapters.files import check_adapter_fits, load_adapter
+from molora_fed.charter import Charter, check_name, load_charter
 from molora_fed.contributions.build import build_contribution, measure_start_loss
 from molora_fed.contributions.manifest import Contribution
-from molora_fed.cooperative.cooperative import open_cooperative
+from molora_fed.cooperative.cooperative import load_charter_base, open_cooperative
 from molora_fed.corpus.documents import read_documents
 from molora_fed.corpus.prepare import Corpus, prepare_corpus
-from molora_fed.errors import BaseCheckpointError, ConfigError
-from molora_fed.fusion.plan import BASE_EXPERT
-from molora_fed.models.base import Base, check_base, load_base
+from molora_fed.errors import AdapterError, BaseCheckpointError, ConfigError
+from molora_fed.models.base import Base
+from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
-from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
+from molora_fed.population.private_member import carve_own
+from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.training.specialists import Specialist, train_specialist
 from molora_fed.types import Document, Progress, Split
 
 __all__ = [
-    "Terms",
-    "Trained",
+    "CharterAndBase",
+    "MadeContribution",
+    "MeasuredAdapter",
     "check_choices",
-    "open_terms",
+    "make_contribution",
+    "open_charter_and_base",
     "prepare_domain",
-    "sign_specialist",
-    "train_contribution",
+    "sign_adapter",
 ]
 
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-
-
 @dataclass(frozen=True, eq=False)
-class Terms:
-    """What a contributor trains under.
+class CharterAndBase:
+    """A cooperative's charter with its base checkpoint loaded.
 
     Attributes:
         charter: The cooperative's charter.
@@ -53,14 +55,48 @@ class Terms:
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
-    """A specialist and the contribution made of it."""
+class MeasuredAdapter:
+    """An adapter on disk with what a contribution states of it.
 
-    specialist: Specialist
+    Attributes:
+        folder: Folder of the adapter's files.
+        kind: Adapter kind.
+        base_loss: The base's loss on all validation blocks, nats per token.
+        loss: The adapter's loss on the same blocks, nats per token.
+        record: How it was made, JSON values.
+        start_loss: Loss of the model that training started from on the admission sample, nats per
+            token; None states nothing.
+    """
+
+    folder: Path
+    kind: str
+    base_loss: float
+    loss: float
+    record: Mapping[str, Any]
+    start_loss: float | None = None
+
+    @classmethod
+    def of_specialist(cls, specialist: Specialist, start_loss: float | None) -> "MeasuredAdapter":
+        """A specialist's adapter, with the losses of its record."""
+        return cls(
+            specialist.adapter_folder,
+            specialist.kind,
+            specialist.base_loss,
+            specialist.loss,
+            dict(specialist.record),
+            start_loss,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MadeContribution:
+    """A signed contribution and the adapter in it."""
+
+    adapter: MeasuredAdapter
     contribution: Contribution
 
 
-def open_terms(source: Path, *, base_folder: Path | None = None) -> Terms:
+def open_charter_and_base(source: Path, *, base_folder: Path | None = None) -> CharterAndBase:
     """Read a charter and load its base.
 
     Args:
@@ -86,13 +122,11 @@ def open_terms(source: Path, *, base_folder: Path | None = None) -> Terms:
             f"{identity.id} with weights {identity.weights[:12]} in '{where}', got no such folder. "
             "Say where the base is."
         )
-    base = load_base(where)
-    check_base(base, charter.identity.base)
-    return Terms(charter, base)
+    return CharterAndBase(charter, load_charter_base(charter, where))
 
 
 def prepare_domain(
-    terms: Terms,
+    under: CharterAndBase,
     domain: str,
     data: Sequence[Path],
     folder: Path,
@@ -104,7 +138,7 @@ def prepare_domain(
     """Turn a contributor's text into blocks.
 
     Args:
-        terms: Charter and base.
+        under: Charter and base.
         domain: Domain name.
         data: Files and folders of text; empty takes the registered domain of that name.
         folder: Gets `corpus/`.
@@ -123,19 +157,21 @@ def prepare_domain(
     return prepare_corpus(
         domain,
         documents,
-        terms.base.tokenizer,
-        rules=terms.charter.identity.corpus,
+        under.base.tokenizer,
+        rules=under.charter.identity.corpus,
         folder=folder / "corpus",
         shard=shard,
         progress=progress,
     )
 
 
-def check_choices(terms: Terms, *, domain: str, name: str = "", kind: str | None = None) -> None:
+def check_choices(
+    under: CharterAndBase, *, domain: str, name: str = "", kind: str | None = None
+) -> None:
     """Refuse what a cooperative has no use for, before any work is done.
 
     Args:
-        terms: Charter and base.
+        under: Charter and base.
         domain: Domain to train on.
         name: Contributor's name; empty if it is not chosen.
         kind: Adapter kind; None if it is not chosen.
@@ -144,10 +180,10 @@ def check_choices(terms: Terms, *, domain: str, name: str = "", kind: str | None
         ConfigError: If a name cannot stand in a contribution, or the charter refuses domain or
             kind.
     """
-    charter = terms.charter
-    _check_name("domain", domain)
+    charter = under.charter
+    check_name("domain", domain)
     if name:
-        _check_name("name", name)
+        check_name("name", name)
     allowed = {
         "domain": (domain, charter.amendment.domains),
         "kind": (kind, charter.identity.adapters.kinds),
@@ -160,138 +196,186 @@ def check_choices(terms: Terms, *, domain: str, name: str = "", kind: str | None
             )
 
 
-def _check_name(what: str, name: str) -> None:
-    """Refuse what no manifest can hold, before any work is done.
-
-    Raises:
-        ConfigError: Naming what and why.
-    """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"Cannot use {what} '{name}': expected lower-case letters, digits and dashes, got "
-            f"something else. Choose another with --{what}."
-        )
-    if what == "name" and name == BASE_EXPERT:
-        raise ConfigError(
-            f"Cannot use name '{name}': expected another name, got that of the base in every "
-            "report. Choose another with --name."
-        )
-
-
-def train_contribution(
-    terms: Terms,
+def make_contribution(
+    under: CharterAndBase,
     corpus: Corpus,
     folder: Path,
     *,
+    key: EllipticCurvePrivateKey,
     name: str = "",
+    given: Path | None = None,
+    training_folder: Path | None = None,
     kind: str | None = None,
     options: Mapping[str, Any] | None = None,
     steps: int | None = None,
     seed: int | None = None,
     threads: int = 1,
-    key_path: Path | None = None,
     plugins: Plugins | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
     progress: Progress | None = None,
-) -> Trained:
-    """Train a specialist and sign a contribution made of it; killed and called again, it goes on.
+) -> MadeContribution:
+    """Train an adapter, or measure one trained earlier, and sign a contribution made of it.
 
     Args:
-        terms: Charter and base.
+        under: Charter and base.
         corpus: Prepared text of the domain.
-        folder: Gets `adapter/`, `record.json`, `metrics.jsonl` and `contribution/`.
+        folder: Gets `contribution/`.
+        key: The contributor's private key.
         name: Contributor's name; domain and start of the key if empty.
+        given: Folder of an adapter trained earlier; None trains one.
+        training_folder: Gets `adapter/`, `record.json` and `metrics.jsonl`; `folder` if None.
         kind: Adapter kind; the charter's if None.
         options: Options of the kind; the charter's if None and the kind is the charter's.
         steps: Optimiser steps; the charter's if None.
         seed: Seed of training; the charter's if None.
         threads: Torch threads; kept in the training record.
-        key_path: The contributor's private key, made if it is not there; `key.pem` of the folder
-            if None.
         plugins: Where kinds are registered; the installed plugins by default.
+        on_phase: Told what begins: "training" or "measuring", then "building".
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
     Raises:
+        AdapterError: If the adapter trained earlier is malformed or does not fit the base.
         ConfigError: If the charter refuses domain or kind, or the name cannot stand in a
             contribution.
         TrainingError: If the folder holds another training.
         CorpusError: If the charter asks for blocks that the corpus has not.
-        MoloraError: Whatever training or the disk refuses.
+        PopulationError: If the charter keeps texts private and there is too little of it.
+        MoloraError: Whatever training raises; a StorageError on I/O errors.
     """
-    charter = terms.charter
-    rules = charter.amendment.training
-    if options is not None:
-        rules = rules.model_copy(update={"kind": kind or rules.kind, "options": dict(options)})
-    if steps is not None:
-        rules = rules.model_copy(update={"steps": steps})
-    check_choices(terms, domain=corpus.domain, name=name, kind=kind)
-    key = load_or_make_key(key_path or folder / "key.pem")
-    specialist = train_specialist(
-        terms.base,
-        corpus.blocks[Split.TRAIN],
-        corpus.blocks[Split.VALIDATION],
-        kind=kind or rules.kind,
-        rules=charter.identity.adapters,
-        training=rules,
-        seed=charter.amendment.seed if seed is None else seed,
-        threads=threads,
-        folder=folder,
-        plugins=plugins,
-        evaluation_batch=charter.identity.corpus.evaluation_batch,
-        progress=progress,
-    )
-    return sign_specialist(
-        terms,
+    plugins = plugins or get_plugins()
+    charter = under.charter
+    check_choices(under, domain=corpus.domain, name=name, kind=kind)
+    if charter.amendment.is_private:
+        carve_own(corpus.blocks, charter)  # too little text is said before training
+    if given is not None:
+        on_phase("measuring")
+        adapter = _measure_given(under, corpus, given, plugins, progress)
+    else:
+        on_phase("training")
+        rules = charter.amendment.training
+        if options is not None:
+            changes = {"kind": kind or rules.kind, "options": dict(options)}
+            rules = rules.model_copy(update=changes)
+        if steps is not None:
+            rules = rules.model_copy(update={"steps": steps})
+        specialist = train_specialist(
+            under.base,
+            corpus.blocks[Split.TRAIN],
+            corpus.blocks[Split.VALIDATION],
+            kind=kind or rules.kind,
+            rules=charter.identity.adapters,
+            training=rules,
+            seed=charter.amendment.seed if seed is None else seed,
+            threads=threads,
+            folder=training_folder or folder,
+            plugins=plugins,
+            evaluation_batch=charter.identity.corpus.evaluation_batch,
+            progress=progress,
+        )
+        adapter = MeasuredAdapter.of_specialist(specialist, _measure_start(under, corpus))
+    on_phase("building")
+    contribution = sign_adapter(
+        under,
         corpus,
-        specialist,
+        adapter,
+        folder / "contribution",
         key=key,
         name=name,
         contamination=corpus.report.contamination,
-        start_loss=measure_start_loss(
-            terms.base.model, corpus.blocks, charter, domain=corpus.domain
-        ),
     )
+    return MadeContribution(adapter, contribution)
 
 
-def sign_specialist(
-    terms: Terms,
+def _measure_given(
+    under: CharterAndBase,
     corpus: Corpus,
-    specialist: Specialist,
+    given: Path,
+    plugins: Plugins,
+    progress: Progress | None,
+) -> MeasuredAdapter:
+    """Read an adapter trained earlier and measure it on this contributor's own text."""
+    charter, base = under.charter, under.base
+    folder = given / "adapter" if (given / "adapter").is_dir() else given
+    adapter = load_adapter(
+        folder, rules=charter.identity.adapters, plugins=plugins, name=str(given)
+    )
+    check_adapter_fits(adapter, base.model)
+    losses = []
+    for update in (None, adapter):
+        with applied(base.model, update) as model:
+            nll = compute_block_losses(
+                model,
+                corpus.blocks[Split.VALIDATION].tokens,
+                batch=charter.identity.corpus.evaluation_batch,
+                progress=progress,
+            )
+        losses.append(float(nll.double().mean()))
+    # An adapter that does not say what it was trained on states no start, either.
+    is_known = adapter.base_weights == base.weights
+    start = _measure_start(under, corpus) if is_known else None
+    base_loss, loss = losses
+    return MeasuredAdapter(folder, adapter.kind, base_loss, loss, _read_record(given), start)
+
+
+def _read_record(given: Path) -> Mapping[str, Any]:
+    """How an adapter trained earlier was made, as far as its folder says."""
+    path = given / "record.json"
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        record = None
+    except ValueError as error:
+        raise AdapterError(
+            f"Cannot read '{path}': expected JSON, got {error}. Delete the file and try again."
+        ) from error
+    return record or {"source": "an adapter trained earlier"}
+
+
+def _measure_start(under: CharterAndBase, corpus: Corpus) -> float | None:
+    """Loss of the base on the admission sample; None where no sample goes along to compare it."""
+    if under.charter.amendment.is_private:
+        return None
+    return measure_start_loss(under.base.model, corpus.blocks, under.charter, domain=corpus.domain)
+
+
+def sign_adapter(
+    under: CharterAndBase,
+    corpus: Corpus,
+    adapter: MeasuredAdapter,
+    folder: Path,
     *,
     key: EllipticCurvePrivateKey,
     name: str = "",
     contamination: float | None = None,
-    start_loss: float | None = None,
-) -> Trained:
-    """Sign a contribution made of a specialist and samples of its corpus.
+) -> Contribution:
+    """Sign a contribution made of an adapter and samples of its corpus.
 
     Args:
-        terms: Charter and base.
+        under: Charter and base.
         corpus: Prepared text of the domain.
-        specialist: On disk; its folder gets `contribution/`.
+        adapter: On disk, with its losses.
+        folder: The contribution's folder, made whole or not at all.
         key: The contributor's private key.
         name: Contributor's name; domain and start of the key if empty.
         contamination: Share of held-out word 8-grams that occur in train; None if not known.
-        start_loss: Loss of the model that training started from on the admission sample; None
-            states nothing.
 
     Raises:
         AdapterError: If a value cannot stand in a manifest.
         CorpusError: If the charter asks for blocks that the corpus has not.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
-    contribution = build_contribution(
-        specialist.folder / "contribution",
-        adapter=specialist.adapter_folder,
-        kind=specialist.kind,
+    return build_contribution(
+        folder,
+        adapter=adapter.folder,
+        kind=adapter.kind,
         samples=corpus.blocks,
         key=key,
-        charter=terms.charter,
+        charter=under.charter,
         contributor=name or f"{corpus.domain}-{key_fingerprint(build_public_pem(key))[:6]}",
         domain=corpus.domain,
-        training=specialist.record,
-        base_loss=specialist.base_loss,
-        specialist_loss=specialist.loss,
+        training=adapter.record,
+        base_loss=adapter.base_loss,
+        specialist_loss=adapter.loss,
         contamination=contamination,
-        start_loss=start_loss,
+        start_loss=adapter.start_loss,
     )
-    return Trained(specialist, contribution)

@@ -37,6 +37,7 @@ __all__ = [
     "build_charter",
     "check_charter_names",
     "create_cooperative",
+    "load_charter_base",
     "open_cooperative",
 ]
 
@@ -87,6 +88,27 @@ class Cooperative:
         """Open the ledger for reading, also while another process writes it."""
         return LedgerReader(self.ledger_path)
 
+    def load_base(self) -> "Base":
+        """Load the base checkpoint.
+
+        Raises:
+            BaseCheckpointError: If it is missing or another one.
+        """
+        return load_charter_base(self.charter, self.base_folder)
+
+
+def load_charter_base(charter: Charter, folder: Path) -> "Base":
+    """Load a base checkpoint and check that it is the charter's.
+
+    Raises:
+        BaseCheckpointError: If it is missing or another one.
+    """
+    from molora_fed.models.base import check_base, load_base
+
+    base = load_base(folder)
+    check_base(base, charter.identity.base)
+    return base
+
 
 def create_cooperative(
     folder: Path,
@@ -116,7 +138,7 @@ def create_cooperative(
         CharterError: If a value cannot stand in a charter or does not suit the base, or the
             folder holds another cooperative.
         UnknownNameError: If it names a router, kind or check that nobody registers.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     charter = build_charter(name, base.identity(), adapters, corpus, amendment)
     check_charter_names(charter, plugins or get_plugins())

@@ -1,13 +1,12 @@
 """Founding a cooperative: everything is checked first, then the base is made or fetched."""
 
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from molora_fed.charter import AdapterRules, Amendment, BaseIdentity, CorpusRules
+from molora_fed.charter import AdapterRules, Amendment, BaseIdentity, CorpusRules, is_name
 from molora_fed.cooperative.cooperative import (
     Cooperative,
     build_charter,
@@ -24,7 +23,6 @@ from molora_fed.types import Progress
 __all__ = ["BUILTIN_SOURCE", "found_cooperative"]
 
 BUILTIN_SOURCE = "builtin"
-_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _UNKNOWN = "0" * 64  # stands for fingerprints while there is no base yet
 
 
@@ -42,7 +40,7 @@ def found_cooperative(
     on_phase: Callable[[str], None] = lambda phase: None,
     progress: Progress | None = None,
 ) -> tuple[Cooperative, Base]:
-    """Make a cooperative with its base; stopped and called again, it goes on.
+    """Make a cooperative with its base; safe to interrupt, run again to resume.
 
     Args:
         folder: The coordinator's home.
@@ -66,7 +64,7 @@ def found_cooperative(
         UnknownNameError: If a router, kind or check is registered by nobody.
         BaseCheckpointError: If the base cannot be made or fetched.
         CorpusError: If a domain of the built-in base has too little text.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     plugins = plugins or get_plugins()
     corpus, amendment = corpus or CorpusRules(), amendment or Amendment()
@@ -114,7 +112,7 @@ def _check_domains(name: str, domains: Iterable[str]) -> None:
     Raises:
         CharterError: Naming all of them.
     """
-    wrong = [domain for domain in domains if not _DOMAIN.fullmatch(domain)]
+    wrong = [domain for domain in domains if not is_name(domain)]
     if wrong:
         raise CharterError(
             f"Cannot create cooperative '{name}': expected domains of lower-case letters, digits "

@@ -1,9 +1,14 @@
-"""Fusing a cooperative's contributions, as its coordinator does."""
+"""The coordinator's flow: admitted contributions, a fused model, its report, the ledger's record.
 
-from collections.abc import Callable, Sequence
+`molora fuse` takes contributions from folders, the federation's coordinator from its mailboxes;
+both fuse them here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.ledger import Ledger
 from molora_fed.contributions.manifest import Contribution, load_contribution
@@ -11,29 +16,21 @@ from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.admit import check_all_admitted, find_contribution, receive_folders
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.decisions import ForecastKeeper, begin_fusion, end_fusion
-from molora_fed.fusion.fuse import FusionResult, fuse
-from molora_fed.models.base import check_base, load_base
+from molora_fed.fusion.fuse import Control, FusionResult, fuse
+from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.reporting.report import MetricRows, read_metrics_file, write_report
 from molora_fed.training.loop import METRICS_NAME
 from molora_fed.types import Progress
 
-__all__ = [
-    "Fused",
-    "fuse_contributions",
-]
-
+__all__ = ["FusedContributions", "fuse_admitted", "fuse_contributions"]
 
 ACTOR = "molora fuse"
 
 
-def _ignore(phase: str) -> None:
-    """Do nothing; the default listener."""
-
-
 @dataclass(frozen=True, eq=False)
-class Fused:
-    """A fusion on folders.
+class FusedContributions:
+    """A fused model, what it was made of, and its report.
 
     Attributes:
         contributions: What was fused, in canonical order.
@@ -52,14 +49,14 @@ def fuse_contributions(
     *,
     out: Path | None = None,
     plugins: Plugins | None = None,
-    on_phase: Callable[[str], None] = _ignore,
+    on_phase: Callable[[str], None] = lambda phase: None,
     progress: Progress | None = None,
-) -> Fused:
+) -> FusedContributions:
     """Receive contributions, admit them, fuse, and write the report.
 
     Args:
         cooperative: Whose charter, base and ledger count.
-        folders: Contributions, or folders of `train_contribution`; with none, all that the ledger
+        folders: Contributions, or folders of `make_contribution`; with none, all that the ledger
             has admitted are fused.
         out: Gets `bank/`, `fused/`, `result.json` and `report/`; the cooperative's folder if None.
         plugins: Where everything is registered; the installed plugins by default.
@@ -71,14 +68,12 @@ def fuse_contributions(
         LedgerError: If another process, such as a server, works on the cooperative.
         MoloraError: Whatever admission or fusing refuses.
     """
-    plugins, out = plugins or get_plugins(), out or cooperative.folder
-    charter = cooperative.charter
+    plugins = plugins or get_plugins()
     sources = [find_contribution(folder) for folder in folders]
     given = {load_contribution(source).id: source for source in sources}
     with cooperative.open_ledger() as ledger:
         on_phase("base")
-        base = load_base(cooperative.base_folder)
-        check_base(base, charter.identity.base)
+        base = cooperative.load_base()
         on_phase("admission")
         check_all_admitted(
             receive_folders(
@@ -92,24 +87,74 @@ def fuse_contributions(
             )
         )
         contributions = _choose(ledger, cooperative, given)
-        contributed = [collect_contributed(contribution) for contribution in contributions]
-        if contributed:
-            begin_fusion(ledger, actor=ACTOR)
-        result = fuse(
+        return fuse_admitted(
+            ledger,
+            cooperative.charter,
             base,
-            charter,
-            contributed,
-            out,
+            contributions,
+            out or cooperative.folder,
+            actor=ACTOR,
             plugins=plugins,
+            metrics=_collect_metrics(contributions, given),
             on_phase=on_phase,
-            on_forecasts=ForecastKeeper(ledger, actor=ACTOR),
             progress=progress,
         )
-        on_phase("report")
-        metrics = _collect_metrics(contributions, given)
-        report = write_report(result.result, metrics, out / "report")
-        end_fusion(ledger, actor=ACTOR, result=result.result)
-    return Fused(tuple(contributions), result, report)
+
+
+def fuse_admitted(
+    ledger: Ledger,
+    charter: Charter,
+    base: Base,
+    contributions: Sequence[Contribution],
+    out: Path,
+    *,
+    actor: str,
+    plugins: Plugins,
+    control: Control | None = None,
+    metrics: Mapping[str, MetricRows] | None = None,
+    publish: Callable[[FusedContributions], None] = lambda fused: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+    progress: Progress | None = None,
+) -> FusedContributions:
+    """Fuse admitted contributions, keep forecasts and decisions in the ledger, write the report.
+
+    Args:
+        ledger: Open for writing; ends as PUBLISHED.
+        charter: The cooperative's charter.
+        base: Its base.
+        contributions: Admitted ones, in canonical order.
+        out: Gets `bank/`, `fused/`, `result.json` and `report/`.
+        actor: Who does this, for the history.
+        plugins: Where everything is registered.
+        control: The base continued on pooled text, to compare with.
+        metrics: Training metrics for the report, by contributor.
+        publish: Hands the fused model on, before the ledger says that it is published.
+        on_phase: Told what begins.
+        progress: Receives progress within a phase.
+
+    Raises:
+        MoloraError: Whatever fusing refuses.
+    """
+    contributed = [collect_contributed(contribution) for contribution in contributions]
+    if contributed:
+        begin_fusion(ledger, actor=actor)
+    result = fuse(
+        base,
+        charter,
+        contributed,
+        out,
+        plugins=plugins,
+        control=control,
+        on_phase=on_phase,
+        on_forecasts=ForecastKeeper(ledger, actor=actor),
+        progress=progress,
+    )
+    on_phase("report")
+    report = write_report(result.result, metrics or {}, out / "report")
+    fused = FusedContributions(tuple(contributions), result, report)
+    publish(fused)
+    end_fusion(ledger, actor=actor, result=result.result)
+    return fused
 
 
 def _choose(ledger: Ledger, cooperative: Cooperative, given: dict[str, Path]) -> list[Contribution]:

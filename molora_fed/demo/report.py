@@ -22,7 +22,7 @@ from molora_fed.routing.bundle import load_fused
 from molora_fed.training.loop import METRICS_NAME
 from molora_fed.types import Split
 
-__all__ = ["choose_prompt", "complete_result", "generate_samples", "write"]
+__all__ = ["choose_prompt", "complete_result", "generate_samples", "write_demo_report"]
 
 PROMPT_TOKENS = 24
 NEW_TOKENS = 64
@@ -105,7 +105,7 @@ def complete_result(
         Content of report.json.
     """
     manifests = [contribution.manifest for contribution in _list_admitted(cooperative)]
-    metrics = collect_metrics(contributors)
+    metrics = _collect_metrics(contributors)
     compute = {name: dict(value) for name, value in result.get("compute", {}).items()}
     by_name = {n: dict(row) for n, row in compute.get("contributors", {}).items()}
     for name, rows in metrics.items():
@@ -120,14 +120,20 @@ def complete_result(
         path = ContributorHome(member.home).corpus / "corpus.json"
         if path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))["report"]
-            corpus[member.name] = {**corpus.get(member.name, {}), "report": report}
+            corpus[member.settings.name] = {
+                **corpus.get(member.settings.name, {}),
+                "report": report,
+            }
     return {
         **result,
         "command": command,
         "samples": [dict(sample) for sample in samples],
         "seconds": {**seconds, **result["seconds"]},
         "budget_seconds": dict(BUDGET_SECONDS),
-        "threads": {**result.get("threads", {}), **{m.name: m.threads for m in contributors}},
+        "threads": {
+            **result.get("threads", {}),
+            **{member.settings.name: member.settings.threads for member in contributors},
+        },
         "compute": compute,
         "corpus": corpus,
         "bytes": {
@@ -141,13 +147,13 @@ def complete_result(
     }
 
 
-def collect_metrics(contributors: Sequence[LocalContributor]) -> dict[str, MetricRows]:
+def _collect_metrics(contributors: Sequence[LocalContributor]) -> dict[str, MetricRows]:
     """Training metrics of every contributor that trained here, of its latest training."""
     metrics: dict[str, MetricRows] = {}
     for member in contributors:
         paths = list(ContributorHome(member.home).training.rglob(METRICS_NAME))
         if paths:
-            metrics[member.name] = read_metrics_file(max(paths, key=_modified))
+            metrics[member.settings.name] = read_metrics_file(max(paths, key=_modified))
     return metrics
 
 
@@ -155,7 +161,7 @@ def _modified(path: Path) -> float:
     return path.stat().st_mtime
 
 
-def write(
+def write_demo_report(
     result: Mapping[str, Any], contributors: Sequence[LocalContributor], folder: Path
 ) -> Path:
     """Write the report with training curves.
@@ -164,6 +170,6 @@ def write(
         Path of report.html.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
-    return write_report(result, collect_metrics(contributors), folder)
+    return write_report(result, _collect_metrics(contributors), folder)

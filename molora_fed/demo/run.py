@@ -1,6 +1,6 @@
 """The demo: a whole cooperative on this machine, as it is deployed, in a few minutes.
 
-It founds a cooperative, runs its server and one contributor a domain as processes of their own
+It creates a cooperative, runs its server and one contributor a domain as processes of their own
 on loopback, and adds to their result what only this machine knows: training curves, corpora,
 generated samples, and the time of each phase.
 """
@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
-from molora_fed.cooperative.contribute import Terms, prepare_domain
+from molora_fed.cooperative.contribute import CharterAndBase, prepare_domain
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.create import BUILTIN_SOURCE, found_cooperative
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
+from molora_fed.demo.report import complete_result, generate_samples, write_demo_report
 from molora_fed.errors import ConfigError
-from molora_fed.federation.events import FederationEvent
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor, run_local
 from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.status import FederationEvent
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.reporting.phases import BUDGET_SECONDS
 from molora_fed.storage.files import write_json
@@ -163,12 +165,14 @@ def plan_contributors(options: DemoOptions, plugins: Plugins) -> list[LocalContr
         name = domain if shares == 1 else f"{domain}-{share + 1}"
         planned.append(
             LocalContributor(
-                name,
-                domain,
                 options.out / "contributors" / name,
-                data=tuple(options.data.get(domain, ())),
-                shard=(share, shares),
-                threads=threads,
+                JoinSettings(
+                    name,
+                    domain,
+                    data=tuple(options.data.get(domain, ())),
+                    shard=(share, shares),
+                    threads=threads,
+                ),
             )
         )
     return planned
@@ -180,7 +184,7 @@ def run_demo(
     *,
     plugins: Plugins | None = None,
 ) -> DemoResult:
-    """Run a whole cooperative on this machine; stopped and called again, it goes on.
+    """Run a whole cooperative on this machine; safe to interrupt, run again to resume.
 
     Args:
         options: What to do.
@@ -197,7 +201,7 @@ def run_demo(
     shown, registered = listener or _Quiet(), plugins or get_plugins()
     contributors = plan_contributors(options, registered)
     cores = options.cores or count_cores()
-    clock = PhaseClock(member.name for member in contributors)
+    clock = PhaseClock(member.settings.name for member in contributors)
 
     def enter(phase: str) -> None:
         clock.enter(phase)
@@ -209,10 +213,8 @@ def run_demo(
 
     try:
         enter("base")
-        cooperative, base = _found(options, contributors, registered, shown.progress)
+        cooperative, base = _create(options, contributors, registered, shown.progress)
         if options.control:
-            pass
-
             enter("control")
             train_control(
                 cooperative,
@@ -225,15 +227,13 @@ def run_demo(
         clock.enter("starting")
         run_local(cooperative.folder, contributors, observe, threads=cores)
         enter("samples")
-        from molora_fed.demo import report as demo_report
-
-        samples = demo_report.generate_samples(cooperative, seed=options.seed)
+        samples = generate_samples(cooperative, seed=options.seed)
     finally:
         clock.enter("")
         seconds = _add_earlier(options.out, clock.seconds)
     enter("report")
     result = json.loads((cooperative.folder / RESULT_FILE).read_text(encoding="utf-8"))
-    completed = demo_report.complete_result(
+    completed = complete_result(
         result,
         cooperative,
         contributors,
@@ -241,7 +241,7 @@ def run_demo(
         seconds={name: seconds[name] for name in seconds if name != "report"},
         command=options.command,
     )
-    report = demo_report.write(completed, contributors, options.out / "report")
+    report = write_demo_report(completed, contributors, options.out / "report")
     clock.enter("")
     return DemoResult(
         completed,
@@ -251,7 +251,7 @@ def run_demo(
     )
 
 
-def _found(
+def _create(
     options: DemoOptions,
     contributors: Sequence[LocalContributor],
     plugins: Plugins,
@@ -261,7 +261,7 @@ def _found(
     changes = {"steps": options.steps, "kind": options.kind}
     training = training.model_copy(update={k: v for k, v in changes.items() if v is not None})
     amendment = Amendment(
-        domains=tuple(sorted({member.domain for member in contributors})),
+        domains=tuple(sorted({member.settings.domain for member in contributors})),
         expected=len(contributors),
         seed=options.seed,
         training=training,
@@ -316,14 +316,14 @@ def train_control(
     """
     folder = cooperative.folder / "control"
     charter = cooperative.charter
-    terms = Terms(charter, base)
+    under = CharterAndBase(charter, base)
     corpora = [
         prepare_domain(
-            terms,
-            member.domain,
-            member.data,
-            folder / "text" / member.name,
-            shard=member.shard,
+            under,
+            member.settings.domain,
+            member.settings.data,
+            folder / "text" / member.settings.name,
+            shard=member.settings.shard,
             plugins=plugins,
         )
         for member in contributors

@@ -87,7 +87,7 @@ def _store(home: ContributorHome, envelope: Envelope) -> None:
         if letter.kind == "charter":
             write_json(home.charter_letter, dict(letter.body))
         elif letter.kind == "task":
-            home.tasks.offer(str(letter.body.get("id", "")), letter.body)
+            home.keep_task(str(letter.body.get("id", "")), letter.body)
         elif letter.kind == "acknowledgement":
             write_json(home.acknowledgement_letter, dict(letter.body))
         elif letter.kind == "result":
@@ -122,7 +122,7 @@ def _build_state(home: ContributorHome) -> dict[str, Any]:
     return {
         **home.read_state(),
         "charter": str(charter.get("id", "")),
-        "tasks": sorted(home.tasks.known()),
+        "tasks": sorted(home.list_tasks()),
         "acknowledged": str(acknowledgement.get("shipment", "")),
         "refused": home.refusal_letter.exists(),
         "question": str((read_json(home.question_letter) or {}).get("id", "")),

@@ -4,23 +4,23 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import CharterError, FederationError, ServerUnreachableError
-from molora_fed.federation.events import FederationEvent, OnEvent
-from molora_fed.federation.gateway import parse_server
-from molora_fed.federation.homes import CONTRIBUTOR_HOME, ContributorHome, JoinSettings
-from molora_fed.federation.join_settings import prepare_home
+from molora_fed.federation.homes import CONTRIBUTOR_HOME, ContributorHome
+from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.mailbox import hold_lock, read_json
+from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,
     find_free_port,
     is_healthy,
+    parse_server,
     raise_recorded,
     sigterm_as_interrupt,
 )
@@ -40,16 +40,11 @@ Consent = Callable[[Charter], bool]
 
 def join(
     server: str,
-    domain: str,
-    data: Sequence[Path] = (),
-    home: Path = Path("contributor"),
-    adapter: Path | None = None,
+    settings: JoinSettings,
+    home: Path,
     on_event: OnEvent = lambda event: None,
     *,
     consent: Consent,
-    name: str = "",
-    shard: tuple[int, int] = (0, 1),
-    threads: int = 1,
     wait_seconds: float = 15.0,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
@@ -60,16 +55,11 @@ def join(
 
     Args:
         server: "HOST:PORT" of the cooperative's server.
-        domain: Domain to train on.
-        data: Files and folders of text; empty takes the built-in domain of that name.
+        settings: What to join with.
         home: Folder for the key, the training and the result.
-        adapter: Folder of an adapter trained earlier; None trains one.
         on_event: Receives what changes.
         consent: Asked once the charter is here, and again if it asks for other samples: whether
             what it asks for may be sent. Nothing of text or adapter leaves before.
-        name: Contributor's name in reports; empty takes domain and start of the key.
-        shard: (i, n): share i of n of the domain's documents, if n contributors split it.
-        threads: Threads of training; kept in the training record.
         wait_seconds: How long to wait for a server that does not answer at first.
         stop: Set it to end early.
 
@@ -85,14 +75,6 @@ def join(
         MoloraError: Whatever ended the worker.
     """
     stop = stop or threading.Event()
-    settings = JoinSettings(
-        name=name,
-        domain=domain,
-        data=tuple(str(path.absolute()) for path in data),
-        adapter=str(adapter.absolute()) if adapter else "",
-        shard=shard,
-        threads=threads,
-    )
     supervisor = ContributorSupervisor(
         server, home, settings, on_event, wait_seconds=wait_seconds, consent=consent
     )
@@ -206,7 +188,7 @@ class ContributorSupervisor:
             FederationError: If this contributor was refused, or processes keep failing.
             MoloraError: Whatever ended the worker.
         """
-        self._processes.glance()
+        self._processes.poll()
         self._report()
         refusal = read_json(self.home.refusal_letter)
         if refusal is not None:

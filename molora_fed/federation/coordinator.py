@@ -7,15 +7,14 @@ and every step done again changes nothing, so the process may be killed at any m
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molora_fed.charter import load_charter, write_charter
+from molora_fed.charter import Charter, load_charter, write_charter
 from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.cooperative import Cooperative, open_cooperative
-from molora_fed.cooperative.decisions import ForecastKeeper, begin_fusion, end_fusion
 from molora_fed.errors import AdapterError, FederationError, LedgerError, StorageError
 from molora_fed.federation.coordinator_mail import (
     Delivery,
@@ -26,16 +25,16 @@ from molora_fed.federation.coordinator_mail import (
 )
 from molora_fed.federation.homes import CoordinatorHome, message_bytes
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.states import StateFile
+from molora_fed.federation.status import StateFile, UsageFile
 from molora_fed.federation.supervise import record_errors
-from molora_fed.federation.usage import UsageFile
 from molora_fed.plugins import Plugins, get_plugins
-from molora_fed.storage.files import write_json
+from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.keys import key_fingerprint, load_key
 
 if TYPE_CHECKING:
     from molora_fed.contributions.ledger import Ledger
     from molora_fed.contributions.receive import Receipt
+    from molora_fed.fusion.fuse import Control
     from molora_fed.models.base import Base
 
 __all__ = ["CoordinatorWorker", "main"]
@@ -93,7 +92,7 @@ class CoordinatorWorker:
         self._usage.add("start", time.process_time())
         self._admit_pending()
         while True:
-            with self._mending(), self._usage.stage("looking"):
+            with self._waiting_for_space(), self._usage.stage("looking"):
                 self.look()
             time.sleep(LOOK_SECONDS)
 
@@ -115,15 +114,11 @@ class CoordinatorWorker:
         """The cooperative's base, loaded at the first use; a plain look needs no torch."""
         if self._loaded_base is None:
             with self._usage.stage("loading"):
-                from molora_fed.models.base import check_base, load_base
-
-                base = load_base(self._cooperative.base_folder)
-                check_base(base, self._charter.identity.base)
-                self._loaded_base = base
+                self._loaded_base = self._cooperative.load_base()
         return self._loaded_base
 
     @contextmanager
-    def _mending(self) -> Iterator[None]:
+    def _waiting_for_space(self) -> Iterator[None]:
         """On a full disk say so and try again later; whatever was begun goes on."""
         try:
             yield
@@ -157,8 +152,8 @@ class CoordinatorWorker:
 
     def _advance_to_training(self) -> None:
         if self._ledger.cooperative_state == _S.RECRUITING and any(
-            (read_json(box.state_file) or {}).get("phase") not in (None, "JOINING")
-            for box in self._home.contributors()
+            (read_json(mailbox.state_file) or {}).get("phase") not in (None, "JOINING")
+            for mailbox in self._home.contributors()
         ):
             self._ledger.advance(_S.TRAINING, actor=ACTOR)
             self._show()
@@ -248,102 +243,102 @@ class CoordinatorWorker:
             return None
         return letter["summary"]["amendment"], letter["summary"]["contributions"]
 
-    def _fuse(self) -> None:
-        """Fuse what is admitted, keep the forecasts in the ledger, publish the result."""
-        from molora_fed.contributions.contributed import collect_contributed
-        from molora_fed.contributions.receive import load_admitted
-        from molora_fed.fusion.fuse import fuse
-        from molora_fed.reporting.report import write_report
+    def _enter(self, name: str) -> None:
+        """Report what begins, within the cooperative's state."""
+        self._state.enter(str(self._ledger.cooperative_state), name)
 
-        phase = str(begin_fusion(self._ledger, actor=ACTOR))
+    def _fuse(self) -> None:
+        """Fuse what is admitted and publish it."""
+        from molora_fed.contributions.receive import load_admitted
+        from molora_fed.cooperative.fuse import FusedContributions, fuse_admitted
+
+        def publish(fused: FusedContributions) -> None:
+            folders = {"fused": fused.result.fused_folder, "report": fused.report.parent}
+            self._publish(folders, ids, fused.result.result)
+
         admitted = load_admitted(self._ledger, self._cooperative.store)
-        result = fuse(
-            self._base,
+        ids = [one.id for one in admitted]
+        fuse_admitted(
+            self._ledger,
             self._charter,
-            [collect_contributed(contribution) for contribution in admitted],
+            self._base,
+            admitted,
             self._home.root,
+            actor=ACTOR,
             plugins=self._plugins,
             control=self._load_control(),
-            on_phase=lambda name: self._state.enter(phase, name),
-            on_forecasts=ForecastKeeper(self._ledger, actor=ACTOR),
+            publish=publish,
+            on_phase=self._enter,
             progress=self._state.progress,
         )
-        summary = {
-            "amendment": self._charter.amendment.number,
-            "contributions": [contribution.id for contribution in admitted],
-            "gain_percent": result.result.get("gain_percent", {}),
-        }
-        self._state.enter(phase, "report")
-        report = write_report(result.result, {}, self._home.report)
-        publish_result(
-            self._home,
-            {"fused": result.fused_folder, "report": report.parent},
-            summary,
-            part_bytes=self._message_bytes,
-        )
-        end_fusion(self._ledger, actor=ACTOR, result=result.result)
         self._show(f"{len(admitted)} contributions fused")
 
     def _evolve(self) -> None:
         """Evolve a population with its contributors, on their texts, and publish it."""
         from molora_fed.contributions.receive import load_admitted
-        from molora_fed.federation.private_evolution import (
+        from molora_fed.cooperative.evolve import (
             EVOLVED_FOLDER,
-            claim_folder,
-            evolve_privately,
-            find_boxes,
+            EvolutionResult,
+            PrivateTexts,
+            evolve_admitted,
         )
-        from molora_fed.federation.requests import Correspondence
-        from molora_fed.reporting.population import write_population_report
+        from molora_fed.federation.requests import RemoteData
 
-        phase = str(begin_fusion(self._ledger, actor=ACTOR))
-        admitted = load_admitted(self._ledger, self._cooperative.store)
-        ids, folder = [one.id for one in admitted], self._home.evolution
-        claim_folder(self._home, self._charter, ids)
-        what = ["evolving"]
+        phase = ["evolving"]
 
         def enter(name: str) -> None:
-            what[0] = name
-            self._state.enter(phase, name)
+            phase[0] = name
+            self._enter(name)
 
-        ask = Correspondence(
+        def publish(result: EvolutionResult, report: Path) -> None:
+            folders = {EVOLVED_FOLDER: result.model_folder, "report": report.parent}
+            self._publish(folders, ids, result.result)
+            ask.close()
+
+        admitted = load_admitted(self._ledger, self._cooperative.store)
+        ids, folder = [one.id for one in admitted], self._home.evolution
+        _claim_evolution(self._home, self._charter, ids)
+        ask = RemoteData(
             self._home,
-            find_boxes(self._home, admitted),
+            {
+                one.manifest.contributor: self._home.contributor(
+                    key_fingerprint(one.manifest.public_key)
+                )
+                for one in admitted
+            },
             key=self._key,
             charter=self._charter,
             part_bytes=self._message_bytes,
             plugins=self._plugins,
-            on_wait=lambda names: self._state.enter(phase, f"{what[0]}: {', '.join(names)}"),
+            on_wait=lambda names: self._enter(f"{phase[0]}: {', '.join(names)}"),
             on_problem=self._home.worker_board.post,
         )
-        result = evolve_privately(
-            self._base,
+        evolve_admitted(
+            self._ledger,
             self._charter,
-            admitted,
-            ask,
+            self._base,
+            PrivateTexts(self._charter, admitted, ask, plugins=self._plugins),
             folder,
+            actor=ACTOR,
             plugins=self._plugins,
+            publish=publish,
             on_phase=enter,
             progress=self._state.progress,
         )
-        enter("report")
-        report = write_population_report(folder)
-        summary = {
-            "amendment": self._charter.amendment.number,
-            "contributions": ids,
-            "gain_percent": result["gain_percent"],
-        }
-        publish_result(
-            self._home,
-            {EVOLVED_FOLDER: folder / EVOLVED_FOLDER, "report": report.parent},
-            summary,
-            part_bytes=self._message_bytes,
-        )
-        ask.close()
-        end_fusion(self._ledger, actor=ACTOR, result=result)
         self._show(f"{len(admitted)} contributions evolved")
 
-    def _load_control(self) -> Any:
+    def _publish(
+        self, folders: Mapping[str, Path], ids: Sequence[str], result: Mapping[str, Any]
+    ) -> None:
+        """Put a result's folders into the outbox."""
+        summary = {
+            "amendment": self._charter.amendment.number,
+            "contributions": list(ids),
+            "gain_percent": result.get("gain_percent", {}),
+        }
+        publish_result(self._home, dict(folders), summary, part_bytes=self._message_bytes)
+
+    def _load_control(self) -> "Control | None":
         """A control trained on this machine's pooled data, if the coordinator put one there."""
         folder = self._home.root / "control"
         if not (folder / "record.json").exists():
@@ -355,6 +350,25 @@ class CoordinatorWorker:
         control = load_specialist(folder)
         adapter = load_adapter(control.adapter_folder, plugins=self._plugins, name="control")
         return Control(adapter, control.record)
+
+
+def _claim_evolution(home: CoordinatorHome, charter: Charter, ids: Sequence[str]) -> None:
+    """Delete the evolution of other contributions, or of another amendment.
+
+    What was published is not sent to anyone any more, so that whoever joins again takes part.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    recipe = {
+        "contributions": list(ids),
+        "charter": hash_bytes(canonical_json(charter.model_dump(mode="json"))),
+    }
+    path = home.evolution / "recipe.json"
+    if read_json(path) != recipe:
+        (home.outbox / "result.json").unlink(missing_ok=True)
+        shutil.rmtree(home.evolution, ignore_errors=True)
+        write_json(path, recipe)
 
 
 def main(arguments: list[str]) -> None:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from molora_fed.charter import Charter
 from molora_fed.errors import FederationError
-from molora_fed.federation.homes import ContributorBox, CoordinatorHome
+from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import Shipment, describe_folder, parse_shipment
 from molora_fed.federation.worker_mail import build_charter_bytes
@@ -53,7 +53,7 @@ def publish_charter(
         part_bytes: Largest part of a file.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     text = home.charter.read_text(encoding="utf-8")
     # Only the checkpoint's own files: what lies in folders below is of its training.
@@ -80,14 +80,14 @@ class Delivery:
     """A contribution whose parts have all arrived.
 
     Attributes:
-        box: The contributor's mailbox.
+        mailbox: The contributor's mailbox.
         shipment: The contribution's files.
         public_key: Public key the contributor showed in its hello, PEM.
         name: Name it goes by.
         domain: Domain it joined with.
     """
 
-    box: ContributorBox
+    mailbox: ContributorMailbox
     shipment: Shipment
     public_key: str
     name: str
@@ -98,22 +98,22 @@ class Delivery:
 
         Raises:
             FederationError: If a file is damaged; its parts are dropped and fetched again.
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
-        self.box.parts.assemble(self.shipment, target, part_bytes=part_bytes)
+        self.mailbox.parts.assemble(self.shipment, target, part_bytes=part_bytes)
 
 
 def complete_deliveries(home: CoordinatorHome, *, part_bytes: int) -> Iterator[Delivery]:
     """The contributions that are complete and not acknowledged yet."""
-    for box in home.contributors():
-        hello, offer = read_json(box.hello_file), read_json(box.offer_file)
+    for mailbox in home.contributors():
+        hello, offer = read_json(mailbox.hello_file), read_json(mailbox.offer_file)
         if hello is None or offer is None:
             continue
         shipment = parse_shipment(offer["files"])
-        if box.acknowledgement_file(shipment.id).exists():
+        if mailbox.acknowledgement_file(shipment.id).exists():
             continue
-        if not box.parts.missing(shipment, part_bytes=part_bytes):
-            yield Delivery(box, shipment, hello["public_key"], hello["name"], hello["domain"])
+        if not mailbox.parts.missing(shipment, part_bytes=part_bytes):
+            yield Delivery(mailbox, shipment, hello["public_key"], hello["name"], hello["domain"])
 
 
 def build_acknowledgement_bytes(body: Mapping[str, Any]) -> bytes:
@@ -142,7 +142,7 @@ def acknowledge(
         part_bytes: Largest part of a file.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     body = {
         "shipment": delivery.shipment.id,
@@ -151,19 +151,19 @@ def acknowledge(
         "findings": list(findings),
     }
     body["signature"] = sign(key, build_acknowledgement_bytes(body))
-    write_json(delivery.box.acknowledgement_file(delivery.shipment.id), body)
-    delivery.box.parts.discard(delivery.shipment, part_bytes=part_bytes)
+    write_json(delivery.mailbox.acknowledgement_file(delivery.shipment.id), body)
+    delivery.mailbox.parts.discard(delivery.shipment, part_bytes=part_bytes)
 
 
 def announce_withdrawal(
-    box: ContributorBox, key: EllipticCurvePrivateKey, contribution_id: str
+    mailbox: ContributorMailbox, key: EllipticCurvePrivateKey, contribution_id: str
 ) -> None:
     """Tell a contributor that it is out; no result is sent to it any more.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
-    for path in sorted((box.folder / "acknowledgements").glob("*.json")):
+    for path in sorted((mailbox.folder / "acknowledgements").glob("*.json")):
         body = read_json(path) or {}
         if body.get("contribution_id") == contribution_id and body.get("state") != "WITHDRAWN":
             body = {**body, "state": "WITHDRAWN", "findings": []}
@@ -177,7 +177,7 @@ def retract_result(home: CoordinatorHome, contribution_id: str) -> bool:
         Whether there was one.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     letter = home.outbox / "result.json"
     if contribution_id not in (read_json(letter) or {}).get("summary", {}).get("contributions", ()):
@@ -209,7 +209,7 @@ def publish_result(
 
     Raises:
         FederationError: If a folder is missing.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     for folder in folders.values():
         if not folder.is_dir():

@@ -82,7 +82,7 @@ def write_partitions(path: Path, homes: Sequence[Path]) -> None:
     """Note which home belongs to which partition id.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     write_json(path, {"homes": [str(home.absolute()) for home in homes]})
 

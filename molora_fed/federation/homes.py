@@ -3,14 +3,13 @@
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import ConfigError, FederationError
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import Board, PartStore, read_json
 from molora_fed.federation.messages import MAX_BATCH_BYTES
-from molora_fed.federation.tasks import TaskQueue
 from molora_fed.storage.files import write_json
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "MESSAGE_BYTES",
     "ContributorHome",
     "CoordinatorHome",
-    "JoinSettings",
     "hold_seconds",
     "home_from_environment",
     "message_bytes",
@@ -150,19 +148,19 @@ class CoordinatorHome(_Home):
         # Not in the home itself: `molora fuse` may be at work there.
         self._remove([*self.mail.rglob(_LEFTOVER), *self.received.glob(_LEFTOVER)])
 
-    def contributor(self, fingerprint: str) -> "ContributorBox":
+    def contributor(self, fingerprint: str) -> "ContributorMailbox":
         """The mailbox of one contributor, named by the fingerprint of its public key."""
-        return ContributorBox(self.mail / "contributors" / fingerprint)
+        return ContributorMailbox(self.mail / "contributors" / fingerprint)
 
-    def contributors(self) -> list["ContributorBox"]:
+    def contributors(self) -> list["ContributorMailbox"]:
         """The mailboxes of all contributors that ever said hello, by fingerprint."""
         folder = self.mail / "contributors"
         if not folder.is_dir():
             return []
-        return [ContributorBox(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+        return [ContributorMailbox(path) for path in sorted(folder.iterdir()) if path.is_dir()]
 
 
-class ContributorBox:
+class ContributorMailbox:
     """What the server holds of one contributor: who it is, where it stands, what it sent."""
 
     def __init__(self, folder: Path) -> None:
@@ -211,11 +209,38 @@ class ContributorHome(_Home):
         self.offer_file = self.mail / "outbox" / "offer.json"
         self.shipments = self.mail / "received"
         self.parts = PartStore(self.mail / "parts")
-        self.tasks = TaskQueue(self.mail / "tasks")
+        self.tasks = self.mail / "inbox" / "tasks"
+        self._earlier_tasks = self.mail / "tasks"  # where versions with a queue kept them
 
     def remove_leftovers(self) -> None:
         """Delete what a killed contributor left half-written; call it only while none runs."""
         self._remove([*self.root.glob(_LEFTOVER), *self.mail.rglob(_LEFTOVER)])
+
+    def keep_task(self, task_id: str, task: Mapping[str, Any]) -> None:
+        """Keep a task that has arrived, unless it is known; done is what its outcome is of.
+
+        Raises:
+            FederationError: If the id is not of letters, digits, dots and dashes.
+            StorageError: On I/O errors.
+        """
+        if not task_id or not all(c.isascii() and (c.isalnum() or c in ".-") for c in task_id):
+            raise FederationError(
+                f"Cannot take task '{task_id}': expected an id of letters, digits, dots and "
+                "dashes, got others. Run the same molora-fed version on both sides."
+            )
+        if task_id not in self.list_tasks():
+            write_json(self.tasks / f"{task_id}.json", dict(task))
+
+    def list_tasks(self) -> set[str]:
+        """Ids of all tasks that ever arrived."""
+        earlier = (self._earlier_tasks / name for name in ("pending", "claimed", "done"))
+        return {
+            path.name.removesuffix(".json").split("~")[0]
+            for folder in (self.tasks, *earlier)
+            if folder.is_dir()
+            for path in folder.iterdir()
+            if not path.name.startswith(".")
+        }
 
     def question_folder(self, question: str) -> Path:
         """Folder of a question that has arrived, by its id."""
@@ -229,62 +254,10 @@ class ContributorHome(_Home):
         """Folder of the training that a contribution of this recipe comes from."""
         return self.training / recipe[:16]
 
-    def read_settings(self) -> "JoinSettings":
+    def read_settings(self) -> JoinSettings:
         """The settings of `molora join`.
 
         Raises:
             FederationError: If they are missing or malformed.
         """
         return JoinSettings.from_json(read_json(self.settings_file))
-
-
-@dataclass(frozen=True)
-class JoinSettings:
-    """What a contributor joins with; kept in its home, read by the worker and the ClientApp.
-
-    Attributes:
-        name: Contributor's name, unique in the cooperative; letters, digits and dashes.
-        domain: Domain it trains on.
-        data: Files and folders of text; empty takes the built-in domain of that name.
-        adapter: Folder of an adapter trained earlier, or empty to train one.
-        shard: (i, n): this contributor's share i of n of the documents of its domain.
-        threads: Threads of training.
-    """
-
-    name: str
-    domain: str
-    data: tuple[str, ...] = ()
-    adapter: str = ""
-    shard: tuple[int, int] = (0, 1)
-    threads: int = 1
-
-    def save(self, path: Path) -> None:
-        """Write the settings, whole or not at all.
-
-        Raises:
-            StorageError: If the disk refuses.
-        """
-        write_json(path, asdict(self))
-
-    @classmethod
-    def from_json(cls, value: Any) -> "JoinSettings":
-        """Read what `save` wrote.
-
-        Raises:
-            FederationError: If it is missing or malformed.
-        """
-        try:
-            index, count = value["shard"]
-            return cls(
-                name=str(value["name"]),
-                domain=str(value["domain"]),
-                data=tuple(str(path) for path in value["data"]),
-                adapter=str(value["adapter"]),
-                shard=(int(index), int(count)),
-                threads=int(value["threads"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FederationError(
-                f"Cannot read the settings of a contributor: expected join.json as written by "
-                f"`molora join`, got {error!r}. Run `molora join` again."
-            ) from error

@@ -1,88 +1,143 @@
-"""Checks what a contributor joins with, before anything is started."""
+"""What a contributor joins with: checked before anything is started, then kept in its home."""
 
-import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from molora_fed.charter import load_charter
-from molora_fed.corpus.documents import read_documents
-from molora_fed.errors import CharterError, ConfigError
-from molora_fed.federation.homes import ContributorHome, JoinSettings
+from molora_fed.charter import check_name, load_charter
+from molora_fed.errors import CharterError, ConfigError, FederationError
 from molora_fed.federation.mailbox import read_json
-from molora_fed.plugins import get_plugins
+from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
 
-__all__ = ["prepare_home", "prepare_settings"]
+if TYPE_CHECKING:
+    from molora_fed.federation.homes import ContributorHome
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_BASE_EXPERT = "base"
+__all__ = ["JoinSettings", "prepare_home"]
 
 
-def prepare_home(home: ContributorHome, settings: JoinSettings) -> JoinSettings:
-    """Make a home ready for its worker and its ClientApp: key, settings, no old news.
+@dataclass(frozen=True)
+class JoinSettings:
+    """What a contributor joins with; kept in its home, read by the worker and the ClientApp.
+
+    Attributes:
+        name: Contributor's name, unique in the cooperative; lower-case letters, digits and dashes.
+            Empty takes domain and start of the key.
+        domain: Domain it trains on.
+        data: Files and folders of text; empty takes the registered domain of that name.
+        adapter: Folder of an adapter trained earlier; None trains one.
+        shard: (i, n): share i of n of the domain's documents, if n contributors split it.
+        threads: Threads of training; kept in the training record.
+    """
+
+    name: str
+    domain: str
+    data: tuple[Path, ...] = ()
+    adapter: Path | None = None
+    shard: tuple[int, int] = (0, 1)
+    threads: int = 1
+
+    def check(self) -> None:
+        """Look at names, text and adapter as far as that takes no time.
+
+        Raises:
+            ConfigError: If a name is malformed or reserved, or there is no adapter where one is
+                said to be.
+            CorpusError: If there is no readable text at the paths.
+            UnknownNameError: If there are no paths, and nobody registers the domain.
+        """
+        check_name("domain", self.domain)
+        # Without a name of its own, the one to come: see `prepare_home`.
+        check_name("name", self.name or f"{self.domain}-123456")
+        if self.data:
+            from molora_fed.corpus.documents import read_documents
+
+            next(read_documents(self.data))
+        else:
+            from molora_fed.plugins import get_plugins
+
+            get_plugins().domains.entry(self.domain)
+        if self.adapter and not self.adapter.is_dir():
+            raise ConfigError(
+                f"Cannot join with adapter '{self.adapter}': expected a folder, got nothing "
+                "there. Check the path."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of `join.json`, with absolute paths."""
+        return {
+            "name": self.name,
+            "domain": self.domain,
+            "data": [str(path.absolute()) for path in self.data],
+            "adapter": str(self.adapter.absolute()) if self.adapter else "",
+            "shard": list(self.shard),
+            "threads": self.threads,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the settings, whole or not at all.
+
+        Raises:
+            StorageError: On I/O errors.
+        """
+        write_json(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, value: Any) -> "JoinSettings":
+        """Read what `save` wrote.
+
+        Raises:
+            FederationError: If it is missing or malformed.
+        """
+        try:
+            index, count = value["shard"]
+            return cls(
+                name=str(value["name"]),
+                domain=str(value["domain"]),
+                data=tuple(Path(str(path)) for path in value["data"]),
+                adapter=Path(str(value["adapter"])) if value["adapter"] else None,
+                shard=(int(index), int(count)),
+                threads=int(value["threads"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FederationError(
+                f"Cannot read the settings of a contributor: expected join.json as written by "
+                f"`molora join`, got {error!r}. Run `molora join` again."
+            ) from error
+
+
+def prepare_home(home: "ContributorHome", settings: JoinSettings) -> JoinSettings:
+    """Make a home ready for its worker and its ClientApp: key, settings, no earlier messages.
+
+    Args:
+        home: The contributor's home; nothing is written there before the settings are checked.
+        settings: What to join with.
+
+    Returns:
+        The settings with a name.
 
     Raises:
-        MoloraError: What `prepare_settings` raises.
-        StorageError: If the disk refuses.
+        ConfigError: If the home belongs to another domain, or as `JoinSettings.check` says.
+        SignatureError: If the key cannot be used.
+        MoloraError: What `JoinSettings.check` raises; a StorageError on I/O errors.
     """
-    prepared = prepare_settings(home, settings)
+    settings.check()
+    _check_first_domain(home, settings)
+    key = load_or_make_key(home.key)
+    if not settings.name:
+        fingerprint = key_fingerprint(build_public_pem(key))
+        settings = replace(settings, name=f"{settings.domain}-{fingerprint[:6]}")
+    settings.save(home.settings_file)
     home.board.prepare()
     for old in (home.refusal_letter, home.error_file, home.state_file):
         old.unlink(missing_ok=True)
     if _is_private(home):
         # The server says again what is published, or asks: the population may be growing.
         home.result_letter.unlink(missing_ok=True)
-    return prepared
+    return home.read_settings()
 
 
-def _is_private(home: ContributorHome) -> bool:
-    """Whether the charter of an earlier join says that texts stay where they are."""
-    try:
-        return load_charter(home.charter).amendment.is_private
-    except CharterError:
-        return False  # the first join
-
-
-def prepare_settings(home: ContributorHome, settings: JoinSettings) -> JoinSettings:
-    """Check the settings, make the key at the first join, and keep both in the home.
-
-    Args:
-        home: The contributor's home.
-        settings: What to join with; an empty name becomes domain and start of the key.
-
-    Returns:
-        The settings with a name.
-
-    Raises:
-        ConfigError: If a name is malformed or reserved, the home belongs to another domain, or
-            there is no adapter where one is said to be.
-        CorpusError: If there is no readable text at the paths.
-        UnknownNameError: If there are no paths, and nobody registers the domain.
-        SignatureError: If the key cannot be used.
-    """
-    name = settings.name or f"{settings.domain}-000000"  # as long as the one to come
-    for what, value in (("domain", settings.domain), ("name", name)):
-        if not _NAME.fullmatch(value):
-            raise ConfigError(
-                f"Cannot join with {what} '{value}': expected lower-case letters, digits and "
-                f"dashes, got something else. Choose another with --{what}."
-            )
-    if settings.name == _BASE_EXPERT:
-        raise ConfigError(
-            f"Cannot join with name '{_BASE_EXPERT}': expected another name, got that of the "
-            "base in every report. Choose another with --name."
-        )
-    _check_first_domain(home, settings)
-    _check_sources(settings)
-    key = load_or_make_key(home.key)
-    if not settings.name:
-        fingerprint = key_fingerprint(build_public_pem(key))
-        settings = replace(settings, name=f"{settings.domain}-{fingerprint[:6]}")
-    settings.save(home.settings_file)
-    return settings
-
-
-def _check_first_domain(home: ContributorHome, settings: JoinSettings) -> None:
+def _check_first_domain(home: "ContributorHome", settings: JoinSettings) -> None:
     earlier = read_json(home.settings_file)
     if earlier is None:
         return
@@ -94,14 +149,9 @@ def _check_first_domain(home: ContributorHome, settings: JoinSettings) -> None:
         )
 
 
-def _check_sources(settings: JoinSettings) -> None:
-    """Look at the text and the adapter as far as that takes no time."""
-    if settings.data:
-        next(read_documents([Path(path) for path in settings.data]))
-    else:
-        get_plugins().domains.entry(settings.domain)
-    if settings.adapter and not Path(settings.adapter).is_dir():
-        raise ConfigError(
-            f"Cannot join with adapter '{settings.adapter}': expected a folder, got nothing "
-            "there. Check the path."
-        )
+def _is_private(home: "ContributorHome") -> bool:
+    """Whether the charter of an earlier join says that texts stay where they are."""
+    try:
+        return load_charter(home.charter).amendment.is_private
+    except CharterError:
+        return False  # the first join

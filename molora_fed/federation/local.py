@@ -4,16 +4,17 @@ The same `serve` and `join` as across machines, so a demo is the deployment in s
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import FederationError
 from molora_fed.federation.contributor import join
-from molora_fed.federation.events import FederationEvent, OnEvent
-from molora_fed.federation.homes import JoinSettings
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.server import serve
+from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import find_free_port, sigterm_as_interrupt
 
 __all__ = ["LocalContributor", "run_local"]
@@ -28,34 +29,12 @@ class LocalContributor:
     """One contributor of a local federation.
 
     Attributes:
-        name: Its name, unique among all.
-        domain: Domain it trains on.
         home: Its home folder.
-        data: Files and folders of text; empty takes the built-in domain of that name.
-        adapter: Folder of an adapter trained earlier; None trains one.
-        shard: (i, n): its share i of n of the domain's documents.
-        threads: Threads of its training.
+        settings: What it joins with; its name is unique among all.
     """
 
-    name: str
-    domain: str
     home: Path
-    data: tuple[Path, ...] = ()
-    adapter: Path | None = None
-    shard: tuple[int, int] = (0, 1)
-    threads: int = 1
-
-    @property
-    def settings(self) -> JoinSettings:
-        """The settings it joins with."""
-        return JoinSettings(
-            name=self.name,
-            domain=self.domain,
-            data=tuple(str(path.absolute()) for path in self.data),
-            adapter=str(self.adapter.absolute()) if self.adapter else "",
-            shard=self.shard,
-            threads=self.threads,
-        )
+    settings: JoinSettings
 
     def take_part(self, server: str, on_event: OnEvent, stop: threading.Event) -> dict[str, Any]:
         """`join` with these settings; returns the acknowledgement.
@@ -63,10 +42,14 @@ class LocalContributor:
         Nothing leaves this machine, so it agrees to whatever the charter asks for.
         """
         return join(
-            server, self.domain, self.data, self.home, self.adapter, on_event, name=self.name,
-            shard=self.shard, threads=self.threads, wait_seconds=START_SECONDS, stop=stop,
+            server,
+            self.settings,
+            self.home,
+            on_event,
             consent=lambda charter: True,
-        )  # fmt: skip
+            wait_seconds=START_SECONDS,
+            stop=stop,
+        )
 
 
 def run_local(
@@ -99,91 +82,50 @@ def run_local(
         MoloraError: The first error of server or contributors; all others are stopped then.
     """
     stop = stop or threading.Event()
-    crew = _Crew(on_event)
-    chosen = find_free_port(HOST) if port is None else port
-    acknowledgements: dict[str, dict[str, Any]] = {}
+    stop_server, stop_members = threading.Event(), threading.Event()
+    port = find_free_port(HOST) if port is None else port
+    lock = threading.Lock()
 
-    def run_member(member: LocalContributor) -> None:
-        answer = member.take_part(f"{HOST}:{chosen}", crew.emit, crew.stop_members)
-        acknowledgements[member.name] = answer
+    def emit(event: FederationEvent) -> None:
+        """Hand on one event at a time; of a contributor, what it says itself."""
+        if event.contributor and event.seen_by == "server" and not event.problem:
+            return  # older news of the same
+        with lock:
+            on_event(event)
 
-    with sigterm_as_interrupt(), crew:
-        crew.start_server(
-            lambda: serve(
-                cooperative, chosen, crew.emit, host=HOST, threads=threads, stop=crew.stop_server
-            )
+    # Each thread lives as long as the processes it started: on Linux a process is told to end
+    # when the thread that started it does.
+    with sigterm_as_interrupt(), ThreadPoolExecutor(len(contributors) + 1) as pool:
+        server = pool.submit(
+            serve, cooperative, port, emit, host=HOST, threads=threads, stop=stop_server
         )
-        for member in contributors:
-            crew.start_member(lambda member=member: run_member(member))  # type: ignore[misc]
-        while crew.is_working and not stop.wait(LOOK_SECONDS):
-            pass
-    if crew.failures:
-        raise crew.failures[0]
+        members = {
+            one.settings.name: pool.submit(one.take_part, f"{HOST}:{port}", emit, stop_members)
+            for one in contributors
+        }
+        running: list[Future[Any]] = [server, *members.values()]
+        try:
+            while not (failed := _list_errors(running)) and not stop.wait(LOOK_SECONDS):
+                if all(member.done() for member in members.values()):
+                    break
+        finally:
+            stop_members.set()
+            wait(members.values())
+            stop_server.set()
+            wait([server])
+    failed = failed or _list_errors(running)
+    if failed:
+        raise failed[0]
+    acknowledgements = {name: member.result() for name, member in members.items()}
     if stop.is_set():
         raise FederationError(
             f"Stopped before the end: expected {len(contributors)} contributors to finish, got "
-            f"{len(acknowledgements)}. Run the same command again to go on."
+            f"{sum(map(bool, acknowledgements.values()))}. Run the same command again to go on."
         )
     return acknowledgements
 
 
-class _Crew:
-    """Threads of a server and its members, each alive for as long as the processes it started.
-
-    On Linux a process is told to end when the thread that started it does.
-    """
-
-    def __init__(self, on_event: OnEvent) -> None:
-        self.failures: list[BaseException] = []
-        self.stop_server = threading.Event()
-        self.stop_members = threading.Event()
-        self._on_event = on_event
-        self._lock = threading.Lock()
-        self._server: threading.Thread | None = None
-        self._members: list[threading.Thread] = []
-
-    def __enter__(self) -> "_Crew":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.end()
-
-    def emit(self, event: FederationEvent) -> None:
-        """Hand on one event at a time; of a contributor, what it says itself."""
-        if event.contributor and event.seen_by == "server" and not event.problem:
-            return  # older news of the same
-        with self._lock:
-            self._on_event(event)
-
-    def start_server(self, work: Callable[[], None]) -> None:
-        """Start the server's thread."""
-        self._server = self._start(work)
-
-    def start_member(self, work: Callable[[], None]) -> None:
-        """Start a contributor's thread."""
-        self._members.append(self._start(work))
-
-    def _start(self, work: Callable[[], None]) -> threading.Thread:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                self.failures.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        return thread
-
-    @property
-    def is_working(self) -> bool:
-        """Whether contributors still work and nothing has failed."""
-        return not self.failures and any(thread.is_alive() for thread in self._members)
-
-    def end(self) -> None:
-        """Stop the members, then the server, and wait for their processes to be gone."""
-        self.stop_members.set()
-        for thread in self._members:
-            thread.join()
-        self.stop_server.set()
-        if self._server is not None:
-            self._server.join()
+def _list_errors(running: Sequence[Future[Any]]) -> list[BaseException]:
+    """The errors of what has ended, the server's first."""
+    ended = [one.exception() for one in running if one.done()]
+    return [error for error in ended if error is not None]

@@ -118,7 +118,7 @@ class PartStore:
         """Keep a part; keeping it again changes nothing.
 
         Raises:
-            StorageError: If the disk refuses; nothing is left behind.
+            StorageError: On I/O errors; nothing is left behind.
         """
         path = self._folder / str(part.name)
         if not path.exists() or path.stat().st_size != part.name.length:
@@ -144,7 +144,7 @@ class PartStore:
         Raises:
             FederationError: If parts are missing, or a file's bytes do not hash to its name; the
                 parts of that file are dropped so that they are fetched again.
-            StorageError: If the disk refuses; what was at `target` before stays.
+            StorageError: On I/O errors; what was at `target` before stays.
         """
         missing = self.missing(shipment, part_bytes=part_bytes)
         if missing:
@@ -188,7 +188,7 @@ class Board:
         """Reserve the space while there is some; what was posted before is cleared.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         if not self._path.exists() or self._path.stat().st_size != self._SIZE:
             write_bytes(self._path, b" " * self._SIZE)

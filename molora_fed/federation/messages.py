@@ -25,6 +25,8 @@ __all__ = [
     "Part",
     "PartName",
     "Shipment",
+    "build_answer_bytes",
+    "build_question_bytes",
     "describe_folder",
     "parse_letters",
     "parse_part_names",
@@ -45,7 +47,7 @@ LetterKind = Literal[
     "hello",  # server: a nonce; contributor: its public key and a signature over the nonce
     "refusal",  # server: why this contributor cannot take part
     "charter",  # server: charter text, coordinator's signature, the base's shipment
-    "task",  # server: work to do, claimed by the contributor's worker
+    "task",  # server: work to do; done once its outcome is in the outbox
     "wait",  # server: answer once something has changed, or after some seconds
     "fetch",  # server: send these parts of your contribution
     "acknowledgement",  # server: the ledger holds your contribution; its state and findings
@@ -252,3 +254,15 @@ def parse_part_names(values: Iterable[Any]) -> list[PartName]:
             raise _malformed("a part's name", expected=f"1 to {MAX_PART_BYTES} bytes", got=value)
         names.append(name)
     return names
+
+
+def build_question_bytes(identity: str, amendment: int, question: str) -> bytes:
+    """What the coordinator signs of a question: the cooperative, its amendment, and the files."""
+    content = {"purpose": "molora-question-1", "identity": identity, "question": question}
+    return canonical_json({**content, "amendment": amendment})
+
+
+def build_answer_bytes(identity: str, question: str, answer: str) -> bytes:
+    """What a contributor signs of an answer: the cooperative, what was asked, and the files."""
+    content = {"purpose": "molora-answer-1", "identity": identity, "question": question}
+    return canonical_json({**content, "answer": answer})

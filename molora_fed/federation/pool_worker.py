@@ -24,7 +24,7 @@ __all__ = ["PoolWorker", "main"]
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
+class _TakenContributor:
     """A contributor that this worker has taken."""
 
     home: ContributorHome
@@ -43,7 +43,7 @@ class PoolWorker:
     def __init__(self, partitions: Path, plugins: Plugins) -> None:
         self._partitions = partitions
         self._plugins = plugins
-        self._held: dict[Path, _Held] = {}
+        self._held: dict[Path, _TakenContributor] = {}
 
     def look(self) -> None:
         """Advance everyone it has as far as what has arrived allows, then take one more.
@@ -58,7 +58,7 @@ class PoolWorker:
             if taken is not None:
                 self._advance(taken)
 
-    def _take(self) -> _Held | None:
+    def _take(self) -> _TakenContributor | None:
         """The first contributor with a task whom nobody has, None if there is none."""
         for home in map(ContributorHome, read_partitions(self._partitions)):
             if home.root in self._held or not _has_work(home):
@@ -71,12 +71,12 @@ class PoolWorker:
             if not _has_work(home):
                 lock.__exit__(None, None, None)  # that one has just ended
                 continue
-            held = _Held(home, lock, ContributorWorker(home, self._plugins).steps())
+            held = _TakenContributor(home, lock, ContributorWorker(home, self._plugins).steps())
             self._held[home.root] = held
             return held
         return None
 
-    def _advance(self, held: _Held) -> None:
+    def _advance(self, held: _TakenContributor) -> None:
         """Do what can be done for one contributor; bad news of one is kept in its home."""
         ended = object()
         try:
@@ -92,7 +92,7 @@ class PoolWorker:
 def _has_work(home: ContributorHome) -> bool:
     """Whether a task has arrived that has neither come to its end nor failed."""
     is_over = home.read_state().get("phase") == "DONE" or home.error_file.exists()
-    return bool(home.tasks.known()) and not is_over
+    return bool(home.list_tasks()) and not is_over
 
 
 def main(arguments: list[str]) -> None:

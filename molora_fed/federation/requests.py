@@ -14,16 +14,21 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from molora_fed.charter import Charter
 from molora_fed.errors import MoloraError, StorageError
-from molora_fed.federation.homes import ContributorBox, CoordinatorHome
+from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.messages import Shipment, describe_folder, parse_shipment
-from molora_fed.federation.question_bytes import build_answer_bytes, build_question_bytes
+from molora_fed.federation.messages import (
+    Shipment,
+    build_answer_bytes,
+    build_question_bytes,
+    describe_folder,
+    parse_shipment,
+)
 from molora_fed.plugins import Plugins
 from molora_fed.population.questions import Answer, Question, load_answer, save_question
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import sign, verify
 
-__all__ = ["Correspondence"]
+__all__ = ["RemoteData"]
 
 LOOK_SECONDS = 0.2
 _FIGURES_BYTES = 4 * 2**20
@@ -31,12 +36,12 @@ _FIGURES_BYTES = 4 * 2**20
 Read = TypeVar("Read")
 
 
-class Correspondence:
+class RemoteData:
     """Asks the contributors of an evolution; see `Ask`.
 
     Args:
         home: The coordinator's home.
-        boxes: Mailbox of each contributor by name, in the order of answers.
+        mailboxes: Mailbox of each contributor by name, in the order of answers.
         key: The coordinator's private key.
         charter: The cooperative's charter.
         part_bytes: Largest part of a file.
@@ -48,7 +53,7 @@ class Correspondence:
     def __init__(
         self,
         home: CoordinatorHome,
-        boxes: Mapping[str, ContributorBox],
+        mailboxes: Mapping[str, ContributorMailbox],
         *,
         key: EllipticCurvePrivateKey,
         charter: Charter,
@@ -58,7 +63,7 @@ class Correspondence:
         on_problem: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._home = home
-        self._boxes = boxes
+        self._mailboxes = mailboxes
         self._key = key
         self._identity = charter.identity_hash
         self._amendment = charter.amendment.number
@@ -75,7 +80,7 @@ class Correspondence:
         """Ask everybody, and wait until all have given an answer that can be used.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
         letter = self._publish(question)
         asked = parse_shipment(letter["files"])
@@ -83,14 +88,14 @@ class Correspondence:
         found: dict[str, Read] = {}
         problem = ""
         shown: tuple[str, ...] | None = None
-        while len(found) < len(self._boxes):
-            for name, box in self._boxes.items():
+        while len(found) < len(self._mailboxes):
+            for name, mailbox in self._mailboxes.items():
                 if name in found:
                     continue
                 try:
-                    if self._collect(name, box, letter):
+                    if self._collect(name, mailbox, letter):
                         found[name] = read(self._load(name, asked))
-                        box.question_file.unlink(missing_ok=True)
+                        mailbox.question_file.unlink(missing_ok=True)
                 except StorageError:
                     raise
                 except MoloraError as error:
@@ -98,8 +103,8 @@ class Correspondence:
                     problem = str(error)
                     self._on_problem(problem)
                     shutil.rmtree(self._place(name, asked), ignore_errors=True)
-                    box.answer_file.unlink(missing_ok=True)
-            missing = tuple(name for name in self._boxes if name not in found)
+                    mailbox.answer_file.unlink(missing_ok=True)
+            missing = tuple(name for name in self._mailboxes if name not in found)
             if missing and missing != shown:
                 self._on_wait(missing)
                 shown = missing
@@ -107,17 +112,17 @@ class Correspondence:
                 time.sleep(LOOK_SECONDS)
         if problem:
             self._on_problem("")
-        return [found[name] for name in self._boxes]
+        return [found[name] for name in self._mailboxes]
 
     def close(self) -> None:
         """Withdraw whatever is still asked, and delete what was sent.
 
         Raises:
-            StorageError: If the disk refuses.
+            StorageError: On I/O errors.
         """
-        for box in self._boxes.values():
-            box.question_file.unlink(missing_ok=True)
-            box.answer_file.unlink(missing_ok=True)
+        for mailbox in self._mailboxes.values():
+            mailbox.question_file.unlink(missing_ok=True)
+            mailbox.answer_file.unlink(missing_ok=True)
         shutil.rmtree(self._questions, ignore_errors=True)
 
     def _publish(self, question: Question) -> dict[str, Any]:
@@ -152,28 +157,28 @@ class Correspondence:
             if branch.parents[1].name != asked.id[:16]:
                 shutil.rmtree(branch)
 
-    def _collect(self, name: str, box: ContributorBox, letter: Mapping[str, Any]) -> bool:
+    def _collect(self, name: str, mailbox: ContributorMailbox, letter: Mapping[str, Any]) -> bool:
         """Ask one contributor, or take its answer; whether it is here now."""
         asked = parse_shipment(letter["files"])
         place = self._place(name, asked)
         if (place / "answer.json").is_file():
             return True
-        if (read_json(box.question_file) or {}).get("id") != asked.id:
-            write_json(box.question_file, dict(letter))
-        answered = read_json(box.answer_file) or {}
+        if (read_json(mailbox.question_file) or {}).get("id") != asked.id:
+            write_json(mailbox.question_file, dict(letter))
+        answered = read_json(mailbox.answer_file) or {}
         if answered.get("question") != asked.id:
             return False
         files = parse_shipment(answered["files"])
-        if box.parts.missing(files, part_bytes=self._part_bytes):
+        if mailbox.parts.missing(files, part_bytes=self._part_bytes):
             return False
         verify(
-            str((read_json(box.hello_file) or {}).get("public_key", "")),
+            str((read_json(mailbox.hello_file) or {}).get("public_key", "")),
             build_answer_bytes(self._identity, asked.id, files.id),
             str(answered["signature"]),
             what=f"answer of '{name}'",
         )
-        box.parts.assemble(files, place, part_bytes=self._part_bytes)
-        box.parts.discard(files, part_bytes=self._part_bytes)
+        mailbox.parts.assemble(files, place, part_bytes=self._part_bytes)
+        mailbox.parts.discard(files, part_bytes=self._part_bytes)
         return True
 
     def _load(self, name: str, asked: Shipment) -> Answer:

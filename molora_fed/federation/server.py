@@ -7,25 +7,29 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import tomli_w
+
 from molora_fed.charter import load_charter
 from molora_fed.errors import FederationError
-from molora_fed.federation.events import FederationEvent, OnEvent
 from molora_fed.federation.fleet import CONNECTED, Fleet
-from molora_fed.federation.flower_run import submit_run
-from molora_fed.federation.gateway import DEFAULT_PORT, check_loopback
-from molora_fed.federation.homes import COORDINATOR_HOME, ContributorBox, CoordinatorHome
+from molora_fed.federation.homes import COORDINATOR_HOME, ContributorMailbox, CoordinatorHome
 from molora_fed.federation.mailbox import hold_lock, read_json
+from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
+    DEFAULT_PORT,
     ProcessGroup,
     Restarts,
     build_flower_environment,
+    check_loopback,
     check_port_free,
     is_healthy,
     is_running,
     parse_answer,
     raise_recorded,
+    run_command,
     sigterm_as_interrupt,
 )
+from molora_fed.storage.files import write_bytes
 from molora_fed.storage.values import count_cores
 
 __all__ = ["ServerSupervisor", "serve"]
@@ -35,6 +39,27 @@ START_SECONDS = 60.0
 STALE_SECONDS = 30.0
 FIRST_PULSE_SECONDS = 60.0
 COORDINATOR_MODULE = "molora_fed.federation.coordinator"
+_FLOWER_PROJECT = {
+    "project": {
+        "name": "molora-fed",
+        "version": "0.1.0",
+        "description": "Mailboxes of molora-fed; the code is the installed package.",
+        "license": "Apache-2.0",
+        "dependencies": [],
+    },
+    "tool": {
+        "flwr": {
+            "app": {
+                "publisher": "molora",
+                "components": {
+                    "serverapp": "molora_fed.federation.server_app:app",
+                    "clientapp": "molora_fed.federation.client_app:app",
+                },
+            }
+        }
+    },
+}
+"""The Flower app holds no code, only where the installed code is."""
 
 
 def serve(
@@ -154,7 +179,7 @@ class ServerSupervisor:
             FederationError: If they keep failing.
             MoloraError: Whatever ended the coordinator's worker.
         """
-        self._processes.glance()
+        self._processes.poll()
         self._watch_coordinator()
         self._watch_flower()
         self._report()
@@ -188,9 +213,9 @@ class ServerSupervisor:
         self._processes.start("coordinator", command, env)
 
     def _submit_run(self) -> None:
-        """Start the mail-carrying run; see `submit_run`."""
+        """Start the mail-carrying run."""
         self.home.pulse.post("")  # what the one before left must not be taken for its own
-        submit_run(self.home, self.address, self._fleet)
+        _submit_run(self.home, self.address, self._fleet)
         self._submitted = time.monotonic()
 
     def _watch_coordinator(self) -> None:
@@ -245,7 +270,7 @@ class ServerSupervisor:
         state = self.home.read_state()
         self._phase = state.get("phase", self._phase)
         events = [FederationEvent(**state)] if state else []
-        events += [_describe(box) for box in self.home.contributors()]
+        events += [_describe(mailbox) for mailbox in self.home.contributors()]
         for event in events:
             if self._shown.get(event.contributor) != event:
                 self._shown[event.contributor] = event
@@ -273,20 +298,48 @@ class ServerSupervisor:
             time.sleep(0.1)
 
 
-def _describe(box: ContributorBox) -> FederationEvent:
+def _submit_run(home: CoordinatorHome, address: str, fleet: Fleet) -> None:
+    """Start the mail-carrying run on a SuperLink.
+
+    Args:
+        home: The coordinator's home; the app's folder and Flower's settings are made below it.
+        address: "HOST:PORT" of the SuperLink.
+        fleet: Which nodes it has.
+
+    Raises:
+        FederationError: If Flower refuses it.
+        StorageError: On I/O errors.
+    """
+    flower = home.root / "flower"
+    write_bytes(flower / "app" / "pyproject.toml", tomli_w.dumps(_FLOWER_PROJECT).encode())
+    connection = {"default": "local", "local": {"address": address, "insecure": True}}
+    write_bytes(flower / "config.toml", tomli_w.dumps({"superlink": connection}).encode())
+    log = home.logs / "run.log"
+    command = ["flwr", "run", str(flower / "app"), "local", "--format", "json", *fleet.run_options]
+    env = build_flower_environment(home.root, **fleet.environment)
+    answer = parse_answer(run_command(command, env=env, log=log))
+    # The exit status is 0 even on failure.
+    if answer.get("success") is not True:
+        raise FederationError(
+            "Cannot start the mail-carrying run: expected success, got "
+            f"{str(answer.get('error-message', 'no answer'))[:200]}. See {log}."
+        )
+
+
+def _describe(mailbox: ContributorMailbox) -> FederationEvent:
     """One contributor as the server sees it."""
-    state = read_json(box.state_file) or {}
+    state = read_json(mailbox.state_file) or {}
     problem = str(state.pop("problem", ""))
     last_phase = str(state.pop("phase", "JOINING"))
-    refusal = read_json(box.refusal_file) or {}
-    offer = read_json(box.offer_file) or {}
+    refusal = read_json(mailbox.refusal_file) or {}
+    offer = read_json(mailbox.offer_file) or {}
     ledger_state = ""
     if offer:
-        acknowledgement = read_json(box.acknowledgement_file(offer["id"])) or {}
+        acknowledgement = read_json(mailbox.acknowledgement_file(offer["id"])) or {}
         ledger_state = str(acknowledgement.get("state", ""))
     event = FederationEvent(
-        phase="DONE" if box.delivered_file.exists() else last_phase,
-        contributor=box.name,
+        phase="DONE" if mailbox.delivered_file.exists() else last_phase,
+        contributor=mailbox.name,
         state=ledger_state,
         **state,
     )

@@ -26,7 +26,7 @@ from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
 
-__all__ = ["Postman", "app"]
+__all__ = ["MailRelay", "app"]
 
 LOOP_SECONDS = 0.3
 PULSE_SECONDS = 1.0
@@ -48,8 +48,8 @@ def main(grid: Any, context: Any) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
-            with hold_lock(home.mail / "postman.lock", what="the mail carrier"):
-                Postman(home, grid, run_id=context.run_id).carry()
+            with hold_lock(home.mail / "postman.lock", what="the mail relay"):
+                MailRelay(home, grid, run_id=context.run_id).carry()
             return
         except MoloraError:
             # The carrier of an earlier run may still be ending.
@@ -92,7 +92,7 @@ class _Node:
     not_before: float = 0.0
 
 
-class Postman:
+class MailRelay:
     """Carries letters between the coordinator's folders and the connected nodes."""
 
     def __init__(self, home: CoordinatorHome, grid: Any, *, run_id: int) -> None:

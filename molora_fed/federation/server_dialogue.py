@@ -12,7 +12,7 @@ from typing import Any
 from molora_fed.errors import FederationError, SignatureError
 from molora_fed.federation.client_dialogue import build_hello_bytes
 from molora_fed.federation.homes import (
-    ContributorBox,
+    ContributorMailbox,
     CoordinatorHome,
     public_state,
 )
@@ -67,9 +67,9 @@ class ServerDialogue:
         """What to send to a node now, or None if nothing is to be said."""
         if not correspondent.fingerprint:
             return Envelope((Letter("hello", {"nonce": correspondent.nonce}),))
-        box = self._home.contributor(correspondent.fingerprint)
+        mailbox = self._home.contributor(correspondent.fingerprint)
         state = correspondent.state
-        refusal = read_json(box.refusal_file)
+        refusal = read_json(mailbox.refusal_file)
         if refusal is not None:
             return None if state.get("refused") else Envelope((Letter("refusal", refusal),))
         charter = read_json(self._home.outbox / "charter.json")
@@ -78,10 +78,10 @@ class ServerDialogue:
         opening = self._opening(state, charter)
         if opening is not None:
             return opening
-        offer = read_json(box.offer_file)
+        offer = read_json(mailbox.offer_file)
         if offer is None or not state.get("offer"):
             return Envelope((self._wait_letter(),))
-        return self._about_contribution(box, state, parse_shipment(offer["files"]))
+        return self._about_contribution(mailbox, state, parse_shipment(offer["files"]))
 
     def _opening(self, state: Mapping[str, Any], charter: Mapping[str, Any]) -> Envelope | None:
         """Charter, tasks and the base, in as few envelopes as possible."""
@@ -113,12 +113,12 @@ class ServerDialogue:
         return Letter("wait", {**body, "question": question} if question else body)
 
     def _about_contribution(
-        self, box: ContributorBox, state: Mapping[str, Any], shipment: Shipment
+        self, mailbox: ContributorMailbox, state: Mapping[str, Any], shipment: Shipment
     ) -> Envelope | None:
         """Fetch what is missing; acknowledge what is committed; bring the result."""
-        acknowledgement = read_json(box.acknowledgement_file(shipment.id))
+        acknowledgement = read_json(mailbox.acknowledgement_file(shipment.id))
         if acknowledgement is None:
-            missing = box.parts.missing(shipment, part_bytes=self._message_bytes)
+            missing = mailbox.parts.missing(shipment, part_bytes=self._message_bytes)
             if not missing:
                 return None  # complete; the coordinator's worker is at it
             batch = take_batch(missing, max_bytes=self._message_bytes)
@@ -126,17 +126,17 @@ class ServerDialogue:
         letters = []
         if state.get("acknowledged") != shipment.id:
             letters.append(Letter("acknowledgement", acknowledgement))
-        question = read_json(box.question_file)
+        question = read_json(mailbox.question_file)
         if question is not None and acknowledgement["state"] == "ADMITTED":
-            return self._about_question(box, state, question, letters)
+            return self._about_question(mailbox, state, question, letters)
         result = read_json(self._home.outbox / "result.json")
         if result is None or not _is_part_of(result, acknowledgement):
             return Envelope(tuple(letters)) if letters else None
         files = parse_shipment(result["files"])
         names = self._undelivered(files, state)
         if not letters and not names and state.get("result") == result["id"]:
-            if (read_json(box.delivered_file) or {}).get("id") != result["id"]:
-                write_json(box.delivered_file, {"id": result["id"]})
+            if (read_json(mailbox.delivered_file) or {}).get("id") != result["id"]:
+                write_json(mailbox.delivered_file, {"id": result["id"]})
             return None
         letters.append(Letter("result", result))
         batch = take_batch(names, max_bytes=self._message_bytes)
@@ -145,15 +145,15 @@ class ServerDialogue:
 
     def _about_question(
         self,
-        box: ContributorBox,
+        mailbox: ContributorMailbox,
         state: Mapping[str, Any],
         question: Mapping[str, Any],
         letters: list[Letter],
     ) -> Envelope | None:
         """Bring the question; wait for the answer; fetch what is missing of it."""
-        answered = self._find_answer(box, question)
+        answered = self._find_answer(mailbox, question)
         if answered is not None:
-            missing = box.parts.missing(answered, part_bytes=self._message_bytes)
+            missing = mailbox.parts.missing(answered, part_bytes=self._message_bytes)
             batch = take_batch(missing, max_bytes=self._message_bytes)
             if batch:
                 letters.append(Letter("fetch", {"names": [str(name) for name in batch]}))
@@ -169,9 +169,11 @@ class ServerDialogue:
         folder = self._home.outbox / "questions" / files.id
         return Envelope(tuple(letters), tuple(read_parts(folder, files, batch)))
 
-    def _find_answer(self, box: ContributorBox, question: Mapping[str, Any]) -> Shipment | None:
+    def _find_answer(
+        self, mailbox: ContributorMailbox, question: Mapping[str, Any]
+    ) -> Shipment | None:
         """The files of a contributor's answer to a question; None before it has one."""
-        answered = read_json(box.answer_file) or {}
+        answered = read_json(mailbox.answer_file) or {}
         if answered.get("question") != question["id"]:
             return None
         return parse_shipment(answered["files"])
@@ -182,7 +184,7 @@ class ServerDialogue:
         Raises:
             SignatureError: If a hello is not signed by the key it shows.
             FederationError: If the answer is malformed, or the contribution is too large.
-            StorageError: If the disk refuses; the answer is then asked for again.
+            StorageError: On I/O errors; the answer is then asked for again.
         """
         if not correspondent.fingerprint and not reply.letters:
             return  # a simulated node whose contributor has not joined yet
@@ -194,14 +196,14 @@ class ServerDialogue:
                     "Run the same molora-fed version on both sides."
                 )
             self._accept_hello(correspondent, hello)
-        box = self._home.contributor(correspondent.fingerprint)
+        mailbox = self._home.contributor(correspondent.fingerprint)
         manifest = reply.find("manifest")
         if manifest is not None:
-            self._accept_manifest(box, manifest)
+            self._accept_manifest(mailbox, manifest)
         answered = reply.find("answer")
         if answered is not None:
-            self._accept_answer(box, answered)
-        self._accept_parts(box, reply)
+            self._accept_answer(mailbox, answered)
+        self._accept_parts(mailbox, reply)
         state = reply.find("state")
         if state is not None:
             correspondent.state = {
@@ -210,8 +212,8 @@ class ServerDialogue:
                 "answered": str((answered or {}).get("question", "")),
             }
             shown = {**public_state(state), "problem": correspondent.state["problem"]}
-            if read_json(box.state_file) != shown:
-                write_json(box.state_file, shown)
+            if read_json(mailbox.state_file) != shown:
+                write_json(mailbox.state_file, shown)
 
     def _accept_hello(self, correspondent: Correspondent, hello: Mapping[str, Any]) -> None:
         public_key = str(hello.get("public_key", ""))
@@ -226,9 +228,9 @@ class ServerDialogue:
             correspondent.nonce = secrets.token_hex(32)
             raise
         name, domain = str(hello.get("name", ""))[:63], str(hello.get("domain", ""))[:63]
-        box = self._home.contributor(key_fingerprint(public_key))
+        mailbox = self._home.contributor(key_fingerprint(public_key))
         taken = any(
-            other.name == name and other.fingerprint != box.fingerprint
+            other.name == name and other.fingerprint != mailbox.fingerprint
             for other in self._home.contributors()
         )
         if taken:
@@ -236,15 +238,15 @@ class ServerDialogue:
                 f"Cannot join as '{name}': expected a name nobody else has, got one that belongs "
                 "to another key. Choose another with --name."
             )
-            write_json(box.refusal_file, {"reason": reason})
+            write_json(mailbox.refusal_file, {"reason": reason})
         else:
-            box.refusal_file.unlink(missing_ok=True)
+            mailbox.refusal_file.unlink(missing_ok=True)
             record = {"public_key": public_key, "name": name, "domain": domain}
-            if read_json(box.hello_file) != record:
-                write_json(box.hello_file, record)
-        correspondent.fingerprint = box.fingerprint
+            if read_json(mailbox.hello_file) != record:
+                write_json(mailbox.hello_file, record)
+        correspondent.fingerprint = mailbox.fingerprint
 
-    def _accept_manifest(self, box: ContributorBox, manifest: Mapping[str, Any]) -> None:
+    def _accept_manifest(self, mailbox: ContributorMailbox, manifest: Mapping[str, Any]) -> None:
         """Note which files a contributor offers, within the charter's limits."""
         limits = read_json(self._home.outbox / "limits.json")
         if limits is None:
@@ -252,15 +254,15 @@ class ServerDialogue:
         try:
             shipment = parse_shipment(manifest.get("files"), max_bytes=limits["contribution_bytes"])
         except FederationError as error:
-            write_json(box.refusal_file, {"reason": str(error)})
+            write_json(mailbox.refusal_file, {"reason": str(error)})
             raise
         offer = {"id": shipment.id, "files": shipment.to_json()}
-        if read_json(box.offer_file) != offer:
-            write_json(box.offer_file, offer)
+        if read_json(mailbox.offer_file) != offer:
+            write_json(mailbox.offer_file, offer)
 
-    def _accept_answer(self, box: ContributorBox, answered: Mapping[str, Any]) -> None:
+    def _accept_answer(self, mailbox: ContributorMailbox, answered: Mapping[str, Any]) -> None:
         """Note which files answer the question that is open, within its limits."""
-        question = read_json(box.question_file)
+        question = read_json(mailbox.question_file)
         if question is None or answered.get("question") != question["id"]:
             return  # of a question that is settled
         shipment = parse_shipment(answered.get("files"), max_bytes=question["answer_bytes"])
@@ -269,25 +271,25 @@ class ServerDialogue:
             "files": shipment.to_json(),
             "signature": str(answered.get("signature", ""))[:1_000],
         }
-        if read_json(box.answer_file) != record:
-            write_json(box.answer_file, record)
+        if read_json(mailbox.answer_file) != record:
+            write_json(mailbox.answer_file, record)
 
-    def _accept_parts(self, box: ContributorBox, reply: Envelope) -> None:
+    def _accept_parts(self, mailbox: ContributorMailbox, reply: Envelope) -> None:
         """Keep the parts that belong to what is offered and are still needed."""
         if not reply.parts:
             return
         wanted: set[PartName] = set()
-        offer, question = read_json(box.offer_file), read_json(box.question_file)
+        offer, question = read_json(mailbox.offer_file), read_json(mailbox.question_file)
         if offer is not None:
             shipment = parse_shipment(offer["files"])
-            if read_json(box.acknowledgement_file(shipment.id)) is None:
+            if read_json(mailbox.acknowledgement_file(shipment.id)) is None:
                 wanted |= set(plan_parts(shipment, part_bytes=self._message_bytes))
-        answered = None if question is None else self._find_answer(box, question)
+        answered = None if question is None else self._find_answer(mailbox, question)
         if answered is not None:
             wanted |= set(plan_parts(answered, part_bytes=self._message_bytes))
         for part in reply.parts:
             if part.name in wanted:
-                box.parts.put(part)
+                mailbox.parts.put(part)
 
 
 def _is_part_of(result: Mapping[str, Any], acknowledgement: Mapping[str, Any]) -> bool:

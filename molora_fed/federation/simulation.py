@@ -12,25 +12,27 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molora_fed.errors import ConfigError, FederationError
-from molora_fed.federation.events import FederationEvent, OnEvent
+from molora_fed.charter import load_charter
+from molora_fed.errors import CharterError, ConfigError, FederationError
 from molora_fed.federation.fleet import simulate_fleet, write_partitions
 from molora_fed.federation.homes import ContributorHome
-from molora_fed.federation.join_settings import prepare_home
+from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.local import HOST, LocalContributor
 from molora_fed.federation.mailbox import hold_lock, read_json
 from molora_fed.federation.server import ServerSupervisor
-from molora_fed.federation.simulated_member import SimulatedMember
+from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     ProcessGroup,
     Restarts,
     find_free_port,
+    raise_recorded,
     sigterm_as_interrupt,
 )
+from molora_fed.federation.worker_mail import give_consent, has_consent
 from molora_fed.storage.files import write_json
 from molora_fed.storage.values import count_cores
 
@@ -106,6 +108,70 @@ def run_simulated(
     return supervisor.outcome
 
 
+@dataclass(eq=False)
+class _SimulatedMember:
+    """One simulated contributor.
+
+    Attributes:
+        home: Its home.
+        settings: What it joins with.
+        agreed: Whether it agreed to what the charter asks for.
+        shown: Where it stood when that was last reported.
+    """
+
+    home: ContributorHome
+    settings: JoinSettings
+    agreed: bool = False
+    shown: FederationEvent | None = field(default=None, repr=False)
+
+    @property
+    def acknowledgement(self) -> dict[str, Any]:
+        """What the coordinator acknowledged; empty before it did."""
+        return dict(read_json(self.home.acknowledgement_letter) or {})
+
+    def settle(self) -> None:
+        """Agree to what the charter asks for, once it is here: nothing leaves this machine."""
+        if self.agreed:
+            return
+        try:
+            charter = load_charter(self.home.charter)
+        except CharterError:
+            return  # not here yet
+        if not has_consent(self.home, charter):
+            give_consent(self.home, charter)
+        self.agreed = True
+
+    def check(self) -> None:
+        """Raise the bad news there is.
+
+        Raises:
+            FederationError: If the server refused this contributor.
+            MoloraError: Whatever ended its work.
+        """
+        refusal = read_json(self.home.refusal_letter)
+        if refusal is not None:
+            raise FederationError(str(refusal.get("reason", "The server refused."))[:500])
+        if self.home.error_file.exists():
+            name = self.settings.name
+            raise_recorded(self.home.error_file, otherwise=f"Cannot go on for '{name}'.")
+
+    def describe(self) -> FederationEvent | None:
+        """Where it stands, if that has changed."""
+        state = self.home.read_state()
+        if not state:
+            return None
+        event = FederationEvent(
+            **state,
+            contributor=self.settings.name,
+            state=str(self.acknowledgement.get("state", "")),
+            seen_by="contributor",
+        )
+        if event == self.shown:
+            return None
+        self.shown = event
+        return event
+
+
 class SimulationSupervisor:
     """All processes of a simulated federation; a context manager that leaves none behind.
 
@@ -135,7 +201,9 @@ class SimulationSupervisor:
     ) -> None:
         _check_distinct(contributors)
         self._contributors = list(contributors)
-        self._members = [SimulatedMember(ContributorHome(c.home), c.settings) for c in contributors]
+        self._members = [
+            _SimulatedMember(ContributorHome(one.home), one.settings) for one in contributors
+        ]
         self._capacity = len(contributors) + reserve
         self._on_event = on_event
         self._names = [f"pool-{number}" for number in range(workers or count_cores())]
@@ -190,7 +258,7 @@ class SimulationSupervisor:
         """End everything."""
         self._entered.close()
 
-    def _prepare(self, member: SimulatedMember, entered: ExitStack) -> None:
+    def _prepare(self, member: _SimulatedMember, entered: ExitStack) -> None:
         entered.enter_context(hold_lock(member.home.root / "join.lock", what="a contributor"))
         member.home.remove_leftovers()
         member.settings = prepare_home(member.home, member.settings)
@@ -217,10 +285,10 @@ class SimulationSupervisor:
         _check_distinct([*self._contributors, contributor])
         if len(self._members) >= self._capacity:
             raise ConfigError(
-                f"Cannot let '{contributor.name}' join: expected a free node of "
+                f"Cannot let '{contributor.settings.name}' join: expected a free node of "
                 f"{self._capacity}, got none. Reserve more."
             )
-        member = SimulatedMember(ContributorHome(contributor.home), contributor.settings)
+        member = _SimulatedMember(ContributorHome(contributor.home), contributor.settings)
         self._prepare(member, self._entered)
         self._contributors.append(contributor)
         self._members.append(member)
@@ -240,7 +308,7 @@ class SimulationSupervisor:
         """
         self._server.poll()
         self._mail_seconds = self._server.measure_mail_seconds()
-        self._pool.glance()
+        self._pool.poll()
         for name in self._names:
             code = self._pool.exit_code(name)
             if code is not None:
@@ -265,7 +333,7 @@ class SimulationSupervisor:
 
 def _check_distinct(contributors: Sequence[LocalContributor]) -> None:
     for what, values in (
-        ("name", [contributor.name for contributor in contributors]),
+        ("name", [contributor.settings.name for contributor in contributors]),
         ("home", [str(contributor.home.absolute()) for contributor in contributors]),
     ):
         twice = sorted({value for value in values if values.count(value) > 1})

@@ -5,6 +5,7 @@ seconds. A tree's processes are recorded while it lives, because Flower starts s
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import signal
@@ -25,25 +26,29 @@ from typing import Any
 import psutil
 
 from molora_fed import errors
-from molora_fed.errors import FederationError, MoloraError, PortTakenError
+from molora_fed.errors import ConfigError, FederationError, MoloraError, PortTakenError
 from molora_fed.federation.mailbox import read_json
 from molora_fed.storage.files import write_json
 
 __all__ = [
+    "DEFAULT_PORT",
     "ProcessGroup",
     "Restarts",
     "build_flower_environment",
+    "check_loopback",
     "check_port_free",
     "find_free_port",
     "is_healthy",
     "is_running",
     "parse_answer",
+    "parse_server",
     "raise_recorded",
     "record_errors",
     "run_command",
     "sigterm_as_interrupt",
 ]
 
+DEFAULT_PORT = 8_080
 GRACE_SECONDS = 4.0
 PARENT_SECONDS = 3.0
 MAX_RESTARTS = 5
@@ -81,6 +86,48 @@ def build_flower_environment(home: Path, **extra: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         **extra,
     }
+
+
+def check_loopback(host: str) -> None:
+    """Refuse every host but this machine, by its IPv4 loopback address or as localhost.
+
+    Flower serves three interfaces on one port and can authenticate only one of them: whoever
+    reaches the port may run code on the server and on every contributor. So nothing but loopback
+    is allowed until a gateway forwards `/v1/fleet/` alone, under TLS.
+
+    Raises:
+        ConfigError: If the host is not a loopback address.
+    """
+    if host == "localhost":
+        return
+    try:
+        if ipaddress.IPv4Address(host).is_loopback:
+            return
+    except ValueError:
+        pass
+    raise ConfigError(
+        f"Cannot use host '{host}': expected a loopback address, got another machine's; Flower's "
+        "control interface on that port is open to whoever reaches it. Use 127.0.0.1, or a "
+        "tunnel, until the TLS gateway exists."
+    )
+
+
+def parse_server(server: str) -> tuple[str, int]:
+    """Split "HOST:PORT" and check that the host is allowed.
+
+    Raises:
+        ConfigError: If it is malformed or not on this machine.
+    """
+    host, separator, port = server.removeprefix("http://").rstrip("/").rpartition(":")
+    if not separator:
+        host, port = port, str(DEFAULT_PORT)
+    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65_536 or not host:
+        raise ConfigError(
+            f"Cannot use server '{server}': expected HOST:PORT, got something else. "
+            f"Try 127.0.0.1:{DEFAULT_PORT}."
+        )
+    check_loopback(host)
+    return host, int(port)
 
 
 def check_port_free(host: str, port: int) -> None:
@@ -247,7 +294,7 @@ class ProcessGroup:
                 spent[process] = times.user + times.system
         return sum(spent.values())
 
-    def glance(self) -> None:
+    def poll(self) -> None:
         """`observe`, if the last time is a second ago: it walks over all of the machine's."""
         if time.monotonic() - self._observed >= OBSERVE_SECONDS:
             self.observe()

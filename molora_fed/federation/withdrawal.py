@@ -22,7 +22,6 @@ from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import LedgerError, describe_mismatch
 from molora_fed.federation.coordinator_mail import announce_withdrawal, retract_result
 from molora_fed.federation.homes import CoordinatorHome
-from molora_fed.models.base import check_base, load_base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.bundle import load_manifest
 from molora_fed.storage.files import storage_errors
@@ -69,7 +68,7 @@ def withdraw_contributor(
     plugins: Plugins | None = None,
     progress: Progress | None = None,
 ) -> Withdrawal:
-    """Withdraw a contributor; stopped in between and called again, it goes on.
+    """Withdraw a contributor; safe to interrupt, run again to resume.
 
     The state is committed first. Where routers read the experts' average, one last pass takes
     the leaver out of it. Then its files, its rejected earlier attempts' files, bank columns that
@@ -87,7 +86,7 @@ def withdraw_contributor(
 
     Raises:
         LedgerError: If nobody of that name is admitted, or a server works on the cooperative.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     with cooperative.open_ledger() as ledger:
         entry = _find_entry(ledger, contributor)
@@ -98,8 +97,8 @@ def withdraw_contributor(
         remaining = load_admitted(ledger, cooperative.store)
         _subtract(cooperative, entry, remaining, plugins or get_plugins(), progress)
         home = CoordinatorHome(cooperative.folder)
-        box = home.contributor(key_fingerprint(entry.manifest.public_key))
-        announce_withdrawal(box, load_key(cooperative.key_path), entry.id)
+        mailbox = home.contributor(key_fingerprint(entry.manifest.public_key))
+        announce_withdrawal(mailbox, load_key(cooperative.key_path), entry.id)
         retracted = retract_result(home, entry.id)
         retracted = _delete_fused(cooperative.folder / "fused", entry.id) or retracted
         retracted = _delete_evolution(cooperative.folder / "evolution", entry.id) or retracted
@@ -150,8 +149,7 @@ def _subtract(
     own = hash_adapter_files(stored)
     if all(own not in total.adapters for total in list_totals(bank)):
         return
-    base = load_base(cooperative.base_folder)
-    check_base(base, charter.identity.base)
+    base = cooperative.load_base()
     rules = charter.identity.adapters
     subtract_expert(
         bank,

@@ -7,23 +7,23 @@ may be killed at any moment and started again; it ends with the same bytes.
 import importlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from molora_fed.charter import Charter
 from molora_fed.errors import AdmissionError, FederationError
 from molora_fed.federation.coordinator_mail import build_acknowledgement_bytes
-from molora_fed.federation.homes import ContributorHome, JoinSettings
+from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import hold_lock, read_json
-from molora_fed.federation.responses import answer_question, find_question
-from molora_fed.federation.states import StateFile
+from molora_fed.federation.status import StateFile, UsageFile
 from molora_fed.federation.supervise import record_errors
-from molora_fed.federation.tasks import Claim
-from molora_fed.federation.usage import UsageFile
 from molora_fed.federation.worker_mail import (
     LOOK_SECONDS,
+    answer_question,
+    find_question,
     has_consent,
     offer_contribution,
     receive_charter,
@@ -33,29 +33,21 @@ from molora_fed.federation.worker_mail import (
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.keys import load_key, verify
-from molora_fed.types import Document, Split
 
 if TYPE_CHECKING:
+    from molora_fed.cooperative.contribute import CharterAndBase
     from molora_fed.corpus.prepare import Corpus
-    from molora_fed.models.base import Base
     from molora_fed.population.private_member import PrivateMember
 
 __all__ = ["ContributorWorker", "main"]
 
-LEASE_SECONDS = 120.0
-OWNER = "worker"
 
-
-@dataclass(frozen=True)
-class _Trained:
-    """What a contribution needs of a specialist: adapter folder, kind, losses, record, start."""
-
-    adapter: Path
-    kind: str
-    base_loss: float
-    loss: float
-    record: dict[str, Any]
-    start_loss: float | None = None
+_PHASES = {
+    "training": ("TRAINING", ""),
+    "measuring": ("TRAINING", "measuring the adapter trained earlier"),
+    "building": ("SUBMITTING", "building the contribution"),
+}
+"""What the worker's state says while a contribution is made."""
 
 
 class ContributorWorker:
@@ -94,8 +86,7 @@ class ContributorWorker:
         self._state.enter("JOINING", "waiting for the charter")
         if not home.offer_file.exists():
             # Takes seconds, like the first messages: both go on at once.
-            for room in ("corpus.prepare", "training.specialists", "contributions.build"):
-                importlib.import_module(f"molora_fed.{room}")
+            importlib.import_module("molora_fed.cooperative.contribute")
         charter = yield from until(lambda: receive_charter(home))
         self._check_domain(charter)
         if not self._is_offered(charter):
@@ -135,174 +126,89 @@ class ContributorWorker:
 
     def _recipe(self, charter: Charter, amendment: int | None = None) -> str:
         """Hash of what a contribution is made from, under the charter's amendment or another."""
-        settings = self._settings
+        kept = self._settings.to_json()
         return hash_bytes(
             canonical_json(
                 {
                     "identity": charter.identity_hash,
                     "amendment": charter.amendment.number if amendment is None else amendment,
-                    "name": settings.name,
-                    "domain": settings.domain,
-                    "data": list(settings.data),
-                    "adapter": settings.adapter,
-                    "shard": list(settings.shard),
+                    "name": kept["name"],
+                    "domain": kept["domain"],
+                    "data": kept["data"],
+                    "adapter": kept["adapter"],
+                    "shard": kept["shard"],
                 }
             )
         )
 
     def _contribute(self, charter: Charter) -> Iterator[None]:
-        """Train, build the contribution and offer it, under the lease of the server's task."""
+        """Make the contribution and offer it, once the server's task is here; the offer ends it."""
         home = self._home
         self._state.enter("JOINING", "waiting for the base")
         yield from until(
             lambda: receive_shipment(home, home.charter_letter, "base", home.base) or None
         )
         task_id = f"train-{charter.amendment.number}"
-        yield from until(lambda: task_id in home.tasks.known() or None)
-        # None: the task was done before, and now made from other settings once more.
-        claim = home.tasks.claim(OWNER, lease_seconds=LEASE_SECONDS)
+        yield from until(lambda: task_id in home.list_tasks() or None)
         with self._usage.stage("corpus"):
-            base = self._load_base(charter)
-            corpus = self._prepare_corpus(charter, base)
-            if charter.amendment.is_private:
-                from molora_fed.population.private_member import carve_own
-
-                carve_own(corpus.blocks, charter)  # too little text is said before training
-        with self._usage.stage("training"):
-            trained = (
-                self._measure(charter, base, corpus)
-                if self._settings.adapter
-                else self._train(charter, base, corpus, claim)
-            )
-        self._state.enter("SUBMITTING", "building the contribution")
-        with self._usage.stage("building"):
-            self._build(charter, corpus, trained)
+            under = self._load_base(charter)
+            corpus = self._prepare_corpus(under)
+        self._make_contribution(under, corpus)
         if not has_consent(home, charter):
             self._state.enter("SUBMITTING", "waiting for your consent to send it")
             yield from until(lambda: has_consent(home, charter) or None)
         offer_contribution(home, recipe=self._recipe(charter))
-        if claim is not None:
-            home.tasks.complete(claim)
 
-    def _load_base(self, charter: Charter) -> "Base":
-        from molora_fed.models.base import check_base, load_base
+    def _load_base(self, charter: Charter) -> "CharterAndBase":
+        from molora_fed.cooperative.contribute import CharterAndBase
+        from molora_fed.cooperative.cooperative import load_charter_base
 
         self._state.enter("CORPUS", "loading the base")
-        base = load_base(self._home.base)
-        check_base(base, charter.identity.base)
-        return base
+        return CharterAndBase(charter, load_charter_base(charter, self._home.base))
 
-    def _prepare_corpus(self, charter: Charter, base: "Base") -> "Corpus":
-        from molora_fed.corpus.documents import read_documents
-        from molora_fed.corpus.prepare import prepare_corpus
+    def _prepare_corpus(self, under: "CharterAndBase") -> "Corpus":
+        from molora_fed.cooperative.contribute import prepare_domain
 
         self._state.enter("CORPUS", "clustering, splitting and packing the text")
         settings = self._settings
-        documents: Iterable[Document] = (
-            read_documents([Path(path) for path in settings.data])
-            if settings.data
-            else self._plugins.domains.resolve(settings.domain)()
-        )
-        return prepare_corpus(
+        return prepare_domain(
+            under,
             settings.domain,
-            documents,
-            base.tokenizer,
-            rules=charter.identity.corpus,
-            folder=self._home.corpus,
+            settings.data,
+            self._home.root,
             shard=settings.shard,
+            plugins=self._plugins,
             progress=self._state.progress,
         )
 
-    def _train(
-        self, charter: Charter, base: "Base", corpus: "Corpus", claim: Claim | None
-    ) -> _Trained:
-        from molora_fed.training.specialists import train_specialist
+    def _make_contribution(self, under: "CharterAndBase", corpus: "Corpus") -> None:
+        """Run the contributor's flow, with its phases in the worker's state and usage."""
+        from molora_fed.cooperative.contribute import make_contribution
 
-        def progress(done: int, total: int, **fields: float | str) -> None:
-            if claim is not None:
-                self._home.tasks.renew(claim, lease_seconds=LEASE_SECONDS)
-            self._state.progress(done, total, **fields)
+        home, settings = self._home, self._settings
+        with ExitStack() as stage:
 
-        self._state.enter("TRAINING")
-        rules = charter.amendment.training
-        specialist = train_specialist(
-            base,
-            corpus.blocks[Split.TRAIN],
-            corpus.blocks[Split.VALIDATION],
-            kind=rules.kind,
-            rules=charter.identity.adapters,
-            training=rules,
-            seed=charter.amendment.seed,
-            threads=self._settings.threads,
-            folder=self._home.training_folder(self._recipe(charter)),
-            plugins=self._plugins,
-            evaluation_batch=charter.identity.corpus.evaluation_batch,
-            progress=progress,
-        )
-        return _Trained(
-            specialist.adapter_folder,
-            specialist.kind,
-            specialist.base_loss,
-            specialist.loss,
-            dict(specialist.record),
-            self._measure_start(charter, base, corpus),
-        )
-
-    def _measure(self, charter: Charter, base: "Base", corpus: "Corpus") -> _Trained:
-        """An adapter trained earlier: read it, and measure it on this contributor's own text."""
-        from molora_fed.adapters.compatibility import applied
-        from molora_fed.adapters.files import check_adapter_fits, load_adapter
-        from molora_fed.models.forward import compute_block_losses
-
-        self._state.enter("TRAINING", "measuring the adapter trained earlier")
-        given = Path(self._settings.adapter)
-        folder = given / "adapter" if (given / "adapter").is_dir() else given
-        adapter = load_adapter(
-            folder, rules=charter.identity.adapters, plugins=self._plugins, name=str(given)
-        )
-        check_adapter_fits(adapter, base.model)
-        losses = []
-        for update in (None, adapter):
-            with applied(base.model, update) as model:
-                nll = compute_block_losses(
-                    model,
-                    corpus.blocks[Split.VALIDATION].tokens,
-                    batch=charter.identity.corpus.evaluation_batch,
-                    progress=self._state.progress,
+            def enter(phase: str) -> None:
+                stage.close()
+                state, message = _PHASES[phase]
+                stage.enter_context(
+                    self._usage.stage("building" if phase == "building" else "training")
                 )
-            losses.append(float(nll.double().mean()))
-        record = read_json(given / "record.json") or {"source": "an adapter trained earlier"}
-        # An adapter that does not say what it was trained on states no start, either.
-        is_known = adapter.base_weights == base.weights
-        start = self._measure_start(charter, base, corpus) if is_known else None
-        return _Trained(folder, adapter.kind, losses[0], losses[1], record, start)
+                self._state.enter(state, message)
 
-    def _measure_start(self, charter: Charter, base: "Base", corpus: "Corpus") -> float | None:
-        if charter.amendment.is_private:
-            return None  # no sample goes along on which it could be compared
-        from molora_fed.contributions.build import measure_start_loss
-
-        domain = self._settings.domain
-        return measure_start_loss(base.model, corpus.blocks, charter, domain=domain)
-
-    def _build(self, charter: Charter, corpus: "Corpus", trained: _Trained) -> None:
-        from molora_fed.contributions.build import build_contribution
-
-        build_contribution(
-            self._home.contribution,
-            adapter=trained.adapter,
-            kind=trained.kind,
-            samples=corpus.blocks,
-            key=load_key(self._home.key),
-            charter=charter,
-            contributor=self._settings.name,
-            domain=self._settings.domain,
-            training=trained.record,
-            base_loss=trained.base_loss,
-            specialist_loss=trained.loss,
-            contamination=corpus.report.contamination,
-            start_loss=trained.start_loss,
-        )
+            make_contribution(
+                under,
+                corpus,
+                home.root,
+                key=load_key(home.key),
+                name=settings.name,
+                given=settings.adapter,
+                training_folder=home.training_folder(self._recipe(under.charter)),
+                threads=settings.threads,
+                plugins=self._plugins,
+                on_phase=enter,
+                progress=self._state.progress,
+            )
 
     def _read_decision(self) -> bool | None:
         """True once the coordinator has admitted what is offered; None while it has not decided.
@@ -363,10 +269,10 @@ class ContributorWorker:
         from molora_fed.population.private_member import PrivateMember
 
         if self._member is None:
-            base = self._load_base(charter)
+            under = self._load_base(charter)
             self._member = PrivateMember(
-                base,
-                self._prepare_corpus(charter, base).blocks,
+                under.base,
+                self._prepare_corpus(under).blocks,
                 charter,
                 self._home.private,
                 threads=self._settings.threads,

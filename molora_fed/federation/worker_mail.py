@@ -1,18 +1,27 @@
 """The contributor's worker at its mailbox: takes charter, base and result, offers a contribution.
 
+Where texts are private it also takes the coordinator's questions and leaves the answers.
+
 Imports neither torch nor flwr. Every function may be interrupted and called again.
 """
 
-import time
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from molora_fed.charter import Charter, load_charter, parse_charter
 from molora_fed.errors import FederationError
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.messages import Shipment, describe_folder, parse_shipment
+from molora_fed.federation.messages import (
+    Shipment,
+    build_answer_bytes,
+    build_question_bytes,
+    describe_folder,
+    parse_shipment,
+)
+from molora_fed.plugins import Plugins
 from molora_fed.storage.files import (
     canonical_json,
     hash_bytes,
@@ -20,30 +29,26 @@ from molora_fed.storage.files import (
     write_bytes,
     write_json,
 )
-from molora_fed.storage.keys import key_fingerprint, verify
+from molora_fed.storage.keys import key_fingerprint, load_key, sign, verify
+from molora_fed.types import Progress
+
+if TYPE_CHECKING:
+    from molora_fed.population.private_member import PrivateMember
 
 __all__ = [
+    "answer_question",
     "build_charter_bytes",
+    "find_question",
     "give_consent",
     "has_consent",
     "offer_contribution",
     "receive_charter",
     "receive_shipment",
     "until",
-    "wait_for",
 ]
 
 LOOK_SECONDS = 0.2
 Found = TypeVar("Found")
-
-
-def wait_for(look: Callable[[], Found | None]) -> Found:
-    """Look a few times a second until something is found; the supervisor ends the wait."""
-    while True:
-        found = look()
-        if found is not None:
-            return found
-        time.sleep(LOOK_SECONDS)
 
 
 def until(look: Callable[[], Found | None]) -> Generator[None, None, Found]:
@@ -112,7 +117,7 @@ def receive_shipment(home: ContributorHome, letter: Path, field: str, target: Pa
 
     Raises:
         FederationError: If the letter is malformed.
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     value = read_json(letter)
     if value is None:
@@ -151,7 +156,7 @@ def give_consent(home: ContributorHome, charter: Charter) -> None:
     """Note that the contributor agrees to send what this charter asks for.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     write_json(home.consent_file, _build_consent(charter))
 
@@ -164,7 +169,7 @@ def offer_contribution(home: ContributorHome, *, recipe: str = "") -> Shipment:
         recipe: Hash of what it was made from, kept beside the offer.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: On I/O errors.
     """
     shipment = describe_folder(home.contribution)
     offer: dict[str, Any] = {
@@ -175,3 +180,87 @@ def offer_contribution(home: ContributorHome, *, recipe: str = "") -> Shipment:
     if read_json(home.offer_file) != offer:
         write_json(home.offer_file, offer)
     return shipment
+
+
+def find_question(home: ContributorHome, charter: Charter) -> dict[str, Any] | None:
+    """The coordinator's question, if all of it is here and it is not answered yet.
+
+    Raises:
+        SignatureError: If it is not the coordinator's.
+        FederationError: If it is malformed, or of another amendment.
+    """
+    letter = read_json(home.question_letter)
+    if letter is None:
+        return None
+    identity = parse_shipment(letter.get("files")).id
+    if (read_json(home.answer_file) or {}).get("question") == identity:
+        return None
+    amendment = int(letter.get("amendment", -1))
+    verify(
+        (home.charter / "coordinator.pem").read_text(encoding="utf-8"),
+        build_question_bytes(charter.identity_hash, amendment, identity),
+        str(letter.get("signature", "")),
+        what="question",
+    )
+    if amendment != charter.amendment.number:
+        raise FederationError(
+            f"Cannot answer a question: expected one of amendment {charter.amendment.number}, got "
+            f"{amendment}. Run `molora join` again to see what the cooperative asks for now."
+        )
+    target = home.question_folder(identity)
+    _forget(home, target)
+    if not receive_shipment(home, home.question_letter, "files", target):
+        return None
+    return {**letter, "id": identity}
+
+
+def _forget(home: ContributorHome, current: Path) -> None:
+    """Delete earlier questions, and the notes that they had arrived."""
+    for folder in current.parent.glob("[0-9a-f]*"):
+        if folder != current:
+            for note in home.shipments.glob(f"{folder.name}*"):
+                note.unlink()
+            shutil.rmtree(folder)
+
+
+def answer_question(
+    home: ContributorHome,
+    charter: Charter,
+    letter: dict[str, Any],
+    open_member: Callable[[], "PrivateMember"],
+    plugins: Plugins,
+    progress: Progress,
+) -> None:
+    """Do what a question asks, and offer the answer, signed.
+
+    Args:
+        home: The contributor's home.
+        charter: The cooperative's charter.
+        letter: From `find_question`.
+        open_member: Opens this contributor's blocks, once.
+        plugins: Where routers are registered.
+        progress: Told what is done.
+
+    Raises:
+        PopulationError: If the question does not fit the charter or the base.
+        MoloraError: Whatever measuring and adaptation raise; a StorageError on I/O errors.
+    """
+    from molora_fed.population.questions import load_question, save_answer
+
+    question = load_question(
+        home.question_folder(letter["id"]), rules=charter.identity.adapters, plugins=plugins
+    )
+    answer = open_member().answer(question, progress=progress)
+    folder = home.answer_folder(letter["id"])
+    save_answer(answer, charter.amendment.population.router, folder)
+    files = describe_folder(folder)
+    content = build_answer_bytes(charter.identity_hash, letter["id"], files.id)
+    record = {
+        "question": letter["id"],
+        "files": files.to_json(),
+        "signature": sign(load_key(home.key), content),
+    }
+    write_json(home.answer_file, record)
+    for other in folder.parent.iterdir():
+        if other != folder:
+            shutil.rmtree(other)

@@ -19,7 +19,7 @@ from molora_fed.plugins import Plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.top_k import limit_experts
 from molora_fed.storage.settings import open_options
-from molora_fed.types import Reading
+from molora_fed.types import BASE_EXPERT, Reading
 
 __all__ = [
     "BASE_EXPERT",
@@ -27,10 +27,6 @@ __all__ = [
     "build_routers",
     "plan_fusion",
 ]
-
-
-BASE_EXPERT = "base"
-"""Name of the base as an expert; no contributor may have it."""
 
 
 @dataclass(frozen=True, eq=False)

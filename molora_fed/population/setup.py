@@ -1,12 +1,10 @@
-"""Evolving a cooperative's admitted contributions: `molora evolve`, on folders.
+"""What an evolution begins with under a charter, and the result that it writes.
 
-The order is the protocol: contributions become slots; calibration text is carved by whole clusters
-into what adapts, what measures fitness and what guards; generations run; held-out blocks are read
-once, at the end.
+`molora_fed.cooperative.evolve` runs it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,130 +13,21 @@ from molora_fed.adapters.files import load_adapter
 from molora_fed.charter import Charter, PopulationRules
 from molora_fed.contributions.contributed import Contributed
 from molora_fed.errors import ConfigError
-from molora_fed.evaluation.evaluate import Evaluation
-from molora_fed.models.base import Base, check_base
+from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation_config import AdaptationConfig
-from molora_fed.population.bundle import EvolvedModel, save_evolved
-from molora_fed.population.contract import Population
-from molora_fed.population.evaluation import evaluate_population
 from molora_fed.population.evolution import Branch, EvolutionConfig, Evolved
-from molora_fed.population.generations import evolve
-from molora_fed.population.lifecycle import open_operators
-from molora_fed.population.pooled import PooledData
-from molora_fed.population.router_files import open_router, parse_router_options
+from molora_fed.population.router_files import open_router
 from molora_fed.population.slots import make_population
 from molora_fed.population.split import Carved, Shares, carve_blocks, join_domains
-from molora_fed.storage.files import write_json
-from molora_fed.types import Progress
 
 __all__ = [
     "Entrant",
-    "EvolutionResult",
     "build_config",
     "build_result",
     "build_start",
     "carve_contributions",
-    "evolve_contributions",
 ]
-
-
-RESULT_FILE = "evolution.json"
-EVOLVED_FOLDER = "evolved"
-
-
-@dataclass(frozen=True, eq=False)
-class EvolutionResult:
-    """An evolution with its held-out figures.
-
-    Attributes:
-        result: Content of `evolution.json`.
-        evolved: Population, router and generations.
-        evaluation: Held-out losses by document cluster.
-        model_folder: The evolved model.
-        folder: Where all of it lies.
-    """
-
-    result: dict[str, Any]
-    evolved: Evolved
-    evaluation: Evaluation
-    model_folder: Path
-    folder: Path
-
-
-def evolve_contributions(
-    base: Base,
-    charter: Charter,
-    contributions: Sequence[Contributed],
-    folder: Path,
-    *,
-    plugins: Plugins,
-    threads: int = 1,
-    on_phase: Callable[[str], None] = lambda phase: None,
-    progress: Progress | None = None,
-) -> EvolutionResult:
-    """Evolve contributions under a charter's `[amendment.population]`.
-
-    Args:
-        base: The charter's base checkpoint.
-        charter: Decides slots, router, fitness, lifecycle and guard.
-        contributions: Admitted contributions, in any order.
-        folder: Gets `states/`, the evolution's files, `evolved/` and `evolution.json`.
-        plugins: Where everything is registered.
-        threads: Torch threads of adaptation.
-        on_phase: Told what begins.
-        progress: Receives progress within a phase.
-
-    Raises:
-        BaseCheckpointError: If the base is not the charter's.
-        ConfigError: If there are no contributions, or no calibration blocks.
-        PopulationError: If the rules cannot be used, or there is too little calibration text.
-        MoloraError: Whatever adaptation refuses, and I/O errors.
-    """
-    check_base(base, charter.identity.base)
-    rules, batch = charter.amendment.population, charter.identity.corpus.evaluation_batch
-    ordered = sorted(contributions, key=lambda one: one.id)
-    steps = open_operators([(one.name, one.options) for one in rules.lifecycle], plugins)
-    carved = carve_contributions(charter, ordered)
-    start = build_start(base, charter, ordered, plugins)
-    router, options = parse_router_options(rules.router, rules.options, plugins)
-    on_phase("states of the base")
-    data = PooledData(
-        base,
-        carved,
-        router.reads(options),
-        folder / "states",
-        scope=rules.scope,
-        plugins=plugins,
-        batch=batch,
-        progress=progress,
-    )
-    config = build_config(rules, len(carved.domains), seed=charter.amendment.seed, threads=threads)
-    evolved = evolve(
-        start,
-        data,
-        steps,
-        config,
-        folder,
-        plugins=plugins,
-        on_phase=on_phase,
-        progress=progress,
-    )
-    on_phase("held-out")
-    model = EvolvedModel(base, evolved.branch.population, evolved.branch.router, rules.router)
-    evaluation = evaluate_population(
-        model,
-        join_domains([one.held_out for one in ordered]),
-        folder / "states",
-        alone=_find_specialists(start.population, ordered),
-        batch=batch,
-        seed=charter.amendment.seed,
-        progress=progress,
-    )
-    save_evolved(base, evolved.branch, rules.router, folder / EVOLVED_FOLDER)
-    result = build_result(charter, ordered, evolved, evaluation.domains, evaluation.to_json())
-    write_json(folder / RESULT_FILE, result)
-    return EvolutionResult(result, evolved, evaluation, folder / EVOLVED_FOLDER, folder)
 
 
 def carve_contributions(charter: Charter, contributions: Sequence[Contributed]) -> Carved:
@@ -257,16 +146,6 @@ def build_config(
         level=rules.level,
         seed=seed,
     )
-
-
-def _find_specialists(
-    start: Population, contributions: Sequence[Contributed]
-) -> dict[str, tuple[Population, int]]:
-    """Each contribution alone, as it entered: at the rank of its slot."""
-    return {
-        one.contributor: (replace(start, slots=(start.slots[index],)), 0)
-        for index, one in enumerate(contributions)
-    }
 
 
 def build_result(

@@ -2,7 +2,7 @@
 
 from molora_cli import live, progress
 
-from molora_fed.federation.events import FederationEvent
+from molora_fed.federation.status import FederationEvent
 
 
 def test_plain_progress_prints_phases_and_rare_lines(capsys, monkeypatch):

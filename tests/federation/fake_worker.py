@@ -12,11 +12,16 @@ from molora_fed.federation.worker_mail import (
     offer_contribution,
     receive_charter,
     receive_shipment,
-    wait_for,
 )
 from molora_fed.storage.files import replace_folder, write_json
 
 CONTRIBUTION_BYTES = 2_000_000
+
+
+def wait_for(look):
+    while (found := look()) is None:
+        time.sleep(0.2)
+    return found
 
 
 def work(home: ContributorHome) -> None:
@@ -26,20 +31,15 @@ def work(home: ContributorHome) -> None:
     report("JOINING")
     wait_for(lambda: receive_charter(home))
     wait_for(lambda: receive_shipment(home, home.charter_letter, "base", home.base) or None)
-    claim = (
-        wait_for(lambda: home.tasks.claim("worker", lease_seconds=60))
-        if not (home.contribution / "adapter.bin").exists()
-        else None
-    )
+    wait_for(lambda: home.list_tasks() or None)
     report("TRAINING")
-    if claim is not None:
+    if not (home.contribution / "adapter.bin").exists():
         time.sleep(1.0)
         seed = home.read_settings().name.encode()
         with replace_folder(home.contribution) as folder:
             (folder / "adapter.bin").write_bytes((seed * CONTRIBUTION_BYTES)[:CONTRIBUTION_BYTES])
             (folder / "samples").mkdir()
             (folder / "samples" / "a.bin").write_bytes(seed)
-        home.tasks.complete(claim)
     shipment = offer_contribution(home)
     report("SUBMITTING")
     wait_for(

@@ -24,7 +24,8 @@ from molora_fed.federation.coordinator_mail import (
     publish_charter,
     publish_result,
 )
-from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import Envelope, Letter, describe_folder
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
@@ -104,13 +105,11 @@ class Stage:
             return False
         if not receive_shipment(home, home.charter_letter, "base", home.base):
             return False
-        claim = home.tasks.claim("worker", lease_seconds=60)
-        if claim is not None:
+        if home.list_tasks() and not home.offer_file.exists():
             home.contribution.mkdir(exist_ok=True)
             (home.contribution / "adapter.bin").write_bytes(random.Random(1).randbytes(7_000))
             (home.contribution / "empty").touch()
             offer_contribution(home)
-            home.tasks.complete(claim)
         return receive_shipment(home, home.result_letter, "files", home.result)
 
 
@@ -238,8 +237,8 @@ def test_a_contribution_over_the_charters_limit_is_refused_before_it_is_sent(tmp
     offer_contribution(home)
     with pytest.raises(FederationError, match="at most"):
         stage.exchange()
-    box = stage.server.contributor(stage.correspondent.fingerprint)
-    assert box.parts.held() == set()
+    mailbox = stage.server.contributor(stage.correspondent.fingerprint)
+    assert mailbox.parts.held() == set()
     stage.exchange("reply lost")
     assert "at most" in read_json(home.refusal_letter)["reason"]
 

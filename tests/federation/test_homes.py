@@ -1,9 +1,11 @@
-"""What killed processes left half-written in a home is removed, and nothing else."""
+"""Homes: tasks that arrived, and what killed processes left half-written."""
 
 import pytest
 
+from molora_fed.errors import FederationError
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
-from molora_fed.storage.files import replace_folder, stream_bytes
+from molora_fed.federation.mailbox import read_json
+from molora_fed.storage.files import replace_folder, stream_bytes, write_json
 
 
 def leave(path):
@@ -39,3 +41,26 @@ def test_what_a_running_fusion_writes_is_left_alone(tmp_path):
         home.remove_leftovers()
         assert temporary.is_dir()
     home.remove_leftovers()
+
+
+def test_a_task_is_kept_once_whatever_its_name_asks_for(tmp_path):
+    home = ContributorHome(tmp_path)
+    assert home.list_tasks() == set()
+    home.keep_task("train-0", {"id": "train-0", "kind": "train"})
+    home.keep_task("train-0", {"id": "train-0", "kind": "another"})
+    assert home.list_tasks() == {"train-0"}
+    assert read_json(home.tasks / "train-0.json")["kind"] == "train"
+    for name in ("../train", "", "a b"):
+        with pytest.raises(FederationError, match="Cannot take task"):
+            home.keep_task(name, {})
+
+
+@pytest.mark.parametrize(
+    "kept", ["pending/train-0.json", "claimed/train-0~2~worker.json", "done/train-0~1.json"]
+)
+def test_the_task_queue_of_an_earlier_version_is_read(kept, tmp_path):
+    home = ContributorHome(tmp_path)
+    write_json(home.mail / "tasks" / kept, {"id": "train-0", "kind": "train"})
+    assert home.list_tasks() == {"train-0"}
+    home.keep_task("train-0", {"id": "train-0", "kind": "train"})
+    assert not home.tasks.exists()

@@ -1,19 +1,21 @@
 """What a contributor joins with is checked before anything is written."""
 
+from pathlib import Path
+
 import pytest
 
 from molora_fed.errors import ConfigError, CorpusError
-from molora_fed.federation.homes import ContributorHome, JoinSettings
-from molora_fed.federation.join_settings import prepare_settings
+from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.join_settings import JoinSettings, prepare_home
 
 
 @pytest.mark.parametrize(
     ("error", "fields"),
     [
-        (CorpusError, {"domain": "python", "data": ("empty",)}),
+        (CorpusError, {"domain": "python", "data": (Path("empty"),)}),
         (ConfigError, {"domain": "python", "name": "No Name"}),
         (ConfigError, {"domain": ""}),
-        (ConfigError, {"domain": "d" * 60, "data": ("text",)}),
+        (ConfigError, {"domain": "d" * 60, "data": (Path("text"),)}),
     ],
 )
 def test_a_wrong_setting_leaves_nothing(error, fields, tmp_path, monkeypatch):
@@ -21,12 +23,22 @@ def test_a_wrong_setting_leaves_nothing(error, fields, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     home = ContributorHome(tmp_path / "home")
     with pytest.raises(error):
-        prepare_settings(home, JoinSettings(**{"name": "", **fields}))
+        prepare_home(home, JoinSettings(**{"name": "", **fields}))
     assert not home.root.exists()
 
 
 def test_a_name_is_made_of_domain_and_key(tmp_path):
     home = ContributorHome(tmp_path / "home")
-    settings = prepare_settings(home, JoinSettings(name="", domain="python"))
+    settings = prepare_home(home, JoinSettings(name="", domain="python"))
     assert settings.name.startswith("python-")
     assert home.read_settings() == settings
+
+
+@pytest.mark.parametrize("adapter", ["", "/adapters/mine"])
+def test_settings_that_an_earlier_version_kept_stay_as_they_are(adapter):
+    # The recipe of a training in flight is a hash over these values.
+    kept = {
+        "name": "me", "domain": "mine", "data": ["/texts/a", "/texts/b.txt"],
+        "adapter": adapter, "shard": [1, 3], "threads": 2,
+    }  # fmt: skip
+    assert JoinSettings.from_json(kept).to_json() == kept

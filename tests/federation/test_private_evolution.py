@@ -19,10 +19,11 @@ from molora_fed.charter import (
 from molora_fed.contributions.receive import load_admitted
 from molora_fed.contributions.states import CooperativeState
 from molora_fed.cooperative.cooperative import create_cooperative
+from molora_fed.cooperative.evolve import PrivateTexts, evolve_contributions
 from molora_fed.corpus.prepare import load_corpus
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor, run_local
-from molora_fed.federation.private_evolution import evolve_privately
 from molora_fed.federation.supervise import find_free_port
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
@@ -125,7 +126,7 @@ def test_a_population_evolves_on_private_texts(stage_root, tiny_checkpoint):
     meddler = Meddler(stage_root)
     with RecordingLine(port) as first, RecordingLine(port) as second:
         members = [
-            Member(f"{d}-1", d, stage_root / d, (texts[d],), port=line.port)
+            Member(stage_root / d, JoinSettings(f"{d}-1", d, (texts[d],)), port=line.port)
             for d, line in zip(WORDS, (first, second), strict=True)
         ]
         answers = run_local(cooperative.folder, members, meddler, port=port, threads=1)
@@ -138,7 +139,7 @@ def test_a_population_evolves_on_private_texts(stage_root, tiny_checkpoint):
 
     # The same population, byte for byte, as where nobody was disturbed.
     charter, plugins = cooperative.charter, load_plugins()
-    homes = {member.name: ContributorHome(member.home) for member in members}
+    homes = {member.settings.name: ContributorHome(member.home) for member in members}
     with cooperative.read_ledger() as ledger:
         assert ledger.cooperative_state == CooperativeState.PUBLISHED
         admitted = load_admitted(ledger, cooperative.store)
@@ -152,10 +153,10 @@ def test_a_population_evolves_on_private_texts(stage_root, tiny_checkpoint):
         for one in admitted
     }  # fmt: skip
     table = Table(stage_root / "table", people, charter, plugins)
-    undisturbed = evolve_privately(
-        base, charter, admitted, table, stage_root / "undisturbed", plugins=plugins,
-        on_phase=lambda phase: None, progress=lambda *figures, **more: None,
-    )  # fmt: skip
+    people_texts = PrivateTexts(charter, admitted, table, plugins=plugins)
+    undisturbed = evolve_contributions(
+        base, charter, people_texts, stage_root / "undisturbed", plugins=plugins
+    ).result
     evolution = cooperative.folder / "evolution"
     assert read_evolution(evolution) == read_evolution(stage_root / "undisturbed")
     result = json.loads((evolution / "evolution.json").read_text())

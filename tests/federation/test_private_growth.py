@@ -21,8 +21,8 @@ from molora_fed.errors import ConfigError, PopulationError
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator import CoordinatorWorker
 from molora_fed.federation.coordinator_mail import publish_charter
-from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
-from molora_fed.federation.join_settings import prepare_home
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.worker import ContributorWorker
@@ -79,7 +79,7 @@ class Stage:
         home, text = ContributorHome(self.root / domain), self.root / "text" / domain
         if not text.exists():
             write_text(text, domain)
-        prepare_home(home, JoinSettings(f"{domain}-1", domain, (str(text),)))
+        prepare_home(home, JoinSettings(f"{domain}-1", domain, (text,)))
         return home
 
     def run(self, *domains):
@@ -150,7 +150,7 @@ def test_too_little_private_text_is_said_before_training(tmp_path, tiny_checkpoi
     write_text(tmp_path / "text" / "few", "few", count=12)
     home = ContributorHome(tmp_path / "few")
     load_or_make_key(home.key)
-    JoinSettings("few-1", "few", (str(tmp_path / "text" / "few"),)).save(home.settings_file)
+    JoinSettings("few-1", "few", (tmp_path / "text" / "few",)).save(home.settings_file)
     steps, line = ContributorWorker(home, PLUGINS).steps(), Correspondent()
     with pytest.raises(PopulationError, match="document clusters") as caught:
         for _ in range(50):

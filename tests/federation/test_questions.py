@@ -27,13 +27,15 @@ from molora_fed.federation.coordinator_mail import (
     complete_deliveries,
     publish_charter,
 )
-from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.question_bytes import build_question_bytes
-from molora_fed.federation.requests import Correspondence
-from molora_fed.federation.responses import answer_question, find_question
+from molora_fed.federation.messages import build_question_bytes
+from molora_fed.federation.requests import RemoteData
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
 from molora_fed.federation.worker_mail import (
+    answer_question,
+    find_question,
     give_consent,
     has_consent,
     offer_contribution,
@@ -146,9 +148,9 @@ class Stage:
             )  # fmt: skip
 
     def correspond(self):
-        boxes = {box.name: box for box in self.server.contributors()}
-        return Correspondence(
-            self.server, {name: boxes[name] for name in self.homes}, key=self.key,
+        mailboxes = {mailbox.name: mailbox for mailbox in self.server.contributors()}
+        return RemoteData(
+            self.server, {name: mailboxes[name] for name in self.homes}, key=self.key,
             charter=self.charter, part_bytes=self.message_bytes, plugins=PLUGINS,
             on_wait=self.waits.append, on_problem=self.problems.append,
         )  # fmt: skip
@@ -192,7 +194,7 @@ def test_everybody_is_asked_and_answers_come_in_order(tmp_path):
     assert len(list(answers.glob("*/*/answer.json"))) == 8
     assert not list(answers.glob("*/*/branch-*"))
     ask.close()
-    assert not any(box.question_file.exists() for box in stage.server.contributors())
+    assert not any(mailbox.question_file.exists() for mailbox in stage.server.contributors())
     assert not (stage.server.outbox / "questions").exists()
 
 
@@ -305,9 +307,9 @@ def test_a_contributor_answers_its_coordinator_only(tmp_path):
 def test_an_answer_over_its_limit_is_not_fetched(tmp_path):
     stage = Stage(tmp_path, names=("anna",))
     home = stage.homes["anna"]
-    box = stage.server.contributor(stage.lines["anna"].fingerprint)
+    mailbox = stage.server.contributor(stage.lines["anna"].fingerprint)
     files = [{"name": "answer.json", "sha256": "a" * 64, "num_bytes": 2**30}]
-    write_json(box.question_file, {"id": "1" * 64, "files": [], "answer_bytes": 1_000})
+    write_json(mailbox.question_file, {"id": "1" * 64, "files": [], "answer_bytes": 1_000})
     write_json(home.question_letter, {"id": "1" * 64})
     write_json(home.answer_file, {"question": "1" * 64, "files": files, "signature": ""})
     (home.answer_folder("1" * 64)).mkdir(parents=True)
@@ -315,7 +317,7 @@ def test_an_answer_over_its_limit_is_not_fetched(tmp_path):
         file.truncate(2**30)
     with pytest.raises(FederationError, match="at most 1000 bytes"):
         stage.exchange("anna")
-    assert not box.answer_file.exists() and not box.parts.held()
+    assert not mailbox.answer_file.exists() and not mailbox.parts.held()
 
 
 def test_consent_is_to_what_is_asked_for(tmp_path):

@@ -71,8 +71,8 @@ def test_withdrawn_then_amended_the_server_fuses_again_and_nobody_trains(
     }
 
     # The one who left is told so by name of its state, and gets no model any more.
-    (box,) = [box for box in stage.server.contributors() if box.name == "beta-1"]
-    (letter,) = (box.folder / "acknowledgements").iterdir()
+    (mailbox,) = [mailbox for mailbox in stage.server.contributors() if mailbox.name == "beta-1"]
+    (letter,) = (mailbox.folder / "acknowledgements").iterdir()
     beta.acknowledgement_letter.write_bytes(letter.read_bytes())
     worker = ContributorWorker(beta, stage.plugins)
     with pytest.raises(AdmissionError, match="got WITHDRAWN"):

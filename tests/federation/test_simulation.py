@@ -21,11 +21,12 @@ from molora_fed.federation.homes import (
     ContributorHome,
     hold_seconds,
 )
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.pool_worker import PoolWorker
 from molora_fed.federation.simulation import SimulationSupervisor, run_simulated
-from molora_fed.federation.usage import UsageFile, measure_peak_bytes
+from molora_fed.federation.status import UsageFile, measure_peak_bytes
 from molora_fed.models.base import load_base
 from molora_fed.routing.bundle import load_fused
 from molora_fed.storage.files import write_json
@@ -56,10 +57,10 @@ def test_how_long_answers_are_held_back_is_checked(monkeypatch, text):
 
 
 def test_a_name_or_a_home_comes_once(tmp_path):
-    one = LocalContributor("a", "alpha", tmp_path / "a")
+    one = LocalContributor(tmp_path / "a", JoinSettings("a", "alpha"))
     for other in (
-        LocalContributor("a", "beta", tmp_path / "b"),
-        LocalContributor("b", "beta", tmp_path / "a"),
+        LocalContributor(tmp_path / "b", JoinSettings("a", "beta")),
+        LocalContributor(tmp_path / "a", JoinSettings("b", "beta")),
     ):
         with pytest.raises(ConfigError, match="more than once"):
             run_simulated(tmp_path / "server", [one, other])
@@ -70,7 +71,7 @@ def test_cost_is_summed_over_restarts_and_nested_stages_count_once(tmp_path, mon
     usage = UsageFile(tmp_path / "usage.json")
     usage.add("outer", 2.0)
     again = UsageFile(tmp_path / "usage.json")
-    monkeypatch.setattr("molora_fed.federation.usage.time.process_time", lambda: next(clock))
+    monkeypatch.setattr("molora_fed.federation.status.time.process_time", lambda: next(clock))
     with again.stage("outer"), again.stage("inner"):
         pass
     kept = json.loads((tmp_path / "usage.json").read_text())
@@ -100,7 +101,7 @@ def homes(tmp_path, monkeypatch):
     monkeypatch.setattr(pool_worker, "ContributorWorker", Steps)
     homes = [ContributorHome(tmp_path / str(number)) for number in range(4)]
     for home in homes[:3]:
-        home.tasks.offer("train-0", {"kind": "train"})
+        home.keep_task("train-0", {"kind": "train"})
     return homes
 
 
@@ -191,7 +192,8 @@ def test_two_simulated_contributors_fuse_and_a_third_joins_them(
     )  # fmt: skip
     members = [
         LocalContributor(
-            domain, domain, stage_root / domain, (write_text(stage_root / "text" / domain, domain),)
+            stage_root / domain,
+            JoinSettings(domain, domain, (write_text(stage_root / "text" / domain, domain),)),
         )
         for domain in DOMAINS
     ]
@@ -216,7 +218,7 @@ def test_two_simulated_contributors_fuse_and_a_third_joins_them(
         # Two have published; the third joins while the server runs.
         supervisor.join(members[2])
         with pytest.raises(ConfigError, match="expected a free node of 3"):
-            supervisor.join(LocalContributor("delta", "beta", stage_root / "delta"))
+            supervisor.join(LocalContributor(stage_root / "delta", JoinSettings("delta", "beta")))
         wait_until(
             lambda: supervisor.poll() or supervisor.is_finished, what="the grown model", seconds=180
         )
@@ -232,7 +234,7 @@ def test_two_simulated_contributors_fuse_and_a_third_joins_them(
     assert len(first["summary"]["contributions"]) == 2
     for member, count in zip(members, (2, 2, 3), strict=True):
         experts = load_fused(member.home / "result" / "fused").experts[1:]
-        assert len(experts) == count and member.name in [expert.name for expert in experts]
+        assert len(experts) == count and member.settings.name in [expert.name for expert in experts]
     assert [expert.name for expert in experts] == [entry.contributor for entry in entries]
     # Who paid for what: corpora and training by contributor, admission and fusion by coordinator.
     assert {"admission", "fusion"} <= set(read_json(cooperative.folder / "usage.json")["seconds"])

@@ -20,15 +20,17 @@ from molora_fed.errors import (
     UnknownNameError,
 )
 from molora_fed.federation.contributor import join
-from molora_fed.federation.gateway import check_loopback, parse_server
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.server import serve
 from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,
+    check_loopback,
     check_port_free,
     find_free_port,
     parse_answer,
+    parse_server,
     raise_recorded,
     record_errors,
 )
@@ -151,7 +153,7 @@ def test_a_server_that_does_not_answer_is_one_line(stage_root):
     (stage_root / "text.txt").write_text("some text")
     with pytest.raises(ServerUnreachableError) as caught:
         join(
-            f"127.0.0.1:{find_free_port()}", "alpha", (stage_root / "text.txt",),
+            f"127.0.0.1:{find_free_port()}", JoinSettings("", "alpha", (stage_root / "text.txt",)),
             stage_root / "home", consent=agree, wait_seconds=0.0,
         )  # fmt: skip
     assert "\n" not in str(caught.value) and caught.value.exit_code == 51
@@ -177,8 +179,9 @@ def test_wrong_settings_are_refused_before_anything_starts(tmp_path, settings, e
     adapter = tmp_path / settings["adapter"] if "adapter" in settings else None
     with pytest.raises(error, match=words) as caught:
         join(
-            "127.0.0.1:1", settings["domain"], data, tmp_path / "home", adapter,
-            consent=agree, name=settings.get("name", "me"), wait_seconds=0.0,
+            "127.0.0.1:1",
+            JoinSettings(settings.get("name", "me"), settings["domain"], data, adapter),
+            tmp_path / "home", consent=agree, wait_seconds=0.0,
         )  # fmt: skip
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "home" / "join.json").exists()
@@ -188,8 +191,8 @@ def test_a_home_keeps_its_domain_and_is_used_once_at_a_time(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
 
     def start(domain):
-        data = (tmp_path / "a.txt",)
-        join("127.0.0.1:1", domain, data, tmp_path / "home", consent=agree, wait_seconds=0.0)
+        settings = JoinSettings("", domain, (tmp_path / "a.txt",))
+        join("127.0.0.1:1", settings, tmp_path / "home", consent=agree, wait_seconds=0.0)
 
     with pytest.raises(ServerUnreachableError):
         start("alpha")

@@ -15,6 +15,7 @@ from processes import find_processes, wait_until
 from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write_charter
 from molora_fed.federation.contributor import join
 from molora_fed.federation.homes import CoordinatorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.supervise import find_free_port, parse_answer
 
@@ -66,7 +67,7 @@ class Server:
         return process if is_running else None
 
     def num_parts(self):
-        return sum(len(box.parts.held()) for box in self.home.contributors())
+        return sum(len(mailbox.parts.held()) for mailbox in self.home.contributors())
 
 
 def limit_files(process, num_bytes):
@@ -80,11 +81,11 @@ def test_an_upload_survives_a_killed_server_and_a_full_disk(stage_root, stand_in
     server.start()
     events, answers = [], []
     stop = threading.Event()
-    arguments = dict(consent=lambda charter: True, name="alpha", wait_seconds=60.0, stop=stop)
+    arguments = dict(consent=lambda charter: True, wait_seconds=60.0, stop=stop)
     contributor = threading.Thread(
         target=lambda: answers.append(
             join(
-                f"127.0.0.1:{server.port}", "python", (), stage_root / "alpha", None,
+                f"127.0.0.1:{server.port}", JoinSettings("alpha", "python"), stage_root / "alpha",
                 events.append, **arguments,
             )
         )

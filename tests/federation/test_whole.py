@@ -12,6 +12,7 @@ from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.corpus.prepare import load_corpus
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor, run_local
 from molora_fed.federation.messages import describe_folder
 from molora_fed.models.base import load_base
@@ -41,7 +42,8 @@ def write_text(folder, domain):
 def build_members(root):
     return [
         LocalContributor(
-            f"{domain}-1", domain, root / domain, (write_text(root / "text" / domain, domain),)
+            root / domain,
+            JoinSettings(f"{domain}-1", domain, (write_text(root / "text" / domain, domain),)),
         )
         for domain in WORDS
     ]
@@ -113,7 +115,9 @@ def test_two_contributors_train_submit_and_get_the_fused_model(stage_root, tiny_
         assert report == json.loads((cooperative.folder / "result.json").read_text())
         assert set(report["losses"]["specialists"]) == {"alpha-1", "beta-1"}
         mine = describe_folder(member.home / "contribution" / "adapter").files
-        received = describe_folder(member.home / "result" / "fused" / "adapters" / member.name)
+        received = describe_folder(
+            member.home / "result" / "fused" / "adapters" / member.settings.name
+        )
         hashes = {entry.sha256 for entry in received.files}
         assert {e.sha256 for e in mine if e.name.endswith(".safetensors")} <= hashes
 

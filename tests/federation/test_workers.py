@@ -6,22 +6,23 @@ import math
 import random
 import shutil
 import threading
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
 from molora_fed.contributions.states import ContributionState, CooperativeState
+from molora_fed.cooperative.contribute import MeasuredAdapter, sign_adapter
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.errors import AdmissionError, FederationError, IncompatibleAdapterError
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator import CoordinatorWorker
 from molora_fed.federation.coordinator_mail import publish_charter
-from molora_fed.federation.homes import ContributorHome, CoordinatorHome, JoinSettings
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
-from molora_fed.federation.worker import ContributorWorker, _Trained
+from molora_fed.federation.worker import ContributorWorker
 from molora_fed.federation.worker_mail import give_consent
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
@@ -45,7 +46,7 @@ def take_turns(monkeypatch):
         return call
 
     for worker, names in (
-        (ContributorWorker, ("_load_base", "_prepare_corpus", "_train", "_measure")),
+        (ContributorWorker, ("_load_base", "_prepare_corpus", "_make_contribution")),
         (CoordinatorWorker, ("look",)),
     ):
         for name in names:
@@ -91,7 +92,7 @@ class Stage:
     def join(self, name, domain, texts, *, worker=ContributorWorker, **settings):
         home = ContributorHome(self.root / name)
         load_or_make_key(home.key)
-        settings = JoinSettings(name, domain, (str(texts / domain),), **settings)
+        settings = JoinSettings(name, domain, (texts / domain,), **settings)
         settings.save(home.settings_file)
         work = worker(home, self.plugins)
 
@@ -143,7 +144,7 @@ def test_a_later_contribution_grows_the_published_model(tmp_path, tiny_checkpoin
 
     # An adapter trained earlier by another, submitted under another name and domain's text.
     (training,) = alpha.training.iterdir()
-    gamma = stage.join("gamma-1", "alpha", texts, adapter=str(training))
+    gamma = stage.join("gamma-1", "alpha", texts, adapter=training)
     stage.run()
     assert stage.failures == {}
     with stage.cooperative.read_ledger() as ledger:
@@ -167,14 +168,17 @@ def spoil(training, name, value):
     tensors = load_file(weights)
     tensors[min(tensors)][0, 0] = value
     save_file(tensors, weights)
-    return str(adapter)
+    return adapter
 
 
 class LyingWorker(ContributorWorker):
     """States losses it did not measure."""
 
-    def _measure(self, charter, base, corpus):
-        return _Trained(Path(self._settings.adapter), "lora", 3.0, 2.0, {})
+    def _make_contribution(self, under, corpus):
+        home, settings = self._home, self._settings
+        adapter = MeasuredAdapter(settings.adapter, "lora", 3.0, 2.0, {})
+        key = load_or_make_key(home.key)
+        sign_adapter(under, corpus, adapter, home.contribution, key=key, name=settings.name)
 
 
 def test_bad_adapters_are_refused_in_one_line_and_the_others_go_on(
@@ -238,8 +242,8 @@ def test_nothing_of_a_contributor_leaves_before_it_agrees(tmp_path, tiny_checkpo
     def watch():
         seen.append(home.read_state().get("message"))
         if seen.count("waiting for your consent to send it") == 5:
-            (box,) = stage.server.contributors()
-            assert not home.offer_file.exists() and box.parts.held() == set()
+            (mailbox,) = stage.server.contributors()
+            assert not home.offer_file.exists() and mailbox.parts.held() == set()
             stage.consents = True
 
     stage.run(meddle=watch)

@@ -19,7 +19,7 @@ from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.cooperative import open_cooperative
 from molora_fed.errors import StudyError
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.usage import measure_peak_bytes
+from molora_fed.federation.status import measure_peak_bytes
 from molora_fed.fusion.fuse import fuse
 from molora_fed.models.base import load_base
 from molora_fed.reporting.report import write_report

@@ -13,12 +13,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from molora_fed.charter import AdapterRules, Amendment, FusionRules, SampleRules, TrainingRules
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.cooperative.cooperative import Cooperative, create_cooperative
-from molora_fed.federation.events import FederationEvent
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.simulation import SimulationSupervisor
+from molora_fed.federation.status import FederationEvent
 from molora_fed.federation.supervise import sigterm_as_interrupt
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes, write_json
 from molora_fed.training.specialists import load_specialist
@@ -53,7 +54,7 @@ class _Stage:
 
     def member(self, domain: str) -> LocalContributor:
         """The contributor of a domain; it has the domain's name."""
-        return LocalContributor(domain, domain, self.home(domain).root)
+        return LocalContributor(self.home(domain).root, JoinSettings(domain, domain))
 
     def federate(self, domains: Sequence[str], newcomer: str, report: Callable[..., None]) -> None:
         """Run the federation until all have the fused model, then until the newcomer has it.

@@ -7,7 +7,7 @@ from molora_fed.corpus.blocks import Blocks
 from molora_fed.demo.report import choose_prompt
 from molora_fed.demo.run import DemoOptions, PhaseClock, plan_contributors, run_demo
 from molora_fed.errors import ConfigError, UnknownNameError
-from molora_fed.federation.events import FederationEvent
+from molora_fed.federation.status import FederationEvent
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.values import count_cores
 from molora_fed.testing import build_tiny_tokenizer
@@ -25,15 +25,15 @@ def plan(plugins, **options):
 
 def test_one_contributor_a_domain_by_default(plugins):
     members = plan(plugins)
-    assert [member.name for member in members] == ["cpp", "python", "readme", "science"]
-    assert {member.shard for member in members} == {(0, 1)}
-    assert {member.threads for member in members} == {max(1, count_cores() // 4)}
+    assert [member.settings.name for member in members] == ["cpp", "python", "readme", "science"]
+    assert {member.settings.shard for member in members} == {(0, 1)}
+    assert {member.settings.threads for member in members} == {max(1, count_cores() // 4)}
     assert len({member.home for member in members}) == 4
 
 
 def test_more_contributors_than_domains_share_them_disjointly(plugins):
     members = plan(plugins, domains=("python", "science"), contributors=5)
-    assert [(m.name, m.domain, m.shard) for m in members] == [
+    assert [(m.settings.name, m.settings.domain, m.settings.shard) for m in members] == [
         ("python-1", "python", (0, 3)),
         ("science-1", "science", (0, 2)),
         ("python-2", "python", (1, 3)),
@@ -44,12 +44,12 @@ def test_more_contributors_than_domains_share_them_disjointly(plugins):
 
 def test_own_data_without_domains_takes_part_alone(plugins, tmp_path):
     members = plan(plugins, data={"legal": [tmp_path], "notes": [tmp_path]})
-    assert [(m.domain, m.data) for m in members] == [
+    assert [(m.settings.domain, m.settings.data) for m in members] == [
         ("legal", (tmp_path,)),
         ("notes", (tmp_path,)),
     ]
     members = plan(plugins, domains=("cpp",), data={"legal": [tmp_path]})
-    assert [m.domain for m in members] == ["cpp", "legal"]
+    assert [m.settings.domain for m in members] == ["cpp", "legal"]
 
 
 def test_contradictory_options_are_refused_before_anything_is_made(plugins, tmp_path):

@@ -20,7 +20,7 @@ from molora_fed.charter import (
 )
 from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.states import ContributionState
-from molora_fed.cooperative.contribute import Terms, train_contribution
+from molora_fed.cooperative.contribute import CharterAndBase, make_contribution
 from molora_fed.cooperative.create import found_cooperative
 from molora_fed.cooperative.fuse import fuse_contributions
 from molora_fed.corpus.documents import read_documents
@@ -30,6 +30,7 @@ from molora_fed.inference.engines import FusedEngine
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.layout import block_index, decoder_blocks
 from molora_fed.routing.bundle import load_fused
+from molora_fed.storage.keys import load_or_make_key
 from molora_fed.testing import ARCHITECTURES
 
 KINDS = ("lora", "svd", "delta")
@@ -61,7 +62,7 @@ def test_whole_path(name, tiny_checkpoint, tmp_path):
         corpus=CorpusRules(block_size=32),
         amendment=amendment,
     )
-    terms = Terms(cooperative.charter, base)
+    under = CharterAndBase(cooperative.charter, base)
     folders = []
     for number, kind in enumerate(KINDS):
         domain = f"domain-{number}"
@@ -72,15 +73,15 @@ def test_whole_path(name, tiny_checkpoint, tmp_path):
             base.tokenizer,
             rules=cooperative.charter.identity.corpus,
         )
-        trained = train_contribution(
-            terms, corpus, tmp_path / f"trained-{kind}", name=f"{kind}-1", kind=kind
-        )
-        assert trained.specialist.loss < trained.specialist.base_loss
-        adapter = load_adapter(trained.specialist.adapter_folder)
+        folder = tmp_path / f"trained-{kind}"
+        key = load_or_make_key(folder / "key.pem")
+        made = make_contribution(under, corpus, folder, key=key, name=f"{kind}-1", kind=kind)
+        assert made.adapter.loss < made.adapter.base_loss
+        adapter = load_adapter(made.adapter.folder)
         prefix, _ = decoder_blocks(base.model)
         blocks = {block_index(module, prefix) for module in adapter.updates}
         assert blocks == {FROZEN}  # of two blocks
-        folders.append(trained.specialist.folder)
+        folders.append(folder)
 
     fused = fuse_contributions(cooperative, folders, out=tmp_path / "out")
     with cooperative.read_ledger() as ledger:
