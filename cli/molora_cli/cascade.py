@@ -20,7 +20,7 @@ app.command("tasks")(cascade_tasks.tasks)
 def run(
     config: Annotated[Path, typer.Argument(help="TOML file that describes the cascade.")],
     tasks: Annotated[Path, typer.Option(help="JSON lines, one task each.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; the same command goes on there.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes there.")],
     key: Annotated[
         Path | None,
         typer.Option(help="Key that signs the trace; made in OUT/keys if none is given."),

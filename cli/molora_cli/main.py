@@ -206,7 +206,7 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, click.Abort):  # end of input, or Ctrl-C, at a question
         error = _StoppedError(signal.SIGINT)
     if isinstance(error, _StoppedError):
-        _say("stopped. The same command goes on where it stopped.")
+        _say("stopped. Run the same command again to resume.")
         return error.exit_code
     if isinstance(error, MoloraError):
         _say(str(error))

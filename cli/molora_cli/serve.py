@@ -19,7 +19,7 @@ def serve(
         typer.Option(min=1, help="Threads of admission and fusing; all cores if not given."),
     ] = None,
 ) -> None:
-    """Serve a cooperative until Ctrl-C; the same command goes on where it stopped."""
+    """Serve a cooperative until Ctrl-C; run the same command again to resume."""
     from molora_fed.federation.server import serve as run_server
 
     with watching(f"Cooperative in {cooperative}, server {host}:{port}") as board:

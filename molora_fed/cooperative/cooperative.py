@@ -122,7 +122,7 @@ def create_cooperative(
 ) -> Cooperative:
     """Make a cooperative: key, base, ledger with amendment 0, charter.
 
-    Stopped at any moment and called again, it goes on; called again when done, it opens what is
+    Safe to interrupt: call again to resume; called again when done, it opens what is
     there.
 
     Args:
@@ -205,7 +205,7 @@ def amend_cooperative(
 ) -> Cooperative:
     """Sign an amendment, add it to the ledger, and write the charter anew.
 
-    Stopped in between and called again with the same amendment, it goes on.
+    Safe to interrupt: call again with the same amendment to resume.
 
     Args:
         cooperative: What to amend.

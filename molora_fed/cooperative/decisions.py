@@ -45,7 +45,7 @@ def begin_fusion(ledger: "Ledger", *, actor: str) -> CooperativeState:
 def end_fusion(ledger: "Ledger", *, actor: str, result: Mapping[str, Any] | None = None) -> None:
     """Move a cooperative whose fused model is there to PUBLISHED, and log what was decided.
 
-    Stopped in between and called again with the same result, it goes on.
+    Safe to interrupt: call again with the same result to resume.
 
     Args:
         ledger: Open for writing.

@@ -51,7 +51,7 @@ def join(
     """Take part in a cooperative until the fused model is there, or it is told to stop.
 
     Ctrl-C and SIGTERM (KeyboardInterrupt) end it too; either way no process is left behind, and
-    the same command goes on where it stopped.
+    run the same command again to resume.
 
     Args:
         server: "HOST:PORT" of the cooperative's server.

@@ -63,7 +63,7 @@ def run_local(
 ) -> dict[str, dict[str, Any]]:
     """Run a server and its contributors until every contributor has the fused model.
 
-    Called again after it was stopped, it goes on where it was. Ctrl-C ends it and leaves no
+    Safe to interrupt; call again to resume. Ctrl-C ends it and leaves no
     process behind, and so does SIGTERM.
 
     Args:
@@ -120,7 +120,7 @@ def run_local(
     if stop.is_set():
         raise FederationError(
             f"Stopped before the end: expected {len(contributors)} contributors to finish, got "
-            f"{sum(map(bool, acknowledgements.values()))}. Run the same command again to go on."
+            f"{sum(map(bool, acknowledgements.values()))}. Run the same command again to resume."
         )
     return acknowledgements
 

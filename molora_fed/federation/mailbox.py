@@ -198,7 +198,7 @@ class Board:
         """Replace the message in place; an empty one clears the board.
 
         Raises:
-            StorageError: If the disk refuses even that.
+            StorageError: On I/O errors even that.
         """
         if message == self.read():
             return

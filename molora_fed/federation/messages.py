@@ -2,7 +2,7 @@
 
 Every letter is idempotent: receiving it twice changes nothing, so whatever is lost is sent again.
 Files travel as a `Shipment` (names, sizes and hashes) and its parts (at most 64 MB each, named by
-hash and offset), so a transfer goes on where it stopped. Imports neither torch nor flwr.
+hash and offset), so a transfer resumes where it stopped. Imports neither torch nor flwr.
 """
 
 import re

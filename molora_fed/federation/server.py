@@ -74,7 +74,7 @@ def serve(
     """Run a cooperative's server until it is told to stop.
 
     Ctrl-C and SIGTERM (KeyboardInterrupt) end it too; either way no process is left behind, and
-    the same command goes on where it stopped.
+    run the same command again to resume.
 
     Args:
         cooperative: The coordinator's home, made by `molora coop create`.

@@ -69,7 +69,7 @@ def run_simulated(
 ) -> SimulationOutcome:
     """Run a server and simulated contributors until everyone has the fused model.
 
-    Called again after it was stopped, it goes on where it was; called with further contributors,
+    Safe to interrupt; call again to resume; called with further contributors,
     these join. Ctrl-C and SIGTERM end it and leave no process behind.
 
     Args:
@@ -103,7 +103,7 @@ def run_simulated(
     if not supervisor.is_finished:
         raise FederationError(
             f"Stopped before the end: expected {len(contributors)} contributors to have the fused "
-            "model, got fewer. Run the same command again to go on."
+            "model, got fewer. Run the same command again to resume."
         )
     return supervisor.outcome
 

@@ -75,7 +75,7 @@ class ContributorWorker:
         """Work until the result is there, and yield whenever something must arrive first.
 
         Every step is durable: dropped anywhere and begun again, here or in another process, it
-        goes on where it was.
+        resumes where it was.
 
         Raises:
             AdmissionError: If the contribution was not admitted.

@@ -40,7 +40,7 @@ def test_training_stops_with_one_line(setup, tmp_path, number, code):
     process.send_signal(number)
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == code
-    assert err.splitlines() == ["error: stopped. The same command goes on where it stopped."]
+    assert err.splitlines() == ["error: stopped. Run the same command again to resume."]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -52,6 +52,6 @@ def test_server_stops_with_one_line_and_leaves_no_process(setup, number, code):
     process.send_signal(number)
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == code
-    assert err.splitlines() == ["error: stopped. The same command goes on where it stopped."]
+    assert err.splitlines() == ["error: stopped. Run the same command again to resume."]
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive

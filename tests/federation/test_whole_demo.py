@@ -102,6 +102,6 @@ def test_ctrl_c_ends_a_demo_with_one_line_and_no_process(stage_root, tiny_checkp
     finally:
         process.kill()
     errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert errors == ["error: stopped. The same command goes on where it stopped."]
+    assert errors == ["error: stopped. Run the same command again to resume."]
     assert "Traceback" not in log.read_text()
     assert find_processes(stage_root) == []
