@@ -66,6 +66,16 @@ def check_name(what: str, value: str) -> None:
         )
 
 
+# What a key that an amendment leaves out has always meant. Signed amendments leave keys out, so
+# these names stay, whatever is registered under them; the core names no plugin anywhere else.
+_UNNAMED_ROUTER = "evidence"
+_UNNAMED_COMPARISONS = ("evidence-zero", "linear")
+_UNNAMED_FALLBACK = "evidence-zero"
+_UNNAMED_SLOT_ROUTER = "parallel-sigmoid"
+_UNNAMED_SCOPE = "per-domain"
+_UNNAMED_OPERATORS = ("death", "slot-reallocation", "inheritance", "svd-mutation")
+
+
 class OperatorRules(BaseModel):
     """One lifecycle operator.
 
@@ -114,14 +124,11 @@ class PopulationRules(BaseModel):
     slots: int = Field(default=0, ge=0, le=1024)
     rank: int = Field(default=8, ge=1)
     filling: Literal["clone", "fresh"] = "clone"
-    router: str = "parallel-sigmoid"
+    router: str = _UNNAMED_SLOT_ROUTER
     options: dict[str, Any] = {}
-    scope: str = "per-domain"
-    lifecycle: tuple[OperatorRules, ...] = (
-        OperatorRules(name="death"),
-        OperatorRules(name="slot-reallocation"),
-        OperatorRules(name="inheritance"),
-        OperatorRules(name="svd-mutation"),
+    scope: str = _UNNAMED_SCOPE
+    lifecycle: tuple[OperatorRules, ...] = tuple(
+        OperatorRules(name=operator) for operator in _UNNAMED_OPERATORS
     )
     generations: int = Field(default=3, ge=0)
     start_steps: int = Field(default=100, ge=0)
@@ -277,7 +284,7 @@ class FusionRules(_Strict):
         compare: Further routers fitted and reported beside it, with default options.
         merges: Registered merges of all adapters, reported beside it; each costs a pass over the
             held-out blocks whenever it is fused.
-        mixture: Probability mixture (default) or logit mixture (as published by KALAVAI).
+        mixture: Probability mixture (default) or logit mixture (as published).
         base_expert: Whether the base is expert 0.
         collapse_nats: A domain this far above its best expert after fitting is a collapse.
         restarts: Refits from another initialisation after a collapse.
@@ -286,16 +293,16 @@ class FusionRules(_Strict):
     """
 
     mode: Literal["router", "population"] = "router"
-    router: str = "evidence"
+    router: str = _UNNAMED_ROUTER
     options: dict[str, Any] = {}
     top_k: int | None = Field(default=None, ge=1)
-    compare: tuple[str, ...] = ("evidence-zero", "linear")
+    compare: tuple[str, ...] = _UNNAMED_COMPARISONS
     merges: tuple[str, ...] = ("average",)
     mixture: Mixture = "probability"
     base_expert: bool = True
     collapse_nats: float = Field(default=0.05, gt=0)
     restarts: int = Field(default=3, ge=0)
-    fallback: str = "evidence-zero"
+    fallback: str = _UNNAMED_FALLBACK
 
 
 class Amendment(_Strict):

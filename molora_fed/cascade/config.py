@@ -166,6 +166,11 @@ class RetrievalConfig(_Strict):
     count: int = Field(default=3, ge=1, le=32)
 
 
+# What a cascade that leaves these keys out has always meant.
+_UNNAMED_POLICY = "sigma"
+_UNNAMED_JUDGE = "majority"
+
+
 class CascadeSection(_Strict):
     """`[cascade]`.
 
@@ -190,9 +195,9 @@ class CascadeSection(_Strict):
     probe: _Name | None = None
     members: tuple[_Name, ...] = Field(default=(), max_length=16)
     samples: int = Field(default=3, ge=1, le=MAX_SAMPLES)
-    policy: str = "sigma"
+    policy: str = _UNNAMED_POLICY
     policy_options: dict[str, Any] = {}
-    judge: str = "majority"
+    judge: str = _UNNAMED_JUDGE
     judge_options: dict[str, Any] = {}
     temperature: float = Field(default=0.7, ge=0, le=10)
     member_temperature: float = Field(default=0.0, ge=0, le=10)

@@ -170,9 +170,13 @@ class EscalationPolicy(abc.ABC):
 
     Attributes:
         Options: Pydantic model of its options.
+        label: Name of a run under this policy in tables; empty takes the registered name.
+        label_with_retrieval: The same where examples are retrieved.
     """
 
     Options: ClassVar[type[PolicyOptions]] = PolicyOptions
+    label: ClassVar[str] = ""
+    label_with_retrieval: ClassVar[str] = ""
 
     def __init__(self, options: Any) -> None:
         self.options = options

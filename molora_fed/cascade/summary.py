@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from molora_fed.cascade.contract import MODES
+from molora_fed.cascade.contract import MODES, EscalationPolicy
 from molora_fed.cascade.statistics import (
     compute_bootstrap_interval,
     compute_correlation,
@@ -16,6 +16,7 @@ from molora_fed.cascade.statistics import (
 )
 from molora_fed.cascade.survey import CASCADE
 from molora_fed.errors import CascadeError
+from molora_fed.plugins import get_plugins
 from molora_fed.tracing.reading import read_records
 
 __all__ = ["RunRecords", "label_run", "read_run", "summarise_runs"]
@@ -125,10 +126,13 @@ def label_run(run: Mapping[str, Any]) -> str:
     if run["probe"] is None:
         members = run["members"]
         return f"single:{members[0]}" if len(members) == 1 else f"arena-{len(members)}"
-    retrieval = run["retrieval"] is not None
-    if run["policy"]["name"] == "sigma":
-        return "ACAR-UJ" if retrieval else "ACAR-U"
-    return f"{run['policy']['name']}{' with retrieval' if retrieval else ''}"
+    name, retrieval = str(run["policy"]["name"]), run["retrieval"] is not None
+    policies = get_plugins().escalation_policies
+    own = ""
+    if name in policies.names():  # a trace may come from where another plugin is installed
+        policy: type[EscalationPolicy] = policies.resolve(name)
+        own = policy.label_with_retrieval if retrieval else policy.label
+    return own or f"{name}{' with retrieval' if retrieval else ''}"
 
 
 def _describe_outcomes(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def _fit_routers(
         elif name == plan.router:
             raise RoutingError(
                 f"Cannot fit router '{name}': expected calibration blocks, got none from any "
-                "contributor. Fuse with 'evidence-zero', or ask for calibration blocks."
+                "contributor. Fuse with a router that learns nothing, or ask for these blocks."
             )
         else:
             left_out[name] = {"left_out": "it learns, and no calibration blocks are pooled"}

@@ -1,6 +1,7 @@
 """Escalation policies: how many members a task is worth."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -17,6 +18,9 @@ class SigmaPolicy(EscalationPolicy):
 
     Source: arXiv 2602.21231, routing by self-consistency variance; other N by own definition.
     """
+
+    label: ClassVar[str] = "ACAR-U"
+    label_with_retrieval: ClassVar[str] = "ACAR-UJ"
 
     def choose(self, evidence: ProbeEvidence) -> Mode:
         """single_agent at sigma 0, full_arena at 1, arena_lite between."""
