@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -68,7 +69,7 @@ def check_options(
     except ValidationError as wrong:
         known = ", ".join(options_type.model_fields) or "none"
         raise error(
-            f"{what}: expected valid values among the options {known}, got "
+            f"{what}: expected valid values among the keys {known}, got "
             f"{describe_offenders(wrong)}. {fix}"
         ) from wrong
 
@@ -127,6 +128,9 @@ def read_model(
     cause: Exception | None = None
     expected = f"a readable '{path.name}'"
     try:
+        if not S_ISREG(path.stat().st_mode):  # to open a pipe would wait for its other end
+            expected = f"a regular file '{path.name}'"
+            raise ValueError("something else")
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
         if len(data) <= max_bytes:
