@@ -266,7 +266,7 @@ def test_bad_input_is_refused_before_anything_is_computed(cooperative, plugins, 
             [one],
             build_charter(base, options={"decay": 1}),
             CharterError,
-            r"options that it knows, got decay",
+            r"decays, prior, iterations, got decay",
         ),
     ]
     for given, rules, kind, match in cases:

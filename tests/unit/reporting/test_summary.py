@@ -25,7 +25,7 @@ def test_the_summary_has_every_method_forecast_and_domain(result):
     assert text.index("gain over the best anyone has alone") < text.index("token oracle")
     assert "base 1,500 steps, 3,072,000 tokens" in text
     assert "control 1,050 steps" in text
-    assert "on all text pooled, for equal total compute: +13.71 %" in text
+    assert "on all text pooled, for as many steps in all: +13.71 %" in text
 
 
 def test_the_summary_of_a_minimal_result(minimal):
