@@ -10,7 +10,7 @@ Python that has the checkout's dependencies and its plugins' entry points instal
 Files move and lines are reworded, so a fault is found by its text in whatever file of the product
 holds it, and a test by the name of its function. `old` may be a list of wordings, and `new` then
 one for each. A fault whose text or tests are not there is stale: nothing is run, and it is named.
-A fault with `since` is skipped where it is stale: it came with a test that older code lacks.
+A fault with `since` is skipped where its tests are not there: older code lacks them.
 """
 
 import argparse
@@ -361,15 +361,15 @@ def place_all(
     skipped: list[str] = []
     stale = 0
     for fault in faults:
+        if fault.since and not any(name in tests for name in fault.tests):
+            skipped.append(fault.name)
+            continue
         try:
             found.append(place(fault, product, tests))
         except StaleError as error:
-            if fault.since:
-                skipped.append(fault.name)
-            else:
-                stale += 1
-                console.print(f"[red]STALE[/] {fault.name}: ", end="")
-                console.print(str(error), markup=False, soft_wrap=True)
+            stale += 1
+            console.print(f"[red]STALE[/] {fault.name}: ", end="")
+            console.print(str(error), markup=False, soft_wrap=True)
     if stale:
         console.print(f"Cannot plant {stale} of {len(faults)} faults; nothing was run.")
         raise SystemExit(2)
