@@ -1,4 +1,4 @@
-"""The pooled baseline: one adapter trained on all domains' data together, for equal total compute.
+"""The pooled baseline: one adapter trained on all domains' data together, for as many steps in all.
 
 It trains the linear layers of the blocks that are not frozen, as specialists do, not all weights of
 the base. It takes as many steps as all specialists did: what the contributors could have had by
@@ -54,7 +54,7 @@ def train_monolithic(
         base: The cooperative's base; it stays as it is.
         train_blocks: Train blocks of each domain; every domain gets the same number of tokens.
         validation_blocks: Validation blocks of each domain, watched in equal numbers.
-        steps: Optimiser steps: the sum of the specialists', for equal total compute.
+        steps: Optimiser steps: the sum of the specialists', for as many steps in all.
         rules: The charter's rules for adapters; the frozen depth counts.
         training: The charter's rules for training; batch, rate and validations count.
         seed: Seed of the data order.
