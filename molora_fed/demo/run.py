@@ -62,7 +62,7 @@ class DemoOptions:
         kind: Adapter kind; the charter's default if None.
         seed: Of base, specialists, routers, bootstraps and samples.
         out: Gets `cooperative/`, `contributors/` and `report/`.
-        control: Whether linear layers are also trained on the pooled text, for as many steps in all.
+        control: Whether linear layers are also trained on the pooled text, for as many steps.
         command: The command that was run, for the report.
         base: "builtin", ID@REVISION, or a folder.
         base_steps: Training steps of the built-in base; its default if None.

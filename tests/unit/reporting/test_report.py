@@ -32,7 +32,8 @@ def test_the_page_leads_with_the_honest_gain(result, written):
     lead = text.index("gain over the best anyone has alone")
     assert lead < text.index("Against the best specialist only")
     assert f"{result['gain_percent']['evidence']['vs_best_alone']:+.2f} %" in text
-    for part in ("contamination", "Compute", "Time", "Generated text", "Provenance", "as many steps"):
+    parts = ("contamination", "Compute", "Time", "Generated text", "Provenance", "as many steps")
+    for part in parts:
         assert part.lower() in text.lower()
 
 
