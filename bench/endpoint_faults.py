@@ -15,10 +15,10 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+from molora_fed.cascade.building import describe_run_environment
 from molora_fed.cascade.config import EndpointSource
 from molora_fed.cascade.contract import CascadeTask
 from molora_fed.cascade.endpoint import EndpointModel
-from molora_fed.cascade.environment import describe_run_environment
 from molora_fed.cascade.escalation import Lineup
 from molora_fed.cascade.running import Cascade, CascadeSettings
 from molora_fed.cascade.session import run_in_folder

@@ -49,7 +49,7 @@ from molora_fed.plugins import get_plugins
 from molora_fed.population.private_member import PrivateMember
 from molora_fed.storage.files import write_bytes, write_json
 from molora_fed.storage.values import find_cache_folder
-from molora_fed.testing.table import Table
+from molora_fed.testing.models import Table
 from molora_fed.testing.traffic import RecordingLine, find_text, find_tokens
 from molora_fed.types import Split
 

@@ -15,7 +15,7 @@ from molora_fed.charter import (
 from molora_fed.plugins import load_plugins
 from molora_fed.population.private import Member, PrivateData
 from molora_fed.population.private_member import PrivateMember
-from molora_fed.testing.table import Table
+from molora_fed.testing.models import Table
 from molora_fed.types import Split
 
 PLUGINS = load_plugins()

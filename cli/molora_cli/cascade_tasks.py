@@ -21,7 +21,7 @@ def tasks(
     ] = "test",
 ) -> None:
     """Write tasks with known answers; the same options write the same file."""
-    from molora_fed.cascade.families import draw_tasks, parse_levels
+    from molora_fed.cascade.contract import draw_tasks, parse_levels
     from molora_fed.cascade.task_files import save_tasks
     from molora_fed.plugins import get_plugins
 

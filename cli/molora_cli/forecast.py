@@ -124,7 +124,7 @@ def history(
 
     found = build_history(find_records(folders))
     if figure is not None:
-        from molora_fed.reporting.history_figure import draw_history
+        from molora_fed.reporting.figures import draw_history
 
         write_bytes(figure, draw_history(found))
     if as_json:

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a base model: names, shapes, bounds and finite numbers."""
+"""Whether an adapter fits a base model, and the model with it applied."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

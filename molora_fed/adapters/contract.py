@@ -1,4 +1,4 @@
-"""What an adapter kind is: how a specialist is trained, written and read back."""
+"""What an adapter kind is: its options, how a specialist is trained, written and read back."""
 
 import abc
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What an adapter is in memory: per linear layer, a low-rank or dense change of its weight.
+"""An adapter in memory: a change of each linear layer's weight, and averages of such changes.
 
 Everything is kept in nn.Linear orientation, (D_out, D_in), whatever the module stores.
 """

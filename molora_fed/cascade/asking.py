@@ -1,4 +1,4 @@
-"""Models handed to a judge: everything it asks is written down, or given back from a record."""
+"""Models asked by a judge, with seeds by task: all is written down, or given back from a record."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,45 @@ from typing import Any, Literal
 from molora_fed.cascade.contract import CascadeModel, CountsScoring, Request, Sample, Scorer
 from molora_fed.storage.files import canonical_json, hash_bytes
 
-__all__ = ["JudgeCall", "hash_requests", "hash_scoring", "playback_models", "recording_models"]
+__all__ = [
+    "SEED_BITS",
+    "JudgeCall",
+    "compute_seed",
+    "hash_requests",
+    "hash_scoring",
+    "playback_models",
+    "recording_models",
+]
+
+
+SEED_BITS = 31
+"""Every inference server takes seeds of this many bits."""
+
+
+def compute_seed(
+    task_id: str,
+    template_hash: str,
+    fingerprint: str,
+    number: int,
+    *,
+    environment: str = "",
+    run_seed: int = 0,
+) -> int:
+    """The seed of one sample: the first 31 bits of SHA-256 over everything it depends on.
+
+    Args:
+        task_id: The task.
+        template_hash: Hash of the prompt template.
+        fingerprint: Of the model.
+        number: Which sample of this model on this task, from 0.
+        environment: Fingerprint of the environment.
+        run_seed: Of the run, chosen by people.
+
+    Returns:
+        A number in [0, 2**31).
+    """
+    parts = [task_id, template_hash, fingerprint, number, environment, run_seed]
+    return int(hash_bytes(canonical_json(parts))[:8], 16) >> (32 - SEED_BITS)
 
 
 LEAST_SCORE = -1e30

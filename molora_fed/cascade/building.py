@@ -1,9 +1,10 @@
-"""From the description of a cascade to its models, policy and judge."""
+"""From the description of a cascade to its models, policy and judge, and where they run."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from molora_fed import __version__
 from molora_fed.cascade.config import (
     BaseSource,
     CascadeConfig,
@@ -11,20 +12,27 @@ from molora_fed.cascade.config import (
     EvolvedSource,
     FusedSource,
     ModelSource,
+    PromptTemplate,
     SpecialistSource,
 )
 from molora_fed.cascade.contract import CascadeModel, EscalationPolicy
-from molora_fed.cascade.environment import describe_run_environment, fingerprint_environment
 from molora_fed.cascade.escalation import Lineup
 from molora_fed.cascade.retrieval import Retrieval
 from molora_fed.cascade.running import Cascade, CascadeSettings
 from molora_fed.cascade.task_files import load_examples
-from molora_fed.cascade.templates import PromptTemplate
 from molora_fed.errors import CascadeError
 from molora_fed.plugins import Plugins
+from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.settings import open_options
 
-__all__ = ["build_cascade", "build_models", "build_policy", "place_files"]
+__all__ = [
+    "build_cascade",
+    "build_models",
+    "build_policy",
+    "describe_run_environment",
+    "fingerprint_environment",
+    "place_files",
+]
 
 
 def build_models(config: CascadeConfig, root: Path, plugins: Plugins) -> dict[str, CascadeModel]:
@@ -220,3 +228,25 @@ def build_cascade(
         environment=fingerprint_environment(describe_run_environment()),
         retrieval=retrieval,
     )
+
+
+def describe_run_environment(device: str = "cpu") -> dict[str, str]:
+    """Versions, hardware, device and torch threads.
+
+    Args:
+        device: Device type, e.g. "cpu".
+    """
+    import torch
+
+    from molora_fed.models.runtime import describe_environment
+
+    return {
+        "molora-fed": __version__,
+        **describe_environment(device),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def fingerprint_environment(environment: dict[str, str]) -> str:
+    """SHA-256 of a description, lower-case hex."""
+    return hash_bytes(canonical_json(environment))

@@ -1,4 +1,4 @@
-"""What a cascade is made of, and the contracts of its models, extractors, judges and policies.
+"""What a cascade is made of, and the contracts of models, extractors, judges, policies, families.
 
 A task is put to a cheap probe N times; an extractor turns each sample into a canonical answer, and
 their disagreement sigma decides how many members are asked beside it.
@@ -7,12 +7,16 @@ their disagreement sigma decides how many members are asked beside it.
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
+from molora_fed.errors import ConfigError
+from molora_fed.plugins import Plugins
+
 __all__ = [
     "MODES",
+    "TASK_SPLITS",
     "Candidate",
     "CascadeModel",
     "CascadeTask",
@@ -27,9 +31,14 @@ __all__ = [
     "Request",
     "Sample",
     "Scorer",
+    "TaskFamily",
+    "TaskSplit",
     "Verdict",
     "compute_sigma",
+    "draw_tasks",
+    "parse_levels",
 ]
+
 
 Mode = Literal["single_agent", "arena_lite", "full_arena"]
 """How many members are asked: none, two, all three."""
@@ -262,3 +271,85 @@ def compute_sigma(answers: Sequence[str | None]) -> float:
         return 0.0
     distinct = len({answer for answer in answers if answer is not None}) + missing
     return (distinct - 1) / (len(answers) - 1)
+
+
+TaskSplit = Literal["train", "validation", "calibration", "test"]
+"""What tasks are for: models train on the first, recipes are chosen on the second, escalation
+policies are fitted on the third, results are reported on the last."""
+
+TASK_SPLITS: tuple[TaskSplit, ...] = get_args(TaskSplit)
+
+
+class TaskFamily(Protocol):
+    """Generates the tasks of a family, registered by `register_task_families`.
+
+    The same arguments give the same tasks. A prompt belongs to one split, whatever seed and level
+    it is drawn with: no prompt that anybody is tested on occurs in training. Levels differ in
+    difficulty, 1 is the easiest.
+    """
+
+    def __call__(
+        self, level: int, count: int, seed: int, split: TaskSplit = "test"
+    ) -> Sequence[CascadeTask]:
+        """Draw tasks with their answers; prompts differ, those of the train split may repeat.
+
+        Args:
+            level: Difficulty, at least 1.
+            count: Tasks wanted.
+            seed: Seed.
+            split: What they are for.
+
+        Raises:
+            ConfigError: If the family has no such level, or too few different prompts at it.
+        """
+
+
+def parse_levels(text: str) -> tuple[int, ...]:
+    """Levels from text, e.g. "1,2".
+
+    Raises:
+        ConfigError: If it says anything else than whole numbers from 1.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise ConfigError(
+            f"Cannot read levels '{text}': expected whole numbers from 1, separated by commas, "
+            "got something else. Write e.g. 1,2."
+        )
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def draw_tasks(
+    families: Sequence[str],
+    levels: Sequence[int],
+    *,
+    count: int,
+    seed: int,
+    split: str,
+    plugins: Plugins,
+) -> list[CascadeTask]:
+    """Tasks of several families and levels, by family, then by level.
+
+    Args:
+        families: Registered names.
+        levels: Difficulties.
+        count: Tasks of each family and level.
+        seed: Seed.
+        split: What they are for.
+        plugins: Where families are looked up.
+
+    Raises:
+        ConfigError: If there is no such split, or a family cannot draw that many.
+        UnknownNameError: If no plugin registers a family.
+    """
+    if split not in TASK_SPLITS:
+        raise ConfigError(
+            f"Cannot draw tasks: expected one of the splits {', '.join(TASK_SPLITS)}, got "
+            f"'{split}'. Choose one of these."
+        )
+    drawn: list[CascadeTask] = []
+    for name in families:
+        family = plugins.task_families.resolve(name)
+        for level in levels:
+            drawn.extend(family(level, count, seed, split))
+    return drawn

@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from molora_fed.cascade.asking import playback_models
+from molora_fed.cascade.asking import compute_seed, playback_models
 from molora_fed.cascade.building import build_policy
+from molora_fed.cascade.config import PromptTemplate
 from molora_fed.cascade.contract import CascadeModel, EscalationPolicy, Judge, Request, Sample
 from molora_fed.cascade.escalation import Lineup, decide
 from molora_fed.cascade.records import (
@@ -21,8 +22,6 @@ from molora_fed.cascade.records import (
     parse_record,
 )
 from molora_fed.cascade.running import ask, build_rules
-from molora_fed.cascade.seeds import compute_seed
-from molora_fed.cascade.templates import PromptTemplate
 from molora_fed.errors import CascadeError, MoloraError
 from molora_fed.plugins import Plugins, get_plugins
 

@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from molora_fed.cascade.asking import compute_seed
+from molora_fed.cascade.config import DEFAULT_TEMPLATE, PromptTemplate
 from molora_fed.cascade.contract import (
     CascadeModel,
     CascadeTask,
@@ -23,8 +25,6 @@ from molora_fed.cascade.records import (
     drop_times,
 )
 from molora_fed.cascade.retrieval import Retrieval
-from molora_fed.cascade.seeds import compute_seed
-from molora_fed.cascade.templates import DEFAULT_TEMPLATE, PromptTemplate
 from molora_fed.errors import CascadeError
 from molora_fed.types import Progress
 
@@ -150,7 +150,7 @@ class Cascade:
         ]
 
     def compute_seed(self, task_id: str, fingerprint: str, number: int) -> int:
-        """The seed of a sample; see `molora_fed.cascade.seeds`.
+        """The seed of a sample; see `molora_fed.cascade.asking`.
 
         Args:
             task_id: The task.

@@ -1,4 +1,4 @@
-"""What runs of a cascade say: accuracy by cost, escalation, agreement, latency, attribution."""
+"""What runs of a cascade say: accuracy by cost, escalation, agreement, latency, with intervals."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,19 +7,79 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import binomtest, bootstrap, spearmanr
 
+from molora_fed.cascade.attribution import CASCADE
 from molora_fed.cascade.contract import MODES, EscalationPolicy
-from molora_fed.cascade.statistics import (
-    compute_bootstrap_interval,
-    compute_correlation,
-    compute_share,
-)
-from molora_fed.cascade.survey import CASCADE
 from molora_fed.errors import CascadeError
 from molora_fed.plugins import get_plugins
 from molora_fed.tracing.reading import read_records
 
-__all__ = ["RunRecords", "label_run", "read_run", "summarise_runs"]
+__all__ = [
+    "RunRecords",
+    "compute_bootstrap_interval",
+    "compute_correlation",
+    "compute_share",
+    "label_run",
+    "read_run",
+    "summarise_runs",
+]
+
+
+RESAMPLES = 2_000
+
+
+def compute_share(hits: int, total: int) -> dict[str, float]:
+    """A share with its 95 % Wilson interval.
+
+    Args:
+        hits: How many.
+        total: Of how many, at least 1.
+
+    Returns:
+        point, low, high in [0, 1].
+    """
+    interval = binomtest(hits, total).proportion_ci(0.95, method="wilson")
+    return {"point": hits / total, "low": float(interval.low), "high": float(interval.high)}
+
+
+def compute_bootstrap_interval(values: ArrayLike, *, seed: int = 0) -> dict[str, float]:
+    """A mean with its 95 % bootstrap interval (percentile).
+
+    Args:
+        values: One a task, at least one.
+        seed: Of the resampling.
+
+    Returns:
+        point, low, high.
+    """
+    sample = np.asarray(values, dtype=float)
+    point = float(sample.mean())
+    if np.ptp(sample) == 0:
+        return {"point": point, "low": point, "high": point}
+    interval = bootstrap(
+        (sample,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+        batch=100,
+    ).confidence_interval
+    return {"point": point, "low": float(interval.low), "high": float(interval.high)}
+
+
+def compute_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; None where one of the two never changes.
+
+    Args:
+        first: Values.
+        second: As many values.
+    """
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(spearmanr(first, second).statistic)
+
 
 TRACE_FOLDER = "trace"
 MAX_REASONS = 20

@@ -1,4 +1,4 @@
-"""Builds a contribution's folder, and says what leaves the machine before anything does."""
+"""Builds a contribution's folder; lists what is sent before anything is; measures the start."""
 
 import shutil
 from collections.abc import Mapping

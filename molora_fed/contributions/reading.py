@@ -1,4 +1,4 @@
-"""Reading the ledger; any number of processes may, while one writes."""
+"""Reading the ledger, amendments too; any number of processes may, while one writes."""
 
 import json
 import sqlite3

@@ -1,4 +1,4 @@
-"""States of a contribution and of a cooperative, and the only ways from one to the next."""
+"""States of contributions and cooperatives, their transitions, and the ledger's tables."""
 
 from collections.abc import Mapping
 from enum import StrEnum

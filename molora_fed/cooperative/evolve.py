@@ -22,13 +22,12 @@ from molora_fed.errors import ConfigError
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.bundle import EvolvedModel, save_evolved
-from molora_fed.population.evaluation import evaluate_population
 from molora_fed.population.evolution import Branch, EvolutionData, Evolved
 from molora_fed.population.generations import evolve
 from molora_fed.population.lifecycle import open_operators
+from molora_fed.population.losses import evaluate_population
 from molora_fed.population.pooled import PooledData
-from molora_fed.population.private import Member, PrivateData
-from molora_fed.population.private_evaluation import evaluate_privately
+from molora_fed.population.private import Member, PrivateData, evaluate_privately
 from molora_fed.population.questions import Ask
 from molora_fed.population.router_files import parse_router_options
 from molora_fed.population.setup import (

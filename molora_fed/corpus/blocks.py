@@ -1,4 +1,4 @@
-"""Blocks: packed tokens of one split of one domain, with the document and cluster of each."""
+"""Blocks: tokens of one split of one domain, how documents are packed into them, their files."""
 
 import json
 from collections.abc import Sequence

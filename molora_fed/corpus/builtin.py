@@ -1,4 +1,4 @@
-"""Domains that need no download: text that every machine with this package already has."""
+"""Domains that need no download, wide and narrow: text that every machine with this package has."""
 
 import ast
 import re

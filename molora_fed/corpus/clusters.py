@@ -1,4 +1,4 @@
-"""Near-duplicate clusters: the unit that splits and bootstraps never break up."""
+"""Near-duplicates: shingles, the clusters that splits never break up, and contamination."""
 
 import hashlib
 import re

@@ -16,7 +16,7 @@ from molora_fed.federation.local import LocalContributor
 from molora_fed.inference.engines import FusedEngine
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.runtime import limit_threads
-from molora_fed.reporting.phases import BUDGET_SECONDS
+from molora_fed.reporting.methods import BUDGET_SECONDS
 from molora_fed.reporting.report import MetricRows, read_metrics_file, write_report
 from molora_fed.routing.bundle import load_fused
 from molora_fed.training.loop import METRICS_NAME

@@ -24,7 +24,7 @@ from molora_fed.federation.local import LocalContributor, run_local
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.status import FederationEvent
 from molora_fed.plugins import Plugins, get_plugins
-from molora_fed.reporting.phases import BUDGET_SECONDS
+from molora_fed.reporting.methods import BUDGET_SECONDS
 from molora_fed.storage.files import write_json
 from molora_fed.storage.values import count_cores
 from molora_fed.training.pooled import train_monolithic

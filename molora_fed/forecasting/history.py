@@ -1,4 +1,4 @@
-"""Forecasts that were recorded, and how good they were.
+"""Forecasts that were recorded or made of whole runs, and how good they were.
 
 Records lie in the ledgers of cooperatives and in the `forecasts.json` that every fusion writes.
 """

@@ -1,4 +1,4 @@
-"""Loss matrices in the form KALAVAI's are published in: one JSON file, many runs.
+"""Loss matrices of many runs in one JSON file, and their outcomes by group.
 
 A run has `condition`, `domains`, `base` (a loss a domain) and `specialists` (a row a specialist,
 a column a domain); row i is the specialist of domain i, unless `own_domain` names each row's.

@@ -13,7 +13,7 @@ from molora_fed.evaluation.evaluate import Evaluation, evaluate
 from molora_fed.inference.engines import Model, PlainModel
 from molora_fed.models.base import Base
 from molora_fed.population.bundle import EvolvedModel
-from molora_fed.population.evaluation import evaluate_population
+from molora_fed.population.losses import evaluate_population
 from molora_fed.types import Progress, Split
 
 __all__ = ["evaluate_texts"]

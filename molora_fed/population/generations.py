@@ -37,8 +37,12 @@ from molora_fed.population.evolution import (
 from molora_fed.population.files import fingerprint_population, save_population
 from molora_fed.population.guard import Comparison
 from molora_fed.population.lifecycle import Step, reset_newborns, run_lifecycle
-from molora_fed.population.lineage import add_to_lineage
-from molora_fed.population.lineage_lines import describe_change, describe_fitness, describe_start
+from molora_fed.population.lineage import (
+    add_to_lineage,
+    describe_change,
+    describe_fitness,
+    describe_start,
+)
 from molora_fed.population.router_files import pack_router, save_router
 from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.locks import lock_folder

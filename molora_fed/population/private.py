@@ -1,22 +1,28 @@
-"""Evolution on texts that stay with their contributors; see `EvolutionData`.
+"""Evolution on texts that stay with their contributors: rounds, averages, held-out figures.
 
 Adaptation is federated averaging in rounds, fitness and guard are sums over documents, gates are
 means. What one domain's contributors say adds up to what the domain says.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
 
+from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.errors import PopulationError
+from molora_fed.evaluation.bootstrap import LEVEL
 from molora_fed.plugins import Plugins
+from molora_fed.population.adaptation import Factor
 from molora_fed.population.adaptation_config import AdaptationConfig
-from molora_fed.population.average import average_branches, check_adapted, choose_factor
-from molora_fed.population.contract import Fitness, LossTable
+from molora_fed.population.contract import AdapterRouter, Fitness, LossTable, Slot
 from molora_fed.population.evolution import POPULATION_FOLDER, ROUTER_FILE, Branch
 from molora_fed.population.files import load_population, save_population
 from molora_fed.population.guard import Comparison, compare_branches
@@ -27,7 +33,96 @@ from molora_fed.population.router_files import load_router, save_router
 from molora_fed.storage.files import write_json
 from molora_fed.types import Progress
 
-__all__ = ["Member", "PrivateData", "name_slot"]
+__all__ = [
+    "INTERVAL_METHOD",
+    "Member",
+    "PrivateData",
+    "average_branches",
+    "check_adapted",
+    "choose_factor",
+    "evaluate_privately",
+    "name_slot",
+]
+
+
+def choose_factor(turn: int) -> Factor:
+    """The factor that is trained in a round, from 0.
+
+    B comes first: while a fresh slot's B is zero, its A has no gradient.
+    """
+    return "b" if turn % 2 == 0 else "a"
+
+
+def check_adapted(found: Branch, start: Branch, *, who: str) -> None:
+    """Refuse what is not the branch that was sent, adapted.
+
+    Args:
+        found: What a contributor returned, read and found finite.
+        start: What it was sent.
+        who: The contributor, for errors.
+
+    Raises:
+        PopulationError: If slots, layers, ranks or the router's parameters are others.
+    """
+    faults = []
+    if len(found.population.slots) != len(start.population.slots):
+        faults.append(f"{len(found.population.slots)} slots")
+    for theirs, sent in zip(found.population.slots, start.population.slots, strict=False):
+        if theirs.birth.id != sent.birth.id or _shapes(theirs) != _shapes(sent):
+            faults.append(f"other layers or ranks in '{sent.birth.id}'")
+    if _describe(found.router) != _describe(start.router):
+        faults.append("another router")
+    if faults:
+        raise PopulationError(
+            f"Cannot use the adapted population of '{who}': expected the slots and router it was "
+            f"sent, got {'; '.join(faults[:5])}. Ask that contributor to run the same molora-fed "
+            "version, or withdraw it."
+        )
+
+
+def _shapes(slot: Slot) -> dict[str, tuple[object, ...]]:
+    return {
+        name: (float(u.scale), *(tuple(t.shape) for t in u.tensors().values()))
+        for name, u in slot.updates.items()
+    }
+
+
+def _describe(router: AdapterRouter) -> tuple[object, ...]:
+    shapes = {name: tuple(value.shape) for name, value in router.state_dict().items()}
+    return type(router), router.options, router.num_slots, router.width, shapes
+
+
+def average_branches(
+    start: Branch, adapted: Sequence[Branch], weights: Sequence[float], factor: Factor
+) -> Branch:
+    """The mean of branches that were adapted from one.
+
+    Args:
+        start: The branch that was sent to everybody; all but the trained tensors is taken from it.
+        adapted: What came back, each found good by `check_adapted`.
+        weights: Of each, summing to 1.
+        factor: The factor that was trained; of the other, theirs is not looked at.
+    """
+    slots = []
+    for index, sent in enumerate(start.population.slots):
+        updates: dict[str, LinearUpdate] = {}
+        for name, old in sent.updates.items():
+            theirs = [one.population.slots[index].updates[name] for one in adapted]
+            mean = _mean([own.tensors()[factor] for own in theirs], weights)
+            tensors: Mapping[str, Tensor] = {**old.tensors(), factor: mean}
+            updates[name] = LinearUpdate(a=tensors["a"], b=tensors["b"], scale=old.scale)
+        slots.append(replace(sent, updates=updates))
+    router = copy.deepcopy(start.router)
+    states = [one.router.state_dict() for one in adapted]
+    router.load_state_dict({name: _mean([s[name] for s in states], weights) for name in states[0]})
+    return Branch(replace(start.population, slots=tuple(slots)), router.eval())
+
+
+def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Summed in double precision, in the order given; of equal tensors it is that tensor."""
+    total = sum(weight * value.double() for weight, value in zip(weights, values, strict=True))
+    return torch.as_tensor(total).to(values[0].dtype)
+
 
 _ROUND_FILE = "round.json"
 
@@ -241,3 +336,103 @@ class PrivateData:
                 total = total.add(one)
             by_domain.append(total)
         return by_domain
+
+
+INTERVAL_METHOD = "Student's t by document cluster, the reference's loss taken as known"
+
+
+def evaluate_privately(
+    data: PrivateData,
+    last: Branch,
+    start: Branch,
+    specialists: Sequence[str],
+    *,
+    router_name: str,
+    gates: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """Ask for losses on held-out blocks, once.
+
+    Args:
+        data: Whom to ask.
+        last: What was evolved.
+        start: What it began with: its first slots, each at gate 1, are the specialists.
+        specialists: Their names in reports.
+        router_name: The name the router is registered under.
+        gates: Mean gate by domain and slot.
+
+    Returns:
+        The figures of `Evaluation.to_json` that sums can give, with `interval_method`.
+    """
+    alone = ["base", *(name_slot(index) for index in range(len(specialists)))]
+    slots = [name_slot(index) for index in range(start.population.num_slots)]
+    columns = ["base", *slots, "uniform"]
+    names = [*columns, "fused", *(f"{name}-less-fused" for name in columns)]
+    moments = data.ask_moments(Question("held-out", {}, (last, start)), names)
+    labels = {"base": "base", "uniform": "uniform", "fused": f"fused:{router_name}"}
+    labels |= {name_slot(i): f"specialist:{name}" for i, name in enumerate(specialists)}
+
+    def losses(name: str) -> dict[str, float]:
+        return {d: own.mean(name) for d, own in zip(data.domains, moments, strict=True)}
+
+    def average(name: str) -> float:
+        return float(np.mean([own.mean(name) for own in moments]))
+
+    best = [min(alone, key=own.mean) for own in moments]  # the oracle's choice in each domain
+    specialist = min(alone[1:], key=average)
+    references = {
+        "vs_best_alone": min(alone, key=average),
+        "vs_best_specialist": specialist,
+    }
+    gains = {
+        label: _estimate(moments, [f"{name}-less-fused"] * len(moments), 100.0 / average(name))
+        for label, name in references.items()
+    }
+    oracle = {d: own.mean(n) for d, own, n in zip(data.domains, moments, best, strict=True)}
+    gap = _estimate(moments, [f"{name}-less-fused" for name in best], -1.0)
+    spread = {label: [name] * len(moments) for name, label in labels.items()}
+    spread["domain_oracle"] = best
+    return {
+        "interval_method": INTERVAL_METHOD,
+        "losses": {
+            "base": losses("base"),
+            "uniform": losses("uniform"),
+            "domain_oracle": oracle,
+            "specialists": {name: losses(name_slot(i)) for i, name in enumerate(specialists)},
+            "fused": {router_name: losses("fused")},
+        },
+        "equal_weight": {label: _estimate(moments, chosen) for label, chosen in spread.items()},
+        **{
+            key: {
+                "name": labels[name].removeprefix("specialist:"),
+                "loss": average(name),
+            }
+            for key, name in (
+                ("best_alone", references["vs_best_alone"]),
+                ("best_specialist", specialist),
+            )
+        },
+        "gain_percent": {router_name: {label: g["point"] for label, g in gains.items()}},
+        "gain_interval_percent": {
+            router_name: {label: {"low": g["low"], "high": g["high"]} for label, g in gains.items()}
+        },
+        "oracle_gap_nats": {router_name: {**gap, "level": LEVEL}},
+        "gates": {router_name: {domain: dict(row) for domain, row in gates.items()}},
+    }
+
+
+def _estimate(
+    moments: Sequence[Moments], names: Sequence[str], factor: float = 1.0
+) -> dict[str, float]:
+    """Mean over domains of a column of each, times a factor, with its interval.
+
+    Source: Cochran, Sampling Techniques, 3rd ed., sections 6.4 and 5.4, as in `guard`.
+    """
+    pairs = list(zip(moments, names, strict=True))
+    spread = np.array([own.variance(name) for own, name in pairs])
+    freedom = np.array([own.clusters - 1.0 for own in moments])
+    squares = float((spread**2 / freedom).sum())
+    degrees = float(spread.sum()) ** 2 / squares if squares > 0 else float(freedom.sum())
+    error = float(np.sqrt(spread.sum())) / len(pairs)
+    point = factor * float(np.mean([own.mean(name) for own, name in pairs]))
+    width = abs(factor) * float(stats.t.ppf(0.5 + LEVEL / 2, degrees)) * error
+    return {"point": point, "low": point - width, "high": point + width}

@@ -10,8 +10,7 @@ import jinja2
 
 from molora_fed.errors import ConfigError
 from molora_fed.reporting import figures
-from molora_fed.reporting.methods import list_methods, mask_controls
-from molora_fed.reporting.phases import order_phases
+from molora_fed.reporting.methods import list_methods, mask_controls, order_phases
 from molora_fed.storage.files import canonical_json, write_bytes, write_json
 
 __all__ = [

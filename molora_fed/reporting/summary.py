@@ -7,8 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from molora_fed.reporting.methods import Method, list_methods, mask_controls
-from molora_fed.reporting.phases import order_phases
+from molora_fed.reporting.methods import Method, list_methods, mask_controls, order_phases
 
 if TYPE_CHECKING:
     from molora_fed.contributions.build import OutgoingRow

@@ -1,4 +1,4 @@
-"""Values of command-line options that several commands share. Imports nothing heavy."""
+"""Values that people type as options of several commands. Imports nothing heavy."""
 
 import os
 import tomllib

@@ -15,7 +15,7 @@ from torch import Tensor
 from molora_fed.bank.views import GateReading, GateView
 from molora_fed.errors import PluginError, PopulationError
 from molora_fed.population.contract import AdapterRouter, AdapterRouterOptions
-from molora_fed.testing.views import change_future, same_views
+from molora_fed.testing.banks import change_future, same_views
 
 __all__ = ["build_synthetic_view", "check_adapter_router_conformance"]
 

@@ -17,8 +17,14 @@ from molora_fed.bank.views import RouterView
 from molora_fed.errors import PluginError, RoutingError
 from molora_fed.evaluation.evaluate import compute_router_losses
 from molora_fed.routing.contract import OutputRouter, RouterOptions
-from molora_fed.testing.banks import ALL_READINGS, build_synthetic_bank, permute_experts
-from molora_fed.testing.views import change_future, same_views, take_rows
+from molora_fed.testing.banks import (
+    ALL_READINGS,
+    build_synthetic_bank,
+    change_future,
+    permute_experts,
+    same_views,
+    take_rows,
+)
 
 __all__ = ["check_router_conformance"]
 

@@ -1,4 +1,4 @@
-"""Reading the records of a run, without judging them: `verify` does that."""
+"""Reading and counting the records of a run, without judging them: `verify` does that."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The record of a trace: one line of JSON, and what its bytes must be.
+"""The record of a trace: one line of JSON, what its bytes must be, and what is signed of it.
 
 A line is an ASCII JSON object with sorted keys and no spaces,
 `{"body":{...},"kind":"...","prev":"<SHA-256 of the line before>","seq":N}`, ended by one newline

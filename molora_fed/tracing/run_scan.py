@@ -1,4 +1,4 @@
-"""A whole run, record by record: its segments in order, and the seal over them."""
+"""A whole run, line by line: each segment's chain, segments in order, the seal over them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

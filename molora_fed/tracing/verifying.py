@@ -1,4 +1,4 @@
-"""Verifying a trace with nothing but its files and the public key that signed it."""
+"""Sealing a trace, and verifying it with nothing but its files and the public key."""
 
 import os
 from collections.abc import Iterator

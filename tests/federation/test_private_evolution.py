@@ -29,7 +29,7 @@ from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.population.bundle import load_evolved
 from molora_fed.population.private_member import PrivateMember
-from molora_fed.testing.table import Table
+from molora_fed.testing.models import Table
 from molora_fed.testing.traffic import RecordingLine, find_text, find_tokens
 from molora_fed.types import Split
 

@@ -15,7 +15,7 @@ from molora_acar.tasks.problems import Problem, compute_split, draw_problems
 from molora_cli.cascade_tasks import tasks as tasks_command
 from typer.testing import CliRunner
 
-from molora_fed.cascade.families import TASK_SPLITS, draw_tasks, parse_levels
+from molora_fed.cascade.contract import TASK_SPLITS, draw_tasks, parse_levels
 from molora_fed.cascade.task_files import load_tasks
 from molora_fed.errors import ConfigError, UnknownNameError
 from molora_fed.plugins import load_plugins

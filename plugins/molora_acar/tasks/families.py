@@ -11,8 +11,7 @@ from molora_acar.tasks.problems import Problem, ProblemMaker, draw_problems
 from molora_acar.tasks.sequences import make_sequence
 from molora_acar.tasks.sorting import make_sorting
 from molora_acar.tasks.strings import make_string
-from molora_fed.cascade.contract import CascadeTask
-from molora_fed.cascade.families import TaskSplit
+from molora_fed.cascade.contract import CascadeTask, TaskSplit
 
 __all__ = [
     "FAMILIES",

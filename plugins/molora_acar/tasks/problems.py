@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from molora_fed.cascade.families import TaskSplit
+from molora_fed.cascade.contract import TaskSplit
 from molora_fed.errors import ConfigError
 from molora_fed.storage.files import hash_bytes
 

@@ -8,13 +8,12 @@ from molora_acar.tasks.families import FAMILIES
 
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
-from molora_fed.cascade.contract import CascadeTask, Request, Sample
+from molora_fed.cascade.asking import compute_seed
+from molora_fed.cascade.config import DEFAULT_TEMPLATE
+from molora_fed.cascade.contract import CascadeTask, Request, Sample, TaskSplit
 from molora_fed.cascade.escalation import hide_answer
-from molora_fed.cascade.families import TaskSplit
 from molora_fed.cascade.local import LocalModel
 from molora_fed.cascade.retrieval import Example, Retrieval
-from molora_fed.cascade.seeds import compute_seed
-from molora_fed.cascade.templates import DEFAULT_TEMPLATE
 from molora_fed.inference.engines import Engine, FusedEngine, PlainEngine, PlainModel
 from molora_fed.models.base import Base, load_base
 from molora_fed.models.runtime import limit_threads

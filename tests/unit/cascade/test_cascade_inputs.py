@@ -5,12 +5,11 @@ from cascade_helpers import make_task
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molora_fed.cascade.config import load_config
+from molora_fed.cascade.asking import compute_seed
+from molora_fed.cascade.config import PromptTemplate, load_config
+from molora_fed.cascade.records import ArtifactState, RunState, advance, store_artifact
 from molora_fed.cascade.retrieval import Example, Retrieval
-from molora_fed.cascade.seeds import compute_seed
-from molora_fed.cascade.states import ArtifactState, RunState, advance, store_artifact
 from molora_fed.cascade.task_files import hash_tasks, load_examples, load_tasks, save_tasks
-from molora_fed.cascade.templates import PromptTemplate
 from molora_fed.errors import CascadeError
 
 GOOD = '{"id": "t", "family": "f", "prompt": "p", "extractor": "number"}'

@@ -342,7 +342,7 @@ def test_hostile_records_end_in_findings(data):
             inner[data.draw(st.sampled_from(sorted(inner)))] = data.draw(JSON)
     else:
         body[key] = data.draw(JSON)
-    from molora_fed.cascade.labels import describe_cascade
+    from molora_fed.cascade.session import describe_cascade
 
     replayer = Replayer(describe_cascade(cascade, plugins()), plugins=plugins())
     replayer.replay(body)

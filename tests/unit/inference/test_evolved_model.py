@@ -15,9 +15,9 @@ from molora_fed.inference.engines import EvolvedEngine
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.base import load_base
 from molora_fed.population.bundle import EvolvedModel, find_evolved, load_evolved, save_evolved
-from molora_fed.population.evaluation import evaluate_population
 from molora_fed.population.evolution import Branch
 from molora_fed.population.files import fingerprint_population
+from molora_fed.population.losses import evaluate_population
 from molora_fed.population.mixture import Mixture
 from molora_fed.population.router_files import pack_router
 

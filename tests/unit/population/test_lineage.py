@@ -6,8 +6,14 @@ from lifecycle_helpers import DOMAINS, build_fitness, build_population
 from molora_fed.errors import PopulationError
 from molora_fed.plugins import load_plugins
 from molora_fed.population.lifecycle import open_operators, run_lifecycle
-from molora_fed.population.lineage import MAX_LINEAGE_BYTES, add_to_lineage, read_lineage
-from molora_fed.population.lineage_lines import describe_change, describe_fitness, describe_start
+from molora_fed.population.lineage import (
+    MAX_LINEAGE_BYTES,
+    add_to_lineage,
+    describe_change,
+    describe_fitness,
+    describe_start,
+    read_lineage,
+)
 
 STEPS = open_operators(
     [

@@ -17,14 +17,17 @@ from private_helpers import MEMBERS, PLUGINS, RULES, Stage, build_charter, build
 from molora_fed.errors import MoloraError, PopulationError
 from molora_fed.models.base import load_base
 from molora_fed.population.adaptation_config import AdaptationConfig
-from molora_fed.population.average import average_branches, check_adapted
 from molora_fed.population.evolution import Branch
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.generations import evolve
 from molora_fed.population.lifecycle import open_operators
 from molora_fed.population.pooled import PooledData
-from molora_fed.population.private import Member
-from molora_fed.population.private_evaluation import evaluate_privately
+from molora_fed.population.private import (
+    Member,
+    average_branches,
+    check_adapted,
+    evaluate_privately,
+)
 from molora_fed.population.private_member import carve_own
 from molora_fed.population.questions import Answer, Question, load_answer, load_question
 from molora_fed.population.setup import build_config

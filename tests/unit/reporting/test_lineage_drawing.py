@@ -1,8 +1,7 @@
 import pytest
 from rich.console import Console
 
-from molora_fed.population.lineage import Lineage
-from molora_fed.population.lineage_lines import Change, Measured, Measurement, Newborn
+from molora_fed.population.lineage import Change, Lineage, Measured, Measurement, Newborn
 from molora_fed.reporting.lineage import build_lineage_tree, draw_lineage
 
 

@@ -1,7 +1,12 @@
 import pytest
 
-from molora_fed.reporting.methods import compute_equal_weight, list_methods, mask_controls
-from molora_fed.reporting.phases import BUDGET_SECONDS, order_phases
+from molora_fed.reporting.methods import (
+    BUDGET_SECONDS,
+    compute_equal_weight,
+    list_methods,
+    mask_controls,
+    order_phases,
+)
 
 
 def test_the_published_router_comes_first_among_the_fused(result):

@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 from molora_fed.contributions.build import OutgoingRow
-from molora_fed.reporting.phases import BUDGET_SECONDS
+from molora_fed.reporting.methods import BUDGET_SECONDS
 from molora_fed.reporting.summary import (
     build_outgoing_table,
     build_sample_text,
