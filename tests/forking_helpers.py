@@ -56,14 +56,19 @@ def run_forked(
         folder: Keeps what it prints, files `out` and `err`; made if absent.
         target: A function of a module.
         arguments: Its arguments; they are pickled.
-        timeout: Seconds; a process that takes longer is killed.
+        timeout: Seconds.
+
+    Raises:
+        AssertionError: If it takes longer; it is killed, and not taken for one that was killed as
+            a test wants it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     process = _context.Process(target=_redirect, args=(folder, target, arguments))
     process.start()
     process.join(timeout)
-    if process.exitcode is None:
+    code = process.exitcode
+    if code is None:
         process.kill()
         process.join()
-    code = process.exitcode
+        raise AssertionError(f"{target.__name__} did not end within {timeout} s")
     return Ended(code, *((folder / name).read_text() for name in ("out", "err")))
