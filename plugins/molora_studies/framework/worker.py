@@ -1,8 +1,8 @@
 """A process that does tasks, one after the other, as its runner asks over a pipe.
 
 It ends, with everything its actions started, as soon as the pipe's other end is gone: however the
-runner ends. `python -m molora_studies.framework.worker CACHE`. Runner and worker talk over the worker's own
-two pipes, one JSON value a line.
+runner ends. `python -m molora_studies.framework.worker CACHE`. Runner and worker talk over
+the worker's own two pipes, one JSON value a line.
 """
 
 import contextlib
