@@ -193,7 +193,7 @@ def test_pilots_are_measured_on_each_others_calibration_blocks(tmp_path):
 
 
 def test_the_page_on_forecasts_has_the_scores_of_the_study(published):
-    page = (Path(__file__).parents[2] / "docs" / "forecasts.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "forecasts.md").read_text()
     summary = PublishedStudy.summarise(StudyOptions(), {"forecasts": published})
     for name, rmse, _, runs, groups, _, _, score in summary.tables[0].rows:
         label = name if " " in name else f"`{name}`"
