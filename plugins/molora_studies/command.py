@@ -79,7 +79,7 @@ def _list() -> None:
 
 def _collect(folder: Path, out: Path | None) -> None:
     from molora_fed.storage.files import write_bytes
-    from molora_studies.framework.collect import collect_claims
+    from molora_studies.framework.render import collect_claims
 
     page = collect_claims(folder, out.parent if out else folder)
     if out is None:

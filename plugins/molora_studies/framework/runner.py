@@ -1,15 +1,21 @@
 """Runs the tasks of a study in processes: longest chains first, whatever can run at once.
 
-Finished tasks are never repeated. A task that fails takes along only what rests on it.
+Finished tasks are never repeated. A task that fails takes along only what rests on it. A worker is
+seen here as a process with two pipes.
 """
 
+import contextlib
+import json
+import os
 import selectors
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import IO, Any, Protocol, Self, cast
 
 from molora_studies.framework.contract import Task
 from molora_studies.framework.schedule import (
@@ -19,10 +25,74 @@ from molora_studies.framework.schedule import (
     measure_paths,
 )
 from molora_studies.framework.store import TaskStore
-from molora_studies.framework.worker import ERROR_FILE
-from molora_studies.framework.worker_process import WorkerProcess
+from molora_studies.framework.worker import (
+    ERROR_FILE,
+    THREAD_VARIABLES,
+    THREADS,
+    encode_line,
+    encode_task,
+)
 
 __all__ = ["Failure", "Listener", "Quiet", "Running", "State", "run_tasks"]
+
+LOG_FILE = "workers.txt"
+
+
+class WorkerProcess:
+    """One worker process.
+
+    Attributes:
+        log: What all workers say outside their tasks, e.g. why one cannot start.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(THREADS))}
+        environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.log = cache / "studies" / LOG_FILE
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "molora_studies.framework.worker", str(cache)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the runner only; one kill ends the group
+                bufsize=0,
+            )
+        self._asked = cast("IO[bytes]", self._process.stdin)
+        self._answers = cast("IO[bytes]", self._process.stdout)
+        self._rest = b""
+
+    @property
+    def answers(self) -> IO[bytes]:
+        """The pipe it answers over."""
+        return self._answers
+
+    def begin(self, task: Task) -> None:
+        """Ask for a task."""
+        with contextlib.suppress(BrokenPipeError):  # its end is seen on the other pipe
+            line = memoryview(encode_line({"task": encode_task(task)}))
+            while line:
+                line = line[self._asked.write(line) :]
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """Messages that have come, or None if it has ended."""
+        piece = os.read(self.answers.fileno(), 2**16)
+        if not piece:
+            return None
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def end(self) -> int:
+        """Kill it and what it started; returns how it ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        self._asked.close()
+        self._answers.close()
+        return code
+
 
 RETRY_SECONDS = 1.0
 """Until a task that another process does is looked at again."""

@@ -1,7 +1,8 @@
 """A process that does tasks, one after the other, as its runner asks over a pipe.
 
 It ends, with everything its actions started, as soon as the pipe's other end is gone: however the
-runner ends. `python -m molora_studies.framework.worker CACHE`.
+runner ends. `python -m molora_studies.framework.worker CACHE`. Runner and worker talk over
+the worker's own two pipes, one JSON value a line.
 """
 
 import contextlib
@@ -24,10 +25,60 @@ from molora_fed.storage.files import write_bytes
 from molora_fed.types import Progress
 from molora_studies.framework.action_ids import load_action
 from molora_studies.framework.contract import Task, TaskContext
+from molora_studies.framework.schedule import collect_tasks
 from molora_studies.framework.store import TaskStore
-from molora_studies.framework.wire import decode_task, encode_line
 
-__all__ = ["ERROR_FILE", "LOG_FILE", "THREAD_VARIABLES", "run_task", "serve"]
+__all__ = [
+    "ERROR_FILE",
+    "LOG_FILE",
+    "THREAD_VARIABLES",
+    "decode_task",
+    "encode_line",
+    "encode_task",
+    "run_task",
+    "serve",
+]
+
+
+def encode_line(value: Mapping[str, Any]) -> bytes:
+    """One message; figures that JSON cannot carry become null, other things text."""
+    return (json.dumps(_make_finite(value), ensure_ascii=False, default=str) + "\n").encode()
+
+
+def _make_finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _make_finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_make_finite(each) for each in value]
+    if isinstance(value, float) and not -float("inf") < value < float("inf"):
+        return None
+    return value
+
+
+def encode_task(task: Task) -> list[dict[str, Any]]:
+    """A task and all it rests on as JSON values, itself last."""
+    tasks = collect_tasks([task])
+    places = {key: index for index, key in enumerate(tasks)}
+    return [
+        {
+            "name": each.name,
+            "action": each.action,
+            "settings": dict(each.settings),
+            "needs": [places[need.key] for need in each.needs],
+            "seconds": each.seconds,
+            "version": each.version,
+        }
+        for each in tasks.values()
+    ]
+
+
+def decode_task(rows: list[dict[str, Any]]) -> Task:
+    """The task that `encode_task` encoded; its key is the same."""
+    tasks: list[Task] = []
+    for row in rows:
+        tasks.append(Task(**{**row, "needs": tuple(tasks[index] for index in row["needs"])}))
+    return tasks[-1]
+
 
 THREADS = 1
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -23,9 +23,12 @@ __all__ = [
     "ROUTERS",
     "THREE_DOMAINS",
     "Estimate",
+    "choose_seeds",
+    "draw_estimates",
     "estimate",
     "plan_aged_base",
     "plan_condition",
+    "plan_depth",
     "read_gain",
     "read_gain_over_base",
 ]
@@ -83,6 +86,21 @@ def plan_condition(
     return plan_fusion(name, shared, members, settings, further=unowned)
 
 
+def plan_depth(domains: Sequence[str], steps: int, depth: int, seed: int) -> Task:
+    """The usual condition with a training length and a frozen depth K."""
+    return plan_condition(
+        f"{len(domains)} domains, {steps} steps, K={depth}, seed {seed}",
+        domains,
+        seed,
+        {"steps": steps, "frozen_depth": depth},
+    )
+
+
+def choose_seeds(seeds: Sequence[int], *, screened: bool) -> Sequence[int]:
+    """The seeds of a condition; what is screened is run at the first one only."""
+    return seeds[:1] if screened else seeds
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over seeds with its interval.
@@ -120,6 +138,22 @@ def estimate(values: Iterable[float]) -> Estimate:
         return Estimate(mean, None, None, len(numbers))
     half = float(stats.t.ppf(0.5 + LEVEL / 2, len(numbers) - 1) * stats.sem(numbers))
     return Estimate(mean, mean - half, mean + half, len(numbers))
+
+
+def draw_estimates(axes: Any, found: Mapping[int, Estimate], label: str) -> Any:
+    """Draw means with the lower half of their intervals as error bars.
+
+    Args:
+        axes: Matplotlib axes.
+        found: Figures by place on the x axis.
+        label: For the legend.
+
+    Returns:
+        What matplotlib's `errorbar` returns.
+    """
+    errors = [e.mean - e.low if e.low is not None else 0.0 for e in found.values()]
+    means = [e.mean for e in found.values()]
+    return axes.errorbar(list(found), means, yerr=errors, marker="o", capsize=3, label=label)
 
 
 def read_gain(

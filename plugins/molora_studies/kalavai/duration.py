@@ -19,8 +19,10 @@ from molora_studies.framework.contract import (
 from molora_studies.kalavai.conditions import (
     THREE_DOMAINS,
     Estimate,
+    choose_seeds,
+    draw_estimates,
     estimate,
-    plan_condition,
+    plan_depth,
     read_gain,
     read_gain_over_base,
 )
@@ -64,21 +66,12 @@ class DurationStudy(Study):
             Cell(
                 f"steps {steps} freeze {depth} seed {seed}",
                 {"steps": steps, "depth": depth, "seed": seed},
-                plan_condition(
-                    f"{len(options.domains)} domains, {steps} steps, K={depth}, seed {seed}",
-                    options.domains,
-                    seed,
-                    {"steps": steps, "frozen_depth": depth},
-                ),
+                plan_depth(options.domains, steps, depth, seed),
             )
             for steps in options.steps
             for depth in (0, options.depth)
-            for seed in cls._seeds(options, steps)
+            for seed in choose_seeds(options.seeds, screened=steps in options.screened)
         ]
-
-    @staticmethod
-    def _seeds(options: DurationOptions, steps: int) -> tuple[int, ...]:
-        return options.seeds[:1] if steps in options.screened else options.seeds
 
     @classmethod
     def summarise(
@@ -89,7 +82,7 @@ class DurationStudy(Study):
         def read(steps: int, depth: int, figure: Any) -> list[float]:
             return [
                 figure(results[f"steps {steps} freeze {depth} seed {seed}"])
-                for seed in cls._seeds(options, steps)
+                for seed in choose_seeds(options.seeds, screened=steps in options.screened)
             ]
 
         depths = (0, options.depth)
@@ -198,12 +191,8 @@ def _draw(
 ) -> None:
     axes = figure.subplots()
     for place, depth in enumerate((0, options.depth)):
-        found = [over_base[steps, depth] for steps in options.steps]
-        errors = [e.mean - e.low if e.low is not None else 0.0 for e in found]
-        lines = axes.errorbar(
-            options.steps, [e.mean for e in found], yerr=errors, marker="o", capsize=3,
-            label=f"K = {depth}, here",
-        )  # fmt: skip
+        found = {steps: over_base[steps, depth] for steps in options.steps}
+        lines = draw_estimates(axes, found, f"K = {depth}, here")
         axes.plot(
             list(_PUBLISHED), [pair[place] for pair in _PUBLISHED.values()], linestyle="--",
             color=lines[0].get_color(), label=f"K = {(0, 4)[place]} of 24, published",

@@ -18,7 +18,7 @@ from molora_studies.framework.contract import (
 from molora_studies.kalavai.conditions import (
     THREE_DOMAINS,
     estimate,
-    plan_condition,
+    plan_depth,
     read_gain,
     read_gain_over_base,
 )
@@ -60,13 +60,7 @@ class FreezeStudy(Study):
             Cell(
                 f"freeze {depth} seed {seed}",
                 {"depth": depth, "seed": seed},
-                plan_condition(
-                    f"{len(options.domains)} domains, {options.steps} steps, K={depth}, "
-                    f"seed {seed}",
-                    options.domains,
-                    seed,
-                    {"steps": options.steps, "frozen_depth": depth},
-                ),
+                plan_depth(options.domains, options.steps, depth, seed),
             )
             for depth in options.depths
             for seed in options.seeds

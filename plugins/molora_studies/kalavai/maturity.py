@@ -17,6 +17,8 @@ from molora_studies.framework.contract import (
 from molora_studies.kalavai.conditions import (
     THREE_DOMAINS,
     Estimate,
+    choose_seeds,
+    draw_estimates,
     estimate,
     plan_aged_base,
     plan_condition,
@@ -65,12 +67,8 @@ class MaturityStudy(Study):
                 ),
             )
             for age in options.ages
-            for seed in cls._seeds(options, age)
+            for seed in choose_seeds(options.seeds, screened=age in options.screened)
         ]
-
-    @staticmethod
-    def _seeds(options: MaturityOptions, age: int) -> tuple[int, ...]:
-        return options.seeds[:1] if age in options.screened else options.seeds
 
     @classmethod
     def summarise(
@@ -79,7 +77,10 @@ class MaturityStudy(Study):
         """Gain by age, and whether it falls as the base matures."""
 
         def read(age: int, figure: Any) -> list[float]:
-            return [figure(results[f"base {age} seed {seed}"]) for seed in cls._seeds(options, age)]
+            return [
+                figure(results[f"base {age} seed {seed}"])
+                for seed in choose_seeds(options.seeds, screened=age in options.screened)
+            ]
 
         gains = {age: estimate(read(age, read_gain)) for age in options.ages}
         on_specialist = {
@@ -152,11 +153,7 @@ def _is_above(gain: Estimate) -> bool:
 def _draw(figure: Any, alone: Mapping[int, Estimate], specialist: Mapping[int, Estimate]) -> None:
     axes = figure.subplots()
     for label, found in (("on the best alone", alone), ("on the best specialist", specialist)):
-        errors = [e.mean - e.low if e.low is not None else 0.0 for e in found.values()]
-        axes.errorbar(
-            list(found), [e.mean for e in found.values()], yerr=errors, marker="o", capsize=3,
-            label=label,
-        )  # fmt: skip
+        draw_estimates(axes, found, label)
     axes.set_xscale("log")
     axes.set_xlabel("training steps of the base")
     axes.set_ylabel("gain, %")

@@ -17,6 +17,7 @@ from molora_studies.framework.contract import (
 )
 from molora_studies.kalavai.conditions import (
     Estimate,
+    draw_estimates,
     estimate,
     plan_condition,
     read_gain,
@@ -179,11 +180,7 @@ def _judge(steps: Mapping[int, Estimate]) -> Verdict:
 def _draw(figure: Any, alone: Mapping[int, Estimate], specialist: Mapping[int, Estimate]) -> None:
     axes = figure.subplots()
     for label, found in (("on the best alone", alone), ("on the best specialist", specialist)):
-        errors = [e.mean - e.low if e.low is not None else 0.0 for e in found.values()]
-        axes.errorbar(
-            list(found), [e.mean for e in found.values()], yerr=errors, marker="o", capsize=3,
-            label=label,
-        )  # fmt: skip
+        draw_estimates(axes, found, label)
     axes.plot(
         list(_PUBLISHED), list(_PUBLISHED.values()), marker="s", linestyle="--", label="published"
     )

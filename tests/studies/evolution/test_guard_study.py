@@ -10,9 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from molora_studies.evolution.factorial import FactorialOptions, FactorialStudy
 from molora_studies.evolution.guard import GuardOptions, GuardStudy
-from molora_studies.evolution.guard_actions import evolve_beside
+from molora_studies.evolution.guard_actions import Restore, Ruin, evolve_beside, wipe_slot
 from molora_studies.evolution.guard_findings import measure_harm
-from molora_studies.evolution.planted import Restore, Ruin, wipe_slot
 from molora_studies.evolution.substrate_actions import evolve_population, open_replicate
 from molora_studies.framework.contract import Cell, Summary, TaskContext
 from molora_studies.framework.results import read_options

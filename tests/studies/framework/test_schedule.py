@@ -8,7 +8,7 @@ from molora_studies.framework.schedule import (
     find_missing,
     measure_paths,
 )
-from molora_studies.framework.wire import decode_task, encode_line, encode_task
+from molora_studies.framework.worker import decode_task, encode_line, encode_task
 from trivial_study import plan_number
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 from molora_cli.main import run
 from molora_studies.board import watching_study
-from molora_studies.framework.collect import collect_claims
+from molora_studies.framework.render import collect_claims
 from molora_studies.framework.results import plan_study
 from molora_studies.framework.runner import Failure, Running, State
 from molora_studies.framework.schedule import collect_tasks
