@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molora_fed.errors import CharterError, ConfigError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
-from molora_fed.storage.settings import describe_offenders
+from molora_fed.storage.settings import StrictModel, describe_offenders
 from molora_fed.types import BASE_EXPERT, Mixture
 
 __all__ = [
@@ -158,11 +158,7 @@ class PopulationRules(BaseModel):
 MAX_CHARTER_BYTES = 1_000_000
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BaseIdentity(_Strict):
+class BaseIdentity(StrictModel):
     """Which base checkpoint, by content.
 
     Attributes:
@@ -178,7 +174,7 @@ class BaseIdentity(_Strict):
     tokenizer: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class AdapterRules(_Strict):
+class AdapterRules(StrictModel):
     """What an adapter may be.
 
     Attributes:
@@ -194,7 +190,7 @@ class AdapterRules(_Strict):
     frozen_depth: int = Field(default=0, ge=0)
 
 
-class CorpusRules(_Strict):
+class CorpusRules(StrictModel):
     """How text becomes blocks; part of the evaluation protocol.
 
     Attributes:
@@ -208,7 +204,7 @@ class CorpusRules(_Strict):
     evaluation_batch: int = Field(default=16, ge=1)
 
 
-class Identity(_Strict):
+class Identity(StrictModel):
     """What can never change."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
@@ -218,7 +214,7 @@ class Identity(_Strict):
     privacy_mode: Literal["pooled"] = "pooled"
 
 
-class TrainingRules(_Strict):
+class TrainingRules(StrictModel):
     """How contributors train, unless they say otherwise.
 
     Attributes:
@@ -243,7 +239,7 @@ class TrainingRules(_Strict):
     options: dict[str, Any] = Field(default={}, exclude_if=lambda options: not options)
 
 
-class SampleRules(_Strict):
+class SampleRules(StrictModel):
     """Blocks each contributor sends under the pooled privacy mode; nothing else leaves.
 
     Attributes:
@@ -257,7 +253,7 @@ class SampleRules(_Strict):
     held_out: int = Field(default=160, ge=1)
 
 
-class AdmissionRules(_Strict):
+class AdmissionRules(StrictModel):
     """Thresholds of the built-in admission checks.
 
     Attributes:
@@ -272,7 +268,7 @@ class AdmissionRules(_Strict):
     max_start_gap: float = Field(default=0.005, ge=0)
 
 
-class FusionRules(_Strict):
+class FusionRules(StrictModel):
     """How the coordinator fuses.
 
     Attributes:
@@ -294,7 +290,7 @@ class FusionRules(_Strict):
 
     mode: Literal["router", "population"] = "router"
     router: str = _UNNAMED_ROUTER
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     top_k: int | None = Field(default=None, ge=1)
     compare: tuple[str, ...] = _UNNAMED_COMPARISONS
     merges: tuple[str, ...] = ("average",)
@@ -305,7 +301,7 @@ class FusionRules(_Strict):
     fallback: str = _UNNAMED_FALLBACK
 
 
-class Amendment(_Strict):
+class Amendment(StrictModel):
     """What may change: numbered from 0, the latest counts.
 
     Attributes:
@@ -333,7 +329,7 @@ class Amendment(_Strict):
         return self.fusion.mode == "population" and self.population.data == "private"
 
 
-class Charter(_Strict):
+class Charter(StrictModel):
     """A parsed `cooperative.toml`."""
 
     identity: Identity

@@ -9,14 +9,14 @@ from molora_fed.adapters.quantised_files import count_row_bytes, count_scales
 from molora_fed.adapters.updates import LinearUpdate, Spectrum
 from molora_fed.errors import AdapterError
 
-__all__ = ["Cost", "compress", "divide_budget"]
+__all__ = ["PackingCost", "compress", "divide_budget"]
 
 _FRAME = 96  # of a safetensors file: length, metadata, padding
 _ENTRY = 112  # of a tensor in its header, beside the name: dtype, shape, offsets, JSON
 
 
 @dataclass(frozen=True)
-class Cost:
+class PackingCost:
     """What numbers take in a file.
 
     Attributes:
@@ -39,7 +39,7 @@ class Cost:
 
 
 def compress(
-    spectra: Mapping[str, Spectrum], *, rank: int, budget_bytes: int, cost: Cost
+    spectra: Mapping[str, Spectrum], *, rank: int, budget_bytes: int, cost: PackingCost
 ) -> dict[str, LinearUpdate]:
     """The best factors of several matrices that fit a file, by summed squared error.
 
@@ -75,7 +75,7 @@ def divide_budget(
     shapes: Mapping[str, tuple[int, int]],
     *,
     budget_bytes: int,
-    cost: Cost,
+    cost: PackingCost,
 ) -> dict[str, int]:
     """Choose ranks by module: directions by squared singular value per byte, while they fit.
 

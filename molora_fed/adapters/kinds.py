@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from molora_fed.adapters.budget import Cost, compress
+from molora_fed.adapters.budget import PackingCost, compress
 from molora_fed.adapters.contract import AdapterKind, LinearOptions, SvdOptions, choose_modules
 from molora_fed.adapters.delta_files import load_delta
 from molora_fed.adapters.files import AdapterMeta
@@ -28,12 +28,12 @@ from molora_fed.models.layout import bias_of, is_transposed, weight_of
 
 __all__ = ["AdapterKind", "DeltaKind", "LoraKind", "SvdKind"]
 
-_COSTS: Mapping[str, Callable[[int], Cost]] = {
-    "float32": lambda _: Cost(32),
-    "bfloat16": lambda _: Cost(16),
-    "int8": lambda group: Cost(8, group),
-    "int4": lambda group: Cost(4, group),
-    "int2": lambda group: Cost(2, group),
+_COSTS: Mapping[str, Callable[[int], PackingCost]] = {
+    "float32": lambda _: PackingCost(32),
+    "bfloat16": lambda _: PackingCost(16),
+    "int8": lambda group: PackingCost(8, group),
+    "int4": lambda group: PackingCost(4, group),
+    "int2": lambda group: PackingCost(2, group),
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from molora_fed.adapters.files import (
@@ -34,7 +34,7 @@ from molora_fed.adapters.files import (
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
-from molora_fed.storage.settings import read_model
+from molora_fed.storage.settings import UntrustedModel, read_model
 
 __all__ = [
     "BITS",
@@ -169,11 +169,7 @@ _FIX = "Export the adapter again within these rules."
 _Size = Field(ge=1, lt=2**31)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class _Module(_Strict):
+class _Module(UntrustedModel):
     """One module's entry in the config; (rows, columns) is (D_out, D_in)."""
 
     rows: int = _Size
@@ -188,7 +184,7 @@ class _Module(_Strict):
         return self
 
 
-class _Config(_Strict):
+class _Config(UntrustedModel):
     """Content of `adapter_config.json`."""
 
     format: str = Field(pattern=f"^{_FORMAT}$")

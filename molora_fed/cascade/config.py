@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from molora_fed.errors import CascadeError
 from molora_fed.storage.files import canonical_json, hash_bytes
-from molora_fed.storage.settings import describe_offenders
+from molora_fed.storage.settings import StrictModel, describe_offenders
 
 __all__ = [
     "DEFAULT_TEMPLATE",
@@ -97,11 +97,7 @@ MAX_SAMPLES = 16
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BaseSource(_Strict):
+class BaseSource(StrictModel):
     """A checkpoint as it is.
 
     Attributes:
@@ -113,7 +109,7 @@ class BaseSource(_Strict):
     path: Path
 
 
-class SpecialistSource(_Strict):
+class SpecialistSource(StrictModel):
     """A specialist: of a ledger, or of a folder.
 
     Attributes:
@@ -142,7 +138,7 @@ class SpecialistSource(_Strict):
         return self
 
 
-class FusedSource(_Strict):
+class FusedSource(StrictModel):
     """A fused model.
 
     Attributes:
@@ -156,7 +152,7 @@ class FusedSource(_Strict):
     base: Path | None = None
 
 
-class EvolvedSource(_Strict):
+class EvolvedSource(StrictModel):
     """An evolved model.
 
     Attributes:
@@ -170,7 +166,7 @@ class EvolvedSource(_Strict):
     base: Path | None = None
 
 
-class EndpointSource(_Strict):
+class EndpointSource(StrictModel):
     """A model behind an OpenAI-compatible HTTP endpoint.
 
     Attributes:
@@ -223,7 +219,7 @@ ModelSource = Annotated[
 ]
 
 
-class RetrievalConfig(_Strict):
+class RetrievalConfig(StrictModel):
     """Examples before a prompt; absent by default.
 
     Attributes:
@@ -242,7 +238,7 @@ _UNNAMED_POLICY = "sigma"
 _UNNAMED_JUDGE = "majority"
 
 
-class CascadeSection(_Strict):
+class CascadeSection(StrictModel):
     """`[cascade]`.
 
     Attributes:
@@ -267,9 +263,9 @@ class CascadeSection(_Strict):
     members: tuple[_Name, ...] = Field(default=(), max_length=16)
     samples: int = Field(default=3, ge=1, le=MAX_SAMPLES)
     policy: str = _UNNAMED_POLICY
-    policy_options: dict[str, Any] = {}
+    policy_options: dict[str, Any] = Field(default={})
     judge: str = _UNNAMED_JUDGE
-    judge_options: dict[str, Any] = {}
+    judge_options: dict[str, Any] = Field(default={})
     temperature: float = Field(default=0.7, ge=0, le=10)
     member_temperature: float = Field(default=0.0, ge=0, le=10)
     max_new_tokens: int = Field(default=64, ge=1, le=65_536)
@@ -280,7 +276,7 @@ class CascadeSection(_Strict):
     retrieval: RetrievalConfig | None = None
 
 
-class CascadeConfig(_Strict):
+class CascadeConfig(StrictModel):
     """The whole file.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Admission: runs the charter's checks on a contribution and decides.
 
-Checks are plugins, `(Candidate) -> Finding | None`, and collect: a contributor learns of
+Checks are plugins, `(AdmissionCandidate) -> Finding | None`, and collect: a contributor learns of
 everything that is wrong at once. Reading the files is not a check that can be left out.
 """
 
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from molora_fed.models.base import Base
 
 __all__ = [
+    "AdmissionCandidate",
+    "AdmissionDecision",
     "AdmissionLosses",
-    "Candidate",
-    "Decision",
     "Refusal",
     "Stage",
     "admit",
@@ -80,7 +80,7 @@ class AdmissionLosses:
 
 
 @dataclass(eq=False)
-class Candidate:
+class AdmissionCandidate:
     """What an admission check looks at.
 
     Attributes:
@@ -175,7 +175,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Decision:
+class AdmissionDecision:
     """What admission decided.
 
     Attributes:
@@ -200,7 +200,7 @@ class Decision:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Decision":
+    def from_json(cls, value: Mapping[str, Any]) -> "AdmissionDecision":
         """The decision that `to_json` wrote."""
         losses = value["losses"]
         return cls(
@@ -220,7 +220,7 @@ class Decision:
             raise AdmissionError(" ".join(refusal.message for refusal in self.refusals))
 
 
-def admit(candidate: Candidate) -> Decision:
+def admit(candidate: AdmissionCandidate) -> AdmissionDecision:
     """Run the checks that the charter names, or all, and decide.
 
     Args:
@@ -259,11 +259,14 @@ def admit(candidate: Candidate) -> Decision:
     else:
         state = ContributionState.QUARANTINED if refusals else ContributionState.ADMITTED
     measured = candidate.__dict__.get("losses")  # Only what a check asked for was measured.
-    return Decision(state, tuple(refusals), tuple(run), measured)
+    return AdmissionDecision(state, tuple(refusals), tuple(run), measured)
 
 
 def _run_check(
-    check: Callable[[Candidate], Finding | None], candidate: Candidate, name: str, origin: str
+    check: Callable[[AdmissionCandidate], Finding | None],
+    candidate: AdmissionCandidate,
+    name: str,
+    origin: str,
 ) -> Finding | None:
     try:
         finding = check(candidate)
@@ -288,7 +291,7 @@ def _run_check(
     return finding
 
 
-def _find_unreadable(candidate: Candidate) -> Iterator[Finding]:
+def _find_unreadable(candidate: AdmissionCandidate) -> Iterator[Finding]:
     """Read every file once; what cannot be read safely is found here."""
     fix = "Build the contribution again and send it."
     try:

@@ -2,7 +2,7 @@
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import find_misfits, find_non_finite
-from molora_fed.contributions.admission import Candidate, Stage, needs
+from molora_fed.contributions.admission import AdmissionCandidate, Stage, needs
 from molora_fed.models.frozen import fingerprint_frozen
 from molora_fed.types import Finding
 
@@ -22,7 +22,7 @@ _SHOWN = 5
 
 
 @needs(Stage.MANIFEST)
-def check_charter_identity(candidate: Candidate) -> Finding | None:
+def check_charter_identity(candidate: AdmissionCandidate) -> Finding | None:
     """Find a contribution signed for another cooperative, or under an amendment yet unknown."""
     manifest, charter = candidate.contribution.manifest, candidate.charter
     expected = f"charter {charter.identity_hash[:16]} up to amendment {charter.amendment.number}"
@@ -39,7 +39,7 @@ def check_charter_identity(candidate: Candidate) -> Finding | None:
 
 
 @needs(Stage.ADAPTER)
-def check_base_fingerprint(candidate: Candidate) -> Finding | None:
+def check_base_fingerprint(candidate: AdmissionCandidate) -> Finding | None:
     """Find a specialist trained on another base or tokenizer."""
     manifest, identity = candidate.contribution.manifest, candidate.charter.identity.base
     pairs = [
@@ -59,7 +59,7 @@ def check_base_fingerprint(candidate: Candidate) -> Finding | None:
 
 
 @needs(Stage.ADAPTER)
-def check_adapter_limits(candidate: Candidate) -> Finding | None:
+def check_adapter_limits(candidate: AdmissionCandidate) -> Finding | None:
     """Find an adapter of a kind, rank, size or frozen depth that the charter does not allow."""
     manifest, rules = candidate.contribution.manifest, candidate.charter.identity.adapters
     adapter = candidate.adapter
@@ -83,7 +83,7 @@ def check_adapter_limits(candidate: Candidate) -> Finding | None:
 
 
 @needs(Stage.ADAPTER)
-def check_tensor_layout(candidate: Candidate) -> Finding | None:
+def check_tensor_layout(candidate: AdmissionCandidate) -> Finding | None:
     """Find tensors whose name, shape, dtype or block does not fit the base and frozen depth."""
     rules = candidate.charter.identity.adapters
     # Kind and rank are another check's: its own values take their place in the rules.
@@ -104,7 +104,7 @@ def check_tensor_layout(candidate: Candidate) -> Finding | None:
 
 
 @needs(Stage.ADAPTER)
-def check_finite_values(candidate: Candidate) -> Finding | None:
+def check_finite_values(candidate: AdmissionCandidate) -> Finding | None:
     """Find NaN or infinity in any tensor."""
     offenders = find_non_finite(candidate.adapter)
     if not offenders:
@@ -117,7 +117,7 @@ def check_finite_values(candidate: Candidate) -> Finding | None:
 
 
 @needs(Stage.MODEL)
-def check_own_domain_loss(candidate: Candidate) -> Finding | None:
+def check_own_domain_loss(candidate: AdmissionCandidate) -> Finding | None:
     """Find a specialist that does not improve on the base where it was trained.
 
     By its own statement it must be better than the base on the contributor's validation blocks;
@@ -154,7 +154,7 @@ _SHOWN = 5
 
 
 @needs(Stage.MODEL)
-def check_frozen_depth(candidate: Candidate) -> Finding | None:
+def check_frozen_depth(candidate: AdmissionCandidate) -> Finding | None:
     """Find a specialist whose frozen tensors are not, bit by bit, the base's.
 
     Whatever its files say, it is applied and the tensors are compared: embedding, head, norms and
@@ -178,7 +178,7 @@ def check_frozen_depth(candidate: Candidate) -> Finding | None:
 
 
 @needs(Stage.MODEL)
-def check_shared_initialisation(candidate: Candidate) -> Finding | None:
+def check_shared_initialisation(candidate: AdmissionCandidate) -> Finding | None:
     """Find a specialist that by its own measurement did not start from the cooperative's base.
 
     The contributor states the loss of the model its training started from on the blocks of its

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, Field, JsonValue, ValidationError
 
 from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.errors import AdapterError
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.keys import verify
-from molora_fed.storage.settings import describe_offenders
+from molora_fed.storage.settings import UntrustedModel, describe_offenders
 from molora_fed.types import Split
 
 __all__ = [
@@ -78,11 +78,7 @@ SampleSplit = Annotated[Split, AfterValidator(_check_may_leave)]
 Loss = Annotated[float, Field(ge=0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class FileEntry(_Strict):
+class FileEntry(UntrustedModel):
     """One file: SHA-256 as lower-case hex, and size in bytes."""
 
     sha256: Sha
@@ -96,7 +92,7 @@ class SampleEntry(FileEntry):
     tokens: int = Field(ge=1)
 
 
-class Manifest(_Strict):
+class Manifest(UntrustedModel):
     """What a contributor signs.
 
     Attributes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molora_fed.charter import Amendment, Charter
-from molora_fed.contributions.admission import Candidate, Decision, Refusal, admit
+from molora_fed.contributions.admission import AdmissionCandidate, AdmissionDecision, Refusal, admit
 from molora_fed.contributions.build import compute_sample_bytes, count_samples
 from molora_fed.contributions.ledger import Ledger, LedgerReader
 from molora_fed.contributions.manifest import (
@@ -62,7 +62,7 @@ class Receipt:
     contributor: str
     domain: str
     state: ContributionState
-    decision: Decision | None
+    decision: AdmissionDecision | None
     known: bool
 
 
@@ -90,7 +90,7 @@ def receive_contribution(
         progress: Receives blocks done while losses are measured.
 
     Returns:
-        A receipt, also for a contribution that is rejected; see `Decision.check_admitted`.
+        A receipt, also for a contribution that is rejected; see `AdmissionDecision.check_admitted`.
 
     Raises:
         AdapterError: If manifest or files are malformed, or a file is not the one signed.
@@ -118,7 +118,7 @@ def receive_contribution(
     if _find(ledger, contribution.id).state == ContributionState.RECEIVED:
         ledger.set_state(contribution.id, ContributionState.VERIFIED, actor=actor)
     entry = _find(ledger, contribution.id)
-    candidate = Candidate(
+    candidate = AdmissionCandidate(
         load_stored(entry, store), charter, base, plugins or get_plugins(), progress
     )
     return _decide(ledger, candidate, actor=actor)
@@ -144,7 +144,9 @@ def admit_pending(
     return [
         _decide(
             ledger,
-            Candidate(load_stored(entry, store), charter, base, plugins or get_plugins(), progress),
+            AdmissionCandidate(
+                load_stored(entry, store), charter, base, plugins or get_plugins(), progress
+            ),
             actor=actor,
         )
         for entry in ledger.contributions(ContributionState.VERIFIED)
@@ -250,7 +252,7 @@ def _store_files(contribution: Contribution, store: BlobStore) -> None:
         )
 
 
-def _decide(ledger: Ledger, candidate: Candidate, *, actor: str) -> Receipt:
+def _decide(ledger: Ledger, candidate: AdmissionCandidate, *, actor: str) -> Receipt:
     decision = admit(candidate)
     identity = candidate.contribution.id
     ledger.set_state(identity, decision.state, actor=actor, decision=decision.to_json())
@@ -268,5 +270,5 @@ def _find(ledger: LedgerReader, contribution_id: str) -> LedgerEntry:
 
 
 def _build_receipt(entry: LedgerEntry, *, known: bool) -> Receipt:
-    decision = None if entry.decision is None else Decision.from_json(entry.decision)
+    decision = None if entry.decision is None else AdmissionDecision.from_json(entry.decision)
     return Receipt(entry.id, entry.contributor, entry.domain, entry.state, decision, known)

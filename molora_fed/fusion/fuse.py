@@ -28,7 +28,7 @@ from molora_fed.evaluation.evaluate import Evaluation, compute_domain_losses, ev
 from molora_fed.forecasting.records import ForecastRecord, make_forecasts, score_forecasts
 from molora_fed.fusion.collapse import GuardedRouter, choose_published, fit_guarded
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, plan_fusion
-from molora_fed.fusion.result import Outcome, build_result
+from molora_fed.fusion.result import FusionOutcome, build_result
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.bundle import save_fused
@@ -184,7 +184,7 @@ def fuse(
         fused = _build_fused(base, plan, adapters, published, routers[published])
         fused_folder = folder / "fused"
         save_fused(fused, fused_folder, adapters=plan.adapter_folders)
-    outcome = Outcome(
+    outcome = FusionOutcome(
         plan=plan,
         fused=fused,
         measured=measured,

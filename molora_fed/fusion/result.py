@@ -19,7 +19,7 @@ from molora_fed.fusion.plan import FusionPlan
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import TopKRouter
 
-__all__ = ["Outcome", "build_result"]
+__all__ = ["FusionOutcome", "build_result"]
 
 FORMAT_VERSION = 1
 _LIBRARIES = (
@@ -29,7 +29,7 @@ _COMPUTE = ("steps", "tokens", "threads", "seconds", "parameters", "kind", "doma
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class FusionOutcome:
     """What a fusion did, before it is put into words.
 
     Attributes:
@@ -53,7 +53,7 @@ class Outcome:
     control: Mapping[str, Any] | None
 
 
-def build_result(outcome: Outcome, charter: Charter, seed: int) -> dict[str, Any]:
+def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[str, Any]:
     """Compose the content of report.json that fusing knows.
 
     Args:
@@ -141,7 +141,7 @@ def _count_blocks(domain: str, samples: Sequence[Blocks]) -> dict[str, Any]:
     return {"domain": domain, **counts}
 
 
-def _collect_compute(outcome: Outcome) -> dict[str, Any]:
+def _collect_compute(outcome: FusionOutcome) -> dict[str, Any]:
     """Training cost where steps and tokens are known."""
     trainings: dict[str, Any] = {
         c.contributor: {"domain": c.domain, **c.training} for c in outcome.plan.contributions

@@ -20,7 +20,7 @@ from molora_fed.types import Progress
 __all__ = [
     "PREFILL_TOKENS",
     "EvidenceSource",
-    "Generation",
+    "GeneratedText",
     "Sampling",
     "choose_tokens",
     "decode_tokens",
@@ -78,7 +78,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Generation:
+class GeneratedText:
     """One generated text.
 
     Attributes:
@@ -102,7 +102,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     progress: Progress | None = None,
-) -> list[Generation]:
+) -> list[GeneratedText]:
     """Continue prompts.
 
     Args:
@@ -126,7 +126,7 @@ def generate(
     for ids in encoded:
         _check_length(engine.base, len(ids), sampling)
     groups = list(_group_by_length(encoded, engine.max_rows))
-    results: dict[int, Generation] = {}
+    results: dict[int, GeneratedText] = {}
     for done, rows in enumerate(groups):
         prompt = torch.tensor([encoded[i] for i in rows], device=engine.base.model.device)
         tokens, gates = decode_tokens(
@@ -163,7 +163,7 @@ def _shift(progress: Progress | None, group: int, groups: int) -> Progress | Non
     return shifted
 
 
-def _describe(engine: Engine, prompt: str, tokens: Tensor, gates: Tensor) -> Generation:
+def _describe(engine: Engine, prompt: str, tokens: Tensor, gates: Tensor) -> GeneratedText:
     """Cut at the end-of-text token and turn ids into text."""
     tokenizer = engine.base.tokenizer
     ids = tokens.tolist()
@@ -171,7 +171,7 @@ def _describe(engine: Engine, prompt: str, tokens: Tensor, gates: Tensor) -> Gen
     if is_finished:
         ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
     mean = gates[: len(ids)].mean(0).tolist()
-    return Generation(
+    return GeneratedText(
         prompt=prompt,
         text=tokenizer.decode(ids, skip_special_tokens=True),
         tokens=tuple(ids),

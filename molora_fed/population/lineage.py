@@ -22,9 +22,9 @@ from molora_fed.storage.settings import describe_offenders
 __all__ = [
     "Change",
     "Lineage",
+    "LineageMember",
     "Measured",
     "Measurement",
-    "Member",
     "Newborn",
     "add_to_lineage",
     "describe_change",
@@ -177,7 +177,7 @@ _LINE: TypeAdapter[Measurement | Change] = TypeAdapter(
 
 
 @dataclass(frozen=True)
-class Member:
+class LineageMember:
     """One adapter's life.
 
     Attributes:
@@ -224,7 +224,7 @@ class Lineage:
         return tuple(line for line in self.lines if isinstance(line, Change))
 
     @cached_property
-    def members(self) -> Mapping[str, Member]:
+    def members(self) -> Mapping[str, LineageMember]:
         """All adapters that were ever born, by id, parents before children."""
         deaths = {i: c.generation for c in self.changes if c.kept for i in c.deaths}
         fitness: dict[str, dict[int, tuple[float, float]]] = {}
@@ -232,7 +232,7 @@ class Lineage:
             for one in line.slots:
                 fitness.setdefault(one.id, {})[line.generation] = (one.value, one.error)
         return {
-            newborn.id: Member(
+            newborn.id: LineageMember(
                 birth=newborn.birth,
                 slot=newborn.slot,
                 domain=newborn.domain,

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.text import Text
 from rich.tree import Tree
 
-from molora_fed.population.lineage import Lineage, Member
+from molora_fed.population.lineage import Lineage, LineageMember
 from molora_fed.reporting.figures import PALETTE
 
 __all__ = ["build_lineage_tree", "draw_lineage"]
@@ -43,7 +43,7 @@ def _last(lineage: Lineage) -> int:
     return max((line.generation for line in lineage.lines), default=0)
 
 
-def _describe(member: Member, parent: str | None) -> Text:
+def _describe(member: LineageMember, parent: str | None) -> Text:
     """One adapter in one line; with its parent if that stands elsewhere."""
     birth = member.birth
     origin = birth.operator
@@ -115,7 +115,7 @@ def draw_lineage(lineage: Lineage) -> bytes:
     return buffer.getvalue()
 
 
-def _list_arrows(lineage: Lineage) -> Iterator[tuple[Member, Member]]:
+def _list_arrows(lineage: Lineage) -> Iterator[tuple[LineageMember, LineageMember]]:
     """Children born after the start with each of their parents."""
     members = lineage.members
     for child in members.values():

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -24,7 +24,7 @@ from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import TopKRouter, limit_experts
 from molora_fed.storage.files import hash_bytes, replace_folder, write_bytes, write_json
-from molora_fed.storage.settings import describe_offenders, read_model
+from molora_fed.storage.settings import StrictModel, describe_offenders, read_model
 from molora_fed.types import Mixture
 
 __all__ = [
@@ -48,11 +48,7 @@ _Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _ExpertName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BaseEntry(_Strict):
+class BaseEntry(StrictModel):
     """Which base a model is on, and where it lies from the model's folder."""
 
     path: str
@@ -67,21 +63,21 @@ class BaseEntry(_Strict):
         return path
 
 
-class _ExpertEntry(_Strict):
+class _ExpertEntry(StrictModel):
     name: _ExpertName
     domain: str | None
     contribution: _Sha | None
     adapter: _Sha | None
 
 
-class _RouterEntry(_Strict):
+class _RouterEntry(StrictModel):
     name: str
     options: dict[str, Any]
     state: _Sha
     top_k: int | None = Field(default=None, ge=1)
 
 
-class FusedManifest(_Strict):
+class FusedManifest(StrictModel):
     """Content of `fused.json`.
 
     Attributes:

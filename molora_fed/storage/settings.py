@@ -11,7 +11,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from molora_fed.errors import MoloraError
 from molora_fed.plugins import Registry
 
-__all__ = ["StrictModel", "check_options", "describe_offenders", "open_options", "read_model"]
+__all__ = [
+    "StrictModel",
+    "UntrustedModel",
+    "check_options",
+    "describe_offenders",
+    "open_options",
+    "read_model",
+]
 
 _SHOWN = 8  # offenders named in one message
 _CHARACTERS = 200  # of each
@@ -23,6 +30,12 @@ class StrictModel(BaseModel):
     """Base of what is read from files: unknown keys are refused, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class UntrustedModel(StrictModel):
+    """Base of what strangers send: types as they are written, numbers finite."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 def describe_offenders(

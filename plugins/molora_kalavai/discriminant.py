@@ -14,7 +14,7 @@ from molora_fed.routing.causal import causal_mean, count_since_start
 from molora_fed.types import Reading
 from molora_kalavai.hidden import read_hidden
 from molora_kalavai.mixtures import fit_mixtures, mix_log
-from molora_kalavai.moments import Moments, assign_folds, collect_moments
+from molora_kalavai.moments import ClassMoments, assign_folds, collect_moments
 
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
@@ -52,7 +52,7 @@ class Discriminant:
     temperature: Tensor
 
     @staticmethod
-    def of(moments: Moments, shrinkage: float) -> "Discriminant":
+    def of(moments: ClassMoments, shrinkage: float) -> "Discriminant":
         """The discriminant of these moments, correlation and temperature 1.
 
         Args:
@@ -173,7 +173,7 @@ def fit_discriminant(
     )
 
 
-def _diagonalise(moments: Moments) -> Discriminant:
+def _diagonalise(moments: ClassMoments) -> Discriminant:
     """Coordinates in which both covariances are diagonal, nothing shrunk but what rank demands."""
     means, within = moments.means(), moments.within()
     width, count = len(within), float(moments.tokens.sum())

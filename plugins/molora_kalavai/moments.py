@@ -17,11 +17,11 @@ from molora_kalavai.hidden import read_hidden
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
 
-__all__ = ["Moments", "assign_folds", "collect_moments"]
+__all__ = ["ClassMoments", "assign_folds", "collect_moments"]
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class ClassMoments:
     """Sums over tokens and over segments; a segment is a document's part within a block.
 
     All are float64 and relative to `shift`, with n_s the tokens of segment s, h a hidden state and
@@ -46,14 +46,14 @@ class Moments:
     grouped: Tensor
 
     @staticmethod
-    def zeros(num_domains: int, shift: Tensor) -> "Moments":
+    def zeros(num_domains: int, shift: Tensor) -> "ClassMoments":
         """Nothing added yet."""
         width = len(shift)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64)
 
-        return Moments(
+        return ClassMoments(
             shift,
             tokens=zeros(num_domains),
             squares=zeros(num_domains),
@@ -63,16 +63,18 @@ class Moments:
             grouped=zeros(width, width),
         )
 
-    def __add__(self, other: "Moments") -> "Moments":
+    def __add__(self, other: "ClassMoments") -> "ClassMoments":
         return self._combine(other, 1.0)
 
-    def __sub__(self, other: "Moments") -> "Moments":
+    def __sub__(self, other: "ClassMoments") -> "ClassMoments":
         return self._combine(other, -1.0)
 
-    def _combine(self, other: "Moments", sign: float) -> "Moments":
+    def _combine(self, other: "ClassMoments", sign: float) -> "ClassMoments":
         mine, theirs = dict(vars(self)), vars(other)
         shift = mine.pop("shift")
-        return Moments(shift, **{name: own + sign * theirs[name] for name, own in mine.items()})
+        return ClassMoments(
+            shift, **{name: own + sign * theirs[name] for name, own in mine.items()}
+        )
 
     def add_block_states(self, hidden: Tensor, segment_of: Tensor, domain_of: Tensor) -> None:
         """Add hidden states in place.
@@ -162,7 +164,7 @@ def _deal(
 
 def collect_moments(
     bank: "CalibrationBank", name: Reading, fold_of: NDArray[np.int64], label: str
-) -> list[Moments]:
+) -> list[ClassMoments]:
     """Moments of each fold, in one pass over the bank.
 
     Args:
@@ -175,14 +177,14 @@ def collect_moments(
         RoutingError: If the bank lacks the column.
     """
     count = int(fold_of.max()) + 1
-    folds: list[Moments] = []
+    folds: list[ClassMoments] = []
     domains = torch.from_numpy(bank.domain_of)
     for rows in bank.chunks():
         view = bank.view(rows)
         hidden = read_hidden(view, name, label).float().cpu()
         if not folds:
             shift = hidden.double().mean(dim=(0, 1))
-            folds = [Moments.zeros(len(bank.domains), shift) for _ in range(count)]
+            folds = [ClassMoments.zeros(len(bank.domains), shift) for _ in range(count)]
         starts = view.document_starts.cpu().clone()
         starts[:, 0] = True  # what came before a block is not known in it
         segment_of = starts.flatten().cumsum(0)

@@ -12,7 +12,7 @@ from molora_kalavai.discriminant import Discriminant, fit_discriminant
 from molora_kalavai.lda import StatisticsOptions, StatisticsRouter
 from molora_kalavai.linear import LinearOptions, LinearRouter
 from molora_kalavai.mixtures import fit_mixtures, mix_log
-from molora_kalavai.moments import Moments, assign_folds, collect_moments
+from molora_kalavai.moments import ClassMoments, assign_folds, collect_moments
 from pydantic import ValidationError
 from scipy.stats import multivariate_normal
 
@@ -41,7 +41,7 @@ def draw_segments(seed, segments, width=3, domains=2):
 
 
 def make_moments(states, segment_of, domain_of, domains=2):
-    moments = Moments.zeros(domains, torch.zeros(states.shape[1], dtype=torch.float64))
+    moments = ClassMoments.zeros(domains, torch.zeros(states.shape[1], dtype=torch.float64))
     moments.add_block_states(states, torch.from_numpy(segment_of), torch.from_numpy(domain_of))
     return moments
 
@@ -64,7 +64,7 @@ def test_moments_add_up_and_can_be_taken_away(seed, segments, folds):
         parts.append(make_moments(states[mine], segment_of[mine], domain_of[mine]))
     added = sum(parts[1:], start=parts[0])
     left = whole - parts[0]
-    others = sum(parts[1:], start=Moments.zeros(2, whole.shift))
+    others = sum(parts[1:], start=ClassMoments.zeros(2, whole.shift))
     for name in ("tokens", "squares", "segments", "sums", "total", "grouped"):
         torch.testing.assert_close(getattr(added, name), getattr(whole, name), atol=1e-2, rtol=1e-4)
         torch.testing.assert_close(getattr(left, name), getattr(others, name), atol=1e-2, rtol=1e-4)

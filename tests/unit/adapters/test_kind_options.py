@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molora_fed.adapters.budget import Cost, divide_budget
+from molora_fed.adapters.budget import PackingCost, divide_budget
 from molora_fed.adapters.contract import AdapterKind, choose_modules, open_kind
 from molora_fed.adapters.files import WEIGHTS_FILE, load_adapter
 from molora_fed.adapters.kinds import DeltaKind, LoraKind, SvdKind
@@ -145,7 +145,7 @@ def test_a_budget_is_used_up_and_never_passed(seed, budget, bits, modules, growt
         name: torch.rand(min(shape), generator=generator).sort(descending=True).values
         for name, shape in shapes.items()
     }
-    cost = Cost(bits, 16 if bits < 16 else None)
+    cost = PackingCost(bits, 16 if bits < 16 else None)
     ranks = divide_budget(values, shapes, budget_bytes=budget, cost=cost)
     price = {name: cost.row(rows) + cost.row(columns) for name, (rows, columns) in shapes.items()}
     spent = sum(rank * price[name] + cost.header(name) for name, rank in ranks.items())

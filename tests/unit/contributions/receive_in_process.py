@@ -11,7 +11,7 @@ from pathlib import Path
 
 from molora_fed.charter import load_charter
 from molora_fed.contributions import receive
-from molora_fed.contributions.admission import Decision
+from molora_fed.contributions.admission import AdmissionDecision
 from molora_fed.contributions.ledger import Ledger
 from molora_fed.contributions.states import ContributionState
 from molora_fed.contributions.store import BlobStore
@@ -67,7 +67,7 @@ def receive_with_accident(
     ledger_path: Path, folder: Path, charter: Path, accident: str, limit: int | None = None
 ) -> None:
     """Receive a contribution; its process ends with the error's exit code, or is killed."""
-    receive.admit = lambda candidate: Decision(ContributionState.ADMITTED)
+    receive.admit = lambda candidate: AdmissionDecision(ContributionState.ADMITTED)
     arrange(accident, limit)
     try:
         with Ledger(ledger_path) as ledger:

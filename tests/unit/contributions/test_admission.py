@@ -9,7 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from molora_fed import hookimpl
 from molora_fed.charter import AdapterRules, AdmissionRules, Amendment, SampleRules
-from molora_fed.contributions.admission import Candidate, Decision, Stage, admit, needs
+from molora_fed.contributions.admission import (
+    AdmissionCandidate,
+    AdmissionDecision,
+    Stage,
+    admit,
+    needs,
+)
 from molora_fed.contributions.states import ContributionState
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import AdmissionError, PluginError, UnknownNameError
@@ -34,7 +40,7 @@ def judge(charter, base, plugins):
 
     def run(contribution, **changes):
         arguments = {"charter": charter, "base": base, "plugins": plugins, **changes}
-        return admit(Candidate(contribution, **arguments))
+        return admit(AdmissionCandidate(contribution, **arguments))
 
     return run
 
@@ -96,9 +102,9 @@ def test_every_kind_is_admitted(judge, contribute, write_adapter, kind):
 
 def test_decision_survives_the_ledger(judge, contribute):
     decision = judge(contribute())
-    assert Decision.from_json(decision.to_json()) == decision
+    assert AdmissionDecision.from_json(decision.to_json()) == decision
     refused = judge(contribute(base_loss=1.0))
-    assert Decision.from_json(refused.to_json()) == refused
+    assert AdmissionDecision.from_json(refused.to_json()) == refused
 
 
 def test_charter_identity(judge, contribute, charter):

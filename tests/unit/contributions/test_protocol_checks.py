@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from molora_fed.charter import AdapterRules, AdmissionRules
-from molora_fed.contributions.admission import Candidate, admit
+from molora_fed.contributions.admission import AdmissionCandidate, admit
 from molora_fed.contributions.build import measure_start_loss
 from molora_fed.contributions.manifest import load_contribution, parse_manifest
 from molora_fed.contributions.states import ContributionState
@@ -22,7 +22,7 @@ from molora_fed.types import Split
 @pytest.fixture
 def judge(base, plugins):
     def run(contribution, charter):
-        return admit(Candidate(contribution, charter, base, plugins))
+        return admit(AdmissionCandidate(contribution, charter, base, plugins))
 
     return run
 
