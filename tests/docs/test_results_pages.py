@@ -35,7 +35,7 @@ def list_options(words):
         return {"--help", *re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", source)}
     command = get_command(app)
     for word in words[1:]:
-        if not isinstance(command, click.Group):
+        if not isinstance(command, click.Group) or word.startswith("--"):
             break
         found = command.get_command(click.Context(command), word)
         if found is None and words[1] == "evolve":
