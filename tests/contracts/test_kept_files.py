@@ -185,7 +185,7 @@ def test_an_evolved_model_says_the_same(kept, cooperative):
 def test_an_evolution_goes_on_to_the_same_bytes(kept, cooperative, state):
     shutil.copytree(kept / state, cooperative, dirs_exist_ok=True)
     if state == "evolving" and not IS_SAME_MACHINE:
-        _, err = molora("evolve", cooperative, code=20)
+        _, err = molora("evolve", cooperative, code=24)
         assert "Cannot resume" in err and err.count("error: ") == 1
         return
     molora("evolve", cooperative)
@@ -209,7 +209,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(kept, tmp_path):
         "--key", write_key(tmp_path / "key.pem", 106), "--threads", 1,
     )  # fmt: skip
     if not IS_SAME_MACHINE:
-        _, err = molora(*arguments, code=20)
+        _, err = molora(*arguments, code=24)
         assert "Cannot resume training" in err and err.count("error: ") == 1
         return
     molora(*arguments)
@@ -239,8 +239,10 @@ def test_a_run_is_replayed_and_its_models_answer_the_same(kept):
     folder = kept / "cascade"
     out, _ = molora("trace", "replay", folder / "run/trace")
     assert out.startswith("4 decisions") and " 0 differences" in out
-    out, _ = molora("trace", "replay", folder / "run/trace", "--config", folder / "cascade.toml")
-    assert re.search(r"[1-9]\d* samples asked again, 0 differences", out)
+    if IS_SAME_MACHINE:  # elsewhere a sampled token or a score may come out otherwise
+        config = folder / "cascade.toml"
+        out, _ = molora("trace", "replay", folder / "run/trace", "--config", config)
+        assert re.search(r"[1-9]\d* samples asked again, 0 differences", out)
 
 
 def test_the_same_run_gives_the_same_trace(kept, tmp_path):
