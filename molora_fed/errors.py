@@ -5,7 +5,7 @@ Ranges: 10s configuration and input, 20s adapters, 30s routing, 40s population, 
 60s plugins.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "TrainingError",
     "UnknownNameError",
     "describe_mismatch",
+    "list_offenders",
 ]
 
 
@@ -50,6 +51,17 @@ def describe_mismatch(what: str, *, expected: object, got: object, fix: str) -> 
         `<what>: expected <expected>, got <got>. <fix>`
     """
     return f"{what}: expected {expected}, got {got}. {fix}"
+
+
+def list_offenders(offenders: Sequence[str], *, shown: int = 5) -> str:
+    """Some of what is wrong, and how many more there are, in one line.
+
+    Args:
+        offenders: What is wrong, one text each.
+        shown: Named at most.
+    """
+    more = len(offenders) - shown
+    return "; ".join(offenders[:shown]) + (f"; and {more} more" if more > 0 else "")
 
 
 class MoloraError(Exception):

@@ -1,12 +1,14 @@
-"""Plain values that cross rooms. Imports neither torch nor numpy."""
+"""Plain values that cross folders. Imports neither torch nor numpy."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 __all__ = [
+    "ADAPTER_FILES",
     "BASE_EXPERT",
+    "AdapterFile",
     "Case",
     "Document",
     "Finding",
@@ -24,6 +26,12 @@ __all__ = [
 
 BASE_EXPERT = "base"
 """Name of the base as an expert; no contributor may have it."""
+
+AdapterFile = Literal["adapter_config.json", "adapter_model.safetensors", "molora_adapter.json"]
+"""Names of an adapter's files: PEFT's two, and what PEFT has no place for."""
+
+ADAPTER_FILES: tuple[AdapterFile, ...] = get_args(AdapterFile)
+"""The only file names an adapter may have, so that no name from outside becomes a path."""
 
 Reading = Literal["base_hidden", "prefix_hidden", "mean_hidden", "experts_hidden", "evidence"]
 """What a router may read of a view; the bank makes only the columns that are read."""

@@ -11,7 +11,7 @@ from molora_fed.cascade.contract import (
     Verdict,
 )
 from molora_fed.cascade.escalation import Lineup, Rules, find_majority
-from molora_fed.cascade.running import Cascade, CascadeSettings
+from molora_fed.cascade.running import Cascade, CascadeSettings, answer_task
 
 
 class SaidModel:
@@ -91,3 +91,9 @@ class Kept:
     def append(self, kind, body):
         self.records.append((kind, body))
         return len(self.records) - 1
+
+
+def answer_all(tasks, cascade, recorder):
+    """Answer tasks in order, and record each decision."""
+    for task in tasks:
+        recorder.append("decision", answer_task(task, cascade))

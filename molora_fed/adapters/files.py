@@ -31,10 +31,10 @@ from molora_fed.storage.files import (
     write_json,
 )
 from molora_fed.storage.settings import read_model
+from molora_fed.types import ADAPTER_FILES
 
 __all__ = [
     "ADAPTER_DTYPES",
-    "ADAPTER_FILES",
     "CONFIG_FILE",
     "META_FILE",
     "WEIGHTS_FILE",
@@ -222,10 +222,7 @@ def load_tensors(
         ) from error
 
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-META_FILE = "molora_adapter.json"
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, META_FILE)
+CONFIG_FILE, WEIGHTS_FILE, META_FILE = ADAPTER_FILES
 FORMAT_VERSION = 1
 
 

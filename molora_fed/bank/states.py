@@ -18,6 +18,7 @@ from molora_fed.corpus.batches import choose_rows
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
 from molora_fed.models.base import Base
+from molora_fed.storage.seeds import derive_seed
 from molora_fed.types import Progress
 
 __all__ = [
@@ -177,7 +178,7 @@ def take_balanced(
         )
     parts = []
     for index, state in enumerate(states):
-        own = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+        own = derive_seed(seed, index)
         parts.append(state.take(choose_rows(len(state), step, batch=share, seed=own), device))
     return _join(parts)
 

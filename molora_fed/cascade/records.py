@@ -128,7 +128,7 @@ _SAMPLE_FIELDS = tuple(one.name for one in fields(Sample))
 
 
 class Recorder(Protocol):
-    """Where records go; `molora_fed.tracing.TraceWriter` is one."""
+    """Where records go; `molora_fed.tracing.writing.TraceWriter` is one."""
 
     def append(self, kind: str, body: Mapping[str, Any]) -> int:
         """Add a record and give its number."""

@@ -1,7 +1,7 @@
 """Running a cascade over tasks: ask the probe, escalate, decide, record; then the next task."""
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,13 +20,10 @@ from molora_fed.cascade.escalation import Lineup, Rules, assess_probe, decide, l
 from molora_fed.cascade.records import (
     Asked,
     RecordedDecision,
-    Recorder,
     build_record,
-    drop_times,
 )
 from molora_fed.cascade.retrieval import Retrieval
 from molora_fed.errors import CascadeError
-from molora_fed.types import Progress
 
 __all__ = [
     "Cascade",
@@ -37,7 +34,6 @@ __all__ = [
     "ask",
     "build_rules",
     "describe_totals",
-    "run_cascade",
 ]
 
 MAX_FAILURE_CHARACTERS = 300
@@ -305,46 +301,6 @@ def answer_task(task: CascadeTask, cascade: Cascade) -> dict[str, Any]:
         seconds=time.perf_counter() - started,
         examples=[{"id": one.id, "similarity": one.similarity} for one in examples],
     )
-
-
-def run_cascade(
-    tasks: Iterable[CascadeTask],
-    cascade: Cascade,
-    recorder: Recorder,
-    *,
-    done: Collection[str] = (),
-    totals: RunTotals | None = None,
-    with_times: bool = True,
-    progress: Progress | None = None,
-) -> RunTotals:
-    """Answer tasks one after the other, and record each decision as it is made.
-
-    Args:
-        tasks: The tasks.
-        cascade: What answers them.
-        recorder: Receives one "decision" record a task.
-        done: Ids of tasks that are decided already; they are left out.
-        totals: Of the tasks that are decided already.
-        with_times: Keep wall times; without them the same inputs give the same records.
-        progress: Receives tasks done and tasks in all, with accuracy and cost so far.
-
-    Returns:
-        Totals, those decided before included.
-
-    Raises:
-        MoloraError: See `answer_task`.
-    """
-    waiting = list(tasks)
-    so_far = totals or RunTotals()
-    for number, task in enumerate(waiting, start=1):
-        if task.id in done:
-            continue
-        body = answer_task(task, cascade)
-        recorder.append("decision", body if with_times else drop_times(body))
-        so_far = add_to_totals(so_far, body)
-        if progress is not None:
-            progress(number, len(waiting), **describe_totals(so_far))
-    return so_far
 
 
 def describe_totals(totals: RunTotals) -> dict[str, float | str]:

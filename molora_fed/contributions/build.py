@@ -11,14 +11,12 @@ from pydantic import JsonValue, ValidationError
 
 from molora_fed.charter import Amendment, Charter
 from molora_fed.contributions.manifest import (
-    ADAPTER_FILES,
     MANIFEST_FILE,
     MAX_CONFIG_BYTES,
     MAX_MANIFEST_BYTES,
     REQUIRED_ADAPTER_FILES,
     SAMPLE_SPLITS,
     SIGNATURE_FILE,
-    AdapterFile,
     Contribution,
     FileEntry,
     Manifest,
@@ -32,7 +30,7 @@ from molora_fed.models.forward import compute_block_losses
 from molora_fed.storage.files import hash_file, replace_folder, write_bytes, write_json
 from molora_fed.storage.keys import build_public_pem, sign
 from molora_fed.storage.settings import describe_offenders
-from molora_fed.types import Split
+from molora_fed.types import ADAPTER_FILES, AdapterFile, Split
 
 __all__ = [
     "OutgoingRow",

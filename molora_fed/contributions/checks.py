@@ -3,6 +3,7 @@
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import find_misfits, find_non_finite
 from molora_fed.contributions.admission import AdmissionCandidate, Stage, needs
+from molora_fed.errors import list_offenders
 from molora_fed.models.frozen import fingerprint_frozen
 from molora_fed.types import Finding
 
@@ -16,9 +17,6 @@ __all__ = [
     "check_shared_initialisation",
     "check_tensor_layout",
 ]
-
-
-_SHOWN = 5
 
 
 @needs(Stage.MANIFEST)
@@ -98,7 +96,7 @@ def check_tensor_layout(candidate: AdmissionCandidate) -> Finding | None:
         return None
     return Finding(
         f"linear layers of the base in blocks >= {rules.frozen_depth}",
-        _shorten(offenders),
+        list_offenders(offenders),
         "Train on the cooperative's base with its frozen depth and export again.",
     )
 
@@ -111,7 +109,7 @@ def check_finite_values(candidate: AdmissionCandidate) -> Finding | None:
         return None
     return Finding(
         "finite numbers in every tensor",
-        f"NaN or infinity in {_shorten(offenders)}",
+        f"NaN or infinity in {list_offenders(offenders)}",
         "Train again with a lower learning rate.",
     )
 
@@ -145,14 +143,6 @@ def check_own_domain_loss(candidate: AdmissionCandidate) -> Finding | None:
     return None
 
 
-def _shorten(offenders: list[str]) -> str:
-    more = len(offenders) - _SHOWN
-    return "; ".join(offenders[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-
-
-_SHOWN = 5
-
-
 @needs(Stage.MODEL)
 def check_frozen_depth(candidate: AdmissionCandidate) -> Finding | None:
     """Find a specialist whose frozen tensors are not, bit by bit, the base's.
@@ -169,10 +159,9 @@ def check_frozen_depth(candidate: AdmissionCandidate) -> Finding | None:
     changed = sorted(name for name, fingerprint in before.items() if after[name] != fingerprint)
     if not changed:
         return None
-    more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     return Finding(
         f"embedding, head, norms and the first {depth} blocks bit-identical to the base",
-        f"changes of {'; '.join(changed[:_SHOWN])}{more}",
+        f"changes of {list_offenders(changed)}",
         f"Train with frozen depth {depth} and export again.",
     )
 

@@ -21,10 +21,9 @@ from molora_fed.errors import AdapterError
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.keys import verify
 from molora_fed.storage.settings import UntrustedModel, describe_offenders
-from molora_fed.types import Split
+from molora_fed.types import ADAPTER_FILES, AdapterFile, Split
 
 __all__ = [
-    "ADAPTER_FILES",
     "SAMPLE_SPLITS",
     "Contribution",
     "FileEntry",
@@ -43,16 +42,7 @@ MAX_CONFIG_BYTES = 1_000_000
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "signature"
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-AdapterFile = Literal["adapter_config.json", "adapter_model.safetensors", "molora_adapter.json"]
-ADAPTER_FILES: tuple[AdapterFile, ...] = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "molora_adapter.json",
-)
-"""The only file names an adapter may have, so that no name from outside becomes a path."""
-
+WEIGHTS_FILE = ADAPTER_FILES[1]
 REQUIRED_ADAPTER_FILES: tuple[AdapterFile, ...] = ADAPTER_FILES[:2]
 
 SAMPLE_SPLITS: tuple[Split, ...] = (Split.CALIBRATION, Split.ADMISSION, Split.HELD_OUT)

@@ -18,7 +18,12 @@ from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import Charter, TrainingRules
 from molora_fed.contributions.build import measure_start_loss
 from molora_fed.corpus.prepare import Corpus
-from molora_fed.errors import AdapterError, IncompatibleAdapterError, describe_mismatch
+from molora_fed.errors import (
+    AdapterError,
+    IncompatibleAdapterError,
+    describe_mismatch,
+    list_offenders,
+)
 from molora_fed.models.base import Base, fingerprint_weights, load_model
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.frozen import find_changed_frozen
@@ -28,8 +33,6 @@ from molora_fed.training.specialists import Specialist, load_specialist
 from molora_fed.types import Progress, Split
 
 __all__ = ["Imported", "import_checkpoint"]
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +162,7 @@ def _check_derived(base_model: Any, model: Any, frozen_depth: int, checkpoint: P
             describe_mismatch(
                 what,
                 expected=f"the tensors of the base, a {type(base_model).__name__}",
-                got=f"a {type(model).__name__} that differs in {_shorten(different)}",
+                got=f"a {type(model).__name__} that differs in {list_offenders(different)}",
                 fix="Fine-tune the cooperative's base.",
             )
         )
@@ -170,7 +173,7 @@ def _check_derived(base_model: Any, model: Any, frozen_depth: int, checkpoint: P
                 what,
                 expected=f"embedding, head, norms and the first {frozen_depth} blocks "
                 "bit-identical to the base",
-                got=_shorten(changed),
+                got=list_offenders(changed),
                 fix="Fine-tune the cooperative's base in its own dtype with these frozen.",
             )
         )
@@ -178,11 +181,6 @@ def _check_derived(base_model: Any, model: Any, frozen_depth: int, checkpoint: P
 
 def _describe_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _shorten(offenders: list[str]) -> str:
-    more = len(offenders) - _SHOWN
-    return "; ".join(offenders[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _measure_start(

@@ -5,34 +5,16 @@ import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from molora_fed.corpus.builtin import MIN_CHARACTERS, choose_documents
 from molora_fed.types import Document
 
-__all__ = [
-    "read_brazilian",
-    "read_danish",
-    "read_dutch",
-    "read_french",
-    "read_german",
-    "read_italian",
-    "read_japanese",
-    "read_korean",
-    "read_manual_pages",
-    "read_polish",
-    "read_portuguese",
-    "read_romanian",
-    "read_russian",
-    "read_spanish",
-    "read_swedish",
-    "read_turkish",
-    "read_ukrainian",
-    "reduce_roff",
-]
+__all__ = ["pages", "read_manual_pages", "reduce_roff"]
 
+_LANGUAGE = re.compile(r"[a-z]{2}(_[A-Z]{2})?")
 MAX_PAGE_BYTES = 4_000_000
 
 _ACCENTS = {
@@ -168,19 +150,13 @@ def read_manual_pages(language: str) -> Iterator[Document]:
     return choose_documents(documents, f"man-{language.lower().replace('_', '-')}", where)
 
 
-read_german = partial(read_manual_pages, "de")
-read_french = partial(read_manual_pages, "fr")
-read_spanish = partial(read_manual_pages, "es")
-read_italian = partial(read_manual_pages, "it")
-read_dutch = partial(read_manual_pages, "nl")
-read_swedish = partial(read_manual_pages, "sv")
-read_polish = partial(read_manual_pages, "pl")
-read_russian = partial(read_manual_pages, "ru")
-read_japanese = partial(read_manual_pages, "ja")
-read_brazilian = partial(read_manual_pages, "pt_BR")
-read_portuguese = partial(read_manual_pages, "pt")
-read_ukrainian = partial(read_manual_pages, "uk")
-read_romanian = partial(read_manual_pages, "ro")
-read_danish = partial(read_manual_pages, "da")
-read_turkish = partial(read_manual_pages, "tr")
-read_korean = partial(read_manual_pages, "ko")
+class _Pages:
+    """Readers by language, as attributes, e.g. `pages.pt_BR`: what domains are registered with."""
+
+    def __getattr__(self, language: str) -> Callable[[], Iterator[Document]]:
+        if not _LANGUAGE.fullmatch(language):
+            raise AttributeError(language)
+        return partial(read_manual_pages, language)
+
+
+pages = _Pages()

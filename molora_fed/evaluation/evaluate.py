@@ -17,6 +17,7 @@ from molora_fed.evaluation.bootstrap import (
     compute_interval,
     resample_domain_means,
 )
+from molora_fed.forecasting.divergence import reduce_percent
 from molora_fed.types import Progress
 
 if TYPE_CHECKING:
@@ -165,14 +166,14 @@ class Evaluation:
             "best_specialist": self._named(specialist),
             "gain_percent": {
                 router: {
-                    label: _gain(self.equal_weight(reference), self.equal_weight(method))
+                    label: reduce_percent(self.equal_weight(reference), self.equal_weight(method))
                     for label, reference in references.items()
                 }
                 for router, method in routers.items()
             },
             "gain_interval_percent": {
                 router: {
-                    label: _interval(_gain(resampled[reference], resampled[method]))
+                    label: _interval(reduce_percent(resampled[reference], resampled[method]))
                     for label, reference in references.items()
                 }
                 for router, method in routers.items()
@@ -189,8 +190,10 @@ class Evaluation:
             "baseline_gain_percent": {
                 method: {
                     label: {
-                        "point": _gain(self.equal_weight(reference), self.equal_weight(method)),
-                        **_interval(_gain(resampled[reference], resampled[method])),
+                        "point": reduce_percent(
+                            self.equal_weight(reference), self.equal_weight(method)
+                        ),
+                        **_interval(reduce_percent(resampled[reference], resampled[method])),
                     }
                     for label, reference in references.items()
                 }
@@ -323,11 +326,6 @@ def _check_evaluation(bank: object, baselines: Mapping[str, Tensor]) -> None:
             f"{', '.join(sorted(_TAKEN))}, with losses {shape}, got {', '.join(wrong)}. "
             "Rename them, or measure them on this bank's blocks."
         )
-
-
-def _gain(reference: Any, loss: Any) -> Any:
-    """Reduction of the loss in percent of the reference's."""
-    return 100.0 * (reference - loss) / reference
 
 
 def _interval(statistics: NDArray[np.float64]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The contributor's side of the correspondence: answers letters from files on disk, in seconds.
+"""The contributor's side of the dialogue: answers letters from files on disk, in seconds.
 
 Imports neither torch nor flwr, and does no heavy work: a new process starts for every message.
 """

@@ -23,7 +23,7 @@ from molora_fed.federation.homes import (
     message_bytes,
 )
 from molora_fed.federation.mailbox import hold_lock
-from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
+from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
 
 __all__ = ["MailRelay", "app"]
@@ -75,7 +75,7 @@ class _Node:
     """One connected node and the message under way to it.
 
     Attributes:
-        correspondent: Who it is and where it stands.
+        remote: Who it is and where it stands.
         message_id: Message under way, or empty.
         sent: When it was sent, monotonic seconds.
         num_bytes: Bytes of parts that it carries or asks for.
@@ -84,7 +84,7 @@ class _Node:
         not_before: No message before this time, monotonic seconds; set after a failure.
     """
 
-    correspondent: Correspondent = field(default_factory=Correspondent)
+    remote: RemoteContributor = field(default_factory=RemoteContributor)
     message_id: str = ""
     sent: float = 0.0
     num_bytes: int = 0
@@ -156,10 +156,10 @@ class MailRelay:
                 node.not_before = time.monotonic() + PAUSE_SECONDS
                 print(f"node error {message.error.code}: {message.error.reason}", flush=True)
                 return
-            self._dialogue.accept(node.correspondent, unpack_envelope(message.content))
+            self._dialogue.accept(node.remote, unpack_envelope(message.content))
             self._home.board.post("")
-            is_silent = not node.correspondent.fingerprint
-            if is_silent or node.correspondent.state.get("problem"):
+            is_silent = not node.remote.fingerprint
+            if is_silent or node.remote.state.get("problem"):
                 node.not_before = time.monotonic() + PAUSE_SECONDS
             elif node.awaits is not None and not _has_news(node):
                 node.not_before = time.monotonic() + self._quiet_seconds
@@ -172,7 +172,7 @@ class MailRelay:
 
     def _send(self, node_id: int, node: _Node) -> None:
         try:
-            envelope = self._dialogue.next_envelope(node.correspondent)
+            envelope = self._dialogue.next_envelope(node.remote)
         except (MoloraError, OSError) as error:
             # A file changed while it was read, such as a result that a newer one replaces.
             node.not_before = time.monotonic() + PAUSE_SECONDS
@@ -209,5 +209,5 @@ class MailRelay:
 
 def _has_news(node: _Node) -> bool:
     """Whether what was waited for has come."""
-    state = node.correspondent.state
+    state = node.remote.state
     return state.get("answered") == node.awaits if node.awaits else bool(state.get("offer"))

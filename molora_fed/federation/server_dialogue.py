@@ -1,4 +1,4 @@
-"""The server's side of the correspondence: what to send next, and where answers are kept.
+"""The server's side of the dialogue: what to send next, and where answers are kept.
 
 Works on folders only, so it can be stopped at any moment and is tested without Flower. Imports
 neither torch nor flwr.
@@ -29,13 +29,13 @@ from molora_fed.federation.messages import (
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import key_fingerprint, verify
 
-__all__ = ["Correspondent", "ServerDialogue"]
+__all__ = ["RemoteContributor", "ServerDialogue"]
 
 _MAX_LIST = 20_000
 
 
 @dataclass
-class Correspondent:
+class RemoteContributor:
     """What the server knows of one connected node; forgotten when the node goes.
 
     Attributes:
@@ -63,12 +63,12 @@ class ServerDialogue:
         self._message_bytes = message_bytes
         self._wait_seconds = wait_seconds
 
-    def next_envelope(self, correspondent: Correspondent) -> Envelope | None:
+    def next_envelope(self, remote: RemoteContributor) -> Envelope | None:
         """What to send to a node now, or None if nothing is to be said."""
-        if not correspondent.fingerprint:
-            return Envelope((Letter("hello", {"nonce": correspondent.nonce}),))
-        mailbox = self._home.contributor(correspondent.fingerprint)
-        state = correspondent.state
+        if not remote.fingerprint:
+            return Envelope((Letter("hello", {"nonce": remote.nonce}),))
+        mailbox = self._home.contributor(remote.fingerprint)
+        state = remote.state
         refusal = read_json(mailbox.refusal_file)
         if refusal is not None:
             return None if state.get("refused") else Envelope((Letter("refusal", refusal),))
@@ -178,7 +178,7 @@ class ServerDialogue:
             return None
         return parse_shipment(answered["files"])
 
-    def accept(self, correspondent: Correspondent, reply: Envelope) -> None:
+    def accept(self, remote: RemoteContributor, reply: Envelope) -> None:
         """File an answer in the contributor's mailbox.
 
         Raises:
@@ -186,17 +186,17 @@ class ServerDialogue:
             FederationError: If the answer is malformed, or the contribution is too large.
             StorageError: On I/O errors; the answer is then asked for again.
         """
-        if not correspondent.fingerprint and not reply.letters:
+        if not remote.fingerprint and not reply.letters:
             return  # a simulated node whose contributor has not joined yet
         hello = reply.find("hello")
-        if not correspondent.fingerprint:
+        if not remote.fingerprint:
             if hello is None:
                 raise FederationError(
                     "Cannot talk to a node: expected its public key and signature, got neither. "
                     "Run the same molora-fed version on both sides."
                 )
-            self._accept_hello(correspondent, hello)
-        mailbox = self._home.contributor(correspondent.fingerprint)
+            self._accept_hello(remote, hello)
+        mailbox = self._home.contributor(remote.fingerprint)
         manifest = reply.find("manifest")
         if manifest is not None:
             self._accept_manifest(mailbox, manifest)
@@ -206,26 +206,26 @@ class ServerDialogue:
         self._accept_parts(mailbox, reply)
         state = reply.find("state")
         if state is not None:
-            correspondent.state = {
+            remote.state = {
                 **_check_state(state),
                 "offer": manifest is not None,
                 "answered": str((answered or {}).get("question", "")),
             }
-            shown = {**public_state(state), "problem": correspondent.state["problem"]}
+            shown = {**public_state(state), "problem": remote.state["problem"]}
             if read_json(mailbox.state_file) != shown:
                 write_json(mailbox.state_file, shown)
 
-    def _accept_hello(self, correspondent: Correspondent, hello: Mapping[str, Any]) -> None:
+    def _accept_hello(self, remote: RemoteContributor, hello: Mapping[str, Any]) -> None:
         public_key = str(hello.get("public_key", ""))
         try:
             verify(
                 public_key,
-                build_hello_bytes(correspondent.nonce),
+                build_hello_bytes(remote.nonce),
                 str(hello.get("signature", "")),
                 what="hello",
             )
         except SignatureError:
-            correspondent.nonce = secrets.token_hex(32)
+            remote.nonce = secrets.token_hex(32)
             raise
         name, domain = str(hello.get("name", ""))[:63], str(hello.get("domain", ""))[:63]
         mailbox = self._home.contributor(key_fingerprint(public_key))
@@ -244,7 +244,7 @@ class ServerDialogue:
             record = {"public_key": public_key, "name": name, "domain": domain}
             if read_json(mailbox.hello_file) != record:
                 write_json(mailbox.hello_file, record)
-        correspondent.fingerprint = mailbox.fingerprint
+        remote.fingerprint = mailbox.fingerprint
 
     def _accept_manifest(self, mailbox: ContributorMailbox, manifest: Mapping[str, Any]) -> None:
         """Note which files a contributor offers, within the charter's limits."""

@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from molora_fed.errors import ConfigError
 from molora_fed.types import LossMatrix, Reference
@@ -15,7 +19,21 @@ __all__ = [
     "compute_own_divergences",
     "compute_reference_losses",
     "keep_own_losses",
+    "reduce_percent",
 ]
+
+
+Figures = TypeVar("Figures", float, NDArray[np.float64])
+
+
+def reduce_percent(reference_loss: Figures, loss: Figures) -> Figures:
+    """The formula of every gain: by how many percent of the reference the loss is lower.
+
+    Args:
+        reference_loss: Nats per token, > 0: a number, or an array of any shape.
+        loss: Nats per token, of the same shape.
+    """
+    return 100.0 * (reference_loss - loss) / reference_loss
 
 
 def compute_gain_percent(reference_loss: float, loss: float) -> float:
@@ -38,7 +56,7 @@ def compute_gain_percent(reference_loss: float, loss: float) -> float:
             f"Cannot compute a gain: expected a reference loss above 0 nats, "
             f"got {reference_loss}. Check the losses it came from."
         )
-    return 100.0 * (reference_loss - loss) / reference_loss
+    return reduce_percent(reference_loss, loss)
 
 
 def compute_equal_weight_loss(losses: Mapping[str, float], domains: Iterable[str]) -> float:

@@ -65,10 +65,10 @@ def _find(folder: Path, kind: ModelKind) -> Path | None:
         case "evolved":
             return find_evolved(folder)
         case "specialist":
-            places, name = (folder / "adapter", folder), ADAPTER_CONFIG_FILE
+            files = [inner / ADAPTER_CONFIG_FILE for inner in (folder / "adapter", folder)]
         case "base":
-            places, name = (folder, folder / "base"), "config.json"
-    return next((place for place in places if (place / name).is_file()), None)
+            files = [inner / "config.json" for inner in (folder, folder / "base")]
+    return next((file.parent for file in files if file.is_file()), None)
 
 
 def _load(folder: Path, kind: ModelKind, base_folder: Path | None, plugins: Plugins) -> Model:

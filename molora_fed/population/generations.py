@@ -16,8 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from molora_fed.errors import PopulationError, describe_mismatch
 from molora_fed.plugins import Plugins
 from molora_fed.population.contract import LifecycleState
@@ -46,6 +44,7 @@ from molora_fed.population.lineage import (
 from molora_fed.population.router_files import pack_router, save_router
 from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.locks import lock_folder
+from molora_fed.storage.seeds import derive_seed
 from molora_fed.types import Progress
 
 __all__ = ["evolve"]
@@ -132,7 +131,7 @@ class _Run:
             return self._finish(number, self._adapt(before, number, _LIFECYCLE))
         state = self._run_lifecycle(number, before)
         newborns = tuple(sorted(state.parents))
-        seed = _derive(self.config.seed, number, 1)
+        seed = derive_seed(self.config.seed, number, 1)
         router = reset_newborns(before.router, state, seed) if newborns else before.router
         lifecycle = self._adapt(Branch(state.population, router), number, _LIFECYCLE)
         comparison, kept = None, lifecycle
@@ -158,7 +157,7 @@ class _Run:
             fitness,
             domains,
             generation=number,
-            seed=_derive(self.config.seed, number, 0),
+            seed=derive_seed(self.config.seed, number, 0),
         )
 
     def _adapt(self, branch: Branch, number: int, name: str) -> Branch:
@@ -218,10 +217,6 @@ def _remove_checkpoints(folder: Path) -> None:
             checkpoint.unlink()
         for round_folder in (folder / name).glob("round-*"):
             shutil.rmtree(round_folder)
-
-
-def _derive(seed: int, *place: int) -> int:
-    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
 
 
 def _check(branch: Branch, config: EvolutionConfig) -> None:

@@ -22,6 +22,7 @@ from molora_fed.population.contract import (
     Population,
 )
 from molora_fed.population.slots import check_slots
+from molora_fed.storage.seeds import derive_seed
 from molora_fed.storage.settings import open_options
 
 __all__ = ["Step", "compute_fitness", "open_operators", "reset_newborns", "run_lifecycle"]
@@ -132,7 +133,7 @@ def run_lifecycle(
         )
     state = LifecycleState(population, fitness, tuple(domains), generation)
     for place, step in enumerate(steps):
-        derived = int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
+        derived = derive_seed(seed, place)
         following = step.operator.apply(state, derived)
         _check_step(step.name, state, following, population)
         state = following
@@ -208,6 +209,6 @@ def reset_newborns(router: AdapterRouter, state: LifecycleState, seed: int) -> A
     """
     changed = copy.deepcopy(router)
     for slot, parent in sorted(state.parents.items()):
-        derived = int(np.random.SeedSequence([seed, slot]).generate_state(1)[0])
+        derived = derive_seed(seed, slot)
         changed.reset_slot(slot, parent, derived)
     return changed

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from molora_fed.models.base import Base
 from molora_fed.models.layout import adaptable_modules, weight_of
 from molora_fed.population.contract import Birth, Population, Slot
 from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.seeds import derive_seed
 
 __all__ = [
     "FRESH_ALPHA",
@@ -87,7 +87,7 @@ def make_population(
         else:
             modules = adaptable_modules(base.model, depth)
             shapes = {name: tuple(weight_of(module).shape) for name, module in modules.items()}
-            drawn = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+            drawn = derive_seed(seed, index)
             updates = make_fresh_updates(shapes, fresh_rank, drawn)
             birth = Birth(f"g0-s{index}", "fresh", seed=seed)
             slots.append(Slot(birth=birth, domain=None, updates=updates))

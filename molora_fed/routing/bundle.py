@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from molora_fed.adapters.files import ADAPTER_FILES, check_adapter_fits, load_adapter
+from molora_fed.adapters.files import check_adapter_fits, load_adapter
 from molora_fed.charter import BaseIdentity
 from molora_fed.errors import BaseCheckpointError, RoutingError, describe_mismatch
 from molora_fed.models.base import Base, check_base, load_base
@@ -25,7 +25,7 @@ from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import TopKRouter, limit_experts
 from molora_fed.storage.files import hash_bytes, replace_folder, write_bytes, write_json
 from molora_fed.storage.settings import StrictModel, describe_offenders, read_model
-from molora_fed.types import Mixture
+from molora_fed.types import ADAPTER_FILES, Mixture
 
 __all__ = [
     "BaseEntry",

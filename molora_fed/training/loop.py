@@ -29,6 +29,7 @@ from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.runtime import describe_environment, deterministic, limit_threads
 from molora_fed.storage.files import hash_bytes
 from molora_fed.storage.locks import lock_folder
+from molora_fed.storage.seeds import derive_seed
 from molora_fed.training.checkpoints import (
     CheckpointStore,
     Counters,
@@ -113,7 +114,7 @@ class TrainingJob:
 
 def seed_step(seed: int, number: int) -> None:
     """Seed torch for one step, whatever ran before it."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+    torch.manual_seed(derive_seed(seed, number))
 
 
 def build_optimizer(

@@ -26,6 +26,7 @@ from molora_fed.population.contract import (
     OperatorOptions,
     Slot,
 )
+from molora_fed.storage.seeds import derive_seed
 
 __all__ = [
     "Crossover",
@@ -64,11 +65,6 @@ def rank_parents(state: LifecycleState, slot: int) -> list[int]:
             f"{state.generation}, got none. Let fewer slots die."
         )
     return sorted(survivors, key=lambda index: (-values[index], index))
-
-
-def _derive(seed: int, *place: int) -> int:
-    """A seed for one place, independent of the other places."""
-    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
 
 
 def _list_layers(state: LifecycleState, slots: Sequence[int]) -> list[tuple[str, int]]:
@@ -111,7 +107,7 @@ def _bear(
                 slots[i].updates[name] for i in (slot, *parents) if name in slots[i].updates
             )
         spectrum = decompose_product(inherited, weight)
-        updates[name] = rebuild(spectrum, rank, _derive(seed, slot, place))
+        updates[name] = rebuild(spectrum, rank, derive_seed(seed, slot, place))
     birth = Birth(
         id=f"g{state.generation}-s{slot}",
         operator=operator,
@@ -248,7 +244,7 @@ class SvdMutation(LifecycleOperator):
             if slot.birth.generation != state.generation:
                 continue
             updates = {
-                name: self._mutate(update, _derive(seed, index, place))
+                name: self._mutate(update, derive_seed(seed, index, place))
                 for place, (name, update) in enumerate(sorted(slot.updates.items()))
             }
             birth = replace(slot.birth, operator=f"{slot.birth.operator}+svd-mutation")

@@ -18,7 +18,6 @@ import abc
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from molora_fed.bank.views import GateReading, GateView
 from molora_fed.errors import PopulationError, ShapeError
 from molora_fed.population.contract import AdapterRouter, AdapterRouterOptions
 from molora_fed.routing.causal import causal_mean
+from molora_fed.storage.seeds import derive_seed
 
 __all__ = [
     "ParallelSigmoidOptions",
@@ -159,7 +159,7 @@ class _LinearGates(AdapterRouter):
         for values in self.parameters():
             values[slot] = 0.0
         # Slot by slot, so that a slot's start depends on neither the others nor their number.
-        state = int(np.random.SeedSequence([seed, slot]).generate_state(1)[0])
+        state = derive_seed(seed, slot)
         generator = torch.Generator().manual_seed(state)
         drawn = torch.randn(self.width, generator=generator)
         self.weight[slot] = drawn * (START_SPREAD / self.width**0.5)

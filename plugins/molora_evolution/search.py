@@ -28,6 +28,7 @@ from molora_fed.models.forward import evaluating
 from molora_fed.population.adaptation import compute_loss
 from molora_fed.population.contract import AdapterRouter, Population
 from molora_fed.population.mixture import Mixture
+from molora_fed.storage.seeds import derive_seed
 
 __all__ = [
     "Objective",
@@ -144,7 +145,7 @@ def _prepare(start: Tensor, config: SearchConfig) -> tuple[Tensor, torch.optim.O
 
 def _draw(config: SearchConfig, update: int, like: Tensor) -> Tensor:
     """The perturbations of an update: a pure function of (seed, update), (pairs, n)."""
-    state = int(np.random.SeedSequence([config.seed, update]).generate_state(1)[0])
+    state = derive_seed(config.seed, update)
     generator = torch.Generator().manual_seed(state)
     return torch.randn((config.pairs, like.numel()), generator=generator).to(like)
 

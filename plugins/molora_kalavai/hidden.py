@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -17,6 +16,7 @@ from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router
 from molora_fed.routing.causal import causal_mean, causal_sum, count_since_start
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.fitting import fit_on_batches
+from molora_fed.storage.seeds import derive_seed
 from molora_fed.types import Progress, Reading
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def draw_rows(names: Sequence[str], width: int, seed: int) -> Tensor:
 
 def _derive_seed(seed: int, run: int) -> int:
     """The seed itself for the first run; unlike neighbouring seeds, the others never meet."""
-    return seed if run == 0 else int(np.random.SeedSequence([seed, run]).generate_state(1)[0])
+    return seed if run == 0 else derive_seed(seed, run)
 
 
 def _shift(progress: Progress | None, run: int, runs: int) -> Progress | None:

@@ -1,4 +1,4 @@
-"""The whole correspondence without Flower, over a network that loses and repeats."""
+"""The whole dialogue without Flower, over a network that loses and repeats."""
 
 import random
 import shutil
@@ -28,7 +28,7 @@ from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import Envelope, Letter, describe_folder
-from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
+from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
 from molora_fed.federation.worker_mail import (
     offer_contribution,
     receive_charter,
@@ -63,12 +63,12 @@ class Stage:
         self.dialogue = ServerDialogue(
             self.server, message_bytes=self.message_bytes, wait_seconds=0
         )
-        self.correspondent = Correspondent()
+        self.remote = RemoteContributor()
         self.summary = {"contributions": ["c"]}
 
     def exchange(self, fate="delivered"):
         """One envelope there and its answer back; True if anything was said."""
-        envelope = self.dialogue.next_envelope(self.correspondent)
+        envelope = self.dialogue.next_envelope(self.remote)
         if envelope is None:
             return False
         assert envelope.num_bytes <= self.message_bytes
@@ -78,9 +78,9 @@ class Stage:
         if fate == "repeated":
             reply = answer(self.client, envelope)
         if fate != "reply lost":
-            self.dialogue.accept(self.correspondent, reply)
+            self.dialogue.accept(self.remote, reply)
         if fate == "node replaced":
-            self.correspondent = Correspondent()
+            self.remote = RemoteContributor()
         return True
 
     def coordinate(self):
@@ -192,23 +192,23 @@ def test_a_quiet_network_needs_few_messages(tmp_path, keys):
 
 def test_a_node_nobody_has_joined_at_is_asked_again(tmp_path, keys):
     stage = Stage(tmp_path, keys)
-    stage.dialogue.accept(stage.correspondent, Envelope())
-    assert stage.correspondent.fingerprint == ""
-    assert stage.dialogue.next_envelope(stage.correspondent).find("hello") is not None
+    stage.dialogue.accept(stage.remote, Envelope())
+    assert stage.remote.fingerprint == ""
+    assert stage.dialogue.next_envelope(stage.remote).find("hello") is not None
     with pytest.raises(FederationError, match="expected its public key"):
-        stage.dialogue.accept(stage.correspondent, Envelope((Letter("state", {}),)))
+        stage.dialogue.accept(stage.remote, Envelope((Letter("state", {}),)))
 
 
 def test_a_hello_must_be_signed_with_the_key_it_shows(tmp_path, keys):
     stage = Stage(tmp_path, keys)
-    envelope = stage.dialogue.next_envelope(stage.correspondent)
+    envelope = stage.dialogue.next_envelope(stage.remote)
     reply = answer(stage.client, envelope)
-    other = Correspondent()
+    other = RemoteContributor()
     with pytest.raises(SignatureError):
         stage.dialogue.accept(other, reply)  # a replay: signed for another nonce
     assert other.fingerprint == ""
     with pytest.raises(FederationError, match="neither"):
-        stage.dialogue.accept(Correspondent(), Envelope((Letter("state", {}),)))
+        stage.dialogue.accept(RemoteContributor(), Envelope((Letter("state", {}),)))
     assert stage.server.contributors() == []
 
 
@@ -218,7 +218,7 @@ def test_a_name_belongs_to_the_key_that_took_it_first(tmp_path, keys):
     stage.exchange()
     stage.client.key.unlink()
     load_or_make_key(stage.client.key)
-    stage.correspondent = Correspondent()
+    stage.remote = RemoteContributor()
     stage.exchange()
     stage.exchange()
     refusal = read_json(stage.client.refusal_letter)
@@ -237,7 +237,7 @@ def test_a_contribution_over_the_charters_limit_is_refused_before_it_is_sent(tmp
     offer_contribution(home)
     with pytest.raises(FederationError, match="at most"):
         stage.exchange()
-    mailbox = stage.server.contributor(stage.correspondent.fingerprint)
+    mailbox = stage.server.contributor(stage.remote.fingerprint)
     assert mailbox.parts.held() == set()
     stage.exchange("reply lost")
     assert "at most" in read_json(home.refusal_letter)["reason"]

@@ -24,7 +24,7 @@ from molora_fed.federation.coordinator_mail import publish_charter
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
+from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
 from molora_fed.federation.worker import ContributorWorker
 from molora_fed.federation.worker_mail import give_consent
 from molora_fed.models.base import load_base
@@ -86,7 +86,7 @@ class Stage:
         """Join, and go on until everybody has the result."""
         homes = {domain: self.make(domain) for domain in domains}
         steps = {d: ContributorWorker(home, PLUGINS).steps() for d, home in homes.items()}
-        lines = {domain: Correspondent() for domain in domains}
+        lines = {domain: RemoteContributor() for domain in domains}
         ended, failures = threading.Event(), []
 
         def coordinate():
@@ -114,7 +114,7 @@ class Stage:
                     elif domain not in steps and self.is_growing:
                         # Whoever has the old model joins again: the server says it waits.
                         steps[domain] = ContributorWorker(self.make(domain), PLUGINS).steps()
-                        lines[domain] = Correspondent()
+                        lines[domain] = RemoteContributor()
         finally:
             ended.set()
             thread.join(timeout=30)
@@ -151,7 +151,7 @@ def test_too_little_private_text_is_said_before_training(tmp_path, tiny_checkpoi
     home = ContributorHome(tmp_path / "few")
     load_or_make_key(home.key)
     JoinSettings("few-1", "few", (tmp_path / "text" / "few",)).save(home.settings_file)
-    steps, line = ContributorWorker(home, PLUGINS).steps(), Correspondent()
+    steps, line = ContributorWorker(home, PLUGINS).steps(), RemoteContributor()
     with pytest.raises(PopulationError, match="document clusters") as caught:
         for _ in range(50):
             envelope = stage.dialogue.next_envelope(line)

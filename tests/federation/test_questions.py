@@ -32,7 +32,7 @@ from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import build_question_bytes
 from molora_fed.federation.requests import RemoteData
-from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
+from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
 from molora_fed.federation.worker_mail import (
     answer_question,
     find_question,
@@ -105,7 +105,7 @@ class Stage:
             (home.contribution).mkdir()
             (home.contribution / "adapter.bin").write_bytes(name.encode())
             self.homes[name], self.people[name] = home, Person()
-            self.lines[name] = Correspondent()
+            self.lines[name] = RemoteContributor()
             self.admit(name)
 
     def admit(self, name):
@@ -135,7 +135,7 @@ class Stage:
         if fate != "reply lost":
             self.dialogue.accept(self.lines[name], reply)
         if fate == "node replaced":
-            self.lines[name] = Correspondent()
+            self.lines[name] = RemoteContributor()
         return True
 
     def work(self, name):

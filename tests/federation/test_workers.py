@@ -21,7 +21,7 @@ from molora_fed.federation.coordinator_mail import publish_charter
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.server_dialogue import Correspondent, ServerDialogue
+from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
 from molora_fed.federation.worker import ContributorWorker
 from molora_fed.federation.worker_mail import give_consent
 from molora_fed.models.base import load_base
@@ -104,7 +104,7 @@ class Stage:
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        self.members[name] = (home, thread, Correspondent())
+        self.members[name] = (home, thread, RemoteContributor())
         return home
 
     def _agree(self):
@@ -118,10 +118,10 @@ class Stage:
         with self.cooperative.open_ledger() as ledger:
             coordinator = CoordinatorWorker(self.server, self.cooperative, ledger, self.plugins)
             for _ in range(rounds):
-                for home, _, correspondent in self.members.values():
-                    envelope = self.dialogue.next_envelope(correspondent)
+                for home, _, remote in self.members.values():
+                    envelope = self.dialogue.next_envelope(remote)
                     if envelope is not None:
-                        self.dialogue.accept(correspondent, answer(home, envelope))
+                        self.dialogue.accept(remote, answer(home, envelope))
                 self._agree()
                 meddle()
                 coordinator.look()
@@ -221,7 +221,7 @@ def test_a_contribution_signed_by_another_is_not_taken(tmp_path, tiny_checkpoint
             thief.offer_file.write_bytes(home.offer_file.read_bytes())
             done = threading.Thread(target=lambda: None)
             done.start()
-            stage.members["thief"] = (thief, done, Correspondent())
+            stage.members["thief"] = (thief, done, RemoteContributor())
         letter = read_json(thief.acknowledgement_letter)
         if letter is not None:
             raise StopIteration(letter)

@@ -40,6 +40,7 @@ from molora_fed.population.losses import sum_clusters
 from molora_fed.population.pooled import PooledData
 from molora_fed.population.router_files import pack_router
 from molora_fed.population.slots import make_fresh_updates
+from molora_fed.storage.seeds import derive_seed
 from molora_fed.types import Progress
 from molora_studies.evolution.substrate_actions import (
     Replicate,
@@ -338,4 +339,4 @@ def _adapt_pair(
 
 
 def _derive(replicate: Replicate, *place: int) -> int:
-    return int(np.random.SeedSequence([replicate.config.seed, *place]).generate_state(1)[0])
+    return derive_seed(replicate.config.seed, *place)

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from cascade_helpers import Kept, SaidModel, make_cascade, make_task
+from cascade_helpers import Kept, SaidModel, answer_all, make_cascade, make_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from molora_fed.cascade.escalation import Lineup
 from molora_fed.cascade.records import drop_times
 from molora_fed.cascade.replay import Replayer, replay_trace
 from molora_fed.cascade.retrieval import Example, Retrieval
-from molora_fed.cascade.running import CascadeSettings, run_cascade
+from molora_fed.cascade.running import CascadeSettings
 from molora_fed.cascade.session import run_in_folder
 from molora_fed.cascade.summary import summarise_runs
 from molora_fed.cascade.task_files import save_tasks
@@ -333,7 +333,7 @@ JSON = st.recursive(
 def test_hostile_records_end_in_findings(data):
     kept = Kept()
     cascade = make_real()
-    run_cascade(make_tasks(1), cascade, kept)
+    answer_all(make_tasks(1), cascade, kept)
     body = copy.deepcopy(kept.records[0][1])
     key = data.draw(st.sampled_from(sorted(body)))
     if isinstance(body[key], list | dict) and body[key] and data.draw(st.booleans()):
@@ -353,7 +353,7 @@ def test_hostile_records_end_in_findings(data):
 def test_times_are_dropped_and_details_kept():
     kept = Kept()
     task = replace(make_tasks(1)[0], details={"seconds": 3})
-    run_cascade([task], make_real(), kept)
+    answer_all([task], make_real(), kept)
     plain = drop_times(kept.records[0][1])
     assert plain["details"] == {"seconds": 3}
     assert "seconds" not in plain and "seconds" not in plain["samples"][0]

@@ -4,12 +4,11 @@ import time
 import tracemalloc
 
 import pytest
-from cascade_helpers import Kept, SaidModel, make_cascade, make_task
+from cascade_helpers import Kept, SaidModel, answer_all, make_cascade, make_task
 
 from molora_fed.cascade.config import EndpointSource
 from molora_fed.cascade.contract import Request
 from molora_fed.cascade.endpoint import EndpointModel
-from molora_fed.cascade.running import run_cascade
 from molora_fed.errors import CascadeError
 from molora_fed.testing.endpoints import serve_faults
 
@@ -134,8 +133,8 @@ def test_a_run_over_faults_goes_on_and_the_record_says_what_happened(server):
         **dict(zip("abc", (build(server, one, retries=0) for one in faults), strict=True)),
     }
     kept = Kept()
-    totals = run_cascade([make_task(1), make_task(2)], make_cascade(models), kept)
-    assert totals.tasks == 2
+    answer_all([make_task(1), make_task(2)], make_cascade(models), kept)
+    assert len(kept.records) == 2
     for _, body in kept.records:
         failures = [one["failure"] for one in body["samples"] if one["role"] == "member"]
         assert failures == ["status 500", "malformed JSON", "answer of more than 1048576 bytes"]

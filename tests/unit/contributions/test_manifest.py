@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from molora_fed.contributions.manifest import ADAPTER_FILES, load_contribution, parse_manifest
+from molora_fed.contributions.manifest import load_contribution, parse_manifest
 from molora_fed.errors import AdapterError, SignatureError
-from molora_fed.types import Split
+from molora_fed.types import ADAPTER_FILES, Split
 
 
 def edit_manifest(folder, change):

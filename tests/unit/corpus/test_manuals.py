@@ -2,7 +2,7 @@ import gzip
 
 import pytest
 
-from molora_fed.corpus.manuals import read_brazilian, read_german, reduce_roff
+from molora_fed.corpus.manuals import pages, reduce_roff
 from molora_fed.errors import CorpusError
 
 PAGE = r""".\" Copyright
@@ -52,7 +52,7 @@ def test_pages_are_found_along_the_man_path(tmp_path, monkeypatch):
     (folder / "cut.1.gz").write_bytes(gzip.compress(body.encode())[:-9])
     monkeypatch.setenv("PATH", str(tmp_path / "usr" / "bin"))
     monkeypatch.delenv("MANPATH", raising=False)
-    documents = list(read_german())
+    documents = list(pages.de())
     assert [document.name for document in documents] == ["man1/a.1", "man1/b.1"]
     assert documents[1].text.startswith("NAME\ngenug Text für")
 
@@ -63,4 +63,9 @@ def test_an_absent_language_is_told(tmp_path, monkeypatch):
     with pytest.raises(
         CorpusError, match=r"'man-pt-br': expected text in manual pages of .*'pt_BR'"
     ):
-        list(read_brazilian())
+        list(pages.pt_BR())
+
+
+def test_a_language_is_two_letters_and_perhaps_a_country():
+    for wrong in ("german", "d", "../de", "pt_br"):
+        assert not hasattr(pages, wrong)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from training_helpers import RULES, TRAINING, build_blocks, run_until_killed, train_counting
 
 from molora_fed.adapters.compatibility import applied
-from molora_fed.adapters.files import ADAPTER_FILES, load_adapter
+from molora_fed.adapters.files import load_adapter
 from molora_fed.charter import AdapterRules, TrainingRules
 from molora_fed.errors import AdapterError, TrainingError, UnknownNameError
 from molora_fed.models.base import load_base
@@ -16,7 +16,7 @@ from molora_fed.models.forward import compute_block_losses
 from molora_fed.training.loop import CHECKPOINT_NAME
 from molora_fed.training.pooled import train_monolithic
 from molora_fed.training.specialists import load_specialist
-from molora_fed.types import Split
+from molora_fed.types import ADAPTER_FILES, Split
 
 KINDS = ("lora", "svd", "delta")
 SHORT = TrainingRules(rank=4, steps=6, batch=4, learning_rate=1e-2, validate_every=3)
