@@ -1,6 +1,6 @@
-"""Imports point down: every import, lazy and type-only ones too, is in the table below.
+"""Imports point down: every import, lazy and type-only ones too, is in tests/import_table.py.
 
-`docs/architecture.md` shows the same table; a test there reads this one.
+`docs/architecture.md` shows the same table, see tests/docs/test_architecture_page.py.
 """
 
 import ast
@@ -8,60 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from import_table import ALLOWED, PACKAGES, REPOSITORY
 
 import molora_fed
 
-REPOSITORY = Path(__file__).parents[2]
-PACKAGES = {
-    "molora_fed": REPOSITORY / "molora_fed",
-    "molora_cli": REPOSITORY / "cli" / "molora_cli",
-    "molora_kalavai": REPOSITORY / "plugins" / "molora_kalavai",
-    "molora_evolution": REPOSITORY / "plugins" / "molora_evolution",
-    "molora_acar": REPOSITORY / "plugins" / "molora_acar",
-    "molora_studies": REPOSITORY / "plugins" / "molora_studies",
-}
 MAX_CHAIN = 14  # folders on the longest way down
 MAX_ROOT_MODULES = 8
-
-_MEASURING = "corpus models adapters bank routing evaluation"
-_BELOW_COOPERATIVE = (
-    f"{_MEASURING} tracing training contributions forecasting fusion population reporting"
-)
-
-# What a place may import besides the root's modules and storage, lowest place first.
-ALLOWED: dict[str, str] = {
-    "root": "",
-    "storage": "",
-    "corpus": "",
-    "models": "",
-    "tracing": "",
-    "adapters": "models",
-    "training": "corpus models adapters",
-    "contributions": "corpus models adapters",
-    "bank": "corpus models adapters",
-    "routing": "models adapters bank",
-    "forecasting": "contributions",
-    "evaluation": "bank routing forecasting",
-    # `contributions`: a plan is made of contributions, with the samples that came with them.
-    "fusion": "corpus models adapters contributions bank routing forecasting evaluation",
-    "population": f"{_MEASURING} contributions training",
-    "inference": f"{_MEASURING} population",
-    "reporting": "contributions forecasting population",
-    "testing": "models adapters bank routing evaluation population",
-    "cooperative": _BELOW_COOPERATIVE,
-    "federation": f"{_BELOW_COOPERATIVE} inference testing cooperative",
-    "cascade": f"{_BELOW_COOPERATIVE} inference testing cooperative",
-    "demo": f"{_BELOW_COOPERATIVE} inference testing cooperative federation",
-    # The public face hands names on from wherever they are; who imports one of them from
-    # `molora_fed` counts as importing it from there.
-    "face": f"{_BELOW_COOPERATIVE} inference testing cooperative federation cascade",
-    "molora_kalavai": f"{_MEASURING} contributions forecasting",
-    "molora_evolution": f"{_MEASURING} training population",
-    "molora_acar": "cascade",
-}
 FACE = molora_fed._MODULE_OF
-ALLOWED["molora_cli"] = " ".join(ALLOWED)
-ALLOWED["molora_studies"] = " ".join(ALLOWED)
 
 
 def find_place(module: str) -> str:

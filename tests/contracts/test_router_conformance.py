@@ -75,3 +75,10 @@ class TakesAnyBank(ZeroTrainingEvidenceRouter):
 def test_broken_router_is_caught(router, reason):
     with pytest.raises(PluginError, match=reason):
         check_router_conformance(router)
+
+
+@pytest.mark.parametrize("seed", [0, 991])
+def test_a_fit_by_chance_is_caught_whatever_was_seeded_before(seed):
+    torch.manual_seed(seed)
+    with pytest.raises(PluginError, match="same bank and seed"):
+        check_router_conformance(LearnsFromChance)
