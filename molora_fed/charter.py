@@ -7,6 +7,7 @@ anyone's signature.
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ __all__ = [
     "is_name",
     "load_charter",
     "parse_charter",
+    "read_amendment",
     "write_charter",
 ]
 
@@ -67,9 +69,13 @@ def check_name(what: str, value: str) -> None:
 
 
 # What a key that an amendment leaves out has always meant. Signed amendments leave keys out, so
-# these names stay, whatever is registered under them; the core names no plugin anywhere else.
+# these names stay, whatever is registered under them; the core names no plugin anywhere else than
+# here and in the next two lines.
 _UNNAMED_ROUTER = "evidence"
 _UNNAMED_COMPARISONS = ("evidence-zero", "linear")
+# What a new cooperative is founded with where nobody chooses; its charter has them in writing.
+_DEFAULT_ROUTER = "evidence-mixed"
+_DEFAULT_COMPARISONS = ("evidence", "evidence-zero", "linear")
 _UNNAMED_FALLBACK = "evidence-zero"
 _UNNAMED_SLOT_ROUTER = "parallel-sigmoid"
 _UNNAMED_SCOPE = "per-domain"
@@ -289,10 +295,10 @@ class FusionRules(StrictModel):
     """
 
     mode: Literal["router", "population"] = "router"
-    router: str = _UNNAMED_ROUTER
+    router: str = _DEFAULT_ROUTER
     options: dict[str, Any] = Field(default={})
     top_k: int | None = Field(default=None, ge=1)
-    compare: tuple[str, ...] = _UNNAMED_COMPARISONS
+    compare: tuple[str, ...] = _DEFAULT_COMPARISONS
     merges: tuple[str, ...] = ("average",)
     mixture: Mixture = "probability"
     base_expert: bool = True
@@ -329,6 +335,24 @@ class Amendment(StrictModel):
         return self.fusion.mode == "population" and self.population.data == "private"
 
 
+def read_amendment(raw: Mapping[str, Any]) -> Amendment:
+    """An amendment as it was written; keys that it leaves out mean what they always have.
+
+    Raises:
+        ValidationError: If a key is unknown, or a value out of range.
+    """
+    return Amendment.model_validate(_name_unnamed(raw))
+
+
+def _name_unnamed(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with the names that a file of an earlier version may leave out."""
+    fusion = raw.get("fusion", {})
+    if not isinstance(fusion, Mapping):
+        return raw
+    unnamed = {"router": _UNNAMED_ROUTER, "compare": _UNNAMED_COMPARISONS}
+    return {**raw, "fusion": {**unnamed, **fusion}}
+
+
 class Charter(StrictModel):
     """A parsed `cooperative.toml`."""
 
@@ -353,7 +377,11 @@ def parse_charter(text: str, *, where: str = "cooperative.toml") -> Charter:
             all offenders are named at once.
     """
     try:
-        return Charter.model_validate(tomllib.loads(text))
+        raw = tomllib.loads(text)
+        amendment = raw.get("amendment", {})
+        if isinstance(amendment, Mapping):
+            raw["amendment"] = _name_unnamed(amendment)
+        return Charter.model_validate(raw)
     except tomllib.TOMLDecodeError as error:
         raise CharterError(
             f"Cannot read charter '{where}': expected TOML, got {error}. Correct that line."

@@ -43,10 +43,17 @@ def create(
     kind: Annotated[str, typer.Option(help="Adapter kind that contributors train.")] = "svd",
     rank: Annotated[int, typer.Option(min=1, help="Rank of low-rank kinds.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a specialist.")] = 300,
-    router: Annotated[str, typer.Option(help="The router that is published.")] = "evidence",
+    router: Annotated[
+        str | None,
+        typer.Option(help="The router that is published; the charter's default if not given."),
+    ] = None,
     compare: Annotated[
-        str, typer.Option(help="Routers reported beside it, separated by commas.")
-    ] = "evidence-zero,linear",
+        str | None,
+        typer.Option(
+            help="Routers reported beside it, separated by commas, or empty; the charter's default "
+            "if not given."
+        ),
+    ] = None,
     mixture: Annotated[
         MixtureChoice, typer.Option(help="How distributions are combined.")
     ] = MixtureChoice.PROBABILITY,
@@ -72,14 +79,17 @@ def create(
     from molora_fed.storage.values import find_cache_folder, parse_names
     from molora_fed.training.freezing import recommend_frozen_depth
 
+    chosen: dict[str, object] = {}
+    if router is not None:
+        chosen["router"] = router
+    if compare is not None:
+        chosen["compare"] = parse_names(compare) if compare else ()
     amendment = Amendment(
         domains=parse_names(domains) if domains else (),
         expected=expected,
         seed=seed,
         training=TrainingRules(kind=kind, rank=rank, steps=steps),
-        fusion=FusionRules(
-            router=router, compare=parse_names(compare) if compare else (), mixture=mixture.value
-        ),
+        fusion=FusionRules.model_validate({"mixture": mixture.value, **chosen}),
     )
     with reporting() as progress:
         cooperative, made = found_cooperative(

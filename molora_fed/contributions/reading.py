@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from molora_fed.charter import Amendment
+from molora_fed.charter import Amendment, read_amendment
 from molora_fed.contributions.manifest import Manifest, parse_manifest
 from molora_fed.contributions.states import (
     APPLICATION_ID,
@@ -54,7 +54,7 @@ class SignedAmendment:
     @cached_property
     def amendment(self) -> Amendment:
         """What counts from now on, whole."""
-        return Amendment.model_validate_json(self.text)
+        return read_amendment(json.loads(self.text))
 
     def check(self, coordinator_key: str) -> None:
         """Refuse it unless the coordinator signed it for this charter.

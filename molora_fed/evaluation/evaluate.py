@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "RouterLosses",
     "compute_best_domains",
     "compute_domain_losses",
+    "compute_excess",
     "compute_router_losses",
     "evaluate",
 ]
@@ -95,6 +96,36 @@ def compute_domain_losses(bank: "Bank", nll: Tensor) -> dict[str, float]:
     }
 
 
+def compute_excess(bank: "Bank", nll: Tensor) -> Tensor:
+    """How much more each part of a document costs than under its best expert, nats.
+
+    A part is what a block holds of a document, without its first token: nobody has read anything
+    of the document there.
+
+    Args:
+        bank: The bank that `nll` was computed on.
+        nll: Loss of every predicted token, (N, T-1) nats.
+
+    Returns:
+        (P,) float64, parts of at least one token in the bank's order; below 0 where mixing beats
+        every expert.
+    """
+    starts = bank.document_starts.clone()
+    starts[:, 0] = True
+    parts = starts.flatten().long().cumsum(0).view(starts.shape) - 1  # (N, T)
+    inside = ~starts[:, 1:]  # which predictions are within a part
+    owner = parts[:, 1:][inside].cpu()
+    count = int(parts.max()) + 1
+
+    def total(losses: Tensor) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64).index_add_(
+            0, owner, losses.cpu()[inside.cpu()].double()
+        )
+
+    best = torch.stack([total(bank.expert_nll(e)) for e in range(bank.num_experts)]).amin(dim=0)
+    return (total(nll) - best)[owner.unique()]
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Losses of all methods on one held-out bank, kept as sums per document cluster.
@@ -106,6 +137,9 @@ class Evaluation:
             token_oracle, each of the baselines, specialist:<name>, fused:<router>.
         gates: Mean gate by router, domain and expert.
         seed: Of the bootstrap.
+        excess: By router, how much more each part of a document cost than under its best expert,
+            (P,) nats, see `compute_excess`.
+        bounds: What a router promises of that, nats; routers that promise nothing are left out.
     """
 
     domains: tuple[str, ...]
@@ -113,6 +147,8 @@ class Evaluation:
     sums: Mapping[str, NDArray[np.float64]]
     gates: Mapping[str, Mapping[str, Mapping[str, float]]]
     seed: int
+    excess: Mapping[str, Tensor] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict)
 
     def losses(self, method: str) -> dict[str, float]:
         """Loss by domain, nats per token."""
@@ -146,9 +182,9 @@ class Evaluation:
 
         Returns:
             `losses`, `equal_weight`, `best_alone`, `best_specialist`, `gain_percent`,
-            `gain_interval_percent`, `oracle_gap_nats`, `gates` and `baseline_gain_percent`, as
-            docs/report.schema.json says. Intervals are the 95 % percentile bootstrap by document
-            cluster.
+            `gain_interval_percent`, `oracle_gap_nats`, `excess_nats`, `gates` and
+            `baseline_gain_percent`, as docs/report.schema.json says. Intervals are the 95 %
+            percentile bootstrap by document cluster.
         """
         names = list(self.sums)
         means = resample_domain_means(self.clusters, list(self.sums.values()), seed=self.seed)
@@ -185,6 +221,14 @@ class Evaluation:
                     "level": LEVEL,
                 }
                 for router, method in routers.items()
+            },
+            "excess_nats": {
+                router: {
+                    "largest": float(excess.max()) if len(excess) else None,
+                    "parts": len(excess),
+                    "bound": self.bounds.get(router),
+                }
+                for router, excess in self.excess.items()
             },
             "gates": {router: dict(by_domain) for router, by_domain in self.gates.items()},
             "baseline_gain_percent": {
@@ -280,16 +324,22 @@ def evaluate(
     sums["token_oracle"] = index.sum(lowest.numpy())
     sums["uniform"] = index.sum(compute_router_losses(bank, None).nll.numpy())
     gates: dict[str, dict[str, dict[str, float]]] = {}
+    excess: dict[str, Tensor] = {}
+    bounds: dict[str, float] = {}
     for done, (name, router) in enumerate(routers.items(), start=1):
         found = compute_router_losses(bank, router)
         sums[f"fused:{name}"] = index.sum(found.nll.numpy())
+        excess[name] = compute_excess(bank, found.nll)
+        bound = router.bound_excess(bank.num_experts)
+        if bound is not None and bank.mixture == "probability":
+            bounds[name] = bound
         gates[name] = {
             domain: dict(zip(bank.expert_names, map(float, row), strict=True))
             for domain, row in zip(bank.domains, found.gates, strict=True)
         }
         if progress is not None:
             progress(done, len(routers), router=name)
-    return Evaluation(bank.domains, index, sums, gates, seed)
+    return Evaluation(bank.domains, index, sums, gates, seed, excess, bounds)
 
 
 def compute_best_domains(

@@ -9,6 +9,7 @@ __all__ = [
     "BUDGET_SECONDS",
     "Method",
     "compute_equal_weight",
+    "describe_excess",
     "list_methods",
     "mask_controls",
     "order_phases",
@@ -117,6 +118,21 @@ def list_methods(result: Mapping[str, Any]) -> list[Method]:
             )
         )
     return methods
+
+
+def describe_excess(excess: Mapping[str, Any]) -> str:
+    """One sentence on what any document cost above its best expert, and what was promised.
+
+    Args:
+        excess: A router's entry of `excess_nats` in report.json, with a largest.
+    """
+    promised = "nothing is promised of it"
+    if excess["bound"] is not None:
+        promised = f"at most {excess['bound']:.3f} are promised"
+    return (
+        f"No document costs more than {excess['largest']:.3f} nats above its best expert "
+        f"({excess['parts']:,} parts of documents); {promised}."
+    )
 
 
 def mask_controls(text: str) -> str:

@@ -10,7 +10,12 @@ import jinja2
 
 from molora_fed.errors import ConfigError
 from molora_fed.reporting import figures
-from molora_fed.reporting.methods import list_methods, mask_controls, order_phases
+from molora_fed.reporting.methods import (
+    describe_excess,
+    list_methods,
+    mask_controls,
+    order_phases,
+)
 from molora_fed.storage.files import canonical_json, write_bytes, write_json
 
 __all__ = [
@@ -99,6 +104,7 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     )
     environment.filters.update(
         count=_count,
+        describe_excess=describe_excess,
         mask_controls=mask_controls,
         order_phases=order_phases,
         seconds=_seconds,

@@ -7,7 +7,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from molora_fed.reporting.methods import Method, list_methods, mask_controls, order_phases
+from molora_fed.reporting.methods import (
+    Method,
+    describe_excess,
+    list_methods,
+    mask_controls,
+    order_phases,
+)
 
 if TYPE_CHECKING:
     from molora_fed.contributions.build import OutgoingRow
@@ -52,6 +58,9 @@ def _describe_gain(result: Mapping[str, Any]) -> Text:
         f"Gap to the domain oracle: {gap['point']:+.4f} nats "
         f"({gap['low']:+.4f} to {gap['high']:+.4f})."
     )
+    excess = result.get("excess_nats", {}).get(router)
+    if excess and excess["largest"] is not None:
+        text.append(f"\n{describe_excess(excess)}")
     methods = {method.key: method.point for method in list_methods(result)}
     if "control" in methods:
         control, fused = methods["control"], methods[f"fused:{router}"]

@@ -96,6 +96,19 @@ class OutputRouter(nn.Module, abc.ABC, Generic[OptionsT]):
         return cls.readings
 
     @classmethod
+    def bound_excess(cls, num_experts: int) -> float | None:
+        """Most by which a document can cost more than under its best expert, nats.
+
+        It holds for any experts, any text and anything learned, of the loss summed over a
+        document's tokens after its first (and over the part of a document that lies in a block)
+        under the probability mixture. None promises nothing.
+
+        Args:
+            num_experts: E.
+        """
+        return None
+
+    @classmethod
     def shapes(cls, num_experts: int, options: OptionsT) -> Mapping[str, tuple[int | str, ...]]:
         """Names and shapes of what is learned; a letter stands for the same size everywhere.
 

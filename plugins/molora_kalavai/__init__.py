@@ -58,6 +58,12 @@ def register_routers(register: Register) -> None:
         source="own derivation, see docs/routers.md",
     )
     register(
+        "evidence-mixed",
+        "molora_kalavai.evidence_mixed:MixedEvidenceRouter",
+        summary="evidence and evidence-zero, weighed by their own evidence: a bounded loss",
+        source="own derivation, see docs/routers.md",
+    )
+    register(
         "evidence-share",
         "molora_kalavai.evidence_share:FixedShareRouter",
         summary="Evidence with a fitted rate of switching experts within a document",

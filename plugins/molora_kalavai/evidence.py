@@ -1,5 +1,6 @@
 """Routers that weigh experts by how well they predicted the document so far."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
@@ -119,6 +120,12 @@ class ZeroTrainingEvidenceRouter(EvidenceGates[ZeroOptions]):
     ) -> None:
         super().__init__(num_experts, options, tensors)
         self.weights, self.prior = torch.ones(1), torch.zeros(num_experts)
+
+    @classmethod
+    @override
+    def bound_excess(cls, num_experts: int) -> float:
+        """That of Bayes' rule with a uniform prior: ln E."""
+        return math.log(num_experts)
 
 
 class EvidenceRouter(EvidenceGates[EvidenceOptions]):

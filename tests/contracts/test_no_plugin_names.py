@@ -40,7 +40,7 @@ def list_mentions(path):
         if isinstance(node, ast.Expr):
             passed.add(node.value)
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "").startswith(
-            "_UNNAMED"
+            ("_UNNAMED", "_DEFAULT")
         ):
             passed.update(ast.walk(node.value))
     for node in ast.walk(tree):

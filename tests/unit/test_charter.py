@@ -12,6 +12,7 @@ from molora_fed.charter import (
     TrainingRules,
     load_charter,
     parse_charter,
+    read_amendment,
     write_charter,
 )
 from molora_fed.errors import CharterError
@@ -43,6 +44,26 @@ def test_options_of_the_kind_are_kept_and_an_amendment_without_any_reads_as_befo
     charter = CHARTER.model_copy(update={"amendment": Amendment(training=training)})
     write_charter(charter, tmp_path / "cooperative.toml")
     assert load_charter(tmp_path) == charter
+
+
+def test_a_router_that_nobody_named_stays_the_one_it_was():
+    head = f'[identity]\nname = "coop"\n[identity.base]\nid = "tiny"\nweights = "{"a" * 64}"\n'
+    head += f'tokenizer = "{"b" * 64}"\n'
+    for text in (head, head + "[amendment]\nseed = 7\n[amendment.fusion]\nrestarts = 1\n"):
+        fusion = parse_charter(text).amendment.fusion
+        assert (fusion.router, fusion.compare) == ("evidence", ("evidence-zero", "linear"))
+    assert read_amendment({"number": 2}).fusion.router == "evidence"
+    named = {"fusion": {"router": "linear", "compare": []}}
+    assert read_amendment(named).fusion.router == "linear"
+    assert read_amendment(named).fusion.compare == ()
+
+
+def test_a_new_cooperative_writes_its_router_down(tmp_path):
+    write_charter(CHARTER, tmp_path / "cooperative.toml")
+    text = (tmp_path / "cooperative.toml").read_text()
+    assert f'router = "{Amendment().fusion.router}"' in text
+    assert Amendment().fusion.router != "evidence"
+    assert load_charter(tmp_path) == CHARTER
 
 
 def test_any_change_of_the_identity_changes_its_hash():

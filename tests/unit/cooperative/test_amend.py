@@ -89,7 +89,11 @@ def test_the_next_amendment_is_signed(cooperative):
     ("setting", "error", "message"),
     [
         ("fusion.router=linea", UnknownNameError, "Did you mean 'linear'"),
-        ("fusion.options.decoy=1", CharterError, "router 'evidence': expected valid values.*decoy"),
+        (
+            "fusion.options.decoy=1",
+            CharterError,
+            "router 'evidence-mixed': expected valid values.*decoy",
+        ),
         ("training.kind=pikle", CharterError, "a training kind among"),
         ("training.rank=65", CharterError, "a training rank of at most 64"),
         ("admission.checks=finite", UnknownNameError, "Unknown admission check"),
