@@ -17,6 +17,7 @@ __all__ = [
     "CharterError",
     "ConfigError",
     "CorpusError",
+    "DivergedError",
     "FederationError",
     "IncompatibleAdapterError",
     "LedgerError",
@@ -128,6 +129,10 @@ class TrainingError(AdapterError):
     """Training cannot start, go on or be resumed."""
 
     exit_code = 24
+
+
+class DivergedError(TrainingError):
+    """A training whose loss is not finite."""
 
 
 class LedgerError(MoloraError, ValueError):

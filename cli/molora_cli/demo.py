@@ -81,7 +81,8 @@ def demo(
         bool,
         typer.Option(
             "--control",
-            help="Also train linear layers on all text pooled, for as many steps in all.",
+            help="Also train on everybody's text pooled, for as many steps in all: one adapter of "
+            "the linear layers, and all parameters of the base.",
         ),
     ] = False,
     base: Annotated[

@@ -110,7 +110,7 @@ def fuse_admitted(
     *,
     actor: str,
     plugins: Plugins,
-    control: Control | None = None,
+    controls: Mapping[str, Control] | None = None,
     metrics: Mapping[str, MetricRows] | None = None,
     publish: Callable[[FusedContributions], None] = lambda fused: None,
     on_phase: Callable[[str], None] = lambda phase: None,
@@ -126,7 +126,7 @@ def fuse_admitted(
         out: Gets `bank/`, `fused/`, `result.json` and `report/`.
         actor: Who does this, for the history.
         plugins: Where everything is registered.
-        control: The base continued on pooled text, to compare with.
+        controls: Models trained on pooled text, to compare with, by name.
         metrics: Training metrics for the report, by contributor.
         publish: Hands the fused model on, before the ledger says that it is published.
         on_phase: Told what begins.
@@ -144,7 +144,7 @@ def fuse_admitted(
         contributed,
         out,
         plugins=plugins,
-        control=control,
+        controls=controls,
         on_phase=on_phase,
         on_forecasts=ForecastKeeper(ledger, actor=actor),
         progress=progress,

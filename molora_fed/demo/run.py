@@ -7,13 +7,14 @@ generated samples, and the time of each phase.
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
 from molora_fed.cooperative.contribute import CharterAndBase, prepare_domain
+from molora_fed.cooperative.controls import CONTROLS, PooledTraining
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.create import BUILTIN_SOURCE, found_cooperative
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
@@ -27,9 +28,7 @@ from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.reporting.methods import BUDGET_SECONDS
 from molora_fed.storage.files import write_json
 from molora_fed.storage.values import count_cores
-from molora_fed.training.pooled import train_monolithic
-from molora_fed.training.specialists import Specialist
-from molora_fed.types import Progress, Split
+from molora_fed.types import Progress
 
 if TYPE_CHECKING:
     from molora_fed.models.base import Base
@@ -41,7 +40,6 @@ __all__ = [
     "PhaseClock",
     "plan_contributors",
     "run_demo",
-    "train_control",
 ]
 
 
@@ -62,7 +60,8 @@ class DemoOptions:
         kind: Adapter kind; the charter's default if None.
         seed: Of base, specialists, routers, bootstraps and samples.
         out: Gets `cooperative/`, `contributors/` and `report/`.
-        control: Whether linear layers are also trained on the pooled text, for as many steps.
+        control: Whether an adapter and the whole base are also trained on everybody's text pooled,
+            for as many steps, to compare with.
         command: The command that was run, for the report.
         base: "builtin", ID@REVISION, or a folder.
         base_steps: Training steps of the built-in base; its default if None.
@@ -215,15 +214,7 @@ def run_demo(
         enter("base")
         cooperative, base = _create(options, contributors, registered, shown.progress)
         if options.control:
-            enter("control")
-            train_control(
-                cooperative,
-                base,
-                contributors,
-                threads=cores,
-                plugins=registered,
-                progress=shown.progress,
-            )
+            _train_controls(cooperative, base, contributors, cores, registered, shown, enter)
         clock.enter("starting")
         run_local(cooperative.folder, contributors, observe, threads=cores)
         enter("samples")
@@ -289,60 +280,40 @@ def _add_earlier(out: Path, seconds: Mapping[str, float]) -> dict[str, float]:
     return total
 
 
-def train_control(
+def _train_controls(
     cooperative: Cooperative,
     base: "Base",
     contributors: Sequence[LocalContributor],
-    *,
     threads: int,
-    plugins: Plugins | None = None,
-    progress: Progress | None = None,
-) -> Specialist:
-    """Train the control before anyone contributes, where the coordinator looks for it.
-
-    It takes the steps that all specialists may take together. Those who stop early take fewer, so
-    the comparison never favours the fused model.
-
-    Args:
-        cooperative: The cooperative; gets `control/`.
-        base: Its base.
-        contributors: Whose text is pooled.
-        threads: Torch threads.
-        plugins: Where domains and kinds are registered; the installed plugins by default.
-        progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
-
-    Raises:
-        MoloraError: Whatever corpus or training refuse.
-    """
-    folder = cooperative.folder / "control"
-    charter = cooperative.charter
-    under = CharterAndBase(charter, base)
+    plugins: Plugins,
+    listener: DemoListener,
+    enter: Callable[[str], None],
+) -> None:
+    """Train the controls before anyone contributes, where the coordinator looks for them."""
+    under = CharterAndBase(cooperative.charter, base)
     corpora = [
         prepare_domain(
             under,
             member.settings.domain,
             member.settings.data,
-            folder / "text" / member.settings.name,
+            cooperative.folder / "control" / "text" / member.settings.name,
             shard=member.settings.shard,
             plugins=plugins,
         )
         for member in contributors
     ]
-    training = charter.amendment.training
-    return train_monolithic(
-        base,
-        [corpus.blocks[Split.TRAIN] for corpus in corpora],
-        [corpus.blocks[Split.VALIDATION] for corpus in corpora],
-        steps=training.steps * len(contributors),
-        rules=charter.identity.adapters,
-        training=training,
-        seed=charter.amendment.seed,
+    pooled = PooledTraining(
+        folder=cooperative.folder,
+        charter=cooperative.charter,
+        base=base,
+        corpora=corpora,
+        contributors=len(contributors),
         threads=threads,
-        folder=folder,
         plugins=plugins,
-        evaluation_batch=charter.identity.corpus.evaluation_batch,
-        progress=progress,
     )
+    for name in CONTROLS:
+        enter(name)
+        pooled.train(name, listener.progress)
 
 
 _ORDER = ("JOINING", "CORPUS", "TRAINING", "SUBMITTING", "SUBMITTED", "ADMITTED", "DONE")

@@ -34,7 +34,6 @@ from molora_fed.storage.keys import key_fingerprint, load_key
 if TYPE_CHECKING:
     from molora_fed.contributions.ledger import Ledger
     from molora_fed.contributions.receive import Receipt
-    from molora_fed.fusion.fuse import Control
     from molora_fed.models.base import Base
 
 __all__ = ["CoordinatorWorker", "main"]
@@ -250,6 +249,7 @@ class CoordinatorWorker:
     def _fuse(self) -> None:
         """Fuse what is admitted and publish it."""
         from molora_fed.contributions.receive import load_admitted
+        from molora_fed.cooperative.controls import load_controls
         from molora_fed.cooperative.fuse import FusedContributions, fuse_admitted
 
         def publish(fused: FusedContributions) -> None:
@@ -266,7 +266,7 @@ class CoordinatorWorker:
             self._home.root,
             actor=ACTOR,
             plugins=self._plugins,
-            control=self._load_control(),
+            controls=load_controls(self._home.root, self._plugins),
             publish=publish,
             on_phase=self._enter,
             progress=self._state.progress,
@@ -337,19 +337,6 @@ class CoordinatorWorker:
             "gain_percent": result.get("gain_percent", {}),
         }
         publish_result(self._home, dict(folders), summary, part_bytes=self._message_bytes)
-
-    def _load_control(self) -> "Control | None":
-        """A control trained on this machine's pooled data, if the coordinator put one there."""
-        folder = self._home.root / "control"
-        if not (folder / "record.json").exists():
-            return None
-        from molora_fed.adapters.files import load_adapter
-        from molora_fed.fusion.fuse import Control
-        from molora_fed.training.specialists import load_specialist
-
-        control = load_specialist(folder)
-        adapter = load_adapter(control.adapter_folder, plugins=self._plugins, name="control")
-        return Control(adapter, control.record)
 
 
 def _claim_evolution(home: CoordinatorHome, charter: Charter, ids: Sequence[str]) -> None:

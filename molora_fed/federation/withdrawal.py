@@ -17,6 +17,7 @@ from molora_fed.bank.passes import list_totals
 from molora_fed.bank.prune import prune_bank, subtract_expert
 from molora_fed.contributions.receive import list_stored_files, load_admitted
 from molora_fed.contributions.states import ContributionState
+from molora_fed.cooperative.controls import find_control_adapter
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import LedgerError, describe_mismatch
@@ -194,7 +195,7 @@ def _prune(cooperative: Cooperative, remaining: "list[Contribution]") -> int:
     if not folder.is_dir():
         return 0
     adapters = [one.adapter_folder for one in remaining]
-    adapters.append(cooperative.folder / "control" / "adapter")  # where there is a control
+    adapters.append(find_control_adapter(cooperative.folder))  # where there is a control
     return prune_bank(
         folder,
         base=charter.identity.base.weights,

@@ -30,6 +30,7 @@ from molora_fed.fusion.collapse import GuardedRouter, choose_published, fit_guar
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, plan_fusion
 from molora_fed.fusion.result import FusionOutcome, build_result
 from molora_fed.models.base import Base
+from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.bundle import save_fused
 from molora_fed.routing.fused import FusedExpert, FusedModel
@@ -50,12 +51,23 @@ class Control:
     """A model of equal total cost that is reported beside the fused one.
 
     Attributes:
-        adapter: What it adds to the base: linear layers trained on the pooled train text.
+        model: An adapter of the base, or another checkpoint with the base's tokenizer.
         compute: Its cost, e.g. steps and tokens.
     """
 
-    adapter: Adapter
+    model: Adapter | Base
     compute: Mapping[str, Any]
+
+    def measure(self, name: str, bank: HeldOutBank, batch: int) -> Tensor:
+        """Its loss on the bank's blocks, (N, T-1) nats, at the bank's batch size.
+
+        Raises:
+            BankError: If the bank has no models.
+            IncompatibleAdapterError: If its adapter does not fit the base.
+        """
+        if isinstance(self.model, Base):
+            return compute_block_losses(self.model.model, bank.tokens, batch=batch)
+        return bank.add_column(name, self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +130,7 @@ def fuse(
     *,
     plugins: Plugins | None = None,
     seed: int | None = None,
-    control: Control | None = None,
+    controls: Mapping[str, Control] | None = None,
     on_phase: Callable[[str], None] | None = None,
     on_forecasts: Callable[[Sequence[ForecastRecord]], None] | None = None,
     progress: Progress | None = None,
@@ -134,7 +146,7 @@ def fuse(
         plugins: Where routers, adapter kinds and gain predictors are registered; the installed
             ones if None.
         seed: Of routers and bootstraps; the amendment's if None.
-        control: A model of equal cost to report beside the fused one.
+        controls: Models of equal cost to report beside the fused one, by name.
         on_phase: Told the phase of `PHASES` that begins.
         on_forecasts: Receives the forecasts before any router is fitted, so that a ledger can
             commit them; again, scored, after the evaluation.
@@ -152,6 +164,7 @@ def fuse(
     """
     plugins = plugins or get_plugins()
     seed = charter.amendment.seed if seed is None else seed
+    controls = controls or {}
     plan = plan_fusion(base, charter, contributions, plugins)
     clock = _Clock(on_phase)
     with clock.phase("calibration-bank"):
@@ -172,12 +185,17 @@ def fuse(
         )
         adapters = plan.load_adapters()
         baselines = dict(_measure_merges(plan, held_out, adapters, charter, seed))
-        if control is not None:
-            baselines["control"] = held_out.add_column("control", control.adapter)
+        for name, control in controls.items():
+            baselines[name] = control.measure(name, held_out, plan.bank["batch"])
     with clock.phase("evaluation"):
         routers = {name: found.router for name, found in guarded.items()}
         evaluation = evaluate(held_out, routers, baselines, seed=seed, progress=progress)
-        measured = evaluation.to_json()
+        measured = {
+            **evaluation.to_json(),
+            "control_difference_nats": {
+                name: evaluation.difference(f"fused:{published}", name) for name in controls
+            },
+        }
         forecasts = score_forecasts(forecasts, _name_gains(measured["gain_percent"]))
         _record(forecasts, folder, on_forecasts)
     with clock.phase("saving"):
@@ -192,7 +210,7 @@ def fuse(
         guard=_describe_guard(guarded, left_out, plan.router, published),
         seconds=clock.seconds,
         folder=folder,
-        control=None if control is None else control.compute,
+        controls={name: control.compute for name, control in controls.items()},
     )
     result = build_result(outcome, charter, seed)
     write_json(folder / RESULT_FILE, result)

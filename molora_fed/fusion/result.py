@@ -40,7 +40,7 @@ class FusionOutcome:
         guard: What the collapse guard did, by router.
         seconds: Wall time by phase.
         folder: Where bank and fused model lie.
-        control: Cost of the control; None without one.
+        controls: Cost of each control by name.
     """
 
     plan: FusionPlan
@@ -50,7 +50,7 @@ class FusionOutcome:
     guard: Mapping[str, Any]
     seconds: Mapping[str, float]
     folder: Path
-    control: Mapping[str, Any] | None
+    controls: Mapping[str, Mapping[str, Any]]
 
 
 def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[str, Any]:
@@ -148,9 +148,11 @@ def _collect_compute(outcome: FusionOutcome) -> dict[str, Any]:
     }
     contributors = {name: _pick_compute(record) for name, record in trainings.items()}
     compute: dict[str, Any] = {"contributors": {n: c for n, c in contributors.items() if c}}
-    for name, record in (("base", outcome.fused.base.training), ("control", outcome.control)):
-        if found := _pick_compute(record or {}):
-            compute[name] = found
+    if found := _pick_compute(outcome.fused.base.training or {}):
+        compute["base"] = found
+    controls = {name: _pick_compute(record) for name, record in outcome.controls.items()}
+    if controls:
+        compute["controls"] = controls
     return compute
 
 

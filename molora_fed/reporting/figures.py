@@ -34,7 +34,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 KIND_STYLE = {
     "alone": ("#7A7A7A", "o", "anyone alone"),
-    "control": ("#E69F00", "D", "pooled, linear layers only"),
+    "control": ("#E69F00", "D", "trained on pooled text"),
     "baseline": ("#56B4E9", "s", "fused without a router"),
     "fused": ("#0072B2", "o", "fused with a router"),
     "oracle": ("#000000", "^", "oracle (not usable)"),

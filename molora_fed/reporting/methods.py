@@ -9,7 +9,9 @@ __all__ = [
     "BUDGET_SECONDS",
     "Method",
     "compute_equal_weight",
+    "describe_controls",
     "describe_excess",
+    "list_control_costs",
     "list_methods",
     "mask_controls",
     "order_phases",
@@ -18,7 +20,9 @@ __all__ = [
 
 _LABELS = {
     "base": "base",
-    "control": "pooled, linear layers only",
+    "pooled_adapter": "pooled text, linear layers",
+    "base_continued": "pooled text, all parameters",
+    "control": "pooled text, linear layers",  # its name in earlier reports
     "uniform": "uniform gates",
     "weight_average": "weight average (B@A)",
     "domain_oracle": "domain oracle",
@@ -26,11 +30,23 @@ _LABELS = {
 }
 _KINDS = {
     "base": "alone",
+    "pooled_adapter": "control",
+    "base_continued": "control",
     "control": "control",
     "uniform": "baseline",
     "weight_average": "baseline",
     "domain_oracle": "oracle",
     "token_oracle": "oracle",
+}
+
+
+_CONTROLS = tuple(key for key, kind in _KINDS.items() if kind == "control")
+
+
+_TRAINED = {
+    "pooled_adapter": "one adapter of the linear layers trained on",
+    "base_continued": "the base continued with all its parameters on",
+    "control": "one adapter of the linear layers trained on",
 }
 
 
@@ -71,7 +87,7 @@ def list_methods(result: Mapping[str, Any]) -> list[Method]:
         result: Content of report.json.
 
     Returns:
-        Methods in reporting order: base, specialists, control, baselines (those this page knows no
+        Methods in reporting order: base, specialists, controls, baselines (those this page knows no
         label for by name), routers (the published one first), oracles. Methods the result lacks
         are left out.
     """
@@ -90,7 +106,7 @@ def list_methods(result: Mapping[str, Any]) -> list[Method]:
         suffix = "" if domain == name else f" ({domain})"
         rows.append((f"specialist:{name}", f"specialist {name}{suffix}", "alone", values))
     further = sorted(losses.keys() - _LABELS.keys() - {"specialists", "fused"})
-    for key in ("control", "uniform", "weight_average", *further):
+    for key in (*_CONTROLS, "uniform", "weight_average", *further):
         add(key)
     published = result.get("router")
     for name in sorted(losses["fused"], key=lambda router: (router != published, router)):
@@ -118,6 +134,47 @@ def list_methods(result: Mapping[str, Any]) -> list[Method]:
             )
         )
     return methods
+
+
+def list_control_costs(compute: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What each control cost, by its label.
+
+    Args:
+        compute: `compute` of report.json; earlier ones hold one control.
+    """
+    costs = dict(compute.get("controls", {}))
+    if "control" in compute:
+        costs["control"] = compute["control"]
+    return {_LABELS[key]: costs[key] for key in _CONTROLS if costs.get(key)}
+
+
+def describe_controls(result: Mapping[str, Any]) -> list[str]:
+    """A sentence for each control: what it trained, and how the fused model compares.
+
+    Args:
+        result: Content of report.json.
+    """
+    methods = {method.key: method for method in list_methods(result)}
+    fused = methods[f"fused:{result.get('router') or min(result['gain_percent'])}"]
+    sentences = []
+    for key in _CONTROLS:
+        if key not in methods:
+            continue
+        control = methods[key]
+        gain = 100 * (control.point - fused.point) / control.point
+        text = (
+            f"Against {_TRAINED[key]} everybody's text pooled, for as many steps in all: "
+            f"{gain:+.2f} %"
+        )
+        nats = result.get("control_difference_nats", {}).get(key)
+        if nats:
+            better = "fusing" if nats["high"] < 0 else "pooling" if nats["low"] > 0 else "neither"
+            text += (
+                f", {nats['point']:+.4f} nats ({nats['low']:+.4f} to {nats['high']:+.4f}): "
+                f"{better} is better"
+            )
+        sentences.append(f"{text}.")
+    return sentences
 
 
 def describe_excess(excess: Mapping[str, Any]) -> str:
@@ -162,9 +219,9 @@ BUDGET_SECONDS: Mapping[str, float] = {
     "report": 10.0,
 }
 """Wall-clock budget of the demo by phase, 480 s in all: two cores, four contributors, downloads
-not counted. The control, which is only trained on request, has none."""
+not counted. The controls, which are only trained on request, have none."""
 
-_FIRST = ("base", "control")
+_FIRST = ("base", *_CONTROLS)
 
 
 def order_phases(names: Iterable[str]) -> list[str]:

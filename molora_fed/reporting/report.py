@@ -11,7 +11,9 @@ import jinja2
 from molora_fed.errors import ConfigError
 from molora_fed.reporting import figures
 from molora_fed.reporting.methods import (
+    describe_controls,
     describe_excess,
+    list_control_costs,
     list_methods,
     mask_controls,
     order_phases,
@@ -105,6 +107,7 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     environment.filters.update(
         count=_count,
         describe_excess=describe_excess,
+        list_control_costs=list_control_costs,
         mask_controls=mask_controls,
         order_phases=order_phases,
         seconds=_seconds,
@@ -115,7 +118,11 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     published = result.get("router") or min(result["losses"]["fused"])
     inlined = {name: base64.b64encode(data).decode() for name, data in images.items()}
     return environment.get_template("report.html.j2").render(
-        result=result, methods=list_methods(result), published=published, images=inlined
+        result=result,
+        methods=list_methods(result),
+        controls=describe_controls(result),
+        published=published,
+        images=inlined,
     )
 
 

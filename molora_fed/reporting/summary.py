@@ -9,7 +9,9 @@ from rich.text import Text
 
 from molora_fed.reporting.methods import (
     Method,
+    describe_controls,
     describe_excess,
+    list_control_costs,
     list_methods,
     mask_controls,
     order_phases,
@@ -61,13 +63,8 @@ def _describe_gain(result: Mapping[str, Any]) -> Text:
     excess = result.get("excess_nats", {}).get(router)
     if excess and excess["largest"] is not None:
         text.append(f"\n{describe_excess(excess)}")
-    methods = {method.key: method.point for method in list_methods(result)}
-    if "control" in methods:
-        control, fused = methods["control"], methods[f"fused:{router}"]
-        text.append(
-            f"\nAgainst linear layers trained on all text pooled, for as many steps in all: "
-            f"{100 * (control - fused) / control:+.2f} %."
-        )
+    for sentence in describe_controls(result):
+        text.append(f"\n{sentence}")
     return text
 
 
@@ -263,8 +260,8 @@ def _build_compute_text(result: Mapping[str, Any]) -> Text | None:
         steps = sum(row["steps"] for row in contributors.values())
         tokens = sum(row["tokens"] for row in contributors.values())
         parts.append(f"{len(contributors)} specialists {steps:,} steps, {tokens:,} tokens in all")
-    if control := compute.get("control"):
-        parts.append(f"control {control['steps']:,} steps, {control['tokens']:,} tokens")
+    for name, control in list_control_costs(compute).items():
+        parts.append(f"{name} {control['steps']:,} steps, {control['tokens']:,} tokens")
     return Text("Training: " + "; ".join(parts) + ".")
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from molora_fed.corpus.batches import take_batch
-from molora_fed.errors import TrainingError
+from molora_fed.errors import DivergedError, TrainingError
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.runtime import describe_environment, deterministic, limit_threads
 from molora_fed.storage.files import hash_bytes
@@ -257,7 +257,7 @@ def _validate(job: TrainingJob) -> float:
 
 def _check_finite(job: TrainingJob, loss: float, what: str) -> None:
     if not math.isfinite(loss):
-        raise TrainingError(f"{job.failure}: expected a finite {what}, got {loss}. {job.advice}")
+        raise DivergedError(f"{job.failure}: expected a finite {what}, got {loss}. {job.advice}")
 
 
 def _judge(counters: Counters, step: int, loss: float, patience: int | None) -> Counters:

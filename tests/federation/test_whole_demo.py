@@ -13,6 +13,7 @@ import pytest
 from processes import find_processes, wait_until
 
 from molora_fed.charter import CorpusRules, SampleRules
+from molora_fed.cooperative.controls import CONTROLS
 from molora_fed.demo.run import DemoOptions, run_demo
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
@@ -62,7 +63,7 @@ def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monk
     listener = Listener()
     done = run_demo(options, listener)
 
-    assert listener.phases == ["base", "control", "samples", "report"]
+    assert listener.phases == ["base", *CONTROLS, "samples", "report"]
     assert {"server", "alpha", "beta"} == {
         event.contributor or "server" for event in listener.events
     }
@@ -70,8 +71,15 @@ def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monk
     jsonschema.validate(written, json.loads(SCHEMA.read_text()))
     assert written["domains"] == ["alpha", "beta"]
     assert set(written["losses"]["specialists"]) == {"alpha", "beta"}
-    assert written["losses"]["control"]
-    assert written["compute"]["control"]["steps"] == 40
+    for name in CONTROLS:
+        assert written["losses"][name].keys() == {"alpha", "beta"}
+        assert written["compute"]["controls"][name]["steps"] == 40
+        rates = json.loads(
+            (stage_root / "out/cooperative/control" / name / "rates.json").read_text()
+        )
+        tried = rates["validation_loss"]
+        assert len(tried) >= 3 and rates["steps"] == 8
+        assert tried[f"{rates['chosen']:g}"] == min(tried.values())
     assert {"base", "training", "routers", "samples"} <= set(written["seconds"])
     assert {sample["domain"] for sample in written["samples"]} == {"alpha", "beta"}
     assert all(size > 0 for size in written["bytes"]["sent"].values())

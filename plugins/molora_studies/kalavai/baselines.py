@@ -4,8 +4,8 @@ Each task leaves `held_out.safetensors`: losses (N, T-1) in nats by domain, on t
 blocks, where `plan_fusion` finds them as baselines.
 """
 
-import copy
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.kinds import DeltaKind
-from molora_fed.charter import AdapterRules
+from molora_fed.charter import AdapterRules, TrainingRules
 from molora_fed.corpus.batches import mix_domains
 from molora_fed.corpus.prepare import Corpus
 from molora_fed.errors import ConfigError
@@ -27,6 +27,7 @@ from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_bytes
 from molora_fed.training.loop import CHECKPOINT_NAME, TrainConfig, TrainResult, train
+from molora_fed.training.pooled import continue_base
 from molora_fed.types import Split
 from molora_studies.framework.actions import open_base, open_corpus
 from molora_studies.framework.contract import Done, Task, TaskContext
@@ -192,12 +193,28 @@ def measure_model(settings: Mapping[str, Any], context: TaskContext) -> dict[str
 def continue_whole(settings: Mapping[str, Any], context: TaskContext) -> dict[str, Any]:
     """Train all parameters of the base on the pooled domains; see `plan_whole`."""
     base, corpora = open_base(context.needs[0]), _open_corpora(context.needs[1:])
-    model = copy.deepcopy(base.model).requires_grad_(True)
-    rate = DeltaKind().suggest_learning_rate(base.hidden_size)
-    result = _train(model, list(model.parameters()), rate, corpora, settings, context)
-    losses = _measure(model, corpora, settings["held_out"], context)
-    (context.folder / CHECKPOINT_NAME).unlink(missing_ok=True)
-    return {**_describe(result), "losses": losses}
+    steps = settings["steps"]
+    continued = continue_base(
+        base,
+        [corpus.blocks[Split.TRAIN] for corpus in corpora],
+        [corpus.blocks[Split.VALIDATION] for corpus in corpora],
+        steps=steps,
+        training=TrainingRules(
+            steps=steps, batch=settings["batch"], validate_every=max(1, -(-steps // _VALIDATIONS))
+        ),
+        seed=settings["seed"],
+        threads=context.threads,
+        folder=context.folder / "continued",
+        progress=context.progress,
+    )
+    losses = _measure(continued.load().model, corpora, settings["held_out"], context)
+    shutil.rmtree(continued.folder)
+    kept = ("steps", "tokens", "best_step", "initial_loss")
+    return {
+        **{name: continued.record[name] for name in kept},
+        "loss": continued.record["watched_loss"],
+        "losses": losses,
+    }
 
 
 def train_joint(settings: Mapping[str, Any], context: TaskContext) -> dict[str, Any]:

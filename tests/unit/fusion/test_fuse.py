@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from fusion_helpers import build_charter, build_contributed, build_cooperative
 
+from molora_fed.cooperative.controls import CONTROLS
 from molora_fed.errors import (
     BaseCheckpointError,
     CharterError,
@@ -49,20 +51,37 @@ def fusion(cooperative, plugins, tmp_path_factory):
         written = json.loads((folder / "forecasts.json").read_text())
         told.append(("forecasts", [r.actual for r in records], written))
 
-    control = Control(
-        build_random_adapter(base.model, seed=9, frozen_depth=1), {"steps": 30, "tokens": 960}
-    )
+    cost = {"steps": 30, "tokens": 960}
+    controls = {
+        "pooled_adapter": Control(build_random_adapter(base.model, seed=9, frozen_depth=1), cost),
+        "base_continued": Control(base, cost),
+    }
     result = fuse(
         base,
-        build_charter(base, compare=("evidence-zero", "linear")),
+        build_charter(base, compare=("evidence", "evidence-zero", "linear")),
         contributions,
         folder,
         plugins=plugins,
-        control=control,
+        controls=controls,
         on_phase=lambda name: told.append(("phase", name)),
         on_forecasts=on_forecasts,
     )
     return result, folder, told
+
+
+def test_what_any_document_costs_is_reported_beside_what_is_promised(fusion):
+    result = fusion[0].result
+    num_experts = len(result["experts"])
+    for router, bound in (
+        ("evidence-mixed", math.log(2 * num_experts)),
+        ("evidence-zero", math.log(num_experts)),
+        ("evidence", None),
+        ("linear", None),
+    ):
+        found = result["excess_nats"][router]
+        assert found["bound"] == (None if bound is None else pytest.approx(bound))
+        assert bound is None or found["largest"] <= bound + 1e-3
+        assert found["parts"] > 0
 
 
 def test_result_follows_the_published_schema(fusion):
@@ -78,16 +97,23 @@ def test_result_has_every_method(fusion, cooperative):
     assert result["seed"] == 7
     losses = result["losses"]
     assert losses["specialists"].keys() == {"law-1", "law-2", "art-1"}
-    assert losses["fused"].keys() == {"evidence", "evidence-zero", "linear"}
-    for name in ("base", "uniform", "weight_average", "control", "domain_oracle", "token_oracle"):
+    assert losses["fused"].keys() == {"evidence-mixed", "evidence", "evidence-zero", "linear"}
+    for name in ("base", "uniform", "weight_average", "domain_oracle", "token_oracle", *CONTROLS):
         assert losses[name].keys() == {"art", "law"}
+    # A whole checkpoint is measured as the bank measures experts: here it is the base itself.
+    assert losses["base_continued"] == pytest.approx(losses["base"], abs=1e-6)
+    for name, difference in result["control_difference_nats"].items():
+        weights = result["equal_weight"]
+        expected = weights["fused:evidence-mixed"]["point"] - weights[name]["point"]
+        assert difference["point"] == pytest.approx(expected)
+        assert difference["low"] <= difference["point"] <= difference["high"]
     for name in ("gain_percent", "oracle_gap_nats", "guard", "gates"):
         assert result[name].keys() == losses["fused"].keys()
     assert result["own_domain"]["law-2"] == "law"
     assert result["contamination"] == {"art": 0.01, "law": 0.01}
     assert result["fingerprints"]["base"] == base.weights
     assert result["bytes"]["adapters"].keys() == losses["specialists"].keys()
-    assert result["compute"]["control"] == {"steps": 30, "tokens": 960}
+    assert result["compute"]["controls"] == {n: {"steps": 30, "tokens": 960} for n in CONTROLS}
     assert result["compute"]["contributors"]["art-1"]["kind"] == "delta"
     assert result["seconds"].keys() == set(PHASES)
     ids = [c.id for c in sorted(contributions, key=lambda c: c.id)]
@@ -96,8 +122,8 @@ def test_result_has_every_method(fusion, cooperative):
 
 def test_fusion_is_better_than_anyone_alone(fusion):
     result = fusion[0].result
-    assert result["gain_percent"]["evidence"]["vs_best_alone"] > 2
-    gap = result["oracle_gap_nats"]["evidence"]
+    assert result["gain_percent"]["evidence-mixed"]["vs_best_alone"] > 2
+    gap = result["oracle_gap_nats"]["evidence-mixed"]
     assert gap["low"] <= gap["point"] <= gap["high"] < 0.2
 
 
@@ -121,9 +147,9 @@ def test_every_forecast_is_reported_with_interval_and_outcome(fusion):
     assert expected <= set(forecasts)
     for forecast in forecasts.values():
         assert forecast["low"] <= forecast["high"] and 0 < forecast["level"] < 1
-        assert forecast["router"] == "evidence"
+        assert forecast["router"] == "evidence-mixed"
         key = f"vs_{forecast['reference']}"
-        assert forecast["actual"] == result["gain_percent"]["evidence"][key]
+        assert forecast["actual"] == result["gain_percent"]["evidence-mixed"][key]
 
 
 def test_gains_agree_with_the_losses_they_come_from(fusion):
@@ -156,7 +182,7 @@ def test_the_saved_model_has_the_reported_losses(fusion, cooperative):
     result, _, _ = fusion
     base, contributions = cooperative
     found = measure_saved(result.fused_folder, contributions, base.folder)
-    assert found == pytest.approx(result.result["losses"]["fused"]["evidence"], abs=2e-4)
+    assert found == pytest.approx(result.result["losses"]["fused"]["evidence-mixed"], abs=2e-4)
 
 
 def test_the_saved_model_generates(fusion, cooperative):
@@ -190,12 +216,12 @@ def test_logit_mixture_is_the_same_in_bank_and_fused_model(
 
 def test_order_of_arrival_changes_nothing(fusion, cooperative, plugins, tmp_path):
     base, contributions = cooperative
-    charter = build_charter(base, compare=("evidence-zero", "linear"))
+    charter = build_charter(base, compare=("evidence", "evidence-zero", "linear"))
     again = fuse(base, charter, contributions[::-1], tmp_path, plugins=plugins)
     for name in ("losses", "gain_percent", "oracle_gap_nats", "gates", "experts", "fingerprints"):
         expected = dict(fusion[0].result)[name]
         if name == "losses":
-            expected = {k: v for k, v in expected.items() if k != "control"}
+            expected = {k: v for k, v in expected.items() if k not in CONTROLS}
         assert again.result[name] == expected
     for file in ("router.safetensors", "adapters/law-1/adapter_model.safetensors"):
         saved = (again.fused_folder / file).read_bytes()
@@ -221,7 +247,7 @@ def test_without_calibration_blocks_only_routers_that_learn_nothing_are_fitted(
 
 def test_a_learning_router_needs_calibration_blocks(cooperative, plugins, tmp_path):
     base, contributions = build_unpooled(cooperative)
-    with pytest.raises(RoutingError, match="router 'evidence': expected calibration blocks"):
+    with pytest.raises(RoutingError, match="router 'evidence-mixed': expected calibration blocks"):
         fuse(base, build_charter(base), contributions, tmp_path, plugins=plugins)
     assert not (tmp_path / "fused").exists()
 
@@ -302,7 +328,7 @@ def test_the_charter_limits_the_published_router_only(fusion, cooperative, plugi
     assert load_manifest(limited.fused_folder).router.top_k == 1
     gates = limited.fused.forward(torch.arange(9)[None]).gates
     assert (gates.amax(-1) == 1).all()
-    for method, is_equal in (("evidence", False), ("evidence-zero", True)):
+    for method, is_equal in (("evidence-mixed", False), ("evidence-zero", True)):
         losses = [r["losses"]["fused"][method] for r in (limited.result, everyone)]
         assert (losses[0] == losses[1]) == is_equal
 

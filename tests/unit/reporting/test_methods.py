@@ -52,8 +52,8 @@ def test_control_characters_do_not_reach_the_terminal():
 
 
 def test_phases_come_in_the_order_they_happen():
-    names = ["evaluation", "unknown", "training", "control", "base"]
-    assert order_phases(names) == ["base", "control", "training", "evaluation", "unknown"]
+    names = ["evaluation", "unknown", "training", "base_continued", "base"]
+    assert order_phases(names) == ["base", "base_continued", "training", "evaluation", "unknown"]
 
 
 def test_the_budgets_sum_to_eight_minutes():

@@ -24,8 +24,41 @@ def test_the_summary_has_every_method_forecast_and_domain(result):
         assert word in text
     assert text.index("gain over the best anyone has alone") < text.index("token oracle")
     assert "base 1,500 steps, 3,072,000 tokens" in text
-    assert "control 1,050 steps" in text
-    assert "on all text pooled, for as many steps in all: +13.71 %" in text
+    assert "pooled text, linear layers 1,050 steps" in text
+    assert (
+        "linear layers trained on everybody's text pooled, for as many steps in all: +13.71 %"
+        in text
+    )
+
+
+def test_both_controls_say_what_they_trained_and_who_is_better(result):
+    losses = result["losses"]
+    losses["pooled_adapter"] = losses.pop("control")
+    losses["base_continued"] = {domain: 1.0 for domain in losses["base"]}
+    result["control_difference_nats"] = {
+        "pooled_adapter": {"point": -0.03, "low": -0.04, "high": -0.02},
+        "base_continued": {"point": 0.13, "low": 0.12, "high": 0.15},
+    }
+    result["compute"]["controls"] = {
+        "pooled_adapter": {"steps": 70, "tokens": 8},
+        "base_continued": {"steps": 80, "tokens": 9},
+    }
+    text = render(build_summary(result))
+    assert "(-0.0400 to -0.0200): fusing is better." in text
+    assert "the base continued with all its parameters on everybody's text pooled" in text
+    assert "+0.1300 nats (+0.1200 to +0.1500): pooling is better." in text
+    assert "pooled text, all parameters 80 steps" in text
+    result["control_difference_nats"]["base_continued"]["low"] = -0.1
+    assert "neither is better" in render(build_summary(result))
+
+
+def test_the_largest_excess_stands_beside_what_is_promised(result):
+    result["excess_nats"] = {result["router"]: {"largest": 1.5, "parts": 1700, "bound": 2.3026}}
+    text = render(build_summary(result))
+    assert "more than 1.500 nats above its best expert (1,700 parts" in text
+    assert "at most 2.303 are promised" in text
+    result["excess_nats"][result["router"]]["bound"] = None
+    assert "nothing is promised" in render(build_summary(result))
 
 
 def test_the_summary_of_a_minimal_result(minimal):
@@ -40,10 +73,10 @@ def test_forecasts_that_claim_nothing(result):
 
 def test_times_against_their_budget():
     text = render(
-        build_time_table({"training": 130.0, "base": 1.0, "control": 5.0}, BUDGET_SECONDS)
+        build_time_table({"training": 130.0, "base": 1.0, "base_continued": 5.0}, BUDGET_SECONDS)
     )
     lines = [line for line in text.splitlines() if "│" in line]
-    assert [line.split()[1] for line in lines] == ["base", "control", "training", "in"]
+    assert [line.split()[1] for line in lines] == ["base", "base_continued", "training", "in"]
     assert "136.0" in lines[-1] and "480" in lines[-1]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from forking_helpers import run_forked
 from peft import PeftModel
-from training_helpers import RULES, TRAINING, build_blocks, run_until_killed, train_counting
+from training_helpers import TRAINING, build_blocks, run_until_killed, train_counting
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
@@ -14,7 +14,6 @@ from molora_fed.errors import AdapterError, TrainingError, UnknownNameError
 from molora_fed.models.base import load_base
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.training.loop import CHECKPOINT_NAME
-from molora_fed.training.pooled import train_monolithic
 from molora_fed.training.specialists import load_specialist
 from molora_fed.types import ADAPTER_FILES, Split
 
@@ -176,43 +175,6 @@ def test_rank_above_the_charters_is_refused_before_training(base, tmp_path):
 def test_no_record_is_a_one_line_error(tmp_path):
     with pytest.raises(TrainingError, match="expected a finished training"):
         load_specialist(tmp_path)
-
-
-def train_control(base, folder, **more):
-    domains = ("counting", "other")
-    return train_monolithic(
-        base,
-        [build_blocks(Split.TRAIN, 30, seed=s, domain=d) for s, d in enumerate(domains)],
-        [build_blocks(Split.VALIDATION, 6, seed=9 + s, domain=d) for s, d in enumerate(domains)],
-        **{"steps": 12, "rules": RULES, "training": TRAINING, "seed": 3, **more},
-        threads=1,
-        folder=folder,
-    )
-
-
-def test_control_takes_all_its_steps_on_all_domains(base, tmp_path):
-    control = train_control(base, tmp_path, rules=AdapterRules(kinds=("lora",)))
-    assert control.loss < control.base_loss
-    assert control.domain == "counting+other" and control.kind == "delta"
-    assert control.record["steps"] == 12 and control.record["num_validation_blocks"] == 12
-    adapter = load_adapter(control.adapter_folder)
-    assert all(update.dense is not None for update in adapter.updates.values())
-
-
-def test_control_needs_blocks_of_every_domain(base, tmp_path):
-    blocks = build_blocks(Split.TRAIN, 4)
-    with pytest.raises(TrainingError, match="train blocks of 1 of 2"):
-        train_monolithic(
-            base,
-            [blocks, blocks.take(0)],
-            [blocks],
-            steps=2,
-            rules=RULES,
-            training=TRAINING,
-            seed=1,
-            threads=1,
-            folder=tmp_path,
-        )
 
 
 # Each process is killed at its own moment and leaves the next where it came to: before anything
