@@ -10,6 +10,7 @@ import jinja2
 
 from molora_fed.errors import ConfigError
 from molora_fed.reporting import figures
+from molora_fed.reporting.headline import list_headline, list_notes, order_forecasts
 from molora_fed.reporting.methods import list_methods, mask_controls, order_phases
 from molora_fed.storage.files import canonical_json, write_bytes, write_json
 
@@ -107,9 +108,16 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         total=_total,
     )
     published = result.get("router") or min(result["losses"]["fused"])
+    first, rest = order_forecasts(result)
     inlined = {name: base64.b64encode(data).decode() for name, data in images.items()}
     return environment.get_template("report.html.j2").render(
-        result=result, methods=list_methods(result), published=published, images=inlined
+        result=result,
+        methods=list_methods(result),
+        published=published,
+        images=inlined,
+        headline=list_headline(result),
+        forecasts=(first, rest),
+        notes=(list_notes(first), list_notes(rest)),
     )
 
 

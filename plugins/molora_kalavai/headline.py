@@ -8,9 +8,10 @@ fitted without each group in turn, see docs/forecasts.md.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 
-from molora_fed.forecasting.divergence import compute_gains
+from molora_fed.forecasting.divergence import compute_gains, compute_reference_losses
 from molora_fed.forecasting.intervals import Interval, fit_line
 from molora_fed.forecasting.matrices import (
     Fit,
@@ -72,6 +73,11 @@ def _predict(case: Case, past: Sequence[Outcome], reference: Reference) -> Forec
         return _predict_from_pilots(case, past, reference)
     if not formulas.is_full(case.losses):
         return None
+    references = compute_reference_losses(case.losses)
+    if reference == "best_alone" and references["best_alone"] == references["best_specialist"]:
+        # One gain under two names gets one forecast.
+        same = _predict(case, past, "best_specialist")
+        return None if same is None else replace(same, reference=reference)
     known = [o for o in past if not o.case.is_extrapolated and formulas.is_full(o.case.losses)]
     shipped, own = _gather(case, known)
     groups = [*group_outcomes(run.outcome for run in shipped), *own]
