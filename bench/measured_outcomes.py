@@ -31,7 +31,8 @@ ROUTER = "evidence"
 DIGITS = 6
 NOTE = (
     "Our own fusions: cross-entropy in nats/token on calibration blocks, base[d] and "
-    "specialists[s][d]; gains = measured gain of the evidence router on held-out blocks, percent. "
+    "specialists[s][d]; gains = measured gain of the evidence router on held-out blocks, percent; "
+    "oracle = that of the domain oracle there. "
     "pilots: the same losses after a share of the steps, on the first calibration blocks. group = "
     "all conditions that share a trained specialist, directly or through others: leave one group "
     "out, never one condition."
@@ -137,6 +138,7 @@ def _round(losses: Mapping[str, float], domains: list[str]) -> list[float]:
 
 def _describe(run: _Run, pilots: Mapping[str, Any] | None) -> dict[str, Any]:
     matrix = run.result["calibration"]
+    oracle = run.result["evaluation"]["baseline_gain_percent"]["domain_oracle"]
     domains, names = matrix["domains"], list(matrix["specialists"])
     row: dict[str, Any] = {
         "condition": f"{run.condition}, seed {run.seed}",
@@ -148,6 +150,10 @@ def _describe(run: _Run, pilots: Mapping[str, Any] | None) -> dict[str, Any]:
         "base": _round(matrix["base"], domains),
         "specialists": [_round(matrix["specialists"][name], domains) for name in names],
         "gains": {k: round(v, DIGITS) for k, v in run.result["gains"][ROUTER].items()},
+        "oracle": {
+            name.removeprefix("vs_"): round(value["point"], DIGITS)
+            for name, value in oracle.items()
+        },
     }
     if pilots is not None:
         if pilots["domains"] != domains or list(pilots["specialists"]) != names:

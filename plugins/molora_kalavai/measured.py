@@ -13,7 +13,7 @@ from typing import Any
 
 from molora_fed.forecasting.matrices import parse_runs
 from molora_fed.forecasting.pilots import PilotRecord
-from molora_fed.types import Case, LossMatrix, Outcome
+from molora_fed.types import Case, LossMatrix, Outcome, Reference
 
 __all__ = ["MeasuredRun", "has_learnt", "list_measured_runs", "load_measured_runs"]
 
@@ -25,11 +25,14 @@ class MeasuredRun:
     Attributes:
         condition: Its name with the seed.
         outcome: Calibration losses, and the gains that were measured on held-out blocks.
+        oracle: The domain oracle's gain on held-out blocks, percent by reference; known only
+            afterwards, so that no forecast reads it.
         pilots: The same run with its pilots; None where none were trained.
     """
 
     condition: str
     outcome: Outcome
+    oracle: Mapping[Reference, float]
     pilots: PilotRecord | None
 
 
@@ -47,10 +50,10 @@ def load_measured_runs() -> tuple[MeasuredRun, ...]:
 
 
 def _read(condition: str, case: Case, row: Mapping[str, Any]) -> MeasuredRun:
-    outcome = Outcome(case, row["gains"])
+    outcome, oracle = Outcome(case, row["gains"]), row["oracle"]
     pilots = row.get("pilots")
     if pilots is None:
-        return MeasuredRun(condition, outcome, None)
+        return MeasuredRun(condition, outcome, oracle, None)
     losses = case.losses
     matrix = LossMatrix(
         losses.domains,
@@ -61,7 +64,7 @@ def _read(condition: str, case: Case, row: Mapping[str, Any]) -> MeasuredRun:
         },
         losses.own_domain,
     )
-    return MeasuredRun(condition, outcome, PilotRecord(matrix, pilots["share"], outcome))
+    return MeasuredRun(condition, outcome, oracle, PilotRecord(matrix, pilots["share"], outcome))
 
 
 def _name(domains: Sequence[str], losses: Sequence[float]) -> dict[str, float]:
