@@ -8,6 +8,7 @@ from molora_fed.charter import (
     Amendment,
     BaseIdentity,
     Charter,
+    FusionRules,
     Identity,
     TrainingRules,
     load_charter,
@@ -41,6 +42,15 @@ def test_options_of_the_kind_are_kept_and_an_amendment_without_any_reads_as_befo
     assert "options" not in TrainingRules().model_dump(mode="json")
     training = TrainingRules(options={"precision": "int4", "targets": ["q_proj"]})
     charter = CHARTER.model_copy(update={"amendment": Amendment(training=training)})
+    write_charter(charter, tmp_path / "cooperative.toml")
+    assert load_charter(tmp_path) == charter
+
+
+def test_the_headlines_predictors_are_left_out_where_usual(tmp_path):
+    assert "headline" not in FusionRules().model_dump(mode="json")
+    assert FusionRules().headline == ("measured-alone", "measured-specialist")
+    fusion = FusionRules(headline=("mine",))
+    charter = CHARTER.model_copy(update={"amendment": Amendment(fusion=fusion)})
     write_charter(charter, tmp_path / "cooperative.toml")
     assert load_charter(tmp_path) == charter
 
