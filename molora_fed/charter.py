@@ -77,6 +77,7 @@ _UNNAMED_COMPARISONS = ("evidence-zero", "linear")
 _DEFAULT_ROUTER = "evidence-mixed"
 _DEFAULT_COMPARISONS = ("evidence", "evidence-zero", "linear")
 _UNNAMED_FALLBACK = "evidence-zero"
+_UNNAMED_HEADLINE = ("measured-alone", "measured-specialist")
 _UNNAMED_SLOT_ROUTER = "parallel-sigmoid"
 _UNNAMED_SCOPE = "per-domain"
 _UNNAMED_OPERATORS = ("death", "slot-reallocation", "inheritance", "svd-mutation")
@@ -292,6 +293,7 @@ class FusionRules(StrictModel):
         restarts: Refits from another initialisation after a collapse.
         fallback: Router published instead where every refit still loses a domain, if it loses
             fewer; empty publishes the collapsed one.
+        headline: Gain predictors whose forecasts stand above the others; empty for none.
     """
 
     mode: Literal["router", "population"] = "router"
@@ -305,6 +307,10 @@ class FusionRules(StrictModel):
     collapse_nats: float = Field(default=0.05, gt=0)
     restarts: int = Field(default=3, ge=0)
     fallback: str = _UNNAMED_FALLBACK
+    # Left out where usual, so that amendments signed before there were any still verify.
+    headline: tuple[str, ...] = Field(
+        default=_UNNAMED_HEADLINE, exclude_if=lambda names: tuple(names) == _UNNAMED_HEADLINE
+    )
 
 
 class Amendment(StrictModel):

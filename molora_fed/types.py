@@ -94,12 +94,14 @@ class Case:
         pilots: Losses of specialists after a small share of the steps, under the same names;
             None without pilots.
         is_extrapolated: Whether `losses` are extrapolated from the pilots, not measured.
+        share: Share of the planned steps that the pilots had, in (0, 1); None without pilots.
     """
 
     losses: LossMatrix
     group: str = ""
     pilots: LossMatrix | None = None
     is_extrapolated: bool = False
+    share: float | None = None
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def forecast(
         return
     from molora_fed.errors import ConfigError
     from molora_fed.forecasting.history import find_records
-    from molora_fed.reporting.summary import build_run_forecast_table
+    from molora_fed.reporting.summary import build_run_forecast
 
     if (matrix is None) == (cooperative is None) or (contribution and pilot):
         got = "neither" if matrix is None and cooperative is None else "too many"
@@ -74,7 +74,7 @@ def forecast(
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
     else:
-        show(*(build_run_forecast_table(run) for run in found["runs"]))
+        show(*(build_run_forecast(run) for run in found["runs"]))
 
 
 def _forecast_matrices(
@@ -106,7 +106,9 @@ def _forecast_cooperative(
         made = forecast_from_contributions(opened, contributions, past=records)
     name = f"{opened.charter.identity.name}, from {made.basis}"
     forecasts = {record.predictor: describe_forecast(record.forecast) for record in made.records}
-    return {"runs": [{"condition": name, "forecasts": forecasts}]}
+    claims = {name: forecasts[name] for name in made.headline.predictors}
+    headline = {**made.headline.to_json(), "claims": claims}
+    return {"runs": [{"condition": name, "headline": headline, "forecasts": forecasts}]}
 
 
 @app.command("history")

@@ -12,6 +12,7 @@ from molora_fed.contributions.manifest import Contribution, Manifest, load_contr
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.errors import ConfigError
+from molora_fed.forecasting.headline import Headline, choose_headline
 from molora_fed.forecasting.history import collect_outcomes, collect_pilot_records
 from molora_fed.forecasting.pilots import MAX_SHARE, build_past, extrapolate, fit_growth
 from molora_fed.forecasting.records import ForecastRecord, make_forecasts
@@ -38,10 +39,12 @@ class CooperativeForecast:
     Attributes:
         records: One a predictor that applies.
         basis: What they were made from, for people.
+        headline: Which of them stand above the others.
     """
 
     records: tuple[ForecastRecord, ...]
     basis: str
+    headline: Headline
 
 
 def build_stated_losses(manifests: Sequence[Manifest]) -> LossMatrix:
@@ -88,6 +91,7 @@ def forecast_from_contributions(
         ConfigError: If there is no contribution, or one is of another cooperative.
         LedgerError: If another process works on the cooperative.
     """
+    plugins = plugins or get_plugins()
     if folders:
         manifests = [one.manifest for one in _load(cooperative, folders)]
     else:
@@ -97,13 +101,15 @@ def forecast_from_contributions(
     records = make_forecasts(
         case,
         cooperative.charter.amendment.fusion.router,
-        plugins or get_plugins(),
+        plugins,
         past=collect_outcomes(past),
         stage="contributions",
     )
     _keep(cooperative, records)
     return CooperativeForecast(
-        tuple(records), f"{len(manifests)} contributors' stated losses on their own domains"
+        tuple(records),
+        f"{len(manifests)} contributors' stated losses on their own domains",
+        _choose_headline(cooperative, records, case, plugins),
     )
 
 
@@ -160,7 +166,15 @@ def forecast_from_pilots(
         tuple(records),
         f"{len(pilots)} pilots of {100 * share:.0f} % of the steps, growth {growth:.2f} from "
         + (f"{len(known)} records" if known else "the published figures"),
+        _choose_headline(cooperative, records, case, plugins),
     )
+
+
+def _choose_headline(
+    cooperative: Cooperative, records: Sequence[ForecastRecord], case: Case, plugins: Plugins
+) -> Headline:
+    said = {record.predictor: record.forecast for record in records}
+    return choose_headline(cooperative.charter.amendment.fusion.headline, said, case, plugins)
 
 
 def _load(cooperative: Cooperative, folders: Sequence[Path]) -> list[Contribution]:

@@ -251,6 +251,7 @@ class CoordinatorWorker:
         from molora_fed.contributions.receive import load_admitted
         from molora_fed.cooperative.controls import load_controls
         from molora_fed.cooperative.fuse import FusedContributions, fuse_admitted
+        from molora_fed.reporting.headline import list_headline
 
         def publish(fused: FusedContributions) -> None:
             folders = {"fused": fused.result.fused_folder, "report": fused.report.parent}
@@ -258,7 +259,7 @@ class CoordinatorWorker:
 
         admitted = load_admitted(self._ledger, self._cooperative.store)
         ids = [one.id for one in admitted]
-        fuse_admitted(
+        fused = fuse_admitted(
             self._ledger,
             self._charter,
             self._base,
@@ -271,7 +272,8 @@ class CoordinatorWorker:
             on_phase=self._enter,
             progress=self._state.progress,
         )
-        self._show(f"{len(admitted)} contributions fused")
+        headline = list_headline(fused.result.result)
+        self._show(" ".join([f"{len(admitted)} contributions fused.", *headline]))
 
     def _evolve(self) -> None:
         """Evolve a population with its contributors, on their texts, and publish it."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from molora_fed.charter import FusionRules
 from molora_fed.contributions.reading import LedgerReader
 from molora_fed.errors import ConfigError
 from molora_fed.forecasting.divergence import compute_reference_losses
+from molora_fed.forecasting.headline import choose_headline
 from molora_fed.forecasting.matrices import MatrixRun
 from molora_fed.forecasting.pilots import PilotRecord
 from molora_fed.forecasting.records import CALIBRATION, ForecastRecord, ask_predictors, parse_record
@@ -242,7 +244,11 @@ def describe_forecast(forecast: Forecast | None) -> dict[str, Any]:
 
 
 def forecast_runs(
-    runs: Sequence[MatrixRun], plugins: Plugins, *, past: Sequence[Outcome] = ()
+    runs: Sequence[MatrixRun],
+    plugins: Plugins,
+    *,
+    past: Sequence[Outcome] = (),
+    headline: Sequence[str] = FusionRules().headline,
 ) -> dict[str, Any]:
     """What every registered predictor says of every run, in percent against the best specialist.
 
@@ -250,19 +256,30 @@ def forecast_runs(
         runs: Runs; their fused losses are not read.
         plugins: Where the predictors are registered.
         past: Outcomes known before; those of a run's own group are never used for it.
+        headline: Predictors of the headline; what a charter means that names none.
 
     Returns:
-        `{"runs": [{"condition": ..., "forecasts": {predictor: {...}}}]}`.
+        `{"runs": [{"condition": ..., "headline": {...}, "forecasts": {predictor: {...}}}]}`; the
+        headline's `claims` are against each predictor's own reference.
     """
     found = []
     for run in runs:
+        said = ask_predictors(run.case, past, plugins)
         forecasts = {
             name: describe_forecast(
                 None
                 if forecast is None
                 else restate_against_best_specialist(forecast, run.case.losses)
             )
-            for name, forecast in ask_predictors(run.case, past, plugins).items()
+            for name, forecast in said.items()
         }
-        found.append({"condition": run.condition, "forecasts": forecasts})
+        chosen = choose_headline(headline, said, run.case, plugins)
+        claims = {name: describe_forecast(said[name]) for name in chosen.predictors}
+        found.append(
+            {
+                "condition": run.condition,
+                "headline": {**chosen.to_json(), "claims": claims},
+                "forecasts": forecasts,
+            }
+        )
     return {"runs": found}

@@ -106,7 +106,8 @@ def extrapolate(pilots: LossMatrix, share: float, growth: float, *, group: str =
         drop = math.log(pilots.base[own] / pilots.specialists[name][own])
         grown = drop * share**-growth if drop > 0 else drop
         final[name] = {own: pilots.base[own] * math.exp(-grown)}
-    return Case(replace(pilots, specialists=final), group, pilots, is_extrapolated=True)
+    final_losses = replace(pilots, specialists=final)
+    return Case(final_losses, group, pilots, is_extrapolated=True, share=share)
 
 
 def build_past(case: Case, records: Sequence[PilotRecord]) -> list[Outcome]:

@@ -25,6 +25,7 @@ from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Contributed
 from molora_fed.errors import RoutingError
 from molora_fed.evaluation.evaluate import Evaluation, compute_domain_losses, evaluate
+from molora_fed.forecasting.headline import choose_headline
 from molora_fed.forecasting.records import ForecastRecord, make_forecasts, score_forecasts
 from molora_fed.fusion.collapse import GuardedRouter, choose_published, fit_guarded
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, plan_fusion
@@ -175,6 +176,8 @@ def fuse(
         matrix = measure_loss_matrix(bank, plan.own_domain)
         case = Case(matrix, group=charter.identity_hash)
         forecasts = make_forecasts(case, plan.router, plugins)
+        said = {record.predictor: record.forecast for record in forecasts}
+        headline = choose_headline(charter.amendment.fusion.headline, said, case, plugins)
         _record(forecasts, folder, on_forecasts)
     with clock.phase("routers"):
         guarded, left_out = _fit_routers(plan, bank, charter, seed, progress)
@@ -207,6 +210,7 @@ def fuse(
         fused=fused,
         measured=measured,
         forecasts=forecasts,
+        headline=headline,
         guard=_describe_guard(guarded, left_out, plan.router, published),
         seconds=clock.seconds,
         folder=folder,

@@ -14,6 +14,7 @@ from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Contributed
 from molora_fed.corpus.blocks import Blocks
+from molora_fed.forecasting.headline import Headline
 from molora_fed.forecasting.records import ForecastRecord
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.routing.fused import FusedExpert, FusedModel
@@ -37,6 +38,7 @@ class FusionOutcome:
         fused: The fused model.
         measured: The evaluation's parts of the report.
         forecasts: Scored forecasts.
+        headline: Which of them stand above the others.
         guard: What the collapse guard did, by router.
         seconds: Wall time by phase.
         folder: Where bank and fused model lie.
@@ -47,6 +49,7 @@ class FusionOutcome:
     fused: FusedModel
     measured: Mapping[str, Any]
     forecasts: Sequence[ForecastRecord]
+    headline: Headline
     guard: Mapping[str, Any]
     seconds: Mapping[str, float]
     folder: Path
@@ -80,6 +83,7 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
         "own_domain": plan.own_domain,
         "guard": dict(outcome.guard),
         "forecasts": {record.predictor: record.summary() for record in outcome.forecasts},
+        "headline": outcome.headline.to_json(),
         "contamination": _collect_contamination(plan),
         "corpus": {c.contributor: _count_blocks(c.domain, _samples(c)) for c in plan.contributions},
         "compute": _collect_compute(outcome),

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from molora_fed.forecasting.history import History
+from molora_fed.reporting.headline import order_forecasts
 from molora_fed.reporting.methods import list_methods
 
 __all__ = [
@@ -239,7 +240,8 @@ def draw_forecasts(result: Mapping[str, Any]) -> bytes:
     Returns:
         PNG bytes.
     """
-    forecasts = dict(sorted(result["forecasts"].items(), reverse=True))
+    above, below = order_forecasts(result)
+    forecasts = dict(reversed([*above, *below]))
     figure, axes = _new(8.0, 1.6 + 0.62 * max(1, len(forecasts)))
     for row, (_, forecast) in enumerate(forecasts.items()):
         low, high, point = (forecast[name] for name in ("low", "high", "point"))

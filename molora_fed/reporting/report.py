@@ -10,6 +10,7 @@ import jinja2
 
 from molora_fed.errors import ConfigError
 from molora_fed.reporting import figures
+from molora_fed.reporting.headline import list_headline, list_notes, order_forecasts
 from molora_fed.reporting.methods import (
     describe_controls,
     describe_excess,
@@ -116,6 +117,7 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         total=_total,
     )
     published = result.get("router") or min(result["losses"]["fused"])
+    first, rest = order_forecasts(result)
     inlined = {name: base64.b64encode(data).decode() for name, data in images.items()}
     return environment.get_template("report.html.j2").render(
         result=result,
@@ -123,6 +125,9 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         controls=describe_controls(result),
         published=published,
         images=inlined,
+        headline=list_headline(result),
+        forecasts=(first, rest),
+        notes=(list_notes(first), list_notes(rest)),
     )
 
 

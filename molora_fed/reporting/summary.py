@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from molora_fed.reporting.headline import list_headline, list_notes, order_forecasts
 from molora_fed.reporting.methods import (
     Method,
     describe_controls,
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
     from molora_fed.contributions.build import OutgoingRow
 
 __all__ = [
+    "build_basis_text",
     "build_contamination_table",
     "build_forecast_table",
+    "build_headline_text",
     "build_history_table",
     "build_loss_table",
     "build_outgoing_table",
+    "build_run_forecast",
     "build_run_forecast_table",
     "build_sample_text",
     "build_summary",
@@ -109,7 +113,8 @@ def build_forecast_table(result: Mapping[str, Any]) -> Table:
         "Forecast gain against outcome, percent", "predictor", "against", "router", "forecast",
         "interval", "level", "outcome", "inside",
     )  # fmt: skip
-    for name, forecast in sorted(result["forecasts"].items()):
+    first, rest = order_forecasts(result)
+    for name, forecast in (*first, *rest):
         low, high, point = (forecast[key] for key in ("low", "high", "point"))
         actual, level = forecast["actual"], forecast["level"]
         has_interval = low is not None and high is not None
@@ -123,8 +128,36 @@ def build_forecast_table(result: Mapping[str, Any]) -> Table:
             "-" if level is None else f"{100 * level:.0f} %",
             "-" if actual is None else f"{actual:+.2f}",
             ("yes" if low <= actual <= high else "no") if is_scored else "-",
+            style="bold" if name in dict(first) else "",
+            end_section=bool(first) and name == first[-1][0],
         )
     return table
+
+
+def build_headline_text(result: Mapping[str, Any]) -> Text | None:
+    """The headline forecast and what it rests on; None for a result of an earlier version.
+
+    Args:
+        result: `forecasts` by predictor and `headline`, as in report.json.
+    """
+    lines = list_headline(result)
+    if not lines:
+        return None
+    text = Text("\n".join(lines), style="bold")
+    first, _ = order_forecasts(result)
+    for note in list_notes(first):
+        text.append(f"\n{note}", style="not bold dim")
+    return text
+
+
+def build_basis_text(result: Mapping[str, Any]) -> Text:
+    """What the forecasts below the headline rest on.
+
+    Args:
+        result: `forecasts` by predictor, and `headline`.
+    """
+    _, rest = order_forecasts(result)
+    return Text("\n".join(list_notes(rest)), style="dim")
 
 
 def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
@@ -137,7 +170,8 @@ def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
         f"{run['condition'] or 'run'}: forecast gain, percent",
         "predictor", "against", "forecast", "interval", "level", "floor", "verdict",
     )  # fmt: skip
-    for name, forecast in run["forecasts"].items():
+    first, rest = order_forecasts(run)
+    for name, forecast in (*first, *rest):
         low, high, level = (forecast[key] for key in ("low", "high", "level"))
         table.add_row(
             name,
@@ -147,8 +181,21 @@ def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
             "-" if level is None else f"{100 * level:.0f} %",
             "-" if forecast["floor"] is None else f"{forecast['floor']:.1f}",
             forecast["verdict"] or "-",
+            style="bold" if name in dict(first) else "",
+            end_section=bool(first) and name == first[-1][0],
         )
     return table
+
+
+def build_run_forecast(run: Mapping[str, Any]) -> RenderableType:
+    """The headline forecast of one case, then every predictor's.
+
+    Args:
+        run: `condition`, `forecasts` by predictor, and `headline`.
+    """
+    headline = build_headline_text(run)
+    parts: list[RenderableType] = [] if headline is None else [headline]
+    return Group(*parts, build_run_forecast_table(run))
 
 
 def build_history_table(history: Mapping[str, Any]) -> Table:
@@ -266,14 +313,16 @@ def _build_compute_text(result: Mapping[str, Any]) -> Text | None:
 
 
 def build_summary(result: Mapping[str, Any]) -> RenderableType:
-    """The tables a run ends with: gain, all methods, forecasts, contamination, compute.
+    """What a run ends with: headline forecast, gain, methods, forecasts, contamination, compute.
 
     Args:
         result: Content of report.json.
     """
-    parts: list[RenderableType] = [_describe_gain(result), build_loss_table(result)]
+    headline = build_headline_text(result)
+    parts: list[RenderableType] = [] if headline is None else [headline]
+    parts += [_describe_gain(result), build_loss_table(result)]
     if result["forecasts"]:
-        parts.append(build_forecast_table(result))
+        parts += [build_forecast_table(result), build_basis_text(result)]
     if result["contamination"]:
         parts.append(build_contamination_table(result["contamination"]))
     compute = _build_compute_text(result)

@@ -98,6 +98,16 @@ def register_gain_predictors(register: Register) -> None:
     ):
         target = f"molora_kalavai.predictors:predict_{function}"
         register(name, target, summary=summary, source=source)
+    for name, function, reference in (
+        ("measured-alone", "measured_alone", "best anyone has alone"),
+        ("measured-specialist", "measured_specialist", "best specialist"),
+    ):
+        register(
+            name,
+            f"molora_kalavai.headline:predict_{function}",
+            summary=f"On the {reference}: all losses or pilots, residuals of our own fusions",
+            source=own,
+        )
 
 
 @hookimpl

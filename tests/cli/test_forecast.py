@@ -46,7 +46,10 @@ def test_json_has_every_run_and_predictor(molora, matrices):
         run.condition for run in load_published_runs()[:6]
     ]
     for run in found["runs"]:
-        assert set(run) == {"condition", "forecasts"}
+        assert set(run) == {"condition", "headline", "forecasts"}
+        names = ["measured-alone", "measured-specialist"]
+        assert run["headline"]["predictors"] == names == list(run["headline"]["claims"])
+        assert run["headline"]["claims"]["measured-alone"]["reference"] == "best_alone"
         for forecast in run["forecasts"].values():
             assert {"point", "low", "high", "level"} <= set(forecast)
 
@@ -65,6 +68,8 @@ def test_own_domain_only_changes_with_nothing_but_base_and_diagonal(molora, matr
     assert seen.out == hidden.out
     forecasts = json.loads(seen.out)["runs"][0]["forecasts"]
     assert forecasts["loss-matrix"]["point"] is None
+    headline = json.loads(seen.out)["runs"][0]["headline"]
+    assert headline["predictors"] == [] and "on every domain are needed" in headline["reason"]
     assert forecasts["fitted"]["low"] < forecasts["fitted"]["point"]
 
 
@@ -77,6 +82,7 @@ def test_without_its_groups_name_a_run_is_still_never_its_own_evidence(molora, m
 def test_tables_for_people(molora, matrices):
     ran = molora("forecast", "--matrix", matrices())
     assert ran.code == 0
+    assert ran.out.startswith("Forecast: ")
     assert "phase2-cross_lingual-result_seed137" in ran.out
     assert "80 %" in ran.out and "go" in ran.out
 
@@ -134,7 +140,12 @@ def test_a_pilots_forecast_claims_no_interval_without_records_of_pilots(told):
     with open_cooperative(told / "tiny").read_ledger() as ledger:
         claims = [r.data for r in ledger.records("forecast") if r.data["stage"] == "pilots"]
     assert {"fitted", "forgetting", "own-loss", "kalavai-law"} <= {c["predictor"] for c in claims}
+    # The headline rests on pilots of our own; all others on the caller's, of which there are none.
+    measured = [c for c in claims if c["predictor"].startswith("measured-")]
+    assert len(measured) == 2 and all(c["forecast"]["level"] == 0.8 for c in measured)
     for claim in claims:
+        if claim in measured:
+            continue
         assert claim["forecast"]["point"] is not None
         assert claim["forecast"]["low"] is None and claim["forecast"]["level"] is None
         assert set(claim["pilots"]["specialists"]["abc-1"]) == {"abc", "xyz"}

@@ -8,6 +8,7 @@ from molora_fed.charter import (
     Amendment,
     BaseIdentity,
     Charter,
+    FusionRules,
     Identity,
     TrainingRules,
     load_charter,
@@ -64,6 +65,15 @@ def test_a_new_cooperative_writes_its_router_down(tmp_path):
     assert f'router = "{Amendment().fusion.router}"' in text
     assert Amendment().fusion.router != "evidence"
     assert load_charter(tmp_path) == CHARTER
+
+
+def test_the_headlines_predictors_are_left_out_where_usual(tmp_path):
+    assert "headline" not in FusionRules().model_dump(mode="json")
+    assert FusionRules().headline == ("measured-alone", "measured-specialist")
+    fusion = FusionRules(headline=("mine",))
+    charter = CHARTER.model_copy(update={"amendment": Amendment(fusion=fusion)})
+    write_charter(charter, tmp_path / "cooperative.toml")
+    assert load_charter(tmp_path) == charter
 
 
 def test_any_change_of_the_identity_changes_its_hash():

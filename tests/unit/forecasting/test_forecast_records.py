@@ -45,6 +45,8 @@ def test_every_predictor_that_applies_gives_one_record_sorted_by_name(records):
         "kalavai-law",
         "kalavai-law-refit",
         "loss-matrix",
+        "measured-alone",
+        "measured-specialist",
         "own-loss",
         "own-loss-bracket",
     ]

@@ -145,6 +145,8 @@ def test_every_forecast_is_reported_with_interval_and_outcome(fusion):
     forecasts = result["forecasts"]
     expected = {"fitted", "kalavai-law", "loss-matrix", "own-loss", "own-loss-bracket"}
     assert expected <= set(forecasts)
+    headline = ["measured-alone", "measured-specialist"]
+    assert result["headline"] == {"predictors": headline, "reason": None}
     for forecast in forecasts.values():
         assert forecast["low"] <= forecast["high"] and 0 < forecast["level"] < 1
         assert forecast["router"] == "evidence-mixed"
