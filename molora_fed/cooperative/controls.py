@@ -34,11 +34,11 @@ from molora_fed.types import Progress, Split
 
 __all__ = ["CONTROLS", "ControlName", "PooledTraining", "find_control_adapter", "load_controls"]
 
-ControlName = Literal["pooled_adapter", "base_continued"]
-"""`pooled_adapter`: one adapter of the linear layers; `base_continued`: all parameters. These are
+ControlName = Literal["monolithic", "base_continued"]
+"""`monolithic`: one adapter of the linear layers; `base_continued`: all parameters. These are
 also the names of their rows in reports."""
 
-CONTROLS: tuple[ControlName, ...] = ("pooled_adapter", "base_continued")
+CONTROLS: tuple[ControlName, ...] = ("monolithic", "base_continued")
 TRY_SHARE = 0.2
 """Share of the steps that a learning rate is tried for."""
 
@@ -123,7 +123,7 @@ class PooledTraining:
     ) -> Specialist | ContinuedBase:
         identity, amendment = self.charter.identity, self.charter.amendment
         train: Callable[..., Specialist | ContinuedBase] = continue_base
-        if name == "pooled_adapter":
+        if name == "monolithic":
             train = partial(train_monolithic, rules=identity.adapters)
         return train(
             self.base,
@@ -141,8 +141,8 @@ class PooledTraining:
 
 
 def find_control_adapter(folder: Path) -> Path:
-    """Where the adapter of `pooled_adapter` lies in a cooperative's folder, if there is one."""
-    return folder / _FOLDER / "pooled_adapter" / "adapter"
+    """Where the adapter of `monolithic` lies in a cooperative's folder, if there is one."""
+    return folder / _FOLDER / "monolithic" / "adapter"
 
 
 def load_controls(folder: Path, plugins: Plugins) -> dict[str, Control]:

@@ -20,7 +20,7 @@ __all__ = [
 
 _LABELS = {
     "base": "base",
-    "pooled_adapter": "pooled text, linear layers",
+    "monolithic": "pooled text, linear layers",
     "base_continued": "pooled text, all parameters",
     "control": "pooled text, linear layers",  # its name in earlier reports
     "uniform": "uniform gates",
@@ -30,7 +30,7 @@ _LABELS = {
 }
 _KINDS = {
     "base": "alone",
-    "pooled_adapter": "control",
+    "monolithic": "control",
     "base_continued": "control",
     "control": "control",
     "uniform": "baseline",
@@ -44,7 +44,7 @@ _CONTROLS = tuple(key for key, kind in _KINDS.items() if kind == "control")
 
 
 _TRAINED = {
-    "pooled_adapter": "one adapter of the linear layers trained on",
+    "monolithic": "one adapter of the linear layers trained on",
     "base_continued": "the base continued with all its parameters on",
     "control": "one adapter of the linear layers trained on",
 }

@@ -53,7 +53,7 @@ def fusion(cooperative, plugins, tmp_path_factory):
 
     cost = {"steps": 30, "tokens": 960}
     controls = {
-        "pooled_adapter": Control(build_random_adapter(base.model, seed=9, frozen_depth=1), cost),
+        "monolithic": Control(build_random_adapter(base.model, seed=9, frozen_depth=1), cost),
         "base_continued": Control(base, cost),
     }
     result = fuse(

@@ -33,14 +33,14 @@ def test_the_summary_has_every_method_forecast_and_domain(result):
 
 def test_both_controls_say_what_they_trained_and_who_is_better(result):
     losses = result["losses"]
-    losses["pooled_adapter"] = losses.pop("control")
+    losses["monolithic"] = losses.pop("control")
     losses["base_continued"] = {domain: 1.0 for domain in losses["base"]}
     result["control_difference_nats"] = {
-        "pooled_adapter": {"point": -0.03, "low": -0.04, "high": -0.02},
+        "monolithic": {"point": -0.03, "low": -0.04, "high": -0.02},
         "base_continued": {"point": 0.13, "low": 0.12, "high": 0.15},
     }
     result["compute"]["controls"] = {
-        "pooled_adapter": {"steps": 70, "tokens": 8},
+        "monolithic": {"steps": 70, "tokens": 8},
         "base_continued": {"steps": 80, "tokens": 9},
     }
     text = render(build_summary(result))
