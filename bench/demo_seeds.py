@@ -21,8 +21,7 @@ SEEDS = (42, 137, 2026)
 FITTED = "evidence"  # the published router without its guarantee
 LARGEST_COST = 0.002  # nats
 CONTROLS = {
-    "monolithic": "one adapter of the linear layers",
-    "base_continued": "all parameters of the base",
+    "monolithic": "one adapter of the linear layers base_continued": "all parameters of the base",
 }
 OUT = Path("docs/results/demo")
 
@@ -61,12 +60,12 @@ def summarize(results: dict[int, dict[str, Any]]) -> str:
     lines = [
         "# The demo at three seeds",
         "",
-        "`python bench/demo_seeds.py`, which runs `molora demo --seed SEED --control` and keeps the",
-        "report of each. The seed decides base, data order, routers and bootstraps; documents are split",
-        "alike at every seed, by the charter's split seed. Losses are held-out nats per token, equal",
-        "weight over domains; intervals are the 95 % bootstrap by document cluster. The unit of",
-        "replication is the seed (everything trained anew) for what is said of all three, and the",
-        "document cluster inside a seed.",
+        "`python bench/demo_seeds.py`, which runs `molora demo --seed SEED --control` and keeps",
+        "the report of each. The seed decides base, data order, routers and bootstraps; documents",
+        "are split alike at every seed, by the charter's split seed. Losses are held-out nats per",
+        "token, equal weight over domains; intervals are the 95 % bootstrap by document cluster.",
+        "The unit of replication is the seed (everything trained anew) for what is said of all",
+        "three, and the document cluster inside a seed.",
         "",
     ]
     lines += tabulate(
@@ -78,9 +77,9 @@ def summarize(results: dict[int, dict[str, Any]]) -> str:
         "",
         "## Against pooling everybody's text",
         "",
-        "Both controls train on all domains' text pooled, for the steps of all specialists together,",
-        "at the learning rate that a fifth of the steps liked best on validation text. The fused model",
-        "runs all its experts for every token, a control is one model.",
+        "Both controls train on all domains' text pooled, for the steps of all specialists",
+        "together, at the learning rate that a fifth of the steps liked best on validation text.",
+        "The fused model runs all its experts for every token, a control is one model.",
         "",
     ]
     lines += tabulate(
@@ -92,9 +91,9 @@ def summarize(results: dict[int, dict[str, Any]]) -> str:
         "",
         "## What the guarantee costs, and what it holds",
         "",
-        "The published router weighs `evidence` and `evidence-zero` (docs/routers.md). Its cost is its loss",
-        "less that of `evidence` alone; the excess is how much a part of a held-out document costs above",
-        "its best expert, summed over its tokens.",
+        "The published router weighs `evidence` and `evidence-zero` (docs/routers.md). Its cost",
+        "is its loss less that of `evidence` alone; the excess is how much a part of a held-out",
+        "document costs above its best expert, summed over its tokens.",
         "",
     ]
     lines += tabulate(
@@ -114,7 +113,8 @@ def summarize(results: dict[int, dict[str, Any]]) -> str:
         "",
         "## Forecasts, recorded before the outcome",
         "",
-        "The headline, in bold, comes from the full matrix of losses; the laws below it know less.",
+        "The headline, in bold, comes from the full matrix of losses; the laws below it know",
+        "less.",
         "",
     ]
     lines += tabulate(
