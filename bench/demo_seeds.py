@@ -21,7 +21,8 @@ SEEDS = (42, 137, 2026)
 FITTED = "evidence"  # the published router without its guarantee
 LARGEST_COST = 0.002  # nats
 CONTROLS = {
-    "monolithic": "one adapter of the linear layers base_continued": "all parameters of the base",
+    "monolithic": "one adapter of the linear layers",
+    "base_continued": "all parameters of the base",
 }
 OUT = Path("docs/results/demo")
 
