@@ -80,11 +80,9 @@ class Estimate:
     def show_both(self, unit: str, digits: int = 1) -> str:
         """Point, interval over trainings, interval over tasks, e.g. for a claim."""
         seeds, tasks = (span.show(digits) for span in self.spans)
+        figure = f"{self.point:+.{digits}f} {unit}".strip()
         count = len(self.by_seed)
-        return (
-            f"{f'{self.point:+.{digits}f} {unit}'.strip()} {seeds} over {count} seed{'s' if count > 1 else ''}, "
-            f"{tasks} over tasks"
-        )
+        return f"{figure} {seeds} over {count} seed{'s' if count > 1 else ''}, {tasks} over tasks"
 
 
 class Sampled:

@@ -10,10 +10,12 @@ from molora_studies.framework.contract import Summary
 from molora_studies.framework.fusions import load_evaluation
 from molora_studies.framework.registry import load_studies
 from molora_studies.framework.substrate import BaseSettings
-from molora_studies.kalavai.comparisons import judge_sign, judge_within
+from molora_studies.kalavai.comparisons import Replicated
+from molora_studies.kalavai.method_table import MethodRow, tabulate
 from molora_studies.kalavai.monolithic import MonolithicOptions, MonolithicStudy
-from molora_studies.kalavai.rivals import RivalOptions, wide_base
+from molora_studies.kalavai.rivals import RivalOptions, claim_rivals, wide_base
 from molora_studies.kalavai.routers import RoutersOptions, RoutersStudy
+from molora_studies.verdicts import Span
 from study_tasks import DOMAINS, Run, running
 
 SHARED: Mapping[str, Any] = {
@@ -135,16 +137,21 @@ def test_a_base_from_elsewhere_has_no_wider_one():
     assert wide_base(RivalOptions()).hidden == 264
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "negative", "within"),
-    [
-        (0.1, 0.2, "does not hold", "does not hold"),
-        (-0.2, -0.1, "holds", "does not hold"),
-        (-0.005, 0.005, "not decided", "holds"),
-        (-0.02, 0.005, "not decided", "not decided"),
-    ],
-)
-def test_verdicts_follow_from_intervals(low, high, negative, within):
-    interval = {"low": low, "high": high}
-    assert judge_sign(interval, positive=False) == negative
-    assert judge_within(interval, 0.01) == within
+def test_rivals_whose_recipe_was_not_tuned_carry_no_verdict():
+    sure = Replicated([-0.1, -0.11, -0.1], [Span(-0.12, -0.09)], -0.1)
+    claims = claim_rivals({("evidence", "wider"): sure, ("evidence", "joint"): sure})
+    assert [claim.verdict for claim in claims] == ["not tuned"] * 2
+    assert all("no verdict until" in claim.reason for claim in claims)
+    assert all("-0.1000 nats" in claim.measured for claim in claims)
+
+
+def test_tables_say_what_is_trained_and_what_was_not_tuned():
+    loss = {"point": 3.0, "low": 2.9, "high": 3.1}
+    kinds = {"monolithic-12": "trained", "base_continued": "trained", "wider": "trained",
+             "joint": "trained", "ties": "merge", "weight_average": "merge"}  # fmt: skip
+    rows = [MethodRow(name, kind, loss, [3.0], None, None) for name, kind in kinds.items()]
+    shown = {row[0]: row[1] for row in tabulate("t", rows, {}).rows}
+    assert shown["monolithic-12"] == "trained: linear layers, pooled text"
+    assert shown["base_continued"] == "trained: all parameters, pooled text"
+    assert shown["weight_average"] == "merge"
+    assert all(shown[name].endswith("; not tuned") for name in ("wider", "joint", "ties"))
