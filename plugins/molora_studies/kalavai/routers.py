@@ -14,6 +14,7 @@ from molora_studies.framework.contract import (
 )
 from molora_studies.framework.substrate import FusionSettings, plan_fusion, plan_mean
 from molora_studies.kalavai.comparisons import Replicated, plan_differences
+from molora_studies.kalavai.merge_tuning import claim_merges, plan_tuned_merges, tabulate_merges
 from molora_studies.kalavai.method_table import (
     MethodRow,
     draw_gains,
@@ -273,7 +274,9 @@ class RoutersOptions(RivalOptions):
         routers: Options by label, fused as this project does: probability mixture, the base as
             an expert, the collapse guard.
         published: Options by label, fused as published: logit mixture, no base, no guard.
-        merges: Merges measured beside.
+        merges: Merges measured beside, with densities and scale as registered.
+        tune_merges: Whether density and scale of TIES and DARE are also chosen on calibration
+            text, with as many tries as there are evidence routers; only then they carry claims.
     """
 
     routers: Mapping[str, Mapping[str, Any]] = {
@@ -303,6 +306,7 @@ class RoutersOptions(RivalOptions):
         "evidence": {},
     }
     merges: tuple[str, ...] = ("average", "ties", "dare", "dare-ties")
+    tune_merges: bool = False
 
 
 class RoutersStudy(Study):
@@ -338,6 +342,9 @@ class RoutersStudy(Study):
                 name = f"{form} seed {seed}"
                 fusions.append(plan_fusion(name, base, members, settings, baselines=rivals))
                 cells.append(Cell(name, {"form": form, "seed": seed}, fusions[-1]))
+                if form == "ours" and options.tune_merges:
+                    tuned = _name_tuned(seed)
+                    cells.append(Cell(tuned, {"seed": seed}, plan_tuned_merges(tuned, fusions[-1])))
             pairs = list_pairs(form, routers, options.chosen)
             cells += [
                 Cell(f"{form}, mean", {"form": form}, plan_mean(f"{form}, mean", fusions)),
@@ -363,6 +370,7 @@ class RoutersStudy(Study):
             for label in options.routers
         }
         domains = len(options.domains) * len(options.seeds)
+        tuned = [results[_name_tuned(seed)] for seed in options.seeds if options.tune_merges]
         main = tabulate(
             f"Every router and baseline, mean of {len(options.seeds)} seeds, "
             "95 % intervals by document cluster",
@@ -386,9 +394,14 @@ class RoutersStudy(Study):
                     for form in ("ours", "as published")
                 },
                 "seconds": {"fit": seconds},
+                **({"tuned_merges": [each["merges"] for each in tuned]} if tuned else {}),
             },
-            claims=collect_claims(options, results),
-            tables=[main, _tabulate_published(published, len(options.seeds))],
+            claims=collect_claims(options, results) + (claim_merges(tuned) if tuned else []),
+            tables=[
+                main,
+                *([tabulate_merges(tuned)] if tuned else []),
+                _tabulate_published(published, len(options.seeds)),
+            ],
             figures=[
                 Figure(
                     "gains",
@@ -409,13 +422,17 @@ _NOTES = (
     "many parameters as base and specialists and so costs more compute per step; `joint` goes on "
     "from the specialists and sees all domains' text in one place.",
     "Not tuned, so without a verdict: `wider` and `joint` (one recipe each, where routers had "
-    "several), TIES and DARE (densities and scale fixed beforehand, docs/merges.md, unless the "
-    "option `merge_tries` tunes them on calibration text).",
+    "several), TIES and DARE as registered (density and scale fixed beforehand, docs/merges.md). "
+    "The option `tune_merges` chooses these on calibration text.",
     "Best weights of what is trained are chosen on validation text; held-out text is read once.",
     "Where routers are fitted on the same states, the first of them pays for pooling these; times "
     "are wall times beside other tasks, judging under the guard included. `bench/fit_routers.py` "
     "measures fits alone.",
 )
+
+
+def _name_tuned(seed: int) -> str:
+    return f"tuned merges seed {seed}"
 
 
 def _count_lost(results: Sequence[Mapping[str, Any]], label: str, *, has_base: bool) -> int:
