@@ -36,6 +36,10 @@ def study(
     collect: Annotated[
         Path | None, typer.Option(help="Gather the claims of all results in this folder.")
     ] = None,
+    rejudge: Annotated[
+        Path | None,
+        typer.Option(help="Judge all results in this folder anew from their cells; run nothing."),
+    ] = None,
 ) -> None:
     """Run a study: print its plan, do its tasks in parallel, write its result.
 
@@ -47,6 +51,8 @@ def study(
         _list()
     elif collect is not None:
         _collect(collect, out)
+    elif rejudge is not None:
+        _rejudge(rejudge, out)
     elif not name:
         raise ConfigError(
             "Cannot run a study: expected its name, got none. `molora study --list` shows all."
@@ -87,6 +93,16 @@ def _collect(folder: Path, out: Path | None) -> None:
     else:
         write_bytes(out, page.encode())
         print(f"page  {out}")
+
+
+def _rejudge(folder: Path, out: Path | None) -> None:
+    from molora_studies.framework.registry import get_studies
+    from molora_studies.framework.rejudge import rejudge_folder
+
+    for judged in rejudge_folder(folder, get_studies().registry, out or folder):
+        print(f"wrote  {judged.written.files[0]}: {len(judged.changes)} verdicts changed")
+        for change in judged.changes:
+            print(f"  {change.before or 'new'} -> {change.after or 'gone'}: {change.claim}")
 
 
 def _plan(name: str, config: Path | None, seeds: str) -> "PlannedStudy":

@@ -10,7 +10,7 @@ from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.save import save_adapter
 from molora_fed.adapters.updates import Adapter, LinearUpdate, average_adapters
-from molora_fed.errors import AdapterError
+from molora_fed.errors import AdapterError, ConfigError
 from molora_fed.plugins import load_plugins
 from molora_fed.testing.models import build_random_adapter
 
@@ -130,3 +130,19 @@ def test_ties_of_equal_adapters_is_the_trimmed_adapter_and_never_beyond_the_larg
 def test_average_is_the_core_function(merges, tiny_model):
     adapters = [build_random_adapter(tiny_model(), seed=seed) for seed in (1, 2)]
     assert merges["average"](adapters, name="x", seed=9).hash == average_adapters(adapters).hash
+
+
+@pytest.mark.parametrize("name", ["ties", "dare", "dare-ties"])
+def test_a_scale_multiplies_the_merge_and_changes_no_draw(merges, name):
+    adapters = [dense([[1.0, -2.0, 3.0, 4.0]], "a"), dense([[2.0, 1.0, -1.0, 5.0]], "b")]
+    whole, half = (
+        merges[name](adapters, name=name, seed=3, density=0.5, scale=scale) for scale in (1.0, 0.5)
+    )
+    assert torch.equal(half.updates["m"].product(), 0.5 * whole.updates["m"].product())
+    assert half.hash != whole.hash
+
+
+@pytest.mark.parametrize("settings", [{"density": 0.0}, {"density": 1.1}, {"scale": 0.0}])
+def test_settings_out_of_range_are_refused(merges, settings):
+    with pytest.raises(ConfigError, match="expected a density in"):
+        merges["dare"]([dense([[1.0]], "a")], name="dare", seed=0, **settings)

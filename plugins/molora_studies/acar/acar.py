@@ -53,7 +53,7 @@ def _tabulate_configurations(found: Findings) -> Table:
             )
         )
     return Table(
-        "Accuracy and cost, means over seeds",
+        "Accuracy and cost, means over seeds, intervals over tasks at fixed models",
         (
             "configuration",
             "right, % [95 %]",
@@ -333,9 +333,10 @@ def _list_notes(options: AcarOptions, found: Findings) -> list[str]:
     ]
     tasks = len(found.results[0]["tasks"]["family"].split())
     return [
-        f"{tasks} test tasks of {len(found.families())} families a seed. Intervals are 95 %, by "
-        "bootstrap over tasks within each seed; the seeds' models stay, so they do not say how "
-        "other trainings would come out. Figures by seed are in the JSON file.",
+        f"{tasks} test tasks of {len(found.families())} families a seed. Intervals of the tables "
+        "are 95 %, by bootstrap over tasks within each seed; the seeds' models stay, so they do "
+        "not say how other trainings would come out. Verdicts need Student's interval over seeds, "
+        "too. Figures by seed are in the JSON file.",
         f"The probe has {sizes['probe']:,} parameters, a member {sizes['member']:,}. The probe is "
         f"sampled {options.samples} times at temperature {options.temperature:g}, members answer "
         "greedily.",

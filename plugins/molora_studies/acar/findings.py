@@ -282,6 +282,13 @@ class Findings:
             found[family] = tuple(np.mean(shares, axis=0).tolist())
         return found
 
+    def probe_alone_by_seed(self, name: str, family: str) -> list[float]:
+        """Share of a family's tasks that stay with the probe at every seed, per cent."""
+        return [
+            100 * float(np.mean(modes[_own(one, family)] == 0))
+            for one, modes in zip(self.results, self._numbers(name, "mode"), strict=True)
+        ]
+
     def similarity(self) -> float:
         """Median similarity of the most similar solved problem."""
         found = [unpack_numbers(one["tasks"]["similarity"]) for one in self.results]

@@ -1,4 +1,8 @@
-"""Statistics of the study `acar`: means over seeds, intervals by bootstrap over tasks."""
+"""Statistics of the study `acar`: means over seeds, intervals over tasks and over seeds.
+
+Tasks asked of the same models are no replicates of a training: bootstrap intervals over tasks say
+how other tasks would come out on these models, Student's over seeds how other models would.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+
+from molora_studies.verdicts import Span, compute_span
 
 __all__ = [
     "RESAMPLES",
@@ -35,15 +41,25 @@ class Estimate:
 
     Attributes:
         point: Mean over seeds.
-        low: Lower end.
+        low: Lower end of the interval over tasks, the seeds' models fixed.
         high: Upper end.
-        by_seed: The figure of each seed.
+        by_seed: The figure of each seed, whose models are trained anew.
     """
 
     point: float
     low: float
     high: float
     by_seed: tuple[float, ...]
+
+    @property
+    def over_seeds(self) -> Span:
+        """Student's 95 % interval over trainings."""
+        return compute_span(self.by_seed)
+
+    @property
+    def spans(self) -> list[Span]:
+        """The intervals that must agree: over trainings, and over tasks."""
+        return [self.over_seeds, Span(self.low, self.high)]
 
     def scale(self, factor: float) -> "Estimate":
         """All figures times a number."""
@@ -60,6 +76,13 @@ class Estimate:
             f"{self.point:{sign}.{digits}f} [{self.low:{sign}.{digits}f}, "
             f"{self.high:{sign}.{digits}f}]"
         )
+
+    def show_both(self, unit: str, digits: int = 1) -> str:
+        """Point, interval over trainings, interval over tasks, e.g. for a claim."""
+        seeds, tasks = (span.show(digits) for span in self.spans)
+        figure = f"{self.point:+.{digits}f} {unit}".strip()
+        count = len(self.by_seed)
+        return f"{figure} {seeds} over {count} seed{'s' if count > 1 else ''}, {tasks} over tasks"
 
 
 class Sampled:

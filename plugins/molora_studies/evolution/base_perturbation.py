@@ -10,6 +10,7 @@ from pydantic import Field
 from molora_studies.evolution.effects import (
     EQUAL_BUDGET,
     draw_effects,
+    name_replicates,
     read_log_perplexity,
     tabulate_effects,
     to_json,
@@ -111,6 +112,7 @@ class BasePerturbationStudy(Study):
                     f"{adjusted[name]:.2g} (Holm), n = {effect.count}; detectable "
                     f"{effect.detectable:.4f}",
                     judge(effect, None, adjusted[name]),
+                    name_replicates(effect.count),
                     "holds if the change is shown to lie within 0.005 nats",
                 )
                 for name, effect in changes.items()

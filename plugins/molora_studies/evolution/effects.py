@@ -10,12 +10,14 @@ from molora_studies.statistics import (
     aggregate_arithmetic,
     aggregate_balanced,
 )
+from molora_studies.verdicts import name_unit
 
 __all__ = [
     "AGGREGATORS",
     "EQUAL_BUDGET",
     "count_births",
     "draw_effects",
+    "name_replicates",
     "read_log_perplexity",
     "tabulate_effects",
     "to_json",
@@ -27,6 +29,11 @@ EQUAL_BUDGET = (
     "All populations of a replicate have equal adaptation steps on equal batches and equal fitness "
     "measurements; a population without a lifecycle measures its fitness and nothing reads it."
 )
+
+
+def name_replicates(count: int) -> str:
+    """The unit of replication of studies of the substrate."""
+    return name_unit("seed of everything but the documents", count)
 
 
 def read_log_perplexity(result: Mapping[str, Any], aggregator: str = "balanced") -> float:

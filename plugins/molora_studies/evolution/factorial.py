@@ -10,6 +10,7 @@ from molora_studies.evolution.effects import (
     EQUAL_BUDGET,
     count_births,
     draw_effects,
+    name_replicates,
     read_log_perplexity,
     tabulate_effects,
     to_json,
@@ -185,7 +186,8 @@ class FactorialStudy(Study):
 _NOTES = (
     EQUAL_BUDGET,
     "An effect is the reduction of the log-perplexity over domains, nats; above 0 is better. A "
-    "seed is a replicate of everything: base, specialists, population, router, data order.",
+    "seed is a replicate of everything but the documents: base, specialists, population, router "
+    "and data order are its own, train and held-out documents are the same at all seeds.",
     "Without a lifecycle nothing reads the fitness, so the two scopes are one population there: "
     "the main effect of the scope and its interaction with the lifecycle are the same number, half "
     "the simple effect with the lifecycle on (named contrast 'scope').",
@@ -329,6 +331,7 @@ def _claim(
                 f"{effect.show()} nats, p = {p:.2g}{'' if single else ' (Holm)'}, n = "
                 f"{effect.count}; detectable {effect.detectable:.4f}",
                 judge(effect, published, p),
+                name_replicates(effect.count),
                 "holds if shown to lie within 0.005 nats"
                 if published is None
                 else "holds if significant with the published size in the interval, differs if "
@@ -357,6 +360,7 @@ def _claim_aggregator(families: Mapping[tuple[int, str], Mapping[str, Effect]]) 
         f"sign of {', '.join(flips) or 'no effect'} flips; significant both ways: "
         f"{', '.join(changes) or 'none'}",
         "holds" if changes else "not decided",
+        name_replicates(next(iter(families.values()))["router"].count),
         "holds if an effect is significant in opposite directions under the two aggregators",
     )
 

@@ -103,7 +103,15 @@ class GuardStudy(Study):
             claims=[
                 claim_bare(effects[BARE]),
                 *(claim_guarded(name, effects[name], seeds[name]) for name in names[1:]),
-                *(claim_planted(operator, decisions[operator]) for operator in WANTED),
+                *(
+                    claim_planted(
+                        operator,
+                        decisions[operator],
+                        _share_right(options, results, operator),
+                        options.deltas[0],
+                    )
+                    for operator in WANTED
+                ),
             ],
             tables=[
                 tabulate_effects("Effect on balanced held-out log-perplexity", effects),
@@ -128,7 +136,10 @@ _NOTES = (
     "Planted operators get a generation's whole adaptation, as their twins do, in each generation "
     "of the population without a lifecycle; their comparisons are at the level of a guard that was "
     "asked in every generation before. Those of one seed share documents and a history, which the "
-    "exact binomial intervals do not know of.",
+    "exact binomial intervals do not know of; so a verdict needs the interval over seeds, too.",
+    "A harm within delta may be kept, and kept ones add up: the last columns of the decisions say "
+    "how often harm of half of delta, and of delta, would be kept at such errors. Planted harm was "
+    "several times delta; nothing was planted near it.",
 )  # fmt: skip
 
 
@@ -225,9 +236,27 @@ def _list_comparisons(
 def _list_planted(
     options: GuardOptions, results: Mapping[str, Mapping[str, Any]], operator: str
 ) -> list[Mapping[str, Any]]:
+    return [one for seed in options.seeds for one in _list_planted_at(results, operator, seed)]
+
+
+def _list_planted_at(
+    results: Mapping[str, Mapping[str, Any]], operator: str, seed: int
+) -> list[Mapping[str, Any]]:
     return [
         one["comparison"]
-        for seed in options.seeds
         for one in results[_name(_PLANTED, seed)]["planted"]
         if one["operator"] == operator
     ]
+
+
+def _share_right(
+    options: GuardOptions, results: Mapping[str, Mapping[str, Any]], operator: str
+) -> list[float]:
+    """Share of right decisions on a planted operator at every seed."""
+    shares = []
+    for seed in options.seeds:
+        found = describe_comparisons(
+            _list_planted_at(results, operator, seed), helps=operator == HELP
+        )
+        shares.append(float(found["right"]["share"] or 0.0))
+    return shares

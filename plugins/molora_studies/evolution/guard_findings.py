@@ -8,9 +8,10 @@ import numpy as np
 from scipy import stats
 
 from molora_fed.population.guard import compare_branches
-from molora_studies.evolution.effects import draw_effects
+from molora_studies.evolution.effects import draw_effects, name_replicates
 from molora_studies.framework.contract import Claim, Figure, Table, Verdict
 from molora_studies.statistics import MARGIN_NATS, Effect, judge
+from molora_studies.verdicts import Span, compute_span, judge_above
 
 __all__ = [
     "BARE",
@@ -84,19 +85,16 @@ def describe_comparisons(
         helps: Whether all of these lifecycles are known to help; else keeping is not right.
 
     Returns:
-        Shares `kept` and `right`; means of `difference` and `error`, nats; `idle`, the chance that
-        a lifecycle without any effect is kept at such errors. None where there are none.
+        Shares `kept` and `right`; means of `difference` and `error`, nats, and the `least` and
+        `most` difference; the chance that a lifecycle is kept at such errors whose harm is 0
+        (`idle`), half of delta (`half`) or delta (`full`). None where there are none.
     """
     kept = sum(bool(one["kept"]) for one in comparisons)
     count = len(comparisons)
-    idle = [
-        stats.t.cdf(
-            one["delta"] / one["error"] - stats.t.ppf(one["level"], one["degrees"]), one["degrees"]
-        )
-        if one["error"] > 0
-        else float(one["delta"] >= 0)
-        for one in comparisons
-    ]
+    differences = [one["difference"] for one in comparisons]
+
+    def expect(share: float) -> list[float]:
+        return [_expect_kept(one, share * one["delta"]) for one in comparisons]
 
     def mean(values: Sequence[float]) -> float | None:
         return float(np.mean(values)) if values else None
@@ -104,10 +102,23 @@ def describe_comparisons(
     return {
         "kept": _describe_share(kept, count),
         "right": _describe_share(kept if helps else count - kept, count),
-        "difference": mean([one["difference"] for one in comparisons]),
+        "difference": mean(differences),
+        "least": min(differences, default=None),
+        "most": max(differences, default=None),
         "error": mean([one["error"] for one in comparisons]),
-        "idle": mean(idle),
+        "idle": mean(expect(0.0)),
+        "half": mean(expect(0.5)),
+        "full": mean(expect(1.0)),
     }
+
+
+def _expect_kept(one: Mapping[str, Any], harm: float) -> float:
+    """Chance that a lifecycle of this true harm, nats, is kept at a comparison's error."""
+    room = one["delta"] - harm
+    if not one["error"] > 0:
+        return float(room >= 0)
+    quantile = stats.t.ppf(one["level"], one["degrees"])
+    return float(stats.t.cdf(room / one["error"] - quantile, one["degrees"]))
 
 
 def _show_share(found: Mapping[str, Any]) -> str:
@@ -127,46 +138,66 @@ def claim_bare(effect: Effect) -> Claim:
         f"{effect.show()} nats, p = {effect.p:.2g}, n = {effect.count}; detectable "
         f"{effect.detectable:.4f}",
         judge(effect, _PUBLISHED),
+        name_replicates(effect.count),
         "holds if significant with the published size in the interval, differs if significant "
         "with another size; does not hold if the other way or shown to lie within 0.005 nats",
     )
 
 
 def claim_guarded(name: str, effect: Effect, seeds: Sequence[Mapping[str, Any]]) -> Claim:
-    """That it cannot hurt; rows as in `tabulate_seeds`, with `p_holm`."""
+    """That it cannot hurt; rows as in `tabulate_seeds`, with `p_holm`.
+
+    A guard that kept nothing leaves the population without a lifecycle, so that nothing could have
+    come out otherwise: no verdict.
+    """
     worse = [str(row["seed"]) for row in seeds if row["p_holm"] < 1 - _LEVEL]
     verdict: Verdict = "not decided"
     if worse or effect.high < -MARGIN_NATS:
         verdict = "does not hold"
+    elif not any(row["kept"] for row in seeds):
+        verdict = "by construction"
     elif effect.low >= -MARGIN_NATS:
         verdict = "holds"
+    kept = sum(row["kept"] for row in seeds)
     return Claim(
         f"It does not with a guard ({name})",
         "none: the paper has no guard",
         f"{effect.show()} nats, n = {effect.count}; seeds significantly worse (Holm): "
-        f"{', '.join(worse) or 'none'}",
+        f"{', '.join(worse) or 'none'}; {kept} lifecycles kept",
         verdict,
+        f"{name_replicates(len(seeds))}; for harm at a seed, document cluster",
         f"holds if the interval's lower end is at least -{MARGIN_NATS} nats and no seed is "
-        "significantly worse; does not hold if a seed is, or the whole interval is below",
+        "significantly worse; does not hold if a seed is, or the whole interval is below; by "
+        "construction if no lifecycle was kept, for the population is then the one without",
     )
 
 
-def claim_planted(operator: str, found: Mapping[str, Any]) -> Claim:
+def claim_planted(
+    operator: str, found: Mapping[str, Any], by_seed: Sequence[float], delta: float
+) -> Claim:
     """That the guard decides rightly on a planted operator.
 
     Args:
         operator: Its name.
         found: What `describe_comparisons` says, of one comparison at least.
+        by_seed: Share of right decisions of each seed.
+        delta: Largest bound that is kept, nats.
     """
     right, wanted = found["right"], WANTED[operator]
     what = "keeps help" if operator == HELP else "refuses harm"
-    share = right["share"]
+    # Shares that are all alike have no spread: the exact interval over decisions says then.
+    spans = [Span.of(right), compute_span(by_seed)]
+    least, most = sorted((found["least"], found["most"]), key=abs)
     return Claim(
         f"The guard {what} that is planted, at least {100 * wanted:.0f} % of the time",
         "none: the paper has no guard",
-        f"{_show_share(right)}; mean difference {found['difference']:+.4f} nats",
-        "holds" if share is not None and share >= wanted else "does not hold",
-        "holds if the share of right decisions is at least that",
+        f"{_show_share(right)}; by seed {spans[1].show(2, sign=False)}; planted differences "
+        f"{least:+.4f} to {most:+.4f} nats, {abs(least) / delta:.1f} to {abs(most) / delta:.1f} "
+        "times delta",
+        judge_above(spans, wanted),
+        f"{name_replicates(len(by_seed))}, and planted decision ({right['total']})",
+        "holds if the exact interval over decisions and the interval over seeds lie above that "
+        "share; says nothing of differences nearer to delta than those planted",
     )
 
 
@@ -184,6 +215,8 @@ def tabulate_decisions(decisions: Mapping[str, Mapping[str, Any]]) -> Table:
             "mean difference, nats",
             "mean standard error",
             "kept were there no difference",
+            "kept were the harm delta / 2",
+            "kept were the harm delta",
         ),
         [
             (
@@ -191,7 +224,7 @@ def tabulate_decisions(decisions: Mapping[str, Mapping[str, Any]]) -> Table:
                 _show_share(found["kept"]),
                 show(found["difference"], "+.5f"),
                 show(found["error"], ".5f"),
-                show(found["idle"], ".0%"),
+                *(show(found[size], ".0%") for size in ("idle", "half", "full")),
             )
             for name, found in decisions.items()
         ],

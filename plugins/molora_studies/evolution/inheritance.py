@@ -10,6 +10,7 @@ from pydantic import Field
 from molora_studies.evolution.effects import (
     EQUAL_BUDGET,
     draw_effects,
+    name_replicates,
     read_log_perplexity,
     tabulate_effects,
     to_json,
@@ -28,9 +29,8 @@ from molora_studies.framework.contract import (
     StudyOptions,
     Summary,
     Table,
-    Verdict,
 )
-from molora_studies.statistics import MARGIN_NATS, Effect, adjust_by_holm, measure_effect
+from molora_studies.statistics import MARGIN_NATS, Effect, adjust_by_holm, judge, measure_effect
 
 __all__ = ["InheritanceOptions", "InheritanceStudy"]
 
@@ -84,7 +84,7 @@ class InheritanceStudy(Study):
                 "against_no_lifecycle": to_json(against_none),
                 "trend_per_unit_of_alpha": trend.to_json(),
             },
-            claims=[_claim(options, read, against_fresh)],
+            claims=[_claim(options, against_fresh)],
             tables=[
                 tabulate_effects(f"Against alpha = {fresh:g}", against_fresh),
                 tabulate_effects("Against no lifecycle", against_none),
@@ -138,26 +138,19 @@ def _plan_cell(options: InheritanceOptions, alpha: float | None, seed: int) -> C
     return Cell(_name(alpha, seed), {"alpha": alpha, "seed": seed}, task)
 
 
-def _claim(options: InheritanceOptions, read: Any, against_fresh: Mapping[str, Effect]) -> Claim:
+def _claim(options: InheritanceOptions, against_fresh: Mapping[str, Effect]) -> Claim:
     """The counterfactual at the share nearest to one half, which is the lifecycle's own."""
     fresh, *inherited = sorted(options.alphas)
     alpha = min(inherited, key=lambda share: abs(share - 0.5))
     effect = against_fresh[f"alpha = {alpha:g}"]
     p = adjust_by_holm({name: e.p for name, e in against_fresh.items()})[f"alpha = {alpha:g}"]
-    signs = {before > after for before, after in zip(read(fresh), read(alpha), strict=True)}
-    verdict: Verdict = "not decided"
-    if p < 0.05:
-        verdict = "does not hold"
-    elif effect.is_null:
-        verdict = "differs"
-    elif len(signs) == 2:
-        verdict = "holds"
     return Claim(
         "What a newborn inherits makes no consistent difference",
         "alpha = 0 counterfactual sign-inconsistent and underpowered, n = 3",
         f"alpha = {alpha:g} against {fresh:g}: {effect.show()} nats, p = {p:.2g} (Holm), n = "
         f"{effect.count}; detectable {effect.detectable:.4f}",
-        verdict,
-        "holds if not significant with both signs among seeds, differs if shown to lie within "
-        "0.005 nats, does not hold if significant",
+        judge(effect, None, p),
+        name_replicates(effect.count),
+        "holds if shown to lie within 0.005 nats, does not hold if significant and not within; a "
+        "difference that is not significant shows nothing",
     )

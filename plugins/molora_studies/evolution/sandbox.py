@@ -33,6 +33,7 @@ from molora_studies.framework.contract import (
     TaskContext,
 )
 from molora_studies.statistics import Effect, adjust_by_holm, measure_effect
+from molora_studies.verdicts import name_unit
 
 __all__ = ["SandboxOptions", "SandboxStudy", "search_channels"]
 
@@ -265,6 +266,7 @@ def _count(points: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def _claim(options: SandboxOptions, points: Sequence[Mapping[str, Any]]) -> list[Claim]:
     claims = []
+    unit = f"{name_unit('seed of teacher and labels', len(options.seeds))} at every point"
     for channel in CHANNELS:
         own = [point for point in points if point["channel"] == channel]
         most = [point for point in own if point["alignment"] == max(options.alignments)]
@@ -283,6 +285,7 @@ def _claim(options: SandboxOptions, points: Sequence[Mapping[str, Any]]) -> list
                 f"worth at alignment {max(options.alignments):g}: {_count(most, 'worth')}; at "
                 f"{min(options.alignments):g}: {_count(least, 'worth')}",
                 "holds" if useful and useless else "does not hold" if broken else "not decided",
+                unit,
                 "holds if it is worth more than nothing at every noise where adapters are "
                 "aligned, and at none where they are not",
             )
@@ -305,6 +308,7 @@ def _claim(options: SandboxOptions, points: Sequence[Mapping[str, Any]]) -> list
                 f"against gradient {_count(below, 'advantage')}; evolution after the gradient "
                 f"{_count(below, 'refinement')}; aligned: {_count(most, 'advantage')}",
                 "does not hold" if better else "not decided" if open_points else "holds",
+                unit,
                 "holds if evolution is better at no point, and every point is decided",
             )
         )

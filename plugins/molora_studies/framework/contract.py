@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from molora_fed.errors import StudyError
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.types import Progress
 from molora_studies.framework.action_ids import get_hashed_name
@@ -31,9 +32,13 @@ __all__ = [
     "Verdict",
 ]
 
-Verdict = Literal["holds", "does not hold", "differs", "not decided"]
-"""Of a published claim on our figures: `differs` if the direction holds and the size does not,
-`not decided` if the interval allows both answers."""
+Verdict = Literal[
+    "holds", "does not hold", "differs", "not decided", "by construction", "not tuned"
+]
+"""Of a claim on our figures, by the interval over its unit of replication: `differs` if the
+direction holds and the size does not, `not decided` if the interval allows both answers or there is
+one replicate only. Two are no verdicts and are never counted as such: `by construction` if nothing
+could have come out otherwise, `not tuned` if the rival had fewer tries at its recipe than ours."""
 
 
 class StudyOptions(BaseModel):
@@ -143,6 +148,8 @@ class Claim:
         published: The published figure, as text with its unit.
         measured: Ours, as text with unit, interval and number of seeds.
         verdict: What follows.
+        unit: The unit of replication that the verdict is judged over, with its number, e.g.
+            "training seed (3)".
         reason: One sentence on why the verdict is what it is.
     """
 
@@ -150,7 +157,20 @@ class Claim:
     published: str
     measured: str
     verdict: Verdict
+    unit: str
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a claim that does not say what it is judged over.
+
+        Raises:
+            StudyError: If the unit is empty.
+        """
+        if not self.unit.strip():
+            raise StudyError(
+                f"Cannot state claim '{self.claim}': expected its unit of replication, got none. "
+                "Name what was done independently, and how often."
+            )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,14 @@ from typing import Any
 from molora_fed.errors import StudyError
 from molora_studies.framework.contract import Figure
 
-__all__ = ["collect_claims", "draw_figure", "render_claims", "render_study", "render_table"]
+__all__ = [
+    "collect_claims",
+    "draw_figure",
+    "read_documents",
+    "render_claims",
+    "render_study",
+    "render_table",
+]
 
 _STYLE = {
     "axes.edgecolor": "#222222",
@@ -66,12 +73,18 @@ def render_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Itera
 
 
 def render_claims(claims: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Lines of the table of published claims beside our figures."""
+    """Lines of the table of published claims beside our figures.
+
+    Results from before claims named their unit of replication say so.
+    """
     rows = [
-        [each["claim"], each["published"], each["measured"], each["verdict"], each["reason"]]
+        [
+            each["claim"], each["published"], each["measured"], each["verdict"],
+            each.get("unit", "not named"), each["reason"],
+        ]
         for each in claims
-    ]
-    yield from render_table(("claim", "published", "ours", "verdict", "why"), rows)
+    ]  # fmt: skip
+    yield from render_table(("claim", "published", "ours", "verdict", "over", "why"), rows)
 
 
 def render_study(document: Mapping[str, Any]) -> str:
@@ -91,6 +104,21 @@ def render_study(document: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_UNCOUNTED = ("by construction", "not tuned")
+
+
+def _count_verdicts(documents: Sequence[Mapping[str, Any]]) -> str:
+    """Verdicts by number; what is no verdict stands apart."""
+    found = Counter(claim["verdict"] for d in documents for claim in d["summary"]["claims"])
+    parts = [
+        ", ".join(f"{found[verdict]} {verdict}" for verdict in sorted(found) if verdict in chosen)
+        for chosen in (set(found) - set(_UNCOUNTED), set(_UNCOUNTED))
+    ]
+    return (f": {parts[0]}" if parts[0] else "") + (
+        f"; without a verdict: {parts[1]}" if parts[1] else ""
+    )
+
+
 def _render_making(document: Mapping[str, Any]) -> Iterator[str]:
     seconds = sum(document["seconds"]["tasks"].values())
     versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
@@ -103,9 +131,20 @@ def _render_making(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"Options: `{json.dumps(document['options'], sort_keys=True)}`"
     yield ""
     yield f"Versions: {versions}."
+    if "judged" in document:
+        yield ""
+        yield (
+            "Summed up and judged from the kept cells by later code than made them "
+            "(`molora study --rejudge`)."
+        )
 
 
-def _read_documents(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+def read_documents(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Results of studies in a folder, by file; other JSON files are passed over.
+
+    Raises:
+        StudyError: If a file is not JSON.
+    """
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_bytes())
@@ -127,19 +166,17 @@ def collect_claims(folder: Path, page_folder: Path) -> str:
     Raises:
         StudyError: If there is no result, or one is not JSON.
     """
-    found = list(_read_documents(folder))
+    found = list(read_documents(folder))
     if not found:
         raise StudyError(
             f"Cannot collect '{folder}': expected results of studies, got none. "
             "Run `molora study NAME --out` into it."
         )
-    verdicts = Counter(c["verdict"] for _, d in found for c in d["summary"]["claims"])
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
     lines = [
         "# Published claims beside our figures",
         "",
-        f"Gathered by `molora study --collect` from {len(found)} studies"
-        + (f": {counts}." if counts else "."),
+        f"Gathered by `molora study --collect` from {len(found)} "
+        f"{'study' if len(found) == 1 else 'studies'}{_count_verdicts([d for _, d in found])}.",
         "",
     ]
     for path, document in found:

@@ -21,9 +21,19 @@ from molora_studies.framework.runner import Listener, State, run_tasks
 from molora_studies.framework.schedule import collect_tasks, estimate_seconds, find_missing
 from molora_studies.framework.store import TaskStore
 
-__all__ = ["PlannedStudy", "StudyPlan", "Written", "plan_study", "read_options"]
+__all__ = [
+    "FORMAT_VERSION",
+    "PlannedStudy",
+    "StudyPlan",
+    "Written",
+    "describe_summary",
+    "hash_code",
+    "plan_study",
+    "read_options",
+    "write_files",
+]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_CONFIG_BYTES = 2**20
 
 
@@ -159,7 +169,7 @@ class PlannedStudy:
             if store.is_done(task)
         }
         document["seconds"] = {"run": seconds, "tasks": task_seconds}
-        return self._write_files(out, document, summary)
+        return write_files(out, document, summary)
 
     def _describe(
         self, summary: Summary, results: Mapping[str, Mapping[str, Any]]
@@ -173,7 +183,7 @@ class PlannedStudy:
             "options": self.options.model_dump(mode="json"),
             "seeds": list(self.options.seeds),
             "versions": {"molora-fed": __version__, **describe_environment("cpu")},
-            "code": {"origin": self.origin, **_hash_code(self.study)},
+            "code": {"origin": self.origin, **hash_code(self.study)},
             "cells": [
                 {
                     "name": cell.name,
@@ -183,39 +193,55 @@ class PlannedStudy:
                 }
                 for cell in self.cells
             ],
-            "summary": {
-                "findings": dict(summary.findings),
-                "claims": [asdict(claim) for claim in summary.claims],
-                "tables": [
-                    {
-                        "title": table.title,
-                        "columns": list(table.columns),
-                        "rows": [list(row) for row in table.rows],
-                    }
-                    for table in summary.tables
-                ],
-                "figures": [
-                    {"name": figure.name, "caption": figure.caption} for figure in summary.figures
-                ],
-                "notes": list(summary.notes),
-            },
+            "summary": describe_summary(summary),
         }
 
-    def _write_files(self, out: Path, document: dict[str, Any], summary: Summary) -> Written:
-        try:
-            canonical_json(document)
-        except (TypeError, ValueError) as error:
-            raise StudyError(
-                f"Cannot write study '{self.name}': expected finite JSON values in its summary, "
-                f"got {error}. Correct `summarise`."
-            ) from error
-        figures = [(out / f"{self.name}-{figure.name}.svg", figure) for figure in summary.figures]
-        for path, figure in figures:
-            write_bytes(path, draw_figure(figure))
-        page, data = out / f"{self.name}.md", out / f"{self.name}.json"
-        write_bytes(page, render_study(document).encode())
-        write_json(data, document)
-        return Written(document, [data, page, *(path for path, _ in figures)])
+
+def describe_summary(summary: Summary) -> dict[str, Any]:
+    """A summary as JSON values."""
+    return {
+        "findings": dict(summary.findings),
+        "claims": [asdict(claim) for claim in summary.claims],
+        "tables": [
+            {
+                "title": table.title,
+                "columns": list(table.columns),
+                "rows": [list(row) for row in table.rows],
+            }
+            for table in summary.tables
+        ],
+        "figures": [{"name": figure.name, "caption": figure.caption} for figure in summary.figures],
+        "notes": list(summary.notes),
+    }
+
+
+def write_files(out: Path, document: dict[str, Any], summary: Summary) -> Written:
+    """Write a study's JSON file, page and figures.
+
+    Args:
+        out: Folder.
+        document: Content of the JSON file.
+        summary: Its summary, for the figures.
+
+    Raises:
+        StudyError: If the document holds what JSON cannot.
+        StorageError: On I/O errors.
+    """
+    name = document["study"]
+    try:
+        canonical_json(document)
+    except (TypeError, ValueError) as error:
+        raise StudyError(
+            f"Cannot write study '{name}': expected finite JSON values in its summary, "
+            f"got {error}. Correct `summarise`."
+        ) from error
+    figures = [(out / f"{name}-{figure.name}.svg", figure) for figure in summary.figures]
+    for path, figure in figures:
+        write_bytes(path, draw_figure(figure))
+    page, data = out / f"{name}.md", out / f"{name}.json"
+    write_bytes(page, render_study(document).encode())
+    write_json(data, document)
+    return Written(document, [data, page, *(path for path, _ in figures)])
 
 
 @memo
@@ -229,7 +255,8 @@ def _hash_package(name: str) -> str:
     return hash_bytes(canonical_json(files))
 
 
-def _hash_code(study: type[Study]) -> dict[str, str]:
+def hash_code(study: type[Study]) -> dict[str, str]:
+    """SHA-256 of the packages that make a study's result, by name."""
     packages = ("molora_fed", study.__module__.partition(".")[0], *study.measures)
     return {name: found for name in dict.fromkeys(packages) if (found := _hash_package(name))}
 

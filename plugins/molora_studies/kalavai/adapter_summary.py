@@ -5,6 +5,7 @@ from typing import Any
 
 from molora_studies.framework.contract import Claim, Figure, Summary, Table, Verdict
 from molora_studies.kalavai.conditions import estimate
+from molora_studies.verdicts import Span, compute_span, judge_above, name_unit
 
 __all__ = ["summarise_adapters"]
 
@@ -36,7 +37,7 @@ def summarise_adapters(
         claims=[
             *_claim_smallest(fusions, kept_percent, bytes_percent),
             *_claim_published(fusions, kept_percent, bytes_percent),
-            *_claim_lora(fusions, recipes),
+            *_claim_lora(fusions, [row for row in rows if row[0]["part"] == "recipe"]),
         ],
         tables=[_table_fusions(fusions), _table_screening(screened), _table_recipes(recipes)],
         figures=[
@@ -129,32 +130,57 @@ def _fall(before: float, after: float) -> float:
 def _claim_smallest(
     fusions: Sequence[Row], kept_percent: float, bytes_percent: float
 ) -> list[Claim]:
-    """One claim a size: the smallest adapter that keeps enough, at its interval's lower end."""
+    """One claim a size: the smallest adapter that keeps enough, by all of its intervals."""
     claims = []
     for size in dict.fromkeys(labels["size"] for labels, _ in fusions):
         own = [(labels, _describe_fusion(r)) for labels, r in fusions if labels["size"] == size]
-        enough = [row for row in own if row[1]["kept_percent"]["low"] >= kept_percent]
-        enough = [row for row in enough if row[1]["seeds"] == max(r["seeds"] for _, r in own)]
-        claim = (
-            f"{size}: an adapter of at most {bytes_percent:g} % of the full difference's bytes "
-            f"keeps {kept_percent:g} % of full fine-tuning's fusion gain"
+        most_seeds = max(result["seeds"] for _, result in own)
+        own = [row for row in own if row[1]["seeds"] == most_seeds]
+        judged = [(row, judge_above(_list_spans(row[1]), kept_percent)) for row in own]
+        small = [pair for pair in judged if pair[0][1]["bytes_percent"] <= bytes_percent]
+        enough = [row for row, verdict in judged if verdict == "holds"]
+        smallest = min(enough, key=lambda row: row[1]["bytes_percent"], default=None)
+        most_kept = max(
+            [row for row, _ in small or judged], key=lambda row: row[1]["kept_percent"]["point"]
         )
-        if not enough:
-            most = max(own, key=lambda row: row[1]["kept_percent"]["point"])
-            measured = f"most kept: {_show_kept(*most)}"
-            claims.append(
-                Claim(claim, "no figure (our aim)", measured, "does not hold",
-                      "no adapter's interval lies above the share asked for")
-            )  # fmt: skip
-            continue
-        smallest = min(enough, key=lambda row: row[1]["bytes_percent"])
-        verdict: Verdict = "holds" if smallest[1]["bytes_percent"] <= bytes_percent else "differs"
+        shown, verdict = smallest or most_kept, _judge_smallest([v for _, v in small], judged)
+        if verdict == "not decided":
+            shown = most_kept
         claims.append(
-            Claim(claim, "no figure (our aim)", _show_kept(*smallest), verdict,
-                  "the smallest adapter whose 95 % interval by document cluster lies above the "
-                  "share asked for")
-        )  # fmt: skip
+            Claim(
+                f"{size}: an adapter of at most {bytes_percent:g} % of the full difference's bytes "
+                f"keeps {kept_percent:g} % of full fine-tuning's fusion gain",
+                "no figure (our aim)",
+                f"{'' if shown is smallest else 'most kept: '}{_show_kept(*shown)}",
+                verdict,
+                f"{name_unit('training seed', most_seeds)}, and document cluster of the mean",
+                "the smallest adapter whose intervals, over seeds and by document cluster, lie "
+                "above the share asked for"
+                if shown is smallest
+                else "no adapter of this size has all intervals above the share asked for",
+            )
+        )
     return claims
+
+
+def _judge_smallest(small: Sequence[Verdict], judged: Sequence[tuple[Row, Verdict]]) -> Verdict:
+    """Whether a small adapter keeps enough; `differs` if only larger ones do.
+
+    Args:
+        small: Verdicts of adapters within the size asked for.
+        judged: All adapters with their verdicts.
+    """
+    every = [verdict for _, verdict in judged]
+    if "holds" in small:
+        return "holds"
+    if "not decided" in small or (not small and "not decided" in every and "holds" not in every):
+        return "not decided"
+    return "differs" if "holds" in every else "does not hold"
+
+
+def _list_spans(result: Mapping[str, Any]) -> list[Span]:
+    """Intervals of the share kept, percent: over seeds, and by document cluster."""
+    return [compute_span(result["kept_percent_by_seed"]), Span.of(result["kept_percent"])]
 
 
 def _claim_published(
@@ -179,7 +205,6 @@ def _claim_published(
             else max(shares, key=lambda v: shares[v][1].mean)
         )
         size_percent, share = shares[variant]
-        is_certain = share.low is not None and share.low >= kept_percent
         claims.append(
             Claim(
                 f"{size}: the same share of the published gain, each fusion on the best of its "
@@ -187,7 +212,8 @@ def _claim_published(
                 "no figure (our aim)",
                 f"{variant}: {share.show(sign=False, digits=1)} with {size_percent:.1f} % of the "
                 "bytes",
-                "holds" if is_certain else "not decided" if enough else "does not hold",
+                judge_above([Span.of(share)], kept_percent),
+                name_unit("training seed", share.count),
                 "compression changes the best specialist, the reference, too; interval over seeds",
             )
         )
@@ -203,43 +229,56 @@ def _published_shares(result: Mapping[str, Any]) -> list[float]:
     ]
 
 
-def _claim_lora(fusions: Sequence[Row], recipes: Sequence[Mapping[str, Any]]) -> list[Claim]:
+def _claim_lora(fusions: Sequence[Row], recipes: Sequence[Row]) -> list[Claim]:
     """Whether specialists of LoRA improve on the base, and their fusion on the best alone.
 
     Recipes that were only screened carry no claim.
+
+    Args:
+        fusions: Labels and results of fusions.
+        recipes: Labels and results of trainings, one a domain and seed.
     """
     claims = []
     confirmed = max((result["seeds"] for _, result in fusions), default=0)
     for labels, result in fusions:
         if not labels["variant"].startswith("lora") or result["seeds"] < confirmed:
             continue
-        matching = [
-            r for r in recipes if (r["size"], r["recipe"]) == (labels["size"], labels["variant"])
-        ]
-        divergence = matching[0]["divergence_percent"]
+        by_seed: dict[int, list[float]] = {}
+        for trained, record in recipes:
+            if (trained["size"], trained["recipe"]) == (labels["size"], labels["variant"]):
+                fall = _fall(record["base_loss"], record["loss"])
+                by_seed.setdefault(trained["seed"], []).append(fall)
+        divergence = estimate(sum(falls) / len(falls) for falls in by_seed.values())
         own = estimate(gains["best_alone"] for gains in result["gains"]["small"])
-        lowest = own.mean if own.low is None else own.low
-        fuses = divergence > 0 and lowest > 0
+        fuses = judge_above([Span.of(divergence), Span.of(own)])
+        improves = judge_above([Span.of(divergence)])
+        verdict: Verdict = "not decided"
+        if fuses == "holds":
+            verdict = "does not hold"
+        elif improves == "does not hold":
+            verdict = "holds"
         claims.append(
             Claim(
                 f"{labels['size']}, {labels['variant']}: LoRA specialists do not improve on the "
                 "base and so cannot be fused",
                 _PUBLISHED_LORA,
-                f"divergence {divergence:+.2f} %, gain on its best alone {own.show()}",
-                "does not hold" if fuses else "not decided" if divergence > 0 else "holds",
-                "stopped by validation; the published recipe ran a fixed number of steps over "
-                "little text",
+                f"divergence {divergence.show()}, gain on its best alone {own.show()}",
+                verdict,
+                name_unit("training seed", own.count),
+                "refuted if the intervals of divergence and gain lie above 0; stopped by "
+                "validation; the published recipe ran a fixed number of steps over little text",
             )
         )
     return claims
 
 
 def _show_kept(labels: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    kept, seeds = result["kept_percent"], result["seeds"]
+    over_seeds, over_documents = (span.show(1, sign=False) for span in _list_spans(result))
+    seeds = result["seeds"]
     return (
-        f"{labels['variant']}: {kept['point']:.1f} % [{kept['low']:.1f}, {kept['high']:.1f}] of "
-        f"the gain with {result['bytes_percent']:.1f} % of the bytes, {seeds} "
-        f"seed{'s' if seeds > 1 else ''}"
+        f"{labels['variant']}: {result['kept_percent']['point']:.1f} % {over_seeds} over {seeds} "
+        f"seed{'s' if seeds > 1 else ''}, {over_documents} over documents, of the gain with "
+        f"{result['bytes_percent']:.1f} % of the bytes"
     )
 
 

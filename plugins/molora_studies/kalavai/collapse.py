@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import Field
-from scipy.stats import binomtest
 
 from molora_studies.framework.contract import (
     Cell,
@@ -16,7 +15,6 @@ from molora_studies.framework.contract import (
     Summary,
     Table,
     Task,
-    Verdict,
 )
 from molora_studies.kalavai.languages import (
     AS_PUBLISHED,
@@ -27,6 +25,15 @@ from molora_studies.kalavai.languages import (
     plan_twins,
 )
 from molora_studies.kalavai.refits import plan_refits
+from molora_studies.verdicts import (
+    LEVEL,
+    PREVENTION,
+    Span,
+    compute_share,
+    judge_exists,
+    judge_prevention,
+    name_unit,
+)
 
 __all__ = ["CollapseOptions", "CollapseStudy", "Count"]
 
@@ -35,7 +42,6 @@ Results = Mapping[str, Mapping[str, Any]]
 _TWINS, _LANGUAGES, _PUBLISHED = "near-twins", "cross-lingual", "cross-lingual, as published"
 _OURS = ("evidence", "evidence-zero", "evidence-share", "evidence-hidden", "statistics")
 _SPACING = 100  # between seeds: the guard goes on with the next ones
-_LEVEL = 0.95
 _SECONDS = {_TWINS: 120.0, _LANGUAGES: 300.0, _PUBLISHED: 200.0}
 _GUARDED = ("linear", "linear-base", "statistics")
 
@@ -64,7 +70,15 @@ class CollapseOptions(StudyOptions):
 class Count:
     """Fits of one router in one cooperative.
 
+    Refits on one set of specialists are no replicates: intervals are over sets of specialists, and
+    a set counts as lost if any of its fits is.
+
     Attributes:
+        sets: Sets of specialists.
+        lost_sets: Sets on which a fit loses a domain.
+        misrouted_sets: Sets on which a fit loses a domain by sending it to another's expert.
+        guarded_sets: Sets on which a fit loses a domain although the guard chose; None if it did
+            not.
         lost: Fits that lose a domain.
         fits: All fits; one per specialists' seed where the fit does not depend on a seed.
         misrouted: Fits that lose a domain by sending it, by its largest mean gate, to an expert
@@ -77,6 +91,10 @@ class Count:
         gap_nats: Mean equal-weight loss above the domain oracle, unguarded.
     """
 
+    sets: int
+    lost_sets: int
+    misrouted_sets: int
+    guarded_sets: int | None
     lost: int
     fits: int
     misrouted: int
@@ -90,16 +108,20 @@ class Count:
     @staticmethod
     def of(results: Sequence[Mapping[str, Any]]) -> "Count":
         """Count the fits of one router over the specialists' seeds."""
-        fits = [fit for result in results for fit in result["fits"][: _distinct(result)]]
+        sets = [result["fits"][: _distinct(result)] for result in results]
+        fits = [fit for fits_of_set in sets for fit in fits_of_set]
         worst = [max((nats, domain) for domain, nats in fit["excess"].items()) for fit in fits]
         guarded = [max(fit["guarded"]["excess"].values()) for fit in fits if "guarded" in fit]
         return Count(
-            lost=sum(nats > LOST_NATS for nats, _ in worst),
+            sets=len(sets),
+            lost_sets=sum(any(map(_loses, one)) for one in sets),
+            misrouted_sets=sum(any(map(_misroutes, one)) for one in sets),
+            guarded_sets=sum(any(_loses(fit["guarded"]) for fit in one) for one in sets)
+            if guarded
+            else None,
+            lost=sum(map(_loses, fits)),
             fits=len(fits),
-            misrouted=sum(
-                any(fit["excess"][domain] > LOST_NATS for domain in fit["misrouted"])
-                for fit in fits
-            ),
+            misrouted=sum(map(_misroutes, fits)),
             guarded=sum(nats > LOST_NATS for nats in guarded) if guarded else None,
             replaced=sum(f["guarded"]["replaced"] for f in fits) if guarded else None,
             worst_domain=max(worst)[1],
@@ -108,20 +130,32 @@ class Count:
             gap_nats=sum(fit["gap"] for fit in fits) / len(fits),
         )
 
-    def interval(self) -> tuple[float, float]:
-        """Clopper-Pearson interval of the share of unguarded fits that lose a domain."""
-        found = binomtest(self.lost, self.fits).proportion_ci(_LEVEL, method="exact")
-        return float(found.low), float(found.high)
+    def interval(self) -> Span:
+        """Exact interval of the share of sets on which an unguarded fit loses a domain."""
+        return compute_share(self.lost_sets, self.sets)
 
     def show(self) -> str:
-        """As text, e.g. "3 of 20 [3 %, 38 %]"."""
-        low, high = self.interval()
-        return f"{self.lost} of {self.fits} [{100 * low:.0f} %, {100 * high:.0f} %]"
+        """As text, e.g. "1 of 3 sets [1 %, 91 %], 2 of 20 fits"."""
+        return f"{_show_sets(self.lost_sets, self.sets)}, {self.lost} of {self.fits} fits"
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values."""
-        low, high = self.interval()
-        return {**vars(self), "low": low, "high": high, "level": _LEVEL}
+        """JSON values; `low` and `high` of the share of sets."""
+        span = self.interval()
+        return {**vars(self), "low": span.low, "high": span.high, "level": LEVEL}
+
+
+def _loses(fit: Mapping[str, Any]) -> bool:
+    return bool(max(fit["excess"].values()) > LOST_NATS)
+
+
+def _misroutes(fit: Mapping[str, Any]) -> bool:
+    return any(fit["excess"][domain] > LOST_NATS for domain in fit["misrouted"])
+
+
+def _show_sets(count: int, total: int) -> str:
+    span = compute_share(count, total)
+    low, high = (100 * (end or 0.0) for end in (span.low, span.high))
+    return f"{count} of {total} sets [{low:.0f} %, {high:.0f} %]"
 
 
 class CollapseStudy(Study):
@@ -180,7 +214,9 @@ class CollapseStudy(Study):
             ],
             notes=(
                 f"{options.fits} fits of each router over {len(options.seeds)} sets of "
-                "specialists. A fit that no seed changes is counted once a set of specialists.",
+                "specialists, one a training seed. Fits on one set are no replicates: intervals "
+                "are exact ones over sets, and a set is lost if any of its fits is. A fit that no "
+                "seed changes is counted once a set.",
                 f"A fit loses a domain if it is more than {LOST_NATS} nats above the domain's best "
                 "expert on held-out text. The guard judges on calibration text alone, fits again "
                 "from up to three other seeds, and then takes its last resort.",
@@ -243,49 +279,65 @@ def _tabulate(name: str, counts: Mapping[str, Count]) -> Table:
     )  # fmt: skip
 
 
+_PROMISE = (
+    "this project's own claim, not the paper's; one loss refutes it, and none on a few sets does "
+    "not show that there never is one: not decided then"
+)
+
+
+def _name_sets(count: int) -> str:
+    return name_unit("set of specialists", count)
+
+
 def _claim_collapse(counts: Mapping[str, Count]) -> Claim:
     count = counts["linear-noncausal"]
     return Claim(
         "The linear router collapses on some seeds where languages are fused",
         "1 of 3 seeds",
-        f"{count.show()} fits lose a domain, worst {count.worst_domain} "
-        f"{count.worst_nats:+.3f} nats; {count.misrouted} send one to another's expert",
-        "holds" if count.misrouted else "does not hold",
+        f"on {_show_sets(count.misrouted_sets, count.sets)} a fit sends a domain to another's "
+        f"expert ({count.misrouted} of {count.fits} fits); {count.lost} fits lose one, worst "
+        f"{count.worst_domain} {count.worst_nats:+.3f} nats",
+        judge_exists(count.misrouted_sets),
+        _name_sets(count.sets),
         "as published: pooled over the whole sequence, logits mixed, no base expert; holds if a "
-        "fit sends a domain to an expert that loses it",
+        "fit sends a domain to an expert that loses it, which one set shows",
     )
 
 
 def _claim_curriculum(counts: Mapping[str, Count]) -> Claim:
     plain, with_it = (counts[label] for label in AS_PUBLISHED)
-    verdict: Verdict = "not decided"
-    if plain.misrouted:
-        verdict = "holds" if with_it.misrouted == 0 else "does not hold"
-    if 0 < with_it.misrouted < plain.misrouted:
-        verdict = "differs"
     return Claim(
         "A curriculum prevents the collapse",
         "0 of 1 seed that had collapsed",
-        f"with it {with_it.misrouted} of {with_it.fits} fits send a domain to another's expert and "
-        f"{with_it.lost} lose one; without {plain.misrouted} and {plain.lost} of {plain.fits}",
-        verdict,
-        "differs if it prevents some but not all; nothing to prevent if none collapses without it",
+        f"with it a fit sends a domain to another's expert on "
+        f"{_show_sets(with_it.misrouted_sets, with_it.sets)}, without on "
+        f"{_show_sets(plain.misrouted_sets, plain.sets)}; {with_it.misrouted} and "
+        f"{plain.misrouted} of {plain.fits} fits",
+        judge_prevention(plain.misrouted_sets, with_it.misrouted_sets),
+        _name_sets(plain.sets),
+        PREVENTION,
     )
 
 
 def _claim_unguarded(counts: Mapping[str, Mapping[str, Count]]) -> Claim:
     lost, shown = 0, []
     for name in (_TWINS, _LANGUAGES):
-        found = {label: counts[name][label].lost for label in _OURS}
-        lost += sum(found.values())
-        collapsed = ", ".join(f"{label} {number}" for label, number in found.items() if number)
+        found = {label: counts[name][label] for label in _OURS}
+        lost += sum(count.lost_sets for count in found.values())
+        collapsed = ", ".join(
+            f"{label} on {_show_sets(count.lost_sets, count.sets)}"
+            for label, count in found.items()
+            if count.lost_sets
+        )
         shown.append(f"{name}: {collapsed or 'none'} (linear {counts[name]['linear'].show()})")
+    sets = counts[_TWINS]["linear"].sets
     return Claim(
         "Evidence and statistics routers never lose a domain, without any guard",
         "",
         "; ".join(shown),
-        "does not hold" if lost else "holds",
-        "this project's own claim, not the paper's; fits that lose a domain, by router",
+        "does not hold" if lost else "not decided",
+        f"{_name_sets(sets)} in each of two cooperatives",
+        _PROMISE,
     )
 
 
@@ -293,19 +345,22 @@ def _claim_guarded(counts: Mapping[str, Mapping[str, Count]]) -> Claim:
     lost, shown = 0, []
     for name in (_TWINS, _LANGUAGES):
         found = {label: counts[name][label] for label in _GUARDED}
-        lost += sum(count.guarded or 0 for count in found.values())
+        lost += sum(count.guarded_sets or 0 for count in found.values())
         parts = [
-            f"{label} {count.guarded} of {count.fits}, {count.replaced} replaced"
+            f"{label} on {_show_sets(count.guarded_sets or 0, count.sets)}, {count.guarded} of "
+            f"{count.fits} fits, {count.replaced} replaced"
             for label, count in found.items()
         ]
         shown.append(f"{name}: {'; '.join(parts)}")
+    sets = counts[_TWINS]["linear"].sets
     return Claim(
         "Under the guard no fusion is published that loses a domain",
         "",
         ". ".join(shown),
-        "does not hold" if lost else "holds",
-        "this project's own claim; where refits do not help, the guard publishes evidence-zero "
-        "in the router's place, which is counted as replaced",
+        "does not hold" if lost else "not decided",
+        f"{_name_sets(sets)} in each of two cooperatives",
+        f"{_PROMISE}; where refits do not help, the guard publishes evidence-zero in the router's "
+        "place, which is counted as replaced",
     )
 
 

@@ -1,15 +1,16 @@
 """Methods against each other on the same held-out text, and what follows for a claim."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from molora_studies.framework.contract import Task, TaskContext, Verdict
+from molora_studies.framework.contract import Task, TaskContext
 from molora_studies.framework.fusions import load_evaluation
+from molora_studies.verdicts import Span, compute_span, name_unit
 
-__all__ = ["compare_methods", "judge_sign", "judge_within", "plan_differences", "show_interval"]
+__all__ = ["Replicated", "compare_methods", "plan_differences", "show_interval"]
 
 
 def plan_differences(name: str, fusions: Sequence[Task], pairs: Sequence[tuple[str, str]]) -> Task:
@@ -52,30 +53,51 @@ def compare_methods(settings: Mapping[str, Any], context: TaskContext) -> dict[s
     }
 
 
-def judge_sign(interval: Mapping[str, float], *, positive: bool) -> Verdict:
-    """Whether a figure has the claimed sign, by its interval.
+@dataclass(frozen=True)
+class Replicated:
+    """A figure measured on trainings of several seeds and on held-out documents.
 
-    Args:
-        interval: `low` and `high`.
-        positive: The claimed sign.
+    Attributes:
+        seeds: The figure of each seed.
+        documents: Intervals by document cluster: one a seed, or that of the mean over seeds.
+        point: The figure of the mean over seeds.
     """
-    low, high = (interval["low"], interval["high"])
-    if not positive:
-        low, high = -high, -low
-    return "holds" if low > 0 else "does not hold" if high < 0 else "not decided"
 
+    seeds: Sequence[float]
+    documents: Sequence[Span]
+    point: float
 
-def judge_within(interval: Mapping[str, float], bound: float) -> Verdict:
-    """Whether a figure lies within -bound and bound, by its interval.
+    @classmethod
+    def of_difference(cls, found: Mapping[str, Any]) -> "Replicated":
+        """From `differences` of a `plan_differences` result, nats."""
+        return cls(found["seeds"], [Span.of(found)], found["point"])
 
-    Args:
-        interval: `low` and `high`, the figure's unit.
-        bound: Largest size that still counts as equal, same unit.
-    """
-    low, high = interval["low"], interval["high"]
-    if -bound <= low and high <= bound:
-        return "holds"
-    return "does not hold" if low > bound or high < -bound else "not decided"
+    @classmethod
+    def of_seeds(cls, intervals: Sequence[Mapping[str, float]]) -> "Replicated":
+        """From `point`, `low` and `high` by document cluster at every seed."""
+        points = [each["point"] for each in intervals]
+        return cls(points, [Span.of(each) for each in intervals], float(np.mean(points)))
+
+    @property
+    def spans(self) -> list[Span]:
+        """All intervals that must agree: over seeds, and by document cluster."""
+        return [compute_span(self.seeds), *self.documents]
+
+    @property
+    def unit(self) -> str:
+        """What the verdict is judged over."""
+        where = "at every seed" if len(self.documents) == len(self.seeds) else "of the mean"
+        return f"{name_unit('training seed', len(self.seeds))}, and document cluster {where}"
+
+    def show(self, unit: str, digits: int = 2) -> str:
+        """As text: the point, then its intervals over seeds and over documents."""
+        over = ", ".join(span.show(digits) for span in self.documents)
+        count = len(self.seeds)
+        return (
+            f"{self.point:+.{digits}f} {unit} {compute_span(self.seeds).show(digits)} over "
+            f"{count} seed{'s' if count > 1 else ''}, {over} over documents"
+            f"{' at each' if len(self.documents) > 1 else ''}"
+        )
 
 
 def show_interval(

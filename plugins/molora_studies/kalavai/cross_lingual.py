@@ -13,7 +13,6 @@ from molora_studies.framework.contract import (
     StudyOptions,
     Summary,
     Table,
-    Verdict,
 )
 from molora_studies.framework.substrate import plan_mean
 from molora_studies.kalavai.conditions import Estimate, estimate
@@ -26,6 +25,14 @@ from molora_studies.kalavai.languages import (
     plan_languages,
 )
 from molora_studies.kalavai.method_table import draw_gains, list_rows, tabulate
+from molora_studies.verdicts import (
+    PREVENTION,
+    Span,
+    judge_above,
+    judge_exists,
+    judge_prevention,
+    name_unit,
+)
 
 __all__ = ["CrossLingualOptions", "CrossLingualStudy"]
 
@@ -213,13 +220,9 @@ def _read(results: Sequence[Mapping[str, Any]], label: str) -> list[float]:
 def _claim_gain(
     divergence: Estimate, gains: Estimate, published: Sequence[Mapping[str, Any]]
 ) -> Claim:
-    verdict: Verdict = "not decided"
-    if gains.low is not None and gains.high is not None:
-        if gains.high <= 0:
-            verdict = "does not hold"
-        elif gains.low > 0:
-            is_within = gains.low <= _PUBLISHED_GAIN <= gains.high
-            verdict = "holds" if is_within else "differs"
+    verdict = judge_above([Span.of(gains)])
+    if verdict == "holds" and not (gains.low or 0.0) <= _PUBLISHED_GAIN <= (gains.high or 0.0):
+        verdict = "differs"
     domains = len(published[0]["held_out"]["domains"])
     return Claim(
         "Specialists of languages the base does not know fuse with the paper's largest gain",
@@ -227,6 +230,7 @@ def _claim_gain(
         f"{_PUBLISHED_DIVERGENCE:.2f} %, 4 domains, 2 of 3 seeds (+6.14 % on the collapsed one)",
         f"{gains.show()}, at a mean divergence of {divergence.mean:.2f} %, {domains} domains",
         verdict,
+        name_unit("training seed", gains.count),
         "as published: pooled over the whole sequence, logits mixed, no base expert; differs if "
         "the gain is positive but its interval over seeds leaves out the published one",
     )
@@ -239,21 +243,20 @@ def _claim_collapse(excess: Mapping[str, Sequence[Mapping[str, float]]]) -> Clai
         "The linear router collapses on some seeds: a language goes to another's expert",
         "1 of 3 seeds (Yoruba to Tamil, gate 99.84 %)",
         f"{seeds} of {len(found)} seeds, worst domain {_show_worst(found)}",
-        "holds" if seeds else "does not hold",
-        f"a domain more than {LOST_NATS} nats above its best expert's loss; study `collapse` "
-        "counts over more seeds",
+        judge_exists(seeds),
+        name_unit("set of specialists", len(found)),
+        f"a domain more than {LOST_NATS} nats above its best expert's loss, which one set shows; "
+        "study `collapse` counts with more fits",
     )
 
 
 def _claim_curriculum(excess: Mapping[str, Sequence[Mapping[str, float]]]) -> Claim:
     plain, with_it = (_count_seeds(excess[label]) for label in AS_PUBLISHED)
-    verdict: Verdict = "not decided"
-    if plain:
-        verdict = "holds" if with_it == 0 else "does not hold"
     return Claim(
         "A curriculum (the first fifth of steps on one domain each) prevents the collapse",
         "+22.04 % on the collapsed seed",
         f"{with_it} of {len(excess[_PAPERS])} seeds collapse with it, {plain} without",
-        verdict,
-        "nothing to prevent where no seed collapses without it",
+        judge_prevention(plain, with_it),
+        name_unit("set of specialists", len(excess[_PAPERS])),
+        PREVENTION,
     )

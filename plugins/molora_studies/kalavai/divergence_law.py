@@ -19,14 +19,20 @@ from molora_studies.framework.contract import (
     StudyOptions,
     Summary,
     Table,
-    Verdict,
 )
 from molora_studies.kalavai.forecast_conditions import (
     CONDITIONS,
     Condition,
+    find_families,
     leave_relatives_out,
     plan_outcome,
     read_outcome,
+)
+from molora_studies.kalavai.forecast_verdicts import (
+    drop_idle,
+    judge_intervals,
+    merge_families,
+    name_families,
 )
 from molora_studies.kalavai.scoreboard import (
     INTERCEPT,
@@ -36,10 +42,10 @@ from molora_studies.kalavai.scoreboard import (
     GroupFit,
     build_board,
     fit_line_by_group,
-    judge_intervals,
 )
+from molora_studies.verdicts import Span, judge_above
 
-__all__ = ["DivergenceLawStudy", "ForecastOptions", "choose_conditions"]
+__all__ = ["DivergenceLawStudy", "ForecastOptions", "choose_conditions", "describe_strict"]
 
 _PUBLISHED = (0.82, -2.72, 0.856)  # slope, offset, R2: arXiv 2603.22755, abstract
 
@@ -102,25 +108,33 @@ class DivergenceLawStudy(Study):
         ]
         plugins = get_plugins()
         board = build_board(outcomes, lambda o, others: ask_predictors(o.case, others, plugins))
+        judged = drop_idle(outcomes)
         strict = build_board(
-            outcomes,
+            judged,
             lambda o, others: ask_predictors(o.case, others, plugins),
-            lambda o: leave_relatives_out(o.case.group, outcomes),
+            lambda o: leave_relatives_out(o.case.group, judged),
         )
+        families = find_families(list(dict.fromkeys(o.case.group for o in judged)))
         line = fit_line_by_group(outcomes)
+        apart = fit_line_by_group(merge_families(judged, families))
         alone = fit_line_by_group(outcomes, "best_alone")
         runs = f"{len(outcomes)} runs in {line.groups} conditions"
         return Summary(
             findings={
                 "line": line.to_json(),
+                "line_over_families": apart.to_json(),
+                "families": families,
                 "line_on_best_alone": alone.to_json(),
                 "scores": board.to_json(),
                 "scores_without_relatives": strict.to_json(),
             },
-            claims=[_judge_line(line, board), *judge_intervals(board)],
+            claims=[
+                _judge_line(apart, strict, families),
+                *judge_intervals(strict, families),
+            ],
             tables=[
-                board.build_table(f"Leaving one condition out ({runs})"),
-                strict.build_table("Also without every condition that shares a specialist"),
+                strict.build_table(describe_strict(outcomes, judged)),
+                board.build_table(f"Leaving one condition out alone ({runs}); no verdict"),
                 build_condition_table(outcomes, board),
             ],
             figures=[
@@ -143,29 +157,38 @@ class DivergenceLawStudy(Study):
                 "router; the published runs are no evidence here, four own groups suffice.",
                 "All predictors were fixed before any condition was forecast. At first only "
                 "`fitted` was to be judged; `forgetting` was added when five conditions were in.",
-                "Conditions that differ in their domains only share specialists: the second table "
-                "leaves these out as well.",
+                "Conditions that differ in their domains only share specialists: verdicts are on "
+                "the first table, which leaves these out as well, and count such conditions once.",
+                "All conditions share domains and, but for their ages, one base.",
             ],
         )
 
 
-def _judge_line(line: GroupFit, board: Board) -> Claim:
+def _judge_line(line: GroupFit, board: Board, families: Mapping[str, str]) -> Claim:
+    """The law's line over families: slope, and what it forecasts of a family left out."""
     slope, offset, r_squared = _PUBLISHED
     rmse = board.scores[LAW].rmse or 0.0
     agrees = line.slope_low <= slope <= line.slope_high
-    verdict: Verdict = "does not hold"
-    if line.slope_low > 0:
-        verdict = "holds" if agrees and line.q_squared >= 0.5 else "differs"
-    elif line.slope_high > 0:
-        verdict = "not decided"
+    verdict = judge_above([Span(line.slope_low, line.slope_high)])
+    if verdict == "holds" and not (agrees and line.q_squared >= 0.5):
+        verdict = "differs"
     return Claim(
         "The gain on the best specialist rises linearly with mean divergence",
         f"gain = {slope} div {offset}, R2 {r_squared} (n = 6)",
         f"{line.show()}; the published line misses by {rmse:.1f} pp (RMSE)",
         verdict,
+        name_families(families),
         "holds if the slope's interval contains the published slope and is above 0, and half of "
-        "the variance is forecast leaving a condition out",
+        "the variance is forecast leaving one out; conditions that share specialists are one point",
     )
+
+
+def describe_strict(outcomes: Sequence[Outcome], judged: Sequence[Outcome]) -> str:
+    """Title of the table that verdicts rest on."""
+    kept = {outcome.case.group for outcome in judged}
+    idle = sorted({outcome.case.group for outcome in outcomes} - kept)
+    left = f", nor {', '.join(idle)}, which learnt nothing" if idle else ""
+    return f"Also without every condition that shares a specialist{left} (judged)"
 
 
 def build_condition_table(outcomes: Sequence[Outcome], board: Board) -> Table:

@@ -26,6 +26,7 @@ from molora_studies.kalavai.conditions import (
     read_gain,
     read_gain_over_base,
 )
+from molora_studies.verdicts import Span, judge_above, judge_below, name_unit
 
 __all__ = ["DurationOptions", "DurationStudy"]
 
@@ -103,6 +104,7 @@ class DurationStudy(Study):
         }
         crossing = find_crossing({s: e.mean for s, e in cost.items()})
         longest = max(options.steps)
+        unit = name_unit("training seed", len(options.seeds))
         return Summary(
             findings={
                 "over_base_percent": _by_steps(over_base),
@@ -116,6 +118,7 @@ class DurationStudy(Study):
                     "4.0 against 3.5 % below the base at 50 steps",
                     "; ".join(f"{s}: {cost[s].show('pp')}" for s in options.steps),
                     _judge_cost([cost[s] for s in options.steps]),
+                    unit,
                     "cost by steps; holds if the shortest length's interval lies above 0, differs "
                     "if only longer ones do",
                 ),
@@ -124,8 +127,10 @@ class DurationStudy(Study):
                     "near 10,000 steps; 14.7 against 17.0 % at 20,000",
                     (f"crosses near {crossing:.0f} steps" if crossing else "no crossing seen")
                     + f"; cost {cost[longest].show('pp')} at {longest} steps",
-                    "holds" if crossing else "not decided",
-                    "the best weights by validation are kept here, so that longer training does "
+                    judge_below([Span.of(cost[longest])]) if crossing else "not decided",
+                    unit,
+                    "holds if the curves cross and the interval at the longest training lies below "
+                    "0; the best weights by validation are kept here, so that longer training does "
                     "not over-fit the own domain as the published recipe does",
                 ),
             ],
@@ -178,12 +183,12 @@ def _by_steps(figures: Mapping[tuple[int, int], Estimate]) -> dict[str, dict[str
 
 def _judge_cost(costs: Sequence[Estimate]) -> Verdict:
     """Of the costs from the shortest to the longest training."""
+    shortest, *longer = [judge_above([Span.of(cost)]) for cost in costs]
+    if shortest == "holds":
+        return "holds"
     if any(cost.low is None for cost in costs):
         return "not decided"
-    positive = [cost.low is not None and cost.low > 0 for cost in costs]
-    if positive[0]:
-        return "holds"
-    return "differs" if any(positive) else "does not hold"
+    return "differs" if "holds" in longer else shortest
 
 
 def _draw(

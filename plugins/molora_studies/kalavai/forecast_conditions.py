@@ -20,10 +20,12 @@ from molora_studies.framework.substrate import (
     plan_specialist,
 )
 from molora_studies.kalavai.conditions import THREE_DOMAINS, plan_aged_base, plan_condition
+from molora_studies.kalavai.forecast_verdicts import connect
 
 __all__ = [
     "CONDITIONS",
     "Condition",
+    "find_families",
     "leave_relatives_out",
     "parse_matrix",
     "plan_outcome",
@@ -133,6 +135,12 @@ def read_outcome(condition: Condition, result: Mapping[str, Any]) -> Outcome:
     """What a fusion's calibration losses promised, and what its held-out blocks gave."""
     case = Case(parse_matrix(result["calibration"]), condition.name)
     return Outcome(case, dict(result["gains"][ROUTER]))
+
+
+def find_families(names: Sequence[str]) -> dict[str, str]:
+    """Family of each condition: chains of conditions that share a specialist are one replicate."""
+    by_name = {condition.name: condition for condition in CONDITIONS}
+    return connect(names, lambda one, other: share_a_specialist(by_name[one], by_name[other]))
 
 
 def leave_relatives_out(name: str, outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -1,6 +1,7 @@
 """How many blocks may stay frozen: depth K against the fusion gain."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -22,6 +23,7 @@ from molora_studies.kalavai.conditions import (
     read_gain,
     read_gain_over_base,
 )
+from molora_studies.verdicts import Span, join_verdicts, judge_above, name_unit
 
 __all__ = ["FreezeOptions", "FreezeStudy"]
 
@@ -78,7 +80,11 @@ class FreezeStudy(Study):
         free, half = options.depths[0], min(options.depths, key=_distance_to_half(options.layers))
         kept = estimate(100 * a / b for a, b in zip(read(half), read(free), strict=True))
         published = 100 * _PUBLISHED[_PUBLISHED_LAYERS // 2] / _PUBLISHED[0]
-        losses = [a - b for a, b in zip(read(free), read(half), strict=True)]
+        steps = {
+            deep: estimate(a - b for a, b in zip(read(less), read(deep), strict=True))
+            for less, deep in pairwise(sorted(options.depths))
+        }
+        unit = name_unit("training seed", len(options.seeds))
         return Summary(
             findings={
                 "gain_percent": {str(k): g.to_json() for k, g in gains.items()},
@@ -91,14 +97,17 @@ class FreezeStudy(Study):
                     f"{published:.0f} % of the gain without freezing (K = 12 of 24)",
                     f"{kept.show(sign=False)} (K = {half} of {options.layers})",
                     _judge(kept.low, kept.high, published),
+                    unit,
                     "holds if the interval of the share kept reaches the published share",
                 ),
                 Claim(
                     "Every frozen block costs gain at short training",
                     "7.92 % at K = 0 falls to 6.03 % at K = 12",
-                    f"{estimate(losses).show('pp')} lost at K = {half}",
-                    "holds" if min(losses) > 0 else "not decided",
-                    "holds if every seed loses",
+                    "; ".join(f"K = {deep}: {e.show('pp')}" for deep, e in steps.items())
+                    + " lost against the depth before",
+                    join_verdicts([judge_above([Span.of(e)]) for e in steps.values()]),
+                    unit,
+                    "holds if the interval of every step lies above 0, paired by seed",
                 ),
             ],
             tables=[
@@ -132,11 +141,11 @@ def _distance_to_half(layers: int) -> Any:
 
 
 def _judge(low: float | None, high: float | None, published: float) -> Verdict:
-    if low is None or high is None:
-        return "not decided"
-    if high < published:
-        return "differs" if low > 50 else "does not hold"
-    return "holds"
+    """Of the share kept in percent: most of it, and as much as published or more."""
+    most = judge_above([Span(low, high)], 50.0)
+    if most == "holds" and high is not None and high < published:
+        return "differs"
+    return most
 
 
 def _draw(figure: Any, options: FreezeOptions, gains: Mapping[int, Any]) -> None:

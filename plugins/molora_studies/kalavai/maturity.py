@@ -24,6 +24,7 @@ from molora_studies.kalavai.conditions import (
     plan_condition,
     read_gain,
 )
+from molora_studies.verdicts import Span, join_verdicts, judge_above, name_unit
 
 __all__ = ["MaturityOptions", "MaturityStudy"]
 
@@ -91,7 +92,8 @@ class MaturityStudy(Study):
         youngest, oldest = min(options.ages), max(options.ages)
         pairs = zip(read(youngest, read_gain), read(oldest, read_gain), strict=False)
         fall = estimate(a - b for a, b in pairs)
-        sure = fall.low is not None and fall.low > 0
+        repeated = {a: e for a, e in gains.items() if e.count > 1}
+        unit = f"{name_unit('training seed', len(options.seeds))} on one base of each age"
         return Summary(
             findings={
                 "gain_percent": {str(a): e.to_json() for a, e in gains.items()},
@@ -105,15 +107,20 @@ class MaturityStudy(Study):
                     "A better trained base leaves less to gain",
                     "Qwen-1.5B gains +1.06 % where Pythia at step 10,000 gains +6.5 to +7.7 %",
                     f"from {youngest} to {oldest} steps the gain falls by {fall.show('pp')}",
-                    "holds" if sure else ("not decided" if fall.mean > 0 else "does not hold"),
+                    judge_above([Span.of(fall)]),
+                    unit,
                     "holds if the interval of the paired fall lies above 0",
                 ),
                 Claim(
-                    "There is a gain at every age",
+                    "There is a gain at every age tried at several seeds",
                     "positive for all published bases",
-                    ", ".join(f"{a}: {e.mean:+.2f} %" for a, e in gains.items()),
-                    "holds" if all(_is_above(e) for e in gains.values()) else "not decided",
-                    "holds if every age measured at several seeds has an interval above 0",
+                    ", ".join(f"{a}: {e.show()}" for a, e in gains.items()),
+                    join_verdicts([judge_above([Span.of(e)]) for e in repeated.values()])
+                    if repeated
+                    else "not decided",
+                    unit,
+                    "holds if the intervals of all ages with several seeds lie above 0; one "
+                    "training decides nothing and is shown beside",
                 ),
             ],
             tables=[
@@ -144,10 +151,6 @@ class MaturityStudy(Study):
 def _base_loss(result: Mapping[str, Any]) -> float:
     losses = result["held_out"]["base"]
     return float(sum(losses.values()) / len(losses))
-
-
-def _is_above(gain: Estimate) -> bool:
-    return gain.mean > 0 if gain.low is None else gain.low > 0
 
 
 def _draw(figure: Any, alone: Mapping[int, Estimate], specialist: Mapping[int, Estimate]) -> None:

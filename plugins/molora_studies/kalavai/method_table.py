@@ -6,8 +6,16 @@ from typing import Any
 
 from molora_studies.framework.contract import Table
 from molora_studies.kalavai.comparisons import show_interval
+from molora_studies.kalavai.rivals import TRAINED, UNTUNED
 
-__all__ = ["MethodRow", "draw_gains", "list_rows", "read_gain_interval", "tabulate"]
+__all__ = [
+    "UNTUNED_MERGES",
+    "MethodRow",
+    "draw_gains",
+    "list_rows",
+    "read_gain_interval",
+    "tabulate",
+]
 
 _KINDS = {
     "base": "alone",
@@ -19,6 +27,9 @@ _KINDS = {
     "dare": "merge",
     "dare-ties": "merge",
 }
+UNTUNED_MERGES = ("ties", "dare", "dare-ties")
+"""Merges whose densities and scale are fixed beforehand, unless a study tunes them."""
+
 _HEADERS = (
     "method", "kind", "loss, nats", "by seed", "gain on the best alone",
     "gain on the best specialist",
@@ -106,7 +117,7 @@ def tabulate(
         [
             (
                 row.name,
-                row.kind,
+                _describe_kind(row),
                 show_interval(row.loss, "", digits=3, sign=False),
                 f"{min(row.seeds):.3f} to {max(row.seeds):.3f}",
                 "" if row.alone is None else show_interval(row.alone, "%"),
@@ -116,6 +127,15 @@ def tabulate(
             for row in rows
         ],
     )
+
+
+def _describe_kind(row: MethodRow) -> str:
+    """What a method is: what is trained, and whether its recipe had as many tries as ours."""
+    if row.kind == "trained":
+        name = "monolithic" if row.name.startswith("monolithic") else row.name
+        what = f"trained: {TRAINED[name]}" if name in TRAINED else "trained"
+        return f"{what}; not tuned" if name in UNTUNED else what
+    return f"{row.kind}; not tuned" if row.name in UNTUNED_MERGES else row.kind
 
 
 def draw_gains(figure: Any, rows: Sequence[MethodRow]) -> None:

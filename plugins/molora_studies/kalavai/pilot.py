@@ -1,6 +1,7 @@
 """Forecasts from pilots of a tenth of the steps, scored against what fusing gave."""
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -18,29 +19,39 @@ from molora_fed.forecasting.records import ask_predictors
 from molora_fed.fusion.fuse import measure_loss_matrix
 from molora_fed.plugins import get_plugins
 from molora_fed.types import Forecast, Outcome
-from molora_studies.framework.contract import Cell, Claim, Study, StudyOptions, Summary, TaskContext
+from molora_studies.framework.contract import (
+    Cell,
+    Claim,
+    Study,
+    StudyOptions,
+    Summary,
+    TaskContext,
+    Verdict,
+)
 from molora_studies.framework.fusions import open_fusion
-from molora_studies.kalavai.conditions import estimate
+from molora_studies.kalavai.conditions import Estimate, estimate
 from molora_studies.kalavai.divergence_law import (
     ForecastOptions,
     build_condition_table,
     choose_conditions,
+    describe_strict,
 )
 from molora_studies.kalavai.forecast_conditions import (
+    find_families,
     leave_relatives_out,
     parse_matrix,
     plan_outcome,
     plan_pilots,
     read_outcome,
 )
-from molora_studies.kalavai.scoreboard import (
-    INTERCEPT,
-    LAW,
-    OURS,
-    Board,
-    build_board,
+from molora_studies.kalavai.forecast_verdicts import (
+    drop_idle,
+    judge_errors,
     judge_intervals,
+    name_families,
 )
+from molora_studies.kalavai.scoreboard import INTERCEPT, LAW, OURS, Board, build_board
+from molora_studies.verdicts import Span, judge_above
 
 __all__ = ["PilotOptions", "PilotStudy", "measure_pilots"]
 
@@ -101,8 +112,12 @@ class PilotStudy(Study):
         known = {id(record.outcome): record for record in records}
         outcomes = [record.outcome for record in records]
         board = _score(outcomes, known, lambda o: leave_out_group(o.case, outcomes))
-        strict = _score(outcomes, known, lambda o: leave_relatives_out(o.case.group, outcomes))
-        growth = estimate(_measure_growths(records))
+        judged = drop_idle(outcomes)
+        strict = _score(judged, known, lambda o: leave_relatives_out(o.case.group, judged))
+        families = find_families(list(dict.fromkeys(o.case.group for o in judged)))
+        growth = estimate(
+            _measure_growths([r for r in records if r.outcome.case.group in families], families)
+        )
         return Summary(
             findings={
                 "growth": growth.to_json(),
@@ -110,22 +125,30 @@ class PilotStudy(Study):
                 "scores_without_relatives": strict.to_json(),
             },
             claims=[
-                *(_judge_error(board, name, options.share) for name in OURS),
-                *judge_intervals(board),
+                *(
+                    judge_errors(
+                        strict,
+                        families,
+                        name,
+                        f"From pilots of {100 * options.share:.0f} % of the steps",
+                    )
+                    for name in OURS
+                ),
+                *judge_intervals(strict, families),
                 Claim(
                     "Drops grow with the steps as in the paper",
                     f"log drop ~ steps^{PUBLISHED_GROWTH} from 50 to 2,000 steps",
-                    f"steps^{growth.mean:.2f} [{growth.low or 0:.2f}, {growth.high or 0:.2f}] over "
-                    f"{growth.count} conditions",
-                    "holds"
-                    if (growth.low or 0) <= PUBLISHED_GROWTH <= (growth.high or 0)
-                    else "differs",
-                    "holds if the interval over conditions contains the published exponent",
+                    f"steps^{growth.mean:.2f} {Span.of(growth).show(sign=False)}, "
+                    f"{growth.count} means over conditions that share specialists",
+                    _judge_growth(growth),
+                    name_families(families),
+                    "holds if the interval lies above 0 and contains the published exponent, "
+                    "differs if above 0 without it",
                 ),
             ],
             tables=[
-                board.build_table("Forecasts from pilots, leaving one condition out"),
-                strict.build_table("Also without every condition that shares a specialist"),
+                strict.build_table(f"Forecasts from pilots. {describe_strict(outcomes, judged)}"),
+                board.build_table("Leaving one condition out alone; no verdict"),
                 build_condition_table(outcomes, board),
             ],
             figures=[
@@ -144,19 +167,11 @@ class PilotStudy(Study):
         )
 
 
-def _judge_error(board: Board, name: str, share: float) -> Claim:
-    ours = board.scores[name]
-    law, mean = (board.scores[other].rmse or 0.0 for other in (LAW, INTERCEPT))
-    rmse = ours.rmse or 0.0
-    return Claim(
-        f"From pilots of {100 * share:.0f} % of the steps, {name} forecasts the gain better than "
-        "the law and a mean",
-        "not tried",
-        f"RMSE {rmse:.2f} pp against {law:.2f} (law) and {mean:.2f} ({INTERCEPT}) on the same "
-        f"pilots, {ours.count} runs in {ours.groups} conditions",
-        "holds" if rmse < min(law, mean) else "does not hold",
-        "holds if its error is below both",
-    )
+def _judge_growth(growth: Estimate) -> Verdict:
+    verdict = judge_above([Span.of(growth)])
+    if verdict == "holds" and not (growth.low or 0) <= PUBLISHED_GROWTH <= (growth.high or 0):
+        return "differs"
+    return verdict
 
 
 def _read_records(
@@ -202,9 +217,12 @@ def _score(
     return build_board(extrapolated, ask, lambda made: evidence[id(made)])
 
 
-def _measure_growths(records: Sequence[PilotRecord]) -> list[float]:
-    """The exponent of each condition."""
+def _measure_growths(records: Sequence[PilotRecord], families: Mapping[str, str]) -> list[float]:
+    """The exponent of each family, the mean over its conditions."""
     groups: dict[str, list[PilotRecord]] = {}
     for record in records:
         groups.setdefault(record.outcome.case.group, []).append(record)
-    return [fit_growth(group) for group in groups.values()]
+    found: dict[str, list[float]] = {}
+    for name, group in groups.items():
+        found.setdefault(families[name], []).append(fit_growth(group))
+    return [fmean(exponents) for exponents in found.values()]

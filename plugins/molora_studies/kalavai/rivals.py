@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from molora_studies.framework.contract import StudyOptions, Task
+from molora_studies.framework.contract import Claim, StudyOptions, Task
 from molora_studies.framework.substrate import (
     DEFAULT_DOMAINS,
     BaseSettings,
@@ -17,13 +17,40 @@ from molora_studies.framework.substrate import (
     plan_specialist,
 )
 from molora_studies.kalavai.baselines import find_width, plan_joint, plan_whole, plan_wider
+from molora_studies.kalavai.comparisons import Replicated
 
-__all__ = ["Rival", "RivalOptions", "plan_cooperative", "plan_rivals", "wide_base"]
+__all__ = [
+    "TRAINED",
+    "UNTUNED",
+    "Rival",
+    "RivalOptions",
+    "claim_rivals",
+    "plan_cooperative",
+    "plan_rivals",
+    "wide_base",
+]
 
 Rival = Literal["base_continued", "monolithic", "wider", "joint"]
-"""`base_continued`: the base trained on, all parameters; `monolithic`: the same, with only what a
-contributor may change; `wider`: the same on a base with as many parameters as base and specialists
-together; `joint`: specialists and a router trained on together."""
+"""`base_continued`: all parameters of the base trained on, on pooled text; `monolithic`: an adapter
+of its linear layers, on pooled text; `wider`: the same on a base with as many parameters as base
+and specialists together; `joint`: specialists and a router trained on together."""
+
+TRAINED: Mapping[str, str] = {
+    "monolithic": "linear layers, pooled text",
+    "base_continued": "all parameters, pooled text",
+    "wider": "linear layers of a wider base, pooled text",
+    "joint": "experts and router, pooled text",
+}
+"""What each rival trains, as tables and claims say it."""
+
+UNTUNED: Mapping[str, str] = {
+    "wider": "one recipe, copied from the narrow base: neither the wide base's rate nor that of "
+    "its training on pooled text was tried, where routers had several recipes; no verdict until "
+    "they are tuned on validation text",
+    "joint": "one length, one share of the rate tried twice on 120 steps, where routers had "
+    "several recipes; no verdict until it is tuned on validation text",
+}
+"""Rivals whose recipe had fewer tries than ours, and why: their figures carry no verdict."""
 
 
 class RivalOptions(StudyOptions):
@@ -105,3 +132,37 @@ def plan_rivals(
                 base, members, steps=options.joint_steps, seed=seed, held_out=held_out
             )
     return planned
+
+
+_RIVAL_CLAIMS = {
+    ("linear", "wider"): (
+        "A wider model of as many parameters beats the linear fusion", "+10.87 % beside +7.72 %",
+    ),
+    ("evidence", "wider"): (
+        "A wider model of as many parameters beats our fusion", "+10.87 % beside +7.72 %",
+    ),
+    ("evidence", "joint"): (
+        "Joint training of experts and router beats our fusion",
+        "ours: meant as the upper bound of fusing as in BTX",
+    ),
+}  # fmt: skip
+
+
+def claim_rivals(differences: Mapping[tuple[str, str], Replicated]) -> list[Claim]:
+    """Claims about rivals that were not tuned: their figures, without a verdict.
+
+    Args:
+        differences: Loss of the fusion minus the rival's in nats, by router label and rival.
+    """
+    return [
+        Claim(
+            text,
+            published,
+            f"{label} - {rival}: {differences[label, rival].show('nats', 4)}",
+            "not tuned",
+            differences[label, rival].unit,
+            UNTUNED[rival],
+        )
+        for (label, rival), (text, published) in _RIVAL_CLAIMS.items()
+        if (label, rival) in differences
+    ]

@@ -11,15 +11,10 @@ from molora_studies.framework.contract import (
     StudyOptions,
     Summary,
     Table,
-    Verdict,
 )
 from molora_studies.framework.substrate import FusionSettings, plan_fusion, plan_mean
-from molora_studies.kalavai.comparisons import (
-    judge_sign,
-    judge_within,
-    plan_differences,
-    show_interval,
-)
+from molora_studies.kalavai.comparisons import Replicated, plan_differences
+from molora_studies.kalavai.merge_tuning import claim_merges, plan_tuned_merges, tabulate_merges
 from molora_studies.kalavai.method_table import (
     MethodRow,
     draw_gains,
@@ -27,7 +22,14 @@ from molora_studies.kalavai.method_table import (
     read_gain_interval,
     tabulate,
 )
-from molora_studies.kalavai.rivals import RivalOptions, plan_cooperative, plan_rivals
+from molora_studies.kalavai.rivals import (
+    UNTUNED,
+    RivalOptions,
+    claim_rivals,
+    plan_cooperative,
+    plan_rivals,
+)
+from molora_studies.verdicts import join_verdicts, judge_above, judge_below, judge_within
 
 __all__ = ["RoutersOptions", "RoutersStudy"]
 
@@ -73,38 +75,33 @@ def list_pairs(
 
 
 class _Reader:
-    """Figures of both forms, means over seeds."""
+    """Figures of both forms at every seed."""
 
-    def __init__(self, results: Mapping[str, Mapping[str, Any]], seeds: int) -> None:
-        self.results = results
-        self.seeds = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    def __init__(self, results: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> None:
+        self._results = results
+        self._seeds = seeds
 
-    def gain(self, form: str, method: str) -> dict[str, float] | None:
-        """Gain on the best specialist, the paper's reference."""
-        evaluation = self.results[f"{form}, mean"]["evaluation"]
-        if method not in evaluation["equal_weight"]:
+    def _evaluations(self, form: str) -> list[Mapping[str, Any]]:
+        return [self._results[f"{form} seed {seed}"]["evaluation"] for seed in self._seeds]
+
+    def gain(self, form: str, method: str) -> Replicated | None:
+        """Gain on the best specialist in percent, the paper's reference."""
+        found = self._evaluations(form)
+        if any(method not in each["equal_weight"] for each in found):
             return None
-        return read_gain_interval(evaluation, method, "best_specialist")
+        return Replicated.of_seeds(
+            [read_gain_interval(each, method, "best_specialist") for each in found]
+        )
 
-    def gap(self, form: str, label: str) -> dict[str, float] | None:
-        """Loss above the domain oracle."""
-        gaps: Mapping[str, dict[str, float]] = self.results[f"{form}, mean"]["evaluation"][
-            "oracle_gap_nats"
-        ]
-        return gaps.get(label)
+    def gap(self, form: str, label: str) -> Replicated | None:
+        """Loss above the domain oracle, nats."""
+        gaps = [each["oracle_gap_nats"].get(label) for each in self._evaluations(form)]
+        return None if None in gaps else Replicated.of_seeds(gaps)
 
-    def difference(self, form: str, one: str, other: str) -> dict[str, float] | None:
-        """Loss of one method minus another's."""
-        found: Mapping[str, dict[str, float]] = self.results[f"{form}, differences"]["differences"]
-        return found.get(f"{one} - {other}")
-
-    def percent(self, interval: Mapping[str, float]) -> str:
-        """As text."""
-        return f"{show_interval(interval, '%')}, {self.seeds}"
-
-    def nats(self, interval: Mapping[str, float]) -> str:
-        """As text."""
-        return f"{show_interval(interval, 'nats', digits=4)}, {self.seeds}"
+    def difference(self, form: str, one: str, other: str) -> Replicated | None:
+        """Loss of one method minus another's, nats."""
+        found = self._results[f"{form}, differences"]["differences"].get(f"{one} - {other}")
+        return None if found is None else Replicated.of_difference(found)
 
 
 def collect_claims(
@@ -117,7 +114,7 @@ def collect_claims(
         options: The study's options.
         results: Results by cell.
     """
-    reader = _Reader(results, len(options.seeds))
+    reader = _Reader(results, options.seeds)
     return [
         *_claim_signs(reader),
         *_claim_equal_routers(reader),
@@ -139,14 +136,16 @@ def _claim_signs(reader: _Reader) -> list[Claim]:
     for form, method, text, published, positive in wanted:
         gain = reader.gain(form, method)
         if gain is not None:
+            judge = judge_above if positive else judge_below
             claims.append(
                 Claim(
                     f"{text} against the best specialist",
                     published,
-                    reader.percent(gain),
-                    judge_sign(gain, positive=positive),
-                    "by the sign of the whole interval; specialists here forget other domains, "
-                    "which makes the best specialist easy to beat",
+                    gain.show("%"),
+                    judge(gain.spans),
+                    gain.unit,
+                    "by the sign of all intervals; specialists here forget other domains, which "
+                    "makes the best specialist easy to beat",
                 )
             )
     return claims
@@ -157,17 +156,17 @@ def _claim_equal_routers(reader: _Reader) -> list[Claim]:
         label: reader.difference("as published", f"fused:{label}", "fused:linear")
         for label in ("mlp", "hard")
     }
-    found = {label: interval for label, interval in parts.items() if interval is not None}
+    found = {label: difference for label, difference in parts.items() if difference is not None}
     if not found:
         return []
-    verdicts = [judge_within(interval, EQUAL_NATS) for interval in found.values()]
     return [
         Claim(
             "MLP and hard routing are as good as the linear router",
             "+7.72 % and +7.72 % beside +7.70 %",
-            "; ".join(f"{label} - linear: {reader.nats(i)}" for label, i in found.items()),
-            _worst(verdicts),
-            f"equal if the whole interval lies within {EQUAL_NATS} nats, all three causal",
+            "; ".join(f"{label} - linear: {d.show('nats', 4)}" for label, d in found.items()),
+            join_verdicts([judge_within(d.spans, EQUAL_NATS) for d in found.values()]),
+            next(iter(found.values())).unit,
+            f"equal if all intervals lie within {EQUAL_NATS} nats, all three causal",
         )
     ]
 
@@ -183,14 +182,14 @@ def _claim_oracle(reader: _Reader) -> list[Claim]:
     for form, label, text, published in wanted:
         gap = reader.gap(form, label)
         if gap is not None:
-            verdict = judge_within(gap, EQUAL_NATS)
-            better = gap["high"] < 0
+            better = judge_below(gap.spans) == "holds"
             claims.append(
                 Claim(
                     text,
                     published,
-                    reader.nats(gap),
-                    "holds" if better else verdict,
+                    gap.show("nats", 4),
+                    "holds" if better else judge_within(gap.spans, EQUAL_NATS),
+                    gap.unit,
                     "better than the oracle" if better else f"equal within {EQUAL_NATS} nats",
                 )
             )
@@ -200,9 +199,10 @@ def _claim_oracle(reader: _Reader) -> list[Claim]:
             Claim(
                 "Seeing the whole sequence makes the published router's loss too good",
                 "not said: the published gate pools over future tokens",
-                f"causal - published: {reader.nats(noncausal)}",
-                judge_sign(noncausal, positive=True),
-                "holds if the causal form's loss is higher by its whole interval",
+                f"causal - published: {noncausal.show('nats', 4)}",
+                judge_above(noncausal.spans),
+                noncausal.unit,
+                "holds if the causal form's loss is higher by all intervals",
             )
         )
     return claims
@@ -217,56 +217,43 @@ def _claim_statistics(reader: _Reader) -> list[Claim]:
     }
     if not pairs:
         return []
-    label = max(pairs, key=lambda name: pairs[name]["point"])
+    label = max(pairs, key=lambda name: pairs[name].point)
     found = pairs[label]
-    near: Verdict = (
-        "holds" if found["high"] <= _STATISTICS_NATS
-        else "does not hold" if found["low"] > _STATISTICS_NATS
-        else "not decided"
-    )  # fmt: skip
     return [
         Claim(
             f"`statistics` is within {_STATISTICS_NATS} nats of the best causal linear router on "
             "base_hidden",
             "ours; the prototype was 0.01 to 0.035 nats behind",
-            f"statistics - {label}: {reader.nats(found)}",
-            near,
+            f"statistics - {label}: {found.show('nats', 4)}",
+            judge_below(found.spans, _STATISTICS_NATS),
+            found.unit,
             f"the best of {len(pairs)} linear routers by held-out loss, which favours it",
         ),
     ]
 
 
 def _claim_ours(reader: _Reader) -> list[Claim]:
-    wanted = (
-        ("fused:linear", "wider", "A wider model of as many parameters beats the linear fusion",
-         "+10.87 % beside +7.72 %", True),
-        ("fused:evidence", "wider", "A wider model of as many parameters beats our fusion",
-         "+10.87 % beside +7.72 %", True),
-        ("fused:evidence", "joint", "Joint training of experts and router beats our fusion",
-         "ours: the upper bound of fusing as in BTX", True),
-        ("fused:evidence-hidden", "fused:evidence", "Hidden states help evidence",
-         "ours", False),
-    )  # fmt: skip
-    claims = []
-    for one, other, text, published, positive in wanted:
-        found = reader.difference("ours", one, other)
-        if found is not None:
-            names = f"{one.removeprefix('fused:')} - {other.removeprefix('fused:')}"
-            claims.append(
-                Claim(
-                    text,
-                    published,
-                    f"{names}: {reader.nats(found)}",
-                    judge_sign(found, positive=positive),
-                    "by the sign of the whole interval of the paired difference in loss",
-                )
+    claims = claim_rivals(
+        {
+            (label, rival): found
+            for label in ("linear", "evidence")
+            for rival in UNTUNED
+            if (found := reader.difference("ours", f"fused:{label}", rival)) is not None
+        }
+    )
+    hidden = reader.difference("ours", "fused:evidence-hidden", "fused:evidence")
+    if hidden is not None:
+        claims.append(
+            Claim(
+                "Hidden states help evidence",
+                "ours",
+                f"evidence-hidden - evidence: {hidden.show('nats', 4)}",
+                judge_below(hidden.spans),
+                hidden.unit,
+                "by the sign of all intervals of the paired difference in loss",
             )
+        )
     return claims
-
-
-def _worst(verdicts: Sequence[Verdict]) -> Verdict:
-    order: tuple[Verdict, ...] = ("does not hold", "differs", "not decided", "holds")
-    return min(verdicts, key=order.index)
 
 
 _LOST_NATS = 0.05
@@ -287,7 +274,9 @@ class RoutersOptions(RivalOptions):
         routers: Options by label, fused as this project does: probability mixture, the base as
             an expert, the collapse guard.
         published: Options by label, fused as published: logit mixture, no base, no guard.
-        merges: Merges measured beside.
+        merges: Merges measured beside, with densities and scale as registered.
+        tune_merges: Whether density and scale of TIES and DARE are also chosen on calibration
+            text, with as many tries as there are evidence routers; only then they carry claims.
     """
 
     routers: Mapping[str, Mapping[str, Any]] = {
@@ -317,6 +306,7 @@ class RoutersOptions(RivalOptions):
         "evidence": {},
     }
     merges: tuple[str, ...] = ("average", "ties", "dare", "dare-ties")
+    tune_merges: bool = False
 
 
 class RoutersStudy(Study):
@@ -352,6 +342,9 @@ class RoutersStudy(Study):
                 name = f"{form} seed {seed}"
                 fusions.append(plan_fusion(name, base, members, settings, baselines=rivals))
                 cells.append(Cell(name, {"form": form, "seed": seed}, fusions[-1]))
+                if form == "ours" and options.tune_merges:
+                    tuned = _name_tuned(seed)
+                    cells.append(Cell(tuned, {"seed": seed}, plan_tuned_merges(tuned, fusions[-1])))
             pairs = list_pairs(form, routers, options.chosen)
             cells += [
                 Cell(f"{form}, mean", {"form": form}, plan_mean(f"{form}, mean", fusions)),
@@ -377,6 +370,7 @@ class RoutersStudy(Study):
             for label in options.routers
         }
         domains = len(options.domains) * len(options.seeds)
+        tuned = [results[_name_tuned(seed)] for seed in options.seeds if options.tune_merges]
         main = tabulate(
             f"Every router and baseline, mean of {len(options.seeds)} seeds, "
             "95 % intervals by document cluster",
@@ -400,9 +394,14 @@ class RoutersStudy(Study):
                     for form in ("ours", "as published")
                 },
                 "seconds": {"fit": seconds},
+                **({"tuned_merges": [each["merges"] for each in tuned]} if tuned else {}),
             },
-            claims=collect_claims(options, results),
-            tables=[main, _tabulate_published(published, len(options.seeds))],
+            claims=collect_claims(options, results) + (claim_merges(tuned) if tuned else []),
+            tables=[
+                main,
+                *([tabulate_merges(tuned)] if tuned else []),
+                _tabulate_published(published, len(options.seeds)),
+            ],
             figures=[
                 Figure(
                     "gains",
@@ -417,15 +416,23 @@ class RoutersStudy(Study):
 
 _NOTES = (
     f"A domain is lost if the fused loss is more than {_LOST_NATS} nats above its best expert's.",
+    "The same base and held-out documents at all seeds: a seed is another training of the "
+    "specialists and another fit of the routers.",
     "Rivals but `joint` take as many steps and tokens as all specialists together; `wider` has as "
     "many parameters as base and specialists and so costs more compute per step; `joint` goes on "
     "from the specialists and sees all domains' text in one place.",
-    "Densities of TIES and DARE are fixed beforehand (docs/merges.md); best weights of what is "
-    "trained are chosen on validation text; held-out text is read once.",
+    "Not tuned, so without a verdict: `wider` and `joint` (one recipe each, where routers had "
+    "several), TIES and DARE as registered (density and scale fixed beforehand, docs/merges.md). "
+    "The option `tune_merges` chooses these on calibration text.",
+    "Best weights of what is trained are chosen on validation text; held-out text is read once.",
     "Where routers are fitted on the same states, the first of them pays for pooling these; times "
     "are wall times beside other tasks, judging under the guard included. `bench/fit_routers.py` "
     "measures fits alone.",
 )
+
+
+def _name_tuned(seed: int) -> str:
+    return f"tuned merges seed {seed}"
 
 
 def _count_lost(results: Sequence[Mapping[str, Any]], label: str, *, has_base: bool) -> int:

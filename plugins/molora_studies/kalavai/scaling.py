@@ -23,6 +23,7 @@ from molora_studies.kalavai.conditions import (
     read_gain,
     read_gain_over_base,
 )
+from molora_studies.verdicts import Span, join_verdicts, judge_above, name_unit
 
 __all__ = ["ScalingOptions", "ScalingStudy"]
 
@@ -121,6 +122,7 @@ class ScalingStudy(Study):
                     ", ".join(f"{n}: {found[n].mean:+.2f} %" for n in counts)
                     + f", {len(options.seeds)} seeds",
                     _judge(steps),
+                    name_unit("training seed", len(options.seeds)),
                     "each number is measured on the domains of those who joined, so that its text "
                     "changes, too; holds if every step's interval lies above 0",
                 ),
@@ -130,6 +132,7 @@ class ScalingStudy(Study):
                     ", ".join(f"{n}: {e.mean:+.2f} pp" for n, e in added.items())
                     + f" added, {len(options.seeds)} seeds",
                     _judge(added),
+                    name_unit("training seed", len(options.seeds)),
                     "reduction on the base over all domains, contributed or not; holds if every "
                     "step's interval lies above 0",
                 ),
@@ -171,10 +174,7 @@ def _name(count: int, seed: int, *, everywhere: bool = False) -> str:
 
 
 def _judge(steps: Mapping[int, Estimate]) -> Verdict:
-    if all(step.low is not None and step.low > 0 for step in steps.values()):
-        return "holds"
-    falls = any(step.high is not None and step.high < 0 for step in steps.values())
-    return "does not hold" if falls else "not decided"
+    return join_verdicts([judge_above([Span.of(step)]) for step in steps.values()])
 
 
 def _draw(figure: Any, alone: Mapping[int, Estimate], specialist: Mapping[int, Estimate]) -> None:

@@ -17,7 +17,7 @@ from molora_fed.forecasting.matrices import (
 )
 from molora_fed.forecasting.scoring import Coverage, Score, ScoredForecast, score_all
 from molora_fed.types import Case, Forecast, Outcome, Reference
-from molora_studies.framework.contract import Claim, Figure, Table
+from molora_studies.framework.contract import Figure, Table
 
 __all__ = [
     "BASELINES",
@@ -26,7 +26,6 @@ __all__ = [
     "build_board",
     "fit_intercept",
     "fit_line_by_group",
-    "judge_intervals",
     "show_coverage",
 ]
 
@@ -34,6 +33,7 @@ OURS = ("fitted", "forgetting")
 """Predictors from own-domain losses whose intervals are judged, both in every study."""
 LAW = "kalavai-law"
 INTERCEPT = "intercept only"
+LINE = "line refitted"
 _REFERENCE: Reference = "best_specialist"
 
 
@@ -43,7 +43,7 @@ def fit_intercept(groups: Sequence[Sequence[Outcome]]) -> Callable[[Case], float
     return lambda case: mean
 
 
-BASELINES: Mapping[str, Fit] = {INTERCEPT: fit_intercept, "line refitted": fit_law}
+BASELINES: Mapping[str, Fit] = {INTERCEPT: fit_intercept, LINE: fit_law}
 """Forecasts by fits that are no registered predictors: by the mean, and by the law's form."""
 
 
@@ -62,19 +62,6 @@ class Board:
     def to_json(self) -> dict[str, Any]:
         """Scores as JSON values."""
         return {name: score.to_json() for name, score in self.scores.items()}
-
-    def count_wins(self, first: str, second: str) -> tuple[int, int]:
-        """Groups in which the first has the lower mean interval score, of how many."""
-        means = [self._score_groups(name) for name in (first, second)]
-        shared = sorted(set(means[0]) & set(means[1]))
-        return sum(means[0][g] < means[1][g] for g in shared), len(shared)
-
-    def _score_groups(self, name: str) -> dict[str, float]:
-        groups: dict[str, list[float]] = {}
-        for forecast in self.forecasts[name]:
-            if forecast.interval_score is not None:
-                groups.setdefault(forecast.group, []).append(forecast.interval_score)
-        return {group: fmean(scores) for group, scores in groups.items()}
 
     def build_table(self, title: str) -> Table:
         """Every predictor's scores."""
@@ -199,31 +186,6 @@ def fit_line_by_group(
 
 def _skip(values: Sequence[float], index: int) -> list[float]:
     return [*values[:index], *values[index + 1 :]]
-
-
-def judge_intervals(board: Board) -> list[Claim]:
-    """Whether each of our intervals holds as often as it says, and says more than the others."""
-    return [_judge_intervals(board, name) for name in OURS]
-
-
-def _judge_intervals(board: Board, name: str) -> Claim:
-    ours, law, mean = (board.scores[each] for each in (name, LAW, INTERCEPT))
-    held, level = ours.by_group, ours.level
-    covers = held is not None and level is not None and held.high >= level
-    scores = [score.interval_score or 0.0 for score in (ours, law, mean)]
-    wins = [board.count_wins(name, other) for other in (LAW, INTERCEPT)]
-    return Claim(
-        f"Intervals of {name} hold as often as they say, and are better than the law's and a "
-        "mean's",
-        "none published",
-        f"at {100 * (level or 0.0):.0f} %: inside {show_coverage(ours.runs)} of runs, "
-        f"{show_coverage(held)} of whole groups; interval score {scores[0]:.2f} pp against "
-        f"{scores[1]:.2f} (law, better in {wins[0][0]} of {wins[0][1]} groups) and "
-        f"{scores[2]:.2f} ({INTERCEPT}, {wins[1][0]} of {wins[1][1]})",
-        "holds" if covers and scores[0] < min(scores[1:]) else "does not hold",
-        "holds if the coverage over groups is not below the level by its Clopper-Pearson interval, "
-        "and both other interval scores are higher",
-    )
 
 
 def show_coverage(coverage: Coverage | None) -> str:

@@ -19,7 +19,6 @@ from molora_studies.framework.contract import (
     Table,
     Task,
     TaskContext,
-    Verdict,
 )
 from molora_studies.framework.substrate import (
     FusionSettings,
@@ -39,6 +38,7 @@ from molora_studies.kalavai.conditions import (
     read_gain,
     read_gain_over_base,
 )
+from molora_studies.verdicts import Span, join_verdicts, judge_above, name_unit
 
 __all__ = ["SharedInitOptions", "SharedInitStudy", "rebase_adapter"]
 
@@ -48,8 +48,8 @@ class SharedInitOptions(StudyOptions):
 
     Attributes:
         domains: One contributor each, in the order of the ages.
-        ages: Steps each contributor's checkpoint was trained beyond the shared base, by label; the
-            first is matched. Others are also compared with a matched start at their middle age.
+        ages: Steps each contributor's checkpoint was trained beyond the shared base, by label.
+            Different ones are also compared with a matched start at their middle age.
         base_domains: Domains the checkpoints are trained on further.
         steps: Steps of a specialist.
     """
@@ -85,8 +85,9 @@ def rebase_adapter(settings: Mapping[str, Any], context: TaskContext) -> dict[st
 class SharedInitStudy(Study):
     """Checkpoints of three ages; full models are fused, as if the check were not there.
 
-    Each set of ages is compared with contributors who all start at its middle age, so that both
-    have seen about as much text.
+    Each set of ages is compared with contributors who all start at its middle age. Only a balanced
+    set, whose mean is its middle, has seen as much text as that: verdicts rest on such pairs. Of
+    ages 0, 2600 and 7800 the checkpoints have a third more text than three of 2600.
     """
 
     Options: ClassVar[type[StudyOptions]] = SharedInitOptions
@@ -159,10 +160,10 @@ class SharedInitStudy(Study):
 
         over_base = {n: read(n, lambda r: read_gain_over_base(r, "linear")) for n in labels}
         ours = {n: estimate(read(n, read_gain)) for n in labels}
-        specialist = {
-            n: estimate(read(n, lambda r: read_gain(r, "linear", "best_specialist")))
-            for n in labels
+        on_specialist = {
+            n: read(n, lambda r: read_gain(r, "linear", "best_specialist")) for n in labels
         }
+        specialist = {n: estimate(values) for n, values in on_specialist.items()}
         crossed = {
             n: estimate(100 * v for v in read(n, lambda r: _cross_routing(r, options.domains)))
             for n in labels
@@ -184,7 +185,10 @@ class SharedInitStudy(Study):
             )
             for n in mixed
         }
-        worst = mixed[-1]
+        misled = {
+            n: _subtract(on_specialist[n], on_specialist[_name_middle(starts[n])]) for n in mixed
+        }
+        judged = [n for n in mixed if _is_balanced(starts[n])]
         return Summary(
             findings={
                 "over_base_percent": {n: estimate(v).to_json() for n, v in over_base.items()},
@@ -196,32 +200,7 @@ class SharedInitStudy(Study):
                 "fused_loss_nats": {n: estimate(v).to_json() for n, v in losses.items()},
                 "cost_nats": {n: e.to_json() for n, e in cost.items()},
             },
-            claims=[
-                Claim(
-                    "Different starting checkpoints cost fused loss",
-                    "+10.4 % on the base matched, +9.5 and +9.4 % mismatched",
-                    "; ".join(f"{n}: {e.show('nats', 4)}" for n, e in cost.items()),
-                    _judge(cost[worst]),
-                    "fused loss of the linear router minus that of contributors who all start at "
-                    "the middle age, paired by seed",
-                ),
-                Claim(
-                    "Different starts make the router mix up domains",
-                    "11 % cross-routing at 5k/10k/20k",
-                    "; ".join(f"{n}: {e.show('pp')}" for n, e in rise.items()),
-                    _judge(rise[worst]),
-                    "share of gates on other domains' specialists under the causal linear router, "
-                    "minus that of a matched start at the middle age",
-                ),
-                Claim(
-                    "The gain on the best specialist misleads: it rises as starts drift apart",
-                    "it rises where the gain on the base falls",
-                    "; ".join(f"{n}: {specialist[n].show()}" for n in labels),
-                    "holds" if specialist[worst].mean > specialist[labels[0]].mean
-                    else "does not hold",
-                    "holds if it is larger at the widest ages than matched",
-                ),
-            ],
+            claims=_list_claims(options, judged, cost, rise, misled),
             tables=[
                 Table(
                     "Linear router by starting checkpoints",
@@ -251,17 +230,94 @@ class SharedInitStudy(Study):
                     ),
                 )
             ],
+            notes=[
+                "Checkpoints are one line of continued trainings of one base, the same at all "
+                "seeds, and so are the held-out documents: a seed is another training of the "
+                "specialists and another fit of the router.",
+                "Verdicts rest on sets of ages whose mean is their middle age "
+                f"({', '.join(judged) or 'none here'}): others differ from their matched start in "
+                "how much text the checkpoints have read, too.",
+            ],
         )  # fmt: skip
 
 
+def _list_claims(
+    options: SharedInitOptions,
+    judged: Sequence[str],
+    cost: Mapping[str, Estimate],
+    rise: Mapping[str, Estimate],
+    misled: Mapping[str, Estimate],
+) -> list[Claim]:
+    """The paper's claims, each a difference from the matched start at the middle age.
+
+    Args:
+        options: The study's options.
+        judged: Labels of balanced sets of ages.
+        cost: Difference in fused loss, nats.
+        rise: Difference in cross-routing, percentage points.
+        misled: Difference in the gain on the best specialist, percentage points.
+    """
+    unit = name_unit("training seed of the specialists", len(options.seeds))
+
+    def claim(
+        text: str, published: str, found: Mapping[str, Estimate], shown: tuple[str, int], why: str
+    ) -> Claim:
+        verdicts = [judge_above([Span.of(found[label])]) for label in judged]
+        return Claim(
+            text,
+            published,
+            "; ".join(f"{n}: {e.show(*shown)}" for n, e in found.items()),
+            join_verdicts(verdicts) if verdicts else "not decided",
+            unit,
+            f"{why}, minus that of contributors who all start at the middle age, paired by seed; "
+            f"verdict on {', '.join(judged) or 'no set'}, where both have read equally much",
+        )
+
+    return [
+        claim(
+            "Different starting checkpoints cost fused loss",
+            "+10.4 % on the base matched, +9.5 and +9.4 % mismatched",
+            cost,
+            ("nats", 4),
+            "fused loss of the linear router",
+        ),
+        claim(
+            "Different starts make the router mix up domains",
+            "11 % cross-routing at 5k/10k/20k",
+            rise,
+            ("pp", 2),
+            "share of gates on other domains' specialists under the causal linear router",
+        ),
+        claim(
+            "The gain on the best specialist misleads: it rises as starts drift apart",
+            "it rises where the gain on the base falls",
+            misled,
+            ("pp", 2),
+            "gain of the linear router on the best specialist",
+        ),
+    ]
+
+
 def list_starts(options: SharedInitOptions) -> dict[str, tuple[int, ...]]:
-    """Ages by label: those of the options, then a matched start at each middle age."""
-    starts = {label: tuple(ages) for label, ages in options.ages.items()}
+    """Ages by label from the closest together to the widest apart, then their matched starts."""
+    starts = {
+        label: tuple(ages)
+        for label, ages in sorted(options.ages.items(), key=lambda item: _spread(item[1]))
+    }
     for ages in list(starts.values()):
         if len(set(ages)) > 1:
             middle = sorted(ages)[len(ages) // 2]
             starts[_name_middle(ages)] = (middle,) * len(ages)
     return starts
+
+
+def _spread(ages: Sequence[int]) -> int:
+    return max(ages) - min(ages)
+
+
+def _is_balanced(ages: Sequence[int]) -> bool:
+    """Whether contributors of these ages have read as much as if all had the middle age."""
+    return sum(ages) == len(ages) * sorted(ages)[len(ages) // 2]
 
 
 def _name_middle(ages: Sequence[int]) -> str:
@@ -283,14 +339,6 @@ def _cross_routing(result: Mapping[str, Any], domains: Sequence[str]) -> float:
     gates = result["evaluation"]["gates"]["linear"]
     shares = [sum(gates[d][e] for e in domains if e != d) for d in domains]
     return float(sum(shares) / len(shares))
-
-
-def _judge(cost: Estimate) -> Verdict:
-    if cost.low is None or cost.high is None:
-        return "not decided"
-    if cost.low > 0:
-        return "holds"
-    return "does not hold" if cost.high < 0 else "not decided"
 
 
 def _draw(figure: Any, losses: Mapping[str, Estimate], mixed: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from molora_studies.framework.contract import (
     Task,
 )
 from molora_studies.framework.substrate import BaseSettings, plan_base
+from molora_studies.verdicts import Span, compute_span, judge_above, judge_below, name_unit
 
 __all__ = ["TWENTY_DOMAINS", "TwentyOptions", "TwentyStudy"]
 
@@ -206,9 +207,9 @@ class TwentyStudy(Study):
 
     @classmethod
     def summarise(cls, options: TwentyOptions, results: Mapping[str, Mapping[str, Any]]) -> Summary:
-        """What the first seed's federation gained and cost; further seeds are findings only."""
-        first = f"seed {options.seeds[0]}"
-        result = results[first]
+        """What the federations gained and cost; tables show the first seed's."""
+        every = [results[f"seed {seed}"] for seed in options.seeds]
+        result = every[0]
         costs = read_costs(result)
         return Summary(
             findings={
@@ -217,11 +218,13 @@ class TwentyStudy(Study):
             }
             | {"seconds": costs.to_json()},
             claims=[
-                _claim_gain(options, result),
-                _claim_law(result),
-                _claim_memory(costs),
+                _claim_gain(options, every),
+                _claim_law(every),
+                _claim_memory([read_costs(each) for each in every]),
                 _claim_growth(
-                    options, costs, {n: m["blocks"] for n, m in result["contributors"].items()}
+                    options,
+                    [read_costs(each) for each in every],
+                    {n: m["blocks"] for n, m in result["contributors"].items()},
                 ),
             ],
             tables=[
@@ -280,69 +283,107 @@ def _show_gain(result: Mapping[str, Any], reference: str) -> str:
     return f"{point:+.2f} % [{interval['low']:+.2f}, {interval['high']:+.2f}]"
 
 
-def _claim_gain(options: TwentyOptions, result: Mapping[str, Any]) -> Claim:
-    low = result["first"]["fusion"]["gain_interval_percent"]["evidence"]["vs_best_alone"]["low"]
+_ALONE = "one federation is no interval: not decided over trainings"
+
+
+def _name_federations(count: int) -> str:
+    return name_unit("federation, each a training of its own", count)
+
+
+def _explain(why: str, count: int) -> str:
+    return why if count > 1 else f"{why}; {_ALONE}"
+
+
+def _claim_gain(options: TwentyOptions, results: Sequence[Mapping[str, Any]]) -> Claim:
+    fusions = [result["first"]["fusion"] for result in results]
+    gains = [fusion["gain_percent"]["evidence"]["vs_best_alone"] for fusion in fusions]
+    documents = [
+        Span.of(fusion["gain_interval_percent"]["evidence"]["vs_best_alone"]) for fusion in fusions
+    ]
+    first = results[0]
     return Claim(
         "Many contributors who each train alone gain from fusing",
         f"{_PUBLISHED_GAIN:+.2f} % on the best specialist, mean divergence "
         f"{_PUBLISHED_DIVERGENCE:.2f} %, 20 contributors, Pythia-1B",
-        f"{_show_gain(result, 'vs_best_specialist')} on the best specialist, "
-        f"{_show_gain(result, 'vs_best_alone')} on the best alone, mean divergence "
-        f"{_divergence(result):.2f} %, {len(options.domains)} contributors, 1 seed",
-        "holds" if low > 0 else "not decided",
-        "holds if the interval by document cluster, against the best alone, lies above 0",
+        f"{_show_gain(first, 'vs_best_specialist')} on the best specialist, "
+        f"{_show_gain(first, 'vs_best_alone')} on the best alone over documents, mean divergence "
+        f"{_divergence(first):.2f} %, {len(options.domains)} contributors, {_count_seeds(results)}",
+        judge_above([compute_span(gains), *documents]),
+        f"{_name_federations(len(results))}, and document cluster at every seed",
+        _explain(
+            "holds if the intervals against the best alone, over federations and by document "
+            "cluster, lie above 0",
+            len(results),
+        ),
     )
 
 
-def _claim_law(result: Mapping[str, Any]) -> Claim:
-    forecasts = result["first"]["fusion"]["forecasts"]
-    law = forecasts["kalavai-law"]
-    missed = law["actual"] - law["point"]
-    own = forecasts["own-loss"]
+def _count_seeds(results: Sequence[Mapping[str, Any]]) -> str:
+    return "1 seed" if len(results) == 1 else f"the first of {len(results)} seeds"
+
+
+def _claim_law(results: Sequence[Mapping[str, Any]]) -> Claim:
+    every = [result["first"]["fusion"]["forecasts"] for result in results]
+    missed = [each["kalavai-law"]["actual"] - each["kalavai-law"]["point"] for each in every]
+    law, own = every[0]["kalavai-law"], every[0]["own-loss"]
     return Claim(
         "The law 0.82·d − 2.72 forecasts too little for twenty contributors",
         "+6.4 pp missed",
-        f"{missed:+.1f} pp missed by the law ({law['point']:+.1f} % forecast, "
-        f"{law['actual']:+.1f} % measured); {own['actual'] - own['point']:+.1f} pp by own-loss",
-        "holds" if missed > 0 else "does not hold",
-        "both forecasts were in the ledger before the routers were fitted; one cooperative",
+        f"{missed[0]:+.1f} pp missed by the law ({law['point']:+.1f} % forecast, "
+        f"{law['actual']:+.1f} % measured); {own['actual'] - own['point']:+.1f} pp by own-loss, "
+        f"{_count_seeds(results)}",
+        judge_above([compute_span(missed)]),
+        _name_federations(len(results)),
+        _explain("both forecasts were in the ledger before the routers were fitted", len(results)),
     )
 
 
-def _claim_memory(costs: Costs) -> Claim:
+def _claim_memory(every: Sequence[Costs]) -> Claim:
+    costs = every[0]
     fewest, most = min(costs.private), max(costs.private)
 
     def show(memory: Mapping[int, int]) -> str:
         return f"{memory[fewest] / 2**20:.0f} to {memory[most] / 2**20:.0f} MiB"
 
+    ratios = [each.private[most] / each.private[fewest] for each in every]
     return Claim(
         "The coordinator's memory does not grow with the number of experts",
         "not published; an aim of ours",
         f"{show(costs.private)} from {fewest} to {most} experts; {show(costs.resident)} with the "
         "mapped columns that the system takes back when it needs them",
-        "holds" if costs.private[most] <= _FLAT * costs.private[fewest] else "does not hold",
-        f"holds up to {100 * (_FLAT - 1):.0f} % more without mapped columns; every fusion with its "
-        "report in a fresh process, on the blocks of all its contributors, so that the number of "
-        "blocks grows with the experts",
+        judge_below([compute_span(ratios)], _FLAT),
+        _name_federations(len(every)),
+        _explain(
+            f"holds up to {100 * (_FLAT - 1):.0f} % more without mapped columns; every fusion with "
+            "its report in a fresh process, on the blocks of all its contributors, so that the "
+            "number of blocks grows with the experts",
+            len(every),
+        ),
     )
 
 
 def _claim_growth(
-    options: TwentyOptions, costs: Costs, blocks: Mapping[str, Mapping[str, int]]
+    options: TwentyOptions, every: Sequence[Costs], blocks: Mapping[str, Mapping[str, int]]
 ) -> Claim:
     def count(domain: str) -> int:
         return blocks[domain]["calibration"] + blocks[domain]["held-out"]
 
+    costs = every[0]
+    shares = [each.growth / each.coordinator for each in every]
     return Claim(
         "One more contributor costs the coordinator less than a tenth of what the others did",
         "not published; an aim of ours",
         f"{costs.growth:.0f} s after {costs.coordinator:.0f} s for the first "
         f"{len(options.domains)}: {100 * costs.growth / costs.coordinator:.1f} %",
-        "holds" if costs.growth < _GROWTH * costs.coordinator else "does not hold",
-        "processor time of the coordinator's worker, which keeps running; the newcomer brings a "
-        f"domain of its own with {count(options.newcomer)} blocks, the others "
-        f"{count(options.domains[0])} each. With as many, its specialist on everybody's blocks "
-        f"and everybody's on its own alone cost 2/{len(options.domains)} of the first bank",
+        judge_below([compute_span(shares)], _GROWTH),
+        _name_federations(len(every)),
+        _explain(
+            "processor time of the coordinator's worker, which keeps running; the newcomer brings "
+            f"a domain of its own with {count(options.newcomer)} blocks, the others "
+            f"{count(options.domains[0])} each. With as many, its specialist on everybody's blocks "
+            f"and everybody's on its own alone cost 2/{len(options.domains)} of the first bank",
+            len(every),
+        ),
     )
 
 

@@ -54,7 +54,7 @@ def test_a_study_runs_and_leaves_json_page_and_figure(molora, tmp_path):
     assert document["summary"]["findings"] == {"sums": {"1+2": 3, "1+3": 4, "1+4": 5}}
     assert len(document["seconds"]["tasks"]) == 4 and document["seconds"]["run"] > 0
     page = (tmp_path / "out" / "sums.md").read_text()
-    assert "| Sums grow. | yes \\| no | yes, 3 seeds | holds | All were larger. |" in page
+    assert "| Sums grow. | yes \\| no | yes, 3 seeds | holds | sum (3) | All were larger. |" in page
     assert "![Sums by cell.](sums-growth.svg)" in page and "`molora study sums" in page
     assert (tmp_path / "out" / "sums-growth.svg").read_bytes().startswith(b"<?xml")
 

@@ -89,7 +89,11 @@ class Sums(Study):
 
         return Summary(
             findings={"sums": sums},
-            claims=[Claim("Sums grow.", "yes | no", "yes, 3 seeds", "holds", "All were larger.")],
+            claims=[
+                Claim(
+                    "Sums grow.", "yes | no", "yes, 3 seeds", "holds", "sum (3)", "All were larger."
+                )
+            ],
             tables=[Table("Sums", ("cell", "sum"), [(k, str(v)) for k, v in sums.items()])],
             figures=[Figure("growth", "Sums by cell.", draw)],
             notes=["Nothing was learnt."],

@@ -27,6 +27,7 @@ from molora_studies.kalavai.collapse import CollapseOptions, CollapseStudy, Coun
 from molora_studies.kalavai.cross_lingual import CrossLingualOptions, CrossLingualStudy
 from molora_studies.kalavai.languages import AS_PUBLISHED, LOST_NATS, ROUTERS, plan_part
 from molora_studies.kalavai.refits import Banks, plan_refits, refit
+from molora_studies.verdicts import Span
 from study_tasks import DOMAINS, Run, running
 
 from molora_fed.bank import CalibrationBank, HeldOutBank
@@ -140,7 +141,7 @@ def test_collapsed_fits_are_counted_and_the_guard_finds_another_seed():
     assert [fit["guarded"]["attempts"] for fit in found["fits"]] == [2, 1, 2, 1, 2]
     assert count.worst_nats > LOST_NATS > count.worst_guarded_nats
     assert [fit["misrouted"] for fit in found["fits"][:2]] == [["domain-1", "domain-2"], []]
-    assert count.show() == "3 of 5 [15 %, 95 %]"
+    assert count.show() == "1 of 1 sets [3 %, 100 %], 3 of 5 fits"
 
 
 def test_fits_that_no_seed_changes_count_once():
@@ -175,8 +176,9 @@ def test_where_no_refit_helps_the_guard_publishes_its_last_resort():
 
 
 def test_the_interval_of_no_loss_is_one_sided():
-    count = Count(0, 3, 0, None, None, "a", 0.0, None, 0.0)
-    assert count.interval() == (0.0, pytest.approx(1 - 0.025 ** (1 / 3)))
+    count = Count(3, 0, 0, None, 0, 20, 0, None, None, "a", 0.0, None, 0.0)
+    assert count.interval() == Span(0.0, pytest.approx(1 - 0.025 ** (1 / 3)))
+    assert count.show() == "0 of 3 sets [0 %, 71 %], 0 of 20 fits"
 
 
 def test_collapse_deals_all_fits_and_shares_its_fusions_with_cross_lingual():
@@ -222,15 +224,18 @@ def make_refits(cell: Cell, lost: Mapping[str, int]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("lost", "verdicts"),
     [
-        ({}, ["does not hold", "not decided", "holds", "holds"]),
-        ({"linear-noncausal": 2, "linear": 1}, ["holds", "holds", "holds", "holds"]),
+        ({}, ["not decided", "not decided", "not decided", "not decided"]),
+        (
+            {"linear-noncausal": 2, "linear": 1},
+            ["holds", "not decided", "not decided", "not decided"],
+        ),
         (
             {"linear-noncausal": 2, "linear-noncausal-curriculum": 1, "statistics": 9},
-            ["holds", "differs", "does not hold", "holds"],
+            ["holds", "does not hold", "does not hold", "not decided"],
         ),
         (
             {"linear-noncausal": 1, "linear-noncausal-curriculum": 1},
-            ["holds", "does not hold", "holds", "holds"],
+            ["holds", "does not hold", "not decided", "not decided"],
         ),
     ],
 )
@@ -239,7 +244,10 @@ def test_collapse_concludes_from_counts(lost, verdicts):
     results = {cell.name: make_refits(cell, lost) for cell in CollapseStudy.plan(options)}
     summary = CollapseStudy.summarise(options, results)
     assert [claim.verdict for claim in summary.claims] == verdicts
-    assert summary.findings["cross-lingual"]["linear"]["fits"] == 20
+    assert all("set of specialists (3)" in claim.unit for claim in summary.claims)
+    linear = summary.findings["cross-lingual"]["linear"]
+    assert (linear["fits"], linear["sets"]) == (20, 3)  # refits are no replicates
+    assert linear["lost_sets"] == (3 if lost.get("linear") else 0)
     assert summary.findings["cross-lingual"]["evidence"]["fits"] == 3
     assert len(summary.tables) == 3
     summary.figures[0].draw(Figure())
@@ -264,7 +272,7 @@ def test_cross_lingual_concludes_from_a_real_fusion(run: Run):
 
 @pytest.mark.parametrize(
     ("excess", "verdicts"),
-    [(0.2, ("holds", "does not hold")), (0.01, ("does not hold", "not decided"))],
+    [(0.2, ("holds", "does not hold")), (0.01, ("not decided", "not decided"))],
 )
 def test_cross_lingual_tells_a_collapse_from_held_out_losses(run: Run, excess, verdicts):
     options = CrossLingualOptions(seeds=(SEED,))

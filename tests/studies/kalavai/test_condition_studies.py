@@ -126,8 +126,37 @@ def test_shared_init_compares_with_a_matched_start_at_the_middle_age():
 
     found = summarise(SharedInitStudy, SharedInitOptions(), gain)
     assert [claim.verdict for claim in found.claims] == ["holds", "not decided", "does not hold"]
+    assert found.claims[0].unit == "training seed of the specialists (3)"
     assert found.findings["cross_routing_percent"]["matched"]["mean"] == pytest.approx(10)
     assert found.findings["cost_nats"]["1 : 2 : 4"]["mean"] == pytest.approx(0.08, abs=0.001)
+
+
+def test_shared_init_judges_the_balanced_pair_whatever_the_order_of_its_ages():
+    ages = SharedInitOptions().ages
+    kept = SharedInitOptions(ages=dict(sorted(ages.items())))  # as a JSON file has them
+
+    def gain(labels: Mapping[str, Any]) -> float:
+        wide = 9.0 if labels["ages"] == "1 : 2 : 4" else 8.0  # the wide pair would refute it
+        return labels["seed"] / 1e5 + (7.0 if labels["ages"] == "1 : 1.25 : 1.5" else wide)
+
+    for options in (SharedInitOptions(), kept):
+        found = summarise(SharedInitStudy, options, gain)
+        assert found.claims[0].verdict == "holds"
+        assert "verdict on 1 : 1.25 : 1.5" in found.claims[0].reason
+        assert [row[0] for row in found.tables[0].rows][:3] == list(ages)
+    unbalanced = SharedInitOptions(ages={"matched": (0, 0, 0), "wide": (0, 2600, 7800)})
+    claims = summarise(SharedInitStudy, unbalanced, gain).claims
+    assert {claim.verdict for claim in claims} == {"not decided"}
+
+
+def test_one_training_of_an_age_is_left_out_of_the_verdict():
+    def gain(labels: Mapping[str, Any]) -> float:
+        return -5.0 if labels["age"] == 1300 else 9.0 - labels["age"] / 1000
+
+    claims = summarise(MaturityStudy, MaturityOptions(), gain).claims
+    assert claims[1].verdict == "holds" and "1300: -5.00 %, 1 seed" in claims[1].measured
+    one = summarise(MaturityStudy, MaturityOptions(seeds=(42,)), gain).claims
+    assert [claim.verdict for claim in one] == ["not decided"] * 2
 
 
 @pytest.mark.parametrize(

@@ -28,17 +28,20 @@ from molora_studies.kalavai.divergence_law import (
 from molora_studies.kalavai.duration import DurationOptions, DurationStudy
 from molora_studies.kalavai.forecast_conditions import (
     CONDITIONS,
+    find_families,
     parse_matrix,
     share_a_specialist,
 )
+from molora_studies.kalavai.forecast_verdicts import connect, judge_errors, judge_intervals
 from molora_studies.kalavai.pilot import PilotOptions, PilotStudy, measure_pilots
 from molora_studies.kalavai.published import PublishedStudy, forecast_published
-from molora_studies.kalavai.scoreboard import build_board, fit_line_by_group
+from molora_studies.kalavai.scoreboard import OURS, Board, build_board, fit_line_by_group
 from pydantic import ValidationError
 from study_tasks import DOMAINS, running
 
 from molora_fed.forecasting.divergence import compute_gains
 from molora_fed.forecasting.matrices import group_outcomes
+from molora_fed.forecasting.scoring import ScoredForecast, score_all
 from molora_fed.storage.files import canonical_json
 from molora_fed.types import Forecast
 
@@ -62,7 +65,10 @@ def test_the_published_runs_are_scored_as_the_page_says(published):
     assert ours < scores["intercept only"]["interval_score"]
     assert scores["fitted"]["count"] == 20 and scores["fitted"]["groups"] == 7
     assert summary.findings["scores_with_the_collapsed_run"]["fitted"]["count"] == 21
-    assert [claim.verdict for claim in summary.claims] == ["differs", "holds", "holds", "holds"]
+    # Four families of groups: too few for what seven groups seemed to show.
+    assert set(summary.findings["families"].values()) < set(summary.findings["families"])
+    assert [claim.verdict for claim in summary.claims] == ["not decided"] * 4
+    assert {claim.unit for claim in summary.claims} == {"condition without shared specialists (4)"}
 
 
 def test_the_result_is_the_same_json_each_time(published):
@@ -174,6 +180,84 @@ def test_relatives_share_a_specialist():
     assert share_a_specialist(by_name["600 steps"], by_name["cpp, python"])
     assert not share_a_specialist(by_name["600 steps"], by_name["50 steps"])
     assert not share_a_specialist(by_name["cpp, python"], by_name["science, man-de"])
+
+
+def test_chains_of_relatives_are_one_family():
+    names = [condition.name for condition in CONDITIONS]
+    families = find_families(names)
+    assert len(set(families.values())) == 7
+    assert families["cpp, python"] == families["science, man-de"] == "600 steps"  # over others
+    assert families["1800 steps"] == "1800 steps"
+    assert connect("abcd", lambda one, other: {one, other} == {"a", "d"}) == {
+        "a": "a", "b": "b", "c": "c", "d": "a",
+    }  # fmt: skip
+    assert set(connect("abc", lambda one, other: "c" in (one, other)).values()) == {"a"}
+
+
+def test_a_condition_that_learnt_nothing_is_no_evidence():
+    options = ForecastOptions(seeds=(1, 2))
+    results = build_results(options)
+    for seed in options.seeds:
+        losses = results[f"50 steps, seed {seed}"]["calibration"]
+        losses["specialists"] = {name: dict(losses["base"]) for name in losses["specialists"]}
+    summary = DivergenceLawStudy.summarise(options, results)
+    assert summary.findings["scores"]["forgetting"]["groups"] == len(CONDITIONS)
+    strict = summary.findings["scores_without_relatives"]["forgetting"]
+    assert strict["groups"] == len(CONDITIONS) - 1
+    assert "nor 50 steps, which learnt nothing" in summary.tables[0].title
+    assert {claim.unit for claim in summary.claims} == {"condition without shared specialists (6)"}
+
+
+def build_forecasts(errors, half=2.0):
+    """Forecasts of one group a family, each this far off, with an interval of that half width."""
+    return [
+        ScoredForecast(f"g{i}", 10.0 - error, 10.0 - error - half, 10.0 - error + half, 0.8, 10.0)
+        for i, error in enumerate(errors)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "law", "line", "verdict"),
+    [
+        (20, 9.0, 9.0, "holds"),
+        (6, 9.0, 9.0, "not decided"),  # better than all, but 6 of 6 do not show 80 %
+        (20, 9.0, 0.5, "not decided"),  # the line is as good
+        (20, 9.0, "better", "does not hold"),
+    ],
+)
+def test_intervals_are_judged_over_families_and_against_a_refitted_line(count, law, line, verdict):
+    def make(error, half=2.0):
+        return build_forecasts([error + 0.01 * (i % 3) for i in range(count)], half)
+
+    rivals = {
+        "kalavai-law": make(law),
+        "intercept only": make(9.0),
+        "line refitted": make(0.5, 0.6) if line == "better" else make(line),
+    }
+    forecasts = {name: make(0.5) for name in OURS} | rivals
+    board = Board(forecasts, {name: score_all(found) for name, found in forecasts.items()})
+    families = {f"g{i}": f"g{i}" for i in range(count)}
+    for claim in judge_intervals(board, families):
+        assert claim.verdict == verdict, claim.measured
+        assert claim.unit == f"condition without shared specialists ({count})"
+    joined = judge_intervals(board, dict.fromkeys(families, "g0"))
+    assert {claim.verdict for claim in joined} == {"not decided"}  # one family decides nothing
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"), [(0.1, "holds"), (2.0, "not decided"), (5.0, "does not hold")]
+)
+def test_errors_are_judged_against_every_rival(ours, verdict):
+    def make(error):
+        return build_forecasts([error + 0.01 * (i % 3) for i in range(6)])
+
+    forecasts = {
+        "fitted": make(ours), "kalavai-law": make(4.0), "intercept only": make(6.0),
+        "line refitted": make(2.0),
+    }  # fmt: skip
+    board = Board(forecasts, {name: score_all(found) for name, found in forecasts.items()})
+    families = {f"g{i}": f"g{i}" for i in range(6)}
+    assert judge_errors(board, families, "fitted", "From pilots").verdict == verdict
 
 
 def test_pilots_are_measured_on_each_others_calibration_blocks(tmp_path):

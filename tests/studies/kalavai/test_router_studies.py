@@ -5,16 +5,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure as Canvas
 from molora_studies.framework.contract import Summary
-from molora_studies.framework.fusions import load_evaluation
+from molora_studies.framework.fusions import load_evaluation, open_fusion
 from molora_studies.framework.registry import load_studies
 from molora_studies.framework.substrate import BaseSettings
-from molora_studies.kalavai.comparisons import judge_sign, judge_within
+from molora_studies.kalavai.comparisons import Replicated
+from molora_studies.kalavai.merge_tuning import TRIES
+from molora_studies.kalavai.method_table import MethodRow, tabulate
 from molora_studies.kalavai.monolithic import MonolithicOptions, MonolithicStudy
-from molora_studies.kalavai.rivals import RivalOptions, wide_base
+from molora_studies.kalavai.rivals import RivalOptions, claim_rivals, wide_base
 from molora_studies.kalavai.routers import RoutersOptions, RoutersStudy
+from molora_studies.verdicts import Span
 from study_tasks import DOMAINS, Run, running
+
+from molora_fed.plugins import load_plugins
 
 SHARED: Mapping[str, Any] = {
     "base": BaseSettings(
@@ -42,6 +48,7 @@ ROUTERS = RoutersOptions(
         label: {} if label == "uniform" else {"steps": 3}
         for label in ("uniform", "linear", "linear-noncausal", "mlp", "hard")
     },
+    tune_merges=True,
 )
 MONOLITHIC = MonolithicOptions(**SHARED, rivals=("base_continued", "monolithic"), shares=(0.5,))
 
@@ -135,16 +142,55 @@ def test_a_base_from_elsewhere_has_no_wider_one():
     assert wide_base(RivalOptions()).hidden == 264
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "negative", "within"),
-    [
-        (0.1, 0.2, "does not hold", "does not hold"),
-        (-0.2, -0.1, "holds", "does not hold"),
-        (-0.005, 0.005, "not decided", "holds"),
-        (-0.02, 0.005, "not decided", "not decided"),
-    ],
-)
-def test_verdicts_follow_from_intervals(low, high, negative, within):
-    interval = {"low": low, "high": high}
-    assert judge_sign(interval, positive=False) == negative
-    assert judge_within(interval, 0.01) == within
+def test_rivals_whose_recipe_was_not_tuned_carry_no_verdict():
+    sure = Replicated([-0.1, -0.11, -0.1], [Span(-0.12, -0.09)], -0.1)
+    claims = claim_rivals({("evidence", "wider"): sure, ("evidence", "joint"): sure})
+    assert [claim.verdict for claim in claims] == ["not tuned"] * 2
+    assert all("no verdict until" in claim.reason for claim in claims)
+    assert all("-0.1000 nats" in claim.measured for claim in claims)
+
+
+def test_tables_say_what_is_trained_and_what_was_not_tuned():
+    loss = {"point": 3.0, "low": 2.9, "high": 3.1}
+    kinds = {"monolithic-12": "trained", "base_continued": "trained", "wider": "trained",
+             "joint": "trained", "ties": "merge", "weight_average": "merge"}  # fmt: skip
+    rows = [MethodRow(name, kind, loss, [3.0], None, None) for name, kind in kinds.items()]
+    shown = {row[0]: row[1] for row in tabulate("t", rows, {}).rows}
+    assert shown["monolithic-12"] == "trained: linear layers, pooled text"
+    assert shown["base_continued"] == "trained: all parameters, pooled text"
+    assert shown["weight_average"] == "merge"
+    assert all(shown[name].endswith("; not tuned") for name in ("wider", "joint", "ties"))
+
+
+def test_merges_are_tuned_on_calibration_text_alone_and_judged_over_seeds(run: Run):
+    cells = {cell.name: cell for cell in RoutersStudy.plan(ROUTERS)}
+    results = [run(cells[f"tuned merges seed {seed}"].task).result for seed in ROUTERS.seeds]
+    for result in results:
+        for name, tries in TRIES.items():
+            found = result["merges"][name]
+            assert [{k: t[k] for k in ("density", "scale")} for t in found["tries"]] == list(tries)
+            best = min(found["tries"], key=lambda one: one["loss"])
+            assert found["chosen"] == {"density": best["density"], "scale": best["scale"]}
+            assert found["loss"] not in [one["loss"] for one in found["tries"]]
+            assert found["difference"]["low"] <= found["difference"]["high"]
+    # As many tries as ours: the default study has six evidence routers.
+    ours = [label for label in RoutersOptions().routers if label.startswith("evidence")]
+    assert {len(tries) for tries in TRIES.values()} == {len(ours)}
+    claims = {c.claim: c for c in summarise(RoutersStudy, ROUTERS, run).claims}
+    claim = claims["Our fusion beats `ties` with tuned density and scale"]
+    assert claim.unit == "training seed (2), and document cluster at every seed"
+
+
+def test_a_merge_as_registered_is_one_of_its_tries(run: Run):
+    fusion = {cell.name: cell for cell in RoutersStudy.plan(ROUTERS)}["ours seed 1"].task
+    done = run(fusion)
+    adapters = open_fusion(fusion.settings, [run(need) for need in fusion.needs], done.folder)
+    merge = load_plugins().merges.resolve("ties")
+    plain, same, half = (
+        merge(adapters.load_adapters(), name="ties", seed=1, **chosen)
+        for chosen in ({}, {"density": 0.2, "scale": 1.0}, {"density": 0.2, "scale": 0.5})
+    )
+    assert plain.hash == same.hash != half.hash
+    for module, update in plain.updates.items():
+        assert torch.equal(half.updates[module].product(), 0.5 * update.product())
+    assert {"density": 0.2, "scale": 1.0} in TRIES["ties"]

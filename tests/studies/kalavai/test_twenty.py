@@ -66,8 +66,11 @@ def build_result(growth=1.0, private=(300, 310)):
     }
 
 
-def summarise(**changes):
-    return TwentyStudy.summarise(OPTIONS, {"seed 42": build_result(**changes)})
+def summarise(seeds=(42,), **changes):
+    options = OPTIONS.model_copy(update={"seeds": seeds})
+    return TwentyStudy.summarise(
+        options, {f"seed {seed}": build_result(**changes) for seed in seeds}
+    )
 
 
 def test_every_domain_is_registered():
@@ -88,12 +91,12 @@ def test_a_seed_is_one_task_on_the_shared_base():
     ("changes", "memory", "growth"),
     [
         ({}, "holds", "holds"),
-        ({"growth": 2.0}, "holds", "does not hold"),
+        ({"growth": 2.5}, "holds", "does not hold"),
         ({"private": (300, 331)}, "does not hold", "holds"),
     ],
 )
 def test_costs_decide_the_verdicts(changes, memory, growth):
-    claims = {claim.claim: claim for claim in summarise(**changes).claims}
+    claims = {claim.claim: claim for claim in summarise((42, 137, 2026), **changes).claims}
     verdicts = [
         claim.verdict
         for start in ("The coordinator's memory", "One more contributor")
@@ -101,6 +104,15 @@ def test_costs_decide_the_verdicts(changes, memory, growth):
         if text.startswith(start)
     ]
     assert verdicts == [memory, growth]
+
+
+def test_one_federation_decides_nothing_over_trainings():
+    claims = summarise().claims
+    assert [claim.verdict for claim in claims] == ["not decided"] * 4
+    assert all("federation, each a training of its own (1)" in claim.unit for claim in claims)
+    assert all("not decided over trainings" in claim.reason for claim in claims)
+    several = summarise((42, 137, 2026)).claims
+    assert [claim.verdict for claim in several] == ["holds"] * 4
 
 
 def test_figures_and_tables_are_of_the_result():
