@@ -26,6 +26,7 @@ __all__ = [
     "KnownText",
     "Overlap",
     "compute_block_shares",
+    "copy_index",
     "find_base_index",
     "index_blocks",
     "load_index",
@@ -34,9 +35,11 @@ __all__ = [
     "summarise_overlap",
 ]
 
-MAX_BLOCK_OVERLAP = 0.25
+MAX_BLOCK_OVERLAP = 0.1
 """Largest share of a held-out block's word 8-grams that may lie in known text; blocks above it are
-left out of every figure."""
+left out of every figure. Two documents count as near-duplicates from the same share on. In the
+built-in cooperatives it leaves less than 1 % in every domain and costs the default four at most 6
+blocks of 160 each; a quarter would leave 2.5 % in one (docs/results/contamination.md)."""
 
 _CUT_START = re.compile(rf"\A\ufffd*(?:{WORD.pattern})?")
 _CUT_END = re.compile(rf"(?:{WORD.pattern})?\ufffd*\Z")
@@ -166,6 +169,7 @@ class Overlap:
         base: Those in the base's train text.
         kept_shingles: 8-grams of the kept blocks.
         kept_known: Those of them in any known text.
+        empty: Blocks without any run of 8 words, of which nothing is known; they are kept.
     """
 
     domain: str
@@ -177,6 +181,7 @@ class Overlap:
     base: int
     kept_shingles: int
     kept_known: int
+    empty: int
 
 
 def measure_overlap(
@@ -232,6 +237,7 @@ def _describe(
         base=int(base.sum()),
         kept_shingles=int(totals[kept].sum()),
         kept_known=int(known[kept].sum()),
+        empty=int((totals == 0).sum()),
     )
 
 
@@ -241,8 +247,8 @@ def summarise_overlap(overlaps: Iterable[Overlap]) -> dict[str, dict[str, Any]]:
     Returns:
         By domain: `own`, `union` and `base`, shares in [0, 1] of the 8-grams of all blocks that lie
         in the contributor's own train text, in any contributor's train text or samples, and in
-        the base's train text; `blocks`, and of them `left_out`; and `after`, the share of the
-        kept blocks' 8-grams that lie in any known text.
+        the base's train text; `blocks`, of them `left_out`, and `empty`, those without any run of
+        8 words; and `after`, the share of the kept blocks' 8-grams that lie in any known text.
     """
     by_domain: dict[str, list[Overlap]] = {}
     for overlap in overlaps:
@@ -259,6 +265,7 @@ def _summarise(overlaps: Sequence[Overlap]) -> dict[str, Any]:
         **{name: total(name) / shingles for name in ("own", "union", "base")},
         "blocks": sum(one.kept.size for one in overlaps),
         "left_out": sum(int((~one.kept).sum()) for one in overlaps),
+        "empty": total("empty"),
         "after": total("kept_known") / max(total("kept_shingles"), 1),
     }
 
@@ -280,6 +287,17 @@ def save_index(path: Path, index: NDArray[np.uint64], key: str) -> None:
         StorageError: On I/O errors.
     """
     write_bytes(path, save({"shingles": index}, metadata={"key": key}))
+
+
+def copy_index(source: Path, target: Path) -> None:
+    """Copy the index that lies beside one base to where it lies beside its copy.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    path = find_base_index(source)
+    if path.is_file():
+        write_bytes(find_base_index(target), path.read_bytes())
 
 
 def load_index(path: Path, key: str) -> NDArray[np.uint64] | None:

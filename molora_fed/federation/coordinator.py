@@ -251,6 +251,7 @@ class CoordinatorWorker:
         """Fuse what is admitted and publish it."""
         from molora_fed.contributions.receive import load_admitted
         from molora_fed.cooperative.fuse import FusedContributions, fuse_admitted
+        from molora_fed.cooperative.known_text import read_known_text
 
         def publish(fused: FusedContributions) -> None:
             folders = {"fused": fused.result.fused_folder, "report": fused.report.parent}
@@ -266,6 +267,7 @@ class CoordinatorWorker:
             self._home.root,
             actor=ACTOR,
             plugins=self._plugins,
+            texts=read_known_text(self._home.root),
             control=self._load_control(),
             publish=publish,
             on_phase=self._enter,

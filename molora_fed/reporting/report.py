@@ -11,6 +11,7 @@ import jinja2
 from molora_fed.errors import ConfigError
 from molora_fed.reporting import figures
 from molora_fed.reporting.methods import list_methods, mask_controls, order_phases
+from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
 from molora_fed.storage.files import canonical_json, write_bytes, write_json
 
 __all__ = [
@@ -99,6 +100,8 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     )
     environment.filters.update(
         count=_count,
+        describe_overlap=describe_overlap,
+        list_overlap=list_overlap,
         mask_controls=mask_controls,
         order_phases=order_phases,
         seconds=_seconds,
@@ -109,7 +112,11 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     published = result.get("router") or min(result["losses"]["fused"])
     inlined = {name: base64.b64encode(data).decode() for name, data in images.items()}
     return environment.get_template("report.html.j2").render(
-        result=result, methods=list_methods(result), published=published, images=inlined
+        result=result,
+        methods=list_methods(result),
+        published=published,
+        images=inlined,
+        overlap_columns=OVERLAP_COLUMNS,
     )
 
 

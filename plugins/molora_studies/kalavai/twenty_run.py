@@ -15,7 +15,7 @@ from molora_fed.contributions.manifest import load_contribution
 from molora_fed.cooperative.cooperative import Cooperative, create_cooperative
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
-from molora_fed.federation.local import LocalContributor
+from molora_fed.federation.local import LocalContributor, note_known_text
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.simulation import SimulationSupervisor
@@ -31,7 +31,7 @@ __all__ = ["run_twenty"]
 
 _KEPT = ("domains", "losses", "equal_weight", "gain_percent", "gain_interval_percent",
          "baseline_gain_percent", "best_alone", "best_specialist", "oracle_gap_nats", "guard",
-         "forecasts", "own_domain", "contamination")  # fmt: skip
+         "forecasts", "own_domain", "contamination", "overlap")  # fmt: skip
 _POLL_SECONDS = 0.3
 _STEPS_OF = {"SUBMITTED": 1, "ADMITTED": 2, "DONE": 3}
 
@@ -134,6 +134,7 @@ def run_twenty(settings: Mapping[str, Any], context: TaskContext) -> dict[str, A
     everyone = (*settings["domains"], settings["newcomer"])
     for domain in everyone:
         _make_key(stage.home(domain).key, f"{settings['seed']} {domain}")
+    note_known_text(stage.cooperative.folder, map(stage.member, everyone))
     if not (folder / "grown.json").exists():
         stage.federate(
             settings["domains"], settings["newcomer"], context.progress or (lambda *_: None)
