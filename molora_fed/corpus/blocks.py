@@ -92,8 +92,9 @@ class Blocks:
     def in_text_order(self) -> "Blocks | None":
         """The blocks of a whole split in the order of the text they were cut from.
 
-        Each then goes on where the one before ended; None for blocks that are no whole split, of
-        which that is not known.
+        Each then goes on where the one before ended. None for blocks that are no whole split: of
+        a sample it is not known which block comes after which (one of a single document passes
+        for a whole split).
         """
         order = _draw_order(len(self))
         ordered = self.select(np.argsort(order))

@@ -71,6 +71,9 @@ def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monk
     assert written["domains"] == ["alpha", "beta"]
     assert set(written["losses"]["specialists"]) == {"alpha", "beta"}
     assert written["losses"]["control"]
+    compared = written["overlap"]["compared"]
+    assert set(compared["train"]) == {"alpha", "beta"} and written["overlap"]["absent"] == []
+    assert written["overlap"]["domains"].keys() == {"alpha", "beta"}
     assert written["compute"]["control"]["steps"] == 40
     assert {"base", "training", "routers", "samples"} <= set(written["seconds"])
     assert {sample["domain"] for sample in written["samples"]} == {"alpha", "beta"}
