@@ -52,6 +52,7 @@ __all__ = [
     "create_builtin_base",
     "split_domains",
     "train_builtin_base",
+    "train_tokenizer",
 ]
 
 
@@ -165,8 +166,9 @@ def compute_recipe_key(splits: Mapping[str, SplitDocuments], config: BuiltinBase
 _READ_SPLITS = (Split.TRAIN, Split.VALIDATION)
 
 
-def _build_tokenizer(texts: Iterable[str], config: BuiltinBaseConfig) -> Any:
-    """Train a byte-level BPE, as in GPT-2 and Pythia."""
+def train_tokenizer(splits: Mapping[str, SplitDocuments], config: BuiltinBaseConfig) -> Any:
+    """Train a byte-level BPE on the train splits, as in GPT-2 and Pythia."""
+    texts = [d.text for documents in splits.values() for d in documents[Split.TRAIN]]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -260,8 +262,7 @@ def train_builtin_base(
         TrainingError: See `molora_fed.training.loop.train`.
         StorageError: On I/O errors.
     """
-    texts = [d.text for documents in splits.values() for d in documents[Split.TRAIN]]
-    tokenizer = _build_tokenizer(texts, config)
+    tokenizer = train_tokenizer(splits, config)
     packed = _pack(splits, Split.TRAIN, tokenizer, config.block_size)
     validation = _pack(splits, Split.VALIDATION, tokenizer, config.block_size)
     rows = mix_domains(
