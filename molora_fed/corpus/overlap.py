@@ -161,27 +161,29 @@ class Overlap:
 
     Attributes:
         domain: Domain of the blocks.
-        shares: Share of each block's 8-grams that lie in any known text, (N,).
-        kept: Blocks that figures are made of, (N,).
-        shingles: 8-grams of all blocks, by position.
-        own: Those of them in the contributor's own train text.
+        totals: 8-grams of each block, by position, (N,).
+        known: Those of them in any known text, (N,).
+        own: 8-grams of all blocks in the contributor's own train text.
         union: Those in any contributor's train text or samples.
         base: Those in the base's train text.
-        kept_shingles: 8-grams of the kept blocks.
-        kept_known: Those of them in any known text.
-        empty: Blocks without any run of 8 words, of which nothing is known; they are kept.
     """
 
     domain: str
-    shares: NDArray[np.float64]
-    kept: NDArray[np.bool_]
-    shingles: int
+    totals: NDArray[np.int64]
+    known: NDArray[np.int64]
     own: int
     union: int
     base: int
-    kept_shingles: int
-    kept_known: int
-    empty: int
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """Share of each block's 8-grams in known text, (N,); 0 of a block without any."""
+        return _divide(self.known, self.totals)
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """Blocks that figures are made of, (N,)."""
+        return self.shares <= MAX_BLOCK_OVERLAP
 
 
 def measure_overlap(
@@ -224,20 +226,13 @@ def _describe(
     union: NDArray[np.bool_],
     base: NDArray[np.bool_],
 ) -> Overlap:
-    known, totals = shingles.count(union | base), shingles.count()
-    shares = _divide(known, totals)
-    kept = shares <= MAX_BLOCK_OVERLAP
     return Overlap(
         domain=domain,
-        shares=shares,
-        kept=kept,
-        shingles=len(shingles.hashes),
+        totals=shingles.count(),
+        known=shingles.count(union | base),
         own=int(own.sum()),
         union=int(union.sum()),
         base=int(base.sum()),
-        kept_shingles=int(totals[kept].sum()),
-        kept_known=int(known[kept].sum()),
-        empty=int((totals == 0).sum()),
     )
 
 
@@ -257,16 +252,20 @@ def summarise_overlap(overlaps: Iterable[Overlap]) -> dict[str, dict[str, Any]]:
 
 
 def _summarise(overlaps: Sequence[Overlap]) -> dict[str, Any]:
-    def total(name: str) -> int:
-        return sum(getattr(one, name) for one in overlaps)
-
-    shingles = max(total("shingles"), 1)
+    totals, known, kept = (
+        np.concatenate([getattr(one, name) for one in overlaps])
+        for name in ("totals", "known", "kept")
+    )
+    shingles = max(int(totals.sum()), 1)
     return {
-        **{name: total(name) / shingles for name in ("own", "union", "base")},
-        "blocks": sum(one.kept.size for one in overlaps),
-        "left_out": sum(int((~one.kept).sum()) for one in overlaps),
-        "empty": total("empty"),
-        "after": total("kept_known") / max(total("kept_shingles"), 1),
+        **{
+            name: sum(getattr(one, name) for one in overlaps) / shingles
+            for name in ("own", "union", "base")
+        },
+        "blocks": kept.size,
+        "left_out": int((~kept).sum()),
+        "empty": int((totals == 0).sum()),
+        "after": int(known[kept].sum()) / max(int(totals[kept].sum()), 1),
     }
 
 
