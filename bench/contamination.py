@@ -175,8 +175,8 @@ def describe(
     yield ""
     yield "## The limit for a block"
     yield ""
-    yield "Blocks left out, of all of a cooperative, and the highest share in known text that any of"
-    yield "its domains keeps, by the limit above which a block is left out."
+    yield "Blocks left out, of all of a cooperative, and the highest share in known text that any"
+    yield "of its domains keeps, by the limit above which a block is left out."
     yield ""
     yield "| cooperative | blocks | " + " | ".join(f"{100 * n:.0f} %" for n in LIMITS) + " |"
     yield "|---|---:|" + "---:|" * len(LIMITS)

@@ -59,14 +59,14 @@ def write_folder(domain: str, folder: Path) -> None:
 def describe(folders: dict[str, Path], printed: str) -> str:
     counts = {domain: len(list(folder.glob("*.txt"))) for domain, folder in folders.items()}
     files = " and ".join(f"{count} {domain}" for domain, count in counts.items())
-    earlier = OUT.read_text(encoding="utf-8") if OUT.is_file() else ""
+    earlier = OUT.read_text(encoding="utf-8")
     kept = earlier[earlier.index(_EARLIER) :] if _EARLIER in earlier else ""
     return f"""# Contributors on their own text
 
-Two folders of plain text that are no built-in domain: manual pages ({files} files, about 1 MB each),
-and the built-in base, trained on the four built-in domains and so on neither language.
-`python bench/own_text.py` makes the folders of this machine's pages, runs the demo on them and writes
-this page.
+Two folders of plain text that are no built-in domain: manual pages ({files} files, about 1 MB
+each), and the built-in base, trained on the four built-in domains and so on neither language.
+`python bench/own_text.py` makes the folders of this machine's pages, runs the demo on them and
+writes this page.
 
 ```
 molora demo --data german=german --data french=french
