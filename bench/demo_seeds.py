@@ -5,9 +5,10 @@
 
 Kept are report.json of every seed, and page and figures of the first. The bars are those of the
 main job: the published router at least 5 % below min(base, best specialist), the upper end of its
-gap to the domain oracle at most +0.005 nats, contamination at most 2 % in every domain of what is
-measured; and those of its figures: what the guarantee costs, what any document costs above its best
-expert, and the headline forecasts inside their intervals.
+gap to the domain oracle at most +0.005 nats, contamination by anyone's train text at most 2 % in
+every domain once the blocks above the limit are left out. And those of its figures: what the
+guarantee costs, what any document costs above its best expert, and the headline forecasts inside
+their intervals.
 """
 
 import argparse
@@ -122,6 +123,11 @@ def summarize(results: dict[int, dict[str, Any]]) -> str:
         ["seed", "predictor", "reference", "forecast", "interval", "level", "outcome", "inside"],
         [row for seed, result in results.items() for row in list_forecasts(seed, result)],
     )
+    lines += ["", "## Contamination, measured over everybody's train text and the base's", ""]
+    lines += tabulate(
+        ["seed", "domain", "own train text", "everybody's", "blocks left out", "afterwards"],
+        [row for seed, result in results.items() for row in list_overlaps(seed, result)],
+    )
     lines += ["", "## Compute", ""]
     lines += tabulate(
         ["seed", "base steps, tokens", "specialists' steps", "steps of each control"],
@@ -222,6 +228,20 @@ def list_compute(seed: int, result: dict[str, Any]) -> list[str]:
     return [str(seed), f"{base['steps']:,}, {base['tokens']:,}", f"{steps:,}", controls]
 
 
+def list_overlaps(seed: int, result: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            str(seed),
+            domain,
+            f"{100 * result['contamination'][domain]:.2f} %",
+            f"{100 * row['union']:.2f} %",
+            f"{row['left_out']} of {row['blocks']}",
+            f"{100 * row['after']:.2f} %",
+        ]
+        for domain, row in result["overlap"]["domains"].items()
+    ]
+
+
 def has_headline_inside(result: dict[str, Any]) -> bool:
     chosen = result["headline"]["predictors"]
     return len(chosen) == 2 and all(result["forecasts"][name]["inside"] for name in chosen)
@@ -234,8 +254,8 @@ BARS = {
     "upper end of its gap to the domain oracle at most +0.005 nats": lambda result: (
         result["oracle_gap_nats"][result["router"]]["high"] <= 0.005
     ),
-    "contamination at most 2 % in every domain": lambda result: (
-        max(result["contamination"].values()) <= 0.02
+    "contamination by anyone's train text at most 2 % in every domain": lambda result: (
+        max(row["after"] for row in result["overlap"]["domains"].values()) <= 0.02
     ),
     "the guarantee costs at most 0.002 nats": lambda result: measure_cost(result) <= LARGEST_COST,
     "no document costs more than is promised": lambda result: (

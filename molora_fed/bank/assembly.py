@@ -49,25 +49,25 @@ def open_columns(
 
 
 def open_column_of(maker: ColumnMaker, name: str, adapters: Sequence[str]) -> Tensor:
-    """Map a column that has been made.
+    """Map a column that has been made, its kept blocks alone.
 
     Raises:
         BankError: If it is not there.
     """
-    return _check_there(maker.open(name, adapters), name, maker)
+    return _take_kept(maker.open(name, adapters), name, maker)
 
 
 def _open_mean(maker: ColumnMaker, order: Sequence[str]) -> Tensor:
-    return _check_there(open_mean(maker, order), "total", maker)
+    return _take_kept(open_mean(maker, order), "total", maker)
 
 
-def _check_there(column: Tensor | None, name: str, maker: ColumnMaker) -> Tensor:
+def _take_kept(column: Tensor | None, name: str, maker: ColumnMaker) -> Tensor:
     if column is None:
         raise BankError(
             f"Cannot open bank column '{name}' in '{maker.folder}': expected it to be there, got "
             "nothing. Do not clean the folder while a bank is built; run the same command again."
         )
-    return column
+    return column if maker.kept is None else column.index_select(0, maker.kept)
 
 
 def _join(folder: Path, parts: Sequence[Tensor]) -> Tensor:

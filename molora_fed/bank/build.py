@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from molora_fed.adapters.compatibility import applied
@@ -103,15 +105,18 @@ def build_held_out_bank(
     mixture: Mixture = "probability",
     batch: int = 16,
     frozen_depth: int = 0,
+    kept: Sequence[NDArray[np.bool_]] | None = None,
     progress: Progress | None = None,
 ) -> HeldOutBank:
     """Build, or find again, the bank that figures are reported from.
 
     Arguments, result and errors as of `build_calibration_bank`, but every block must be of the
-    held-out split, and no router can be fitted on the result.
+    held-out split, and no router can be fitted on the result. `kept` says which blocks the bank
+    shows, a mask (N,) for each list, all if None; columns are made of all blocks, so that another
+    choice finds them.
 
     Raises:
-        BankError: If a block is of another split.
+        BankError: If a block is of another split, or none is kept.
     """
     if any(part.split != Split.HELD_OUT for part in blocks):
         raise BankError(
@@ -119,7 +124,7 @@ def build_held_out_bank(
             "Use the held-out split."
         )
     plan = BankPlan(readings, mixture, batch, frozen_depth)
-    return _build(HeldOutBank, folder, base, experts, blocks, plan, progress)
+    return _build(HeldOutBank, folder, base, experts, blocks, plan, progress, kept)
 
 
 def _build(
@@ -130,8 +135,13 @@ def _build(
     blocks: Sequence[Blocks],
     plan: BankPlan,
     progress: Progress | None,
+    kept: Sequence[NDArray[np.bool_]] | None = None,
 ) -> AnyBank:
     check_experts(experts)
+    check_blocks(blocks)
+    masks = kept or [np.ones(len(part), dtype=np.bool_) for part in blocks]
+    chosen = [(part, mask) for part, mask in zip(blocks, masks, strict=True) if mask.any()]
+    blocks, shown = [part for part, _ in chosen], [part.select(mask) for part, mask in chosen]
     check_blocks(blocks)
     model = base.model
     readout = find_readout(model) if plan.mixture == "logit" else None
@@ -147,12 +157,20 @@ def _build(
     )
     check_room(folder, num_bytes)
     makers = [
-        ColumnMaker(folder, base, part, plan.batch, plan.frozen_depth, hidden_size)
-        for part in blocks
+        ColumnMaker(
+            folder,
+            base,
+            part,
+            plan.batch,
+            plan.frozen_depth,
+            hidden_size,
+            None if mask.all() else torch.from_numpy(np.flatnonzero(mask)),
+        )
+        for part, mask in chosen
     ]
     order = _run_passes(makers, experts, wanted, num_bytes, progress)
     return kind(
-        **describe_blocks(blocks),
+        **describe_blocks(shown),
         **open_columns(folder, makers, order, wanted),
         expert_names=tuple(expert.name for expert in experts),
         has_base_expert=experts[0].adapter is None,

@@ -5,7 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -164,6 +164,8 @@ class ColumnMaker:
         batch: Blocks per forward pass.
         depth: Frozen depth K.
         hidden_size: D.
+        kept: Indices of the blocks that a bank shows, (kept,) int64; None shows all. Columns are
+            made of all of them, so that they serve whichever are shown.
     """
 
     folder: Path
@@ -172,6 +174,7 @@ class ColumnMaker:
     batch: int
     depth: int
     hidden_size: int
+    kept: Tensor | None = field(default=None, compare=False)
 
     @property
     def dtype(self) -> torch.dtype:

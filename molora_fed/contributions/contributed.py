@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from molora_fed.contributions.manifest import Contribution
-from molora_fed.corpus.blocks import Blocks
+from molora_fed.corpus.blocks import Blocks, load_blocks
+from molora_fed.errors import CorpusError
 from molora_fed.types import Split
 
 __all__ = [
@@ -28,6 +29,7 @@ class Contributed:
         calibration: Blocks routers are fitted on; None if none are pooled.
         admission: Blocks losses are measured on for forecasts where none are pooled.
         contamination: Share of held-out word 8-grams that occur in train; None if not known.
+        train_text: Folder of the prepared corpus it was trained on; None if it is not here.
         training: Training record: steps, tokens, threads, ...
     """
 
@@ -39,11 +41,17 @@ class Contributed:
     calibration: Blocks | None = None
     admission: Blocks | None = None
     contamination: float | None = None
+    train_text: Path | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
-def collect_contributed(contribution: Contribution) -> Contributed:
+def collect_contributed(contribution: Contribution, *, corpus: Path | None = None) -> Contributed:
     """Read what fusing needs of a contribution on disk.
+
+    Args:
+        contribution: On disk.
+        corpus: Folder of a prepared corpus on this machine; it counts as what the specialist was
+            trained on if the contribution's held-out blocks are from it.
 
     Raises:
         AdapterError: If its blocks are not those its manifest states, or held-out blocks are not
@@ -65,5 +73,22 @@ def collect_contributed(contribution: Contribution) -> Contributed:
         calibration=load(Split.CALIBRATION),
         admission=load(Split.ADMISSION),
         contamination=manifest.contamination,
+        train_text=_check_text(contribution, corpus),
         training=manifest.training,
     )
+
+
+def _check_text(contribution: Contribution, corpus: Path | None) -> Path | None:
+    """The corpus if the specialist was trained on it, None if not or if that is not known.
+
+    A contribution of a checkpoint trained elsewhere states no contamination: the corpus beside it
+    is text that it was not trained on.
+    """
+    if corpus is None or contribution.manifest.contamination is None:
+        return None
+    try:
+        prepared = load_blocks(corpus / f"{Split.HELD_OUT}.safetensors")
+    except CorpusError:
+        return None  # moved, deleted or prepared anew: the result says that it was not compared
+    sent = contribution.load_samples(Split.HELD_OUT)
+    return corpus if prepared.take(len(sent)).fingerprint == sent.fingerprint else None

@@ -148,9 +148,11 @@ def create_cooperative(
         return _open_same(cooperative)
     key = load_or_make_key(cooperative.key_path)
     if base.folder.resolve() != cooperative.base_folder.resolve():
+        from molora_fed.corpus.overlap import copy_index
         from molora_fed.models.base import fetch_base
 
         fetch_base(str(base.folder), cooperative.base_folder)
+        copy_index(base.folder, cooperative.base_folder)
     create_ledger(
         cooperative.ledger_path,
         coordinator_key=build_public_pem(key),

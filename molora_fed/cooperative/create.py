@@ -14,6 +14,7 @@ from molora_fed.cooperative.cooperative import (
     create_cooperative,
 )
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
+from molora_fed.corpus.overlap import copy_index
 from molora_fed.errors import CharterError
 from molora_fed.models.base import Base, fetch_base
 from molora_fed.plugins import Plugins, get_plugins
@@ -89,6 +90,7 @@ def found_cooperative(
     else:
         on_phase(f"fetching base {source}")
         base = fetch_base(source, folder / "base")
+        copy_index(Path(source), folder / "base")
     try:
         cooperative = create_cooperative(
             folder,

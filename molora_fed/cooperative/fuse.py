@@ -16,6 +16,7 @@ from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.admit import check_all_admitted, find_contribution, receive_folders
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.decisions import ForecastKeeper, begin_fusion, end_fusion
+from molora_fed.cooperative.known_text import read_known_text
 from molora_fed.fusion.fuse import Control, FusionResult, fuse
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
@@ -95,6 +96,7 @@ def fuse_contributions(
             out or cooperative.folder,
             actor=ACTOR,
             plugins=plugins,
+            texts={**read_known_text(cooperative.folder), **_find_texts(contributions, given)},
             metrics=_collect_metrics(contributions, given),
             on_phase=on_phase,
             progress=progress,
@@ -110,6 +112,7 @@ def fuse_admitted(
     *,
     actor: str,
     plugins: Plugins,
+    texts: Mapping[str, Path] | None = None,
     controls: Mapping[str, Control] | None = None,
     metrics: Mapping[str, MetricRows] | None = None,
     publish: Callable[[FusedContributions], None] = lambda fused: None,
@@ -126,6 +129,7 @@ def fuse_admitted(
         out: Gets `bank/`, `fused/`, `result.json` and `report/`.
         actor: Who does this, for the history.
         plugins: Where everything is registered.
+        texts: Folders of the contributors' prepared corpora that lie on this machine.
         controls: Models trained on pooled text, to compare with, by name.
         metrics: Training metrics for the report, by contributor.
         publish: Hands the fused model on, before the ledger says that it is published.
@@ -135,7 +139,11 @@ def fuse_admitted(
     Raises:
         MoloraError: Whatever fusing refuses.
     """
-    contributed = [collect_contributed(contribution) for contribution in contributions]
+    known = texts or {}
+    contributed = [
+        collect_contributed(one, corpus=known.get(one.manifest.contributor))
+        for one in contributions
+    ]
     if contributed:
         begin_fusion(ledger, actor=actor)
     result = fuse(
@@ -161,6 +169,12 @@ def _choose(ledger: Ledger, cooperative: Cooperative, given: dict[str, Path]) ->
     """The given contributions as they lie in the store; all admitted ones if none is given."""
     admitted = load_admitted(ledger, cooperative.store)
     return [one for one in admitted if not given or one.id in given]
+
+
+def _find_texts(contributions: Sequence[Contribution], given: dict[str, Path]) -> dict[str, Path]:
+    """Prepared corpora that lie beside contributions made on this machine, by contributor."""
+    found = {one.manifest.contributor: given[one.id] for one in contributions if one.id in given}
+    return {name: source.parent / "corpus" for name, source in found.items()}
 
 
 def _collect_metrics(

@@ -81,13 +81,25 @@ class Blocks:
 
     def take(self, count: int) -> "Blocks":
         """The first `count` blocks (all of them if there are fewer)."""
+        return self.select(slice(count))
+
+    def select(self, rows: "NDArray[Any] | slice") -> "Blocks":
+        """Some of the blocks: a slice, a mask (N,), or indices."""
         return Blocks(
-            self.domain,
-            self.split,
-            self.tokens[:count],
-            self.documents[:count],
-            self.clusters[:count],
+            self.domain, self.split, self.tokens[rows], self.documents[rows], self.clusters[rows]
         )
+
+    def in_text_order(self) -> "Blocks | None":
+        """The blocks of a whole split in the order of the text they were cut from.
+
+        Each then goes on where the one before ended. None for blocks that are no whole split: of
+        a sample it is not known which block comes after which (one of a single document passes
+        for a whole split).
+        """
+        order = _draw_order(len(self))
+        ordered = self.select(np.argsort(order))
+        owners = ordered.documents.reshape(-1)
+        return ordered if np.all(owners[1:] >= owners[:-1]) else None
 
     def to_bytes(self) -> bytes:
         """The safetensors form that `load_blocks` reads."""
@@ -151,6 +163,11 @@ def load_blocks(path: Path, *, max_bytes: int = MAX_BLOCKS_BYTES) -> Blocks:
 
 
 _ORDER_SEED = 0
+
+
+def _draw_order(num_blocks: int) -> NDArray[np.int64]:
+    """The order in which a split's blocks are kept, as indices into the text's order, (N,)."""
+    return np.random.default_rng(_ORDER_SEED).permutation(num_blocks)
 
 
 def fingerprint_encoding(tokenizer: Any) -> str:
@@ -231,7 +248,7 @@ def pack_documents(
     num_blocks = sum(lengths) // block_size
     owners = np.repeat(np.arange(len(documents), dtype=np.int32), lengths)
     flat = np.concatenate([np.empty(0, dtype=np.int32), *tokens])
-    order = np.random.default_rng(_ORDER_SEED).permutation(num_blocks)
+    order = _draw_order(num_blocks)
 
     def cut(row: NDArray[np.int32]) -> NDArray[np.int32]:
         return row[: num_blocks * block_size].reshape(num_blocks, block_size)[order]

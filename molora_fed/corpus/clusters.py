@@ -14,11 +14,13 @@ from molora_fed.types import Document, Progress
 
 __all__ = [
     "SHINGLE_WORDS",
+    "WORD",
     "cluster_documents",
     "compute_containment",
     "compute_contamination",
     "compute_overlap",
     "compute_shingles",
+    "find_shingles",
     "index_shingles",
     "strip_boilerplate",
 ]
@@ -28,7 +30,7 @@ SHINGLE_WORDS = 8
 
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 # Japanese and Chinese put no space between words: there each character counts as one.
-_WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+")
+WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+")
 _LICENCE = re.compile(
     r"licen[cs]e|copyright|\(c\) \d|all rights reserved|spdx|redistribution|"
     r"permission is hereby granted|coding[:=]|\A#!",
@@ -82,7 +84,7 @@ def compute_shingles(texts: Iterable[str]) -> list[NDArray[np.uint64]]:
     table: dict[str, int] = {}
     shingles = []
     for text in texts:
-        words = _WORD.findall(text.lower())
+        words = WORD.findall(text.lower())
         for word in set(words).difference(table):
             table[word] = _hash_word(word)
         hashed = np.array([table[word] for word in words], dtype=np.uint64)  # (W,)
@@ -194,8 +196,24 @@ def _find_containing(distinct: Sequence[NDArray[np.uint64]]) -> _Edges:
 
 
 def index_shingles(texts: Iterable[str]) -> NDArray[np.uint64]:
-    """The word 8-grams of all texts as one sorted array, the form containment is looked up in."""
-    return np.sort(_join(compute_shingles(texts)))
+    """The word 8-grams of all texts, each once, sorted: the form containment is looked up in."""
+    return _drop_repeats(np.sort(_join(compute_shingles(texts))))
+
+
+def find_shingles(index: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which hashes occur in an index.
+
+    Args:
+        index: Sorted hashes, from `index_shingles`.
+        hashes: Any hashes, (G,).
+
+    Returns:
+        True where a hash occurs, (G,).
+    """
+    if index.size == 0:
+        return np.zeros(hashes.shape, dtype=np.bool_)
+    places = np.minimum(np.searchsorted(index, hashes), index.size - 1)
+    return index[places] == hashes
 
 
 def compute_containment(index: NDArray[np.uint64], texts: Iterable[str]) -> float:
@@ -209,10 +227,7 @@ def compute_containment(index: NDArray[np.uint64], texts: Iterable[str]) -> floa
         A fraction in [0, 1]; 0 if the texts hold no run of 8 words.
     """
     hashes = _join(compute_shingles(texts))
-    if hashes.size == 0 or index.size == 0:
-        return 0.0
-    places = np.minimum(np.searchsorted(index, hashes), index.size - 1)
-    return float((index[places] == hashes).mean())
+    return float(find_shingles(index, hashes).mean()) if hashes.size else 0.0
 
 
 def compute_contamination(train_texts: Iterable[str], held_out_texts: Iterable[str]) -> float:

@@ -21,7 +21,7 @@ from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.demo.report import complete_result, generate_samples, write_demo_report
 from molora_fed.errors import ConfigError
 from molora_fed.federation.join_settings import JoinSettings
-from molora_fed.federation.local import LocalContributor, run_local
+from molora_fed.federation.local import LocalContributor, note_known_text, run_local
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.status import FederationEvent
 from molora_fed.plugins import Plugins, get_plugins
@@ -213,6 +213,7 @@ def run_demo(
     try:
         enter("base")
         cooperative, base = _create(options, contributors, registered, shown.progress)
+        note_known_text(cooperative.folder, contributors)
         if options.control:
             _train_controls(cooperative, base, contributors, cores, registered, shown, enter)
         clock.enter("starting")

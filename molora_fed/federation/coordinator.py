@@ -251,6 +251,7 @@ class CoordinatorWorker:
         from molora_fed.contributions.receive import load_admitted
         from molora_fed.cooperative.controls import load_controls
         from molora_fed.cooperative.fuse import FusedContributions, fuse_admitted
+        from molora_fed.cooperative.known_text import read_known_text
         from molora_fed.reporting.headline import list_headline
 
         def publish(fused: FusedContributions) -> None:
@@ -267,6 +268,7 @@ class CoordinatorWorker:
             self._home.root,
             actor=ACTOR,
             plugins=self._plugins,
+            texts=read_known_text(self._home.root),
             controls=load_controls(self._home.root, self._plugins),
             publish=publish,
             on_phase=self._enter,

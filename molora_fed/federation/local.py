@@ -4,20 +4,22 @@ The same `serve` and `join` as across machines, so a demo is the deployment in s
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from molora_fed.cooperative.known_text import write_known_text
 from molora_fed.errors import FederationError
 from molora_fed.federation.contributor import join
+from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.server import serve
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import find_free_port, sigterm_as_interrupt
 
-__all__ = ["LocalContributor", "run_local"]
+__all__ = ["LocalContributor", "note_known_text", "run_local"]
 
 LOOK_SECONDS = 0.2
 START_SECONDS = 60.0
@@ -50,6 +52,21 @@ class LocalContributor:
             wait_seconds=START_SECONDS,
             stop=stop,
         )
+
+
+def note_known_text(cooperative: Path, contributors: Iterable[LocalContributor]) -> None:
+    """Tell a cooperative's fusions where its contributors' text lies on this machine.
+
+    Args:
+        cooperative: The coordinator's home.
+        contributors: All who take part, those who join later included.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    write_known_text(
+        cooperative, {one.settings.name: ContributorHome(one.home).corpus for one in contributors}
+    )
 
 
 def run_local(

@@ -1,8 +1,8 @@
 """Fusing: admitted contributions in; a fused model, scored forecasts and one evaluation out.
 
 The order is the protocol: bank on calibration blocks; forecasts written down; routers fitted under
-the collapse guard; held-out blocks read once; forecasts scored; the fused model saved. `molora
-fuse` and the federation's server call the same function.
+the collapse guard; held-out blocks compared with known text and read once; forecasts scored; the
+fused model saved. `molora fuse` and the federation's server call the same function.
 """
 
 import time
@@ -28,6 +28,7 @@ from molora_fed.evaluation.evaluate import Evaluation, compute_domain_losses, ev
 from molora_fed.forecasting.headline import choose_headline
 from molora_fed.forecasting.records import ForecastRecord, make_forecasts, score_forecasts
 from molora_fed.fusion.collapse import GuardedRouter, choose_published, fit_guarded
+from molora_fed.fusion.held_out import choose_held_out
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, plan_fusion
 from molora_fed.fusion.result import FusionOutcome, build_result
 from molora_fed.models.base import Base
@@ -183,8 +184,15 @@ def fuse(
         guarded, left_out = _fit_routers(plan, bank, charter, seed, progress)
         published = choose_published(guarded, plan.router, charter.amendment.fusion.fallback)
     with clock.phase("held-out-bank"):
+        choice = choose_held_out(plan, base)
         held_out = build_held_out_bank(
-            folder / "bank", base, plan.experts, plan.held_out, progress=progress, **plan.bank
+            folder / "bank",
+            base,
+            plan.experts,
+            plan.held_out,
+            kept=[choice.overlaps[c.contributor].kept for c in plan.contributions],
+            progress=progress,
+            **plan.bank,
         )
         adapters = plan.load_adapters()
         baselines = dict(_measure_merges(plan, held_out, adapters, charter, seed))
@@ -207,6 +215,7 @@ def fuse(
         save_fused(fused, fused_folder, adapters=plan.adapter_folders)
     outcome = FusionOutcome(
         plan=plan,
+        held_out=choice,
         fused=fused,
         measured=measured,
         forecasts=forecasts,

@@ -16,6 +16,7 @@ from molora_fed.contributions.contributed import Contributed
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.forecasting.headline import Headline
 from molora_fed.forecasting.records import ForecastRecord
+from molora_fed.fusion.held_out import HeldOutChoice
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import TopKRouter
@@ -35,6 +36,7 @@ class FusionOutcome:
 
     Attributes:
         plan: What was fused.
+        held_out: Which held-out blocks the figures are made of.
         fused: The fused model.
         measured: The evaluation's parts of the report.
         forecasts: Scored forecasts.
@@ -46,6 +48,7 @@ class FusionOutcome:
     """
 
     plan: FusionPlan
+    held_out: HeldOutChoice
     fused: FusedModel
     measured: Mapping[str, Any]
     forecasts: Sequence[ForecastRecord]
@@ -78,13 +81,14 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
         "top_k": fused.router.top_k if isinstance(fused.router, TopKRouter) else None,
         "mixture": fused.mixture,
         "privacy_mode": charter.identity.privacy_mode,
-        "domains": sorted({c.domain for c in plan.contributions}),
+        "domains": sorted(outcome.measured["losses"]["base"]),
         "experts": [_describe_expert(expert) for expert in fused.experts],
         "own_domain": plan.own_domain,
         "guard": dict(outcome.guard),
         "forecasts": {record.predictor: record.summary() for record in outcome.forecasts},
         "headline": outcome.headline.to_json(),
         "contamination": _collect_contamination(plan),
+        "overlap": outcome.held_out.to_json(),
         "corpus": {c.contributor: _count_blocks(c.domain, _samples(c)) for c in plan.contributions},
         "compute": _collect_compute(outcome),
         "bytes": {
@@ -106,6 +110,7 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
                 if c.calibration
             },
             "held_out": {c.contributor: c.held_out.fingerprint for c in plan.contributions},
+            "held_out_kept": outcome.held_out.fingerprint_kept(plan.contributions),
         },
         "versions": {
             **{name: version(name) for name in _LIBRARIES},

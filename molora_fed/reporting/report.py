@@ -19,6 +19,7 @@ from molora_fed.reporting.methods import (
     mask_controls,
     order_phases,
 )
+from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
 from molora_fed.storage.files import canonical_json, write_bytes, write_json
 
 __all__ = [
@@ -109,6 +110,8 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         count=_count,
         describe_excess=describe_excess,
         list_control_costs=list_control_costs,
+        describe_overlap=describe_overlap,
+        list_overlap=list_overlap,
         mask_controls=mask_controls,
         order_phases=order_phases,
         seconds=_seconds,
@@ -128,6 +131,7 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         headline=list_headline(result),
         forecasts=(first, rest),
         notes=(list_notes(first), list_notes(rest)),
+        overlap_columns=OVERLAP_COLUMNS,
     )
 
 

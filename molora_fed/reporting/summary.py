@@ -17,6 +17,7 @@ from molora_fed.reporting.methods import (
     mask_controls,
     order_phases,
 )
+from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
 
 if TYPE_CHECKING:
     from molora_fed.contributions.build import OutgoingRow
@@ -225,15 +226,16 @@ def build_history_table(history: Mapping[str, Any]) -> Table:
     return table
 
 
-def build_contamination_table(contamination: Mapping[str, float]) -> Table:
-    """Share of held-out word 8-grams that occur in train.
+def build_contamination_table(result: Mapping[str, Any]) -> Table:
+    """Share of held-out word 8-grams that occur in text that was trained on, and what followed.
 
     Args:
-        contamination: Fraction by domain, in [0, 1].
+        result: Content of report.json; older ones know of the contributors' own train text only.
     """
-    table = _new_table("Contamination of held-out by train", "domain", "word 8-grams in train")
-    for domain, fraction in sorted(contamination.items()):
-        table.add_row(domain, f"{100 * fraction:.2f} %")
+    table = _new_table("Contamination of held-out text", "domain", *OVERLAP_COLUMNS)
+    for row in list_overlap(result):
+        table.add_row(*row)
+    table.caption = describe_overlap(result)
     return table
 
 
@@ -323,8 +325,8 @@ def build_summary(result: Mapping[str, Any]) -> RenderableType:
     parts += [_describe_gain(result), build_loss_table(result)]
     if result["forecasts"]:
         parts += [build_forecast_table(result), build_basis_text(result)]
-    if result["contamination"]:
-        parts.append(build_contamination_table(result["contamination"]))
+    if list_overlap(result):
+        parts.append(build_contamination_table(result))
     compute = _build_compute_text(result)
     if compute is not None:
         parts.append(compute)

@@ -80,6 +80,9 @@ def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monk
         tried = rates["validation_loss"]
         assert len(tried) >= 3 and rates["steps"] == 8
         assert tried[f"{rates['chosen']:g}"] == min(tried.values())
+    compared = written["overlap"]["compared"]
+    assert set(compared["train"]) == {"alpha", "beta"} and written["overlap"]["absent"] == []
+    assert written["overlap"]["domains"].keys() == {"alpha", "beta"}
     assert {"base", "training", "routers", "samples"} <= set(written["seconds"])
     assert {sample["domain"] for sample in written["samples"]} == {"alpha", "beta"}
     assert all(size > 0 for size in written["bytes"]["sent"].values())

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ from molora_fed.bank import CalibrationBank, Expert, HeldOutBank
 from molora_fed.bank import build_calibration_bank as build_calibration
 from molora_fed.bank import build_held_out_bank as build_held_out
 from molora_fed.corpus.blocks import Blocks
+from molora_fed.corpus.overlap import (
+    KnownText,
+    Overlap,
+    index_blocks,
+    measure_overlap,
+    summarise_overlap,
+)
 from molora_fed.corpus.prepare import Corpus
 from molora_fed.errors import ConfigError
 from molora_fed.evaluation.bootstrap import ClusterIndex
@@ -59,8 +66,8 @@ class Fusion:
         corpora: The corpora, each once, members' first.
         own_domain: Domain by member.
         baselines: Finished tasks of baselines by label.
+        base_text: Finished corpora whose train text the base has read.
         folder: The task's folder.
-        needs: The task's inputs.
     """
 
     base: Base
@@ -70,7 +77,41 @@ class Fusion:
     corpora: tuple[Corpus, ...]
     own_domain: Mapping[str, str]
     baselines: Mapping[str, Done]
+    base_text: tuple[Done, ...]
     folder: Path
+
+    @cached_property
+    def overlaps(self) -> tuple[Overlap, ...]:
+        """Of each corpus: its held-out blocks compared with all text that was trained on.
+
+        The train text of domains without a contributor counts, too, so that fusions of more and of
+        fewer members are measured on the same blocks.
+
+        Raises:
+            ConfigError: If no block of a domain is left.
+        """
+        blocks = self._take(Split.HELD_OUT, self.settings.held_out)
+        held_out = {str(number): part for number, part in enumerate(blocks)}
+        found = measure_overlap(held_out, self._list_known(), self.base.tokenizer)
+        gone = sorted(one.domain for one in found.values() if not one.kept.any())
+        if gone:
+            raise ConfigError(
+                f"Cannot measure the fusion: expected held-out blocks of every domain that nobody "
+                f"was trained on, got none of {', '.join(gone)}. Choose other domains."
+            )
+        return tuple(found.values())
+
+    def _list_known(self) -> Iterator[KnownText]:
+        def index(blocks: Blocks) -> NDArray[np.uint64]:
+            return index_blocks(blocks, self.base.tokenizer)
+
+        samples = self._take(Split.CALIBRATION, self.settings.calibration)
+        for number, (corpus, sample) in enumerate(zip(self.corpora, samples, strict=True)):
+            yield KnownText("train", str(number), partial(index, corpus.blocks[Split.TRAIN]))
+            yield KnownText("sample", str(number), partial(index, sample))
+        for done in self.base_text:
+            train = open_corpus(done).blocks[Split.TRAIN]
+            yield KnownText("base", "", partial(index, train))
 
     def choose_routers(self) -> dict[str, RouterChoice]:
         """Class and options of each router by label."""
@@ -113,6 +154,7 @@ class Fusion:
             self.base,
             self._experts(),
             blocks,
+            kept=[overlap.kept for overlap in self.overlaps],
             **self._bank(readings, progress),
         )
 
@@ -155,7 +197,9 @@ def open_fusion(settings: Mapping[str, Any], context_needs: Sequence[Done], fold
     rest = rest[2 * len(members) :]
     labels = list(settings["baselines"])
     baselines = dict(zip(labels, rest[: len(labels)], strict=True))
-    distinct = {done.task.key: done for done in [*owned, *rest[len(labels) :]]}
+    rest = rest[len(labels) :]
+    further, base_text = rest[: settings["further"]], rest[settings["further"] :]
+    distinct = {done.task.key: done for done in [*owned, *further]}
     return Fusion(
         base=open_base(base),
         settings=FusionSettings.model_validate(settings["fusion"]),
@@ -164,6 +208,7 @@ def open_fusion(settings: Mapping[str, Any], context_needs: Sequence[Done], fold
         corpora=tuple(open_corpus(done) for done in distinct.values()),
         own_domain={n: d.task.settings["domain"] for n, d in zip(members, owned, strict=True)},
         baselines=baselines,
+        base_text=tuple(base_text),
         folder=folder,
     )
 
@@ -192,6 +237,7 @@ def fuse_members(settings: Mapping[str, Any], context: TaskContext) -> dict[str,
     _save_evaluation(evaluation, context.folder)
     matrix, fused = _read_matrix(evaluation, fusion.own_domain)
     return {
+        "overlap": summarise_overlap(fusion.overlaps),
         "evaluation": evaluation.to_json(),
         "calibration": _matrix_to_json(calibration),
         "held_out": {**_matrix_to_json(matrix), "fused": fused},
@@ -230,22 +276,25 @@ def _measure_baselines(fusion: Fusion, bank: HeldOutBank) -> Iterator[tuple[str,
             adapter = load_adapter(done.folder / "adapter", plugins=get_plugins(), name=label)
             yield label, bank.add_column(label, adapter)
         else:
-            yield label, _read_losses(done.folder / HELD_OUT_FILE, bank, label)
+            yield label, _read_losses(done.folder / HELD_OUT_FILE, fusion.overlaps, label)
 
 
-def _read_losses(path: Path, bank: HeldOutBank, label: str) -> Tensor:
-    """Losses of a model of another shape, kept by domain in the order of the corpus's blocks."""
-    kept = load_file(path)
-    nll = torch.empty(bank.num_blocks, bank.block_size - 1)
-    for index, domain in enumerate(bank.domains):
-        rows = torch.from_numpy(np.flatnonzero(bank.domain_of == index))
-        if domain not in kept or len(kept[domain]) < len(rows):
+def _read_losses(path: Path, overlaps: Sequence[Overlap], label: str) -> Tensor:
+    """Losses of a model of another shape on the bank's blocks.
+
+    They are kept by domain in the order of the corpus's blocks, those that are left out included.
+    """
+    measured = load_file(path)
+    parts = []
+    for overlap in overlaps:
+        losses, mask = measured.get(overlap.domain, torch.empty(0)), overlap.kept
+        if len(losses) < len(mask):
             raise ConfigError(
-                f"Cannot measure baseline '{label}': expected losses of {len(rows)} blocks of "
-                f"domain '{domain}', got {len(kept.get(domain, ()))}. Measure as many blocks."
+                f"Cannot measure baseline '{label}': expected losses of {len(mask)} blocks of "
+                f"domain '{overlap.domain}', got {len(losses)}. Measure as many blocks."
             )
-        nll[rows] = kept[domain][: len(rows)]
-    return nll
+        parts.append(losses[: len(mask)][torch.from_numpy(mask)])
+    return torch.cat(parts)
 
 
 def _read_matrix(

@@ -3,7 +3,7 @@
 import importlib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache as memo
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from molora_fed.errors import ConfigError, StudyError
 from molora_fed.plugins import Registry
 from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, write_bytes, write_json
 from molora_fed.storage.settings import describe_offenders
-from molora_studies.framework.contract import Cell, Study, StudyOptions, Summary, Task
+from molora_studies.framework.contract import Cell, Study, StudyOptions, Summary, Table, Task
 from molora_studies.framework.render import draw_figure, render_study
 from molora_studies.framework.runner import Listener, State, run_tasks
 from molora_studies.framework.schedule import collect_tasks, estimate_seconds, find_missing
@@ -35,6 +35,11 @@ __all__ = [
 
 FORMAT_VERSION = 2
 MAX_CONFIG_BYTES = 2**20
+_OVERLAP_SHARES = ("own", "union", "base", "after")
+_OVERLAP = (
+    "domain", "word 8-grams in its own train text", "in any domain's", "in the base's",
+    "blocks left out of every figure", "in any of them, of the blocks kept",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,7 @@ class PlannedStudy:
         read = {cell.name: store.read(cell.task) for cell in self.cells}
         results = {name: done.result for name, (done, _) in read.items()}
         summary = self.study.summarise(self.options, results)
+        summary = replace(summary, tables=[*summary.tables, *self._tabulate_overlap(store)])
         document = self._describe(summary, results)
         task_seconds = {
             f"{task.name} ({task.key[:8]})": store.read(task)[1]
@@ -170,6 +176,24 @@ class PlannedStudy:
         }
         document["seconds"] = {"run": seconds, "tasks": task_seconds}
         return write_files(out, document, summary)
+
+    def _tabulate_overlap(self, store: TaskStore) -> list[Table]:
+        """Contamination of held-out text, the worst of all fusions; nothing if none says it."""
+        tasks = [task for task in collect_tasks(self.tasks).values() if store.is_done(task)]
+        found = [store.read(task)[0].result.get("overlap") for task in tasks]
+        by_domain: dict[str, list[Mapping[str, Any]]] = {}
+        for domain, row in (item for each in found if each for item in each.items()):
+            by_domain.setdefault(domain, []).append(row)
+        if not by_domain:
+            return []
+        count = sum(bool(each) for each in found)
+        rows = []
+        for domain, measured in sorted(by_domain.items()):
+            worst = max(measured, key=lambda row: row["left_out"])
+            own, union, base, after = (_show_worst(measured, name) for name in _OVERLAP_SHARES)
+            left_out = f"{worst['left_out']} of {worst['blocks']}"
+            rows.append((domain, own, union, base, left_out, after))
+        return [Table(f"Contamination of held-out text, the worst of {count}", _OVERLAP, rows)]
 
     def _describe(
         self, summary: Summary, results: Mapping[str, Mapping[str, Any]]
@@ -242,6 +266,12 @@ def write_files(out: Path, document: dict[str, Any], summary: Summary) -> Writte
     write_bytes(page, render_study(document).encode())
     write_json(data, document)
     return Written(document, [data, page, *(path for path, _ in figures)])
+
+
+def _show_worst(measured: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The largest of some shares; a dash where none was measured."""
+    shares = [row[name] for row in measured if row[name] is not None]
+    return f"{100 * max(shares):.2f} %" if shares else "-"
 
 
 @memo

@@ -18,6 +18,7 @@ __all__ = [
     "Member",
     "SpecialistSettings",
     "plan_base",
+    "plan_base_text",
     "plan_continued_base",
     "plan_corpus",
     "plan_fusion",
@@ -223,9 +224,12 @@ def plan_fusion(
 ) -> Task:
     """Fuse members and measure everything on held-out blocks of their domains.
 
+    Held-out blocks that lie in the train text of any domain or of the base are in no figure.
+
     The result holds `evaluation` (as `Evaluation.to_json`), `calibration` (the loss matrix that
     forecasts are made from), `gains` (by router label and reference), `routers` (guard, seconds),
-    `members` (domain, record losses, adapter bytes). The folder keeps the bank's columns.
+    `members` (domain, record losses, adapter bytes), `overlap` (as `summarise_overlap`). The folder
+    keeps the bank's columns.
 
     Args:
         name: For people.
@@ -237,6 +241,7 @@ def plan_fusion(
         further: Corpora of domains that are measured without a contributor.
     """
     others = dict(baselines or {})
+    base_text = plan_base_text(base)
     domains = list(dict.fromkeys([m.corpus.key for m in members] + [t.key for t in further]))
     return Task(
         name=name,
@@ -246,15 +251,30 @@ def plan_fusion(
             "members": [member.name for member in members],
             "baselines": sorted(others),
             "further": len(further),
+            "base_text": len(base_text),
         },
         needs=(
             base,
             *(task for member in members for task in (member.adapter, member.corpus)),
             *(others[label] for label in sorted(others)),
             *further,
+            *base_text,
         ),
-        seconds=10 + 4.0 * len(domains) * (len(members) + 1),
+        version=2,
+        seconds=20 + 4.0 * len(domains) * (len(members) + 1),
     )
+
+
+def plan_base_text(base: Task) -> list[Task]:
+    """Corpora on whose train splits a base was trained; none of a base from elsewhere."""
+    found: dict[str, Task] = {}
+    for task in base.walk():
+        if task.action == "make-base" and task.settings["source"] == "builtin":
+            corpora = [plan_corpus(task, domain) for domain in task.settings["domains"]]
+        else:
+            corpora = [task] if task.action in ("prepare-domain", "prepare-part") else []
+        found |= {corpus.key: corpus for corpus in corpora}
+    return list(found.values())
 
 
 def plan_mean(name: str, fusions: Sequence[Task]) -> Task:

@@ -17,7 +17,7 @@ from molora_studies.framework.contract import (
     Table,
     Task,
 )
-from molora_studies.framework.substrate import BaseSettings, plan_base
+from molora_studies.framework.substrate import BaseSettings, plan_base, plan_base_text
 from molora_studies.verdicts import Span, compute_span, judge_above, judge_below, name_unit
 
 __all__ = ["TWENTY_DOMAINS", "TwentyOptions", "TwentyStudy"]
@@ -198,7 +198,8 @@ class TwentyStudy(Study):
                         "memory": list(options.memory),
                         "seed": seed,
                     },
-                    needs=(base,),
+                    needs=(base, *plan_base_text(base)),
+                    version=2,
                     seconds=90 + count * (0.05 * options.training.steps + 0.006 * blocks * count),
                 ),
             )
@@ -249,7 +250,8 @@ class TwentyStudy(Study):
                 "coordinator and one worker a core for the contributors; only the wall clock "
                 "depends much on what else the machine does.",
                 "The base has read parts of the areas of the standard library and of the C++ "
-                "headers, less than once; their contributors gain least.",
+                "headers, less than once; held-out blocks that lie in what it has read are left "
+                "out, as the table of contamination says.",
                 "The fused model reaches all contributors, so what each receives grows with "
                 "their number; what each sends does not.",
             ],

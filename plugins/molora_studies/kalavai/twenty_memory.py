@@ -17,6 +17,7 @@ from typing import Any
 from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.cooperative import open_cooperative
+from molora_fed.cooperative.known_text import read_known_text
 from molora_fed.errors import StudyError
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.status import measure_peak_bytes
@@ -101,7 +102,11 @@ def _fuse_first(cooperative_folder: Path, folder: Path, count: int) -> None:
     base = load_base(cooperative.base_folder)
     before = measure_peak_bytes()
     start = time.process_time()
-    chosen = [collect_contributed(contribution) for contribution in admitted[:count]]
+    texts = read_known_text(cooperative.folder)
+    chosen = [
+        collect_contributed(one, corpus=texts.get(one.manifest.contributor))
+        for one in admitted[:count]
+    ]
     with _watching_private_bytes() as private:
         fused = fuse(base, cooperative.charter, chosen, folder)
         write_report(fused.result, {}, folder / "report")

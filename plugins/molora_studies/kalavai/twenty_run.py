@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from molora_fed.charter import AdapterRules, Amendment, FusionRules, SampleRules, TrainingRules
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.cooperative.cooperative import Cooperative, create_cooperative
+from molora_fed.corpus.overlap import find_base_index, index_blocks, save_index
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
-from molora_fed.federation.local import LocalContributor
+from molora_fed.federation.local import LocalContributor, note_known_text
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.simulation import SimulationSupervisor
@@ -23,7 +25,8 @@ from molora_fed.federation.status import FederationEvent
 from molora_fed.federation.supervise import sigterm_as_interrupt
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes, write_json
 from molora_fed.training.specialists import load_specialist
-from molora_studies.framework.actions import open_base
+from molora_fed.types import Split
+from molora_studies.framework.actions import open_base, open_corpus
 from molora_studies.framework.contract import TaskContext
 from molora_studies.kalavai.twenty_memory import measure_memory
 
@@ -31,7 +34,7 @@ __all__ = ["run_twenty"]
 
 _KEPT = ("domains", "losses", "equal_weight", "gain_percent", "gain_interval_percent",
          "baseline_gain_percent", "best_alone", "best_specialist", "oracle_gap_nats", "guard",
-         "forecasts", "own_domain", "contamination")  # fmt: skip
+         "forecasts", "own_domain", "contamination", "overlap")  # fmt: skip
 _POLL_SECONDS = 0.3
 _STEPS_OF = {"SUBMITTED": 1, "ADMITTED": 2, "DONE": 3}
 
@@ -127,13 +130,15 @@ def run_twenty(settings: Mapping[str, Any], context: TaskContext) -> dict[str, A
     """Found a cooperative, run its contributors, let another join, measure the memory.
 
     Settings are `domains`, `newcomer`, `training` (as `TrainingRules`), `samples` (as
-    `SampleRules`), `memory` (numbers of experts), `seed`; the only need is the base.
+    `SampleRules`), `memory` (numbers of experts), `seed`; the needs are the base, then the corpora
+    it was trained on.
     """
     folder = context.folder / "work"
     stage = _Stage(folder, _found(settings, context, folder))
     everyone = (*settings["domains"], settings["newcomer"])
     for domain in everyone:
         _make_key(stage.home(domain).key, f"{settings['seed']} {domain}")
+    note_known_text(stage.cooperative.folder, map(stage.member, everyone))
     if not (folder / "grown.json").exists():
         stage.federate(
             settings["domains"], settings["newcomer"], context.progress or (lambda *_: None)
@@ -142,9 +147,11 @@ def run_twenty(settings: Mapping[str, Any], context: TaskContext) -> dict[str, A
         str(count): measure_memory(stage.cooperative.folder, folder / "memory" / str(count), count)
         for count in settings["memory"]
     }
+    grown = read_json(folder / "grown.json") or {}
     result = {
+        "overlap": grown["fusion"]["overlap"]["domains"],
         "first": read_json(folder / "first.json"),
-        "grown": read_json(folder / "grown.json"),
+        "grown": grown,
         "contributors": {domain: stage.measure_contributor(domain) for domain in everyone},
         "seconds": {"memory": memory},
     }
@@ -168,10 +175,18 @@ def _tell(report: Callable[..., None], total: int) -> Callable[[FederationEvent]
 
 def _found(settings: Mapping[str, Any], context: TaskContext, folder: Path) -> Cooperative:
     training = TrainingRules.model_validate(settings["training"])
+    base = open_base(context.needs[0])
+    index = find_base_index(folder / "coordinator" / "base")
+    if context.needs[1:] and not index.exists():
+        texts = [
+            index_blocks(open_corpus(done).blocks[Split.TRAIN], base.tokenizer)
+            for done in context.needs[1:]
+        ]
+        save_index(index, np.unique(np.concatenate(texts)), (base.training or {})["recipe"])
     return create_cooperative(
         folder / "coordinator",
         "twenty",
-        open_base(context.needs[0]),
+        base,
         adapters=AdapterRules(kinds=(training.kind,)),
         amendment=Amendment(
             # The newcomer is asked for from the start; nobody waits for it.
