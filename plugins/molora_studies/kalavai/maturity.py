@@ -24,6 +24,7 @@ from molora_studies.kalavai.conditions import (
     plan_condition,
     read_gain,
 )
+from molora_studies.kalavai.method_table import read_gain_interval
 from molora_studies.verdicts import Span, join_verdicts, judge_above, name_unit
 
 __all__ = ["MaturityOptions", "MaturityStudy"]
@@ -77,7 +78,7 @@ class MaturityStudy(Study):
     ) -> Summary:
         """Gain by age, and whether it falls as the base matures."""
 
-        def read(age: int, figure: Any) -> list[float]:
+        def read(age: int, figure: Any) -> list[Any]:
             return [
                 figure(results[f"base {age} seed {seed}"])
                 for seed in choose_seeds(options.seeds, screened=age in options.screened)
@@ -92,7 +93,9 @@ class MaturityStudy(Study):
         youngest, oldest = min(options.ages), max(options.ages)
         pairs = zip(read(youngest, read_gain), read(oldest, read_gain), strict=False)
         fall = estimate(a - b for a, b in pairs)
-        repeated = {a: e for a, e in gains.items() if e.count > 1}
+        repeated = {
+            a: [Span.of(e), *read(a, _read_documents)] for a, e in gains.items() if e.count > 1
+        }
         unit = f"{name_unit('training seed', len(options.seeds))} on one base of each age"
         return Summary(
             findings={
@@ -115,10 +118,10 @@ class MaturityStudy(Study):
                     "There is a gain at every age tried at several seeds",
                     "positive for all published bases",
                     ", ".join(f"{a}: {e.show()}" for a, e in gains.items()),
-                    join_verdicts([judge_above([Span.of(e)]) for e in repeated.values()])
+                    join_verdicts([judge_above(spans) for spans in repeated.values()])
                     if repeated
                     else "not decided",
-                    unit,
+                    f"{unit}, and document cluster at every seed",
                     "holds if the intervals of all ages with several seeds lie above 0; one "
                     "training decides nothing and is shown beside",
                 ),
@@ -146,6 +149,11 @@ class MaturityStudy(Study):
                 )
             ],
         )
+
+
+def _read_documents(result: Mapping[str, Any]) -> Span:
+    """Interval of the gain on the best alone by document cluster, percent."""
+    return Span.of(read_gain_interval(result["evaluation"], "fused:evidence", "best_alone"))
 
 
 def _base_loss(result: Mapping[str, Any]) -> float:

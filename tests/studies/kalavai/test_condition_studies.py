@@ -20,8 +20,13 @@ STUDIES = load_studies().registry
 DOMAINS = ("cpp", "python", "science")
 
 
-def make_result(cell: Cell, gain: float, crossed: float = 0.1) -> dict[str, Any]:
-    """What a fusion of three domains returns, the fused model `gain` percent below the base."""
+def make_result(
+    cell: Cell, gain: float, crossed: float = 0.1, reach: float = 0.0
+) -> dict[str, Any]:
+    """What a fusion of three domains returns, the fused model `gain` percent below the base.
+
+    Intervals by document cluster reach `reach` percentage points to both sides.
+    """
     base = {"cpp": 3.0, "python": 4.0, "science": 5.0}
     routers = ("evidence", "linear")
     share = {d: {e: crossed / 2 if e != d else 1 - crossed for e in DOMAINS} for d in DOMAINS}
@@ -32,7 +37,13 @@ def make_result(cell: Cell, gain: float, crossed: float = 0.1) -> dict[str, Any]
             "fused": {r: {d: nats * (1 - gain / 100) for d, nats in base.items()} for r in routers},
         },
         "gains": {r: {"best_alone": gain, "best_specialist": gain + 1} for r in routers},
-        "evaluation": {"gates": dict.fromkeys(routers, share)},
+        "evaluation": {
+            "gates": dict.fromkeys(routers, share),
+            "gain_percent": {r: {"vs_best_alone": gain} for r in routers},
+            "gain_interval_percent": {
+                r: {"vs_best_alone": {"low": gain - reach, "high": gain + reach}} for r in routers
+            },
+        },
         "members": {},
     }
 
@@ -155,6 +166,9 @@ def test_one_training_of_an_age_is_left_out_of_the_verdict():
 
     claims = summarise(MaturityStudy, MaturityOptions(), gain).claims
     assert claims[1].verdict == "holds" and "1300: -5.00 %, 1 seed" in claims[1].measured
+    assert "document cluster at every seed" in claims[1].unit
+    loose = summarise(MaturityStudy, MaturityOptions(), gain, reach=5.0).claims  # 3.8 - 5 < 0
+    assert [claim.verdict for claim in loose] == ["holds", "not decided"]
     one = summarise(MaturityStudy, MaturityOptions(seeds=(42,)), gain).claims
     assert [claim.verdict for claim in one] == ["not decided"] * 2
 
