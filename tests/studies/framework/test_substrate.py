@@ -25,7 +25,6 @@ from molora_studies.framework.substrate import (
     plan_pooled,
     plan_specialist,
 )
-
 from safetensors.torch import save_file
 
 from molora_fed.corpus.overlap import Overlap
@@ -125,7 +124,7 @@ def test_losses_of_other_models_are_those_of_the_blocks_that_are_kept(tmp_path):
     expected = [losses[DOMAINS[0]][[0, 2, 3, 5]], losses[DOMAINS[1]][:6]]
     assert torch.equal(found, torch.cat(expected))
     save_file({DOMAINS[0]: losses[DOMAINS[0]][:4]}, tmp_path / "few.safetensors")
-    with pytest.raises(ConfigError, match="expected losses of 6 blocks .*got 4"):
+    with pytest.raises(ConfigError, match=r"expected losses of 6 blocks .*got 4"):
         _read_losses(tmp_path / "few.safetensors", overlaps, "wider")
 
 
