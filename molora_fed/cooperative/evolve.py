@@ -19,6 +19,7 @@ from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.decisions import begin_fusion, end_fusion
 from molora_fed.errors import ConfigError
+from molora_fed.fusion.held_out import choose_held_out
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.bundle import EvolvedModel, save_evolved
@@ -144,9 +145,11 @@ class PooledTexts:
         """Measure the evolved model, and each contribution alone at the rank of its slot."""
         amendment, first = self._charter.amendment, start.population
         last = evolved.branch
+        choice = choose_held_out(self.entrants, self._base)
+        kept = [one.held_out.select(choice.overlaps[one.contributor].kept) for one in self.entrants]
         evaluation = evaluate_population(
             EvolvedModel(self._base, last.population, last.router, amendment.population.router),
-            join_domains([one.held_out for one in self.entrants]),
+            join_domains([blocks for blocks in kept if len(blocks)]),
             self._states,
             alone={
                 one.contributor: (replace(first, slots=(first.slots[index],)), 0)
@@ -156,7 +159,7 @@ class PooledTexts:
             seed=amendment.seed,
             progress=progress,
         )
-        return evaluation.domains, evaluation.to_json()
+        return evaluation.domains, {**evaluation.to_json(), "overlap": choice.to_json()}
 
 
 @dataclass(frozen=True)

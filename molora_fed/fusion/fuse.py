@@ -184,7 +184,7 @@ def fuse(
         guarded, left_out = _fit_routers(plan, bank, charter, seed, progress)
         published = choose_published(guarded, plan.router, charter.amendment.fusion.fallback)
     with clock.phase("held-out-bank"):
-        choice = choose_held_out(plan, base)
+        choice = choose_held_out(plan.contributions, base)
         held_out = build_held_out_bank(
             folder / "bank",
             base,

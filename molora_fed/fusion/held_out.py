@@ -28,7 +28,6 @@ from molora_fed.corpus.overlap import (
 )
 from molora_fed.corpus.report import MAX_CONTAMINATION
 from molora_fed.errors import ConfigError
-from molora_fed.fusion.plan import FusionPlan
 from molora_fed.models.base import Base
 from molora_fed.types import Split
 
@@ -76,13 +75,13 @@ class HeldOutChoice:
         }
 
 
-def choose_held_out(plan: FusionPlan, base: Base) -> HeldOutChoice:
+def choose_held_out(contributions: Sequence[Contributed], base: Base) -> HeldOutChoice:
     """Compare every held-out block with all text that is known here.
 
     A domain of which nothing is left is in no figure; the others are measured.
 
     Args:
-        plan: Contributions with their blocks.
+        contributions: With their blocks.
         base: Its tokenizer decodes them; its train text counts if the index lies beside it.
 
     Raises:
@@ -91,20 +90,20 @@ def choose_held_out(plan: FusionPlan, base: Base) -> HeldOutChoice:
     """
     recipe = str((base.training or {}).get("recipe", ""))
     index = load_index(find_base_index(base.folder), recipe) if recipe else None
-    known = [*_list_known(plan.contributions, base.tokenizer)]
+    known = [*_list_known(contributions, base.tokenizer)]
     if index is not None:
         known.append(KnownText("base", "", lambda: index))
-    held_out = {c.contributor: c.held_out for c in plan.contributions}
+    held_out = {c.contributor: c.held_out for c in contributions}
     choice = HeldOutChoice(
         overlaps=measure_overlap(held_out, known, base.tokenizer),
-        trained=tuple(c.contributor for c in plan.contributions if c.train_text),
-        absent=tuple(c.contributor for c in plan.contributions if not c.train_text),
+        trained=tuple(c.contributor for c in contributions if c.train_text),
+        absent=tuple(c.contributor for c in contributions if not c.train_text),
         has_base=index is not None,
     )
     if not any(overlap.kept.any() for overlap in choice.overlaps.values()):
         count = sum(overlap.kept.size for overlap in choice.overlaps.values())
         raise ConfigError(
-            f"Cannot measure the fused model: expected held-out blocks with at most "
+            f"Cannot measure on held-out text: expected held-out blocks with at most "
             f"{MAX_BLOCK_OVERLAP:.0%} of their word 8-grams in text that was trained on, got none "
             f"among {count}. Leave out contributors who hold the same text."
         )

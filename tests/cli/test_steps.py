@@ -82,6 +82,7 @@ def test_fuse_writes_report_and_fused_model_and_keeps_the_ledger(setup, fused):
     result = json.loads((fused / "out" / "report" / "report.json").read_text())
     assert set(result["losses"]["specialists"]) == {"abc-1", "xyz-1"}
     assert set(result["losses"]["fused"]) == {"evidence", "evidence-zero", "linear"}
+    assert set(result["overlap"]["compared"]["train"]) == {"abc-1", "xyz-1"}
     assert (fused / "out" / "report" / "report.html").is_file()
     assert (fused / "out" / "report" / "metrics" / "abc-1.jsonl").is_file()
     with open_cooperative(fused / "tiny").read_ledger() as ledger:

@@ -5,15 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from molora_studies.framework.action_ids import load_action
 from molora_studies.framework.contract import Done, Task, TaskContext
+from molora_studies.framework.fusions import _read_losses
 from molora_studies.framework.substrate import (
     BaseSettings,
     FusionSettings,
     Member,
     SpecialistSettings,
     plan_base,
+    plan_base_text,
     plan_continued_base,
     plan_corpus,
     plan_fusion,
@@ -21,7 +25,9 @@ from molora_studies.framework.substrate import (
     plan_pooled,
     plan_specialist,
 )
+from safetensors.torch import save_file
 
+from molora_fed.corpus.overlap import Overlap
 from molora_fed.errors import ConfigError
 
 DOMAINS = ("readme", "science")
@@ -94,12 +100,41 @@ def test_a_fusion_reports_losses_gains_and_members(run: Run):
     assert result["evaluation"]["losses"]["control"].keys() == set(DOMAINS)
     assert "weight_average" in result["evaluation"]["losses"]
     assert result["calibration"]["own_domain"] == {d: d for d in DOMAINS}
+    assert result["overlap"].keys() == set(DOMAINS)
+    for row in result["overlap"].values():
+        # The base was trained on the same domains, and on nothing else.
+        assert row["blocks"] == 12 and 0 <= row["own"] <= row["union"] and row["base"] > 0
+        assert row["after"] <= 0.1 and (row["left_out"] > 0) == (row["after"] < row["union"])
     for domain in DOMAINS:
         member = result["members"][domain]
         assert member["steps"] == 40
         assert member["adapter_bytes"] > 0
         own = result["evaluation"]["losses"]["specialists"][domain][domain]
         assert own < result["held_out"]["base"][domain]
+
+
+def test_losses_of_other_models_are_those_of_the_blocks_that_are_kept(tmp_path):
+    losses = {domain: torch.arange(24.0).reshape(8, 3) for domain in DOMAINS}
+    save_file(losses, tmp_path / "held_out.safetensors")
+    overlaps = [
+        Overlap(domain, np.full(6, 10), np.array(known), own=0, union=0, base=0)
+        for domain, known in zip(DOMAINS, ([0, 9, 0, 1, 2, 0], [0] * 6), strict=True)
+    ]
+    found = _read_losses(tmp_path / "held_out.safetensors", overlaps, "wider")
+    expected = [losses[DOMAINS[0]][[0, 2, 3, 5]], losses[DOMAINS[1]][:6]]
+    assert torch.equal(found, torch.cat(expected))
+    save_file({DOMAINS[0]: losses[DOMAINS[0]][:4]}, tmp_path / "few.safetensors")
+    with pytest.raises(ConfigError, match=r"expected losses of 6 blocks .*got 4"):
+        _read_losses(tmp_path / "few.safetensors", overlaps, "wider")
+
+
+def test_a_fusion_rests_on_what_its_base_was_trained_on():
+    task = plan_two(1)
+    assert [t.key for t in plan_base_text(BASE)] == [corpus.key for corpus in CORPORA]
+    assert {corpus.key for corpus in CORPORA} <= {need.key for need in task.needs}
+    continued = plan_continued_base(BASE, CORPORA[:1], steps=4)
+    assert {t.key for t in plan_base_text(continued)} == {corpus.key for corpus in CORPORA}
+    assert plan_base_text(plan_base(BaseSettings(source="some/folder"))) == []
 
 
 def test_the_mean_over_seeds_averages_every_method(run: Run):
