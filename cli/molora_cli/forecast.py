@@ -105,8 +105,9 @@ def _forecast_cooperative(
     else:
         made = forecast_from_contributions(opened, contributions, past=records)
     name = f"{opened.charter.identity.name}, from {made.basis}"
-    forecasts = {record.predictor: describe_forecast(record.forecast) for record in made.records}
-    return {"runs": [{"condition": name, "forecasts": forecasts}]}
+    forecasts = {who: describe_forecast(None, why) for who, why in made.missing.items()}
+    forecasts |= {record.predictor: describe_forecast(record.forecast) for record in made.records}
+    return {"runs": [{"condition": name, "forecasts": dict(sorted(forecasts.items()))}]}
 
 
 @app.command("history")

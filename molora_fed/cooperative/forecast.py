@@ -1,7 +1,7 @@
 """Forecasts for a cooperative: from pilots before training, from stated losses before fusing."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -38,10 +38,12 @@ class CooperativeForecast:
     Attributes:
         records: One a predictor that applies.
         basis: What they were made from, for people.
+        missing: Why each other predictor said nothing, by its name.
     """
 
     records: tuple[ForecastRecord, ...]
     basis: str
+    missing: Mapping[str, str]
 
 
 def build_stated_losses(manifests: Sequence[Manifest]) -> LossMatrix:
@@ -94,17 +96,18 @@ def forecast_from_contributions(
         with cooperative.read_ledger() as ledger:
             manifests = [e.manifest for e in ledger.contributions(ContributionState.ADMITTED)]
     case = Case(build_stated_losses(manifests), cooperative.charter.identity_hash)
+    missing: dict[str, str] = {}
     records = make_forecasts(
         case,
         cooperative.charter.amendment.fusion.router,
         plugins or get_plugins(),
         past=collect_outcomes(past),
         stage="contributions",
+        on_missing=missing.__setitem__,
     )
     _keep(cooperative, records)
-    return CooperativeForecast(
-        tuple(records), f"{len(manifests)} contributors' stated losses on their own domains"
-    )
+    basis = f"{len(manifests)} contributors' stated losses on their own domains"
+    return CooperativeForecast(tuple(records), basis, missing)
 
 
 def forecast_from_pilots(
@@ -152,14 +155,22 @@ def forecast_from_pilots(
     group = charter.identity_hash
     growth = fit_growth([r for r in known if r.outcome.case.group != group])
     case = extrapolate(losses, share, growth, group=group)
+    missing: dict[str, str] = {}
     records = make_forecasts(
-        case, plan.router, plugins, past=build_past(case, known), stage="pilots", share=share
+        case,
+        plan.router,
+        plugins,
+        past=build_past(case, known),
+        stage="pilots",
+        share=share,
+        on_missing=missing.__setitem__,
     )
     _keep(cooperative, records)
     return CooperativeForecast(
         tuple(records),
         f"{len(pilots)} pilots of {100 * share:.0f} % of the steps, growth {growth:.2f} from "
         + (f"{len(known)} records" if known else "the published figures"),
+        missing,
     )
 
 

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from molora_fed.forecasting.records import FAILED
 from molora_fed.reporting.methods import Method, list_methods, mask_controls, order_phases
 
 if TYPE_CHECKING:
@@ -131,8 +132,11 @@ def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
         f"{run['condition'] or 'run'}: forecast gain, percent",
         "predictor", "against", "forecast", "interval", "level", "floor", "verdict",
     )  # fmt: skip
+    failed = []
     for name, forecast in run["forecasts"].items():
         low, high, level = (forecast[key] for key in ("low", "high", "level"))
+        is_failed = forecast["note"].startswith(FAILED)
+        failed += [f"{name} {forecast['note']}"] if is_failed else []
         table.add_row(
             name,
             (forecast["reference"] or "-").replace("_", " "),
@@ -140,8 +144,16 @@ def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
             "none claimed" if low is None or high is None else f"{low:+.2f} to {high:+.2f}",
             "-" if level is None else f"{100 * level:.0f} %",
             "-" if forecast["floor"] is None else f"{forecast['floor']:.1f}",
-            forecast["verdict"] or "-",
+            "failed" if is_failed else forecast["verdict"] or "-",
         )
+    return _explain_below(table, failed)
+
+
+def _explain_below(table: Table, lines: Sequence[str]) -> Table:
+    """Say under a table what does not fit into its cells."""
+    if lines:
+        table.caption = Text("\n".join(lines))
+        table.caption_justify = "left"
     return table
 
 
