@@ -152,6 +152,10 @@ class Entry:
         found = _ORIGIN.fullmatch(self.origin)
         return found["version"] if found else ""
 
+    def describe(self) -> dict[str, str]:
+        """Who it is from, for results: its name, the distribution and its version."""
+        return {"name": self.name, "plugin": self.distribution, "version": self.version}
+
     @property
     def is_own(self) -> bool:
         """Whether the core's own distribution registered it."""

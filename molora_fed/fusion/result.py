@@ -41,6 +41,7 @@ class FusionOutcome:
         seconds: Wall time by phase.
         folder: Where bank and fused model lie.
         control: Cost of the control; None without one.
+        not_measured: Why there are no figures of a router, merge or predictor, by kind and name.
     """
 
     plan: FusionPlan
@@ -51,6 +52,7 @@ class FusionOutcome:
     seconds: Mapping[str, float]
     folder: Path
     control: Mapping[str, Any] | None
+    not_measured: Mapping[str, Mapping[str, str]]
 
 
 def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[str, Any]:
@@ -79,6 +81,8 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
         "experts": [_describe_expert(expert) for expert in fused.experts],
         "own_domain": plan.own_domain,
         "guard": dict(outcome.guard),
+        "plugins": _list_plugins(outcome, charter),
+        "not_measured": {kind: dict(why) for kind, why in outcome.not_measured.items()},
         "forecasts": {record.predictor: record.summary() for record in outcome.forecasts},
         "contamination": _collect_contamination(plan),
         "corpus": {c.contributor: _count_blocks(c.domain, _samples(c)) for c in plan.contributions},
@@ -107,6 +111,23 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
             **{name: version(name) for name in _LIBRARIES},
             "python": platform.python_version(),
         },
+    }
+
+
+def _list_plugins(outcome: FusionOutcome, charter: Charter) -> dict[str, list[dict[str, str]]]:
+    """What was used of which plugin in which version, by kind."""
+    plugins = outcome.plan.plugins
+    kinds = {e.adapter.kind for e in outcome.fused.experts if e.adapter is not None}
+    used = (
+        (plugins.routers, outcome.plan.routers),
+        (plugins.merges, charter.amendment.fusion.merges),
+        (plugins.gain_predictors, {record.predictor for record in outcome.forecasts}),
+        (plugins.adapter_kinds, kinds & set(plugins.adapter_kinds.names())),
+    )
+    return {
+        registry.kind: [registry.entry(name).describe() for name in sorted(names)]
+        for registry, names in used
+        if names
     }
 
 

@@ -10,7 +10,13 @@ import jinja2
 
 from molora_fed.errors import ConfigError
 from molora_fed.reporting import figures
-from molora_fed.reporting.methods import list_methods, mask_controls, order_phases
+from molora_fed.reporting.methods import (
+    describe_replacement,
+    list_failures,
+    list_methods,
+    mask_controls,
+    order_phases,
+)
 from molora_fed.storage.files import canonical_json, write_bytes, write_json
 
 __all__ = [
@@ -109,7 +115,12 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     published = result.get("router") or min(result["losses"]["fused"])
     inlined = {name: base64.b64encode(data).decode() for name, data in images.items()}
     return environment.get_template("report.html.j2").render(
-        result=result, methods=list_methods(result), published=published, images=inlined
+        result=result,
+        methods=list_methods(result),
+        published=published,
+        images=inlined,
+        replaced=describe_replacement(result),
+        failures=list_failures(result),
     )
 
 

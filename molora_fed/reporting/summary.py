@@ -8,7 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from molora_fed.forecasting.records import FAILED
-from molora_fed.reporting.methods import Method, list_methods, mask_controls, order_phases
+from molora_fed.reporting.methods import (
+    Method,
+    describe_replacement,
+    list_failures,
+    list_methods,
+    mask_controls,
+    order_phases,
+)
 
 if TYPE_CHECKING:
     from molora_fed.contributions.build import OutgoingRow
@@ -44,6 +51,8 @@ def _describe_gain(result: Mapping[str, Any]) -> Text:
     alone = result.get("best_alone", {}).get("name", "min(base, best specialist)")
     gap = result["oracle_gap_nats"][router]
     text = Text()
+    if replaced := describe_replacement(result):
+        text.append(f"{replaced}\n", style="bold yellow")
     text.append(f"{gain['vs_best_alone']:+.2f} %", style="bold cyan")
     text.append(f" gain over the best anyone has alone ({alone}), router {router}")
     if interval:
@@ -119,6 +128,8 @@ def build_forecast_table(result: Mapping[str, Any]) -> Table:
             "-" if actual is None else f"{actual:+.2f}",
             ("yes" if low <= actual <= high else "no") if is_scored else "-",
         )
+    for name in sorted(result.get("not_measured", {}).get("gain predictor", {})):
+        table.add_row(name, *["-"] * 7)
     return table
 
 
@@ -277,7 +288,8 @@ def build_summary(result: Mapping[str, Any]) -> RenderableType:
     Args:
         result: Content of report.json.
     """
-    parts: list[RenderableType] = [_describe_gain(result), build_loss_table(result)]
+    losses = _explain_below(build_loss_table(result), list_failures(result))
+    parts: list[RenderableType] = [_describe_gain(result), losses]
     if result["forecasts"]:
         parts.append(build_forecast_table(result))
     if result["contamination"]:
