@@ -10,7 +10,7 @@ from pathlib import Path
 from traceback import walk_tb
 from types import FrameType, TracebackType
 
-from molora_fed.errors import MoloraError, PluginError
+from molora_fed.errors import MoloraError, PluginError, StorageError
 from molora_fed.plugins import Entry
 
 __all__ = ["describe_error", "guarded", "one_line", "refuse"]
@@ -42,6 +42,8 @@ def guarded(
     """
     try:
         yield
+    except StorageError:  # a full disk is nobody's fault
+        raise
     except passing:
         raise
     except MoloraError as error:
@@ -95,7 +97,7 @@ def _fail(entry: Entry, place: str, reason: str) -> PluginError:
 def _find_line(traceback: TracebackType | None, entry: Entry) -> str | None:
     """The innermost line of the plugin's own package, else of any code but the core's."""
     target = entry.target
-    module = target.partition(":")[0] if isinstance(target, str) else target.__module__
+    module = target.partition(":")[0] if isinstance(target, str) else _module_of(target)
     package = str(module).partition(".")[0]
     frames = [(frame, line) for frame, line in walk_tb(traceback)]
     own = [each for each in frames if _package_of(each[0]) == package]
@@ -103,6 +105,10 @@ def _find_line(traceback: TracebackType | None, entry: Entry) -> str | None:
     for frame, line in reversed(own or others):
         return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{line}"
     return None
+
+
+def _module_of(target: object) -> str:
+    return str(getattr(target, "__module__", type(target).__module__))
 
 
 def _package_of(frame: FrameType) -> str:

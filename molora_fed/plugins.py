@@ -57,15 +57,15 @@ def check_callable(target: Any) -> str | None:
 
 def check_router(target: Any) -> str | None:
     """Describe what a router class lacks, or return None."""
-    problem = _check_class(target, _ROUTER_METHODS)
-    if problem is None and getattr(target.Options, "model_config", {}).get("extra") != "forbid":
-        return "expected 'Options' to refuse unknown keys (extra='forbid')"
-    return problem
+    return _check_class(target, _ROUTER_METHODS)
 
 
 def check_adapter_kind(target: Any) -> str | None:
     """Describe what an adapter kind lacks, or return None."""
-    return _check_methods(target, _KIND_METHODS)
+    problem = _check_methods(target, _KIND_METHODS)
+    if problem is None and not isinstance(getattr(target, "narrow_learning_rate", None), float):
+        return "expected the class attribute 'narrow_learning_rate', a float, got none"
+    return problem
 
 
 def check_adapter_router(target: Any) -> str | None:
@@ -89,6 +89,9 @@ def _check_methods(target: Any, methods: tuple[str, ...]) -> str | None:
     missing = [name for name in methods if not callable(getattr(target, name, None))]
     if missing:
         return f"expected the methods {', '.join(methods)}, got none named {', '.join(missing)}"
+    if inspect.isabstract(target):
+        abstract = ", ".join(sorted(getattr(target, "__abstractmethods__", ())))
+        return f"expected a class without abstract methods, got {abstract}"
     return None
 
 
@@ -100,7 +103,17 @@ def _check_class(target: Any, methods: tuple[str, ...]) -> str | None:
     options = getattr(target, "Options", None)
     if not inspect.isclass(options) or not hasattr(options, "model_validate"):
         return "expected a pydantic model as attribute 'Options'"
+    if getattr(options, "model_config", {}).get("extra") != "forbid":
+        return "expected 'Options' to refuse unknown keys (extra='forbid')"
     return None
+
+
+def _check_name(target: Any, name: str) -> str | None:
+    """A class that says its own name says the registered one."""
+    own = getattr(target, "name", "") if inspect.isclass(target) else ""
+    if not isinstance(own, str) or own in ("", name):
+        return None
+    return f"expected the class attribute name = '{name}' as it is registered, got '{own}'"
 
 
 DISTRIBUTION = "molora-fed"
@@ -261,7 +274,10 @@ class Registry:
                     f"{where}: importing '{entry.target}' failed with "
                     f"{type(error).__name__}: {error}. Correct or uninstall the plugin."
                 ) from error
-        problem = self.contract(target)
+        try:
+            problem = self.contract(target) or _check_name(target, name)
+        except Exception as error:  # attributes of a stranger's class may be properties that raise
+            problem = f"looking at it failed with {type(error).__name__}: {error}"
         if problem is not None:
             raise PluginError(f"{where}: {problem}. Correct or uninstall the plugin.")
         self._resolved[name] = target

@@ -16,6 +16,7 @@ from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import PluginError, RoutingError
 from molora_fed.evaluation.evaluate import compute_router_losses
+from molora_fed.guard import one_line
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.probes import find_leak, same_views, step_through, take_rows
 from molora_fed.testing.banks import (
@@ -23,6 +24,7 @@ from molora_fed.testing.banks import (
     build_synthetic_bank,
     permute_experts,
 )
+from molora_fed.testing.findings import run_checks
 
 __all__ = ["check_router_conformance"]
 
@@ -51,9 +53,16 @@ def check_router_conformance(
         )
     bank = build_synthetic_bank(readings=reads)
     held_out = build_synthetic_bank(HeldOutBank, seed=1, readings=reads)
-    case = _Case(router, chosen, bank, held_out, router.fit(bank, chosen, 0))
+    try:
+        fitted = router.fit(bank, chosen, 0)
+    except Exception as error:  # nothing can be asked of a router that cannot be fitted
+        raise PluginError(
+            f"Router '{router.__name__}' breaks its contract: expected a fitted router, got "
+            f"{type(error).__name__}: {one_line(str(error))}. See docs/writing_plugins.md."
+        ) from error
+    case = _Case(router, chosen, bank, held_out, fitted)
     checks = [*_ALWAYS, *(_CAUSAL if router.causal else (_refuses_to_step,))]
-    broken = [text for check in checks if (text := check(case)) is not None]
+    broken = run_checks(checks, case)
     if broken:
         raise PluginError(
             f"Router '{router.__name__}' breaks its contract: {'; '.join(broken)}. "
