@@ -77,16 +77,18 @@ def watch_bank(entry: Entry, bank: Bank, place: str) -> Iterator[None]:
         PluginError: If it fails, or changes a column.
     """
     before = bank.stamp()
-    with guarded(entry, place):
-        yield
-    changed = sorted(find_changes(before, bank))
-    if changed:
-        raise refuse(
-            entry,
-            place,
-            expected="a bank that stays as it was (change copies: `.clone()`)",
-            got=f"changes of {', '.join(changed)}",
-        )
+    try:
+        with guarded(entry, place):
+            yield
+    finally:  # a change may be why it failed, so it is what is told
+        changed = sorted(find_changes(before, bank))
+        if changed:
+            raise refuse(
+                entry,
+                place,
+                expected="a bank that stays as it was (change copies: `.clone()`)",
+                got=f"changes of {', '.join(changed)}",
+            )
 
 
 def find_changes(before: Mapping[str, tuple[int, ...]], bank: Bank) -> list[str]:
