@@ -145,9 +145,9 @@ def run_lifecycle(
             f"{len(domains)} domains, got {fitness.by_domain.shape}. Measure this population."
         )
     state = LifecycleState(population, fitness, tuple(domains), generation)
+    tensors = _sum_up(population)
     for place, step in enumerate(steps):
         derived = derive_seed(seed, place)
-        tensors = _sum_up(state.population)
         with nullcontext() if step.entry is None else guarded(step.entry, "the lifecycle"):
             following = step.operator.apply(state, derived)
         if not isinstance(following, LifecycleState):
@@ -156,7 +156,7 @@ def run_lifecycle(
                 f"{type(following).__name__}. Correct the operator."
             )
         _check_step(step.name, state, following, population)
-        _check_survivors(step.name, tensors, state.population, following.population)
+        _check_survivors(step.name, tensors, population, following.population)
         state = following
     return _restore_unfilled(state, population)
 
@@ -180,7 +180,8 @@ def _check_survivors(
 ) -> None:
     """Refuse an operator that changes an adapter without declaring it newborn.
 
-    Twin and lifecycle share these tensors: a change in place would pass by the guard.
+    A newborn of this generation may be changed by the operators after its own. Twin and lifecycle
+    share the others' tensors: a change in place would pass by the guard.
     """
     now = [_sum_up(old), _sum_up(new)]
     changed = sorted({i for sums in now for i in sums if i in tensors and sums[i] != tensors[i]})
