@@ -265,7 +265,7 @@ class AdmissionRules(StrictModel):
 
     Attributes:
         max_loss_rise: Largest own-domain loss above the base's on the admission sample, nats.
-        checks: Names of registered checks to run; empty means all.
+        checks: Names of registered checks to run beside the core's own, which always run.
         max_start_gap: Largest difference between the loss that a contributor states of the model
             it started from and the base's, measured on the same blocks, nats.
     """

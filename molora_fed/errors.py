@@ -206,11 +206,13 @@ class StudyError(MoloraError, RuntimeError):
 
 
 class UnknownNameError(MoloraError, KeyError):
-    """A name is registered by nobody; lists near names and all names."""
+    """A name is registered by nobody; lists near names, all names and plugins that failed."""
 
     exit_code = 61
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(
+        self, kind: str, name: str, known: Iterable[str], failures: Sequence[str] = ()
+    ) -> None:
         names = sorted(known)
         near = get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
@@ -218,6 +220,8 @@ class UnknownNameError(MoloraError, KeyError):
             f"Unknown {kind} '{name}': expected one of {', '.join(names) or '(none registered)'}."
             f"{hint} See `molora plugins list`."
         )
+        if failures:
+            self.message += f" Plugins that failed to load: {' '.join(failures)}"
         super().__init__(self.message)
 
     def __str__(self) -> str:

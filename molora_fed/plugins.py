@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -23,6 +23,7 @@ from molora_fed.errors import PluginError, UnknownNameError
 from molora_fed.hookspecs import GROUP, Register
 
 __all__ = [
+    "DISTRIBUTION",
     "Contract",
     "Entry",
     "Plugins",
@@ -56,15 +57,15 @@ def check_callable(target: Any) -> str | None:
 
 def check_router(target: Any) -> str | None:
     """Describe what a router class lacks, or return None."""
-    problem = _check_class(target, _ROUTER_METHODS)
-    if problem is None and getattr(target.Options, "model_config", {}).get("extra") != "forbid":
-        return "expected 'Options' to refuse unknown keys (extra='forbid')"
-    return problem
+    return _check_class(target, _ROUTER_METHODS)
 
 
 def check_adapter_kind(target: Any) -> str | None:
     """Describe what an adapter kind lacks, or return None."""
-    return _check_methods(target, _KIND_METHODS)
+    problem = _check_methods(target, _KIND_METHODS)
+    if problem is None and not isinstance(getattr(target, "narrow_learning_rate", None), float):
+        return "expected the class attribute 'narrow_learning_rate', a float, got none"
+    return problem
 
 
 def check_adapter_router(target: Any) -> str | None:
@@ -88,6 +89,9 @@ def _check_methods(target: Any, methods: tuple[str, ...]) -> str | None:
     missing = [name for name in methods if not callable(getattr(target, name, None))]
     if missing:
         return f"expected the methods {', '.join(methods)}, got none named {', '.join(missing)}"
+    if inspect.isabstract(target):
+        abstract = ", ".join(sorted(getattr(target, "__abstractmethods__", ())))
+        return f"expected a class without abstract methods, got {abstract}"
     return None
 
 
@@ -99,11 +103,26 @@ def _check_class(target: Any, methods: tuple[str, ...]) -> str | None:
     options = getattr(target, "Options", None)
     if not inspect.isclass(options) or not hasattr(options, "model_validate"):
         return "expected a pydantic model as attribute 'Options'"
+    if getattr(options, "model_config", {}).get("extra") != "forbid":
+        return "expected 'Options' to refuse unknown keys (extra='forbid')"
     return None
 
 
+def _check_name(target: Any, name: str) -> str | None:
+    """A class that says its own name says the registered one."""
+    own = getattr(target, "name", "") if inspect.isclass(target) else ""
+    if not isinstance(own, str) or own in ("", name):
+        return None
+    return f"expected the class attribute name = '{name}' as it is registered, got '{own}'"
+
+
+DISTRIBUTION = "molora-fed"
+"""The core's own distribution: its plugins load before any other's."""
+
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+_ORIGIN = re.compile(r".+ \((?P<distribution>\S+) (?P<version>\S+)\)")
 
 Contract = Callable[[Any], str | None]
 """Describes what a resolved target lacks, or returns None."""
@@ -118,7 +137,8 @@ class Entry:
         target: The object, or a "module:attr" string.
         summary: One line for people.
         source: Citation.
-        origin: Distribution and version that registered it.
+        origin: Plugin, distribution and version that registered it, for people.
+        kind: Noun of its registry, e.g. "router".
     """
 
     name: str
@@ -126,6 +146,33 @@ class Entry:
     summary: str
     source: str
     origin: str
+    kind: str = ""
+
+    @property
+    def title(self) -> str:
+        """What a message calls it, e.g. "Router 'arrow' of mine (molora-mine 0.1.0)"."""
+        return f"{self.kind.capitalize() or 'Plugin'} '{self.name}' of {self.origin}"
+
+    @property
+    def distribution(self) -> str:
+        """Name of the distribution; of a plugin that was not installed, its origin."""
+        found = _ORIGIN.fullmatch(self.origin)
+        return found["distribution"] if found else self.origin
+
+    @property
+    def version(self) -> str:
+        """Version of the distribution; empty of a plugin that was not installed."""
+        found = _ORIGIN.fullmatch(self.origin)
+        return found["version"] if found else ""
+
+    def describe(self) -> dict[str, str]:
+        """Who it is from, for results: its name, the distribution and its version."""
+        return {"name": self.name, "plugin": self.distribution, "version": self.version}
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the core's own distribution registered it."""
+        return self.distribution == DISTRIBUTION
 
 
 @dataclass
@@ -141,6 +188,7 @@ class Registry:
     contract: Contract
     _entries: dict[str, Entry] = field(default_factory=dict)
     _resolved: dict[str, Any] = field(default_factory=dict)
+    _failures: tuple[str, ...] = ()
     _frozen: bool = False
 
     def add(self, entry: Entry) -> None:
@@ -173,10 +221,15 @@ class Registry:
                 f"{where}: the name is taken by {other.origin}. Rename one of the two, or leave "
                 "one plugin out with MOLORA_LOAD_PLUGINS."
             )
-        self._entries[entry.name] = entry
+        self._entries[entry.name] = replace(entry, kind=self.kind)
 
-    def freeze(self) -> None:
-        """End registration."""
+    def freeze(self, failures: Iterable[PluginError] = ()) -> None:
+        """End registration.
+
+        Args:
+            failures: Of plugins that were left out; who asks for an unknown name is told of them.
+        """
+        self._failures = tuple(str(failure) for failure in failures)
         self._frozen = True
 
     def remove_origin(self, origin: str) -> None:
@@ -196,7 +249,7 @@ class Registry:
         try:
             return self._entries[name]
         except KeyError:
-            raise UnknownNameError(self.kind, name, self._entries) from None
+            raise UnknownNameError(self.kind, name, self._entries, self._failures) from None
 
     def resolve(self, name: str) -> Any:
         """The target of a name, imported and checked against the contract on first use.
@@ -216,12 +269,15 @@ class Registry:
                 target = importlib.import_module(module_name)
                 for part in path.split("."):
                     target = getattr(target, part)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise PluginError(
                     f"{where}: importing '{entry.target}' failed with "
                     f"{type(error).__name__}: {error}. Correct or uninstall the plugin."
                 ) from error
-        problem = self.contract(target)
+        try:
+            problem = self.contract(target) or _check_name(target, name)
+        except Exception as error:  # attributes of a stranger's class may be properties that raise
+            problem = f"looking at it failed with {type(error).__name__}: {error}"
         if problem is not None:
             raise PluginError(f"{where}: {problem}. Correct or uninstall the plugin.")
         self._resolved[name] = target
@@ -308,7 +364,7 @@ def _load_one(manager: pluggy.PluginManager, plugins: Plugins, module: Any, orig
             if hook in implemented:
                 caller = manager.subset_hook_caller(hook, remove_plugins=others)
                 caller(register=build_register(registry, origin))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if manager.is_registered(module):
             manager.unregister(module)
         for registry in plugins.registries().values():
@@ -342,13 +398,13 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
         try:
             _load_one(manager, plugins, import_entry_point(point, origin), origin)
         except PluginError as error:
-            if point.value in BUILT_IN:
+            if _is_built_in(point):
                 raise
             plugins.failures.append(error)
     for origin, module in extra:
         _load_one(manager, plugins, module, origin)
     for registry in plugins.registries().values():
-        registry.freeze()
+        registry.freeze(plugins.failures)
     return plugins
 
 
@@ -361,7 +417,7 @@ def find_entry_points(group: str) -> Iterator[tuple[EntryPoint, str]]:
     wanted = os.environ.get("MOLORA_LOAD_PLUGINS")
     names = None if wanted is None else {n.strip() for n in wanted.split(",") if n.strip()}
     for point in sorted(entry_points(group=group), key=_load_order):
-        if names is None or point.name in names or point.value in BUILT_IN:
+        if names is None or point.name in names or _is_built_in(point):
             version = point.dist.version if point.dist else "?"
             distribution = point.dist.name if point.dist else "?"
             yield point, f"{point.name} ({distribution} {version})"
@@ -375,7 +431,7 @@ def import_entry_point(point: EntryPoint, origin: str) -> Any:
     """
     try:
         return point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"Cannot load plugin {origin}: importing '{point.value}' failed with "
             f"{type(error).__name__}: {error}. Correct or uninstall it, or leave it out "
@@ -383,7 +439,7 @@ def import_entry_point(point: EntryPoint, origin: str) -> Any:
         ) from error
 
 
-def describe_failure(error: Exception, origin: str) -> PluginError:
+def describe_failure(error: BaseException, origin: str) -> PluginError:
     """The error of a plugin whose registration failed, in one line."""
     reason = error.args[0] if error.args else type(error).__name__
     text = " ".join(str(reason).split()).rstrip(".") + "."
@@ -393,9 +449,23 @@ def describe_failure(error: Exception, origin: str) -> PluginError:
     )
 
 
+def _is_own(point: EntryPoint) -> bool:
+    return point.dist is not None and point.dist.name == DISTRIBUTION
+
+
+def _is_built_in(point: EntryPoint) -> bool:
+    return point.value in BUILT_IN and _is_own(point)
+
+
 def _load_order(point: EntryPoint) -> tuple[int, str, str]:
-    """The built-in ones first, then by name: clashes are reported alike on every machine."""
-    place = BUILT_IN.index(point.value) if point.value in BUILT_IN else len(BUILT_IN)
+    """The core's own distribution first, then by name.
+
+    So a clash is reported alike on every machine, and the newcomer is the one that is left out.
+    """
+    if _is_built_in(point):
+        place = BUILT_IN.index(point.value)
+    else:
+        place = len(BUILT_IN) + (not _is_own(point))
     return (place, point.name, point.value)
 
 

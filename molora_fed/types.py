@@ -1,9 +1,12 @@
 """Plain values that cross folders. Imports neither torch nor numpy."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, Protocol, get_args
+
+from molora_fed.errors import ConfigError
 
 __all__ = [
     "ADAPTER_FILES",
@@ -121,19 +124,26 @@ Verdict = Literal["go", "small", "no"]
 """Whether to fuse: the whole interval is above zero; a gain is likely but not sure; none is."""
 
 
+_NOTE_CHARACTERS = 500
+
+
 @dataclass(frozen=True)
 class Forecast:
-    """A predicted fusion gain in percent against `reference`.
+    """A predicted fusion gain in percent against `reference`; checked when it is made.
 
     Attributes:
         reference: What the gain is measured against.
         point: Predicted gain, percent; None if only an interval is claimed.
         low: Lower end of the interval, percent; None if the evidence does not suffice.
-        high: Upper end, percent; None likewise.
+        high: Upper end, percent; None likewise. low <= point <= high where they are there.
         level: Nominal coverage of the interval in (0, 1); None if there is no interval.
-        note: One sentence on where the interval comes from.
+        note: One sentence on where the interval comes from, one line of at most 500 characters.
         floor: Mean divergence in percent from which on the predictor expects a gain; None if it
             knows none.
+
+    Raises:
+        ConfigError: If it claims what cannot be: an interval without its point or without a level,
+            a number that is not finite, an unknown reference, a note of several lines.
     """
 
     reference: Reference
@@ -144,6 +154,37 @@ class Forecast:
     note: str
     floor: float | None = None
 
+    def __post_init__(self) -> None:
+        faults = self._find_faults()
+        if faults:
+            raise ConfigError(
+                "Cannot make a forecast: expected a known reference, finite numbers with low <= "
+                f"point <= high, a level in (0, 1) and one line as note, got {'; '.join(faults)}. "
+                "Correct the predictor."
+            )
+
+    def _find_faults(self) -> list[str]:
+        faults = []
+        if self.reference not in get_args(Reference):
+            faults.append(f"reference {self.reference!r}")
+        numbers = {n: getattr(self, n) for n in ("low", "point", "high", "level", "floor")}
+        given = {n: value for n, value in numbers.items() if value is not None}
+        wrong = [n for n, value in given.items() if not _is_finite(value)]
+        faults += [f"{name} {given[name]!r}" for name in wrong]
+        if not wrong:
+            ordered = [given[n] for n in ("low", "point", "high") if n in given]
+            if ordered != sorted(ordered):
+                faults.append(f"low {self.low}, point {self.point}, high {self.high}")
+            if self.level is not None and not 0 < self.level < 1:
+                faults.append(f"level {self.level}")
+            if self.level is None and {"low", "high"} & given.keys():
+                faults.append("an interval without a level")
+        if not isinstance(self.note, str) or len(self.note.splitlines()) > 1:
+            faults.append("a note that is not one line")
+        elif len(self.note) > _NOTE_CHARACTERS:
+            faults.append(f"a note of {len(self.note)} characters")
+        return faults
+
     @property
     def verdict(self) -> Verdict | None:
         """What follows; None if nothing is claimed, and never "go" without an interval."""
@@ -153,6 +194,11 @@ class Forecast:
         if (self.point if self.point is not None else max(ends)) <= 0:
             return "no"
         return "go" if self.low is not None and self.low > 0 else "small"
+
+
+def _is_finite(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)  # type: ignore[arg-type]
 
 
 GainPredictor = Callable[[Case, Sequence[Outcome]], Forecast | None]

@@ -183,6 +183,22 @@ def amend(
 
 
 @app.command()
+def repair(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+) -> None:
+    """Retract recorded forecasts that cannot be read; the ledger keeps them, nobody reads them."""
+    from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.forecasting.history import retract_malformed
+
+    with open_cooperative(cooperative).open_ledger() as ledger:
+        retracted = retract_malformed(ledger, actor="molora coop repair")
+    for number, reason in retracted.items():
+        print(f"retracted    forecast record {number}: {reason}")
+    if not retracted:
+        print("Nothing to repair: every recorded forecast can be read or is retracted.")
+
+
+@app.command()
 def withdraw(
     cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
     contributor: Annotated[str, typer.Argument(help="The contributor's name.")],

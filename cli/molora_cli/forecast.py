@@ -105,10 +105,12 @@ def _forecast_cooperative(
     else:
         made = forecast_from_contributions(opened, contributions, past=records)
     name = f"{opened.charter.identity.name}, from {made.basis}"
-    forecasts = {record.predictor: describe_forecast(record.forecast) for record in made.records}
+    forecasts = {who: describe_forecast(None, why) for who, why in made.missing.items()}
+    forecasts |= {record.predictor: describe_forecast(record.forecast) for record in made.records}
     claims = {name: forecasts[name] for name in made.headline.predictors}
     headline = {**made.headline.to_json(), "claims": claims}
-    return {"runs": [{"condition": name, "headline": headline, "forecasts": forecasts}]}
+    run = {"condition": name, "headline": headline, "forecasts": dict(sorted(forecasts.items()))}
+    return {"runs": [run]}
 
 
 @app.command("history")

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import typer
@@ -20,11 +20,12 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from molora_cli.commands import GROUPS, OWN
+from molora_cli.output import note
 from molora_fed import __version__
 from molora_fed.errors import MoloraError, PluginError, StorageError
 
 if TYPE_CHECKING:
-    from molora_fed.plugins import Plugins
+    from molora_fed.plugins import Entry, Plugins
 
 __all__ = ["app", "build_command", "main", "run"]
 
@@ -58,7 +59,7 @@ class CommandGroup(TyperGroup):
             return None
         target = registry.resolve(cmd_name)
         try:
-            return build_command(cmd_name, target)
+            return _guard_command(build_command(cmd_name, target), registry.entry(cmd_name))
         except Exception as error:
             raise PluginError(
                 f"Cannot use command '{cmd_name}' of {registry.entry(cmd_name).origin}: expected a "
@@ -69,9 +70,16 @@ class CommandGroup(TyperGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command; the error of an unknown one lists near names and failed plugins."""
+        """Find a command; that plugins failed is told once, whatever is invoked.
+
+        The error of an unknown command lists near names and failed plugins too.
+        """
         try:
-            return super().resolve_command(ctx, args)
+            found = super().resolve_command(ctx, args)
+            if "--help" not in args:
+                for failure in _get_plugins().failures:
+                    note(str(failure))
+            return found
         except click.UsageError as error:
             message = error.message
             near = difflib.get_close_matches(args[0], self.list_commands(ctx))
@@ -95,6 +103,23 @@ class CommandGroup(TyperGroup):
             with formatter.section("Plugins left out"):
                 for failure in plugins.failures:
                     formatter.write_text(str(failure))
+
+
+def _guard_command(command: click.Command, entry: "Entry") -> click.Command:
+    """A stranger's command that names its plugin if it fails; an own one as it is."""
+    if entry.is_own:
+        return command
+    from molora_fed.guard import guarded
+
+    passing = (click.ClickException, click.Abort, click.exceptions.Exit, SystemExit, OSError)
+    run_plainly = command.invoke
+
+    def invoke(ctx: click.Context) -> Any:
+        with guarded(entry, "running", passing=(*passing, MoloraError)):
+            return run_plainly(ctx)
+
+    command.invoke = invoke  # type: ignore[method-assign]
+    return command
 
 
 class PlainFormatter(click.HelpFormatter):

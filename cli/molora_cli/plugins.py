@@ -20,12 +20,12 @@ def list_plugins(
         bool, typer.Option("--check", help="Import everything and hold it against its contract.")
     ] = False,
 ) -> None:
-    """List everything that plugins register, and the plugins that could not be loaded."""
+    """List everything that plugins register; those that could not be loaded are told of first."""
     from molora_fed.errors import PluginError
     from molora_fed.plugins import get_plugins
 
     plugins = get_plugins()
-    failures = [str(failure) for failure in plugins.failures]
+    failures = []
     rows = []
     for registry in plugins.registries().values():
         for entry in registry:
@@ -39,7 +39,6 @@ def list_plugins(
             row = (entry.name, registry.kind, entry.summary, entry.origin)
             rows.append((*row, status) if check else row)
     print_columns(("name", "type", "summary", "origin", *(["check"] if check else [])), rows)
+    failures += [str(failure) for failure in plugins.failures]
     if check and failures:
         raise PluginError(" ".join(failures))
-    for failure in failures:
-        print(f"failed: {failure}")

@@ -12,6 +12,7 @@ from molora_fed.adapters.compatibility import matches_target
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
+from molora_fed.guard import guarded
 from molora_fed.models.layout import adaptable_modules, block_index, decoder_blocks
 from molora_fed.plugins import Plugins
 from molora_fed.storage.settings import check_options
@@ -91,7 +92,8 @@ def open_kind(name: str, options: Mapping[str, Any] | None, plugins: Plugins) ->
         AdapterError: If it refuses the options.
     """
     target = plugins.adapter_kinds.resolve(name)
-    kind: AdapterKind = target(dict(options)) if options else target()
+    with guarded(plugins.adapter_kinds.entry(name), "construction"):
+        kind: AdapterKind = target(dict(options)) if options else target()
     return kind
 
 

@@ -21,6 +21,7 @@ from molora_fed.adapters.compatibility import check_adapter_fits, find_misfits, 
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
+from molora_fed.guard import guarded, refuse
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import (
     canonical_json,
@@ -331,11 +332,10 @@ def load_adapter(
             got=f"'{meta.kind}'",
             fix="Train a kind that the charter accepts.",
         )
-    kind = (plugins or get_plugins()).adapter_kinds.resolve(meta.kind)()
-    adapter = kind.load(folder, rules, name=name)
+    kinds = (plugins or get_plugins()).adapter_kinds
+    entry = kinds.entry(meta.kind)
+    with guarded(entry, "loading", passing=(AdapterError,)):
+        adapter = kinds.resolve(meta.kind)().load(folder, rules, name=name)
     if not isinstance(adapter, Adapter):
-        raise AdapterError(
-            f"Cannot read adapter '{name}': expected kind '{meta.kind}' to give an Adapter, "
-            f"got {type(adapter).__name__}. Correct or uninstall the plugin."
-        )
+        raise refuse(entry, "loading", expected="an Adapter", got=type(adapter).__name__)
     return adapter

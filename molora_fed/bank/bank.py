@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeAlias
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -161,6 +162,25 @@ class Bank:
     def under_probability_mixture(self) -> Self:
         """The same bank with the experts' distributions mixed; columns are shared."""
         return replace(self, mixture="probability", readout=None)
+
+    def stamp(self) -> dict[str, tuple[int, ...]]:
+        """What tells, compared with a later stamp, which columns somebody changed in between.
+
+        Numbers that decide losses are summed up; columns of hidden states, which can be large, are
+        known by their place and by torch's count of changes.
+        """
+        arrays = {"clusters": self.clusters, "domain_of": self.domain_of}
+        stamps: dict[str, tuple[int, ...]] = {
+            name: (crc32(np.ascontiguousarray(array).data),) for name, array in arrays.items()
+        }
+        for name in ("tokens", "document_starts", "base_logprob", "logprob"):
+            column: Tensor = getattr(self, name)
+            stamps[name] = (column._version, crc32(column.contiguous().cpu().numpy()))
+        hidden = {n: getattr(self, n) for n in ("base_hidden", "prefix_hidden", "mean_hidden")}
+        hidden |= {f"experts_hidden {n}": c for n, c in enumerate(self.experts_hidden or ())}
+        hidden |= {f"derived {n}": c for n, c in self._derived.items()}
+        stamps |= {n: (c._version, c.data_ptr()) for n, c in hidden.items() if c is not None}
+        return stamps
 
     def uniform_gates(self, rows: Rows) -> Tensor:
         """The same gate for every expert, (B, T, E)."""

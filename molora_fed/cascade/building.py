@@ -15,12 +15,18 @@ from molora_fed.cascade.config import (
     PromptTemplate,
     SpecialistSource,
 )
-from molora_fed.cascade.contract import CascadeModel, EscalationPolicy
+from molora_fed.cascade.contract import (
+    CascadeModel,
+    EscalationPolicy,
+    open_extractor,
+    open_judge,
+)
 from molora_fed.cascade.escalation import Lineup
 from molora_fed.cascade.retrieval import Retrieval
 from molora_fed.cascade.running import Cascade, CascadeSettings
 from molora_fed.cascade.task_files import load_examples
 from molora_fed.errors import CascadeError
+from molora_fed.guard import guarded
 from molora_fed.plugins import Plugins
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.settings import open_options
@@ -148,7 +154,10 @@ def build_policy(name: str, options: Mapping[str, Any], plugins: Plugins) -> Esc
     """
     fix = "Correct [cascade.policy_options]."
     found = open_options(plugins.escalation_policies, name, options, error=CascadeError, fix=fix)
-    policy: EscalationPolicy = found[0](found[1])
+    entry = plugins.escalation_policies.entry(name)
+    with guarded(entry, "construction"):
+        policy: EscalationPolicy = found[0](found[1])
+    policy.entry = entry
     return policy
 
 
@@ -197,8 +206,8 @@ def build_cascade(
     section = config.cascade
     options = place_files(section.policy, section.policy_options, root, plugins)
     policy = build_policy(section.policy, options, plugins)
-    judge = plugins.judges.resolve(section.judge)
-    found = {name: plugins.extractors.resolve(name) for name in extractors}
+    judge = open_judge(section.judge, plugins)
+    found = {name: open_extractor(name, plugins) for name in extractors}
     retrieval = None
     if section.retrieval is not None:
         retrieval = Retrieval(

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 from pydantic import BaseModel, ConfigDict
 
 from molora_fed.errors import ConfigError
-from molora_fed.plugins import Plugins
+from molora_fed.guard import guarded, refuse
+from molora_fed.plugins import Entry, Plugins
 
 __all__ = [
     "MODES",
@@ -36,6 +37,8 @@ __all__ = [
     "Verdict",
     "compute_sigma",
     "draw_tasks",
+    "open_extractor",
+    "open_judge",
     "parse_levels",
 ]
 
@@ -179,11 +182,13 @@ class EscalationPolicy(abc.ABC):
 
     Attributes:
         Options: Pydantic model of its options.
+        entry: Who registered it; None of one that was made by hand.
         label: Name of a run under this policy in tables; empty takes the registered name.
         label_with_retrieval: The same where examples are retrieved.
     """
 
     Options: ClassVar[type[PolicyOptions]] = PolicyOptions
+    entry: Entry | None = None
     label: ClassVar[str] = ""
     label_with_retrieval: ClassVar[str] = ""
 
@@ -193,6 +198,20 @@ class EscalationPolicy(abc.ABC):
     @abc.abstractmethod
     def choose(self, evidence: ProbeEvidence) -> Mode:
         """The mode of a task."""
+
+    def choose_mode(self, evidence: ProbeEvidence) -> Mode:
+        """What `choose` gives, under the guard that names the plugin if it fails.
+
+        Raises:
+            PluginError: If it fails, or gives no mode.
+        """
+        if self.entry is None:
+            return self.choose(evidence)
+        with guarded(self.entry, "choosing"):
+            mode = self.choose(evidence)
+        if mode not in MODES:
+            raise refuse(self.entry, "choosing", expected=f"one of {', '.join(MODES)}", got=mode)
+        return mode
 
 
 @dataclass(frozen=True)
@@ -246,6 +265,59 @@ class Verdict:
 
 
 Judge = Callable[[JudgeRequest], Verdict]
+
+
+def open_extractor(name: str, plugins: Plugins) -> Extractor:
+    """A registered extractor under the guard.
+
+    Args:
+        name: Registered name.
+        plugins: Where it is registered.
+
+    Raises:
+        UnknownNameError: If nobody registers it.
+        PluginError: From the extractor: if it fails, or gives neither text nor None.
+    """
+    entry, place = plugins.extractors.entry(name), "extracting"
+    target = plugins.extractors.resolve(name)
+
+    def extract(task: CascadeTask, text: str) -> str | None:
+        with guarded(entry, place):
+            answer = target(task, text)
+        if answer is not None and not isinstance(answer, str):
+            raise refuse(entry, place, expected="text or None", got=type(answer).__name__)
+        return answer
+
+    return extract
+
+
+def open_judge(name: str, plugins: Plugins) -> Judge:
+    """A registered judge under the guard.
+
+    Args:
+        name: Registered name.
+        plugins: Where it is registered.
+
+    Raises:
+        UnknownNameError: If nobody registers it.
+        PluginError: From the judge: if it fails, or gives no verdict on one of the candidates.
+    """
+    entry, place = plugins.judges.entry(name), "judging"
+    target = plugins.judges.resolve(name)
+
+    def judge(request: JudgeRequest) -> Verdict:
+        with guarded(entry, place):
+            verdict = target(request)
+        count = len(request.candidates)
+        if not isinstance(verdict, Verdict) or not isinstance(verdict.reason, str):
+            raise refuse(entry, place, expected="a Verdict", got=type(verdict).__name__)
+        if type(verdict.chosen) is not int or not 0 <= verdict.chosen < count:
+            raise refuse(
+                entry, place, expected=f"a candidate from 0 to {count - 1}", got=verdict.chosen
+            )
+        return verdict
+
+    return judge
 
 
 def compute_sigma(answers: Sequence[str | None]) -> float:
@@ -349,7 +421,14 @@ def draw_tasks(
         )
     drawn: list[CascadeTask] = []
     for name in families:
+        entry, place = plugins.task_families.entry(name), "drawing tasks"
         family = plugins.task_families.resolve(name)
         for level in levels:
-            drawn.extend(family(level, count, seed, split))
+            with guarded(entry, place, passing=(ConfigError,)):
+                tasks = list(family(level, count, seed, split))
+            strange = [type(task).__name__ for task in tasks if not isinstance(task, CascadeTask)]
+            if strange or len(tasks) != count:
+                got = f"{len(tasks)}, of {', '.join(sorted(set(strange))) or 'CascadeTask'}"
+                raise refuse(entry, place, expected=f"{count} CascadeTasks", got=got)
+            drawn.extend(tasks)
     return drawn

@@ -197,7 +197,7 @@ def assess_probe(task: CascadeTask, samples: Sequence[Sample], rules: Rules) -> 
     answers = tuple(_extract(task, sample, rules) for sample in samples)
     sigma = compute_sigma(answers)
     texts = tuple(sample.text for sample in samples)
-    mode = rules.policy.choose(ProbeEvidence(hide_answer(task), answers, texts, sigma))
+    mode = rules.policy.choose_mode(ProbeEvidence(hide_answer(task), answers, texts, sigma))
     return Probing(answers, sigma, find_majority(answers), mode)
 
 

@@ -11,7 +11,15 @@ from typing import Any
 from molora_fed.cascade.asking import compute_seed, playback_models
 from molora_fed.cascade.building import build_policy
 from molora_fed.cascade.config import PromptTemplate
-from molora_fed.cascade.contract import CascadeModel, EscalationPolicy, Judge, Request, Sample
+from molora_fed.cascade.contract import (
+    CascadeModel,
+    EscalationPolicy,
+    Judge,
+    Request,
+    Sample,
+    open_extractor,
+    open_judge,
+)
 from molora_fed.cascade.escalation import Lineup, decide
 from molora_fed.cascade.records import (
     Asked,
@@ -99,7 +107,7 @@ class Replayer:
                 "Cannot replay: expected the run record of `molora cascade run`, got "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:200]}. Verify the trace."
             ) from error
-        self._judge: Judge = self._plugins.judges.resolve(self._judge_name)
+        self._judge: Judge = open_judge(self._judge_name, self._plugins)
         self._asked_again = self._match_models(models or {})
 
     def _build_policy(self, recorded: Mapping[str, Any]) -> EscalationPolicy:
@@ -157,7 +165,7 @@ class Replayer:
             self._ask_again(recorded)
 
     def _decide(self, recorded: RecordedDecision, body: Mapping[str, Any]) -> dict[str, Any]:
-        extract = self._plugins.extractors.resolve(recorded.task.extractor)
+        extract = open_extractor(recorded.task.extractor, self._plugins)
         decision = decide(
             recorded.task,
             self._lineup,
@@ -232,7 +240,7 @@ class Replayer:
 
     def _judge_again(self, recorded: RecordedDecision) -> None:
         """Let the judge ask the models themselves."""
-        extract = self._plugins.extractors.resolve(recorded.task.extractor)
+        extract = open_extractor(recorded.task.extractor, self._plugins)
         decision = decide(
             recorded.task,
             self._lineup,

@@ -5,7 +5,7 @@ everything that is wrong at once. Reading the files is not a check that can be l
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,14 +21,13 @@ from molora_fed.errors import (
     AdapterError,
     AdmissionError,
     CorpusError,
-    MoloraError,
-    PluginError,
     RoutingError,
     UnknownNameError,
     describe_mismatch,
 )
+from molora_fed.guard import guarded, one_line, refuse
 from molora_fed.models.forward import compute_block_losses
-from molora_fed.plugins import Plugins
+from molora_fed.plugins import Entry, Plugins
 from molora_fed.types import Finding, Progress, Split
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ __all__ = [
 ]
 
 FILES_CHECK = "readable-files"
+_FINDING_CHARACTERS = 2_000
 _Check = TypeVar("_Check", bound=Callable[..., Finding | None])
 
 
@@ -221,7 +221,7 @@ class AdmissionDecision:
 
 
 def admit(candidate: AdmissionCandidate) -> AdmissionDecision:
-    """Run the checks that the charter names, or all, and decide.
+    """Run the core's checks and those that the charter names beside, and decide.
 
     Args:
         candidate: What to judge.
@@ -236,8 +236,9 @@ def admit(candidate: AdmissionCandidate) -> AdmissionDecision:
     """
     contributor = candidate.contribution.manifest.contributor
     registry = candidate.plugins.admission_checks
-    names = candidate.charter.amendment.admission.checks or tuple(registry.names())
-    checks = {name: registry.resolve(name) for name in sorted(set(names))}
+    core = [entry.name for entry in registry if entry.is_own]
+    names = {*core, *candidate.charter.amendment.admission.checks}
+    checks = {name: registry.resolve(name) for name in sorted(names)}
     stages = {name: getattr(check, "stage", Stage.MODEL) for name, check in checks.items()}
     refusals = [
         Refusal(contributor, FILES_CHECK, **asdict(finding))
@@ -251,7 +252,7 @@ def admit(candidate: AdmissionCandidate) -> AdmissionDecision:
         ):
             continue
         run.append(name)
-        finding = _run_check(checks[name], candidate, name, registry.entry(name).origin)
+        finding = _run_check(checks[name], candidate, registry.entry(name))
         if finding is not None:
             refusals.append(Refusal(contributor, name, **asdict(finding)))
     if any(not refusal.quarantine for refusal in refusals):
@@ -265,30 +266,29 @@ def admit(candidate: AdmissionCandidate) -> AdmissionDecision:
 def _run_check(
     check: Callable[[AdmissionCandidate], Finding | None],
     candidate: AdmissionCandidate,
-    name: str,
-    origin: str,
+    entry: Entry,
 ) -> Finding | None:
+    place = "admission"
+    passing = (AdapterError, CorpusError, RoutingError)
     try:
-        finding = check(candidate)
-    except (AdapterError, CorpusError, RoutingError) as error:
+        with guarded(entry, place, passing=passing):
+            finding = check(candidate)
+    except passing as error:
         return Finding(
             expected="a contribution that can be measured on the base",
             found=str(error),
             fix="Train on the cooperative's base and export again.",
         )
-    except MoloraError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"Cannot run admission check '{name}' of {origin}: expected a finding or none, "
-            f"got {type(error).__name__}: {error}. Correct or uninstall the plugin."
-        ) from error
-    if finding is not None and not isinstance(finding, Finding):
-        raise PluginError(
-            f"Cannot use admission check '{name}' of {origin}: expected a Finding or None, "
-            f"got {type(finding).__name__}. Correct or uninstall the plugin."
-        )
-    return finding
+    if finding is None:
+        return None
+    if type(finding) is not Finding:
+        raise refuse(entry, place, expected="a Finding or None", got=type(finding).__name__)
+    texts = (finding.expected, finding.found, finding.fix)
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        wanted = "a Finding that says what is expected, what was found and what to do"
+        raise refuse(entry, place, expected=wanted, got=texts)
+    expected, found, fix = (one_line(text, _FINDING_CHARACTERS) for text in texts)
+    return replace(finding, expected=expected, found=found, fix=fix)
 
 
 def _find_unreadable(candidate: AdmissionCandidate) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from molora_fed.charter import Charter, check_name, load_charter
 from molora_fed.contributions.build import build_contribution, measure_start_loss
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.cooperative.cooperative import load_charter_base, open_cooperative
-from molora_fed.corpus.documents import read_documents
+from molora_fed.corpus.documents import open_domain, read_documents
 from molora_fed.corpus.prepare import Corpus, prepare_corpus
 from molora_fed.errors import AdapterError, BaseCheckpointError, ConfigError
 from molora_fed.models.base import Base
@@ -151,9 +151,7 @@ def prepare_domain(
         CorpusError: If there is too little text, or it cannot be read.
     """
     plugins = plugins or get_plugins()
-    documents: Iterable[Document] = (
-        read_documents(data) if data else plugins.domains.resolve(domain)()
-    )
+    documents: Iterable[Document] = read_documents(data) if data else open_domain(domain, plugins)()
     return prepare_corpus(
         domain,
         documents,

@@ -14,6 +14,7 @@ from molora_fed.cooperative.cooperative import (
     create_cooperative,
 )
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
+from molora_fed.corpus.documents import open_domain
 from molora_fed.corpus.overlap import copy_index
 from molora_fed.errors import CharterError
 from molora_fed.models.base import Base, fetch_base
@@ -126,4 +127,4 @@ def _choose_domains(amendment: Amendment, plugins: Plugins) -> Mapping[str, Call
     """Readers of the registered domains among those asked for; the built-in four if none is."""
     known = set(plugins.domains.names())
     chosen = [domain for domain in amendment.domains if domain in known] or DEFAULT_DOMAINS
-    return {domain: plugins.domains.resolve(domain) for domain in sorted(chosen)}
+    return {domain: open_domain(domain, plugins) for domain in sorted(chosen)}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from molora_fed.contributions.states import CooperativeState
+from molora_fed.forecasting.history import read_forecasts
 from molora_fed.storage.files import canonical_json
 
 if TYPE_CHECKING:
@@ -113,9 +114,8 @@ class ForecastKeeper:
         """Score what waits for the same outcome."""
         gains = {(r.router, r.forecast.reference): r.actual for r in scored}
         domains = set(scored[0].losses.domains)
-        for waiting in self._ledger.records("forecast"):
-            claim = waiting.data
-            key = (claim["router"], claim["forecast"]["reference"])
-            is_same = set(claim["losses"]["domains"]) == domains
+        for waiting, claim in read_forecasts(self._ledger):
+            key = (claim.router, claim.forecast.reference)
+            is_same = set(claim.losses.domains) == domains
             if waiting.outcome is None and is_same and key in gains:
                 self._ledger.score_record(waiting.number, {"actual": gains[key]}, actor=self._actor)

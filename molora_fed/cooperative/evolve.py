@@ -31,6 +31,7 @@ from molora_fed.population.pooled import PooledData
 from molora_fed.population.private import Member, PrivateData, evaluate_privately
 from molora_fed.population.questions import Ask
 from molora_fed.population.router_files import parse_router_options
+from molora_fed.population.router_probes import check_trained
 from molora_fed.population.setup import (
     Entrant,
     build_config,
@@ -262,6 +263,8 @@ def evolve_contributions(
     evolved = evolve(
         start, data, steps, config, folder, plugins=plugins, on_phase=on_phase, progress=progress
     )
+    if evolved.branch.router.entry is not None:
+        check_trained(evolved.branch.router.entry, evolved.branch.router)
     on_phase("held-out")
     domains, measured = texts.measure_held_out(start, evolved, progress)
     save_evolved(base, evolved.branch, rules.router, folder / EVOLVED_FOLDER)

@@ -1,7 +1,7 @@
 """Forecasts for a cooperative: from pilots before training, from stated losses before fusing."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -40,11 +40,13 @@ class CooperativeForecast:
         records: One a predictor that applies.
         basis: What they were made from, for people.
         headline: Which of them stand above the others.
+        missing: Why each other predictor said nothing, by its name.
     """
 
     records: tuple[ForecastRecord, ...]
     basis: str
     headline: Headline
+    missing: Mapping[str, str]
 
 
 def build_stated_losses(manifests: Sequence[Manifest]) -> LossMatrix:
@@ -98,18 +100,21 @@ def forecast_from_contributions(
         with cooperative.read_ledger() as ledger:
             manifests = [e.manifest for e in ledger.contributions(ContributionState.ADMITTED)]
     case = Case(build_stated_losses(manifests), cooperative.charter.identity_hash)
+    missing: dict[str, str] = {}
     records = make_forecasts(
         case,
         cooperative.charter.amendment.fusion.router,
         plugins,
         past=collect_outcomes(past),
         stage="contributions",
+        on_missing=missing.__setitem__,
     )
     _keep(cooperative, records)
     return CooperativeForecast(
         tuple(records),
         f"{len(manifests)} contributors' stated losses on their own domains",
         _choose_headline(cooperative, records, case, plugins),
+        missing,
     )
 
 
@@ -158,8 +163,15 @@ def forecast_from_pilots(
     group = charter.identity_hash
     growth = fit_growth([r for r in known if r.outcome.case.group != group])
     case = extrapolate(losses, share, growth, group=group)
+    missing: dict[str, str] = {}
     records = make_forecasts(
-        case, plan.router, plugins, past=build_past(case, known), stage="pilots", share=share
+        case,
+        plan.router,
+        plugins,
+        past=build_past(case, known),
+        stage="pilots",
+        share=share,
+        on_missing=missing.__setitem__,
     )
     _keep(cooperative, records)
     return CooperativeForecast(
@@ -167,6 +179,7 @@ def forecast_from_pilots(
         f"{len(pilots)} pilots of {100 * share:.0f} % of the steps, growth {growth:.2f} from "
         + (f"{len(known)} records" if known else "the published figures"),
         _choose_headline(cooperative, records, case, plugins),
+        missing,
     )
 
 

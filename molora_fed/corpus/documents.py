@@ -3,13 +3,16 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from molora_fed.errors import CorpusError
+from molora_fed.guard import guarded, one_line, refuse
+from molora_fed.plugins import Plugins
 from molora_fed.types import Document
 
-__all__ = ["SUFFIXES", "choose_evenly", "cut_long_documents", "read_documents"]
+__all__ = ["SUFFIXES", "choose_evenly", "cut_long_documents", "open_domain", "read_documents"]
 
 MAX_SHARE = 0.05
 PIECES = 250
@@ -247,3 +250,45 @@ def choose_evenly(items: Sequence[_Item], sizes: Iterable[int], cap: int) -> lis
             due -= 1
             kept.append(item)
     return kept
+
+
+def open_domain(name: str, plugins: Plugins) -> Callable[[], Iterator[Document]]:
+    """The reader of a registered domain; what it yields is checked as it comes.
+
+    Args:
+        name: Registered name.
+        plugins: Where it is registered.
+
+    Raises:
+        UnknownNameError: If nobody registers it.
+        PluginError: From the reader: if the domain's code fails, or yields what is no document.
+    """
+    entry, place = plugins.domains.entry(name), "reading"
+    target = plugins.domains.resolve(name)
+
+    def read() -> Iterator[Document]:
+        with guarded(entry, place):
+            documents = iter(target())
+        while True:
+            with guarded(entry, place):
+                found = list(islice(documents, 1))
+            if not found:
+                return
+            fault = _find_document_fault(found[0])
+            if fault is not None:
+                raise refuse(entry, place, expected="Documents of text", got=fault)
+            yield found[0]
+
+    return read
+
+
+def _find_document_fault(document: Any) -> str | None:
+    if not isinstance(document, Document):
+        return type(document).__name__
+    if not isinstance(document.name, str) or not isinstance(document.text, str):
+        return "a Document whose name or text is no text"
+    try:
+        f"{document.name}{document.text}".encode()
+    except UnicodeEncodeError as error:
+        return f"text that is not Unicode in '{one_line(ascii(document.name), 80)}': {error.reason}"
+    return None

@@ -1,7 +1,8 @@
 """The only evaluator: every loss that is reported or decided on is computed here."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molora_fed.errors import BankError
+from molora_fed.errors import BankError, RoutingError
 from molora_fed.evaluation.bootstrap import (
     LEVEL,
     ClusterIndex,
@@ -18,6 +19,7 @@ from molora_fed.evaluation.bootstrap import (
     resample_domain_means,
 )
 from molora_fed.forecasting.divergence import reduce_percent
+from molora_fed.routing.probes import find_distribution_fault
 from molora_fed.types import Progress
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ __all__ = [
 BASELINE_NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 """What a non-expert model may be called in reports, e.g. "weight_average"."""
 
+_ROUNDING_NATS = 2e-2  # what gates that sum to 1 within their dtype's rounding may gain
 _BEFORE = ("base", "uniform")
 _AFTER = ("domain_oracle", "token_oracle")
 _GROUPS = (("specialists", "specialist:"), ("fused", "fused:"))
@@ -69,17 +72,40 @@ def compute_router_losses(bank: "Bank", router: "OutputRouter | None") -> Router
         Losses under the bank's mixture, and mean gates of the positions that predict.
 
     Raises:
-        ShapeError: If the router was fitted for other experts.
+        RoutingError: If gates are no distribution over the bank's experts, or a loss lies below
+            that of the best expert at a token, which no mixture of probabilities can do.
     """
     nll = torch.empty(bank.num_blocks, bank.block_size - 1)
     gate_sums = np.zeros((len(bank.domains), bank.num_experts))
     for rows in bank.chunks():
-        gates = bank.uniform_gates(rows) if router is None else router.gates(bank.view(rows))
+        gates = bank.uniform_gates(rows)
+        if router is not None:
+            shape, gates = tuple(gates.shape), router.gates(bank.view(rows))
+            _check_router(router, find_distribution_fault(gates, shape))
         nll[rows] = bank.nll(gates, rows).cpu()
+        if bank.readout is None and router is not None:
+            _check_router(router, _find_impossible(bank, nll[rows], rows))
         per_block = gates[:, :-1].double().mean(dim=1).cpu().numpy()
         np.add.at(gate_sums, bank.domain_of[rows], per_block)
     blocks = np.bincount(bank.domain_of, minlength=len(bank.domains))
     return RouterLosses(nll, gate_sums / blocks[:, None])
+
+
+def _check_router(router: "OutputRouter", fault: str | None) -> None:
+    if fault is not None:
+        name = router.name or type(router).__name__
+        raise RoutingError(f"Cannot use router '{name}': {fault}. Correct its gates.")
+
+
+def _find_impossible(bank: "Bank", nll: Tensor, rows: slice) -> str | None:
+    """Describe losses below the token oracle, or return None."""
+    below = -bank.logprob[rows, 1:].amax(dim=-1) - nll
+    if not bool((below > _ROUNDING_NATS).any()):
+        return None
+    return (
+        "expected no loss below that of the best expert at a token, got one lower by "
+        f"{float(below.max()):.3f} nats"
+    )
 
 
 def compute_domain_losses(bank: "Bank", nll: Tensor) -> dict[str, float]:
@@ -289,6 +315,7 @@ def evaluate(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    watch: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> Evaluation:
     """Measure everything that is reported, from the columns of one held-out bank.
 
@@ -299,6 +326,7 @@ def evaluate(
             (from `bank.add_column`), one trained on all data, a wider model, ...
         seed: Of the bootstrap.
         progress: Receives methods done and in all.
+        watch: Gives the context that each router, by its name, is run in.
 
     Returns:
         Losses of the base, each specialist, uniform gates, the baselines, the domain oracle (for
@@ -327,7 +355,8 @@ def evaluate(
     excess: dict[str, Tensor] = {}
     bounds: dict[str, float] = {}
     for done, (name, router) in enumerate(routers.items(), start=1):
-        found = compute_router_losses(bank, router)
+        with watch(name):
+            found = compute_router_losses(bank, router)
         sums[f"fused:{name}"] = index.sum(found.nll.numpy())
         excess[name] = compute_excess(bank, found.nll)
         bound = router.bound_excess(bank.num_experts)

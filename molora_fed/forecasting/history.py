@@ -4,19 +4,27 @@ Records lie in the ledgers of cooperatives and in the `forecasts.json` that ever
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from molora_fed.charter import FusionRules
-from molora_fed.contributions.reading import LedgerReader
+from molora_fed.contributions.ledger import Ledger
+from molora_fed.contributions.reading import LedgerReader, LedgerRecord
 from molora_fed.errors import ConfigError
 from molora_fed.forecasting.divergence import compute_reference_losses
 from molora_fed.forecasting.headline import choose_headline
 from molora_fed.forecasting.matrices import MatrixRun
 from molora_fed.forecasting.pilots import PilotRecord
-from molora_fed.forecasting.records import CALIBRATION, ForecastRecord, ask_predictors, parse_record
+from molora_fed.forecasting.records import (
+    CALIBRATION,
+    NOT_GIVEN,
+    ForecastRecord,
+    ask_predictors,
+    parse_record,
+)
 from molora_fed.forecasting.scoring import Score, ScoredForecast, score_all
 from molora_fed.plugins import Plugins
 from molora_fed.types import Case, Forecast, LossMatrix, Outcome, Reference
@@ -29,13 +37,18 @@ __all__ = [
     "describe_forecast",
     "find_records",
     "forecast_runs",
+    "read_forecasts",
     "restate_against_best_specialist",
+    "retract_malformed",
 ]
+
+_LOG = logging.getLogger(__name__)
 
 
 LEDGER_FILE = "ledger.db"
 RECORDS_FILE = "forecasts.json"
 MAX_BYTES = 64 * 2**20
+FORECAST, RETRACTION = "forecast", "retraction"
 _DEPTH = 4
 
 
@@ -74,7 +87,7 @@ def find_records(paths: Iterable[Path]) -> list[ForecastRecord]:
         Records with their outcome where there is one; one found twice is read once.
 
     Raises:
-        ConfigError: If a path does not exist or holds none, or a record is malformed.
+        ConfigError: If a path does not exist or holds none.
         LedgerError: If a ledger cannot be read.
     """
     found: dict[str, ForecastRecord] = {}
@@ -102,10 +115,9 @@ def _find_sources(path: Path) -> list[Path]:
 def _read(source: Path) -> list[ForecastRecord]:
     if source.name == LEDGER_FILE:
         with LedgerReader(source) as ledger:
-            records, identity = ledger.records("forecast"), ledger.identity_hash
+            records, identity = read_forecasts(ledger), ledger.identity_hash
         read = []
-        for record in records:
-            parsed = parse_record(record.data)
+        for record, parsed in records:
             group = parsed.group or identity
             outcome = record.outcome
             actual = None if outcome is None else outcome.get("actual")
@@ -123,8 +135,61 @@ def _read(source: Path) -> list[ForecastRecord]:
             "Fuse again, or leave the folder out."
         ) from error
     # An earlier version kept no group: the folder stands for its cooperative.
-    parsed_all = [parse_record(value) for value in values]
-    return [replace(r, group=r.group or str(source.parent.resolve())) for r in parsed_all]
+    group = str(source.parent.resolve())
+    parsed_all = []
+    for number, value in enumerate(values, start=1):
+        try:
+            parsed = parse_record(value)
+            parsed_all.append(replace(parsed, group=parsed.group or group))
+        except ConfigError as error:
+            _LOG.warning("Left out record %d of '%s': %s Fuse again.", number, source, error)
+    return parsed_all
+
+
+def read_forecasts(ledger: LedgerReader) -> list[tuple[LedgerRecord, ForecastRecord]]:
+    """Forecasts of a ledger in the order in which they were made, those that can be read.
+
+    One that cannot be read, of an earlier version, is left out with a warning that names its
+    number; once it is retracted, without one. A retraction takes back no readable forecast.
+    """
+    read, malformed = _read_forecasts(ledger)
+    for number, reason in malformed.items():
+        _LOG.warning(
+            "Left out forecast record %d of ledger '%s': %s Retract it with `molora coop repair`.",
+            number, ledger.path, reason,
+        )  # fmt: skip
+    return read
+
+
+def retract_malformed(ledger: Ledger, *, actor: str) -> dict[int, str]:
+    """Add a retraction for each forecast that cannot be read; nothing is changed or deleted.
+
+    Args:
+        ledger: Open for writing.
+        actor: Who does this, for the history.
+
+    Returns:
+        Why each could not be read, by the number of its record; empty if there was none.
+    """
+    malformed = _read_forecasts(ledger)[1]
+    for number, reason in malformed.items():
+        ledger.add_record(RETRACTION, {"record": number, "reason": reason}, actor=actor)
+    return malformed
+
+
+def _read_forecasts(
+    ledger: LedgerReader,
+) -> tuple[list[tuple[LedgerRecord, ForecastRecord]], dict[int, str]]:
+    """What can be read, and why the others cannot, by number, unless they are retracted."""
+    retracted = {record.data.get("record") for record in ledger.records(RETRACTION)}
+    read, malformed = [], {}
+    for record in ledger.records(FORECAST):
+        try:
+            read.append((record, parse_record(record.data)))
+        except ConfigError as error:
+            if record.number not in retracted:
+                malformed[record.number] = str(error)
+    return read, malformed
 
 
 def build_history(records: Sequence[ForecastRecord]) -> History:
@@ -226,11 +291,15 @@ def restate_against_best_specialist(forecast: Forecast, losses: LossMatrix) -> F
     return replace(forecast, reference="best_specialist", note=note, **ends)
 
 
-def describe_forecast(forecast: Forecast | None) -> dict[str, Any]:
-    """JSON values of a forecast; nulls where a predictor does not apply."""
+def describe_forecast(forecast: Forecast | None, why: str = NOT_GIVEN) -> dict[str, Any]:
+    """JSON values of a forecast; nulls where there is none.
+
+    Args:
+        forecast: What a predictor said.
+        why: Why it said nothing, see `molora_fed.forecasting.records.ask_predictors`.
+    """
     if forecast is None:
-        note = "The losses it needs are not given."
-        return {**_NO_FORECAST, "reference": None, "floor": None, "verdict": None, "note": note}
+        return {**_NO_FORECAST, "reference": None, "floor": None, "verdict": None, "note": why}
     return {
         "point": forecast.point,
         "low": forecast.low,
@@ -264,13 +333,12 @@ def forecast_runs(
     """
     found = []
     for run in runs:
-        said = ask_predictors(run.case, past, plugins)
+        missing: dict[str, str] = {}
+        said = ask_predictors(run.case, past, plugins, on_missing=missing.__setitem__)
         forecasts = {
-            name: describe_forecast(
-                None
-                if forecast is None
-                else restate_against_best_specialist(forecast, run.case.losses)
-            )
+            name: describe_forecast(None, missing[name])
+            if forecast is None
+            else describe_forecast(restate_against_best_specialist(forecast, run.case.losses))
             for name, forecast in said.items()
         }
         chosen = choose_headline(headline, said, run.case, plugins)

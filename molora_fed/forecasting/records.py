@@ -3,15 +3,17 @@
 A record keeps the losses it was made from, so that anyone can make it again.
 """
 
+import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, get_args
+from typing import Any
 
-from molora_fed.errors import ConfigError
+from molora_fed.errors import ConfigError, PluginError
 from molora_fed.forecasting.matrices import leave_out_group
-from molora_fed.plugins import Plugins
+from molora_fed.guard import guarded, refuse
+from molora_fed.plugins import Entry, Plugins
 from molora_fed.types import Case, Forecast, LossMatrix, Outcome, Reference
 
 __all__ = [
@@ -23,6 +25,11 @@ __all__ = [
 ]
 
 CALIBRATION = "calibration"
+NOT_GIVEN = "The losses it needs are not given."
+"""Why a predictor that does not apply says nothing."""
+
+FAILED = "failed: "
+"""Beginning of the reason why a predictor that broke its contract says nothing."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +131,14 @@ def parse_record(value: Mapping[str, Any]) -> ForecastRecord:
         pilots = fields.pop("pilots", None)
         fields["pilots"] = None if pilots is None else _parse_matrix(pilots)
         forecast = Forecast(**fields.pop("forecast"))
-        if forecast.reference not in get_args(Reference):
-            raise ValueError(f"reference {forecast.reference!r}")
-        return ForecastRecord(forecast=forecast, losses=matrix, **fields)
-    except (KeyError, TypeError, ValueError) as error:
+        record = ForecastRecord(forecast=forecast, losses=matrix, **fields)
+        texts = (record.predictor, record.origin, record.router, record.created, record.stage)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a name that is no text")
+        return record
+    except ConfigError as error:
+        raise ConfigError(f"Cannot read a forecast record: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"Cannot read a forecast record: expected the fields of a ForecastRecord, got {error}. "
             "Make the forecast again."
@@ -140,26 +151,47 @@ def _parse_matrix(value: Mapping[str, Any]) -> LossMatrix:
 
 
 def ask_predictors(
-    case: Case, past: Sequence[Outcome], plugins: Plugins
+    case: Case,
+    past: Sequence[Outcome],
+    plugins: Plugins,
+    *,
+    on_missing: Callable[[str, str], None] = lambda name, why: None,
 ) -> dict[str, Forecast | None]:
     """What every registered gain predictor says of a case, by its name.
+
+    Each gets copies of its own; one that fails takes nothing away from the others.
 
     Args:
         case: What to forecast.
         past: Outcomes known before; those of the case's own group are left out here.
         plugins: Where the predictors are registered.
+        on_missing: Told the name of each predictor that says nothing, and why: `NOT_GIVEN`, or
+            `FAILED` and the failure in one line.
 
     Returns:
-        Forecasts sorted by name; None from predictors that do not apply.
-
-    Raises:
-        PluginError: If a predictor breaks its contract.
+        Forecasts sorted by name; None from predictors that do not apply or failed.
     """
     others = leave_out_group(case, past)
-    return {
-        entry.name: plugins.gain_predictors.resolve(entry.name)(case, others)
-        for entry in plugins.gain_predictors
-    }
+    found: dict[str, Forecast | None] = {}
+    for entry in plugins.gain_predictors:
+        try:
+            found[entry.name] = _ask(entry, plugins, case, others)
+            if found[entry.name] is None:
+                on_missing(entry.name, NOT_GIVEN)
+        except PluginError as error:
+            found[entry.name] = None
+            on_missing(entry.name, f"{FAILED}{error}")
+    return found
+
+
+def _ask(entry: Entry, plugins: Plugins, case: Case, past: Sequence[Outcome]) -> Forecast | None:
+    place = "forecasting"
+    with guarded(entry, place):
+        predict = plugins.gain_predictors.resolve(entry.name)
+        said = predict(*copy.deepcopy((case, past)))
+    if said is not None and type(said) is not Forecast:
+        raise refuse(entry, place, expected="a Forecast or None", got=type(said).__name__)
+    return said
 
 
 def make_forecasts(
@@ -171,6 +203,7 @@ def make_forecasts(
     stage: str = CALIBRATION,
     share: float | None = None,
     now: datetime | None = None,
+    on_missing: Callable[[str, str], None] = lambda name, why: None,
 ) -> list[ForecastRecord]:
     """Ask every registered gain predictor, before the outcome is known.
 
@@ -182,12 +215,10 @@ def make_forecasts(
         stage: What is known, see `ForecastRecord`.
         share: Share of the planned steps that the case's pilots had.
         now: Time of the forecast; the present if None.
+        on_missing: Told of each predictor without a forecast, see `ask_predictors`.
 
     Returns:
         One record for each predictor that applies, sorted by its name.
-
-    Raises:
-        PluginError: If a predictor breaks its contract.
     """
     created = (now or datetime.now(UTC)).isoformat(timespec="seconds")
     return [
@@ -203,7 +234,7 @@ def make_forecasts(
             stage=stage,
             share=share,
         )
-        for name, forecast in ask_predictors(case, past, plugins).items()
+        for name, forecast in ask_predictors(case, past, plugins, on_missing=on_missing).items()
         if forecast is not None
     ]
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,16 @@ from molora_fed.bank import (
 from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Contributed
 from molora_fed.errors import RoutingError
-from molora_fed.evaluation.evaluate import Evaluation, compute_domain_losses, evaluate
+from molora_fed.evaluation.evaluate import Evaluation, compute_domain_losses
 from molora_fed.forecasting.headline import choose_headline
 from molora_fed.forecasting.records import ForecastRecord, make_forecasts, score_forecasts
+from molora_fed.fusion.boundary import (
+    NotMeasured,
+    evaluate_routers,
+    find_changes,
+    fit_watched,
+    measure_merges,
+)
 from molora_fed.fusion.collapse import GuardedRouter, choose_published, fit_guarded
 from molora_fed.fusion.held_out import choose_held_out
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, plan_fusion
@@ -169,38 +177,55 @@ def fuse(
     controls = controls or {}
     plan = plan_fusion(base, charter, contributions, plugins)
     clock = _Clock(on_phase)
+    missing = NotMeasured()
+    for name, why in plan.failed.items():
+        missing.add("router", name, why)
+    build = {"progress": progress, **plan.bank}
+    open_calibration = partial(
+        build_calibration_bank, folder / "bank", base, plan.experts, plan.measured, **build
+    )
     with clock.phase("calibration-bank"):
-        bank = build_calibration_bank(
-            folder / "bank", base, plan.experts, plan.measured, progress=progress, **plan.bank
-        )
+        bank = open_calibration()
     with clock.phase("forecasts"):
         matrix = measure_loss_matrix(bank, plan.own_domain)
         case = Case(matrix, group=charter.identity_hash)
-        forecasts = make_forecasts(case, plan.router, plugins)
+        forecasts = make_forecasts(
+            case, plan.router, plugins, on_missing=partial(missing.add, "gain predictor")
+        )
         said = {record.predictor: record.forecast for record in forecasts}
         headline = choose_headline(charter.amendment.fusion.headline, said, case, plugins)
         _record(forecasts, folder, on_forecasts)
     with clock.phase("routers"):
-        guarded, left_out = _fit_routers(plan, bank, charter, seed, progress)
+        guarded, left_out = _fit_routers(plan, open_calibration, charter, seed, missing, progress)
         published = choose_published(guarded, plan.router, charter.amendment.fusion.fallback)
     with clock.phase("held-out-bank"):
         choice = choose_held_out(plan.contributions, base)
-        held_out = build_held_out_bank(
+        open_held_out = partial(
+            build_held_out_bank,
             folder / "bank",
             base,
             plan.experts,
             plan.held_out,
             kept=[choice.overlaps[c.contributor].kept for c in plan.contributions],
-            progress=progress,
-            **plan.bank,
+            **build,
         )
-        adapters = plan.load_adapters()
-        baselines = dict(_measure_merges(plan, held_out, adapters, charter, seed))
+        held_out = open_held_out()
+        merges = charter.amendment.fusion.merges
+        baselines = measure_merges(plan, held_out, merges, missing, seed=seed)
         for name, control in controls.items():
             baselines[name] = control.measure(name, held_out, plan.bank["batch"])
     with clock.phase("evaluation"):
         routers = {name: found.router for name, found in guarded.items()}
-        evaluation = evaluate(held_out, routers, baselines, seed=seed, progress=progress)
+        evaluation = evaluate_routers(
+            open_held_out,
+            plan,
+            routers,
+            frozenset({published, plan.router}),
+            baselines,
+            missing,
+            seed=seed,
+            progress=progress,
+        )
         measured = {
             **evaluation.to_json(),
             "control_difference_nats": {
@@ -210,7 +235,7 @@ def fuse(
         forecasts = score_forecasts(forecasts, _name_gains(measured["gain_percent"]))
         _record(forecasts, folder, on_forecasts)
     with clock.phase("saving"):
-        fused = _build_fused(base, plan, adapters, published, routers[published])
+        fused = _build_fused(base, plan, plan.load_adapters(), published, routers[published])
         fused_folder = folder / "fused"
         save_fused(fused, fused_folder, adapters=plan.adapter_folders)
     outcome = FusionOutcome(
@@ -224,24 +249,11 @@ def fuse(
         seconds=clock.seconds,
         folder=folder,
         controls={name: control.compute for name, control in controls.items()},
+        not_measured=missing.reasons,
     )
     result = build_result(outcome, charter, seed)
     write_json(folder / RESULT_FILE, result)
     return FusionResult(result, fused, fused_folder, tuple(forecasts), evaluation)
-
-
-def _measure_merges(
-    plan: FusionPlan,
-    bank: HeldOutBank,
-    adapters: Sequence[Adapter | None],
-    charter: Charter,
-    seed: int,
-) -> Iterator[tuple[str, Tensor]]:
-    """Losses (N, T-1) of the charter's merges by name in reports."""
-    specialists = [adapter for adapter in adapters if adapter is not None]
-    for name in charter.amendment.fusion.merges:
-        merged = plan.plugins.merges.resolve(name)(specialists, name=name, seed=seed)
-        yield "weight_average" if name == "average" else name, bank.add_column(name, merged)
 
 
 def _record(
@@ -257,17 +269,24 @@ def _record(
 
 def _fit_routers(
     plan: FusionPlan,
-    bank: CalibrationBank,
+    open_bank: Callable[[], CalibrationBank],
     charter: Charter,
     seed: int,
+    missing: NotMeasured,
     progress: Progress | None,
 ) -> tuple[dict[str, GuardedRouter[Any]], dict[str, dict[str, Any]]]:
     """Fit every router; those that learn are left out where no calibration blocks are pooled."""
     rules = charter.amendment.fusion
     guarded: dict[str, GuardedRouter[Any]] = {}
     left_out: dict[str, dict[str, Any]] = {}
+    bank = open_bank()
+    before = bank.stamp()
     for name, (router_class, options) in plan.routers.items():
-        found = fit_guarded(
+        if find_changes(before, bank):  # by a router that failed for it
+            bank = open_bank()
+            before = bank.stamp()
+        fit = partial(
+            fit_guarded,
             router_class,
             bank,
             options,
@@ -276,6 +295,11 @@ def _fit_routers(
             restarts=rules.restarts,
             progress=progress,
         )
+        found: GuardedRouter[Any] | None = None
+        with missing.skipping("router", name, unless=name == plan.router):
+            found = fit_watched(plan.plugins.routers.entry(name), bank, fit)
+        if found is None:
+            continue
         if plan.is_pooled or not found.router.state_tensors():
             guarded[name] = found
         elif name == plan.router:
@@ -334,4 +358,5 @@ def _build_fused(
         name,
         plan.bank["mixture"],
         plan.rules.frozen_depth,
+        plan.plugins.routers.entry(name),
     )

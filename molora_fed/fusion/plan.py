@@ -1,11 +1,11 @@
 """What a fusion will do, checked before anything is computed."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
@@ -13,9 +13,11 @@ from molora_fed.bank import Expert
 from molora_fed.charter import AdapterRules, Charter
 from molora_fed.contributions.contributed import Contributed
 from molora_fed.corpus.blocks import Blocks
-from molora_fed.errors import CharterError, ConfigError
+from molora_fed.errors import CharterError, ConfigError, PluginError
+from molora_fed.forecasting.records import FAILED
+from molora_fed.guard import guarded, refuse
 from molora_fed.models.base import Base, check_base
-from molora_fed.plugins import Plugins
+from molora_fed.plugins import Entry, Plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.top_k import limit_experts
 from molora_fed.storage.settings import open_options
@@ -38,6 +40,7 @@ class FusionPlan:
         experts: The base first if the charter says so, then the contributions.
         router: Name of the router that is published, unless it collapses.
         routers: Class and options by name; the published one first.
+        failed: Why compared routers cannot be used, by name.
         bank: Further arguments of both banks: readings, mixture, batch, frozen depth.
         is_pooled: Whether contributors sent calibration blocks.
         rules: The charter's limits on adapters.
@@ -48,6 +51,7 @@ class FusionPlan:
     experts: tuple[Expert, ...]
     router: str
     routers: Mapping[str, tuple[type[OutputRouter], RouterOptions]]
+    failed: Mapping[str, str]
     bank: Mapping[str, Any]
     is_pooled: bool
     rules: AdapterRules
@@ -96,7 +100,8 @@ def plan_fusion(
     ordered = tuple(sorted(contributions, key=lambda c: c.id))
     rules, fusion = charter.identity.adapters, charter.amendment.fusion
     is_pooled = _check_contributions(ordered)
-    routers = build_routers(charter, plugins)
+    failed: dict[str, str] = {}
+    routers = build_routers(charter, plugins, on_failed=failed.__setitem__)
     for name in fusion.merges:
         plugins.merges.entry(name)
     readings: frozenset[Reading] = frozenset().union(
@@ -115,6 +120,7 @@ def plan_fusion(
         experts=(*base_experts, *specialists),
         router=fusion.router,
         routers=routers,
+        failed=failed,
         bank={
             "readings": readings,
             "mixture": fusion.mixture,
@@ -166,26 +172,57 @@ def _check_contributions(contributions: Sequence[Contributed]) -> bool:
 
 
 def build_routers(
-    charter: Charter, plugins: Plugins
+    charter: Charter,
+    plugins: Plugins,
+    *,
+    on_failed: Callable[[str, str], None] | None = None,
 ) -> dict[str, tuple[type[OutputRouter], RouterOptions]]:
     """Class and options of every router that a charter names; the published one first.
 
+    Args:
+        charter: The charter.
+        plugins: Where routers are registered.
+        on_failed: Told the name of each compared router whose plugin fails, and why; that router is
+            left out then. None takes every failure as an error.
+
     Raises:
         CharterError: If its options are wrong; all of them are named.
+        PluginError: If the plugin of the published router fails.
         UnknownNameError: If nobody registers a router.
     """
     fusion = charter.amendment.fusion
     routers: dict[str, tuple[type[OutputRouter], RouterOptions]] = {}
     last_resort = [fusion.fallback] if fusion.fallback else []
     for name in dict.fromkeys((fusion.router, *fusion.compare, *last_resort)):
-        router, chosen = open_options(
-            plugins.routers,
-            name,
-            fusion.options if name == fusion.router else {},
-            error=CharterError,
-            fix="Correct [amendment.fusion.options].",
-        )
+        try:
+            router, chosen = open_options(
+                plugins.routers,
+                name,
+                fusion.options if name == fusion.router else {},
+                error=CharterError,
+                fix="Correct [amendment.fusion.options].",
+            )
+            _check_readings(plugins.routers.entry(name), router, chosen)
+        except PluginError as error:
+            if on_failed is None or name == fusion.router:
+                raise
+            on_failed(name, f"{FAILED}{error}")
+            continue
         if name == fusion.router and fusion.top_k is not None:
             router = limit_experts(router, fusion.top_k)
         routers[name] = (router, chosen)
     return routers
+
+
+def _check_readings(entry: Entry, router: type[OutputRouter], options: RouterOptions) -> None:
+    """Refuse a router that reads what no bank has."""
+    with guarded(entry, "reads"):
+        reads = frozenset(router.reads(options))
+    known = frozenset(get_args(Reading))
+    if not reads <= known:
+        raise refuse(
+            entry,
+            "reads",
+            expected=f"columns among {', '.join(sorted(known))}",
+            got=", ".join(sorted(map(str, reads - known))),
+        )

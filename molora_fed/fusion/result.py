@@ -45,6 +45,7 @@ class FusionOutcome:
         seconds: Wall time by phase.
         folder: Where bank and fused model lie.
         controls: Cost of each control by name.
+        not_measured: Why there are no figures of a router, merge or predictor, by kind and name.
     """
 
     plan: FusionPlan
@@ -57,6 +58,7 @@ class FusionOutcome:
     seconds: Mapping[str, float]
     folder: Path
     controls: Mapping[str, Mapping[str, Any]]
+    not_measured: Mapping[str, Mapping[str, str]]
 
 
 def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[str, Any]:
@@ -85,6 +87,8 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
         "experts": [_describe_expert(expert) for expert in fused.experts],
         "own_domain": plan.own_domain,
         "guard": dict(outcome.guard),
+        "plugins": _list_plugins(outcome, charter),
+        "not_measured": {kind: dict(why) for kind, why in outcome.not_measured.items()},
         "forecasts": {record.predictor: record.summary() for record in outcome.forecasts},
         "headline": outcome.headline.to_json(),
         "contamination": _collect_contamination(plan),
@@ -116,6 +120,23 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
             **{name: version(name) for name in _LIBRARIES},
             "python": platform.python_version(),
         },
+    }
+
+
+def _list_plugins(outcome: FusionOutcome, charter: Charter) -> dict[str, list[dict[str, str]]]:
+    """What was used of which plugin in which version, by kind."""
+    plugins = outcome.plan.plugins
+    kinds = {e.adapter.kind for e in outcome.fused.experts if e.adapter is not None}
+    used = (
+        (plugins.routers, outcome.plan.routers),
+        (plugins.merges, charter.amendment.fusion.merges),
+        (plugins.gain_predictors, {record.predictor for record in outcome.forecasts}),
+        (plugins.adapter_kinds, kinds & set(plugins.adapter_kinds.names())),
+    )
+    return {
+        registry.kind: [registry.entry(name).describe() for name in sorted(names)]
+        for registry, names in used
+        if names
     }
 
 

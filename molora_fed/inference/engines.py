@@ -288,7 +288,7 @@ class _EvolvedReader(Reader):
             self._columns.setdefault(name, []).append(piece)
         # Gates may rest on all of the past, a running mean of it, say.
         view = GateView(**{name: torch.cat(parts, 1) for name, parts in self._columns.items()})
-        gates = self._router(view)[:, -tokens.shape[1] :]
+        gates = self._router.compute_gates(view)[:, -tokens.shape[1] :]
         with self._mixture.mixed(gates):
             logits = self._run("mixture", tokens)
         if last:

@@ -53,7 +53,8 @@ def compute_loss(
         router: Gates of the slots.
         batch: Tokens (B, T) and the states the router reads.
     """
-    gates = router(batch.view)[:, :-1]
+    compute = router.compute_gates if isinstance(router, AdapterRouter) else router
+    gates = compute(batch.view)[:, :-1]
     with mixture.mixed(gates):
         logits = model(input_ids=batch.tokens[:, :-1], use_cache=False).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.tokens[:, 1:].flatten())

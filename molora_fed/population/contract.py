@@ -8,6 +8,7 @@ a generation then measures fitness, and lifecycle operators replace slots.
 
 import abc
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.bank.views import GateReading, GateView
+from molora_fed.guard import guarded
+from molora_fed.plugins import Entry
 
 __all__ = [
     "AdapterRouter",
@@ -109,9 +112,11 @@ class AdapterRouter(nn.Module, abc.ABC):
         Options: Pydantic model of its options.
         num_slots: P.
         width: D of the states it reads.
+        entry: Who registered it; None of one that was made by hand.
     """
 
     Options: ClassVar[type[AdapterRouterOptions]] = AdapterRouterOptions
+    entry: Entry | None = None
 
     def __init__(self, num_slots: int, width: int, options: AdapterRouterOptions) -> None:
         super().__init__()
@@ -132,6 +137,12 @@ class AdapterRouter(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward(self, view: GateView) -> Tensor:
         """Gates, (B, T, P), each in [0, 1]; they need not sum to 1."""
+
+    def compute_gates(self, view: GateView) -> Tensor:
+        """What `forward` gives, computed under the guard that names the plugin if it fails."""
+        with nullcontext() if self.entry is None else guarded(self.entry, "gates"):
+            gates: Tensor = self(view)
+        return gates
 
     @abc.abstractmethod
     def set_progress(self, share: float) -> None:

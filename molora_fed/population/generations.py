@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import PopulationError, describe_mismatch
+from molora_fed.guard import guarded
 from molora_fed.plugins import Plugins
 from molora_fed.population.contract import LifecycleState
 from molora_fed.population.evolution import (
@@ -132,7 +133,8 @@ class _Run:
         state = self._run_lifecycle(number, before)
         newborns = tuple(sorted(state.parents))
         seed = derive_seed(self.config.seed, number, 1)
-        router = reset_newborns(before.router, state, seed) if newborns else before.router
+        with guarded(self.plugins.adapter_routers.entry(self.config.router_name), "reset_slot"):
+            router = reset_newborns(before.router, state, seed) if newborns else before.router
         lifecycle = self._adapt(Branch(state.population, router), number, _LIFECYCLE)
         comparison, kept = None, lifecycle
         if newborns and self.config.guard != "off":

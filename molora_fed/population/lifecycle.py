@@ -6,13 +6,16 @@ ids, and every slot can be used.
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
 from molora_fed.errors import PopulationError
-from molora_fed.plugins import Plugins
+from molora_fed.guard import guarded, refuse
+from molora_fed.plugins import Entry, Plugins
 from molora_fed.population.contract import (
     AdapterRouter,
     Fitness,
@@ -35,10 +38,12 @@ class Step:
     Attributes:
         name: Its registered name.
         operator: The operator with its options.
+        entry: Who registered it; None of one that was made by hand.
     """
 
     name: str
     operator: LifecycleOperator
+    entry: Entry | None = None
 
 
 def compute_fitness(scope: str, table: LossTable, plugins: Plugins) -> Fitness:
@@ -53,8 +58,14 @@ def compute_fitness(scope: str, table: LossTable, plugins: Plugins) -> Fitness:
         UnknownNameError: If no plugin registers it.
         PopulationError: If the losses cannot be used, or the scope returns other shapes than it
             should, or numbers that are not finite.
+        PluginError: If the scope fails, or returns no fitness of its name.
     """
-    fitness: Fitness = plugins.fitness_scopes.resolve(scope)(table)
+    entry = plugins.fitness_scopes.entry(scope)
+    with guarded(entry, "fitness"):
+        fitness = plugins.fitness_scopes.resolve(scope)(copy.deepcopy(table))
+    if not isinstance(fitness, Fitness) or fitness.scope != scope:
+        got = fitness.scope if isinstance(fitness, Fitness) else type(fitness).__name__
+        raise refuse(entry, "fitness", expected=f"a Fitness of scope '{scope}'", got=repr(got))
     slots, domains = len(table.without), len(table.domains)
     wanted = {
         "values": (slots,),
@@ -97,7 +108,9 @@ def open_operators(
             error=PopulationError,
             fix="Correct the operator's options.",
         )
-        steps.append(Step(name, operator(settings)))
+        entry = plugins.lifecycle_operators.entry(name)
+        with guarded(entry, "construction"):
+            steps.append(Step(name, operator(settings), entry))
     return tuple(steps)
 
 
@@ -132,12 +145,52 @@ def run_lifecycle(
             f"{len(domains)} domains, got {fitness.by_domain.shape}. Measure this population."
         )
     state = LifecycleState(population, fitness, tuple(domains), generation)
+    tensors = _sum_up(population)
     for place, step in enumerate(steps):
         derived = derive_seed(seed, place)
-        following = step.operator.apply(state, derived)
+        with nullcontext() if step.entry is None else guarded(step.entry, "the lifecycle"):
+            following = step.operator.apply(state, derived)
+        if not isinstance(following, LifecycleState):
+            raise PopulationError(
+                f"Cannot use lifecycle operator '{step.name}': expected a LifecycleState, got "
+                f"{type(following).__name__}. Correct the operator."
+            )
         _check_step(step.name, state, following, population)
+        _check_survivors(step.name, tensors, population, following.population)
         state = following
     return _restore_unfilled(state, population)
+
+
+def _sum_up(population: Population) -> dict[str, int]:
+    """A checksum of each slot's tensors, by the id of its adapter."""
+    sums = {}
+    for slot in population.slots:
+        total = 0
+        for name, update in sorted(slot.updates.items()):
+            total = crc32(f"{name} {update.scale}".encode(), total)
+            for key, tensor in update.tensors().items():
+                total = crc32(key.encode(), total)
+                total = crc32(tensor.detach().cpu().contiguous().numpy(), total)
+        sums[slot.birth.id] = total
+    return sums
+
+
+def _check_survivors(
+    name: str, tensors: Mapping[str, int], old: Population, new: Population
+) -> None:
+    """Refuse an operator that changes an adapter without declaring it newborn.
+
+    A newborn of this generation may be changed by the operators after its own. Twin and lifecycle
+    share the others' tensors: a change in place would pass by the guard.
+    """
+    now = [_sum_up(old), _sum_up(new)]
+    changed = sorted({i for sums in now for i in sums if i in tensors and sums[i] != tensors[i]})
+    if changed:
+        raise PopulationError(
+            f"Cannot use lifecycle operator '{name}': expected adapters that stay as they are or "
+            f"are replaced by newborns, got changed tensors of {', '.join(changed)}. Correct the "
+            "operator: change copies and give them a Birth."
+        )
 
 
 def _restore_unfilled(state: LifecycleState, start: Population) -> LifecycleState:

@@ -68,7 +68,9 @@ def measure_population(
         rows = []
         for part in state.batches(batch, device):
             with torch.no_grad():
-                gates = gating(part.view) if isinstance(gating, AdapterRouter) else gating
+                gates = (
+                    gating.compute_gates(part.view) if isinstance(gating, AdapterRouter) else gating
+                )
             with mixture.mixed(gates):
                 (result,) = run_blocks(base.model, part.tokens, batch=len(part.tokens))
             rows.append(-result.logprob[:, 1:].cpu())
@@ -129,7 +131,8 @@ def compute_mean_gates(
     means = np.zeros((len(states), router.num_slots))
     for index, state in enumerate(states):
         for part in state.batches(batch, device):
-            means[index] += router(part.view)[:, :-1].double().sum(dim=(0, 1)).cpu().numpy()
+            gates = router.compute_gates(part.view)[:, :-1]
+            means[index] += gates.double().sum(dim=(0, 1)).cpu().numpy()
         means[index] /= len(state) * (state.blocks.block_size - 1)
     return means
 

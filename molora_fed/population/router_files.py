@@ -11,9 +11,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from molora_fed.errors import MoloraError, PopulationError
+from molora_fed.guard import guarded, refuse
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.population.contract import AdapterRouter, AdapterRouterOptions
+from molora_fed.population.router_probes import check_built
 from molora_fed.storage.files import canonical_json, write_bytes
 from molora_fed.storage.settings import open_options
 
@@ -71,6 +73,7 @@ def open_router(
         UnknownNameError: If no plugin registers it.
         PopulationError: If its options are wrong, there is no slot, or what it reads has several
             widths.
+        PluginError: If it fails, or breaks its contract on made-up states.
     """
     router, chosen = parse_router_options(name, options, plugins)
     if num_slots < 1:
@@ -82,13 +85,29 @@ def open_router(
         "base_hidden": base.hidden_size,
         "embeddings": int(base.model.get_input_embeddings().weight.shape[1]),
     }
-    widths = {of_reading[reading] for reading in router.reads(chosen)} or {base.hidden_size}
+    entry = plugins.adapter_routers.entry(name)
+    with guarded(entry, "reads"):
+        reads = frozenset(router.reads(chosen))
+    if not reads <= of_reading.keys():
+        raise refuse(
+            entry,
+            "reads",
+            expected=f"columns among {', '.join(sorted(of_reading))}",
+            got=", ".join(sorted(map(str, reads - of_reading.keys()))),
+        )
+    widths = {of_reading[reading] for reading in reads} or {base.hidden_size}
     if len(widths) > 1:
         raise PopulationError(
             f"Cannot build adapter router '{name}': expected states and embeddings of one width, "
             f"got {sorted(widths)}. Let it read one of them."
         )
-    return router.build(num_slots, widths.pop(), chosen, seed)
+    with guarded(entry, "build"):
+        built = router.build(num_slots, widths.pop(), chosen, seed)
+    if not isinstance(built, AdapterRouter):
+        raise refuse(entry, "build", expected="an AdapterRouter", got=type(built).__name__)
+    built.entry = entry
+    check_built(entry, built)
+    return built
 
 
 def pack_router(router: AdapterRouter, name: str) -> bytes:
@@ -150,7 +169,9 @@ def load_router(path: Path, plugins: Plugins) -> AdapterRouter:
                     f"{card.num_slots} slots of width {card.width}. {again}"
                 )
             router, options = parse_router_options(card.name, card.options, plugins)
-            built = router.build(card.num_slots, card.width, options, 0)
+            entry = plugins.adapter_routers.entry(card.name)
+            with guarded(entry, "build"):
+                built = router.build(card.num_slots, card.width, options, 0)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except PopulationError:
         raise
@@ -161,6 +182,7 @@ def load_router(path: Path, plugins: Plugins) -> AdapterRouter:
         ) from error
     _check_tensors(tensors, built.state_dict(), what)
     built.load_state_dict(tensors)
+    built.entry = entry
     return built.eval()
 
 

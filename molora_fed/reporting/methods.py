@@ -5,13 +5,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from molora_fed.forecasting.records import FAILED
+
 __all__ = [
     "BUDGET_SECONDS",
     "Method",
     "compute_equal_weight",
     "describe_controls",
     "describe_excess",
+    "describe_replacement",
     "list_control_costs",
+    "list_failures",
     "list_methods",
     "mask_controls",
     "order_phases",
@@ -229,3 +233,33 @@ def order_phases(names: Iterable[str]) -> list[str]:
     order = list(dict.fromkeys((*_FIRST, *BUDGET_SECONDS)))
     rank = {name: index for index, name in enumerate(order)}
     return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def describe_replacement(result: Mapping[str, Any]) -> str | None:
+    """One line on the router that the collapse guard replaced, or None.
+
+    Args:
+        result: Content of report.json.
+    """
+    for name, found in result.get("guard", {}).items():
+        if "replaced_by" in found:
+            lost, excess = found["collapsed"], found["attempts"][found["kept"]]["excess_nats"]
+            return (
+                f"Router '{name}' lost {', '.join(lost)} ({max(excess[d] for d in lost):.3f} nats "
+                f"above their best expert): '{found['replaced_by']}' published instead."
+            )
+    return None
+
+
+def list_failures(result: Mapping[str, Any]) -> list[str]:
+    """One line for each router, merge and predictor that failed in a fusion.
+
+    Args:
+        result: Content of report.json.
+    """
+    return [
+        f"{kind} {name} {why}"
+        for kind, reasons in sorted(result.get("not_measured", {}).items())
+        for name, why in sorted(reasons.items())
+        if why.startswith(FAILED)
+    ]

@@ -14,7 +14,9 @@ from molora_fed.reporting.headline import list_headline, list_notes, order_forec
 from molora_fed.reporting.methods import (
     describe_controls,
     describe_excess,
+    describe_replacement,
     list_control_costs,
+    list_failures,
     list_methods,
     mask_controls,
     order_phases,
@@ -132,6 +134,8 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         forecasts=(first, rest),
         notes=(list_notes(first), list_notes(rest)),
         overlap_columns=OVERLAP_COLUMNS,
+        replaced=describe_replacement(result),
+        failures=list_failures(result),
     )
 
 

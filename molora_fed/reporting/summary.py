@@ -7,12 +7,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from molora_fed.forecasting.records import FAILED
 from molora_fed.reporting.headline import list_headline, list_notes, order_forecasts
 from molora_fed.reporting.methods import (
     Method,
     describe_controls,
     describe_excess,
+    describe_replacement,
     list_control_costs,
+    list_failures,
     list_methods,
     mask_controls,
     order_phases,
@@ -56,6 +59,8 @@ def _describe_gain(result: Mapping[str, Any]) -> Text:
     alone = result.get("best_alone", {}).get("name", "min(base, best specialist)")
     gap = result["oracle_gap_nats"][router]
     text = Text()
+    if replaced := describe_replacement(result):
+        text.append(f"{replaced}\n", style="bold yellow")
     text.append(f"{gain['vs_best_alone']:+.2f} %", style="bold cyan")
     text.append(f" gain over the best anyone has alone ({alone}), router {router}")
     if interval:
@@ -132,6 +137,8 @@ def build_forecast_table(result: Mapping[str, Any]) -> Table:
             style="bold" if name in dict(first) else "",
             end_section=bool(first) and name == first[-1][0],
         )
+    for name in sorted(result.get("not_measured", {}).get("gain predictor", {})):
+        table.add_row(name, *["-"] * 7)
     return table
 
 
@@ -171,9 +178,12 @@ def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
         f"{run['condition'] or 'run'}: forecast gain, percent",
         "predictor", "against", "forecast", "interval", "level", "floor", "verdict",
     )  # fmt: skip
+    failed = []
     first, rest = order_forecasts(run)
     for name, forecast in (*first, *rest):
         low, high, level = (forecast[key] for key in ("low", "high", "level"))
+        is_failed = forecast["note"].startswith(FAILED)
+        failed += [f"{name} {forecast['note']}"] if is_failed else []
         table.add_row(
             name,
             (forecast["reference"] or "-").replace("_", " "),
@@ -181,10 +191,18 @@ def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
             "none claimed" if low is None or high is None else f"{low:+.2f} to {high:+.2f}",
             "-" if level is None else f"{100 * level:.0f} %",
             "-" if forecast["floor"] is None else f"{forecast['floor']:.1f}",
-            forecast["verdict"] or "-",
+            "failed" if is_failed else forecast["verdict"] or "-",
             style="bold" if name in dict(first) else "",
             end_section=bool(first) and name == first[-1][0],
         )
+    return _explain_below(table, failed)
+
+
+def _explain_below(table: Table, lines: Sequence[str]) -> Table:
+    """Say under a table what does not fit into its cells."""
+    if lines:
+        table.caption = Text("\n".join(lines))
+        table.caption_justify = "left"
     return table
 
 
@@ -321,8 +339,11 @@ def build_summary(result: Mapping[str, Any]) -> RenderableType:
         result: Content of report.json.
     """
     headline = build_headline_text(result)
-    parts: list[RenderableType] = [] if headline is None else [headline]
-    parts += [_describe_gain(result), build_loss_table(result)]
+    losses = _explain_below(build_loss_table(result), list_failures(result))
+    gain = _describe_gain(result)
+    # What was published comes first where it is not what the charter chose.
+    parts: list[RenderableType] = [gain] if headline is None else [gain, headline]
+    parts.append(losses)
     if result["forecasts"]:
         parts += [build_forecast_table(result), build_basis_text(result)]
     if list_overlap(result):

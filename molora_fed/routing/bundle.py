@@ -19,6 +19,7 @@ from torch import Tensor
 from molora_fed.adapters.files import check_adapter_fits, load_adapter
 from molora_fed.charter import BaseIdentity
 from molora_fed.errors import BaseCheckpointError, RoutingError, describe_mismatch
+from molora_fed.guard import guarded
 from molora_fed.models.base import Base, check_base, load_base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.fused import FusedExpert, FusedModel
@@ -77,6 +78,12 @@ class _RouterEntry(StrictModel):
     top_k: int | None = Field(default=None, ge=1)
 
 
+class _PluginEntry(StrictModel):
+    name: str
+    plugin: str
+    version: str
+
+
 class FusedManifest(StrictModel):
     """Content of `fused.json`.
 
@@ -87,6 +94,8 @@ class FusedManifest(StrictModel):
         mixture: How distributions are mixed.
         router: Registered name, options, hash of its state, and how many experts it mixes.
         experts: Experts in the order of the gates, each with the hash of its adapter.
+        plugins: Who registered the router: name, distribution and version; empty where an earlier
+            version saved it, or it was made by hand.
     """
 
     format_version: Literal[1] = 1
@@ -95,6 +104,7 @@ class FusedManifest(StrictModel):
     mixture: Mixture
     router: _RouterEntry
     experts: tuple[_ExpertEntry, ...] = Field(min_length=1)
+    plugins: dict[Literal["router"], _PluginEntry] = Field(default_factory=dict)
 
     @field_validator("experts")
     @classmethod
@@ -119,9 +129,9 @@ def save_fused(fused: FusedModel, folder: Path, *, adapters: Mapping[str, Path])
         RoutingError: If an expert's name cannot be a folder's, or its files are missing.
         StorageError: On I/O errors.
     """
-    state = save(
-        {n: t.detach().cpu().contiguous() for n, t in fused.router.state_tensors().items()}
-    )
+    with fused.run_router():
+        learned = dict(fused.router.state_tensors())
+    state = save({n: t.detach().cpu().contiguous() for n, t in learned.items()})
     missing = [e.name for e in fused.experts if e.adapter is not None and e.name not in adapters]
     if missing:
         raise RoutingError(
@@ -147,6 +157,7 @@ def save_fused(fused: FusedModel, folder: Path, *, adapters: Mapping[str, Path])
             }
             for expert in fused.experts
         ],
+        "plugins": {} if fused.entry is None else {"router": fused.entry.describe()},
     }
     manifest = _parse(content, folder, doing="save")
     with replace_folder(folder) as target:
@@ -242,7 +253,9 @@ def load_fused(
     try:
         tensors: dict[str, Tensor] = load(state)
         options = router_class.Options.model_validate(manifest.router.options)
-        router = router_class(len(experts), options, tensors)
+        entry = plugins.routers.entry(manifest.router.name)
+        with guarded(entry, "loading", passing=(KeyError, ValueError)):
+            router = router_class(len(experts), options, tensors)
     except (SafetensorError, ValidationError, KeyError, ValueError) as error:
         raise RoutingError(
             f"Cannot load fused model '{folder}': expected options and state of router "
@@ -250,7 +263,13 @@ def load_fused(
             "plugin version that fitted it, or fuse again."
         ) from error
     return FusedModel(
-        base, experts, router, manifest.router.name, manifest.mixture, manifest.frozen_depth
+        base,
+        experts,
+        router,
+        manifest.router.name,
+        manifest.mixture,
+        manifest.frozen_depth,
+        entry,
     )
 
 

@@ -16,7 +16,9 @@ from molora_fed.adapters.folded import FoldedExperts
 from molora_fed.adapters.updates import Adapter
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
+from molora_fed.guard import guarded
 from molora_fed.models.forward import Capture, capture_states, evaluating
+from molora_fed.plugins import Entry
 from molora_fed.routing.contract import OutputRouter
 from molora_fed.types import Mixture, Reading
 
@@ -98,6 +100,7 @@ class FusedModel:
         router_name: Registered name of its class.
         mixture: How distributions are mixed.
         frozen_depth: K; the blocks all experts share with the base.
+        entry: Who registered the router; None if it was made by hand.
     """
 
     base: "Base"
@@ -106,6 +109,7 @@ class FusedModel:
     router_name: str
     mixture: Mixture
     frozen_depth: int
+    entry: Entry | None = None
 
     def __post_init__(self) -> None:
         if len(self.experts) != self.router.num_experts:
@@ -114,6 +118,10 @@ class FusedModel:
                 f"{self.router.num_experts} experts, got {len(self.experts)}. "
                 "Fit the router on a bank of these experts."
             )
+
+    def run_router(self) -> contextlib.AbstractContextManager[None]:
+        """The guard that the router's code runs under."""
+        return contextlib.nullcontext() if self.entry is None else guarded(self.entry, "gates")
 
     def find_document_starts(self, tokens: Tensor) -> Tensor:
         """See `molora_fed.models.base.Base.find_document_starts`."""
@@ -138,7 +146,8 @@ class FusedModel:
         starts = self.find_document_starts(tokens) if document_starts is None else document_starts
         with Runner(self, cached=False) as runner:
             piece = runner.step(tokens, starts.to(tokens.device))
-            gates = self.router.gates(piece.view)
+            with self.run_router():
+                gates = self.router.gates(piece.view)
             return FusedOutput(mix_distributions(piece.expert_logprob, gates, self.mixture), gates)
 
     def log_probs(self, tokens: Tensor, document_starts: Tensor | None = None) -> Tensor:

@@ -15,39 +15,14 @@ from torch import Tensor
 from molora_fed.bank.views import GateReading, GateView
 from molora_fed.errors import PluginError, PopulationError
 from molora_fed.population.contract import AdapterRouter, AdapterRouterOptions
-from molora_fed.testing.banks import change_future, same_views
+from molora_fed.population.router_probes import build_synthetic_view, find_range_fault
+from molora_fed.routing.probes import find_leak, same_views
+from molora_fed.testing.findings import run_checks
 
 __all__ = ["build_synthetic_view", "check_adapter_router_conformance"]
 
 NUM_SLOTS, WIDTH = 4, 8
 TOLERANCE = 1e-6
-
-
-def build_synthetic_view(
-    readings: frozenset[GateReading] = frozenset(get_args(GateReading)),
-    *,
-    batch: int = 3,
-    length: int = 12,
-    width: int = WIDTH,
-    seed: int = 0,
-) -> GateView:
-    """Make up a view of packed texts, some of several documents.
-
-    Args:
-        readings: Columns the view has.
-        batch: B.
-        length: T.
-        width: D.
-        seed: Of all numbers.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.rand((batch, length), generator=generator) < 0.2
-    starts[:, 0] = True
-    states = {
-        name: torch.randn((batch, length, width), generator=generator)
-        for name in sorted(get_args(GateReading))
-    }
-    return GateView(starts, **{name: states[name] for name in readings})
 
 
 def check_adapter_router_conformance(
@@ -70,7 +45,7 @@ def check_adapter_router_conformance(
             f"{sorted(known)}, got {sorted(reads)}. Correct `reads`."
         )
     case = _Case(router, chosen, reads)
-    broken = [text for check in _CHECKS if (text := check(case)) is not None]
+    broken = run_checks(_CHECKS, case)
     if broken:
         raise PluginError(
             f"Adapter router '{router.__name__}' breaks its contract: {'; '.join(broken)}. "
@@ -98,7 +73,7 @@ class _Case:
 
     @property
     def view(self) -> GateView:
-        return build_synthetic_view(self.reads)
+        return build_synthetic_view(self.reads, width=WIDTH)
 
 
 _Check = Callable[[_Case], str | None]
@@ -109,11 +84,8 @@ def _gates_lie_between_0_and_1(case: _Case) -> str | None:
     for router in (case.build_fresh(), case.build()):
         for share in (0.0, 0.5, 1.0):
             router.set_progress(share)
-            gates = router(case.view)
-            if tuple(gates.shape) != wanted:
-                return f"expected gates of shape {wanted}, got {tuple(gates.shape)}"
-            if not bool(((gates >= 0) & (gates <= 1)).all()):
-                return "expected gates between 0 and 1, got others"
+            if (fault := find_range_fault(router(case.view), wanted)) is not None:
+                return fault
     return None
 
 
@@ -129,14 +101,7 @@ def _build_is_deterministic(case: _Case) -> str | None:
 
 
 def _sees_no_future(case: _Case) -> str | None:
-    router, view = case.build(), case.view
-    full = router(view)
-    length = view.document_starts.shape[1]
-    for now in (0, 1, length // 2, length - 2):
-        changed = router(change_future(view, now))
-        if not _close(changed[:, : now + 1], full[:, : now + 1]):
-            return f"expected gates at position {now} to ignore later ones, got others"
-    return None
+    return find_leak(case.build(), case.view, tolerance=TOLERANCE)
 
 
 def _starts_over_with_a_document(case: _Case) -> str | None:

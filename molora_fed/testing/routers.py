@@ -16,15 +16,15 @@ from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import PluginError, RoutingError
 from molora_fed.evaluation.evaluate import compute_router_losses
+from molora_fed.guard import one_line
 from molora_fed.routing.contract import OutputRouter, RouterOptions
+from molora_fed.routing.probes import find_leak, same_views, step_through, take_rows
 from molora_fed.testing.banks import (
     ALL_READINGS,
     build_synthetic_bank,
-    change_future,
     permute_experts,
-    same_views,
-    take_rows,
 )
+from molora_fed.testing.findings import run_checks
 
 __all__ = ["check_router_conformance"]
 
@@ -53,9 +53,16 @@ def check_router_conformance(
         )
     bank = build_synthetic_bank(readings=reads)
     held_out = build_synthetic_bank(HeldOutBank, seed=1, readings=reads)
-    case = _Case(router, chosen, bank, held_out, router.fit(bank, chosen, 0))
+    try:
+        fitted = router.fit(bank, chosen, 0)
+    except Exception as error:  # nothing can be asked of a router that cannot be fitted
+        raise PluginError(
+            f"Router '{router.__name__}' breaks its contract: expected a fitted router, got "
+            f"{type(error).__name__}: {one_line(str(error))}. See docs/writing_plugins.md."
+        ) from error
+    case = _Case(router, chosen, bank, held_out, fitted)
     checks = [*_ALWAYS, *(_CAUSAL if router.causal else (_refuses_to_step,))]
-    broken = [text for check in checks if (text := check(case)) is not None]
+    broken = run_checks(checks, case)
     if broken:
         raise PluginError(
             f"Router '{router.__name__}' breaks its contract: {'; '.join(broken)}. "
@@ -151,19 +158,12 @@ def _gives_a_lone_expert_everything(case: _Case) -> str | None:
 
 
 def _sees_no_future(case: _Case) -> str | None:
-    view = case.view
-    full = case.fitted.gates(view)
-    length = view.document_starts.shape[1]
-    for now in (0, 1, length // 2, length - 2):
-        changed = case.fitted.gates(change_future(view, now))
-        if not _close(changed[:, : now + 1], full[:, : now + 1], 1e-6):
-            return f"expected gates at position {now} to ignore later ones, got others"
-    return None
+    return find_leak(case.fitted.gates, case.view, tolerance=1e-6)
 
 
 def _steps_like_the_full_form(case: _Case) -> str | None:
     view = case.view
-    found = _step_through(case.fitted, view, (1, 1, 2, 5, 100))
+    found = step_through(case.fitted, view)
     if _close(found, case.fitted.gates(view), STEP_TOLERANCE):
         return None
     return "expected step to give the gates of the full form, got others"
@@ -204,15 +204,3 @@ _CAUSAL: tuple[_Check, ...] = (_sees_no_future, _steps_like_the_full_form, _reor
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return torch.allclose(found.float(), expected.float(), rtol=0.0, atol=tolerance)
-
-
-def _step_through(router: OutputRouter, view: RouterView, pieces: tuple[int, ...]) -> Tensor:
-    batch, length = view.document_starts.shape
-    state = router.init_state(batch)
-    gates, start = [], 0
-    for piece in pieces:
-        stop = min(start + piece, length)
-        part, state = router.step(view.at(start, stop), state)
-        gates.append(part)
-        start = stop
-    return torch.cat(gates, dim=1)

@@ -17,6 +17,7 @@ from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import AdapterRules, TrainingRules
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import TrainingError, describe_mismatch
+from molora_fed.guard import guarded
 from molora_fed.models.base import Base
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.runtime import limit_threads
@@ -219,7 +220,9 @@ def run_job(
     for left_over in folder.glob(f".{_ADAPTER_FOLDER}.*"):
         shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed
     kind = open_kind(job.kind, job.options, plugins)
-    model, parameters = kind.prepare(job.base.model, job.rules, job.rank, seed=job.config.seed)
+    entry = plugins.adapter_kinds.entry(job.kind)
+    with guarded(entry, "preparing"):
+        model, parameters = kind.prepare(job.base.model, job.rules, job.rank, seed=job.config.seed)
     inputs = job.describe()
     result = train(
         model,
@@ -232,14 +235,15 @@ def run_job(
         progress=progress,
     )
     with limit_threads(result.threads):
-        kind.export(
-            model,
-            job.base.model,
-            folder / _ADAPTER_FOLDER,
-            job.rank,
-            job.rules,
-            base_weights=job.base.weights,
-        )
+        with guarded(entry, "exporting"):
+            kind.export(
+                model,
+                job.base.model,
+                folder / _ADAPTER_FOLDER,
+                job.rank,
+                job.rules,
+                base_weights=job.base.weights,
+            )
         adapter = load_adapter(
             folder / _ADAPTER_FOLDER, rules=job.rules, plugins=plugins, name=folder.name
         )

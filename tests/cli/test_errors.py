@@ -116,9 +116,9 @@ def test_plugins_check_ends_with_60_if_one_fails(molora, monkeypatch):
     monkeypatch.setattr("molora_fed.plugins.get_plugins", lambda: broken)
     listed, checked = molora("plugins", "list"), molora("plugins", "list", "--check")
     assert listed.code == 0
-    assert "failed: Cannot load plugin other" in listed.out
+    assert listed.err == "Cannot load plugin other: it is broken.\n"
     assert checked.code == 60
     assert "FAILED" in checked.out
-    assert len(checked.err.splitlines()) == 1
+    assert len(checked.err.splitlines()) == 2  # the plugin that did not load, and the error
     assert "other" in checked.err
     assert "nowhere" in checked.err

@@ -82,3 +82,25 @@ def test_a_fit_by_chance_is_caught_whatever_was_seeded_before(seed):
     torch.manual_seed(seed)
     with pytest.raises(PluginError, match="same bank and seed"):
         check_router_conformance(LearnsFromChance)
+
+
+def test_a_check_that_raises_hides_no_other_finding():
+
+    from molora_fed.routing.contract import OutputRouter
+
+    class Twice(OutputRouter):
+        readings = frozenset({"evidence"})
+
+        def scores(self, view):
+            return torch.zeros_like(view.evidence)
+
+        def gates(self, view):
+            return view.evidence.flip(1).softmax(-1)
+
+        def reorder(self, state, index):
+            raise IndexError("oops")
+
+    with pytest.raises(PluginError) as caught:
+        check_router_conformance(Twice)
+    assert "IndexError: oops" in str(caught.value)
+    assert "to ignore later ones" in str(caught.value)

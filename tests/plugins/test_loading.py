@@ -189,3 +189,52 @@ def test_hook_reaches_its_registry(suffix):
     plugin = build_plugin(**{suffix: [("mine", "molora_no_such_module:thing")]})
     plugins = load_plugins(extra=[("stranger 1.0", plugin)])
     assert "mine" in plugins.registries()[suffix].names()
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Entry points of a stranger's distribution beside the installed ones."""
+    from molora_fed import plugins as loader
+
+    installed = loader.entry_points(group=loader.GROUP)
+
+    def add(name, module, value="stranger"):
+        distribution = types.SimpleNamespace(name="stranger", version="1.0")
+        point = types.SimpleNamespace(
+            name=name, value=value, dist=distribution, load=lambda: module
+        )
+        monkeypatch.setattr(loader, "entry_points", lambda group: [point, *installed])
+
+    return add
+
+
+@pytest.mark.parametrize("name", ["aaa", "zzz"])
+def test_a_newcomer_never_takes_the_place_of_a_first_party_plugin(install, name):
+    install(name, build_plugin(routers=[("evidence", "stranger:Router"), ("other", "a:b")]))
+    plugins = load_plugins()
+    assert plugins.routers.entry("evidence").distribution == "molora-fed"
+    assert "other" not in plugins.routers.names()
+    [failure] = plugins.failures
+    assert f"router 'evidence' of {name} (stranger 1.0): the name is taken by kalavai" in str(
+        failure
+    )
+    with pytest.raises(UnknownNameError, match=r"failed to load: Cannot load plugin .*stranger"):
+        plugins.routers.resolve("other")
+
+
+def test_a_stranger_cannot_pass_for_a_built_in_plugin(install, monkeypatch):
+    from molora_fed import builtin
+
+    install("mine", builtin, value="molora_fed.builtin")
+    plugins = load_plugins()
+    assert plugins.domains.entry("python").is_own
+    assert "mine (stranger 1.0)" in str(plugins.failures[0])
+
+
+def test_an_entry_says_who_it_is_from():
+    entry = load_plugins().routers.entry("evidence")
+    described = entry.describe()
+    assert (described["name"], described["plugin"]) == ("evidence", "molora-fed")
+    assert described["version"] and entry.title.startswith(
+        "Router 'evidence' of kalavai (molora-fed"
+    )

@@ -111,3 +111,25 @@ def test_summary_has_the_fields_of_the_report(records):
     summary = records[0].score(5.5).summary()
     assert {"reference", "router", "point", "low", "high", "level", "actual"} <= summary.keys()
     assert summary["inside"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"point": 10.0}, "low 4.0, point 10.0, high 6.0"),
+        ({"low": 7.0}, "low 7.0, point 5.0"),
+        ({"level": 1.8}, "level 1.8"),
+        ({"level": None}, "an interval without a level"),
+        ({"point": float("nan")}, "point nan"),
+        ({"point": "5"}, "point '5'"),
+        ({"high": True}, "high True"),
+        ({"reference": "best_ever"}, "reference 'best_ever'"),
+        ({"note": "one\ntwo"}, "not one line"),
+        ({"note": "x" * 501}, "a note of 501 characters"),
+    ],
+)
+def test_a_forecast_is_checked_when_it_is_made(changes, reason):
+    claim = Forecast("best_alone", 5.0, 4.0, 6.0, 0.5, "test")
+    with pytest.raises(ConfigError, match="Cannot make a forecast") as caught:
+        replace(claim, **changes)
+    assert reason in str(caught.value)

@@ -97,3 +97,37 @@ def test_samples_say_which_expert_spoke_and_steer_no_terminal():
     }  # fmt: skip
     text = render(build_sample_text(sample))
     assert "mostly a, mean gate 0.90" in text and "[bold]" in text and "\x1b" not in text
+
+
+def test_a_replaced_router_is_said_in_the_first_line_of_terminal_and_page(result):
+    from molora_fed.reporting.report import render_html
+
+    attempt = {"excess_nats": {"cpp": 0.054, "python": 0.051, "science": -0.1}}
+    result["guard"] = {
+        "centroid": {
+            "kept": 0,
+            "collapsed": ["cpp", "python"],
+            "attempts": [attempt],
+            "replaced_by": "evidence-zero",
+        }
+    }
+    line = (
+        "Router 'centroid' lost cpp, python (0.054 nats above their best expert): 'evidence-zero' "
+        "published instead."
+    )
+    assert render(build_summary(result)).splitlines()[0].strip() == line
+    page = render_html(result, {}).replace("&#39;", "'")
+    assert page.index(line) < page.index("gain over the best anyone has alone</strong>")
+
+
+def test_what_failed_and_who_was_used_is_said(result):
+    from molora_fed.reporting.report import render_html
+
+    why = "failed: Router 'b' of broken (molora-broken 0.1.0) failed in fit: IndexError."
+    result["not_measured"] = {"router": {"b": why}, "gain predictor": {"silent": "Not given."}}
+    result["plugins"] = {"router": [{"name": "mine", "plugin": "molora-mine", "version": "2.5"}]}
+    text = " ".join(render(build_summary(result)).split())
+    page = render_html(result, {}).replace("&#39;", "'")
+    for shown in (text, page):
+        assert f"router b {why}" in shown and "silent" in shown and "silent Not given" not in shown
+    assert "router mine (molora-mine 2.5)" in page

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_a_saved_model_loads_wherever_its_folder_went(saved, plugins, tmp_path):
 
 def test_saving_what_was_loaded_gives_the_same_bytes(saved, plugins):
     _, home = saved
-    loaded = load_fused(home / "fused", plugins=plugins)
+    loaded = replace(load_fused(home / "fused", plugins=plugins), entry=None)
     folders = {e.name: home / "fused" / "adapters" / e.name for e in loaded.experts}
     save_fused(loaded, home / "again", adapters=folders)
     files = sorted(p.relative_to(home / "fused") for p in (home / "fused").rglob("*.*"))
