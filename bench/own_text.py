@@ -3,8 +3,8 @@
     python bench/own_text.py            # writes the folders, runs the demo, writes the page
     python bench/own_text.py --from RUN # writes the page of a run made before
 
-The pages are those of this machine in German and French, reduced to plain text, about a megabyte a
-language, one `.txt` file a page.
+The pages are all of this machine's in German and French, reduced to plain text, one `.txt` file a
+page.
 """
 
 import argparse
@@ -12,13 +12,11 @@ import os
 import subprocess
 from pathlib import Path
 
-from molora_fed.corpus.builtin import choose_documents
 from molora_fed.corpus.manuals import read_manual_pages
 from molora_fed.storage.files import write_bytes
 from molora_fed.types import Document
 
 LANGUAGES = {"german": "de", "french": "fr"}
-CHARACTERS = 1_000_000
 OUT = Path("docs/results/own_text.md")
 COLUMNS = "118"
 _EARLIER = "## Before held-out text was compared with other contributors'"
@@ -46,9 +44,8 @@ def main() -> None:
 
 
 def read_pages(domain: str) -> list[Document]:
-    """About a megabyte of a language's manual pages, spread evenly over all of them."""
-    pages = list(read_manual_pages(LANGUAGES[domain]))
-    return list(choose_documents(pages, domain, "the man path", characters=CHARACTERS))
+    """All manual pages of a language."""
+    return list(read_manual_pages(LANGUAGES[domain]))
 
 
 def write_folder(domain: str, folder: Path) -> None:
@@ -63,8 +60,8 @@ def describe(folders: dict[str, Path], printed: str) -> str:
     kept = earlier[earlier.index(_EARLIER) :] if _EARLIER in earlier else ""
     return f"""# Contributors on their own text
 
-Two folders of plain text that are no built-in domain: manual pages ({files} files, about 1 MB
-each), and the built-in base, trained on the four built-in domains and so on neither language.
+Two folders of plain text that are no built-in domain: manual pages ({files}
+files), and the built-in base, trained on the four built-in domains and so on neither language.
 `python bench/own_text.py` makes the folders of this machine's pages, runs the demo on them and
 writes this page.
 
