@@ -17,6 +17,7 @@ from molora_studies.framework.results import (
     Written,
     describe_summary,
     hash_code,
+    state_overlap,
     write_files,
 )
 
@@ -93,7 +94,8 @@ def rejudge_document(
             f"{describe_offenders(error, with_values=True)}. Run the study again."
         ) from error
     results = {cell["name"]: cell["result"] for cell in document["cells"]}
-    missing = [cell.name for cell in study.plan(options) if cell.name not in results]
+    planned = study.plan(options)
+    missing = [cell.name for cell in planned if cell.name not in results]
     if missing:
         raise StudyError(
             f"{failed}: expected all cells of study '{name}', got none named "
@@ -107,6 +109,7 @@ def rejudge_document(
             f"{failed}: expected cells as study '{name}' makes them today, got one without "
             f"{error}. Run the study again."
         ) from error
+    summary = state_overlap(summary, document.get("overlap", {}), [cell.task for cell in planned])
     new = {
         **document,
         "format_version": FORMAT_VERSION,

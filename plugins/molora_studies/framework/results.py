@@ -30,6 +30,7 @@ __all__ = [
     "hash_code",
     "plan_study",
     "read_options",
+    "state_overlap",
     "write_files",
 ]
 
@@ -40,6 +41,11 @@ _OVERLAP = (
     "domain", "word 8-grams in its own train text", "in any domain's", "in the base's",
     "blocks left out of every figure", "in any of them, of the blocks kept",
 )  # fmt: skip
+_FUSIONS = frozenset({"fuse-members", "run-twenty"})
+_NOT_COMPARED = (
+    "Measured before held-out blocks that lie in another domain's or the base's train text were "
+    "left out of every figure; docs/results/contamination.md says how many there are."
+)
 
 
 @dataclass(frozen=True)
@@ -167,8 +173,11 @@ class PlannedStudy:
         read = {cell.name: store.read(cell.task) for cell in self.cells}
         results = {name: done.result for name, (done, _) in read.items()}
         summary = self.study.summarise(self.options, results)
-        summary = replace(summary, tables=[*summary.tables, *self._tabulate_overlap(store)])
+        overlap = self._find_overlap(store)
+        summary = state_overlap(summary, overlap, self.tasks)
         document = self._describe(summary, results)
+        if overlap:
+            document["overlap"] = overlap
         task_seconds = {
             f"{task.name} ({task.key[:8]})": store.read(task)[1]
             for task in collect_tasks(self.tasks).values()
@@ -177,23 +186,25 @@ class PlannedStudy:
         document["seconds"] = {"run": seconds, "tasks": task_seconds}
         return write_files(out, document, summary)
 
-    def _tabulate_overlap(self, store: TaskStore) -> list[Table]:
-        """Contamination of held-out text, the worst of all fusions; nothing if none says it."""
+    def _find_overlap(self, store: TaskStore) -> dict[str, Any]:
+        """Contamination of held-out text, the worst of all fusions; empty if none says it."""
         tasks = [task for task in collect_tasks(self.tasks).values() if store.is_done(task)]
         found = [store.read(task)[0].result.get("overlap") for task in tasks]
         by_domain: dict[str, list[Mapping[str, Any]]] = {}
         for domain, row in (item for each in found if each for item in each.items()):
             by_domain.setdefault(domain, []).append(row)
         if not by_domain:
-            return []
-        count = sum(bool(each) for each in found)
-        rows = []
-        for domain, measured in sorted(by_domain.items()):
-            worst = max(measured, key=lambda row: row["left_out"])
-            own, union, base, after = (_show_worst(measured, name) for name in _OVERLAP_SHARES)
-            left_out = f"{worst['left_out']} of {worst['blocks']}"
-            rows.append((domain, own, union, base, left_out, after))
-        return [Table(f"Contamination of held-out text, the worst of {count}", _OVERLAP, rows)]
+            return {}
+        return {
+            "fusions": sum(bool(each) for each in found),
+            "domains": {
+                domain: {
+                    **max(measured, key=lambda row: row["left_out"]),
+                    **{name: _find_worst(measured, name) for name in _OVERLAP_SHARES},
+                }
+                for domain, measured in sorted(by_domain.items())
+            },
+        }
 
     def _describe(
         self, summary: Summary, results: Mapping[str, Mapping[str, Any]]
@@ -219,6 +230,31 @@ class PlannedStudy:
             ],
             "summary": describe_summary(summary),
         }
+
+
+def state_overlap(summary: Summary, overlap: Mapping[str, Any], tasks: Sequence[Task]) -> Summary:
+    """The summary with the contamination of its held-out text, or a note that it is not known.
+
+    Args:
+        summary: What a study says.
+        overlap: `overlap` of its JSON document; empty in one from before there was any.
+        tasks: The study's tasks.
+    """
+    if overlap:
+        rows = [
+            (
+                domain,
+                *(_show_share(row[name]) for name in _OVERLAP_SHARES[:3]),
+                f"{row['left_out']} of {row['blocks']}",
+                _show_share(row["after"]),
+            )
+            for domain, row in overlap["domains"].items()
+        ]
+        title = f"Contamination of held-out text, the worst of {overlap['fusions']}"
+        return replace(summary, tables=[*summary.tables, Table(title, _OVERLAP, rows)])
+    if any(task.action in _FUSIONS for task in collect_tasks(tasks).values()):
+        return replace(summary, notes=[*summary.notes, _NOT_COMPARED])
+    return summary
 
 
 def describe_summary(summary: Summary) -> dict[str, Any]:
@@ -268,10 +304,13 @@ def write_files(out: Path, document: dict[str, Any], summary: Summary) -> Writte
     return Written(document, [data, page, *(path for path, _ in figures)])
 
 
-def _show_worst(measured: Sequence[Mapping[str, Any]], name: str) -> str:
-    """The largest of some shares; a dash where none was measured."""
-    shares = [row[name] for row in measured if row[name] is not None]
-    return f"{100 * max(shares):.2f} %" if shares else "-"
+def _find_worst(measured: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The largest of some shares; None where none was measured."""
+    return max((row[name] for row in measured if row[name] is not None), default=None)
+
+
+def _show_share(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 @memo
