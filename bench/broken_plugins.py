@@ -30,7 +30,8 @@ FIGURES = ("gain_percent", "losses", "gates", "guard", "router")
 PAGE = """# Broken plugins
 
 {count} broken plugins over all hooks, each used once on a cooperative of {contributions}
-contributions ({steps}). "before" is what happened at commit 87873ee, "now" what the user is told today;
+contributions ({steps}).
+"before" is what happened at commit 87873ee, "now" what the user is told today;
 `harmless` means that nothing has to be said, because nothing else is touched. A compared router, a
 merge or a predictor is a row of the report, and the run goes on; a published router, and whatever
 else a run cannot do without, ends it in this one line.
