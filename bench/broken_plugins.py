@@ -30,7 +30,8 @@ FIGURES = ("gain_percent", "losses", "gates", "guard", "router")
 PAGE = """# Broken plugins
 
 {count} broken plugins over all hooks, each used once on a cooperative of {contributions}
-contributions. "before" is what happened at commit 87873ee, "now" what the user is told today;
+contributions ({steps}).
+"before" is what happened at commit 87873ee, "now" what the user is told today;
 `harmless` means that nothing has to be said, because nothing else is touched. A compared router, a
 merge or a predictor is a row of the report, and the run goes on; a published router, and whatever
 else a run cannot do without, ends it in this one line.
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page = PAGE.format(
         count=len(CASES),
         contributions=len(workshop.contributions),
+        steps=_describe_steps(workshop),
         verdict=_describe(first, last, is_same),
         rows="\n".join(rows),
     )
@@ -83,6 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.out.write_text(page, encoding="utf-8")
     console.print(_describe(first, last, is_same), *wrong, sep="\n", markup=False)
     return 0 if is_same and not wrong else 1
+
+
+def _describe_steps(workshop: Workshop) -> str:
+    steps = workshop.cooperative.charter.amendment.training.steps
+    of_base = (workshop.base.training or {}).get("steps", "unknown")
+    return f"steps of the base: {of_base}, of a specialist: {steps} at most"
 
 
 def _describe(first: dict[str, Any], last: dict[str, Any], is_same: bool) -> str:
