@@ -66,6 +66,18 @@ class SeesTheFuture(_Even):
         return 0.05 * view.evidence.flip(1).cumsum(1).flip(1)
 
 
+class BreaksItsPromise(_Even):
+    @classmethod
+    def bound_excess(cls, num_experts):
+        return 0.0
+
+
+class PromisesNothingFinite(_Even):
+    @classmethod
+    def bound_excess(cls, num_experts):
+        return float("nan")
+
+
 class WrongShape(_Even):
     def gates(self, view):
         return torch.ones(*view.evidence.shape[:2], view.evidence.shape[2] + 1)
@@ -788,6 +800,10 @@ CASES = (
     Broken("compared router", "b-exits", Exits, "the run ends without a word", "SystemExit"),
     Broken("compared router", "b-unprintable", Unprintable, "a second error", "SilentError"),
     Broken("compared router", "b-reads", ReadsUnknown, "ends the run", "got logits"),
+    Broken("compared router", "b-promise", BreaksItsPromise, "there was no promise to break",
+           "as it promises, got"),
+    Broken("compared router", "b-no-number", PromisesNothingFinite, "there was no promise to break",
+           "a finite number of nats"),
     Broken("compared router", "b-steps", StepsOtherwise, "slips", "expected step to give"),
     Broken("compared router", "b-fits-nothing", FitsNothing, _RAW, "failed in fit"),
     Broken("compared router", "b-misnamed", NamedOtherwise, "slips", "name = 'b-misnamed'"),

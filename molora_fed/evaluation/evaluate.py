@@ -1,5 +1,6 @@
 """The only evaluator: every loss that is reported or decided on is computed here."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +42,7 @@ BASELINE_NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 """What a non-expert model may be called in reports, e.g. "weight_average"."""
 
 _ROUNDING_NATS = 2e-2  # what gates that sum to 1 within their dtype's rounding may gain
+_ROUNDING_NATS = 0.01  # of float32 sums over a block
 _BEFORE = ("base", "uniform")
 _AFTER = ("domain_oracle", "token_oracle")
 _GROUPS = (("specialists", "specialist:"), ("fused", "fused:"))
@@ -335,6 +337,7 @@ def evaluate(
 
     Raises:
         BankError: If it is no held-out bank, or a baseline has another name or shape.
+        RoutingError: If a document costs more than a router promises, see `bound_excess`.
     """
     others = dict(baselines or {})
     _check_evaluation(bank, others)
@@ -357,11 +360,12 @@ def evaluate(
     for done, (name, router) in enumerate(routers.items(), start=1):
         with watch(name):
             found = compute_router_losses(bank, router)
+            excess[name] = compute_excess(bank, found.nll)
+            bound = _find_bound(bank, router)
+            if bound is not None:
+                _check_bound(name, bound, excess[name])
+                bounds[name] = bound
         sums[f"fused:{name}"] = index.sum(found.nll.numpy())
-        excess[name] = compute_excess(bank, found.nll)
-        bound = router.bound_excess(bank.num_experts)
-        if bound is not None and bank.mixture == "probability":
-            bounds[name] = bound
         gates[name] = {
             domain: dict(zip(bank.expert_names, map(float, row), strict=True))
             for domain, row in zip(bank.domains, found.gates, strict=True)
@@ -369,6 +373,28 @@ def evaluate(
         if progress is not None:
             progress(done, len(routers), router=name)
     return Evaluation(bank.domains, index, sums, gates, seed, excess, bounds)
+
+
+def _find_bound(bank: "Bank", router: "OutputRouter") -> float | None:
+    """What a router promises of its excess on this bank, nats; its promise is of one mixture."""
+    return router.bound_excess(bank.num_experts) if bank.mixture == "probability" else None
+
+
+def _check_bound(name: str, bound: Any, excess: Tensor) -> None:
+    """Refuse figures of a router that breaks what it promises.
+
+    Raises:
+        RoutingError: If it promises no number, or a document cost more.
+    """
+    largest = max(excess.tolist(), default=-math.inf)
+    is_number = isinstance(bound, float | int) and math.isfinite(bound)
+    if not is_number or largest > bound + _ROUNDING_NATS:
+        promised = f"at most {bound:.3f}" if is_number else "a finite number of"
+        got = f"{largest:.3f}" if is_number else repr(bound)
+        raise RoutingError(
+            f"Cannot evaluate router '{name}': expected {promised} nats above the best expert for "
+            f"every document, as it promises, got {got}. Correct its gates or `bound_excess`."
+        )
 
 
 def compute_best_domains(

@@ -15,7 +15,7 @@ from torch import Tensor
 from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import PluginError, RoutingError
-from molora_fed.evaluation.evaluate import compute_router_losses
+from molora_fed.evaluation.evaluate import compute_router_losses, evaluate
 from molora_fed.guard import one_line
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.probes import find_leak, same_views, step_through, take_rows
@@ -190,6 +190,14 @@ def _refuses_to_step(case: _Case) -> str | None:
     return "expected a non-causal router to raise RoutingError in step, got gates"
 
 
+def _keeps_its_promise(case: _Case) -> str | None:
+    try:
+        evaluate(case.held_out, {"it": case.fitted})
+    except RoutingError as error:
+        return str(error).partition(": ")[2].partition(". ")[0]
+    return None
+
+
 _ALWAYS: tuple[_Check, ...] = (
     _gates_are_distributions,
     _fit_is_deterministic,
@@ -198,6 +206,7 @@ _ALWAYS: tuple[_Check, ...] = (
     _survives_saving,
     _does_not_prefer_places,
     _gives_a_lone_expert_everything,
+    _keeps_its_promise,
 )
 _CAUSAL: tuple[_Check, ...] = (_sees_no_future, _steps_like_the_full_form, _reorders_state)
 

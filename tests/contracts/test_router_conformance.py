@@ -32,6 +32,12 @@ class PretendsToBeCausal(NoncausalLinearRouter):
     step = LinearRouter.step
 
 
+class PromisesTooMuch(LinearRouter):
+    @classmethod
+    def bound_excess(cls, num_experts):
+        return -100.0
+
+
 class ForgetsToReorder(LinearRouter):
     def reorder(self, state, index):
         return state
@@ -66,6 +72,7 @@ class TakesAnyBank(ZeroTrainingEvidenceRouter):
     [
         (PretendsToBeCausal, "ignore later ones"),
         (ForgetsToReorder, "reorder to move"),
+        (PromisesTooMuch, "at most -100.000 nats above the best expert"),
         (LearnsFromChance, "same bank and seed"),
         (PrefersTheFirst, "order does not change"),
         (ForgetsTheDocument, "step to give"),

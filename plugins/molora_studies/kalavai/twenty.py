@@ -98,6 +98,16 @@ def read_costs(result: Mapping[str, Any]) -> Costs:
     )
 
 
+def find_router(fusion: Mapping[str, Any]) -> str:
+    """The router that a federation published; results of an earlier version do not name it."""
+    return str(fusion.get("router", "evidence"))
+
+
+def _read(fusion: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A figure of the published router."""
+    return dict(fusion[name][find_router(fusion)])
+
+
 def draw_contributors(figure: Any, fusion: Mapping[str, Any]) -> None:
     """Losses of base, own specialist and fused model by domain, onto an empty figure."""
     losses = fusion["losses"]
@@ -108,7 +118,7 @@ def draw_contributors(figure: Any, fusion: Mapping[str, Any]) -> None:
     for label, marker, values in (
         ("base", "o", [losses["base"][d] for d in domains]),
         ("own specialist", "s", [losses["specialists"][owner[d]][d] for d in domains]),
-        ("fused", "D", [losses["fused"]["evidence"][d] for d in domains]),
+        ("fused", "D", [losses["fused"][find_router(fusion)][d] for d in domains]),
     ):
         axes.plot(values, range(len(domains)), linestyle="", marker=marker, label=label)
     axes.set_yticks(range(len(domains)), domains)
@@ -261,8 +271,8 @@ class TwentyStudy(Study):
 def _gain(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         stage: {
-            "point": dict(result[stage]["fusion"]["gain_percent"]["evidence"]),
-            "interval": dict(result[stage]["fusion"]["gain_interval_percent"]["evidence"]),
+            "point": _read(result[stage]["fusion"], "gain_percent"),
+            "interval": _read(result[stage]["fusion"], "gain_interval_percent"),
         }
         for stage in ("first", "grown")
     }
@@ -280,8 +290,8 @@ def _divergence(result: Mapping[str, Any]) -> float:
 
 def _show_gain(result: Mapping[str, Any], reference: str) -> str:
     fusion = result["first"]["fusion"]
-    point = fusion["gain_percent"]["evidence"][reference]
-    interval = fusion["gain_interval_percent"]["evidence"][reference]
+    point = _read(fusion, "gain_percent")[reference]
+    interval = _read(fusion, "gain_interval_percent")[reference]
     return f"{point:+.2f} % [{interval['low']:+.2f}, {interval['high']:+.2f}]"
 
 
@@ -298,9 +308,9 @@ def _explain(why: str, count: int) -> str:
 
 def _claim_gain(options: TwentyOptions, results: Sequence[Mapping[str, Any]]) -> Claim:
     fusions = [result["first"]["fusion"] for result in results]
-    gains = [fusion["gain_percent"]["evidence"]["vs_best_alone"] for fusion in fusions]
+    gains = [_read(fusion, "gain_percent")["vs_best_alone"] for fusion in fusions]
     documents = [
-        Span.of(fusion["gain_interval_percent"]["evidence"]["vs_best_alone"]) for fusion in fusions
+        Span.of(_read(fusion, "gain_interval_percent")["vs_best_alone"]) for fusion in fusions
     ]
     first = results[0]
     return Claim(
@@ -427,7 +437,8 @@ def _build_memory_table(costs: Costs) -> Table:
 
 
 def _build_contributors_table(options: TwentyOptions, result: Mapping[str, Any]) -> Table:
-    losses = result["grown"]["fusion"]["losses"]
+    fusion = result["grown"]["fusion"]
+    losses, router = fusion["losses"], find_router(fusion)
     rows = []
     for domain in (*options.domains, options.newcomer):
         member = result["contributors"][domain]
@@ -436,7 +447,7 @@ def _build_contributors_table(options: TwentyOptions, result: Mapping[str, Any])
                 domain,
                 f"{losses['base'][domain]:.3f}",
                 f"{losses['specialists'][domain][domain]:.3f}",
-                f"{losses['fused']['evidence'][domain]:.3f}",
+                f"{losses['fused'][router][domain]:.3f}",
                 f"{100.0 * (1 - member['loss'] / member['base_loss']):.1f} %",
                 f"{member['bytes']['adapter'] / 1000:.0f}",
                 f"{member['bytes']['samples'] / 1000:.0f}",

@@ -32,7 +32,7 @@ from molora_studies.kalavai.twenty_memory import measure_memory
 
 __all__ = ["run_twenty"]
 
-_KEPT = ("domains", "losses", "equal_weight", "gain_percent", "gain_interval_percent",
+_KEPT = ("domains", "router", "losses", "equal_weight", "gain_percent", "gain_interval_percent",
          "baseline_gain_percent", "best_alone", "best_specialist", "oracle_gap_nats", "guard",
          "forecasts", "own_domain", "contamination", "overlap")  # fmt: skip
 _POLL_SECONDS = 0.3
