@@ -20,6 +20,7 @@ from typing import Any
 
 from molora_studies.framework.contract import Cell
 from molora_studies.framework.registry import get_studies
+from molora_studies.framework.rejudge import plan_kept
 
 RESULTS = Path("docs/results/kalavai")
 OUT = Path("plugins/molora_kalavai/measured.json")
@@ -74,12 +75,12 @@ def collect_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def _open(folder: Path, study: str) -> Iterator[tuple[Cell, Mapping[str, Any]]]:
-    """Cells as planned today with their kept results; a plan that has changed is refused."""
+    """Cells with their kept results; a plan that has changed since is refused."""
     kept = json.loads((folder / f"{study}.json").read_text(encoding="utf-8"))
     found = get_studies().registry.resolve(study)
-    options = found.Options(**{**kept["options"], "seeds": kept["seeds"]})
+    options = {**kept["options"], "seeds": kept["seeds"]}
     rows = {row["name"]: row for row in kept["cells"]}
-    for cell in found.plan(options):
+    for cell in plan_kept(found, {**kept, "options": options}):
         row = rows[cell.name]
         if row["key"] != cell.task.key:
             sys.exit(f"{study}, {cell.name}: the kept result is of another task. Run the study.")

@@ -69,7 +69,7 @@ def test_amend_prints_what_changes(molora, tiny):
     assert (ran.code, ran.err) == (0, "")
     assert "Amendment 1 of cooperative 'tiny' is signed." in ran.out
     lines = [line.split() for line in ran.out.splitlines()]
-    assert ["fusion.router", "evidence", "linear"] in lines
+    assert ["fusion.router", "evidence-mixed", "linear"] in lines
     assert ["samples.held_out", "160", "9"] in lines
     assert open_cooperative(tiny).charter.amendment.number == 1
     again = molora("coop", "amend", tiny, "--set", "fusion.router=linear")

@@ -81,7 +81,8 @@ def test_train_again_gives_the_same_contribution(molora, setup):
 def test_fuse_writes_report_and_fused_model_and_keeps_the_ledger(setup, fused):
     result = json.loads((fused / "out" / "report" / "report.json").read_text())
     assert set(result["losses"]["specialists"]) == {"abc-1", "xyz-1"}
-    assert set(result["losses"]["fused"]) == {"evidence", "evidence-zero", "linear"}
+    routers = {"evidence-mixed", "evidence", "evidence-zero", "linear"}
+    assert set(result["losses"]["fused"]) == routers
     assert set(result["overlap"]["compared"]["train"]) == {"abc-1", "xyz-1"}
     assert (fused / "out" / "report" / "report.html").is_file()
     assert (fused / "out" / "report" / "metrics" / "abc-1.jsonl").is_file()

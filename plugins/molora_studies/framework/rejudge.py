@@ -1,7 +1,7 @@
 """Kept results judged anew: summaries and pages from the cells alone, nothing runs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from molora_fed.errors import ConfigError, StudyError, UnknownNameError
 from molora_fed.plugins import Registry
 from molora_fed.storage.settings import describe_offenders
-from molora_studies.framework.contract import Summary
+from molora_studies.framework.contract import Cell, Study, Summary, Task
 from molora_studies.framework.render import read_documents
 from molora_studies.framework.results import (
     FORMAT_VERSION,
@@ -21,7 +21,7 @@ from molora_studies.framework.results import (
     write_files,
 )
 
-__all__ = ["Change", "Rejudged", "rejudge_document", "rejudge_folder"]
+__all__ = ["Change", "Rejudged", "plan_kept", "rejudge_document", "rejudge_folder"]
 
 _NEEDED = frozenset({"cells", "options", "seconds", "seeds", "title", "versions"})
 
@@ -52,6 +52,38 @@ class Rejudged:
 
     written: Written
     changes: Sequence[Change]
+
+
+def plan_kept(study: type[Study], document: Mapping[str, Any]) -> list[Cell]:
+    """The cells of a kept result, as they were planned when it was made.
+
+    Args:
+        study: The study.
+        document: Its JSON document, whose options the study takes.
+
+    Returns:
+        Today's plan; of a result from before fusions left out held-out blocks in known text, the
+        plan of then, so that its tasks keep their keys.
+    """
+    cells = study.plan(study.Options.model_validate(document["options"]))
+    if "overlap" in document:
+        return list(cells)
+    return [replace(cell, task=_plan_without_exclusion(cell.task)) for cell in cells]
+
+
+def _plan_without_exclusion(task: Task) -> Task:
+    """The task in its first version, where fusions did not need the base's text."""
+    needs = [_plan_without_exclusion(need) for need in task.needs]
+    settings, version = dict(task.settings), 1
+    if "base_text" in settings:  # a fusion, or what is planned like one
+        needs = needs[: len(needs) - settings.pop("base_text")]
+    elif task.action == "run-twenty":
+        needs = needs[:1]
+    elif task.action == "refit-routers":
+        needs = [needs[0], *needs[0].needs]
+    else:
+        version = task.version
+    return replace(task, settings=settings, needs=tuple(needs), version=version)
 
 
 def rejudge_document(

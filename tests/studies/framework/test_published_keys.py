@@ -2,13 +2,13 @@
 
 import importlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from molora_studies.framework.action_ids import ACTIONS, get_hashed_name, load_action
 from molora_studies.framework.contract import Task
 from molora_studies.framework.registry import get_studies
+from molora_studies.framework.rejudge import plan_kept
 from molora_studies.framework.schedule import collect_tasks
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
@@ -26,27 +26,10 @@ def test_every_study_has_a_published_result():
     assert sorted(document["study"] for document in PUBLISHED) == get_studies().registry.names()
 
 
-def before_exclusion(task):
-    """The task as it was planned before fusions left out held-out blocks in known text."""
-    needs, settings, version = [before_exclusion(need) for need in task.needs], task.settings, 1
-    if "base_text" in settings:  # a fusion, or what is planned like one
-        settings = dict(settings)
-        needs = needs[: len(needs) - settings.pop("base_text")]
-    elif task.action == "run-twenty":
-        needs = needs[:1]
-    elif task.action == "refit-routers":
-        needs = [needs[0], *needs[0].needs]
-    else:
-        version = task.version
-    return replace(task, settings=settings, needs=tuple(needs), version=version)
-
-
 @pytest.mark.parametrize("document", PUBLISHED, ids=lambda document: document["study"])
 def test_published_keys_are_those_of_the_plan(document):
     study = get_studies().registry.resolve(document["study"])
-    cells = study.plan(study.Options.model_validate(document["options"]))
-    if "overlap" not in document:  # its page says that nothing was left out
-        cells = [replace(cell, task=before_exclusion(cell.task)) for cell in cells]
+    cells = plan_kept(study, document)
     published = {cell["name"]: cell["key"] for cell in document["cells"]}
     assert {cell.name: cell.task.key for cell in cells} == published
     tasks = collect_tasks(cell.task for cell in cells).values()
