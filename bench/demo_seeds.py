@@ -31,10 +31,11 @@ OUT = Path("docs/results/demo")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="source", type=Path, help="folder of runs made before")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="some of them only")
     arguments = parser.parse_args()
     source = arguments.source or Path("demo-seeds")
     results = {}
-    for seed in SEEDS:
+    for seed in arguments.seeds:
         run = source / f"seed-{seed}"
         if arguments.source is None:
             command = ["molora", "demo", "--seed", str(seed), "--control", "--out", str(run)]
@@ -60,7 +61,7 @@ def keep(report: Path, target: Path, *, whole: bool) -> dict[str, Any]:
 
 def summarize(results: dict[int, dict[str, Any]]) -> str:
     lines = [
-        "# The demo at three seeds",
+        f"# The demo at {len(results)} seed{'s' if len(results) > 1 else ''}",
         "",
         "`python bench/demo_seeds.py`, which runs `molora demo --seed SEED --control` and keeps",
         "the report of each. The seed decides base, data order, routers and bootstraps; documents",
