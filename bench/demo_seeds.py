@@ -81,8 +81,8 @@ def summarize(results: dict[int, dict[str, Any]]) -> str:
         "## Against pooling everybody's text",
         "",
         "Both controls train on all domains' text pooled, for the steps of all specialists",
-        "together, at the learning rate that a fifth of the steps liked best on validation text.",
-        "The fused model runs all its experts for every token, a control is one model.",
+        "together, at every learning rate named; the one best on validation text is shown. The",
+        "fused model runs all its experts for every token, a control is one model.",
         "",
     ]
     lines += tabulate(

@@ -4,6 +4,7 @@ A cooperative's folder may hold `control/`, which only a machine with everybody'
 demo's does). Whoever fuses there reports the controls beside the fused model.
 """
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from molora_fed.adapters.contract import open_kind
 from molora_fed.adapters.files import load_adapter
 from molora_fed.charter import Charter
 from molora_fed.corpus.prepare import Corpus
-from molora_fed.errors import DivergedError
+from molora_fed.errors import DivergedError, TrainingError
 from molora_fed.fusion.fuse import Control
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
@@ -39,9 +40,6 @@ ControlName = Literal["monolithic", "base_continued"]
 also the names of their rows in reports."""
 
 CONTROLS: tuple[ControlName, ...] = ("monolithic", "base_continued")
-TRY_SHARE = 0.2
-"""Share of the steps that a learning rate is tried for."""
-
 _FOLDER = "control"
 _RATES = "rates.json"
 
@@ -75,10 +73,11 @@ class PooledTraining:
         return self.charter.amendment.training.steps * self.contributors
 
     def train(self, name: ControlName, progress: Progress | None = None) -> None:
-        """Train a control at the learning rate that a fifth of its steps liked best.
+        """Train a control at several learning rates, and keep the one best on validation text.
 
-        The rate is chosen on validation text, among half, once and twice that of a specialist, and
-        further down or up while the best lies at an end. Stopped and called again it goes on.
+        Tried are half, once and twice the rate of a specialist, and further down or up while the
+        best lies at an end. Every try takes all steps: a fifth of them preferred rates that are
+        worse in the end (docs/decisions/005). Stopped and called again it goes on.
 
         Args:
             name: Which control.
@@ -89,21 +88,18 @@ class PooledTraining:
             StorageError: On I/O errors.
         """
         folder = self.folder / _FOLDER / name
-        tried = max(1, round(TRY_SHARE * self.steps))
 
         def attempt(rate: float) -> float:
-            target = folder / "tries" / f"{rate:g}"
             try:
-                loss = self._run(name, target, tried, rate, progress).loss
+                return self._run(name, _find_try(folder, rate), rate, progress).loss
             except DivergedError:
                 return math.inf
-            shutil.rmtree(target / "base", ignore_errors=True)  # the record is all that is asked
-            return loss
 
         rate, losses = choose_rate(self._find_start(), attempt)
-        self._run(name, folder, self.steps, rate, progress)
         table = {f"{each:g}": losses[each] for each in sorted(losses)}
-        write_json(folder / _RATES, {"chosen": rate, "steps": tried, "validation_loss": table})
+        write_json(folder / _RATES, {"chosen": rate, "validation_loss": table})
+        for other in losses.keys() - {rate}:
+            shutil.rmtree(_find_try(folder, other) / "base", ignore_errors=True)
 
     def _find_start(self) -> float:
         """The rate of a specialist that trains all of its linear layers."""
@@ -117,7 +113,6 @@ class PooledTraining:
         self,
         name: ControlName,
         folder: Path,
-        steps: int,
         rate: float,
         progress: Progress | None,
     ) -> Specialist | ContinuedBase:
@@ -129,7 +124,7 @@ class PooledTraining:
             self.base,
             [corpus.blocks[Split.TRAIN] for corpus in self.corpora],
             [corpus.blocks[Split.VALIDATION] for corpus in self.corpora],
-            steps=steps,
+            steps=self.steps,
             training=amendment.training.model_copy(update={"learning_rate": rate}),
             seed=amendment.seed,
             threads=self.threads,
@@ -140,9 +135,36 @@ class PooledTraining:
         )
 
 
-def find_control_adapter(folder: Path) -> Path:
-    """Where the adapter of `monolithic` lies in a cooperative's folder, if there is one."""
-    return folder / _FOLDER / "monolithic" / "adapter"
+def _find_try(folder: Path, rate: float) -> Path:
+    return folder / f"{rate:g}"
+
+
+def _find_chosen(folder: Path) -> Path | None:
+    """Folder of the try that was chosen; None before all are done.
+
+    Raises:
+        TrainingError: If what says so is malformed.
+    """
+    path = folder / _RATES
+    if not path.exists():
+        return None
+    try:
+        return _find_try(folder, float(json.loads(path.read_text(encoding="utf-8"))["chosen"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"Cannot read the control in '{folder}': expected the chosen learning rate in "
+            f"'{_RATES}', got {type(error).__name__}: {error}. Remove the folder."
+        ) from error
+
+
+def find_control_adapter(folder: Path) -> Path | None:
+    """The adapter of `monolithic` in a cooperative's folder, if there is one.
+
+    Raises:
+        TrainingError: If the control is malformed.
+    """
+    chosen = _find_chosen(folder / _FOLDER / "monolithic")
+    return None if chosen is None else chosen / "adapter"
 
 
 def load_controls(folder: Path, plugins: Plugins) -> dict[str, Control]:
@@ -159,8 +181,8 @@ def load_controls(folder: Path, plugins: Plugins) -> dict[str, Control]:
     """
     found: dict[str, Control] = {}
     for name in CONTROLS:
-        trained = folder / _FOLDER / name
-        if not (trained / _RATES).exists():  # written last
+        trained = _find_chosen(folder / _FOLDER / name)
+        if trained is None:
             continue
         if name == "base_continued":
             continued = load_continued(trained)

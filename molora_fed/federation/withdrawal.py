@@ -195,7 +195,8 @@ def _prune(cooperative: Cooperative, remaining: "list[Contribution]") -> int:
     if not folder.is_dir():
         return 0
     adapters = [one.adapter_folder for one in remaining]
-    adapters.append(find_control_adapter(cooperative.folder))  # where there is a control
+    control = find_control_adapter(cooperative.folder)
+    adapters += [] if control is None else [control]
     return prune_bank(
         folder,
         base=charter.identity.base.weights,

@@ -78,7 +78,7 @@ def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monk
             (stage_root / "out/cooperative/control" / name / "rates.json").read_text()
         )
         tried = rates["validation_loss"]
-        assert len(tried) >= 3 and rates["steps"] == 8
+        assert len(tried) >= 3
         assert tried[f"{rates['chosen']:g}"] == min(tried.values())
     compared = written["overlap"]["compared"]
     assert set(compared["train"]) == {"alpha", "beta"} and written["overlap"]["absent"] == []
