@@ -53,6 +53,14 @@ def write_folder(domain: str, folder: Path) -> None:
         write_bytes(folder / f"{page.name.replace('/', '-')}.txt", page.text.encode())
 
 
+def cut_summary(printed: str) -> str:
+    """What a run prints at its end, without progress and without paths of this machine."""
+    lines = [line.rstrip() for line in printed.splitlines()]
+    first = next(n for n, line in enumerate(lines) if " gain over the best anyone" in line)
+    last = next((n for n in range(first, len(lines)) if lines[n].startswith("report  ")), None)
+    return "\n".join(lines[first:last]).rstrip()
+
+
 def describe(folders: dict[str, Path], printed: str) -> str:
     counts = {domain: len(list(folder.glob("*.txt"))) for domain, folder in folders.items()}
     files = " and ".join(f"{count} {domain}" for domain, count in counts.items())
@@ -72,7 +80,7 @@ molora demo --data german=german --data french=french
 What it printed:
 
 ```
-{printed.strip()}
+{cut_summary(printed)}
 ```
 
 {kept}"""
