@@ -227,7 +227,8 @@ class Registry:
         """End registration.
 
         Args:
-            failures: Of plugins that were left out; who asks for an unknown name is told of them.
+            failures: Errors of plugins that could not be loaded; listed in the error of an unknown
+                name.
         """
         self._failures = tuple(str(failure) for failure in failures)
         self._frozen = True

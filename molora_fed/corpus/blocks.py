@@ -92,9 +92,8 @@ class Blocks:
     def in_text_order(self) -> "Blocks | None":
         """The blocks of a whole split in the order of the text they were cut from.
 
-        Each then goes on where the one before ended. None for blocks that are no whole split: of
-        a sample it is not known which block comes after which (one of a single document passes
-        for a whole split).
+        Consecutive blocks are then consecutive text. None for a sample of a split, whose order in
+        the text is not known; a sample of a single document cannot be told from a whole split.
         """
         order = _draw_order(len(self))
         ordered = self.select(np.argsort(order))
