@@ -37,7 +37,7 @@ def read_domain(domain: str) -> list[Document]:
     documents = []
     for number in range(60):
         place, text = int(random.integers(len(words))), []
-        for position in range(160):
+        for position in range(120):
             text.append(words[place] if position % 6 else str(random.integers(10_000)))
             likely = random.random() < 0.85
             place = int(random.choice(follows[place]) if likely else random.integers(len(words)))
