@@ -14,9 +14,9 @@ def list_overlap(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each domain: its name, then the cells of `OVERLAP_COLUMNS`.
 
     Args:
-        result: Content of report.json.
+        result: Content of report.json or evolution.json.
     """
-    own, overlap = result["contamination"], result.get("overlap", {"domains": {}})
+    own, overlap = result.get("contamination", {}), result.get("overlap", {"domains": {}})
     rows = []
     for domain in sorted({*own, *overlap["domains"]}):
         found = overlap["domains"].get(domain, {})

@@ -16,6 +16,7 @@ from molora_fed.population.lineage import Lineage, read_lineage
 from molora_fed.reporting.figures import PALETTE, draw_cells, draw_losses, save_figure, tidy_axes
 from molora_fed.reporting.lineage import draw_lineage
 from molora_fed.reporting.methods import list_methods, mask_controls
+from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
 from molora_fed.storage.files import write_bytes
 
 __all__ = [
@@ -166,6 +167,9 @@ def _render(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     return environment.get_template("population.html.j2").render(
         result=result,
         methods=list_methods(result),
+        overlap_columns=OVERLAP_COLUMNS,
+        overlap=list_overlap(result),
+        overlap_text=describe_overlap(result),
         generations=generations[1:],
         gain=result["gain_percent"][result["router"]]["vs_best_alone"],
         interval=result["gain_interval_percent"][result["router"]]["vs_best_alone"],

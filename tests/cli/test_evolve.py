@@ -46,6 +46,7 @@ def test_evolving_leaves_a_model_figures_and_a_report(evolved):
     assert result["guard"]["compared"] == 1
     page = (folder / "report" / "population.html").read_text()
     assert "Fitness by slot and generation" in page and page.count("data:image/png") == 4
+    assert "Contamination" in page and "are left out of every figure" in page
     for name in ("fitness", "slot_gates", "lineage", "losses"):
         assert (folder / "report" / f"{name}.png").is_file()
     model = load_evolved(folder / "evolved")

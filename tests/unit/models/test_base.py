@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from molora_fed.corpus.clusters import index_shingles
+from molora_fed.corpus.overlap import find_base_index, load_index
 from molora_fed.errors import BaseCheckpointError, CorpusError
 from molora_fed.models.base import (
     check_base,
@@ -294,7 +296,7 @@ def test_made_base_is_found_again_without_training(builtin):
     assert again.identity() == builtin.identity() and calls == []
 
 
-def test_cache_serves_several_folders(tmp_path):
+def test_cache_serves_several_folders_with_the_index_of_the_train_text(tmp_path):
     calls = []
     first, second = (
         create_builtin_base(
@@ -309,6 +311,11 @@ def test_cache_serves_several_folders(tmp_path):
     assert first.identity() == second.identity() and first.training == second.training
     assert (first.folder, second.folder) == (tmp_path / "one", tmp_path / "two")
     assert calls.count(12) == 1
+    splits = split_domains(DOMAINS, CONFIG)
+    index = index_shingles(d.text for documents in splits.values() for d in documents[Split.TRAIN])
+    for base in (first, second):
+        kept = load_index(find_base_index(base.folder), base.training["recipe"])
+        assert kept is not None and kept.tolist() == index.tolist() and len(index) > 0
 
 
 def test_interrupted_base_goes_on_and_ends_the_same(builtin, tmp_path):
