@@ -1,0 +1,242 @@
+"""Feeds every entry point with changed files, guided by coverage, and counts what it does.
+
+    pip install -e .[fuzz]
+    python bench/fuzz.py                                # every target, about a million inputs
+    python bench/fuzz.py --inputs 2000 --only manifest  # a short look
+
+One process a target (atheris, libFuzzer) with a limit of memory and of 5 seconds an input. What
+ends in anything but a one-line error of this package is a finding; its input goes to
+tests/data/fuzz, which `make test` repeats. Finished targets are kept in `--work`; stopped and
+called again, it goes on with the others. Coverage is that of the corpus libFuzzer found, measured
+afterwards by branch over the functions that a target names.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+INPUTS = 100_000
+SECONDS = 5
+MEMORY_BYTES = 2**30
+"""What a target may need beyond what it has once everything is imported."""
+SEED = 11
+PAGE = """# Fuzzing the doors
+
+`python bench/fuzz.py`; {inputs:,} inputs in all. Every door is a parser of something from outside;
+an input is a good file changed inside its structure, chosen by what reached new code (atheris). An
+input counts as handled if it is read, or refused in one line. Limits: {seconds} seconds an input,
+{memory} MiB beyond the process itself. Branches are those of the functions that read the file, over
+the inputs libFuzzer kept.
+
+{table}
+
+{versions}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=INPUTS, help="for each target")
+    parser.add_argument("--only", nargs="+", default=(), metavar="TARGET")
+    parser.add_argument("--work", type=Path, default=Path("fuzz"), help="corpora and results")
+    parser.add_argument("--out", type=Path, help="page to write, e.g. docs/results/fuzz.md")
+    parser.add_argument("--child", choices=("fuzz", "cover"), help=argparse.SUPPRESS)
+    arguments, rest = parser.parse_known_args()
+    if arguments.child == "fuzz":
+        fuzz(arguments.only[0], arguments.work, rest)
+    elif arguments.child == "cover":
+        print(json.dumps(cover(arguments.only[0], arguments.work)))
+    else:
+        run_all(arguments)
+
+
+def find_target(name: str) -> Any:
+    from fuzz_targets import TARGETS
+
+    return next(target for target in TARGETS if target.name == name)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    from fuzz_targets import TARGETS
+    from rich.progress import track
+
+    chosen = [t for t in TARGETS if not arguments.only or t.name in arguments.only]
+    results = {}
+    for target in track(chosen, description="targets"):
+        work = (arguments.work / target.name).absolute()
+        kept = work / "result.json"
+        if not kept.exists() or json.loads(kept.read_bytes())["inputs"] < arguments.inputs:
+            work.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(run_target(target, work, arguments.inputs), indent=1))
+        results[target.name] = json.loads(kept.read_bytes())
+        print(target.name, results[target.name], flush=True)
+    page = write_page(chosen, results)
+    if arguments.out:
+        arguments.out.write_text(page, encoding="utf-8")
+    print(page)
+
+
+def run_target(target: Any, work: Path, inputs: int) -> dict[str, Any]:
+    """Fuzz one target in a process of its own, and measure what its corpus covers."""
+    corpus = work / "corpus"
+    corpus.mkdir(exist_ok=True)
+    command = [sys.executable, __file__, "--only", target.name, "--work", str(work)]
+    options = [
+        f"-runs={inputs}", f"-timeout={SECONDS}", f"-seed={SEED}", "-rss_limit_mb=0",
+        "-max_len=65536", "-print_final_stats=1", f"-artifact_prefix={work}/", str(corpus),
+    ]  # fmt: skip
+    started = time.monotonic()
+    log = work / "fuzz.log"
+    with log.open("wb") as file:
+        ran = subprocess.run(
+            [*command, "--child", "fuzz", *options], stdout=file, stderr=subprocess.STDOUT
+        )
+    text = log.read_text("utf-8", "replace")
+    done = [line.split()[-1] for line in text.splitlines() if "number_of_executed_units" in line]
+    covered = subprocess.run([*command, "--child", "cover"], capture_output=True, check=True)
+    return {
+        "inputs": int(done[-1]) if done else 0,
+        "status": ran.returncode,
+        "seconds": round(time.monotonic() - started, 1),
+        "slowest_seconds": json.loads((work / "slowest.json").read_bytes()),
+        "findings": sorted(path.name for path in (work / "findings").glob("*")),
+        **json.loads(covered.stdout.splitlines()[-1]),
+    }
+
+
+def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
+    """The process of one target; does not return."""
+    import atheris
+
+    with atheris.instrument_imports(include=["molora_fed"]):
+        target = find_target(name)
+    from molora_fed.errors import MoloraError
+
+    findings = work / "findings"
+    findings.mkdir(exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    seeds, run = target.prepare(Path(scratch.name))
+    corpus = Path(options[-1])
+    for number, seed in enumerate(seeds):
+        (corpus / f"seed-{number}").write_bytes(seed)
+        run(seed)
+    limit = _read_virtual_bytes() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    slowest, seen = 0.0, set[str]()
+
+    def call(data: bytes) -> None:
+        nonlocal slowest
+        started = time.process_time()
+        try:
+            run(data)
+            fault = None
+        except MoloraError as error:
+            fault = "several-lines" if "\n" in str(error) else None
+        except BaseException as error:
+            fault = _name_fault(error)
+        if fault is not None and fault not in seen:
+            seen.add(fault)
+            (findings / f"{target.name}-{fault}").write_bytes(data)
+        spent = time.process_time() - started
+        if spent > slowest:
+            slowest = spent
+            (work / "slowest.json").write_text(f"{slowest:.3f}")
+
+    def change(data: bytes, max_size: int, seed: int) -> bytes:
+        chance = random.Random(seed)
+        if chance.random() < 0.1:
+            return bytes(atheris.Mutate(data, max_size))
+        return bytes(target.mutate(bytes(data), chance)[:max_size])
+
+    atheris.Setup([__file__, *options], call, custom_mutator=change)
+    atheris.Fuzz()
+
+
+def _read_virtual_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _name_fault(error: BaseException) -> str:
+    """Kind and place of an error, as a file name: one finding for each."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        if "molora_fed" in trace.tb_frame.f_code.co_filename:
+            file = Path(trace.tb_frame.f_code.co_filename).stem
+            place = f"{file}-{trace.tb_frame.f_code.co_name}"
+        trace = trace.tb_next
+    return f"{type(error).__name__}-{place}"
+
+
+def cover(name: str, work: Path) -> dict[str, int]:
+    """Branches that a target's corpus reaches, among those of its parsers."""
+    import coverage
+
+    measured = coverage.Coverage(branch=True, data_file=None, include=["*/molora_fed/*"])
+    measured.start()
+    target = find_target(name)
+    from molora_fed.errors import MoloraError
+
+    with tempfile.TemporaryDirectory() as scratch:
+        _, run = target.prepare(Path(scratch))
+        for path in sorted((work / "corpus").iterdir()):
+            try:
+                run(path.read_bytes())
+            except MoloraError:
+                continue
+            except Exception:
+                continue
+    measured.stop()
+    with tempfile.NamedTemporaryFile() as file:
+        measured.json_report(outfile=file.name)
+        files = json.loads(Path(file.name).read_bytes())["files"]
+    branches = covered = 0
+    for parser in target.parsers:
+        module, _, prefix = parser.partition(":")
+        path = str(Path(str(import_module(module).__file__)).relative_to(Path.cwd()))
+        for function, found in files[path]["functions"].items():
+            if function and function.startswith(prefix):
+                branches += found["summary"]["num_branches"]
+                covered += found["summary"]["covered_branches"]
+    return {"branches": branches, "covered": covered}
+
+
+def write_page(targets: Sequence[Any], results: dict[str, dict[str, Any]]) -> str:
+    import importlib.metadata as metadata
+
+    rows = [
+        "| door | parser | inputs | unhandled | slowest input | branches reached |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for target in targets:
+        found = results[target.name]
+        share = f"{found['covered']} of {found['branches']}"
+        rows.append(
+            f"| {target.door} | {target.name} | {found['inputs']:,} | {len(found['findings'])} "
+            f"| {found['slowest_seconds']:.2f} s | {share} |"
+        )
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("atheris", "coverage"))
+    return PAGE.format(
+        inputs=sum(found["inputs"] for found in results.values()),
+        seconds=SECONDS,
+        memory=MEMORY_BYTES // 2**20,
+        table="\n".join(rows),
+        versions=f"Seed {SEED}; {versions}.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Entry points of all that comes from outside, as functions of bytes, with good inputs.
+
+A target's `run` may raise errors of this package, which users see as one line, and nothing else.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from cryptography.hazmat.primitives.asymmetric import ec
+from fuzz_mutators import Mutate, change_bytes, mutate_json, mutate_lines, mutate_safetensors
+
+from molora_fed.adapters.contract import LinearOptions
+from molora_fed.adapters.files import CONFIG_FILE, META_FILE, WEIGHTS_FILE, load_adapter
+from molora_fed.adapters.save import save_adapter
+from molora_fed.charter import AdapterRules, parse_charter
+from molora_fed.contributions.manifest import MANIFEST_FILE, parse_manifest
+from molora_fed.corpus.blocks import Blocks, load_blocks
+from molora_fed.corpus.documents import read_documents
+from molora_fed.models.base import load_base
+from molora_fed.reporting.report import load_report, write_report
+from molora_fed.storage.keys import build_public_pem
+from molora_fed.testing import build_random_adapter
+from molora_fed.testing.models import build_tiny_checkpoint, build_tiny_model
+from molora_fed.tracing.reading import read_records
+from molora_fed.tracing.verifying import export_run, verify
+from molora_fed.tracing.writing import TraceWriter
+from molora_fed.types import Split
+
+__all__ = ["TARGETS", "Target"]
+
+KEPT = Path(__file__).parent / "data"
+_KEY = ec.derive_private_key(20_261_122, ec.SECP384R1())
+
+Run = Callable[[bytes], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parser of one entry point.
+
+    Attributes:
+        name: Unique name.
+        door: The entry point it belongs to.
+        mutate: Changes an input inside its structure.
+        prepare: From an empty folder, good inputs and the function to call with others.
+        parsers: "module" or "module:function" whose branches count, prefixes of qualified names.
+    """
+
+    name: str
+    door: str
+    mutate: Mutate
+    prepare: Callable[[Path], tuple[Sequence[bytes], Run]]
+    parsers: tuple[str, ...]
+
+
+def _replacing(path: Path, call: Callable[[], object]) -> Run:
+    """Calls a function after a file has been given the input's bytes."""
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        call()
+
+    return run
+
+
+def _prepare_manifests(folder: Path) -> tuple[Sequence[bytes], Run]:
+    contribution = KEPT / "kept" / "contributions"
+    seeds = [path.read_bytes() for path in sorted(contribution.rglob(MANIFEST_FILE))]
+    return seeds, lambda data: parse_manifest(data) and None
+
+
+def _prepare_adapter(kind: str, precision: str, file: str):
+    def prepare(folder: Path) -> tuple[Sequence[bytes], Run]:
+        model = build_tiny_model("gpt_neox")
+        adapter = build_random_adapter(model, kind=kind, strength=1e-3)
+        options = LinearOptions(precision=precision, group=8) if precision != "float32" else None
+        save_adapter(adapter, model, folder / "adapter", options=options)
+        path = folder / "adapter" / file
+        rules = AdapterRules(max_rank=8, max_bytes=2**20)
+        seeds = [path.read_bytes()]
+        return seeds, _replacing(path, lambda: load_adapter(folder / "adapter", rules=rules))
+
+    return prepare
+
+
+def _prepare_samples(folder: Path) -> tuple[Sequence[bytes], Run]:
+    tokens = np.arange(48, dtype=np.int32).reshape(3, 16)
+    blocks = Blocks("legal", Split.ADMISSION, tokens, tokens * 0, tokens * 0)
+    path = folder / "sample.safetensors"
+    return [blocks.to_bytes()], _replacing(path, lambda: load_blocks(path, max_bytes=2**20))
+
+
+def _prepare_charters(folder: Path) -> tuple[Sequence[bytes], Run]:
+    seeds = [path.read_bytes() for path in sorted(KEPT.rglob("cooperative.toml"))]
+    return seeds, lambda data: parse_charter(data.decode("utf-8", "replace")) and None
+
+
+def _prepare_base(file: str):
+    def prepare(folder: Path) -> tuple[Sequence[bytes], Run]:
+        base = build_tiny_checkpoint(folder / "base", "gpt_neox", 0)
+        path = base / file
+        return [path.read_bytes()], _replacing(path, lambda: load_base(base))
+
+    return prepare
+
+
+def _prepare_corpus(suffix: str):
+    def prepare(folder: Path) -> tuple[Sequence[bytes], Run]:
+        path = folder / f"text{suffix}"
+        texts = ["One document.", "Another, with ä and 数."]
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+            seeds = [path.read_bytes()]
+        elif suffix == ".jsonl":
+            seeds = ["\n".join(json.dumps({"text": text}) for text in texts).encode()]
+        else:
+            seeds = [text.encode() for text in texts]
+        return seeds, _replacing(path, lambda: list(islice(read_documents([path]), 10_000)))
+
+    return prepare
+
+
+def _prepare_traces(folder: Path) -> tuple[Sequence[bytes], Run]:
+    run_folder, exported = folder / "run", folder / "run.jsonl"
+    with TraceWriter(run_folder, key=_KEY, run_id="run", writer="main") as trace:
+        for number in range(4):
+            trace.append("decision", {"task": f"t{number}", "text": "ä" * number})
+        trace.seal()
+    export_run(run_folder, exported)
+    public = build_public_pem(_KEY)
+
+    def check() -> None:
+        verify(exported, public)
+        list(read_records(exported))
+
+    return [exported.read_bytes()], _replacing(exported, check)
+
+
+def _prepare_reports(folder: Path) -> tuple[Sequence[bytes], Run]:
+    path = folder / "report.json"
+
+    def check() -> None:
+        write_report(load_report(path), {}, folder / "report")
+
+    return [(KEPT / "report.json").read_bytes()], _replacing(path, check)
+
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        "manifest", "manifests", mutate_json, _prepare_manifests,
+        ("molora_fed.contributions.manifest:parse_manifest",),
+    ),
+    *(
+        Target(
+            f"adapter-{kind}-{precision}-{name}", "adapters", mutate,
+            _prepare_adapter(kind, precision, file), parsers,
+        )
+        for kind, precision, parsers in (
+            ("lora", "float32", ("molora_fed.adapters.low_rank_files:load",)),
+            ("delta", "float32", ("molora_fed.adapters.delta_files:load",)),
+            ("svd", "int4", ("molora_fed.adapters.quantised_files:load_quantised",)),
+        )
+        for name, file, mutate in (
+            ("weights", WEIGHTS_FILE, mutate_safetensors),
+            ("config", CONFIG_FILE, mutate_json),
+            ("meta", META_FILE, mutate_json),
+        )
+    ),
+    Target(
+        "samples", "samples", mutate_safetensors, _prepare_samples,
+        ("molora_fed.corpus.blocks:load_blocks",),
+    ),
+    Target(
+        "charter", "charters", change_bytes, _prepare_charters,
+        ("molora_fed.charter:parse_charter",),
+    ),
+    Target(
+        "base-config", "base folders", mutate_json, _prepare_base("config.json"),
+        ("molora_fed.models.base:load_base", "molora_fed.models.base:load_model"),
+    ),
+    *(
+        Target(
+            f"corpus-{suffix[1:]}", "corpora", mutate, _prepare_corpus(suffix),
+            ("molora_fed.corpus.documents:read_documents", f"molora_fed.corpus.documents:{reader}"),
+        )
+        for suffix, mutate, reader in (
+            (".txt", change_bytes, "_read_plain"),
+            (".jsonl", mutate_lines, "_read_json_lines"),
+            (".parquet", change_bytes, "_read_parquet"),
+        )
+    ),
+    Target(
+        "trace", "traces", mutate_lines, _prepare_traces,
+        ("molora_fed.tracing.verifying:verify", "molora_fed.tracing.run_scan"),
+    ),
+    Target(
+        "report", "reports", mutate_json, _prepare_reports,
+        ("molora_fed.reporting.report:load_report", "molora_fed.reporting.report:write_report"),
+    ),
+)  # fmt: skip
