@@ -9,10 +9,10 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from molora_fed.errors import CharterError, ConfigError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
@@ -165,6 +165,10 @@ class PopulationRules(BaseModel):
 MAX_CHARTER_BYTES = 1_000_000
 
 
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
+
+
 class BaseIdentity(StrictModel):
     """Which base checkpoint, by content.
 
@@ -173,12 +177,19 @@ class BaseIdentity(StrictModel):
         revision: Revision for people; the fingerprints decide.
         weights: Hash over sorted tensor names, shapes, dtypes and bytes.
         tokenizer: Hash over the tokenizer's files.
+        config: Hash over what of the effective config decides the function; from version 2 on.
+        files: SHA-256 of each file of the checkpoint by name; from version 2 on.
     """
 
     id: str
     revision: str = ""
-    weights: str = Field(pattern=r"^[0-9a-f]{64}$")
-    tokenizer: str = Field(pattern=r"^[0-9a-f]{64}$")
+    weights: _Hash
+    tokenizer: _Hash
+    # Left out where absent, so that identities of version 1 have the bytes they always had.
+    config: _Hash | None = Field(default=None, exclude_if=lambda config: config is None)
+    files: dict[_FileName, _Hash] = Field(
+        default={}, max_length=1_000, exclude_if=lambda files: not files
+    )
 
 
 class AdapterRules(StrictModel):
@@ -212,13 +223,29 @@ class CorpusRules(StrictModel):
 
 
 class Identity(StrictModel):
-    """What can never change."""
+    """What can never change.
 
+    Attributes:
+        version: Which keys there are. Version 1, the one of charters that name none, has those of
+            the first release, and binds weights and tokenizer of the base; version 2 binds its
+            effective config and its files as well.
+    """
+
+    version: Literal[1, 2] = Field(default=1, exclude_if=lambda version: version == 1)
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     base: BaseIdentity
     adapters: AdapterRules = AdapterRules()
     corpus: CorpusRules = CorpusRules()
     privacy_mode: Literal["pooled"] = "pooled"
+
+    @model_validator(mode="after")
+    def _has_the_keys_of_its_version(self) -> "Identity":
+        has = [self.base.config is not None, bool(self.base.files)]
+        if self.version == 1 and any(has):
+            raise ValueError("base.config and base.files need version = 2")
+        if self.version == 2 and not all(has):
+            raise ValueError("version 2 needs base.config and base.files")
+        return self
 
 
 class TrainingRules(StrictModel):

@@ -140,7 +140,7 @@ def create_cooperative(
         UnknownNameError: If it names a router, kind or check that nobody registers.
         StorageError: On I/O errors.
     """
-    charter = build_charter(name, base.identity(), adapters, corpus, amendment)
+    charter = build_charter(name, base.whole_identity(), adapters, corpus, amendment)
     check_charter_names(charter, plugins or get_plugins())
     _check_suits_base(charter, base)
     cooperative = Cooperative(folder, charter)
@@ -316,6 +316,7 @@ def build_charter(
         )
     try:
         identity = Identity(
+            version=2,
             name=name,
             base=base,
             adapters=adapters or AdapterRules(),
@@ -334,7 +335,11 @@ def _open_same(wanted: Cooperative) -> Cooperative:
     found = open_cooperative(wanted.folder)
     with found.read_ledger() as ledger:
         first = ledger.amendments()[0].amendment
-    if (found.charter.identity, first) != (wanted.charter.identity, wanted.charter.amendment):
+    identity = wanted.charter.identity
+    if found.charter.identity.version == 1:  # founded before there was another
+        base = identity.base.model_copy(update={"config": None, "files": {}})
+        identity = identity.model_copy(update={"version": 1, "base": base})
+    if (found.charter.identity, first) != (identity, wanted.charter.amendment):
         raise CharterError(
             describe_mismatch(
                 f"Cannot create cooperative '{wanted.charter.identity.name}' in '{wanted.folder}'",

@@ -70,7 +70,13 @@ def found_cooperative(
     """
     plugins = plugins or get_plugins()
     corpus, amendment = corpus or CorpusRules(), amendment or Amendment()
-    unknown = BaseIdentity(id=source, weights=_UNKNOWN, tokenizer=_UNKNOWN)
+    unknown = BaseIdentity(
+        id=source,
+        weights=_UNKNOWN,
+        tokenizer=_UNKNOWN,
+        config=_UNKNOWN,
+        files={"config.json": _UNKNOWN},
+    )
     _check_domains(name, amendment.domains)
     draft = build_charter(name, unknown, adapters, corpus, amendment)
     check_charter_names(draft, plugins)

@@ -19,6 +19,7 @@ __all__ = [
     "hash_bytes",
     "hash_file",
     "replace_folder",
+    "resolve_inside",
     "storage_errors",
     "stream_bytes",
     "sync_folder",
@@ -48,6 +49,28 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, lower-case hex, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolve_inside(path: Path, folder: Path) -> Path | None:
+    """Where a path in a folder of others leads; None if a link takes it out of that folder.
+
+    A snapshot in a cache of the Hugging Face Hub consists of links into the `blobs` beside it:
+    these count as inside.
+
+    Args:
+        path: Below `folder`; need not exist.
+        folder: What it has to stay in; may itself be reached by links.
+    """
+    root = folder.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return None
+    roots = [root]
+    if root.parent.name == "snapshots":
+        blobs = root.parent.parent / "blobs"
+        roots += [blobs] if blobs.resolve() == blobs else []
+    return target if any(target.is_relative_to(one) for one in roots) else None
 
 
 def sync_folder(folder: Path) -> None:
