@@ -6,7 +6,6 @@ anyone's signature.
 """
 
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from molora_fed.errors import CharterError, ConfigError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.storage.settings import StrictModel, describe_offenders
+from molora_fed.storage.toml import parse_toml
 from molora_fed.types import BASE_EXPERT, Mixture
 
 __all__ = [
@@ -406,24 +406,25 @@ def parse_charter(text: str, *, where: str = "cooperative.toml") -> Charter:
         where: Name used in errors.
 
     Raises:
-        CharterError: If it is not TOML, a key is unknown or missing, or a value is out of range;
-            all offenders are named at once.
+        CharterError: If it is not TOML, too large, deep or many-keyed, a key is unknown or
+            missing, or a value is out of range; all offenders are named at once.
     """
     try:
-        raw = tomllib.loads(text)
+        raw = parse_toml(text, max_bytes=MAX_CHARTER_BYTES)
         amendment = raw.get("amendment", {})
         if isinstance(amendment, Mapping):
             raw["amendment"] = _name_unnamed(amendment)
         return Charter.model_validate(raw)
-    except tomllib.TOMLDecodeError as error:
-        raise CharterError(
-            f"Cannot read charter '{where}': expected TOML, got {error}. Correct that line."
-        ) from error
     except ValidationError as error:
         offenders = describe_offenders(error, whole="charter", with_values=True)
         raise CharterError(
             f"Cannot read charter '{where}': expected only known keys with valid values, "
             f"got {offenders}. Correct or remove these."
+        ) from error
+    except ValueError as error:
+        raise CharterError(
+            f"Cannot read charter '{where}': expected TOML within bounds, got {error}. "
+            "Correct that line."
         ) from error
 
 
@@ -440,7 +441,8 @@ def load_charter(path: Path) -> Charter:
                 f"Cannot read charter '{file}': expected at most {MAX_CHARTER_BYTES} bytes, "
                 f"got {file.stat().st_size}. Check that this is the right file."
             )
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as source:
+            text = source.read(MAX_CHARTER_BYTES + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CharterError(
             f"Cannot read charter '{file}': expected a readable UTF-8 file, got {error}. "

@@ -26,7 +26,9 @@ MAX_LAYERS = 512
 MAX_NUMBER = 2**40
 """Largest integer in a config: sizes, positions and rotary bases stay far below."""
 
-_LAYERS = re.compile(r"n(um)?_([a-z_]+_)?layers?|(en|de)coder_layers|(en|de)coder_num_layers|depths?")
+_LAYERS = re.compile(
+    r"n(um)?_([a-z_]+_)?layers?|(en|de)coder_layers|(en|de)coder_num_layers|depths?"
+)
 _IMPLEMENTATION = re.compile(r"_?\w*_implementation(_internal)?")
 _OWN_IMPLEMENTATIONS = ("eager", "sdpa", None)
 # Of what every config has, the keys that decide the function; the others are for bookkeeping,

@@ -129,8 +129,11 @@ def _check_scalar(value: Any) -> None:
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError("a number that is not finite")
-    elif isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
-        raise ValueError("an integer beyond 64 bits")
+    elif isinstance(value, int):
+        if not -MAX_INTEGER <= value <= MAX_INTEGER:
+            raise ValueError("an integer beyond 64 bits")
+    elif value is not None:  # a date of TOML
+        raise ValueError(f"a {type(value).__name__}, which JSON does not have")
 
 
 def _parse_integer(text: str) -> int:
