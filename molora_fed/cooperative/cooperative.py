@@ -26,6 +26,7 @@ from molora_fed.contributions.reading import sign_amendment
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import CharterError, describe_mismatch
 from molora_fed.plugins import Plugins, Registry, get_plugins
+from molora_fed.storage.files import make_home
 from molora_fed.storage.keys import build_public_pem, load_key, load_or_make_key
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def create_cooperative(
     cooperative = Cooperative(folder, charter)
     if (folder / CHARTER_FILE).exists():
         return _open_same(cooperative)
+    make_home(folder)
     key = load_or_make_key(cooperative.key_path)
     if base.folder.resolve() != cooperative.base_folder.resolve():
         from molora_fed.corpus.overlap import copy_index

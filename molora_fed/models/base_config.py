@@ -71,15 +71,14 @@ def _find_faults(raw: Mapping[str, Any], layers: int) -> Iterator[str]:
     left: list[tuple[str, Any]] = list(raw.items())
     while left:
         key, value = left.pop()
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(value, Mapping):
             left += value.items()
         elif isinstance(value, list):
             left += [(key, item) for item in value]
-        elif is_number and _LAYERS.fullmatch(key) and not value <= layers:
-            yield f"{key} {clean(value, 40)}"
-        elif isinstance(value, int) and not -MAX_NUMBER <= value <= MAX_NUMBER:
-            yield f"{key} {clean(value, 40)}"
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            limit = layers if _LAYERS.fullmatch(key) else MAX_NUMBER
+            if value > limit and (isinstance(value, int) or limit == layers):
+                yield f"{key} {clean(value, 40)}"
         elif _IMPLEMENTATION.fullmatch(key) and value not in _OWN_IMPLEMENTATIONS:
             yield f"{key} {clean(value, 80)}"
 

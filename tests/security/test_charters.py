@@ -9,6 +9,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from molora_fed.cascade.config import load_config
 from molora_fed.charter import (
     MAX_CHARTER_BYTES,
     Amendment,
@@ -19,7 +20,6 @@ from molora_fed.charter import (
     parse_charter,
     write_charter,
 )
-from molora_fed.cascade.config import load_config
 from molora_fed.errors import CascadeError, CharterError
 from molora_fed.storage.toml import parse_toml
 
