@@ -131,7 +131,9 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(PIECES | st.binary(max_size=20), max_size=12).map(b"".join))
 def test_whatever_a_file_of_tasks_holds_ends_in_one_line(tmp_path, data):
     (tmp_path / "tasks.jsonl").write_bytes(data)

@@ -129,7 +129,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.text(st.characters(exclude_categories=("Cs",)), max_size=20), VALUES))
 def test_whatever_is_written_as_toml_is_read_back(value):
     assert parse_toml(tomli_w.dumps(value), max_bytes=10**6) == value
@@ -141,7 +141,7 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(PIECES, max_size=60).map("".join))
 def test_whatever_stands_in_a_charter_ends_in_one_line(text):
     for whole in (text, GOOD + text):
