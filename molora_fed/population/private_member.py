@@ -78,13 +78,6 @@ def carve_own(blocks: Mapping[Split, Blocks], charter: Charter) -> Carved:
     held_out = blocks[Split.HELD_OUT].take(amendment.samples.held_out)
     found["held-out figures"] = len(list_clusters(held_out))
     plan_rounds(amendment, threads=1)  # refuses rounds of too few blocks
-    blocks_found = len(carved.adaptation[0])
-    if blocks_found < MIN_ADAPTATION_BLOCKS:
-        raise PopulationError(
-            f"Cannot take part with private texts of '{own.domain}': expected "
-            f"{MIN_ADAPTATION_BLOCKS} blocks at least that adapt, got {blocks_found}. Use more "
-            "text, or ask the coordinator for more calibration blocks."
-        )
     few = [f"{count} for {what}" for what, count in found.items() if count < MIN_CLUSTERS]
     if few:
         raise PopulationError(
@@ -92,6 +85,13 @@ def carve_own(blocks: Mapping[Split, Blocks], charter: Charter) -> Carved:
             "document clusters at least in each part that figures are said of, so that no "
             f"document can be told from them, got {'; '.join(few[:4])}. Use more text, or ask the "
             "coordinator for guard 'spending', fewer generations, or more calibration blocks."
+        )
+    adapting = len(carved.adaptation[0])
+    if adapting < MIN_ADAPTATION_BLOCKS:
+        raise PopulationError(
+            f"Cannot take part with private texts of '{own.domain}': expected "
+            f"{MIN_ADAPTATION_BLOCKS} blocks at least that adapt, got {adapting}. Use more "
+            "text, or ask the coordinator for more calibration blocks."
         )
     return carved
 

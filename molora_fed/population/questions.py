@@ -114,11 +114,8 @@ def load_question(folder: Path, *, rules: AdapterRules, plugins: Plugins) -> Que
     content = _read(folder / _QUESTION_FILE)
     kind: Any = content.get("kind")
     settings = content.get("settings")
-    if (
-        not isinstance(kind, str)
-        or kind not in get_args(QuestionKind)
-        or not isinstance(settings, dict)
-    ):
+    is_known = isinstance(kind, str) and kind in get_args(QuestionKind)
+    if not is_known or not isinstance(settings, dict):
         raise _malformed(folder, f"kind '{clean(kind, 40)}'")
     places = [folder / f"branch-{number}" for number in range(_MAX_BRANCHES)]
     branches = tuple(_load_branch(p, rules, plugins) for p in places if p.is_dir())
