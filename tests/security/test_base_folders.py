@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 
 from molora_fed.adapters.save import save_adapter
 from molora_fed.charter import load_charter
-from molora_fed.cooperative.contribute import open_charter_and_base
+from molora_fed.cooperative.contribute import (
+    _check_links,
+    _read_record,
+    open_charter_and_base,
+)
 from molora_fed.cooperative.cooperative import create_cooperative
-from molora_fed.errors import BaseCheckpointError
+from molora_fed.errors import AdapterError, BaseCheckpointError
 from molora_fed.models.base import fetch_base, load_base, load_model
 from molora_fed.models.base_config import _find_faults
 from molora_fed.models.base_files import copy_checkpoint
@@ -192,3 +196,26 @@ def test_whatever_a_config_says_of_sizes_is_within_bounds_or_refused(raw):
     layers = [raw[key] for key in ("num_hidden_layers", "n_layer") if key in raw]
     if any(isinstance(n, int | float) and not isinstance(n, bool) and n > 8 for n in layers):
         assert faults
+
+
+@pytest.mark.parametrize("name", ["record.json", "adapter/adapter_config.json", "adapter"])
+def test_a_link_out_of_an_adapter_that_is_given_publishes_nothing(tmp_path, name):
+    """Its record would stand in the manifest, whatever JSON it is."""
+    given = tmp_path / "given"
+    (given / "adapter").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "secret.json").write_text('{"token": "secret"}')
+    if name == "adapter":
+        (given / name).rmdir()
+    target = tmp_path / ("elsewhere" if name == "adapter" else "secret.json")
+    (given / name).symlink_to(target)
+    with pytest.raises(AdapterError, match="a link that leads out of the folder"):
+        _check_links(given, given / "adapter")
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, "[]", '{"a": 1e999}', "9" * 5_000, "{"])
+def test_a_record_that_cannot_be_signed_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "record.json").write_text(content)
+    with pytest.raises(AdapterError) as caught:
+        _read_record(tmp_path)
+    assert "\n" not in str(caught.value)
