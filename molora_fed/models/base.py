@@ -19,6 +19,7 @@ from molora_fed.models.base_files import (
     copy_checkpoint,
     count_tensors,
     download_checkpoint,
+    find_file,
     find_weight_files,
     fingerprint_tokenizer,
     fingerprint_weights,
@@ -177,7 +178,7 @@ def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
             f"{what}: expected a tokenizer of at most {vocabulary} tokens, got {len(tokenizer)}. "
             "Put the tokenizer of these weights beside them."
         )
-    card = load_json_file(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
+    card = _read_card(folder)
     base = Base(
         folder=folder,
         model=model,
@@ -256,6 +257,12 @@ def _loading(what: str, stage: Path, folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _read_card(folder: Path) -> Mapping[str, Any]:
+    """What is written down of a base; empty where nothing is."""
+    path = find_file(folder, CARD_FILE)
+    return {} if path is None else load_json_file(path)
+
+
 def _read_identity(card: Mapping[str, Any], folder: Path) -> BaseIdentity:
     try:
         return BaseIdentity(**{k: card[k] for k in ("id", "revision", "weights", "tokenizer")})
@@ -317,7 +324,7 @@ def fetch_base(source: str, folder: Path, *, dtype: torch.dtype = torch.float32)
         local = Path(source)
         if local.resolve() == folder.resolve():
             return load_base(folder, dtype=dtype)
-        card = load_json_file(local / CARD_FILE) if (local / CARD_FILE).exists() else {}
+        card = _read_card(local)
     name = hub["id"] if hub and not is_local else str(card.get("id", Path(source).resolve().name))
     revision = hub["revision"] if hub and not is_local else str(card.get("revision", ""))
     if (folder / CARD_FILE).exists():

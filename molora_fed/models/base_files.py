@@ -25,6 +25,7 @@ __all__ = [
     "copy_checkpoint",
     "count_tensors",
     "download_checkpoint",
+    "find_file",
     "find_weight_files",
     "fingerprint_tokenizer",
     "fingerprint_weights",
@@ -83,7 +84,7 @@ def load_json_file(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, 
     return value
 
 
-def _find_file(folder: Path, name: str) -> Path | None:
+def find_file(folder: Path, name: str) -> Path | None:
     """A file of a checkpoint; None if there is none.
 
     Raises:
@@ -104,7 +105,7 @@ def find_weight_files(folder: Path) -> list[Path]:
     Raises:
         BaseCheckpointError: If there are none, or the index names files outside the folder.
     """
-    if _find_file(folder, _INDEX) is not None:
+    if find_file(folder, _INDEX) is not None:
         names = load_json_file(folder / _INDEX).get("weight_map")
         if (
             not isinstance(names, dict)
@@ -117,9 +118,9 @@ def find_weight_files(folder: Path) -> list[Path]:
             )
         found = sorted(set(names.values()))
         for name in found:
-            _find_file(folder, name)
+            find_file(folder, name)
         return [folder / name for name in found]
-    if _find_file(folder, _WEIGHTS) is not None:
+    if find_file(folder, _WEIGHTS) is not None:
         return [folder / _WEIGHTS]
     pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
     got = ", ".join(pickles) or ("no weights" if folder.is_dir() else "no such folder")
@@ -206,7 +207,7 @@ def fingerprint_tokenizer(folder: Path) -> str:
     Raises:
         BaseCheckpointError: If the folder holds no tokenizer.
     """
-    hashes = {n: hash_file(folder / n) for n in _TOKENIZER_FILES if _find_file(folder, n)}
+    hashes = {n: hash_file(folder / n) for n in _TOKENIZER_FILES if find_file(folder, n)}
     if not hashes:
         raise BaseCheckpointError(
             f"Cannot read base checkpoint '{folder}': expected a tokenizer, got none of "
@@ -230,7 +231,7 @@ def list_checkpoint_files(folder: Path) -> list[Path]:
             f"got none of {', '.join(missing[:5])}. Fetch the base again."
         )
     names = [*_CONFIG_FILES, *_TOKENIZER_FILES, _INDEX]
-    return [*(folder / name for name in names if _find_file(folder, name)), *weights]
+    return [*(folder / name for name in names if find_file(folder, name)), *weights]
 
 
 def hash_checkpoint_files(folder: Path) -> Mapping[str, str]:
