@@ -65,6 +65,7 @@ def carve_own(blocks: Mapping[Split, Blocks], charter: Charter) -> Carved:
     """
     amendment = charter.amendment
     rules = amendment.population
+    plan_rounds(amendment, threads=1)  # refuses too many rounds, and rounds of too few blocks
     own = blocks[Split.CALIBRATION].take(amendment.samples.calibration)
     carved = carve_blocks(
         [own],
@@ -77,7 +78,6 @@ def carve_own(blocks: Mapping[Split, Blocks], charter: Charter) -> Carved:
     found = {what: len(part.clusters[0]) for what, part in parts}
     held_out = blocks[Split.HELD_OUT].take(amendment.samples.held_out)
     found["held-out figures"] = len(list_clusters(held_out))
-    plan_rounds(amendment, threads=1)  # refuses rounds of too few blocks
     few = [f"{count} for {what}" for what, count in found.items() if count < MIN_CLUSTERS]
     if few:
         raise PopulationError(
@@ -129,6 +129,7 @@ class PrivateMember:
         self._asked = AskedQuestions(folder, amendment.number, limits)
         rules = charter.amendment.population
         router, options = parse_router_options(rules.router, rules.options, plugins)
+        self._router = router, options
         self._readings = router.reads(options)
         self._router_name = rules.router
         self._states: dict[str, tuple[BaseStates, ...]] = {}
@@ -151,12 +152,11 @@ class PrivateMember:
         place = self._find_place(question)
         for branch in question.branches:
             check_population(branch.population, self._base.model)
-            options = branch.router.options
-            if type(branch.router).reads(options) != self._readings:
+            if (type(branch.router), branch.router.options) != self._router:
                 raise PopulationError(
-                    "Cannot answer: expected the charter's router, got one that reads "
-                    f"{', '.join(sorted(type(branch.router).reads(options))) or 'nothing'}. "
-                    "Ask the coordinator."
+                    f"Cannot answer: expected the charter's router '{self._router_name}' with its "
+                    f"options, got {clean(type(branch.router).__name__, 80)} with "
+                    f"{clean(branch.router.options)}. Ask the coordinator."
                 )
         self._asked.admit(place, self._hash(question))
         if question.kind == "adapt":

@@ -21,6 +21,8 @@ __all__ = [
     "split_rounds",
 ]
 
+MAX_ROUNDS = 10_000
+"""Rounds of one evolution; each is an exchange with everybody."""
 MIN_ADAPTATION_BLOCKS = 8
 """Blocks of a contributor that a round trains on at least, before what it learned is sent."""
 
@@ -77,9 +79,14 @@ def plan_rounds(amendment: Amendment, *, threads: int) -> dict[int, PlannedRound
         threads: Torch threads.
 
     Raises:
-        PopulationError: If a round would train on too few blocks.
+        PopulationError: If there are too many rounds, or one would train on too few blocks.
     """
     rules = amendment.population
+    if (rules.generations + 1) * rules.rounds > MAX_ROUNDS:
+        raise PopulationError(
+            f"Cannot take part with private texts: expected at most {MAX_ROUNDS} rounds, got "
+            f"{rules.rounds} in each of {rules.generations} generations. Ask the coordinator."
+        )
     config = build_config(rules, 1, seed=amendment.seed, threads=threads)
     planned = {}
     for generation in range(rules.generations + 1):

@@ -150,6 +150,18 @@ def test_a_charter_that_adapts_on_few_blocks_is_refused_before_training(base, ch
         carve_own(build_texts(MEMBERS[0]), charter)
 
 
+@pytest.mark.parametrize("changes", [{"generations": 10**12}, {"rounds": 10**12}])
+def test_a_charter_of_endless_rounds_is_refused(base, changes):
+    with pytest.raises(PopulationError, match="rounds"):
+        carve_own(build_texts(MEMBERS[0]), build_charter(base, RULES.model_copy(update=changes)))
+
+
+def test_a_question_brings_no_router_of_its_own(base, person):
+    branch = Branch(build_population(base), build_router(floor=0.3))
+    with pytest.raises(PopulationError, match="the charter's router"):
+        person.answer(Question("gates", {}, (branch,)))
+
+
 def test_both_sides_find_the_same_rounds_in_the_charter(base):
     rounds = plan_rounds(build_charter(base).amendment, threads=1)
     assert list(rounds) == [0, 4, 8, 12, 16, 20]
