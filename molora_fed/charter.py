@@ -6,17 +6,17 @@ anyone's signature.
 """
 
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from molora_fed.errors import CharterError, ConfigError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.storage.settings import StrictModel, describe_offenders
+from molora_fed.storage.toml import parse_toml
 from molora_fed.types import BASE_EXPERT, Mixture
 
 __all__ = [
@@ -165,6 +165,10 @@ class PopulationRules(BaseModel):
 MAX_CHARTER_BYTES = 1_000_000
 
 
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
+
+
 class BaseIdentity(StrictModel):
     """Which base checkpoint, by content.
 
@@ -173,12 +177,19 @@ class BaseIdentity(StrictModel):
         revision: Revision for people; the fingerprints decide.
         weights: Hash over sorted tensor names, shapes, dtypes and bytes.
         tokenizer: Hash over the tokenizer's files.
+        config: Hash over what of the effective config decides the function; from version 2 on.
+        files: SHA-256 of each file of the checkpoint by name; from version 2 on.
     """
 
     id: str
     revision: str = ""
-    weights: str = Field(pattern=r"^[0-9a-f]{64}$")
-    tokenizer: str = Field(pattern=r"^[0-9a-f]{64}$")
+    weights: _Hash
+    tokenizer: _Hash
+    # Left out where absent, so that identities of version 1 have the bytes they always had.
+    config: _Hash | None = Field(default=None, exclude_if=lambda config: config is None)
+    files: dict[_FileName, _Hash] = Field(
+        default={}, max_length=1_000, exclude_if=lambda files: not files
+    )
 
 
 class AdapterRules(StrictModel):
@@ -212,13 +223,29 @@ class CorpusRules(StrictModel):
 
 
 class Identity(StrictModel):
-    """What can never change."""
+    """What can never change.
 
+    Attributes:
+        version: Which keys there are. Version 1, the one of charters that name none, has those of
+            the first release, and binds weights and tokenizer of the base; version 2 binds its
+            effective config and its files as well.
+    """
+
+    version: Literal[1, 2] = Field(default=1, exclude_if=lambda version: version == 1)
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     base: BaseIdentity
     adapters: AdapterRules = AdapterRules()
     corpus: CorpusRules = CorpusRules()
     privacy_mode: Literal["pooled"] = "pooled"
+
+    @model_validator(mode="after")
+    def _has_the_keys_of_its_version(self) -> "Identity":
+        has = [self.base.config is not None, bool(self.base.files)]
+        if self.version == 1 and any(has):
+            raise ValueError("base.config and base.files need version = 2")
+        if self.version == 2 and not all(has):
+            raise ValueError("version 2 needs base.config and base.files")
+        return self
 
 
 class TrainingRules(StrictModel):
@@ -379,24 +406,25 @@ def parse_charter(text: str, *, where: str = "cooperative.toml") -> Charter:
         where: Name used in errors.
 
     Raises:
-        CharterError: If it is not TOML, a key is unknown or missing, or a value is out of range;
-            all offenders are named at once.
+        CharterError: If it is not TOML, too large, deep or many-keyed, a key is unknown or
+            missing, or a value is out of range; all offenders are named at once.
     """
     try:
-        raw = tomllib.loads(text)
+        raw = parse_toml(text, max_bytes=MAX_CHARTER_BYTES)
         amendment = raw.get("amendment", {})
         if isinstance(amendment, Mapping):
             raw["amendment"] = _name_unnamed(amendment)
         return Charter.model_validate(raw)
-    except tomllib.TOMLDecodeError as error:
-        raise CharterError(
-            f"Cannot read charter '{where}': expected TOML, got {error}. Correct that line."
-        ) from error
     except ValidationError as error:
         offenders = describe_offenders(error, whole="charter", with_values=True)
         raise CharterError(
             f"Cannot read charter '{where}': expected only known keys with valid values, "
             f"got {offenders}. Correct or remove these."
+        ) from error
+    except ValueError as error:
+        raise CharterError(
+            f"Cannot read charter '{where}': expected TOML within bounds, got {error}. "
+            "Correct that line."
         ) from error
 
 
@@ -413,7 +441,8 @@ def load_charter(path: Path) -> Charter:
                 f"Cannot read charter '{file}': expected at most {MAX_CHARTER_BYTES} bytes, "
                 f"got {file.stat().st_size}. Check that this is the right file."
             )
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as source:
+            text = source.read(MAX_CHARTER_BYTES + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CharterError(
             f"Cannot read charter '{file}': expected a readable UTF-8 file, got {error}. "

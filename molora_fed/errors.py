@@ -177,6 +177,12 @@ class PopulationError(MoloraError, ValueError):
     exit_code = 40
 
 
+class QuestionRefusedError(PopulationError):
+    """A coordinator asks a contributor for more than the charter says."""
+
+    exit_code = 41
+
+
 class FederationError(MoloraError, RuntimeError):
     """The federation's processes or messages failed."""
 

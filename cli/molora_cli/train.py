@@ -55,6 +55,7 @@ def train(
         prepare_domain,
     )
     from molora_fed.reporting.summary import build_outgoing_table
+    from molora_fed.storage.files import make_home
     from molora_fed.storage.keys import load_or_make_key
     from molora_fed.storage.values import count_cores, parse_options, parse_shard
 
@@ -63,6 +64,7 @@ def train(
     with reporting("loading the base") as progress:
         under = open_charter_and_base(cooperative, base_folder=base)
         check_choices(under, domain=domain, name=name, kind=kind)
+        make_home(out)
         progress.phase("preparing the text")
         corpus = prepare_domain(under, domain, data or (), out, shard=share, progress=progress)
     show(build_corpus_table(corpus.report))

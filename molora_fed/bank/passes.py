@@ -23,7 +23,7 @@ from molora_fed.bank.columns import (
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError, StorageError
 from molora_fed.models.forward import Capture, Pass, run_blocks
-from molora_fed.storage.files import storage_errors, stream_bytes, write_json
+from molora_fed.storage.files import make_folder, storage_errors, stream_bytes, write_json
 from molora_fed.types import Mixture, Progress, Reading
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def check_room(folder: Path, needed: int) -> None:
     Raises:
         StorageError: If less than `needed` bytes are free.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(

@@ -1,6 +1,5 @@
 """The TOML file that describes a cascade, `[cascade]` and `[models.NAME]`, and its templates."""
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from molora_fed.errors import CascadeError
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.settings import StrictModel, describe_offenders
+from molora_fed.storage.toml import parse_toml
 
 __all__ = [
     "DEFAULT_TEMPLATE",
@@ -301,7 +301,8 @@ def load_config(path: Path) -> CascadeConfig:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"more than {MAX_CONFIG_BYTES} bytes")
-        found = CascadeConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        found = CascadeConfig.model_validate(parse_toml(text, max_bytes=MAX_CONFIG_BYTES))
     except ValidationError as error:
         offenders = describe_offenders(error, whole="cascade")
         raise CascadeError(

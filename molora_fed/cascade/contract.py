@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from molora_fed.errors import ConfigError
 from molora_fed.guard import guarded, refuse
 from molora_fed.plugins import Entry, Plugins
+from molora_fed.storage.untrusted import writable
 
 __all__ = [
     "MODES",
@@ -286,7 +287,7 @@ def open_extractor(name: str, plugins: Plugins) -> Extractor:
             answer = target(task, text)
         if answer is not None and not isinstance(answer, str):
             raise refuse(entry, place, expected="text or None", got=type(answer).__name__)
-        return answer
+        return answer if answer is None else writable(answer)
 
     return extract
 

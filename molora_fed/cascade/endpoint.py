@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
 from typing import Any
 
 import httpx
@@ -26,6 +27,7 @@ __all__ = ["EndpointModel"]
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 MAX_TOKENS = 10**9
+_SHORTEST_SECRET = 8  # characters of a key; local servers take words like "none"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class EndpointModel:
             canonical_json(["endpoint", source.url, source.model, source.api, source.send_seed])
         )
         self._source = source
+        self._key = ""
         # A compressed answer could be far larger than what is counted while it is read.
         self._headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         if source.api_key_env is not None:
@@ -93,7 +96,13 @@ class EndpointModel:
                     f"Cannot use endpoint '{name}': expected a key in the environment variable "
                     f"{source.api_key_env}, got none that can be sent. Set it."
                 )
+            if not _is_protected(source.url):
+                raise CascadeError(
+                    f"Cannot use endpoint '{name}': expected https where a key is sent to another "
+                    "host, got http, which everybody on the way can read. Correct its url."
+                )
             self._headers["Authorization"] = f"Bearer {key}"
+            self._key = key
 
     def sample(self, requests: Sequence[Request]) -> Sequence[Sample]:
         """Ask for each request, several at once; every failure is a sample that says why.
@@ -134,7 +143,7 @@ class EndpointModel:
         price = prompt_tokens * source.price_per_million_prompt
         price += new_tokens * source.price_per_million_new
         return Sample(
-            text=answer.text,
+            text=self._hide_key(answer.text),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             price=price / 1e6,
@@ -142,6 +151,10 @@ class EndpointModel:
             failure=answer.failure,
             attempts=attempt,
         )
+
+    def _hide_key(self, text: str) -> str:
+        """The text without the key: an endpoint may echo it, and traces are handed on."""
+        return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
 
     def _choose_wait(self, attempt: int, answer: _Answer, seed: int) -> float:
         """Seconds before the next try: what the endpoint asks, else doubling with jitter."""
@@ -185,6 +198,17 @@ class EndpointModel:
                     raise _FailedError(f"answer of more than {limit} bytes", is_final=True)
                 parts.append(part)
             return b"".join(parts)
+
+
+def _is_protected(url: str) -> bool:
+    """Whether nobody on the way can read what is sent: over TLS, or to this machine."""
+    address = httpx.URL(url)
+    if address.scheme == "https" or address.host == "localhost":
+        return True
+    try:
+        return ip_address(address.host).is_loopback
+    except ValueError:
+        return False
 
 
 def _build_body(source: EndpointSource, request: Request) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from molora_fed.cascade.records import (
 )
 from molora_fed.cascade.retrieval import Retrieval
 from molora_fed.errors import CascadeError
+from molora_fed.storage.untrusted import clean, writable
 
 __all__ = [
     "Cascade",
@@ -235,12 +236,12 @@ def ask(model: CascadeModel, requests: Sequence[Request]) -> list[Sample]:
     try:
         samples = list(model.sample(requests))
     except Exception as error:  # a model may fail in any way; the trace says how
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_FAILURE_CHARACTERS]
+        reason = clean(f"{type(error).__name__}: {clean(error, 1_000)}", MAX_FAILURE_CHARACTERS)
         return [Sample("", failure=reason) for _ in requests]
     if len(samples) != len(requests):
         reason = f"expected {len(requests)} samples, got {len(samples)}"
         return [Sample("", failure=reason) for _ in requests]
-    return samples
+    return [replace(sample, text=writable(sample.text)) for sample in samples]
 
 
 def _ask_as(

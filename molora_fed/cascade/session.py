@@ -32,6 +32,7 @@ from molora_fed.errors import CascadeError
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.storage.keys import build_public_pem
+from molora_fed.storage.untrusted import writable
 from molora_fed.tracing.reading import read_records
 from molora_fed.tracing.segments import SEAL_FILE
 from molora_fed.tracing.writing import TraceWriter
@@ -187,8 +188,13 @@ def load_cascade(
 
 
 def _keep(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file of answers needs; samples stay on disk."""
-    return {key: body[key] for key in _ANSWER}
+    """What the file of answers needs; samples stay on disk.
+
+    Answers of earlier versions may hold halves of characters, which the trace can carry.
+    """
+    found = {key: body[key] for key in _ANSWER}
+    answer = found["answer"]
+    return {**found, "answer": writable(answer) if isinstance(answer, str) else answer}
 
 
 def _read_found(trace: Path) -> _Found:

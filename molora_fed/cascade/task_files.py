@@ -1,6 +1,5 @@
 """Files of tasks: one JSON object a line, read with limits before anything is kept."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from molora_fed.cascade.retrieval import Example
 from molora_fed.errors import CascadeError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.storage.settings import describe_offenders
+from molora_fed.storage.untrusted import parse_json
 
 __all__ = ["hash_tasks", "load_examples", "load_tasks", "save_tasks"]
 
@@ -70,17 +70,11 @@ def _read_lines(path: Path) -> list[tuple[int, Any]]:
         ) from error
 
 
-def _refuse(name: str) -> Any:
-    raise ValueError(f"the number {name}, which JSON does not have")
-
-
 def _parse(line: bytes, number: int) -> Any:
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=_refuse)
-        canonical_json(value)  # lone surrogates cannot be kept
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number}: {' '.join(str(error).split())[:200]}") from error
-    return value
+        return parse_json(line, max_bytes=MAX_LINE_BYTES)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
 
 
 def load_tasks(path: Path) -> list[CascadeTask]:

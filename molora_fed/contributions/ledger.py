@@ -23,9 +23,9 @@ from molora_fed.contributions.states import (
     build_statements,
 )
 from molora_fed.errors import LedgerError
-from molora_fed.storage.files import canonical_json, sync_folder
+from molora_fed.storage.files import canonical_json, make_folder, sync_folder
 from molora_fed.storage.keys import key_fingerprint
-from molora_fed.storage.locks import read_holder, try_lock
+from molora_fed.storage.locks import LOCK_MODE, read_holder, try_lock
 
 __all__ = ["Ledger", "LedgerReader", "create_ledger"]
 
@@ -311,7 +311,7 @@ def create_ledger(
         StorageError: On I/O errors.
     """
     first.check(coordinator_key)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with _take_lock(path), ledger_errors(path):
         connection = _connect_writer(path)
         try:
@@ -344,6 +344,7 @@ def _fill(connection: sqlite3.Connection, coordinator_key: str, identity_hash: s
 
 def _connect_writer(path: Path) -> sqlite3.Connection:
     # isolation_level None: no transaction begins behind our back, BEGIN and COMMIT are explicit.
+    path.touch(mode=LOCK_MODE)  # the files beside it, of WAL, take its mode over
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")

@@ -14,6 +14,7 @@ from molora_fed.errors import AdapterError, StorageError
 from molora_fed.storage.files import (
     canonical_json,
     hash_bytes,
+    make_folder,
     replace_folder,
     storage_errors,
     write_bytes,
@@ -111,7 +112,7 @@ class BlobStore:
         with replace_folder(folder) as temporary:
             for name, sha in sorted(files.items()):
                 target = temporary / name
-                target.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(target.parent)
                 try:
                     os.link(self.path(sha), target)
                 except FileNotFoundError as error:

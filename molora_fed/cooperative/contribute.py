@@ -4,7 +4,6 @@
 anywhere and run again, it goes on and ends with the same bytes.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,9 @@ from molora_fed.models.base import Base
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.private_member import carve_own
+from molora_fed.storage.files import resolve_inside
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
+from molora_fed.storage.untrusted import parse_json
 from molora_fed.training.specialists import Specialist, train_specialist
 from molora_fed.types import Document, Progress, Split
 
@@ -39,6 +40,10 @@ __all__ = [
     "prepare_domain",
     "sign_adapter",
 ]
+
+
+_RECORD_FILE = "record.json"
+_MAX_RECORD_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,6 +299,7 @@ def _measure_given(
     """Read an adapter trained earlier and measure it on this contributor's own text."""
     charter, base = under.charter, under.base
     folder = given / "adapter" if (given / "adapter").is_dir() else given
+    _check_links(given, folder)
     adapter = load_adapter(
         folder, rules=charter.identity.adapters, plugins=plugins, name=str(given)
     )
@@ -315,16 +321,34 @@ def _measure_given(
     return MeasuredAdapter(folder, adapter.kind, base_loss, loss, _read_record(given), start)
 
 
+def _check_links(given: Path, folder: Path) -> None:
+    """Refuse an adapter of links: their files would be sent, and its record be published.
+
+    Raises:
+        AdapterError: Naming the first.
+    """
+    found = [given / _RECORD_FILE, folder, *(sorted(folder.iterdir()) if folder.is_dir() else [])]
+    for path in found:
+        if resolve_inside(path, given) is None:
+            raise AdapterError(
+                f"Cannot use adapter '{given}': expected files of its own, got '{path.name}', a "
+                "link that leads out of the folder. Put the file itself there."
+            )
+
+
 def _read_record(given: Path) -> Mapping[str, Any]:
     """How an adapter trained earlier was made, as far as its folder says."""
-    path = given / "record.json"
+    path = given / _RECORD_FILE
+    if not path.is_file():
+        return {"source": "an adapter trained earlier"}
     try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        record = None
+        record = parse_json(path.read_bytes(), max_bytes=_MAX_RECORD_BYTES)
+        if not isinstance(record, dict):
+            raise ValueError(type(record).__name__)
     except ValueError as error:
         raise AdapterError(
-            f"Cannot read '{path}': expected JSON, got {error}. Delete the file and try again."
+            f"Cannot read '{path}': expected a JSON object, got {error}. "
+            "Delete the file and try again."
         ) from error
     return record or {"source": "an adapter trained earlier"}
 

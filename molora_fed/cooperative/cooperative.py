@@ -26,6 +26,7 @@ from molora_fed.contributions.reading import sign_amendment
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import CharterError, describe_mismatch
 from molora_fed.plugins import Plugins, Registry, get_plugins
+from molora_fed.storage.files import make_home
 from molora_fed.storage.keys import build_public_pem, load_key, load_or_make_key
 
 if TYPE_CHECKING:
@@ -140,12 +141,13 @@ def create_cooperative(
         UnknownNameError: If it names a router, kind or check that nobody registers.
         StorageError: On I/O errors.
     """
-    charter = build_charter(name, base.identity(), adapters, corpus, amendment)
+    charter = build_charter(name, base.whole_identity(), adapters, corpus, amendment)
     check_charter_names(charter, plugins or get_plugins())
     _check_suits_base(charter, base)
     cooperative = Cooperative(folder, charter)
     if (folder / CHARTER_FILE).exists():
         return _open_same(cooperative)
+    make_home(folder)
     key = load_or_make_key(cooperative.key_path)
     if base.folder.resolve() != cooperative.base_folder.resolve():
         from molora_fed.corpus.overlap import copy_index
@@ -316,6 +318,7 @@ def build_charter(
         )
     try:
         identity = Identity(
+            version=2,
             name=name,
             base=base,
             adapters=adapters or AdapterRules(),
@@ -334,7 +337,11 @@ def _open_same(wanted: Cooperative) -> Cooperative:
     found = open_cooperative(wanted.folder)
     with found.read_ledger() as ledger:
         first = ledger.amendments()[0].amendment
-    if (found.charter.identity, first) != (wanted.charter.identity, wanted.charter.amendment):
+    identity = wanted.charter.identity
+    if found.charter.identity.version == 1:  # founded before there was another
+        base = identity.base.model_copy(update={"config": None, "files": {}})
+        identity = identity.model_copy(update={"version": 1, "base": base})
+    if (found.charter.identity, first) != (identity, wanted.charter.amendment):
         raise CharterError(
             describe_mismatch(
                 f"Cannot create cooperative '{wanted.charter.identity.name}' in '{wanted.folder}'",

@@ -19,6 +19,7 @@ from molora_fed.corpus.overlap import copy_index
 from molora_fed.errors import CharterError
 from molora_fed.models.base import Base, fetch_base
 from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.storage.files import make_home
 from molora_fed.training.builtin_base import BuiltinBaseConfig, create_builtin_base
 from molora_fed.types import Progress
 
@@ -70,11 +71,18 @@ def found_cooperative(
     """
     plugins = plugins or get_plugins()
     corpus, amendment = corpus or CorpusRules(), amendment or Amendment()
-    unknown = BaseIdentity(id=source, weights=_UNKNOWN, tokenizer=_UNKNOWN)
+    unknown = BaseIdentity(
+        id=source,
+        weights=_UNKNOWN,
+        tokenizer=_UNKNOWN,
+        config=_UNKNOWN,
+        files={"config.json": _UNKNOWN},
+    )
     _check_domains(name, amendment.domains)
     draft = build_charter(name, unknown, adapters, corpus, amendment)
     check_charter_names(draft, plugins)
     is_new = not folder.exists()
+    make_home(folder)
     if source == BUILTIN_SOURCE:
         domains = _choose_domains(amendment, plugins)
         on_phase(f"reading text of {', '.join(domains)}")

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from molora_fed.errors import CorpusError
 from molora_fed.guard import guarded, one_line, refuse
 from molora_fed.plugins import Plugins
+from molora_fed.storage.files import resolve_inside
+from molora_fed.storage.untrusted import clean
 from molora_fed.types import Document
 
 __all__ = ["SUFFIXES", "choose_evenly", "cut_long_documents", "open_domain", "read_documents"]
@@ -18,6 +20,10 @@ MAX_SHARE = 0.05
 PIECES = 250
 MIN_PIECE_CHARACTERS = 2_000
 _SHOWN_PROBLEMS = 3
+MAX_EXPANSION = 200
+"""Characters of a parquet file's text for each of its bytes; well-compressed text has below 20."""
+FREE_CHARACTERS = 2**24
+_BATCH_ROWS = 1_024
 
 
 _Item = TypeVar("_Item")
@@ -66,7 +72,8 @@ def _read_json_lines(path: Path, name: str) -> Iterator[Document]:
             continue
         where = f"line {number}"
         try:
-            record = json.loads(line)
+            # Beside the text anything may stand; digits without end take quadratic time to read.
+            record = json.loads(line, parse_int=str, parse_float=str)
         except (ValueError, RecursionError) as error:
             raise _UnreadableError(f"{where}: no JSON object") from error
         if not isinstance(record, dict):
@@ -78,16 +85,24 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number = characters = 0
+    most = MAX_EXPANSION * path.stat().st_size + FREE_CHARACTERS
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                raise _UnreadableError(f"no column 'text' among {columns or 'none'}")
-            for batch in file.iter_batches(columns=["text"]):
-                for value in batch.column(0).to_pylist():
+        names = pyarrow.parquet.read_schema(path).names
+        if "text" not in names:
+            raise _UnreadableError(f"no column 'text' among {', '.join(names) or 'none'}")
+        # As a dictionary: a text that is repeated is held once.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=["text"]) as file:
+            for batch in file.iter_batches(columns=["text"], batch_size=_BATCH_ROWS):
+                for value in batch.column(0):
                     number += 1
-                    yield Document(f"{name}:{number}", _check_text(value, f"row {number}"))
+                    text = _check_text(value.as_py(), f"row {number}")
+                    characters += len(text)
+                    if characters > most:
+                        raise _UnreadableError(
+                            f"more than {most:,} characters in a file of its size"
+                        )
+                    yield Document(f"{name}:{number}", text)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise _UnreadableError(f"no parquet that can be read ({reason})") from error
@@ -105,8 +120,12 @@ SUFFIXES = tuple(_READERS)
 """Endings of the files that can be read."""
 
 
-def _list_files(path: Path) -> list[tuple[Path, str]]:
-    """The readable files of a folder with their names inside it, hidden ones left out, sorted."""
+def _list_files(path: Path, problems: list[str]) -> list[tuple[Path, str]]:
+    """The readable files of a folder with their names inside it, hidden ones left out, sorted.
+
+    A link that leads out of the folder is a problem: whoever made the folder could have any file
+    of this user read.
+    """
     found = []
     for folder, subfolders, names in os.walk(path):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -114,18 +133,23 @@ def _list_files(path: Path) -> list[tuple[Path, str]]:
             file = Path(folder) / name
             readable = file.suffix.lower() in _READERS and file.is_file()
             if readable and not name.startswith("."):
-                found.append((file, f"{path.name}/{file.relative_to(path).as_posix()}"))
+                shown = f"{path.name}/{file.relative_to(path).as_posix()}"
+                if resolve_inside(file, path) is None:
+                    problems.append(f"'{shown}': a link that leads out of the folder")
+                else:
+                    found.append((file, shown))
     return sorted(found, key=lambda item: item[1])
 
 
-def _find_files(paths: Sequence[Path], problems: list[str]) -> list[tuple[Path, str]]:
-    """All files to read with unique names; what is wrong with a path goes to `problems`."""
+def _find_files(paths: Sequence[Path], problems: list[str]) -> list[tuple[Path, str, _Reader]]:
+    """All files to read, with unique names and how; what is wrong with a path is a problem."""
     files: dict[Path, str] = {}
     for path in paths:
         resolved = path.expanduser().resolve()
         if resolved.is_dir():
-            inside = _list_files(resolved)
-            if not inside:
+            before = len(problems)
+            inside = _list_files(resolved, problems)
+            if not inside and len(problems) == before:
                 problems.append(f"'{path}': no {', '.join(SUFFIXES)} file in it")
             for file, name in inside:
                 files.setdefault(file.resolve(), name)
@@ -139,7 +163,9 @@ def _find_files(paths: Sequence[Path], problems: list[str]) -> list[tuple[Path, 
     named = []
     for file, name in files.items():
         seen[name] = seen.get(name, 0) + 1
-        named.append((file, name if seen[name] == 1 else f"{name}~{seen[name]}"))
+        # By the ending of the name: a link may lead to a file without one.
+        reader = _READERS[Path(name).suffix.lower()]
+        named.append((file, name if seen[name] == 1 else f"{name}~{seen[name]}", reader))
     return named
 
 
@@ -164,9 +190,9 @@ def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
     problems: list[str] = []
     files = _find_files(paths, problems)
     num_documents = 0
-    for file, name in files:
+    for file, name, reader in files:
         try:
-            for document in _READERS[file.suffix.lower()](file, name):
+            for document in reader(file, name):
                 if document.text.strip():
                     num_documents += 1
                     # Nothing of a bad collection is used; reading on only completes the message.
@@ -182,7 +208,8 @@ def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
         tail = f"; and {more} more" if more > 0 else ""
         raise CorpusError(
             f"Cannot read text from {shown}: expected UTF-8 files {', '.join(SUFFIXES)}, got "
-            f"{'; '.join(problems[:_SHOWN_PROBLEMS])}{tail}. Correct these or leave them out."
+            f"{'; '.join(clean(one, 300) for one in problems[:_SHOWN_PROBLEMS])}{tail}. "
+            "Correct these or leave them out."
         )
     if num_documents == 0:
         raise CorpusError(

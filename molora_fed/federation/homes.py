@@ -206,6 +206,8 @@ class ContributorHome(_Home):
         self.question_letter = self.mail / "inbox" / "question.json"
         self.answer_file = self.mail / "outbox" / "answer.json"
         self.private = self.root / "private"
+        self.refused_file = self.private / "refused.json"
+        self.refusals_log = self.private / "refusals.jsonl"
         self.offer_file = self.mail / "outbox" / "offer.json"
         self.shipments = self.mail / "received"
         self.parts = PartStore(self.mail / "parts")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from molora_fed.charter import check_name, load_charter
 from molora_fed.errors import CharterError, ConfigError, FederationError
 from molora_fed.federation.mailbox import read_json
+from molora_fed.population.asked import begin_anew
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
 
@@ -131,9 +132,10 @@ def prepare_home(home: "ContributorHome", settings: JoinSettings) -> JoinSetting
     home.board.prepare()
     for old in (home.refusal_letter, home.error_file, home.state_file):
         old.unlink(missing_ok=True)
-    if _is_private(home):
+    if _is_private(home) and home.result_letter.exists():
         # The server says again what is published, or asks: the population may be growing.
-        home.result_letter.unlink(missing_ok=True)
+        begin_anew(home.private)
+        home.result_letter.unlink()
     return home.read_settings()
 
 

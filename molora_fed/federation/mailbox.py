@@ -23,7 +23,7 @@ from molora_fed.federation.messages import (
     plan_parts,
 )
 from molora_fed.storage import locks
-from molora_fed.storage.files import hash_file, replace_folder, write_bytes
+from molora_fed.storage.files import hash_file, make_home, replace_folder, write_bytes
 
 __all__ = [
     "Board",
@@ -65,6 +65,7 @@ def hold_lock(path: Path, *, what: str) -> Iterator[None]:
         f"Cannot start {what} in '{path.parent}': expected nobody else there, got a running one. "
         "Stop it first, or use another folder."
     )
+    make_home(path.parent)
     with locks.hold_lock(path, busy):
         yield
 

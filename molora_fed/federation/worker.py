@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molora_fed.charter import Charter
-from molora_fed.errors import AdmissionError, FederationError
+from molora_fed.errors import AdmissionError, FederationError, QuestionRefusedError
 from molora_fed.federation.coordinator_mail import build_acknowledgement_bytes
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
@@ -28,6 +28,7 @@ from molora_fed.federation.worker_mail import (
     offer_contribution,
     receive_charter,
     receive_shipment,
+    refuse_question,
     until,
 )
 from molora_fed.plugins import Plugins, get_plugins
@@ -253,15 +254,20 @@ class ContributorWorker:
             return
         with self._usage.stage("evolution"):
             self._state.enter("EVOLVING", "answering the coordinator")
-            answer_question(
-                home,
-                charter,
-                letter,
-                lambda: self._open_member(charter),
-                self._plugins,
-                # Its loss would be that of a few blocks, and the state is sent.
-                lambda done, total, **figures: self._state.progress(done, total),
-            )
+            try:
+                answer_question(
+                    home,
+                    charter,
+                    letter,
+                    lambda: self._open_member(charter),
+                    self._plugins,
+                    # Its loss would be that of a few blocks, and the state is sent.
+                    lambda done, total, **figures: self._state.progress(done, total),
+                )
+            except QuestionRefusedError as error:
+                refuse_question(home, letter, str(error))
+                self._state.enter("EVOLVING", f"refused a question: {error}")
+                return
         self._state.enter("ADMITTED", "waiting for the next question, or the evolved model")
 
     def _open_member(self, charter: Charter) -> "PrivateMember":

@@ -6,6 +6,7 @@ Imports neither torch nor flwr. Every function may be interrupted and called aga
 """
 
 import shutil
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,7 @@ from molora_fed.storage.files import (
     canonical_json,
     hash_bytes,
     replace_folder,
+    storage_errors,
     write_bytes,
     write_json,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "offer_contribution",
     "receive_charter",
     "receive_shipment",
+    "refuse_question",
     "until",
 ]
 
@@ -195,6 +198,8 @@ def find_question(home: ContributorHome, charter: Charter) -> dict[str, Any] | N
     identity = parse_shipment(letter.get("files")).id
     if (read_json(home.answer_file) or {}).get("question") == identity:
         return None
+    if (read_json(home.refused_file) or {}).get("question") == identity:
+        return None
     amendment = int(letter.get("amendment", -1))
     verify(
         (home.charter / "coordinator.pem").read_text(encoding="utf-8"),
@@ -212,6 +217,24 @@ def find_question(home: ContributorHome, charter: Charter) -> dict[str, Any] | N
     if not receive_shipment(home, home.question_letter, "files", target):
         return None
     return {**letter, "id": identity}
+
+
+def refuse_question(home: ContributorHome, letter: dict[str, Any], reason: str) -> None:
+    """Note that a question is not answered, and why: the last one, and all of them in a log.
+
+    Args:
+        home: The contributor's home.
+        letter: From `find_question`.
+        reason: One line.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    note = {"question": letter["id"], "reason": reason, "time": time.time()}
+    log = home.refusals_log
+    with storage_errors(log), log.open("ab") as file:
+        file.write(canonical_json(note) + b"\n")
+    write_json(home.refused_file, note)
 
 
 def _forget(home: ContributorHome, current: Path) -> None:

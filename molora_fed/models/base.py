@@ -1,27 +1,35 @@
 """The base checkpoint: load, check, fetch, or make the built-in one."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molora_fed.charter import BaseIdentity
 from molora_fed.errors import BaseCheckpointError, describe_mismatch
+from molora_fed.models.base_config import check_size, fingerprint_config, read_config
 from molora_fed.models.base_files import (
     copy_checkpoint,
+    count_tensors,
     download_checkpoint,
+    find_file,
     find_weight_files,
     fingerprint_tokenizer,
     fingerprint_weights,
+    hash_checkpoint_files,
     load_json_file,
     quiet_transformers,
+    stage_checkpoint,
 )
 from molora_fed.storage.files import replace_folder, write_json
+from molora_fed.storage.untrusted import clean
 
 __all__ = [
     "Base",
@@ -36,6 +44,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 CARD_FILE = "base.json"
+_SHOWN_PARTS = 4  # of what differs, in one message
 _HUB_SOURCE = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w./-]+)")
 
 
@@ -49,6 +58,8 @@ class Base:
         tokenizer: Its tokenizer.
         weights: Fingerprint of the weights.
         tokenizer_fingerprint: Fingerprint of the tokenizer's files.
+        config: Fingerprint of the effective config: what of it decides the function.
+        files: SHA-256 of each file that the base is made of, by name.
         id: Name for people.
         revision: Revision for people.
         training: How the built-in base was trained: steps, tokens, validation loss by domain,
@@ -60,6 +71,8 @@ class Base:
     tokenizer: Any
     weights: str
     tokenizer_fingerprint: str
+    config: str
+    files: Mapping[str, str]
     id: str
     revision: str
     training: Mapping[str, Any] | None
@@ -76,13 +89,18 @@ class Base:
         return None if limit is None else int(limit)
 
     def identity(self) -> BaseIdentity:
-        """What a charter says about it."""
+        """What bundles, and charters of version 1, say about it."""
         return BaseIdentity(
             id=self.id,
             revision=self.revision,
             weights=self.weights,
             tokenizer=self.tokenizer_fingerprint,
         )
+
+    def whole_identity(self) -> BaseIdentity:
+        """What a charter says about it: the effective config and the files, too."""
+        more = {"config": self.config, "files": dict(self.files)}
+        return self.identity().model_copy(update=more)
 
     def find_document_starts(self, tokens: Tensor) -> Tensor:
         """True at the first position and after every end-of-text token, (B, T) bool."""
@@ -93,15 +111,27 @@ class Base:
 
 
 def check_base(base: Base, identity: BaseIdentity) -> None:
-    """Check that a base is the one a charter names.
+    """Check that a base is the one a charter names, in everything that the charter names.
 
     Raises:
-        BaseCheckpointError: If a fingerprint differs; names expected and got.
+        BaseCheckpointError: If a fingerprint or a file differs; names expected and got.
     """
     pairs = {
         "weights": (identity.weights, base.weights),
         "tokenizer": (identity.tokenizer, base.tokenizer_fingerprint),
     }
+    fix = "Fetch the cooperative's base."
+    if identity.files:
+        for name in sorted({*identity.files, *base.files}):
+            pairs[name] = (identity.files.get(name, "none"), base.files.get(name, "none"))
+        if all(one == other for one, other in pairs.values()):
+            fix = (
+                "The files are the same, but this version of transformers, "
+                f"{transformers.__version__}, reads them otherwise: install the one that the "
+                "cooperative was founded with."
+            )
+    if identity.config is not None:
+        pairs["config"] = (identity.config, base.config)
     wrong = {part: pair for part, pair in pairs.items() if pair[0] != pair[1]}
     if wrong:
         raise BaseCheckpointError(
@@ -109,13 +139,15 @@ def check_base(base: Base, identity: BaseIdentity) -> None:
                 f"Cannot use base '{base.folder}'",
                 expected=f"{identity.id} with " + _list({p: e for p, (e, _) in wrong.items()}),
                 got=_list({p: g for p, (_, g) in wrong.items()}),
-                fix="Fetch the cooperative's base.",
+                fix=fix,
             )
         )
 
 
 def _list(fingerprints: Mapping[str, str]) -> str:
-    return " and ".join(f"{part} {value}" for part, value in fingerprints.items())
+    shown = [f"{part} {value}" for part, value in fingerprints.items()]
+    more = len(shown) - _SHOWN_PARTS
+    return " and ".join(shown[:_SHOWN_PARTS]) + (f" and {more} more" if more > 0 else "")
 
 
 def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
@@ -132,31 +164,29 @@ def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
     what = f"Cannot load base checkpoint '{folder}'"
     weights = fingerprint_weights(folder)
     tokenizer_fingerprint = fingerprint_tokenizer(folder)
-    model = load_model(folder, dtype=dtype)
-    try:
-        with quiet_transformers():
+    with stage_checkpoint(folder) as stage:
+        model, config = _load_staged(stage, folder, dtype)
+        with _loading(what, stage, folder), quiet_transformers():
+            files = hash_checkpoint_files(folder)
             tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
+                str(stage), trust_remote_code=False, local_files_only=True
             )
-    except Exception as error:  # transformers raises many kinds on malformed folders
-        reason = " ".join(str(error).split())[:300]
-        raise BaseCheckpointError(
-            f"{what}: expected a causal language model with its tokenizer, "
-            f"got {type(error).__name__}: {reason} Check config.json and the tokenizer's files."
-        ) from error
+            tokenizer.name_or_path = str(folder)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise BaseCheckpointError(
             f"{what}: expected a tokenizer of at most {vocabulary} tokens, got {len(tokenizer)}. "
             "Put the tokenizer of these weights beside them."
         )
-    card = load_json_file(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
+    card = _read_card(folder)
     base = Base(
         folder=folder,
         model=model,
         tokenizer=tokenizer,
         weights=weights,
         tokenizer_fingerprint=tokenizer_fingerprint,
+        config=config,
+        files=files,
         id=str(card.get("id", folder.resolve().name)),
         revision=str(card.get("revision", "")),
         training=card.get("training"),
@@ -180,12 +210,21 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
         BaseCheckpointError: If weights are missing, malformed, need code of their own or do not
             cover all of the model's parameters.
     """
+    with stage_checkpoint(folder) as stage:
+        return _load_staged(stage, folder, dtype)[0]
+
+
+def _load_staged(stage: Path, folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
+    """A model, and the fingerprint of its effective config, from a folder with nothing else."""
     what = f"Cannot load checkpoint '{folder}'"
-    find_weight_files(folder)
-    try:
+    with _loading(what, stage, folder):
+        config = read_config(stage, count_tensors(folder), what)
+        check_size(config, find_weight_files(folder), what)
+        fingerprint = fingerprint_config(config)
         with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
-                str(folder),
+                str(stage),
+                config=config,
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -193,19 +232,35 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
-    except Exception as error:  # transformers raises many kinds on malformed folders
-        reason = " ".join(str(error).split())[:300]
-        raise BaseCheckpointError(
-            f"{what}: expected a causal language model with its tokenizer, "
-            f"got {type(error).__name__}: {reason} Check config.json and the tokenizer's files."
-        ) from error
+    model.name_or_path = model.config._name_or_path = str(folder)
     missing = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
     if missing:
         raise BaseCheckpointError(
             f"{what}: expected all parameters of {type(model).__name__}, got none or another "
             f"shape for {', '.join(missing[:5])} ({len(missing)} in all). Fetch it again."
         )
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), fingerprint
+
+
+@contextmanager
+def _loading(what: str, stage: Path, folder: Path) -> Iterator[None]:
+    """Say in one line, of the folder that people know, what a library refused."""
+    try:
+        yield
+    except BaseCheckpointError as error:
+        raise BaseCheckpointError(str(error).replace(str(stage), str(folder))) from error
+    except Exception as error:  # transformers raises many kinds on malformed folders
+        reason = clean(error, 300).replace(str(stage), str(folder))
+        raise BaseCheckpointError(
+            f"{what}: expected a causal language model with its tokenizer, "
+            f"got {type(error).__name__}: {reason} Check config.json and the tokenizer's files."
+        ) from error
+
+
+def _read_card(folder: Path) -> Mapping[str, Any]:
+    """What is written down of a base; empty where nothing is."""
+    path = find_file(folder, CARD_FILE)
+    return {} if path is None else load_json_file(path)
 
 
 def _read_identity(card: Mapping[str, Any], folder: Path) -> BaseIdentity:
@@ -269,7 +324,7 @@ def fetch_base(source: str, folder: Path, *, dtype: torch.dtype = torch.float32)
         local = Path(source)
         if local.resolve() == folder.resolve():
             return load_base(folder, dtype=dtype)
-        card = load_json_file(local / CARD_FILE) if (local / CARD_FILE).exists() else {}
+        card = _read_card(local)
     name = hub["id"] if hub and not is_local else str(card.get("id", Path(source).resolve().name))
     revision = hub["revision"] if hub and not is_local else str(card.get("revision", ""))
     if (folder / CARD_FILE).exists():

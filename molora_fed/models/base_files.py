@@ -5,8 +5,10 @@ Only safetensors weights are ever read, and no code that comes with a checkpoint
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,22 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from molora_fed.errors import BaseCheckpointError, describe_mismatch
-from molora_fed.storage.files import canonical_json, hash_bytes, hash_file
+from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, resolve_inside
+from molora_fed.storage.untrusted import clean
 
 __all__ = [
     "copy_checkpoint",
+    "count_tensors",
     "download_checkpoint",
+    "find_file",
     "find_weight_files",
     "fingerprint_tokenizer",
     "fingerprint_weights",
+    "hash_checkpoint_files",
+    "list_checkpoint_files",
     "load_json_file",
     "quiet_transformers",
+    "stage_checkpoint",
 ]
 
 MAX_JSON_BYTES = 64 * 2**20  # the largest tokenizer.json in use is below 40 MB
@@ -44,27 +52,51 @@ _TOKENIZER_FILES = (
     "vocab.txt",
 )
 _CONFIG_FILES = ("config.json", "generation_config.json")
+_WEIGHT_NAME = re.compile(r"\w[\w.-]{0,180}\.safetensors", re.ASCII)
 
 
-def load_json_file(path: Path) -> dict[str, Any]:
+def load_json_file(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object of a checkpoint.
+
+    Infinities and integers beyond 64 bits stand in files of well-known models.
+
+    Args:
+        path: The file.
+        max_bytes: Largest file that is read.
 
     Raises:
         BaseCheckpointError: If it is missing, too large, or not a JSON object.
     """
     try:
         size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
+        if size > max_bytes:
             raise ValueError(f"{size} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
         if not isinstance(value, dict):
             raise ValueError(type(value).__name__)
     except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise BaseCheckpointError(
             f"Cannot read base checkpoint '{path.parent}': expected a JSON object in "
-            f"'{path.name}' of at most {MAX_JSON_BYTES} bytes, got {error}. Fetch the base again."
+            f"'{path.name}' of at most {max_bytes} bytes, got {clean(reason)}. "
+            "Fetch the base again."
         ) from error
     return value
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """A file of a checkpoint; None if there is none.
+
+    Raises:
+        BaseCheckpointError: If it is a link that leads out of the folder.
+    """
+    path = folder / name
+    if resolve_inside(path, folder) is None:
+        raise BaseCheckpointError(
+            f"Cannot read base checkpoint '{folder}': expected files of its own, got '{name}', a "
+            "link that leads out of the folder. Put the file itself there."
+        )
+    return path if path.is_file() else None
 
 
 def find_weight_files(folder: Path) -> list[Path]:
@@ -73,19 +105,22 @@ def find_weight_files(folder: Path) -> list[Path]:
     Raises:
         BaseCheckpointError: If there are none, or the index names files outside the folder.
     """
-    if (folder / _INDEX).is_file():
+    if find_file(folder, _INDEX) is not None:
         names = load_json_file(folder / _INDEX).get("weight_map")
         if (
             not isinstance(names, dict)
             or not names
-            or not all(isinstance(n, str) and Path(n).name == n for n in names.values())
+            or not all(isinstance(n, str) and _WEIGHT_NAME.fullmatch(n) for n in names.values())
         ):
             raise BaseCheckpointError(
                 f"Cannot read base checkpoint '{folder}': expected file names in '{_INDEX}', "
                 "got something else. Fetch the base again."
             )
-        return [folder / name for name in sorted(set(names.values()))]
-    if (folder / _WEIGHTS).is_file():
+        found = sorted(set(names.values()))
+        for name in found:
+            find_file(folder, name)
+        return [folder / name for name in found]
+    if find_file(folder, _WEIGHTS) is not None:
         return [folder / _WEIGHTS]
     pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
     got = ", ".join(pickles) or ("no weights" if folder.is_dir() else "no such folder")
@@ -96,6 +131,41 @@ def find_weight_files(folder: Path) -> list[Path]:
             got=got,
             fix="Convert the weights to safetensors." if pickles else "Check the path.",
         )
+    )
+
+
+def count_tensors(folder: Path) -> int:
+    """How many tensors the weights of a checkpoint are.
+
+    Raises:
+        BaseCheckpointError: If the weights are missing or malformed.
+    """
+    return len(_find_tensors(folder))
+
+
+def _find_tensors(folder: Path) -> dict[str, Path]:
+    """The file of each tensor by name."""
+    places: dict[str, Path] = {}
+    try:
+        for path in find_weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+            twice = places.keys() & set(names)
+            if twice:
+                raise BaseCheckpointError(
+                    f"Cannot read base checkpoint '{folder}': expected each tensor once, got "
+                    f"'{clean(min(twice))}' in two files. Fetch the base again."
+                )
+            places.update(dict.fromkeys(names, path))
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(folder, error) from error
+    return places
+
+
+def _unreadable(folder: Path, error: Exception) -> BaseCheckpointError:
+    return BaseCheckpointError(
+        f"Cannot read base checkpoint '{folder}': expected whole safetensors files, "
+        f"got {clean(error)}. Fetch the base again."
     )
 
 
@@ -113,26 +183,12 @@ def fingerprint_weights(folder: Path) -> str:
     Raises:
         BaseCheckpointError: If the weights are missing, malformed, or a name occurs twice.
     """
-    places: dict[str, Path] = {}
     digest = hashlib.sha256()
     try:
-        for path in find_weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-            twice = places.keys() & set(names)
-            if twice:
-                raise BaseCheckpointError(
-                    f"Cannot read base checkpoint '{folder}': expected each tensor once, got "
-                    f"'{min(twice)}' in two files. Fetch the base again."
-                )
-            places.update(dict.fromkeys(names, path))
-        for piece in _tensor_pieces(places):
+        for piece in _tensor_pieces(_find_tensors(folder)):
             digest.update(piece)
     except (SafetensorError, OSError) as error:
-        raise BaseCheckpointError(
-            f"Cannot read base checkpoint '{folder}': expected whole safetensors files, "
-            f"got {error}. Fetch the base again."
-        ) from error
+        raise _unreadable(folder, error) from error
     return digest.hexdigest()
 
 
@@ -151,13 +207,41 @@ def fingerprint_tokenizer(folder: Path) -> str:
     Raises:
         BaseCheckpointError: If the folder holds no tokenizer.
     """
-    hashes = {n: hash_file(folder / n) for n in _TOKENIZER_FILES if (folder / n).is_file()}
+    hashes = {n: hash_file(folder / n) for n in _TOKENIZER_FILES if find_file(folder, n)}
     if not hashes:
         raise BaseCheckpointError(
             f"Cannot read base checkpoint '{folder}': expected a tokenizer, got none of "
             f"{', '.join(_TOKENIZER_FILES)}. Save the tokenizer beside the weights."
         )
     return hash_bytes(canonical_json(hashes))
+
+
+def list_checkpoint_files(folder: Path) -> list[Path]:
+    """The files that make up a checkpoint; whatever else lies beside them is no part of it.
+
+    Raises:
+        BaseCheckpointError: If there are no weights, a weight file is missing, or one of the files
+            is a link that leads out of the folder.
+    """
+    weights = find_weight_files(folder)
+    missing = [path.name for path in weights if not path.is_file()]
+    if missing:
+        raise BaseCheckpointError(
+            f"Cannot read base checkpoint '{folder}': expected all files of its index, "
+            f"got none of {', '.join(missing[:5])}. Fetch the base again."
+        )
+    names = [*_CONFIG_FILES, *_TOKENIZER_FILES, _INDEX]
+    return [*(folder / name for name in names if find_file(folder, name)), *weights]
+
+
+def hash_checkpoint_files(folder: Path) -> Mapping[str, str]:
+    """SHA-256 of every file of a checkpoint by name, lower-case hex; see `list_checkpoint_files`.
+
+    Raises:
+        BaseCheckpointError: As `list_checkpoint_files`.
+        OSError: On I/O errors.
+    """
+    return {path.name: hash_file(path) for path in list_checkpoint_files(folder)}
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -168,20 +252,31 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         target: Existing folder.
 
     Raises:
-        BaseCheckpointError: If the source has no weights or a weight file is missing.
+        BaseCheckpointError: As `list_checkpoint_files`.
         OSError: On I/O errors.
     """
-    weights = find_weight_files(source)
-    missing = [path.name for path in weights if not path.is_file()]
-    if missing:
-        raise BaseCheckpointError(
-            f"Cannot copy base checkpoint '{source}': expected all files of its index, "
-            f"got none of {', '.join(missing)}. Fetch the base again."
-        )
-    names = [*_CONFIG_FILES, *_TOKENIZER_FILES, _INDEX, *(path.name for path in weights)]
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for path in list_checkpoint_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+@contextmanager
+def stage_checkpoint(folder: Path) -> Iterator[Path]:
+    """A folder that holds a checkpoint's files and nothing else, while the block runs.
+
+    Libraries look for more than weights in the folder they load from: adapters, code, templates.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Raises:
+        BaseCheckpointError: As `list_checkpoint_files`.
+    """
+    files = list_checkpoint_files(folder)
+    with tempfile.TemporaryDirectory(prefix="molora-base-") as name:
+        stage = Path(name)
+        for path in files:
+            (stage / path.name).symlink_to(path.resolve())
+        yield stage
 
 
 def download_checkpoint(repository: str, revision: str) -> Path:

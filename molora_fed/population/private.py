@@ -29,6 +29,7 @@ from molora_fed.population.guard import Comparison, compare_branches
 from molora_fed.population.lifecycle import compute_fitness
 from molora_fed.population.moments import Moments, build_stand_ins
 from molora_fed.population.questions import Answer, Ask, Question
+from molora_fed.population.rounds import PlannedRound, split_rounds
 from molora_fed.population.router_files import load_router, save_router
 from molora_fed.storage.files import write_json
 from molora_fed.types import Progress
@@ -39,18 +40,9 @@ __all__ = [
     "PrivateData",
     "average_branches",
     "check_adapted",
-    "choose_factor",
     "evaluate_privately",
     "name_slot",
 ]
-
-
-def choose_factor(turn: int) -> Factor:
-    """The factor that is trained in a round, from 0.
-
-    B comes first: while a fresh slot's B is zero, its A has no gradient.
-    """
-    return "b" if turn % 2 == 0 else "a"
 
 
 def check_adapted(found: Branch, start: Branch, *, who: str) -> None:
@@ -195,31 +187,22 @@ class PrivateData:
         self, branch: Branch, config: AdaptationConfig, folder: Path, progress: Progress | None
     ) -> Branch:
         """See `EvolutionData`. Everybody takes all the steps, on its own blocks."""
-        rounds = min(self._rounds, config.steps)
-        edges = [config.steps * turn // rounds for turn in range(rounds + 1)]
         share = config.batch // len(self.domains)
-        for turn in range(rounds):
+        for turn, planned in enumerate(split_rounds(config, self._rounds, batch=share)):
             place = folder / f"round-{turn:02d}"
             if not (place / _ROUND_FILE).is_file():
-                local = replace(
-                    config,
-                    batch=share,
-                    steps=edges[turn + 1] - edges[turn],
-                    first_step=config.first_step + edges[turn],
-                    total_steps=config.whole,
-                )
-                self._save_round(self._run_round(branch, local, turn), place)
+                self._save_round(self._run_round(branch, planned), place)
             # Always from disk, so that a run that goes on and one that never stopped are one.
             population = load_population(place / POPULATION_FOLDER)
             branch = Branch(population, load_router(place / ROUTER_FILE, self._plugins))
             if progress is not None:
-                progress(edges[turn + 1], config.steps)
+                done = planned.config.first_step + planned.config.steps - config.first_step
+                progress(done, config.steps)
         return branch
 
-    def _run_round(self, branch: Branch, config: AdaptationConfig, turn: int) -> Branch:
-        factor = choose_factor(turn)
-        settings = {**asdict(config), "trained_factors": factor}
-        del settings["threads"]  # each contributor's own affair
+    def _run_round(self, branch: Branch, planned: PlannedRound) -> Branch:
+        # The place alone: contributors take everything else from the charter.
+        settings = {"first_step": planned.config.first_step}
 
         def read(answer: Answer) -> Branch:
             if answer.branch is None:
@@ -231,7 +214,7 @@ class PrivateData:
             return answer.branch
 
         adapted = self._ask(Question("adapt", settings, (branch,)), read)
-        return average_branches(branch, adapted, self._weigh(), factor)
+        return average_branches(branch, adapted, self._weigh(), planned.factor)
 
     def _weigh(self) -> list[float]:
         """Equal weight of domains, and of the contributors of each."""

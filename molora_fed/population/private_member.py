@@ -7,6 +7,7 @@ means of gates, sums over documents, and adapted slots.
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from numpy.typing import NDArray
 from molora_fed.bank.states import BaseStates, build_states
 from molora_fed.charter import Charter
 from molora_fed.corpus.blocks import Blocks
-from molora_fed.errors import PopulationError
+from molora_fed.errors import PopulationError, QuestionRefusedError
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation import adapt
-from molora_fed.population.adaptation_config import AdaptationConfig
+from molora_fed.population.asked import AskedQuestions
 from molora_fed.population.contract import LossTable
 from molora_fed.population.evolution import Branch
 from molora_fed.population.files import fingerprint_population
@@ -36,10 +37,17 @@ from molora_fed.population.moments import MIN_CLUSTERS, Moments, measure_moments
 from molora_fed.population.pooled import select_clusters
 from molora_fed.population.private import name_slot
 from molora_fed.population.questions import Answer, Question
+from molora_fed.population.rounds import (
+    MIN_ADAPTATION_BLOCKS,
+    PlannedRound,
+    count_limits,
+    plan_rounds,
+)
 from molora_fed.population.router_files import pack_router, parse_router_options
 from molora_fed.population.slots import check_population
 from molora_fed.population.split import Carved, Shares, carve_blocks
 from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.untrusted import clean
 from molora_fed.types import Progress, Split
 
 __all__ = ["PrivateMember", "carve_own"]
@@ -57,6 +65,7 @@ def carve_own(blocks: Mapping[Split, Blocks], charter: Charter) -> Carved:
     """
     amendment = charter.amendment
     rules = amendment.population
+    plan_rounds(amendment, threads=1)  # refuses too many rounds, and rounds of too few blocks
     own = blocks[Split.CALIBRATION].take(amendment.samples.calibration)
     carved = carve_blocks(
         [own],
@@ -77,6 +86,13 @@ def carve_own(blocks: Mapping[Split, Blocks], charter: Charter) -> Carved:
             f"document can be told from them, got {'; '.join(few[:4])}. Use more text, or ask the "
             "coordinator for guard 'spending', fewer generations, or more calibration blocks."
         )
+    adapting = len(carved.adaptation[0])
+    if adapting < MIN_ADAPTATION_BLOCKS:
+        raise PopulationError(
+            f"Cannot take part with private texts of '{own.domain}': expected "
+            f"{MIN_ADAPTATION_BLOCKS} blocks at least that adapt, got {adapting}. Use more "
+            "text, or ask the coordinator for more calibration blocks."
+        )
     return carved
 
 
@@ -87,7 +103,7 @@ class PrivateMember:
         base: The charter's base; its model runs where it lies.
         blocks: This contributor's blocks by split.
         charter: The cooperative's charter.
-        folder: Gets states of the base and adaptations.
+        folder: Gets states of the base, adaptations, and the count of what was asked.
         threads: Torch threads of adaptation.
         plugins: Where the router is registered.
     """
@@ -107,9 +123,13 @@ class PrivateMember:
         self._held_out = blocks[Split.HELD_OUT].take(charter.amendment.samples.held_out)
         self._batch = charter.identity.corpus.evaluation_batch
         self._folder = folder
-        self._threads = threads
+        amendment = charter.amendment
+        self._rounds = plan_rounds(amendment, threads=threads)
+        limits = count_limits(amendment, self._rounds)
+        self._asked = AskedQuestions(folder, amendment.number, limits)
         rules = charter.amendment.population
         router, options = parse_router_options(rules.router, rules.options, plugins)
+        self._router = router, options
         self._readings = router.reads(options)
         self._router_name = rules.router
         self._states: dict[str, tuple[BaseStates, ...]] = {}
@@ -125,20 +145,23 @@ class PrivateMember:
             The answer, without a name: who sends it is known.
 
         Raises:
+            QuestionRefusedError: If the charter does not have it asked, or not once more.
             PopulationError: If the question does not fit this base or these rules.
             MoloraError: Whatever adaptation refuses, and I/O errors.
         """
+        place = self._find_place(question)
         for branch in question.branches:
             check_population(branch.population, self._base.model)
-            options = branch.router.options
-            if type(branch.router).reads(options) != self._readings:
+            if (type(branch.router), branch.router.options) != self._router:
                 raise PopulationError(
-                    "Cannot answer: expected the charter's router, got one that reads "
-                    f"{', '.join(sorted(type(branch.router).reads(options))) or 'nothing'}. "
-                    "Ask the coordinator."
+                    f"Cannot answer: expected the charter's router '{self._router_name}' with its "
+                    f"options, got {clean(type(branch.router).__name__, 80)} with "
+                    f"{clean(branch.router.options)}. Ask the coordinator."
                 )
+        self._asked.admit(place, self._hash(question))
         if question.kind == "adapt":
-            return Answer("", {}, self._adapt(question.branches[0], question.settings, progress))
+            planned = self._rounds[question.settings["first_step"]]
+            return Answer("", {}, self._adapt(question.branches[0], planned, progress))
         if question.kind == "fitness":
             return self._say(self._measure_fitness(question.branches[0], progress))
         if question.kind == "guard":
@@ -147,6 +170,30 @@ class PrivateMember:
             return Answer("", self._measure_gates(question.branches[0]))
         last, start = question.branches
         return self._say(self._measure_held_out(last, start, progress))
+
+    def _find_place(self, question: Question) -> str:
+        """What is asked, with its place in the evolution; all that settings can say.
+
+        Raises:
+            QuestionRefusedError: If they say something else.
+        """
+        settings = question.settings
+        key = {"adapt": "first_step", "guard": "sample"}.get(question.kind)
+        if settings.keys() == {key} - {None} and all(type(v) is int for v in settings.values()):
+            return " ".join([question.kind, *(str(value)[:20] for value in settings.values())])
+        raise QuestionRefusedError(
+            f"Cannot answer the coordinator: expected {key or 'nothing'} as the only setting of "
+            f"'{question.kind}', got {clean(list(settings))}. Everything else is the charter's: "
+            "run the same molora-fed version on both sides."
+        )
+
+    def _hash(self, question: Question) -> str:
+        """SHA-256 over everything that is asked."""
+        parts: list[Any] = [question.kind, dict(question.settings)]
+        for branch in question.branches:
+            packed = pack_router(branch.router, self._router_name)
+            parts += [fingerprint_population(branch.population), hash_bytes(packed)]
+        return hash_bytes(canonical_json(parts))
 
     def _say(self, moments: Moments) -> Answer:
         return Answer("", moments.to_json())
@@ -159,22 +206,11 @@ class PrivateMember:
             )
         return self._states[what]
 
-    def _adapt(
-        self, branch: Branch, settings: Mapping[str, Any], progress: Progress | None
-    ) -> Branch:
-        chosen = dict(settings)
-        factor = chosen.pop("trained_factors", None)
-        try:
-            config = AdaptationConfig(**chosen, threads=self._threads)
-            if factor not in ("a", "b"):
-                raise ValueError(f"factor {factor!r}")
-        except (TypeError, ValueError) as error:
-            raise PopulationError(
-                f"Cannot adapt: expected settings of this version, got {str(error)[:100]!r}. Run "
-                "the same molora-fed version on both sides."
-            ) from error
+    def _adapt(self, branch: Branch, planned: PlannedRound, progress: Progress | None) -> Branch:
+        settings = {**asdict(planned.config), "trained_factors": planned.factor}
+        del settings["threads"]  # does not change the result
         packed = pack_router(branch.router, self._router_name)
-        key = [fingerprint_population(branch.population), hash_bytes(packed), dict(settings)]
+        key = [fingerprint_population(branch.population), hash_bytes(packed), settings]
         folder = self._folder / "adaptation" / hash_bytes(canonical_json(key))[:16]
         for other in folder.parent.glob("*"):
             if other != folder:  # checkpoints of an earlier question, several times its size
@@ -184,9 +220,9 @@ class PrivateMember:
             branch.population,
             branch.router,
             self._open("adaptation", self._carved.adaptation),
-            config,
+            planned.config,
             folder,
-            trained_factors=factor,
+            trained_factors=planned.factor,
             progress=progress,
         )
         return Branch(*adapted)
@@ -208,12 +244,7 @@ class PrivateMember:
         return measure_moments(own.counts, columns)
 
     def _compare(self, question: Question, progress: Progress | None) -> Moments:
-        sample = question.settings.get("sample")
-        if type(sample) is not int or not 0 <= sample < len(self._carved.guard):
-            raise PopulationError(
-                f"Cannot guard a lifecycle: expected one of {len(self._carved.guard)} guard "
-                f"samples, got {str(sample)[:40]!r}. Ask the coordinator."
-            )
+        sample: int = question.settings["sample"]  # one of these: it was counted
         part = self._carved.guard[sample]
         states = self._open(f"guard-{sample}", part.blocks)
         lifecycle, twin = (self._sum(branch, states, progress) for branch in question.branches)

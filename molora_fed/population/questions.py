@@ -4,7 +4,6 @@ A question is populations with their routers, and what to do with them; an answe
 an adapted population where one was asked for. Neither holds text or token ids.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from molora_fed.population.evolution import POPULATION_FOLDER, ROUTER_FILE, Bran
 from molora_fed.population.files import load_population, save_population
 from molora_fed.population.router_files import load_router, save_router
 from molora_fed.storage.files import replace_folder, write_json
+from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [
     "Answer",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 QuestionKind = Literal[
-    "adapt",  # one branch: train it on adaptation blocks, send it back
+    "adapt",  # one branch: train it on adaptation blocks by the charter's round, send it back
     "fitness",  # one branch: what each slot is worth, on fitness blocks
     "guard",  # lifecycle and twin: their difference, on guard blocks
     "gates",  # one branch: mean gates, on fitness blocks
@@ -114,8 +114,9 @@ def load_question(folder: Path, *, rules: AdapterRules, plugins: Plugins) -> Que
     content = _read(folder / _QUESTION_FILE)
     kind: Any = content.get("kind")
     settings = content.get("settings")
-    if kind not in get_args(QuestionKind) or not isinstance(settings, dict):
-        raise _malformed(folder, f"kind {str(kind)[:40]!r}")
+    is_known = isinstance(kind, str) and kind in get_args(QuestionKind)
+    if not is_known or not isinstance(settings, dict):
+        raise _malformed(folder, f"kind '{clean(kind, 40)}'")
     places = [folder / f"branch-{number}" for number in range(_MAX_BRANCHES)]
     branches = tuple(_load_branch(p, rules, plugins) for p in places if p.is_dir())
     if len(branches) != (2 if kind in ("guard", "held-out") else 1):
@@ -163,9 +164,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_FIGURES_BYTES:
             raise _malformed(path, f"more than {MAX_FIGURES_BYTES} bytes")
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _malformed(path, " ".join(str(error).split())[:100]) from error
+        content = parse_json(path.read_bytes(), max_bytes=MAX_FIGURES_BYTES)
+    except (OSError, ValueError) as error:
+        raise _malformed(path, clean(error, 100)) from error
     if not isinstance(content, dict):
         raise _malformed(path, type(content).__name__)
     return content

@@ -1,4 +1,10 @@
-"""Files that are whole or not there: temporary name, fsync, rename; and the hashes over them."""
+"""Files that are whole or not there: temporary name, fsync, rename; and the hashes over them.
+
+Who may read them is decided here and nowhere else. A home, the folder of one user's work, is closed
+to others (`make_home`, mode 0700), and what is written in a closed folder is closed, too: files
+0600, folders 0700. Everywhere else the user's umask counts: exported models, and reports in a
+folder that the user names, are meant for others.
+"""
 
 import contextlib
 import errno
@@ -6,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +25,10 @@ __all__ = [
     "canonical_json",
     "hash_bytes",
     "hash_file",
+    "make_folder",
+    "make_home",
     "replace_folder",
+    "resolve_inside",
     "storage_errors",
     "stream_bytes",
     "sync_folder",
@@ -50,6 +60,28 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def resolve_inside(path: Path, folder: Path) -> Path | None:
+    """Where a path in a folder of others leads; None if a link takes it out of that folder.
+
+    A snapshot in a cache of the Hugging Face Hub consists of links into the `blobs` beside it:
+    these count as inside.
+
+    Args:
+        path: Below `folder`; need not exist.
+        folder: What it has to stay in; may itself be reached by links.
+    """
+    root = folder.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return None
+    roots = [root]
+    if root.parent.name == "snapshots":
+        blobs = root.parent.parent / "blobs"
+        roots += [blobs] if blobs.resolve() == blobs else []
+    return target if any(target.is_relative_to(one) for one in roots) else None
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -77,13 +109,57 @@ def storage_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+_OTHERS = 0o077
+
+
+def _is_closed(folder: Path) -> bool:
+    return not stat.S_IMODE(folder.stat().st_mode) & _OTHERS
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, closed to others inside a closed one.
+
+    Raises:
+        OSError: On I/O errors.
+    """
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    mode = 0o700 if missing and _is_closed(path) else 0o777
+    for folder in reversed(missing):
+        folder.mkdir(mode=mode, exist_ok=True)
+
+
+def make_home(path: Path) -> None:
+    """Make the folder of one user's work, closed to all others; one that is there is closed.
+
+    Raises:
+        StorageError: On I/O errors, and if it is somebody else's.
+    """
+    with storage_errors(path):
+        make_folder(path)
+        if not _is_closed(path):
+            path.chmod(0o700)
+
+
+def _close_all(folder: Path) -> None:
+    """Close what others than `stream_bytes` wrote in a closed folder."""
+    for inner, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(inner) / name
+            found = path.lstat().st_mode
+            if stat.S_IMODE(found) & _OTHERS and not stat.S_ISLNK(found):
+                path.chmod(stat.S_IMODE(found) & ~_OTHERS)
+
+
 @contextmanager
 def stream_bytes(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
     """Write a file piece by piece; it appears, whole and on disk, only if the block succeeds.
 
     Args:
         path: Target; its folder is made.
-        mode: Permission bits.
+        mode: Permission bits; those of others are taken away in a closed folder.
 
     Yields:
         A binary file to write into.
@@ -92,8 +168,9 @@ def stream_bytes(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
         StorageError: On I/O errors; nothing is left behind.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        mode &= ~_OTHERS if _is_closed(path.parent) else ~0
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
             with os.fdopen(descriptor, "wb") as file:
@@ -114,7 +191,7 @@ def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     Args:
         path: Target; its folder is made.
         data: Whole content.
-        mode: Permission bits.
+        mode: Permission bits; see `stream_bytes`.
 
     Raises:
         StorageError: On I/O errors; nothing is left behind.
@@ -129,7 +206,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes], *, mode: int = 0o644) -> N
     Args:
         path: Target; its folder is made.
         pieces: Content, in order.
-        mode: Permission bits.
+        mode: Permission bits; see `stream_bytes`.
 
     Raises:
         StorageError: On I/O errors; nothing is left behind.
@@ -161,11 +238,13 @@ def replace_folder(path: Path) -> Iterator[Path]:
         StorageError: On I/O errors; what was at `path` before stays.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        temporary.mkdir()
+        make_folder(temporary)
         try:
             yield temporary
+            if _is_closed(temporary):
+                _close_all(temporary)
             for folder, _, names in os.walk(temporary):
                 for name in names:
                     descriptor = os.open(Path(folder) / name, os.O_RDONLY)

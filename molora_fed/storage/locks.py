@@ -1,10 +1,12 @@
 """Locks that one process holds at a time.
 
 The kernel drops a lock when its process ends, however it ends; nothing is ever stale. Lock files
-stay where they are: to delete one would let two processes lock two files of one name.
+stay where they are: to delete one would let two processes lock two files of one name. Only their
+owner can open them (mode 0600): whoever can open a file can hold its lock.
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +14,11 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from molora_fed.errors import MoloraError, TrainingError
-from molora_fed.storage.files import storage_errors
+from molora_fed.storage.files import make_folder, storage_errors
 
-__all__ = ["hold_lock", "lock_folder", "read_holder", "try_lock"]
+__all__ = ["LOCK_MODE", "hold_lock", "lock_folder", "read_holder", "try_lock"]
+
+LOCK_MODE = 0o600
 
 
 def try_lock(path: Path) -> BaseFileLock | None:
@@ -30,8 +34,10 @@ def try_lock(path: Path) -> BaseFileLock | None:
     Raises:
         StorageError: On I/O errors.
     """
-    lock = FileLock(path, timeout=0, mode=0o644)
+    lock = FileLock(path, timeout=0, mode=LOCK_MODE)
     with storage_errors(path):
+        if path.exists() and stat.S_IMODE(path.stat().st_mode) != LOCK_MODE:
+            path.chmod(LOCK_MODE)  # of an earlier version
         try:
             lock.acquire()
         except Timeout:
@@ -64,7 +70,7 @@ def hold_lock(path: Path, busy: MoloraError) -> Iterator[None]:
         StorageError: On I/O errors.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     lock = try_lock(path)
     if lock is None:
         raise busy

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from molora_fed.errors import MoloraError
 from molora_fed.plugins import Registry
+from molora_fed.storage.untrusted import clean
 
 __all__ = [
     "StrictModel",
@@ -49,10 +50,11 @@ def describe_offenders(
         with_values: Whether to repeat the values; only those that the reader wrote.
     """
     return "; ".join(
-        (
+        clean(
             f"{'.'.join(map(str, item['loc']))[:80] or whole}: {item['msg']}"
-            + (f" (got {item['input']!r})" if with_values else "")
-        )[:_CHARACTERS]
+            + (f" (got {item['input']!r})" if with_values else ""),
+            _CHARACTERS,
+        )
         for item in error.errors(include_url=False)[:_SHOWN]
     )
 

@@ -9,7 +9,7 @@ import math
 import re
 from typing import Any
 
-__all__ = ["MAX_DEPTH", "MAX_SHOWN", "check_json", "clean", "parse_json"]
+__all__ = ["MAX_DEPTH", "MAX_SHOWN", "check_json", "clean", "parse_json", "writable"]
 
 MAX_SHOWN = 200
 """Characters of one quoted thing."""
@@ -52,6 +52,14 @@ def _show(value: object) -> str:
         return str(value)
     except (ValueError, RecursionError):  # integers of thousands of digits inside, deep lists
         return type(value).__name__
+
+
+def writable(text: str) -> str:
+    """Text whole; halves of characters, which UTF-8 cannot write, become escapes.
+
+    For what is recorded and compared; `clean` is for what is shown.
+    """
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def parse_json(data: bytes | str, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
@@ -129,8 +137,11 @@ def _check_scalar(value: Any) -> None:
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError("a number that is not finite")
-    elif isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
-        raise ValueError("an integer beyond 64 bits")
+    elif isinstance(value, int):
+        if not -MAX_INTEGER <= value <= MAX_INTEGER:
+            raise ValueError("an integer beyond 64 bits")
+    elif value is not None:  # a date of TOML
+        raise ValueError(f"a {type(value).__name__}, which JSON does not have")
 
 
 def _parse_integer(text: str) -> int:

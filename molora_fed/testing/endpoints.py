@@ -148,6 +148,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer_elsewhere(self, _: int) -> None:
         self._reply(b"", 302, Location="http://127.0.0.1:1/")
 
+    def _answer_echo(self, _: int) -> None:
+        said = {"message": {"content": self.headers.get("Authorization", "")}}
+        self._reply({"choices": [said]})
+
     def _answer_surrogate(self, _: int) -> None:
         self._reply(b'{"choices": [{"message": {"content": "a\\ud800b"}}]}')
 

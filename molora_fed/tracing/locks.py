@@ -10,6 +10,7 @@ from pathlib import Path
 
 from molora_fed.errors import TraceError
 from molora_fed.storage.files import storage_errors
+from molora_fed.storage.locks import LOCK_MODE
 
 __all__ = ["lock_run", "lock_writer"]
 
@@ -39,7 +40,7 @@ def lock_writer(folder: Path, writer: str) -> FileIO:
 
 def _lock(path: Path, operation: int, what: str, who: str) -> FileIO:
     with storage_errors(path):
-        lock = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
+        lock = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, LOCK_MODE), "r+")
     try:
         fcntl.flock(lock, operation | fcntl.LOCK_NB)
     except OSError as error:

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from molora_fed.errors import TraceError
 from molora_fed.storage.files import storage_errors, write_bytes, write_pieces
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
+from molora_fed.storage.untrusted import clean
 from molora_fed.tracing.locks import lock_run
 from molora_fed.tracing.records import HEADER, SEAL, BadLineError, parse_line
 from molora_fed.tracing.recovery import recover_segment
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 
+MAX_ASIDE = 100
+"""Names of files with torn ends in one report; anybody may have put them there."""
 AFTER_SEAL = "expected nothing after the seal"
 
 
@@ -136,7 +139,10 @@ def _read_folder(scan: RunScan, folder: Path) -> tuple[bool, list[str]]:
     elif any(each.sealing for each in scan.last_segments()):
         scan.report(SEAL_FILE, 0, 0, "expected the seal of a run whose sealing began, got none")
     aside = sorted(entry.name for entry in folder.iterdir() if TORN_SUFFIX in entry.name)
-    return sealed, notes + [f"{name}: torn end that was set aside" for name in aside]
+    notes += [f"{clean(name, 100)}: torn end that was set aside" for name in aside[:MAX_ASIDE]]
+    if len(aside) > MAX_ASIDE:
+        notes.append(f"{len(aside) - MAX_ASIDE} more torn ends that were set aside")
+    return sealed, notes
 
 
 def _read_seal(scan: RunScan, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from molora_fed.errors import ConfigError, TraceError, describe_mismatch
-from molora_fed.storage.files import storage_errors, write_bytes
+from molora_fed.storage.files import make_folder, storage_errors, write_bytes
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.tracing.locks import lock_run, lock_writer
 from molora_fed.tracing.merkle import MerkleTree
@@ -119,7 +119,7 @@ class TraceWriter:
         self._sync = sync or SyncPolicy()
         self._mutex = threading.RLock()
         with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         self._locks = [lock_run(folder, shared=True), lock_writer(folder, writer)]
         try:
             self._begin(run_id, writer)

@@ -28,6 +28,7 @@ from typing import Any
 from molora_acar.sandbox_child import OUT_OF_MEMORY
 from molora_acar.sandbox_filter import Machine, build_filter, describe_call, find_machine
 from molora_fed.errors import ConfigError
+from molora_fed.storage.untrusted import writable
 
 __all__ = ["MODULES", "Limits", "Report", "check_sandbox", "run_function"]
 
@@ -286,5 +287,5 @@ def _read_outcome(line: bytes) -> str:
     if not isinstance(value, str):
         return "!garbled"
     if len(value) <= _MAX_OUTCOME:
-        return value
+        return writable(value)
     return "sha256:" + hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()

@@ -35,7 +35,13 @@ from molora_fed.storage.keys import load_or_make_key
 MESSAGE_BYTES = 2**24
 PLUGINS = load_plugins()
 RULES = PopulationRules(
-    data="private", rank=2, generations=1, start_steps=1, steps=1, guard="spending"
+    data="private",
+    rank=2,
+    generations=1,
+    start_steps=1,
+    steps=1,
+    blocks_per_domain=8,
+    guard="spending",
 )
 TRAINING = TrainingRules(
     kind="lora", rank=2, steps=20, batch=4, validate_every=10, learning_rate=1e-2

@@ -20,7 +20,12 @@ from molora_fed.charter import (
     write_charter,
 )
 from molora_fed.contributions.build import describe_outgoing
-from molora_fed.errors import FederationError, PopulationError, SignatureError
+from molora_fed.errors import (
+    FederationError,
+    PopulationError,
+    QuestionRefusedError,
+    SignatureError,
+)
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator_mail import (
     acknowledge,
@@ -28,11 +33,12 @@ from molora_fed.federation.coordinator_mail import (
     publish_charter,
 )
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
-from molora_fed.federation.join_settings import JoinSettings
+from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import build_question_bytes
 from molora_fed.federation.requests import RemoteData
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
+from molora_fed.federation.worker import ContributorWorker
 from molora_fed.federation.worker_mail import (
     answer_question,
     find_question,
@@ -42,6 +48,7 @@ from molora_fed.federation.worker_mail import (
     receive_charter,
 )
 from molora_fed.plugins import load_plugins
+from molora_fed.population.asked import AskedQuestions
 from molora_fed.population.contract import Birth, Population, Slot
 from molora_fed.population.evolution import Branch
 from molora_fed.population.questions import Answer, Question
@@ -318,6 +325,39 @@ def test_an_answer_over_its_limit_is_not_fetched(tmp_path):
     with pytest.raises(FederationError, match="at most 1000 bytes"):
         stage.exchange("anna")
     assert not mailbox.answer_file.exists() and not mailbox.parts.held()
+
+
+def test_a_refused_question_is_logged_shown_and_not_answered(tmp_path, monkeypatch):
+    stage = Stage(tmp_path, names=("anna",))
+    home = stage.homes["anna"]
+    stage.ask(Question("gates", {}, (build_branch(),)), read_gates)
+    home.answer_file.unlink()
+
+    class Refusing:
+        def answer(self, question, *, progress=None):
+            raise QuestionRefusedError("Cannot answer the coordinator: one more of 'gates'.")
+
+    worker = ContributorWorker(home, PLUGINS)
+    monkeypatch.setattr(worker, "_open_member", lambda charter: Refusing())
+    for _ in range(3):  # the letter stays where it is, the worker goes on
+        worker._answer_question(stage.charter)
+    assert not home.answer_file.exists()
+    assert "refused a question" in home.read_state()["message"]
+    (line,) = home.refusals_log.read_text().splitlines()
+    assert "one more of 'gates'" in line
+
+
+def test_joining_again_after_a_result_begins_a_new_count(tmp_path):
+    stage = Stage(tmp_path, names=("anna",))
+    home, settings = stage.homes["anna"], JoinSettings("anna", "python")
+    AskedQuestions(home.private, 0, {"gates": 1}).admit("gates", "a")
+    prepare_home(home, settings)
+    with pytest.raises(QuestionRefusedError):  # a restart is no new join
+        AskedQuestions(home.private, 0, {"gates": 1}).admit("gates", "b")
+    write_json(home.result_letter, {})
+    prepare_home(home, settings)
+    AskedQuestions(home.private, 0, {"gates": 1}).admit("gates", "b")
+    assert not home.result_letter.exists()
 
 
 def test_consent_is_to_what_is_asked_for(tmp_path):

@@ -1,7 +1,6 @@
 """A study from its options to its files: plan, run, summarise, write."""
 
 import importlib
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as memo
@@ -15,6 +14,7 @@ from molora_fed.errors import ConfigError, StudyError
 from molora_fed.plugins import Registry
 from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, write_bytes, write_json
 from molora_fed.storage.settings import describe_offenders
+from molora_fed.storage.toml import parse_toml
 from molora_studies.framework.contract import Cell, Study, StudyOptions, Summary, Table, Task
 from molora_studies.framework.render import draw_figure, render_study
 from molora_studies.framework.runner import Listener, State, run_tasks
@@ -101,8 +101,9 @@ def read_options(study: type[Study], name: str, config: Path | None, **changes: 
                     f"{where}: expected at most {MAX_CONFIG_BYTES} bytes, got "
                     f"{config.stat().st_size}. Check that this is the right file."
                 )
-            values = tomllib.loads(config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            text = config.read_text(encoding="utf-8")
+            values = parse_toml(text, max_bytes=MAX_CONFIG_BYTES)
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"{where}: expected TOML, got {reason}. Correct the file.") from error
     try:

@@ -110,10 +110,13 @@ def test_contributors_of_one_domain_count_together(tmp_path, base):
 
 
 def test_adaptation_learns_and_rounds_train_one_factor_each(tmp_path, base):
-    stage = Stage(base, tmp_path)
+    rules = RULES.model_copy(
+        update={"start_steps": 20, "rounds": 3, "blocks_per_domain": 4, "generations": 1}
+    )
+    stage = Stage(base, tmp_path, rules=rules)
     start = build_start(base)
-    config = dataclasses.replace(CONFIG, steps=20, batch=8)
-    adapted = stage.data(rounds=3).adapt(start, config, tmp_path / "adapted", None)
+    config = build_config(rules, 2, seed=3, threads=1).schedule(0)
+    adapted = stage.data().adapt(start, config, tmp_path / "adapted", None)
     assert stage.asked == ["adapt"] * 3
     first = stage.answers[0].branch.population.slots
     for slot, before in zip(first, start.population.slots, strict=True):
@@ -121,8 +124,10 @@ def test_adaptation_learns_and_rounds_train_one_factor_each(tmp_path, base):
             assert torch.equal(update.a, before.updates[name].a)
             assert not torch.equal(update.b, before.updates[name].b)
     losses = [
-        stage.data().ask_moments(Question("fitness", {}, (one,)), ["full"])
-        for one in (start, adapted)
+        Stage(base, tmp_path / str(number))
+        .data()
+        .ask_moments(Question("fitness", {}, (one,)), ["full"])
+        for number, one in enumerate((start, adapted))
     ]
     for domain in (0, 1):
         assert losses[1][domain].mean("full") < losses[0][domain].mean("full") - 0.05

@@ -1,0 +1,105 @@
+"""Folders of text from others: links, bombs, names, and whatever bytes stand in them."""
+
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from molora_fed.corpus.documents import read_documents
+from molora_fed.errors import CorpusError
+
+
+def read(*paths):
+    return [(one.name, one.text) for one in read_documents(paths)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "own.txt").write_text("my own text")
+    return tmp_path / "texts"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.parquet"])
+def test_a_link_out_of_a_folder_of_text_is_refused(tmp_path, folder, name):
+    (tmp_path / "key.pem").write_text("private")
+    (folder / name).symlink_to(tmp_path / "key.pem")
+    with pytest.raises(CorpusError, match="a link that leads out of the folder"):
+        read(folder)
+
+
+def test_a_link_through_another_link_is_refused(tmp_path, folder):
+    (tmp_path / "secret.txt").write_text("private")
+    (folder / "up").symlink_to("..")
+    (folder / "a.txt").symlink_to("up/secret.txt")
+    with pytest.raises(CorpusError, match="a link that leads out of the folder"):
+        read(folder)
+
+
+def test_links_inside_and_links_that_people_name_are_read(tmp_path, folder):
+    (folder / "again.md").symlink_to("own.txt")
+    assert read(folder) == [("texts/again.md", "my own text")]
+    (tmp_path / "named").symlink_to(folder)
+    assert read(tmp_path / "named")
+
+
+def test_a_snapshot_of_the_hub_is_read(tmp_path):
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "datasets--a--b" / "blobs").mkdir()
+    (tmp_path / "datasets--a--b" / "blobs" / "ab").write_text("text")
+    (snapshot / "train.txt").symlink_to("../../blobs/ab")
+    assert read(snapshot) == [("1234/train.txt", "text")]
+
+
+def test_a_small_parquet_never_becomes_gigabytes(folder):
+    table = pa.table({"text": pa.array(["x" * 2**20]).take(pa.array([0] * 2_000))})
+    schema = pa.table({"text": ["x" * 2**20] * 1}).schema
+    with pq.ParquetWriter(folder / "bomb.parquet", schema, compression="zstd") as writer:
+        writer.write_table(table)
+    assert (folder / "bomb.parquet").stat().st_size < 100_000
+    tracemalloc.start()
+    with pytest.raises(CorpusError, match="characters in a file of its size"):
+        for _ in read_documents([folder / "bomb.parquet"]):
+            pass
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+def test_names_of_files_are_shown_without_what_terminals_obey(folder):
+    (folder / "\x1b]0;x\x07\u202e.txt").write_bytes(b"\xff")
+    with pytest.raises(CorpusError) as caught:
+        read(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_digits_without_end_beside_a_text_are_passed_over(folder):
+    (folder / "a.jsonl").write_text('{"text": "good", "id": ' + "9" * 200_000 + "}\n")
+    assert ("texts/a.jsonl:1", "good") in read(folder)
+
+
+PIECES = st.sampled_from(
+    [b'{"text": "good"}', b'{"text": "\\ud800"}', b"[" * 5_000, b'"text"', b"{", b"}", b":", b"\n",
+     b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"NaN", b"PAR1", b"\x1b[31m", b"9" * 5_000]
+)  # fmt: skip
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(["a.txt", "a.md", "a.jsonl", "a.parquet"]),
+    st.lists(PIECES | st.binary(max_size=20), max_size=12).map(b"".join),
+)
+def test_whatever_stands_in_a_file_of_text_is_text_or_one_line(folder, name, data):
+    (folder / name).write_bytes(data)
+    try:
+        for _, text in read(folder):
+            text.encode()
+    except CorpusError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2_000
+    finally:
+        (folder / name).unlink()
