@@ -166,7 +166,8 @@ def _check_config(config: dict[str, Any], name: str) -> None:
         raise describe_unreadable(
             name,
             expected="positive ranks and alphas, patterns keyed by plain module names",
-            got=f"r {clean(config.get('r'), 40)}, lora_alpha {clean(config.get('lora_alpha'), 40)}, "
+            got=f"r {clean(config.get('r'), 40)}, "
+            f"lora_alpha {clean(config.get('lora_alpha'), 40)}, "
             f"patterns {clean(patterns, 120)}",
             fix="Correct adapter_config.json.",
         )

@@ -280,10 +280,10 @@ class LedgerReader:
         person decided later is in the history.
         """
         query = (
-            "SELECT data FROM events WHERE what = 'contribution-changed' AND subject = ? "
-            "ORDER BY number DESC"
+            "SELECT data FROM events WHERE what IN ('contribution-changed', 'contribution-judged') "
+            "AND subject = ? ORDER BY number DESC"
         )
-        decided = (json.loads(data)["decision"] for (data,) in self._rows(query, (entry.id,)))
+        decided = (json.loads(data).get("decision") for (data,) in self._rows(query, (entry.id,)))
         return next((decision for decision in decided if decision is not None), entry.decision)
 
     def find_amendment(self, contribution_id: str) -> Amendment:

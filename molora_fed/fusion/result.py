@@ -45,7 +45,8 @@ class FusionOutcome:
         seconds: Wall time by phase.
         folder: Where bank and fused model lie.
         controls: Cost of each control by name.
-        not_measured: Why there are no figures of a router, merge or predictor, by kind and name.
+        not_measured: Why there are no figures of a router, merge, predictor or contribution, by
+            kind and name.
     """
 
     plan: FusionPlan
