@@ -342,9 +342,9 @@ def _find_unsigned(folder: Path, part: str, manifest: Manifest) -> Iterator[str]
         yield f"{part}: {error.strerror}"
         return
     signed = manifest.files.keys()
-    yield from (
-        f"{part}/{name}: not signed" for name in sorted(names) if f"{part}/{name}" not in signed
-    )
+    for name in sorted(names):
+        if f"{part}/{name}" not in signed:
+            yield f"{part}/{clean(name, 150)}: not signed"
 
 
 def _describe_file(path: Path) -> str:
