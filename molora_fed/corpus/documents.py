@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from molora_fed.errors import CorpusError
 from molora_fed.guard import guarded, one_line, refuse
 from molora_fed.plugins import Plugins
+from molora_fed.storage.untrusted import clean
 from molora_fed.types import Document
 
 __all__ = ["SUFFIXES", "choose_evenly", "cut_long_documents", "open_domain", "read_documents"]
@@ -18,6 +19,9 @@ MAX_SHARE = 0.05
 PIECES = 250
 MIN_PIECE_CHARACTERS = 2_000
 _SHOWN_PROBLEMS = 3
+_PARQUET_ROWS = 256  # read at once
+_PARQUET_RATIO = 200  # characters of text for each byte of a file; packed text has 3 to 20
+_PARQUET_BYTES = 2**22  # beside, so that small files may hold a text many times
 
 
 _Item = TypeVar("_Item")
@@ -78,19 +82,38 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number = characters = 0
+    most = _PARQUET_BYTES + _PARQUET_RATIO * path.stat().st_size
+    too_much = f"more than {most:,} characters of text, {_PARQUET_RATIO} times its bytes and more"
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Values stay in their dictionary: a text that comes a million times is held once.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=["text"]) as file:
             if "text" not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
+                columns = clean(", ".join(file.schema_arrow.names))
                 raise _UnreadableError(f"no column 'text' among {columns or 'none'}")
-            for batch in file.iter_batches(columns=["text"]):
-                for value in batch.column(0).to_pylist():
+            if _count_unpacked(file.metadata) > most:
+                raise _UnreadableError(too_much)
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=["text"]):
+                for value in batch.column(0):
                     number += 1
-                    yield Document(f"{name}:{number}", _check_text(value, f"row {number}"))
+                    text = _check_text(value.as_py(), f"row {number}")
+                    characters += len(text)
+                    if characters > most:
+                        raise _UnreadableError(too_much)
+                    yield Document(f"{name}:{number}", text)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = clean(str(error).splitlines()[0])
         raise _UnreadableError(f"no parquet that can be read ({reason})") from error
+
+
+def _count_unpacked(metadata: Any) -> int:
+    """Bytes that the pages of column `text` take unpacked, by a parquet file's own statement."""
+    return sum(
+        chunk.total_uncompressed_size
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+        if (chunk := metadata.row_group(group).column(column)).path_in_schema == "text"
+    )
 
 
 _Reader = Callable[[Path, str], Iterator[Document]]

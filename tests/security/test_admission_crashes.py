@@ -121,7 +121,7 @@ def test_what_stands_at_verified_is_decided_at_the_next_start(door, monkeypatch)
     door.sign_again(folder)
     with monkeypatch.context() as patched:
         patched.setattr(
-            "molora_fed.contributions.receive.admit", lambda candidate: exec("raise TypeError")
+            "molora_fed.contributions.receive.admit", lambda *_, **__: exec("raise TypeError")
         )
         with pytest.raises(TypeError):
             door.receive(folder)
@@ -135,7 +135,7 @@ def test_what_stands_at_verified_is_decided_at_the_next_start(door, monkeypatch)
 def test_one_whose_files_are_gone_does_not_stop_the_others_at_a_start(door, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(
-            "molora_fed.contributions.receive.admit", lambda candidate: exec("raise TypeError")
+            "molora_fed.contributions.receive.admit", lambda *_, **__: exec("raise TypeError")
         )
         for name in ("legal-1", "legal-2"):
             with pytest.raises(TypeError):

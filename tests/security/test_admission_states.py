@@ -1,4 +1,4 @@
-"""Every state of the ledger has a command that leaves it; also in a ledger of an earlier version."""
+"""Every state of the ledger has a command that leaves it, in a ledger of an earlier version too."""
 
 import shutil
 import sqlite3
