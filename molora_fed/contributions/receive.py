@@ -183,7 +183,7 @@ class Door:
         Raises:
             StorageError: On I/O errors, but files that are gone are a reason like another one.
         """
-        lost = [n for n, sha in list_signed_files(entry).items() if not self.store.has(sha)]
+        lost = self._find_lost(entry)
         if lost:
             finding = Finding(
                 f"its files in '{self.store.root.name}'",
@@ -194,16 +194,21 @@ class Door:
             refusal = Refusal.of(entry.contributor, FILES_CHECK, finding, failed=True)
             return AdmissionDecision.of(ContributionState.QUARANTINED, [refusal])
         admitted = self.ledger.contributions(ContributionState.ADMITTED)
+        others = [one for one in admitted if one.id != entry.id and not self._find_lost(one)]
         candidate = AdmissionCandidate(
             load_stored(entry, self.store),
             self.charter,
             self.base,
             self.plugins,
-            [load_stored(other, self.store) for other in admitted if other.id != entry.id],
+            [load_stored(other, self.store) for other in others],
             self.ledger.find_amendment(entry.id),
             self.progress,
         )
         return admit(candidate, accepted=accepted)
+
+    def _find_lost(self, entry: LedgerEntry) -> list[str]:
+        """Files that a contribution's manifest names and that are not in the store."""
+        return [n for n, sha in list_signed_files(entry).items() if not self.store.has(sha)]
 
     def judge(self, entry: LedgerEntry) -> Receipt:
         """Decide on a verified contribution, and write it down."""

@@ -257,10 +257,11 @@ class CoordinatorWorker:
 
     def _fuse(self) -> None:
         """Fuse what is admitted and publish it."""
-        from molora_fed.contributions.receive import load_admitted
+        from molora_fed.contributions.receive import find_entry, load_admitted
         from molora_fed.cooperative.controls import load_controls
         from molora_fed.cooperative.fuse import FusedContributions, fuse_admitted
         from molora_fed.cooperative.known_text import read_known_text
+        from molora_fed.federation.withdrawal import build_announcer
         from molora_fed.reporting.headline import list_headline
 
         def publish(fused: FusedContributions) -> None:
@@ -282,6 +283,9 @@ class CoordinatorWorker:
             on_phase=self._enter,
             progress=self._state.progress,
         )
+        announce = build_announcer(self._cooperative)
+        for one in fused.left_out:
+            announce(find_entry(self._ledger, one.contribution_id), one)
         headline = list_headline(fused.result.result)
         left_out = [f"'{one.contributor}' is quarantined." for one in fused.left_out]
         number = f"{len(fused.contributions)} contributions fused."

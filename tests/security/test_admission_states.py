@@ -1,10 +1,12 @@
 """Every state of the ledger has a command that leaves it, in a ledger of an earlier version too."""
 
+import json
 import shutil
 import sqlite3
 
 import pytest
 from door_helpers import Door, edit_tensors, fill
+from molora_cli.main import run
 
 from molora_fed.contributions.admission import AdmissionDecision
 from molora_fed.contributions.ledger import Ledger
@@ -200,3 +202,35 @@ def test_the_cooperative_goes_on_from_every_state(door):
             assert begin_fusion(door.ledger, actor="test") == before
     assert load_admitted(door.ledger, door.store) == []
     assert open_cooperative(door.cooperative.folder).charter == door.cooperative.charter
+
+
+def test_the_commands_say_what_they_did(door, monkeypatch, capsys):
+    identity = put(door, QUARANTINED, monkeypatch)
+    home = str(door.cooperative.folder)
+    for arguments, said in (
+        (("list", home), f"{identity[:16]}  fusion: another."),
+        (("release", home, identity[:12], "--reason", "fine"), f"admitted     legal-1, {identity}"),
+        (("repair", home), "Nothing to repair"),
+        (("list", home), "Out of ADMITTED: molora coop withdraw."),
+    ):
+        assert run(["coop", *arguments]) == 0
+        assert said in capsys.readouterr().out
+    assert run(["coop", "reject", home, "legal-1"]) == LedgerError.exit_code
+    assert "expected one that is RECEIVED or VERIFIED or QUARANTINED" in capsys.readouterr().err
+
+
+def test_a_contributor_is_told_what_was_decided_by_hand(door, monkeypatch):
+    from molora_fed.federation.homes import CoordinatorHome
+    from molora_fed.federation.withdrawal import build_announcer
+    from molora_fed.storage.files import write_json
+    from molora_fed.storage.keys import build_public_pem, key_fingerprint
+
+    identity = put(door, QUARANTINED, monkeypatch)
+    fingerprint = key_fingerprint(build_public_pem(door.key("legal-1")))
+    mailbox = CoordinatorHome(door.cooperative.folder).contributor(fingerprint)
+    letter = mailbox.acknowledgement_file("a" * 64)
+    body = {"shipment": "a" * 64, "contribution_id": identity, "state": "QUARANTINED"}
+    write_json(letter, {**body, "findings": ["x"], "signature": ""})
+    release(door.cooperative, identity[:12], announce=build_announcer(door.cooperative))
+    said = json.loads(letter.read_text())
+    assert (said["state"], said["findings"]) == ("ADMITTED", []) and said["signature"]
