@@ -107,12 +107,20 @@ def register_admission_checks(register: Register) -> None:
     """Register the checks every contribution passes before it is admitted."""
     module = "molora_fed.contributions.checks"
     for name, attribute, summary in (
+        ("signature", "check_signature", "Signed by its contributor"),
         ("charter-identity", "check_charter_identity", "Signed for this cooperative"),
+        ("required-samples", "check_required_samples", "Brought the samples that are asked for"),
         ("base-fingerprint", "check_base_fingerprint", "Trained on this base and tokenizer"),
         ("tensor-layout", "check_tensor_layout", "Tensor names, shapes and dtypes fit the base"),
         ("adapter-limits", "check_adapter_limits", "Kind, rank and bytes within the charter"),
         ("finite-values", "check_finite_values", "No NaN or infinity in any tensor"),
         ("own-domain-loss", "check_own_domain_loss", "Better than the base where it trained"),
+    ):
+        register(name, f"{module}:{attribute}", summary=summary, source=_OWN)
+    module = "molora_fed.contributions.comparison"
+    for name, attribute, summary in (
+        ("near-copy", "check_near_copy", "No admitted adapter under another key"),
+        ("other-domains", "check_other_domains", "Finite and bounded on the text of others"),
     ):
         register(name, f"{module}:{attribute}", summary=summary, source=_OWN)
     module = "molora_fed.contributions.checks"

@@ -18,6 +18,7 @@ __all__ = [
     "ConfigError",
     "CorpusError",
     "DivergedError",
+    "ExpertError",
     "FederationError",
     "IncompatibleAdapterError",
     "LedgerError",
@@ -163,6 +164,18 @@ class BankError(RoutingError):
     """A bank lacks a column, or one does not belong to it."""
 
     exit_code = 32
+
+
+class ExpertError(BankError):
+    """One expert's numbers cannot be used; the others' may be.
+
+    Attributes:
+        expert: Its name.
+    """
+
+    def __init__(self, message: str, expert: str) -> None:
+        super().__init__(message)
+        self.expert = expert
 
 
 class CascadeError(MoloraError, ValueError):

@@ -625,11 +625,12 @@ def _resolve(suffix: str, workshop: Workshop, case: "Broken") -> None:
     load(suffix, case.name, case.target).registries()[suffix].resolve(case.name)
 
 
-def _admit(workshop: Workshop, case: "Broken") -> None:
+def _admit(workshop: Workshop, case: "Broken") -> str | None:
+    """A contribution is quarantined for it, and the reason says why."""
     charter = workshop.cooperative.charter
     rules = charter.amendment.admission.model_copy(update={"checks": (case.name,)})
     amended = charter.amendment.model_copy(update={"admission": rules})
-    admit(
+    decision = admit(
         AdmissionCandidate(
             workshop.contributions[0],
             charter.model_copy(update={"amendment": amended}),
@@ -637,6 +638,7 @@ def _admit(workshop: Workshop, case: "Broken") -> None:
             load("admission_checks", case.name, case.target),
         )
     )
+    return "; ".join(refusal.message for refusal in decision.refusals) or None
 
 
 def _read(workshop: Workshop, case: "Broken") -> None:

@@ -186,16 +186,87 @@ def amend(
 def repair(
     cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
 ) -> None:
-    """Retract recorded forecasts that cannot be read; the ledger keeps them, nobody reads them."""
+    """Decide on contributions left undecided; retract recorded forecasts that cannot be read."""
     from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.cooperative.judging import judge_pending
     from molora_fed.forecasting.history import retract_malformed
 
-    with open_cooperative(cooperative).open_ledger() as ledger:
+    opened = open_cooperative(cooperative)
+    with opened.open_ledger() as ledger:
         retracted = retract_malformed(ledger, actor="molora coop repair")
+        receipts = judge_pending(opened, ledger)
     for number, reason in retracted.items():
         print(f"retracted    forecast record {number}: {reason}")
-    if not retracted:
-        print("Nothing to repair: every recorded forecast can be read or is retracted.")
+    for receipt in receipts:
+        print(f"decided      {receipt.contributor}, {receipt.contribution_id}: {receipt.state}")
+    if not retracted and not receipts:
+        print(
+            "Nothing to repair: every contribution is decided, and every recorded forecast can be "
+            "read or is retracted."
+        )
+
+
+@app.command("list")
+def list_(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+) -> None:
+    """Show every contribution with its state, why it is not in, and what leaves that state."""
+    from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.cooperative.judging import LEAVES, list_standings
+
+    with open_cooperative(cooperative).read_ledger() as ledger:
+        found = list_standings(ledger)
+    rows = [(one.contribution_id[:16], one.contributor, one.domain, one.state) for one in found]
+    print_columns(("contribution", "contributor", "domain", "state"), rows)
+    for one in found:
+        if one.reason:
+            print(f"{one.contribution_id[:16]}  {one.reason}")
+    for state in sorted({one.state for one in found}):
+        print(f"Out of {state}: {LEAVES[state]}.")
+
+
+Which = Annotated[
+    str, typer.Argument(metavar="WHICH", help="First digits of its id, or its contributor's name.")
+]
+
+
+@app.command()
+def release(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+    contribution: Which,
+    reason: Annotated[str, typer.Option(help="Why, for the ledger's history.")] = "",
+) -> None:
+    """Judge a contribution again, and grant what it was quarantined for."""
+    from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.cooperative.judging import release as judge
+    from molora_fed.federation.withdrawal import build_announcer
+
+    opened = open_cooperative(cooperative)
+    with reporting("admission") as progress:
+        receipt = judge(
+            opened,
+            contribution,
+            reason=reason,
+            announce=build_announcer(opened),
+            progress=progress,
+        )
+    print(f"{receipt.state.lower():<12} {receipt.contributor}, {receipt.contribution_id}")
+
+
+@app.command()
+def reject(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+    contribution: Which,
+    reason: Annotated[str, typer.Option(help="Why, for the history and the contributor.")] = "",
+) -> None:
+    """Reject a contribution that is not in, whatever it waits for."""
+    from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.cooperative.judging import reject as decide
+    from molora_fed.federation.withdrawal import build_announcer
+
+    opened = open_cooperative(cooperative)
+    receipt = decide(opened, contribution, reason=reason, announce=build_announcer(opened))
+    print(f"{receipt.state.lower():<12} {receipt.contributor}, {receipt.contribution_id}")
 
 
 @app.command()

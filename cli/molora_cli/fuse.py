@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.output import show
+from molora_cli.output import note, show
 from molora_cli.progress import reporting
 
 
@@ -31,6 +31,9 @@ def fuse(
             opened, contributions or (), out=out, on_phase=progress.phase, progress=progress
         )
     show(build_summary(fused.result.result))
+    for one in fused.left_out:
+        reasons = [refusal.found for refusal in one.decision.refusals] if one.decision else []
+        note(f"left out, now {one.state}: {one.contributor}: {' '.join(reasons)}")
     print(f"report       {fused.report}")
     print(f"fused model  {fused.result.fused_folder}")
     print(f"Try `molora generate {fused.result.fused_folder} --prompt TEXT`.")

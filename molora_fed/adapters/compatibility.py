@@ -1,6 +1,6 @@
 """Whether an adapter fits a base model, and the model with it applied."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_adapter_fits",
     "find_misfits",
     "find_non_finite",
+    "list_endings",
     "matches_target",
 ]
 
@@ -30,9 +31,23 @@ __all__ = [
 _SHOWN = 5
 
 
-def matches_target(name: str, targets: tuple[str, ...]) -> bool:
-    """Whether a module is named by a list of full names or endings, as PEFT matches them."""
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def list_endings(name: str) -> Iterator[str]:
+    """A module's full name, and every ending of it that begins after a dot, longest first."""
+    yield name
+    start = name.find(".") + 1
+    while start:
+        yield name[start:]
+        start = name.find(".", start) + 1
+
+
+def matches_target(name: str, targets: Collection[str]) -> bool:
+    """Whether a module is named by full names or endings, as PEFT matches them.
+
+    Args:
+        name: Full module name.
+        targets: A set, where there may be many: each ending is looked up in it once.
+    """
+    return any(ending in targets for ending in list_endings(name))
 
 
 def find_non_finite(adapter: Adapter) -> list[str]:
@@ -81,10 +96,11 @@ def find_misfits(adapter: Adapter, model: Any, *, rules: AdapterRules | None = N
         else:
             offenders += _compare(name, update, module)
     if adapter.targets is not None:
+        targets = frozenset(adapter.targets)
         offenders += [
             f"{name}: expected an update, as its config names this module, got none"
             for name in adaptable_modules(model, 0)
-            if name not in adapter.updates and matches_target(name, adapter.targets)
+            if name not in adapter.updates and matches_target(name, targets)
         ]
     return offenders
 

@@ -19,6 +19,7 @@ from molora_fed.adapters.files import (
 )
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.charter import AdapterRules
+from molora_fed.storage.untrusted import clean
 
 __all__ = ["load_delta", "write_delta"]
 
@@ -50,7 +51,7 @@ def write_delta(
 def _check_headers(headers: Mapping[str, TensorHeader], declared: list[str], name: str) -> None:
     """Judge names and numbers of dimensions by the header alone."""
     offenders = [f"extra tensor '{key}'" for key in sorted(headers.keys() - set(declared))]
-    offenders += [f"missing tensor '{key}'" for key in sorted(set(declared) - headers.keys())]
+    offenders += [f"missing tensor '{clean(k)}'" for k in sorted(set(declared) - headers.keys())]
     for key, header in headers.items():
         module, _, part = key.rpartition(".")
         dimensions = {"weight": 2, "bias": 1}.get(part)
@@ -89,7 +90,7 @@ def load_delta(folder: Path, rules: AdapterRules | None, name: str) -> Adapter:
         raise describe_unreadable(
             name,
             expected=f"kind 'delta' and a list of tensors in '{CONFIG_FILE}'",
-            got=f"keys {', '.join(sorted(config))[:200]}",
+            got=f"keys {clean(', '.join(sorted(config)))}",
             fix="Export the adapter again.",
         )
 

@@ -5,9 +5,9 @@
 PEFT LoRA folder without it is read as kind "lora".
 """
 
-import json
+import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from molora_fed.adapters.compatibility import check_adapter_fits, find_misfits, find_non_finite
+from molora_fed.adapters.limits import BaseLimits
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
@@ -32,6 +33,7 @@ from molora_fed.storage.files import (
     write_json,
 )
 from molora_fed.storage.settings import read_model
+from molora_fed.storage.untrusted import clean, parse_json
 from molora_fed.types import ADAPTER_FILES
 
 __all__ = [
@@ -59,6 +61,10 @@ ADAPTER_DTYPES = ("F32", "F16", "BF16")
 
 MAX_JSON_BYTES = 2**20
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_TENSORS = 65_536
+"""Of one file; a mixture of experts with 20,000 linear layers has 40,000 factors."""
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,200}")
+_MAX_FOUND = 1_000  # characters of what an error quotes
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -77,7 +83,8 @@ class TensorHeader:
 
 def describe_unreadable(name: str, *, expected: str, got: str, fix: str) -> AdapterError:
     """The one-line error of an adapter whose files cannot be read."""
-    return AdapterError(f"Cannot read adapter '{name}': expected {expected}, got {got}. {fix}")
+    found = clean(got, _MAX_FOUND)
+    return AdapterError(f"Cannot read adapter '{name}': expected {expected}, got {found}. {fix}")
 
 
 def _file_size(path: Path, name: str) -> int:
@@ -121,12 +128,12 @@ def load_json(path: Path, name: str) -> dict[str, Any]:
             fix=fix,
         )
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(path.read_bytes(), max_bytes=MAX_JSON_BYTES)
+    except (OSError, ValueError) as error:
         raise describe_unreadable(
             name,
             expected=f"JSON in '{path.name}'",
-            got=" ".join(str(error).split())[:120],
+            got=clean(error),
             fix=fix,
         ) from error
     if not isinstance(value, dict):
@@ -197,8 +204,10 @@ def load_tensors(
     _check_frame(path, name, max_bytes)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
+            keys = sorted(file.keys())
+            _check_names(keys, name, path)
             headers = {}
-            for key in sorted(file.keys()):
+            for key in keys:
                 part = file.get_slice(key)
                 headers[key] = TensorHeader(tuple(part.get_shape()), part.get_dtype())
             wrong = [f"'{k}' {h.dtype}" for k, h in headers.items() if h.dtype not in dtypes]
@@ -218,9 +227,26 @@ def load_tensors(
         raise describe_unreadable(
             name,
             expected=f"a whole safetensors file '{path.name}'",
-            got=" ".join(str(error).split())[:160],
+            got=clean(error),
             fix="It is truncated or malformed; copy or export it again.",
         ) from error
+
+
+def _check_names(keys: Sequence[str], name: str, path: Path) -> None:
+    """Refuse names that no layer has, and more of them than any base, before one is looked at."""
+    fix = "Export the adapter again from training on this base."
+    if len(keys) > MAX_TENSORS:
+        raise describe_unreadable(
+            name, expected=f"at most {MAX_TENSORS} tensors", got=str(len(keys)), fix=fix
+        )
+    strange = [clean(key) for key in keys if not _TENSOR_NAME.fullmatch(key)]
+    if strange:
+        raise describe_unreadable(
+            name,
+            expected=f"names of tensors in '{path.name}' of letters, digits and dots, 200 at most",
+            got=f"'{strange[0]}'" + (f" and {len(strange) - 1} more" if strange[1:] else ""),
+            fix=fix,
+        )
 
 
 CONFIG_FILE, WEIGHTS_FILE, META_FILE = ADAPTER_FILES
@@ -298,6 +324,7 @@ def load_adapter(
     folder: Path,
     *,
     rules: AdapterRules | None = None,
+    model: Any | None = None,
     plugins: Plugins | None = None,
     name: str | None = None,
 ) -> Adapter:
@@ -306,6 +333,7 @@ def load_adapter(
     Args:
         folder: Folder with the adapter's files.
         rules: Limits of the charter on kind, rank and bytes, checked before anything is allocated.
+        model: The base model; with the rules it bounds what is expanded (`BaseLimits`).
         plugins: Where kinds are looked up; the installed plugins by default.
         name: Name for errors and reports; the folder's path by default.
 
@@ -334,8 +362,9 @@ def load_adapter(
         )
     kinds = (plugins or get_plugins()).adapter_kinds
     entry = kinds.entry(meta.kind)
+    limits = rules if rules is None or model is None else BaseLimits.of(rules, model)
     with guarded(entry, "loading", passing=(AdapterError,)):
-        adapter = kinds.resolve(meta.kind)().load(folder, rules, name=name)
+        adapter = kinds.resolve(meta.kind)().load(folder, limits, name=name)
     if not isinstance(adapter, Adapter):
         raise refuse(entry, "loading", expected="an Adapter", got=type(adapter).__name__)
     return adapter

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from molora_fed.adapters.compatibility import matches_target
+from molora_fed.adapters.compatibility import list_endings, matches_target
 from molora_fed.adapters.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -25,6 +25,7 @@ from molora_fed.adapters.files import (
 )
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.charter import AdapterRules
+from molora_fed.storage.untrusted import clean
 
 __all__ = ["load_low_rank", "write_low_rank"]
 
@@ -119,15 +120,17 @@ def _check_config(config: dict[str, Any], name: str) -> None:
     """Refuse a config that asks for more than `scale * B @ A` on linear layers."""
     offenders = []
     if config.get("peft_type") != "LORA":
-        offenders.append(f"peft_type {config.get('peft_type')!r}")
+        offenders.append(f"peft_type {clean(config.get('peft_type'), 80)!r}")
     if config.get("bias", "none") != "none":
-        offenders.append(f"bias {config['bias']!r}")
+        offenders.append(f"bias {clean(config['bias'], 80)!r}")
     if config.get("init_lora_weights", True) not in _NEUTRAL_INITS:
         # PiSSA and its like change the base weights, too.
-        offenders.append(f"init_lora_weights {config['init_lora_weights']!r}")
+        offenders.append(f"init_lora_weights {clean(config['init_lora_weights'], 80)!r}")
     known = _READ_KEYS | _NEUTRAL_KEYS | {"bias", "init_lora_weights"}
     offenders += [
-        f"{key} {config[key]!r}"[:80] for key in sorted(config.keys() - known) if config[key]
+        f"{clean(key, 40)} {clean(config[key], 40)!r}"
+        for key in sorted(config.keys() - known)
+        if config[key]
     ]
     if offenders:
         raise describe_unreadable(
@@ -145,7 +148,7 @@ def _check_config(config: dict[str, Any], name: str) -> None:
         raise describe_unreadable(
             name,
             expected="target_modules as a list of module names",
-            got=repr(targets)[:80],
+            got=clean(targets, 80),
             fix="Save the adapter with the names written out.",
         )
     numbers = [config.get("r"), config.get("lora_alpha")]
@@ -163,18 +166,35 @@ def _check_config(config: dict[str, Any], name: str) -> None:
         raise describe_unreadable(
             name,
             expected="positive ranks and alphas, patterns keyed by plain module names",
-            got=f"r {config.get('r')!r}, lora_alpha {config.get('lora_alpha')!r}, "
-            f"patterns {patterns!r}"[:200],
+            got=f"r {clean(config.get('r'), 40)}, "
+            f"lora_alpha {clean(config.get('lora_alpha'), 40)}, "
+            f"patterns {clean(patterns, 120)}",
             fix="Correct adapter_config.json.",
         )
 
 
-def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first key that matches a module, by PEFT's rule (`get_pattern_key`)."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+class _Pattern:
+    """PEFT's `rank_pattern` or `alpha_pattern`: the first key that names a module decides.
+
+    A key names a module by its full name or an ending of it; `^` before it, by the full name only.
+    PEFT takes keys as regular expressions; here a dot is a dot, so that a module is looked up once,
+    however many keys there are.
+
+    Args:
+        pattern: Values by key, in the config's order.
+        default: The value of modules that no key names.
+    """
+
+    def __init__(self, pattern: Mapping[str, Any] | None, default: Any) -> None:
+        self._values = list((pattern or {}).values())
+        self._places = {key: place for place, key in enumerate(pattern or {})}
+        self._default = default
+
+    def find(self, module: str) -> Any:
+        """The value of a module."""
+        keys = (f"^{module}", *list_endings(module))
+        places = [self._places[key] for key in keys if key in self._places]
+        return self._values[min(places)] if places else self._default
 
 
 def _check_headers(
@@ -184,7 +204,8 @@ def _check_headers(
     name: str,
 ) -> None:
     """Judge names, shapes and ranks by the header alone."""
-    targets = tuple(config["target_modules"])
+    targets = frozenset(config["target_modules"])
+    ranks = _Pattern(config.get("rank_pattern"), config["r"])
     offenders: list[str] = []
     pairs: dict[str, dict[str, TensorHeader]] = {}
     for key, header in headers.items():
@@ -195,10 +216,9 @@ def _check_headers(
             offenders.append(f"'{key}' of shape {header.shape} instead of two dimensions")
         else:
             pairs.setdefault(match["module"], {})[match["part"]] = header
+    named = {ending for module in pairs for ending in list_endings(module) if ending in targets}
     offenders += [
-        f"no tensors for target module '{target}'"
-        for target in targets
-        if not any(matches_target(module, (target,)) for module in pairs)
+        f"no tensors for target module '{clean(target)}'" for target in sorted(targets - named)
     ]
     limit = math.inf if rules is None else rules.max_rank
     for module, pair in pairs.items():
@@ -206,7 +226,7 @@ def _check_headers(
         if missing:
             offenders.append(f"missing tensor '{module}.lora_{missing.pop()}.weight'")
             continue
-        rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
+        rank = ranks.find(module)
         found = (pair["A"].shape[0], pair["B"].shape[1])
         if found != (rank, rank):
             offenders.append(f"'{module}' of rank {found[0]} and {found[1]} instead of {rank}")
@@ -243,11 +263,12 @@ def load_low_rank(folder: Path, rules: AdapterRules | None, name: str) -> Adapte
         check=lambda headers: _check_headers(headers, config, rules, name),
     )
     updates = {}
+    alphas = _Pattern(config.get("alpha_pattern"), config["lora_alpha"])
     for module in sorted({match["module"] for k in tensors if (match := _TENSOR.fullmatch(k))}):
         a = tensors[f"base_model.model.{module}.lora_A.weight"]
         b = tensors[f"base_model.model.{module}.lora_B.weight"]
         rank = a.shape[0]
-        alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+        alpha = alphas.find(module)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         updates[module] = LinearUpdate(a=a, b=b, scale=scale)
     meta = load_meta(folder, name)

@@ -31,10 +31,12 @@ from molora_fed.adapters.files import (
     load_tensors,
     write_adapter_folder,
 )
+from molora_fed.adapters.limits import BaseLimits
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
 from molora_fed.storage.settings import UntrustedModel, read_model
+from molora_fed.storage.untrusted import clean
 
 __all__ = [
     "BITS",
@@ -59,6 +61,7 @@ _CLIPS = {
     4: tuple(1.0 - 0.025 * i for i in range(17)),
     8: tuple(1.0 - 0.025 * i for i in range(17)),
 }
+_NUMBERS_AT_ONCE = 2**18  # made of codes at a time; each takes some 20 bytes meanwhile
 _TOP = {2: 1.5, 4: 7.0, 8: 127.0}
 _OFFSET = {2: 1.5, 4: 8.0, 8: 128.0}
 
@@ -134,10 +137,21 @@ def quantise(matrix: Tensor, bits: Bits, group: int) -> Quantised:
 
 
 def dequantise(quantised: Quantised, columns: int, bits: Bits, group: int) -> Tensor:
-    """The numbers, (rows, columns) float32; what is allocated is a few times the result."""
-    levels = _unpack(quantised.codes, columns, bits)
-    index = torch.arange(columns, device=levels.device) // group
-    return levels.mul_(quantised.scales.float()[:, index])
+    """The numbers, (rows, columns) float32; little more than the result is allocated."""
+    numbers = torch.empty((len(quantised.codes), columns), device=quantised.codes.device)
+    _fill(numbers, quantised, bits, group)
+    return numbers
+
+
+def _fill(target: Tensor, quantised: Quantised, bits: Bits, group: int) -> None:
+    """Write the numbers into a (rows, columns) tensor, some rows at a time."""
+    rows, columns = target.shape
+    index = torch.arange(columns, device=target.device) // group
+    step = max(1, _NUMBERS_AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        levels = _unpack(quantised.codes[part], columns, bits)
+        target[part] = levels.mul_(quantised.scales[part].float()[:, index])
 
 
 def _round(values: Tensor, bits: Bits) -> Tensor:
@@ -263,7 +277,8 @@ def _check_headers(
     """Judge names, shapes, dtypes and ranks by config and header alone.
 
     Every number that will be made has its code in the file, whose size is limited: the adapter
-    takes at most 16 bytes of memory for each byte of the file (2 bits become 32).
+    takes at most 16 bytes of memory for each byte of the file (2 bits become 32). With a base it
+    is at most what its own layers take.
     """
     expected = _expect_headers(config)
     offenders = [f"missing tensor '{key}'" for key in sorted(expected.keys() - headers.keys())]
@@ -286,11 +301,17 @@ def _check_headers(
             for module, entry in config.modules.items()
             if (entry.rank or 0) > rules.max_rank
         ]
+    if isinstance(rules, BaseLimits):
+        misfits = (
+            rules.find_misfit(module, (entry.rows, entry.columns), entry.rank)
+            for module, entry in config.modules.items()
+        )
+        offenders += [misfit for misfit in misfits if misfit is not None]
     if offenders:
         raise describe_unreadable(
             name,
             expected=f"the codes and scales that '{CONFIG_FILE}' describes, and nothing else",
-            got="; ".join(offenders[:5]),
+            got="; ".join(clean(offender) for offender in offenders[:5]),
             fix=_FIX,
         )
 
@@ -342,12 +363,17 @@ def load_quantised(folder: Path, rules: AdapterRules | None, name: str) -> Adapt
 
 def _read(module: str, config: _Config, tensors: Mapping[str, Tensor]) -> LinearUpdate:
     entry = config.modules[module]
-    matrices = {}
-    for part, (_, numbers) in _parts(entry).items():
-        stored = Quantised(tensors[f"{module}.{part}.codes"], tensors[f"{module}.{part}.scales"])
-        matrices[part] = dequantise(stored, numbers, config.bits, config.group)
     bias = tensors.get(f"{module}.bias")
+
+    def read(part: str, target: Tensor) -> None:
+        stored = Quantised(tensors[f"{module}.{part}.codes"], tensors[f"{module}.{part}.scales"])
+        _fill(target, stored, config.bits, config.group)
+
     if entry.rank is None:
-        return LinearUpdate(dense=matrices["dense"], bias=bias)
-    b = matrices["b"].T.contiguous()
-    return LinearUpdate(a=matrices["a"], b=b, scale=entry.scale, bias=bias)
+        dense = torch.empty(entry.rows, entry.columns)
+        read("dense", dense)
+        return LinearUpdate(dense=dense, bias=bias)
+    a, b = torch.empty(entry.rank, entry.columns), torch.empty(entry.rows, entry.rank)
+    read("a", a)
+    read("b", b.T)  # directions are rows in the file
+    return LinearUpdate(a=a, b=b, scale=entry.scale, bias=bias)

@@ -21,7 +21,7 @@ from molora_fed.bank.columns import (
     write_rows,
 )
 from molora_fed.corpus.blocks import Blocks
-from molora_fed.errors import BankError, StorageError
+from molora_fed.errors import ExpertError, StorageError
 from molora_fed.models.forward import Capture, Pass, run_blocks
 from molora_fed.storage.files import make_folder, storage_errors, stream_bytes, write_json
 from molora_fed.types import Mixture, Progress, Reading
@@ -241,7 +241,7 @@ class ColumnMaker:
             progress: Receives blocks done and blocks in all.
 
         Raises:
-            BankError: If a log-probability is not finite; no column is left behind.
+            ExpertError: If a number is not finite or too large; no column is left behind.
             StorageError: On I/O errors; likewise.
         """
         capture = Capture(
@@ -309,12 +309,21 @@ class ColumnMaker:
 def _check_finite(step: Pass, what: str, domain: str) -> None:
     bad = int((~torch.isfinite(step.logprob)).sum())
     if bad:
-        raise BankError(
+        raise ExpertError(
             f"Cannot build bank for expert '{what}' on domain '{domain}': expected finite "
-            f"log-probabilities, got {bad} that are not. Leave this contribution out."
+            f"log-probabilities, got {bad} that are not. Leave this contribution out.",
+            what,
+        )
+    if step.hidden is not None and not bool((step.hidden.abs() <= MAX_STATE).all()):  # NaN, too
+        raise ExpertError(
+            f"Cannot build bank for expert '{what}' on domain '{domain}': expected hidden states "
+            f"of at most {MAX_STATE:g}, got larger ones. Leave this contribution out.",
+            what,
         )
 
 
+MAX_STATE = 2.0**30
+"""Largest hidden state; integers of 64 bits hold the sum of 500 experts of that size."""
 UNIT = 2.0**-24
 """What the integer 1 stands for; a float32 of size 1 has the same resolution."""
 

@@ -1,31 +1,34 @@
-"""Admission: runs the charter's checks on a contribution and decides.
+"""Admission: runs the core's checks and the charter's on a contribution and decides.
 
 Checks are plugins, `(AdmissionCandidate) -> Finding | None`, and collect: a contributor learns of
-everything that is wrong at once. Reading the files is not a check that can be left out.
+everything that is wrong at once. A check that fails itself decides nothing: the contribution is
+quarantined, and nobody else waits for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
-from molora_fed.charter import Charter
+from molora_fed.charter import Amendment, Charter
+from molora_fed.contributions.decision import AdmissionDecision, AdmissionLosses, Refusal
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.contributions.states import ContributionState
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import (
     AdapterError,
-    AdmissionError,
     CorpusError,
+    PluginError,
     RoutingError,
+    SignatureError,
+    StorageError,
     UnknownNameError,
-    describe_mismatch,
 )
-from molora_fed.guard import guarded, one_line, refuse
+from molora_fed.guard import guarded, refuse
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.types import Finding, Progress, Split
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from molora_fed.models.base import Base
 
 __all__ = [
+    "MANDATORY",
     "AdmissionCandidate",
     "AdmissionDecision",
     "AdmissionLosses",
@@ -44,7 +48,22 @@ __all__ = [
 ]
 
 FILES_CHECK = "readable-files"
-_FINDING_CHARACTERS = 2_000
+MANDATORY = (
+    "adapter-limits",
+    "base-fingerprint",
+    "charter-identity",
+    "finite-values",
+    "frozen-depth",
+    "near-copy",
+    "other-domains",
+    "own-domain-loss",
+    "required-samples",
+    "shared-initialisation",
+    "signature",
+    "tensor-layout",
+)
+"""Checks of the core without which nothing is admitted, whatever a charter or plugins say."""
+
 _Check = TypeVar("_Check", bound=Callable[..., Finding | None])
 
 
@@ -71,14 +90,6 @@ def needs(stage: Stage) -> Callable[[_Check], _Check]:
     return mark
 
 
-@dataclass(frozen=True)
-class AdmissionLosses:
-    """Mean losses on a contribution's admission sample, nats per token."""
-
-    base: float
-    specialist: float
-
-
 @dataclass(eq=False)
 class AdmissionCandidate:
     """What an admission check looks at.
@@ -88,6 +99,8 @@ class AdmissionCandidate:
         charter: The cooperative's charter with the amendment that counts now.
         base: The cooperative's base.
         plugins: Where adapter kinds are looked up.
+        others: Admitted contributions of others, which it is compared with and measured on.
+        received_under: The amendment that was in force when it was received; the charter's if None.
         progress: Receives blocks done while losses are measured.
     """
 
@@ -95,18 +108,22 @@ class AdmissionCandidate:
     charter: Charter
     base: "Base"
     plugins: Plugins
+    others: Sequence[Contribution] = ()
+    received_under: Amendment | None = None
     progress: Progress | None = None
 
     @cached_property
     def adapter(self) -> Adapter:
-        """The adapter, read on first use.
+        """The adapter, read on first use within the charter's rules and the base's sizes.
 
         Raises:
-            AdapterError: If its files are malformed or unsafe.
+            AdapterError: If its files are malformed or unsafe, or against these.
             UnknownNameError: If no plugin registers its kind.
         """
         return load_adapter(
             self.contribution.adapter_folder,
+            rules=self.charter.identity.adapters,
+            model=self.base.model,
             plugins=self.plugins,
             name=self.contribution.manifest.contributor,
         )
@@ -134,169 +151,147 @@ class AdmissionCandidate:
             AdapterError: If the adapter does not fit the base.
             ShapeError: If a token id lies outside the vocabulary.
         """
-        return AdmissionLosses(self.base_loss, self._measure(self.adapter))
+        return AdmissionLosses(self.base_loss, self.measure(self.adapter, self.admission_blocks))
 
     @cached_property
     def base_loss(self) -> float:
         """Loss of the base on the admission sample, nats per token, measured once."""
-        return self._measure(None)
+        return self.measure(None, self.admission_blocks)
 
-    def _measure(self, adapter: Adapter | None) -> float:
+    def measure(self, adapter: Adapter | None, blocks: Blocks) -> float:
+        """Mean loss of an adapter, or of the base, nats per token; NaN or infinite if one is."""
         with applied(self.base.model, adapter) as model:
             losses = compute_block_losses(
                 model,
-                self.admission_blocks.tokens,
+                blocks.tokens,
                 batch=self.charter.identity.corpus.evaluation_batch,
                 progress=self.progress,
             )
         return float(losses.double().mean())
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A finding with the contributor and the check it belongs to."""
-
-    contributor: str
-    check: str
-    expected: str
-    found: str
-    fix: str
-    quarantine: bool = False
-
-    @property
-    def message(self) -> str:
-        """The one line that people see."""
-        return describe_mismatch(
-            f"Cannot admit contribution of '{self.contributor}', check '{self.check}'",
-            expected=self.expected,
-            got=self.found,
-            fix=self.fix,
-        )
-
-
-@dataclass(frozen=True)
-class AdmissionDecision:
-    """What admission decided.
-
-    Attributes:
-        state: ADMITTED, QUARANTINED or REJECTED.
-        refusals: What was found wrong; empty if admitted.
-        checks: Names of the checks that ran, in order.
-        losses: What was measured on the admission sample; None if no check asked.
-    """
-
-    state: ContributionState
-    refusals: tuple[Refusal, ...] = ()
-    checks: tuple[str, ...] = ()
-    losses: AdmissionLosses | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values for the ledger; `from_json` reads them back."""
-        return {
-            "state": str(self.state),
-            "refusals": [asdict(refusal) for refusal in self.refusals],
-            "checks": list(self.checks),
-            "losses": None if self.losses is None else asdict(self.losses),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "AdmissionDecision":
-        """The decision that `to_json` wrote."""
-        losses = value["losses"]
-        return cls(
-            ContributionState(value["state"]),
-            tuple(Refusal(**refusal) for refusal in value["refusals"]),
-            tuple(value["checks"]),
-            None if losses is None else AdmissionLosses(**losses),
-        )
-
-    def check_admitted(self) -> None:
-        """Refuse to go on unless the contribution was admitted.
-
-        Raises:
-            AdmissionError: With a sentence for each refusal, in one line.
-        """
-        if self.state != ContributionState.ADMITTED:
-            raise AdmissionError(" ".join(refusal.message for refusal in self.refusals))
-
-
-def admit(candidate: AdmissionCandidate) -> AdmissionDecision:
+def admit(candidate: AdmissionCandidate, *, accepted: Collection[str] = ()) -> AdmissionDecision:
     """Run the core's checks and those that the charter names beside, and decide.
 
     Args:
         candidate: What to judge.
+        accepted: Checks whose wish that a person looks at it a person has granted.
 
     Returns:
         REJECTED if a check refuses it for good, else QUARANTINED if a check wants a person to
-        look at it, else ADMITTED.
+        look at it or fails itself, else ADMITTED.
 
     Raises:
-        UnknownNameError: If the charter names a check that nobody registers.
-        PluginError: If a check itself fails; nothing is decided then.
+        StorageError: On I/O errors; nothing is decided then.
     """
     contributor = candidate.contribution.manifest.contributor
     registry = candidate.plugins.admission_checks
-    core = [entry.name for entry in registry if entry.is_own]
-    names = {*core, *candidate.charter.amendment.admission.checks}
-    checks = {name: registry.resolve(name) for name in sorted(names)}
+    core = {entry.name for entry in registry if entry.is_own}
+    refusals: list[Refusal] = []
+    checks: dict[str, Callable[[AdmissionCandidate], Finding | None]] = {}
+    for name in sorted({*core, *MANDATORY, *candidate.charter.amendment.admission.checks}):
+        try:
+            if name in MANDATORY and not registry.entry(name).is_own:
+                raise PluginError(f"{registry.entry(name).title} stands in place of the core's.")
+            checks[name] = registry.resolve(name)
+        except (UnknownNameError, PluginError) as error:
+            refusals.append(_describe_failure(contributor, name, error))
+    refusals += _find_unreadable(candidate)
+    readable = not any(refusal.check == FILES_CHECK for refusal in refusals)
     stages = {name: getattr(check, "stage", Stage.MODEL) for name, check in checks.items()}
-    refusals = [
-        Refusal(contributor, FILES_CHECK, **asdict(finding))
-        for finding in _find_unreadable(candidate)
-    ]
-    readable = not refusals
     run: list[str] = []
-    for name in sorted(checks, key=lambda n: (stages[n], n)):
-        if (stages[name] == Stage.ADAPTER and not readable) or (
-            stages[name] == Stage.MODEL and refusals
-        ):
+    for stage in Stage:
+        if stage == Stage.ADAPTER and not readable:
             continue
-        run.append(name)
-        finding = _run_check(checks[name], candidate, registry.entry(name))
-        if finding is not None:
-            refusals.append(Refusal(contributor, name, **asdict(finding)))
+        if stage == Stage.MODEL and refusals:
+            break
+        for name in (name for name in sorted(checks) if stages[name] == stage):
+            run.append(name)
+            found = _run_check(checks[name], candidate, registry.entry(name))
+            if found is None or (found.quarantine and not found.failed and name in accepted):
+                continue
+            refusals.append(found)
+            if stage == Stage.MODEL and not found.quarantine:
+                break  # refused for good: what else it does on the model is not worth a pass
     if any(not refusal.quarantine for refusal in refusals):
         state = ContributionState.REJECTED
     else:
         state = ContributionState.QUARANTINED if refusals else ContributionState.ADMITTED
     measured = candidate.__dict__.get("losses")  # Only what a check asked for was measured.
-    return AdmissionDecision(state, tuple(refusals), tuple(run), measured)
+    return AdmissionDecision.of(state, refusals, run, measured)
+
+
+_REFUSING = (AdapterError, CorpusError, RoutingError, SignatureError)
+"""What a check may raise about a contribution, instead of describing it."""
 
 
 def _run_check(
     check: Callable[[AdmissionCandidate], Finding | None],
     candidate: AdmissionCandidate,
     entry: Entry,
-) -> Finding | None:
-    place = "admission"
-    passing = (AdapterError, CorpusError, RoutingError)
+) -> Refusal | None:
+    contributor = candidate.contribution.manifest.contributor
     try:
-        with guarded(entry, place, passing=passing):
+        with guarded(entry, "admission", passing=_REFUSING):
             finding = check(candidate)
-    except passing as error:
-        return Finding(
+        _check_finding(finding, entry)
+    except StorageError:  # a full disk is nobody's fault, and passes
+        raise
+    except _REFUSING as error:
+        finding = Finding(
             expected="a contribution that can be measured on the base",
             found=str(error),
             fix="Train on the cooperative's base and export again.",
         )
+    except Exception as error:
+        return _describe_failure(contributor, entry.name, error)
+    return None if finding is None else Refusal.of(contributor, entry.name, finding)
+
+
+def _check_finding(finding: object, entry: Entry) -> None:
+    """Refuse what a check may not give back."""
+    place = "admission"
     if finding is None:
-        return None
+        return
     if type(finding) is not Finding:
         raise refuse(entry, place, expected="a Finding or None", got=type(finding).__name__)
     texts = (finding.expected, finding.found, finding.fix)
     if not all(isinstance(text, str) and text.strip() for text in texts):
         wanted = "a Finding that says what is expected, what was found and what to do"
         raise refuse(entry, place, expected=wanted, got=texts)
-    expected, found, fix = (one_line(text, _FINDING_CHARACTERS) for text in texts)
-    return replace(finding, expected=expected, found=found, fix=fix)
 
 
-def _find_unreadable(candidate: AdmissionCandidate) -> Iterator[Finding]:
+def _describe_failure(contributor: str, check: str, error: Exception) -> Refusal:
+    """A check that failed found nothing, good or bad: a person has to look."""
+    reason = str(error) if isinstance(error, (PluginError, UnknownNameError)) else ""
+    finding = Finding(
+        expected="a check that comes to an end",
+        found=reason or f"{type(error).__name__}: {error}",
+        fix="The coordinator corrects the check, or its plugin, and has this judged again with "
+        "`molora coop release`.",
+        quarantine=True,
+    )
+    return Refusal.of(contributor, check, finding, failed=True)
+
+
+def _find_unreadable(candidate: AdmissionCandidate) -> list[Refusal]:
     """Read every file once; what cannot be read safely is found here."""
+    contributor = candidate.contribution.manifest.contributor
+    try:
+        return [
+            Refusal.of(contributor, FILES_CHECK, finding) for finding in _list_unreadable(candidate)
+        ]
+    except StorageError:
+        raise
+    except Exception as error:
+        return [_describe_failure(contributor, FILES_CHECK, error)]
+
+
+def _list_unreadable(candidate: AdmissionCandidate) -> Iterator[Finding]:
     fix = "Build the contribution again and send it."
     try:
         candidate.adapter  # noqa: B018 (reading is the check)
-    except (AdapterError, UnknownNameError) as error:
+    except AdapterError as error:
         yield Finding("adapter files that can be read safely", str(error).rstrip("."), fix)
     vocabulary = candidate.base.model.get_input_embeddings().weight.shape[0]
     size = candidate.charter.identity.corpus.block_size

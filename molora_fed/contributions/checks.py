@@ -1,10 +1,14 @@
-"""The admission checks that the core registers."""
+"""The admission checks of one contribution alone that the core registers."""
+
+import math
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import find_misfits, find_non_finite
 from molora_fed.contributions.admission import AdmissionCandidate, Stage, needs
-from molora_fed.errors import list_offenders
+from molora_fed.contributions.build import count_samples
+from molora_fed.contributions.decision import list_quoted
 from molora_fed.models.frozen import fingerprint_frozen
+from molora_fed.storage.keys import verify
 from molora_fed.types import Finding
 
 __all__ = [
@@ -14,9 +18,52 @@ __all__ = [
     "check_finite_values",
     "check_frozen_depth",
     "check_own_domain_loss",
+    "check_required_samples",
     "check_shared_initialisation",
+    "check_signature",
     "check_tensor_layout",
 ]
+
+
+@needs(Stage.MANIFEST)
+def check_signature(candidate: AdmissionCandidate) -> Finding | None:
+    """Find a manifest that its contributor did not sign; refused as what `verify` raises."""
+    contribution = candidate.contribution
+    manifest = contribution.manifest
+    what = f"contribution of '{manifest.contributor}'"
+    verify(manifest.public_key, manifest.canonical, contribution.signature, what=what)
+    return None
+
+
+@needs(Stage.MANIFEST)
+def check_required_samples(candidate: AdmissionCandidate) -> Finding | None:
+    """Find a contribution without samples that are asked for, now or when it was received.
+
+    Without them it could not be measured, and no fusion could take it. How many blocks it may have
+    at most says the amendment that was in force when it was received.
+    """
+    now = candidate.charter.amendment
+    sent = {
+        split: entry.blocks for split, entry in candidate.contribution.manifest.sample_files.items()
+    }
+    asked = count_samples(candidate.received_under or now)
+    wrong = [
+        (f"1 to {count} {split} blocks", "none")
+        for split, count in {**asked, **count_samples(now)}.items()
+        if split not in sent
+    ]
+    wrong += [
+        (f"at most {asked.get(split, 0)} {split} blocks", str(blocks))
+        for split, blocks in sent.items()
+        if blocks > asked.get(split, 0)
+    ]
+    if not wrong:
+        return None
+    return Finding(
+        ", ".join(want for want, _ in wrong),
+        ", ".join(got for _, got in wrong),
+        f"Sign it again under amendment {now.number}, with the samples that it asks for.",
+    )
 
 
 @needs(Stage.MANIFEST)
@@ -96,7 +143,7 @@ def check_tensor_layout(candidate: AdmissionCandidate) -> Finding | None:
         return None
     return Finding(
         f"linear layers of the base in blocks >= {rules.frozen_depth}",
-        list_offenders(offenders),
+        list_quoted(offenders),
         "Train on the cooperative's base with its frozen depth and export again.",
     )
 
@@ -109,7 +156,7 @@ def check_finite_values(candidate: AdmissionCandidate) -> Finding | None:
         return None
     return Finding(
         "finite numbers in every tensor",
-        f"NaN or infinity in {list_offenders(offenders)}",
+        f"NaN or infinity in {list_quoted(offenders)}",
         "Train again with a lower learning rate.",
     )
 
@@ -133,7 +180,8 @@ def check_own_domain_loss(candidate: AdmissionCandidate) -> Finding | None:
         return None  # its text is private: fitness will tell
     rise = candidate.charter.amendment.admission.max_loss_rise
     losses = candidate.losses
-    if not losses.specialist <= losses.base + rise:  # Written so that NaN is refused.
+    is_finite = math.isfinite(losses.specialist) and math.isfinite(losses.base)
+    if not (is_finite and losses.specialist <= losses.base + rise):
         return Finding(
             f"at most {losses.base + rise:.4f} nats on the admission sample of "
             f"'{manifest.domain}' (base {losses.base:.4f} + {rise:g})",
@@ -161,7 +209,7 @@ def check_frozen_depth(candidate: AdmissionCandidate) -> Finding | None:
         return None
     return Finding(
         f"embedding, head, norms and the first {depth} blocks bit-identical to the base",
-        f"changes of {list_offenders(changed)}",
+        f"changes of {list_quoted(changed)}",
         f"Train with frozen depth {depth} and export again.",
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from molora_fed.contributions.figures import pick_figures
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.errors import CorpusError
@@ -30,7 +31,7 @@ class Contributed:
         admission: Blocks losses are measured on for forecasts where none are pooled.
         contamination: Share of held-out word 8-grams that occur in train; None if not known.
         train_text: Folder of the prepared corpus it was trained on; None if it is not here.
-        training: Training record: steps, tokens, threads, ...
+        training: Figures of the training record: steps, tokens, threads, ...
     """
 
     id: str
@@ -74,7 +75,7 @@ def collect_contributed(contribution: Contribution, *, corpus: Path | None = Non
         admission=load(Split.ADMISSION),
         contamination=manifest.contamination,
         train_text=_check_text(contribution, corpus),
-        training=manifest.training,
+        training=pick_figures(manifest.training),
     )
 
 

@@ -21,6 +21,7 @@ from molora_fed.contributions.states import (
     ContributionState,
     CooperativeState,
     build_statements,
+    build_transition_rules,
 )
 from molora_fed.errors import LedgerError
 from molora_fed.storage.files import canonical_json, make_folder, sync_folder
@@ -72,6 +73,10 @@ class Ledger(LedgerReader):
     def _connect(self) -> sqlite3.Connection:
         super()._connect().close()  # Says what is wrong if there is no ledger.
         return _connect_writer(self.path)
+
+    def _check_format(self) -> None:
+        super()._check_format()
+        _renew_transition_rules(self._connection)
 
     def close(self) -> None:
         """Let go of the file and of the right to write."""
@@ -144,7 +149,8 @@ class Ledger(LedgerReader):
             contribution_id: Which.
             state: A state that may follow its present one.
             actor: Who does this, for the history.
-            decision: What admission decided and found, JSON values; written once.
+            decision: What admission decided and found, JSON values. The first one stands beside
+                the contribution; a later one, too, is in the history (`find_decision`).
 
         Raises:
             LedgerError: If it is unknown, the state may not follow, or the contributor has
@@ -162,7 +168,8 @@ class Ledger(LedgerReader):
             return
         if state == ContributionState.ADMITTED:
             self.check_no_other_admitted(entry.contributor, contribution_id)
-        text = None if decision is None else canonical_json(dict(decision)).decode()
+        is_first = entry.decision is None and decision is not None
+        text = canonical_json(dict(decision or {})).decode() if is_first else None
         with self._transaction() as now:
             self._connection.execute(
                 "UPDATE contributions SET state = ?, decision = COALESCE(?, decision), changed = ? "
@@ -350,6 +357,16 @@ def _connect_writer(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
+
+
+def _renew_transition_rules(connection: sqlite3.Connection) -> None:
+    """Let a ledger of an earlier version take the transitions that have been added since."""
+    query = "SELECT sql FROM sqlite_master WHERE type = 'trigger' AND name = ?"
+    for name, statement in build_transition_rules().items():
+        if connection.execute(query, (name,)).fetchone() != (statement,):
+            with _transaction(connection):
+                connection.execute(f"DROP TRIGGER IF EXISTS {name}")
+                connection.execute(statement)
 
 
 @contextmanager

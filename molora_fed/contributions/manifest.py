@@ -9,18 +9,23 @@ Its id is the SHA-256 of the manifest's canonical JSON; the signature is over th
 manifest holds no time of day, so the same training gives the same id.
 """
 
+import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError
 
+from molora_fed.contributions.figures import check_figures
 from molora_fed.corpus.blocks import Blocks, load_blocks
-from molora_fed.errors import AdapterError
+from molora_fed.errors import AdapterError, list_offenders
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.keys import verify
 from molora_fed.storage.settings import UntrustedModel, describe_offenders
+from molora_fed.storage.untrusted import MAX_DEPTH, clean, parse_json
 from molora_fed.types import ADAPTER_FILES, AdapterFile, Split
 
 __all__ = [
@@ -31,6 +36,7 @@ __all__ = [
     "SampleEntry",
     "load_contribution",
     "parse_manifest",
+    "read_manifest",
     "read_signature",
 ]
 
@@ -41,6 +47,7 @@ MAX_SIGNATURE_BYTES = 1_000
 MAX_CONFIG_BYTES = 1_000_000
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "signature"
+_MOST_NAMES = 100  # read of a folder that should hold three files
 
 WEIGHTS_FILE = ADAPTER_FILES[1]
 REQUIRED_ADAPTER_FILES: tuple[AdapterFile, ...] = ADAPTER_FILES[:2]
@@ -194,7 +201,7 @@ class Contribution:
         if stated != found:
             raise AdapterError(
                 f"{what}: expected (domain, split, blocks, tokens) = {_list(stated)} as the "
-                f"manifest states, got {_list(found)}. Build the contribution again."
+                f"manifest states, got {clean(_list(found))}. Build the contribution again."
             )
         return blocks
 
@@ -204,22 +211,58 @@ def _list(values: tuple[object, ...]) -> str:
 
 
 def parse_manifest(data: bytes, *, where: str = MANIFEST_FILE) -> Manifest:
-    """Parse a manifest; safe on bytes from outside.
+    """Parse a manifest from outside.
 
     Args:
         data: JSON, in any layout.
         where: Name used in errors.
 
     Raises:
-        AdapterError: If it is too large, not JSON, or a key is unknown, missing or has a bad
-            value; all offenders are named at once.
+        AdapterError: If it is too large or too deep, not JSON, or a key is unknown, missing or has
+            a bad value, figures of the training record among them; all offenders are named at once.
     """
-    what = f"Cannot read manifest '{where}'"
-    if len(data) > MAX_MANIFEST_BYTES:
+    what = f"Cannot read manifest '{clean(where)}'"
+    fix = "Build the contribution again."
+    try:
+        value = parse_json(data, max_bytes=MAX_MANIFEST_BYTES, max_depth=MAX_DEPTH)
+        # Written anew: one parser decided what is in it, and is held to by the next one.
+        manifest = _validate(canonical_json(value), what)
+        check_figures(manifest.training)
+    except ValidationError as error:
         raise AdapterError(
-            f"{what}: expected at most {MAX_MANIFEST_BYTES} bytes, got {len(data)}. "
-            "Shorten the training record."
+            f"{what}: expected figures that a report can hold in the training record, got "
+            f"{describe_offenders(error, whole='training')}. {fix}"
+        ) from error
+    except AdapterError:
+        raise
+    except ValueError as error:
+        raise AdapterError(
+            f"{what}: expected JSON of at most {MAX_MANIFEST_BYTES} bytes, got {clean(error)}. "
+            f"{fix}"
+        ) from error
+    missing = [name for name in REQUIRED_ADAPTER_FILES if name not in manifest.adapter_files]
+    if missing:
+        raise AdapterError(
+            f"{what}: expected adapter files {', '.join(REQUIRED_ADAPTER_FILES)}, "
+            f"got none called {', '.join(missing)}. {fix}"
         )
+    return manifest
+
+
+def read_manifest(data: bytes, *, where: str) -> Manifest:
+    """Read a manifest that the ledger holds, under whatever bounds it was received.
+
+    Args:
+        data: Its canonical bytes.
+        where: Name used in errors.
+
+    Raises:
+        AdapterError: If it is no manifest.
+    """
+    return _validate(data, f"Cannot read manifest '{where}'")
+
+
+def _validate(data: bytes, what: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
         manifest.canonical  # noqa: B018 (pydantic lets NaN through in the training record)
@@ -230,20 +273,14 @@ def parse_manifest(data: bytes, *, where: str = MANIFEST_FILE) -> Manifest:
         ) from error
     except ValueError as error:
         raise AdapterError(
-            f"{what}: expected values that JSON can carry in the training record, got {error}. "
-            "Build the contribution again."
+            f"{what}: expected values that JSON can carry in the training record, got "
+            f"{clean(error)}. Build the contribution again."
         ) from error
-    missing = [name for name in REQUIRED_ADAPTER_FILES if name not in manifest.adapter_files]
-    if missing:
-        raise AdapterError(
-            f"{what}: expected adapter files {', '.join(REQUIRED_ADAPTER_FILES)}, "
-            f"got none called {', '.join(missing)}. Build the contribution again."
-        )
     return manifest
 
 
 def read_signature(data: bytes) -> str:
-    """The hex text of a signature file.
+    """The hex text of a signature file, which one newline may end.
 
     Raises:
         AdapterError: If it is too large or not ASCII.
@@ -253,7 +290,7 @@ def read_signature(data: bytes) -> str:
             f"Cannot read signature: expected at most {MAX_SIGNATURE_BYTES} hex digits, "
             f"got {len(data)} bytes of something else. Build the contribution again."
         )
-    return data.decode("ascii").strip()
+    return data.decode("ascii").removesuffix("\n")
 
 
 def load_contribution(folder: Path) -> Contribution:
@@ -282,23 +319,38 @@ def load_contribution(folder: Path) -> Contribution:
         if (found := _describe_file(folder / name)) != f"{entry.bytes} bytes"
     ]
     for part in ("adapter", "samples"):
-        if (folder / part).is_symlink():
-            problems.append(f"{part}: a link")
-        elif (folder / part).is_dir():
-            there = {f"{part}/{path.name}" for path in (folder / part).iterdir()}
-            problems += [f"{name}: not signed" for name in sorted(there - manifest.files.keys())]
+        problems += _find_unsigned(folder, part, manifest)
     if problems:
         raise AdapterError(
-            f"Cannot read {what} in '{folder}': expected exactly the plain files of its manifest "
-            f"with their sizes, got {'; '.join(problems)}. Build the contribution again."
+            f"Cannot read {what} in '{clean(folder)}': expected exactly the plain files of its "
+            f"manifest with their sizes, got {list_offenders([clean(p) for p in problems])}. "
+            "Build the contribution again."
         )
     return Contribution(folder, manifest, signature)
+
+
+def _find_unsigned(folder: Path, part: str, manifest: Manifest) -> Iterator[str]:
+    """What lies in a part of a contribution's folder beside the files of its manifest."""
+    if (folder / part).is_symlink():
+        yield f"{part}: a link"
+        return
+    try:
+        names = [entry.name for entry in islice(os.scandir(folder / part), _MOST_NAMES)]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        yield f"{part}: {error.strerror}"
+        return
+    signed = manifest.files.keys()
+    for name in sorted(names):
+        if f"{part}/{name}" not in signed:
+            yield f"{part}/{clean(name, 150)}: not signed"
 
 
 def _describe_file(path: Path) -> str:
     try:
         status = path.lstat()
-    except OSError:
+    except (OSError, ValueError):  # also a name that no file can have
         return "missing"
     return f"{status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "not a plain file"
 
@@ -312,6 +364,6 @@ def _read_small(path: Path, max_bytes: int) -> bytes:
     except OSError as error:
         found = error.strerror or "an error"
     raise AdapterError(
-        f"Cannot read '{path}': expected a plain file of at most {max_bytes} bytes, got {found}. "
-        "Point to the folder of a contribution."
+        f"Cannot read '{clean(path)}': expected a plain file of at most {max_bytes} bytes, "
+        f"got {found}. Point to the folder of a contribution."
     )

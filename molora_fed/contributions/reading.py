@@ -13,7 +13,7 @@ from urllib.parse import quote
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from molora_fed.charter import Amendment, read_amendment
-from molora_fed.contributions.manifest import Manifest, parse_manifest
+from molora_fed.contributions.manifest import Manifest, read_manifest
 from molora_fed.contributions.states import (
     APPLICATION_ID,
     FORMAT_VERSION,
@@ -133,8 +133,8 @@ class LedgerEntry:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The signed manifest."""
-        return parse_manifest(self.canonical.encode(), where=self.id[:16])
+        """The signed manifest, also one received under an earlier version's bounds."""
+        return read_manifest(self.canonical.encode(), where=self.id[:16])
 
 
 @dataclass(frozen=True)
@@ -272,6 +272,32 @@ class LedgerReader:
             state: Only those in this state; None for all.
         """
         return self._entries("") if state is None else self._entries("WHERE state = ?", (state,))
+
+    def find_decision(self, entry: LedgerEntry) -> dict[str, Any] | None:
+        """What was decided last of a contribution, JSON values; None before.
+
+        The first decision stands beside the contribution and is never changed; what a fusion or a
+        person decided later is in the history.
+        """
+        query = (
+            "SELECT data FROM events WHERE what IN ('contribution-changed', 'contribution-judged') "
+            "AND subject = ? ORDER BY number DESC"
+        )
+        decided = (json.loads(data).get("decision") for (data,) in self._rows(query, (entry.id,)))
+        return next((decision for decision in decided if decision is not None), entry.decision)
+
+    def find_amendment(self, contribution_id: str) -> Amendment:
+        """The amendment that was in force when a contribution was received; the last for a new one.
+
+        The history keeps both in one order, so that no clock decides.
+        """
+        query = (
+            "SELECT subject FROM events WHERE what = 'amendment-added' AND number < COALESCE("
+            "(SELECT MIN(number) FROM events WHERE what = 'contribution-received' AND subject = ?),"
+            " 1 + (SELECT MAX(number) FROM events)) ORDER BY number DESC LIMIT 1"
+        )
+        number = int(self._rows(query, (contribution_id,))[0][0])
+        return self.amendments()[number].amendment
 
     def amendments(self) -> list[SignedAmendment]:
         """All amendments by number; the last one counts."""

@@ -4,13 +4,15 @@ Each step is committed before the next begins, and done again it changes nothing
 the same call resumes it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molora_fed.charter import Amendment, Charter
-from molora_fed.contributions.admission import AdmissionCandidate, AdmissionDecision, Refusal, admit
+from molora_fed.contributions.admission import FILES_CHECK, AdmissionCandidate, admit
 from molora_fed.contributions.build import compute_sample_bytes, count_samples
+from molora_fed.contributions.decision import AdmissionDecision, Refusal, list_quoted
 from molora_fed.contributions.ledger import Ledger, LedgerReader
 from molora_fed.contributions.manifest import (
     MANIFEST_FILE,
@@ -27,15 +29,19 @@ from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import AdapterError, AdmissionError, LedgerError
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import hash_bytes
-from molora_fed.types import Progress
+from molora_fed.storage.untrusted import clean
+from molora_fed.types import Finding, Progress
 
 if TYPE_CHECKING:
     from molora_fed.models.base import Base
 
 __all__ = [
+    "Door",
     "Receipt",
     "admit_pending",
+    "build_receipt",
     "check_announced",
+    "find_entry",
     "list_stored_files",
     "load_admitted",
     "load_stored",
@@ -43,6 +49,8 @@ __all__ = [
 ]
 
 SIZES_CHECK = "announced-sizes"
+MAX_REASON = 1_000
+"""Characters of why an upload was refused, in the history."""
 
 
 @dataclass(frozen=True)
@@ -105,23 +113,21 @@ def receive_contribution(
         manifest = contribution.manifest
         entry = ledger.find_contribution(contribution.id)
         if entry is not None and entry.decision is not None:
-            return _build_receipt(entry, known=True)
-        check_announced(manifest, charter, _find_amendment(ledger, charter, manifest.amendment))
+            return build_receipt(ledger, entry, known=True)
+        check_announced(manifest, charter, ledger.find_amendment(contribution.id))
         ledger.check_no_other_admitted(manifest.contributor, contribution.id)
         store.remove_leftovers()
         ledger.receive(manifest, contribution.signature, actor=actor)
         _store_files(contribution, store)
     except (AdapterError, LedgerError) as error:
-        data = {"reason": str(error)[:2_000]}
-        ledger.add_event("contribution-refused", actor=actor, subject=folder.name, data=data)
+        data = {"reason": clean(error, MAX_REASON)}
+        subject = clean(folder.name)
+        ledger.add_event("contribution-refused", actor=actor, subject=subject, data=data)
         raise
-    if _find(ledger, contribution.id).state == ContributionState.RECEIVED:
+    if find_entry(ledger, contribution.id).state == ContributionState.RECEIVED:
         ledger.set_state(contribution.id, ContributionState.VERIFIED, actor=actor)
-    entry = _find(ledger, contribution.id)
-    candidate = AdmissionCandidate(
-        load_stored(entry, store), charter, base, plugins or get_plugins(), progress
-    )
-    return _decide(ledger, candidate, actor=actor)
+    door = Door(ledger, store, charter, base, plugins or get_plugins(), actor, progress)
+    return door.judge(find_entry(ledger, contribution.id))
 
 
 def admit_pending(
@@ -141,16 +147,76 @@ def admit_pending(
     Returns:
         A receipt for each, in canonical order.
     """
-    return [
-        _decide(
-            ledger,
-            AdmissionCandidate(
-                load_stored(entry, store), charter, base, plugins or get_plugins(), progress
-            ),
-            actor=actor,
+    door = Door(ledger, store, charter, base, plugins or get_plugins(), actor, progress)
+    return [door.judge(entry) for entry in ledger.contributions(ContributionState.VERIFIED)]
+
+
+@dataclass(frozen=True)
+class Door:
+    """Everything that a contribution is judged with.
+
+    Attributes:
+        ledger: Open for writing.
+        store: Where contributions' files lie.
+        charter: The charter with the amendment that counts now.
+        base: The cooperative's base.
+        plugins: Where checks and kinds are looked up.
+        actor: Who does this, for the history.
+        progress: Receives blocks done while losses are measured.
+    """
+
+    ledger: Ledger
+    store: BlobStore
+    charter: Charter
+    base: "Base"
+    plugins: Plugins
+    actor: str
+    progress: Progress | None = None
+
+    def decide(self, entry: LedgerEntry, *, accepted: Collection[str] = ()) -> AdmissionDecision:
+        """What admission says of a contribution whose files were verified; nothing is written.
+
+        Args:
+            entry: The contribution.
+            accepted: See `molora_fed.contributions.admission.admit`.
+
+        Raises:
+            StorageError: On I/O errors, but files that are gone are a reason like another one.
+        """
+        lost = self._find_lost(entry)
+        if lost:
+            finding = Finding(
+                f"its files in '{self.store.root.name}'",
+                f"nothing there of {list_quoted(lost)}",
+                "Restore the folder from a backup, or have another contribution sent.",
+                quarantine=True,
+            )
+            refusal = Refusal.of(entry.contributor, FILES_CHECK, finding, failed=True)
+            return AdmissionDecision.of(ContributionState.QUARANTINED, [refusal])
+        admitted = self.ledger.contributions(ContributionState.ADMITTED)
+        others = [one for one in admitted if one.id != entry.id and not self._find_lost(one)]
+        candidate = AdmissionCandidate(
+            load_stored(entry, self.store),
+            self.charter,
+            self.base,
+            self.plugins,
+            [load_stored(other, self.store) for other in others],
+            self.ledger.find_amendment(entry.id),
+            self.progress,
         )
-        for entry in ledger.contributions(ContributionState.VERIFIED)
-    ]
+        return admit(candidate, accepted=accepted)
+
+    def _find_lost(self, entry: LedgerEntry) -> list[str]:
+        """Files that a contribution's manifest names and that are not in the store."""
+        return [n for n, sha in list_signed_files(entry).items() if not self.store.has(sha)]
+
+    def judge(self, entry: LedgerEntry) -> Receipt:
+        """Decide on a verified contribution, and write it down."""
+        decision = self.decide(entry)
+        self.ledger.set_state(
+            entry.id, decision.state, actor=self.actor, decision=decision.to_json()
+        )
+        return build_receipt(self.ledger, find_entry(self.ledger, entry.id), known=False)
 
 
 def load_admitted(ledger: LedgerReader, store: BlobStore) -> list[Contribution]:
@@ -183,8 +249,13 @@ def load_stored(entry: LedgerEntry, store: BlobStore) -> Contribution:
 
 def list_stored_files(entry: LedgerEntry) -> dict[str, str]:
     """Hash of every stored file of a contribution by its path in the contribution's folder."""
-    files = {name: file.sha256 for name, file in entry.manifest.files.items()}
-    return {**files, **{name: hash_bytes(data) for name, data in _write_signed(entry).items()}}
+    own = {name: hash_bytes(data) for name, data in _write_signed(entry).items()}
+    return {**list_signed_files(entry), **own}
+
+
+def list_signed_files(entry: LedgerEntry) -> dict[str, str]:
+    """Hash of every file that a contribution's manifest names, by its path."""
+    return {name: file.sha256 for name, file in entry.manifest.files.items()}
 
 
 def _write_signed(entry: LedgerEntry) -> dict[str, bytes]:
@@ -201,7 +272,8 @@ def check_announced(manifest: Manifest, charter: Charter, amendment: Amendment) 
     Args:
         manifest: What is announced.
         charter: The cooperative's charter.
-        amendment: The amendment the contributor saw, which asks for samples or does not.
+        amendment: The amendment that was in force when it was received, or is now: an earlier one
+            that the contributor signed does not count any more.
 
     Raises:
         AdmissionError: Naming every size that is out of bounds.
@@ -235,12 +307,6 @@ def check_announced(manifest: Manifest, charter: Charter, amendment: Amendment) 
         raise AdmissionError(refusal.message)
 
 
-def _find_amendment(ledger: LedgerReader, charter: Charter, number: int) -> Amendment:
-    """Amendment `number`; that of now if there is no such one."""
-    known = ledger.amendments()
-    return known[number].amendment if number < len(known) else charter.amendment
-
-
 def _store_files(contribution: Contribution, store: BlobStore) -> None:
     manifest = contribution.manifest
     for name, file in manifest.files.items():
@@ -252,14 +318,12 @@ def _store_files(contribution: Contribution, store: BlobStore) -> None:
         )
 
 
-def _decide(ledger: Ledger, candidate: AdmissionCandidate, *, actor: str) -> Receipt:
-    decision = admit(candidate)
-    identity = candidate.contribution.id
-    ledger.set_state(identity, decision.state, actor=actor, decision=decision.to_json())
-    return _build_receipt(_find(ledger, identity), known=False)
+def find_entry(ledger: LedgerReader, contribution_id: str) -> LedgerEntry:
+    """The contribution of an id.
 
-
-def _find(ledger: LedgerReader, contribution_id: str) -> LedgerEntry:
+    Raises:
+        LedgerError: If the ledger has none.
+    """
     entry = ledger.find_contribution(contribution_id)
     if entry is None:
         raise LedgerError(
@@ -269,6 +333,14 @@ def _find(ledger: LedgerReader, contribution_id: str) -> LedgerEntry:
     return entry
 
 
-def _build_receipt(entry: LedgerEntry, *, known: bool) -> Receipt:
-    decision = None if entry.decision is None else AdmissionDecision.from_json(entry.decision)
+def build_receipt(ledger: LedgerReader, entry: LedgerEntry, *, known: bool) -> Receipt:
+    """Where a contribution stands, with what was decided last.
+
+    Args:
+        ledger: Open.
+        entry: The contribution.
+        known: Whether it had been decided before.
+    """
+    value = ledger.find_decision(entry)
+    decision = None if value is None else AdmissionDecision.from_json(value)
     return Receipt(entry.id, entry.contributor, entry.domain, entry.state, decision, known)

@@ -12,16 +12,18 @@ __all__ = [
     "ContributionState",
     "CooperativeState",
     "build_statements",
+    "build_transition_rules",
 ]
 
 
 class ContributionState(StrEnum):
-    """Where a contribution stands; it only moves forward.
+    """Where a contribution stands; docs/protocol.md says which command leaves each state.
 
     RECEIVED: manifest and signature are in the ledger, files may still be missing.
     VERIFIED: every file is stored and is the one that was signed.
-    ADMITTED, QUARANTINED, REJECTED: what admission decided.
-    WITHDRAWN: taken back after it was admitted.
+    ADMITTED, QUARANTINED, REJECTED: what admission decided; a fusion that cannot use an admitted
+        one quarantines it, and a person may have the other two judged again.
+    WITHDRAWN: taken back, its files deleted; nothing leaves it.
     """
 
     RECEIVED = "RECEIVED"
@@ -45,11 +47,11 @@ class CooperativeState(StrEnum):
 
 _C = ContributionState
 CONTRIBUTION_TRANSITIONS: Mapping[ContributionState, frozenset[ContributionState]] = {
-    _C.RECEIVED: frozenset({_C.VERIFIED}),
+    _C.RECEIVED: frozenset({_C.VERIFIED, _C.REJECTED}),
     _C.VERIFIED: frozenset({_C.ADMITTED, _C.QUARANTINED, _C.REJECTED}),
-    _C.ADMITTED: frozenset({_C.WITHDRAWN}),
-    _C.QUARANTINED: frozenset(),
-    _C.REJECTED: frozenset(),
+    _C.ADMITTED: frozenset({_C.WITHDRAWN, _C.QUARANTINED}),
+    _C.QUARANTINED: frozenset({_C.ADMITTED, _C.REJECTED, _C.WITHDRAWN}),
+    _C.REJECTED: frozenset({_C.ADMITTED, _C.QUARANTINED}),
     _C.WITHDRAWN: frozenset(),
 }
 """From each state, the states that may follow."""
@@ -109,6 +111,17 @@ _NEVER_CHANGED: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def build_transition_rules() -> dict[str, str]:
+    """SQL of the triggers that allow these transitions only, by name; the only ones ever renewed.
+
+    A ledger of an earlier version has them with fewer transitions.
+    """
+    return {
+        "contributions_forward": _only_forward("contributions", CONTRIBUTION_TRANSITIONS),
+        "cooperative_forward": _only_forward("cooperative", COOPERATIVE_TRANSITIONS),
+    }
+
+
 def build_statements() -> list[str]:
     """SQL that makes an empty ledger, in order."""
     statements = list(_TABLES)
@@ -123,8 +136,7 @@ def build_statements() -> list[str]:
             f"BEGIN SELECT RAISE(ABORT, '{table} are never changed'); END"
         )
     statements += [
-        _only_forward("contributions", CONTRIBUTION_TRANSITIONS),
-        _only_forward("cooperative", COOPERATIVE_TRANSITIONS),
+        *build_transition_rules().values(),
         "CREATE TRIGGER contributions_begin BEFORE INSERT ON contributions "
         "WHEN NEW.state <> 'RECEIVED' "
         "BEGIN SELECT RAISE(ABORT, 'contributions begin as RECEIVED'); END",

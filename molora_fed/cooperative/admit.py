@@ -7,7 +7,7 @@ from molora_fed.contributions.ledger import Ledger
 from molora_fed.contributions.receive import Receipt, receive_contribution
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative.cooperative import Cooperative
-from molora_fed.errors import AdmissionError
+from molora_fed.errors import AdapterError, AdmissionError, LedgerError
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.types import Progress
@@ -73,20 +73,33 @@ def receive_folders(
         actor: Who does this, for the history.
         plugins: Where checks and kinds are registered; the installed plugins by default.
         progress: Receives blocks done while losses are measured.
+
+    Raises:
+        AdapterError: If one cannot be received, or LedgerError; the others are, all the same.
+        AdmissionError: If several cannot; names all of them.
     """
-    return [
-        receive_contribution(
-            ledger,
-            cooperative.store,
-            source,
-            charter=cooperative.charter,
-            base=base,
-            plugins=plugins or get_plugins(),
-            actor=actor,
-            progress=progress,
-        )
-        for source in sources
-    ]
+    receipts, refused = [], []
+    for source in sources:
+        try:
+            receipts.append(
+                receive_contribution(
+                    ledger,
+                    cooperative.store,
+                    source,
+                    charter=cooperative.charter,
+                    base=base,
+                    plugins=plugins or get_plugins(),
+                    actor=actor,
+                    progress=progress,
+                )
+            )
+        except (AdapterError, LedgerError) as error:  # one folder's fault is not the others'
+            refused.append(error)
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        raise AdmissionError(" ".join(str(error) for error in refused))
+    return receipts
 
 
 def check_all_admitted(receipts: Sequence[Receipt]) -> None:

@@ -16,7 +16,7 @@ from molora_fed.errors import TraceError, describe_mismatch
 from molora_fed.storage.files import hash_bytes, write_bytes
 from molora_fed.storage.keys import build_public_pem, load_key
 from molora_fed.tracing.reading import read_records
-from molora_fed.tracing.records import RESERVED_KINDS, encode_json
+from molora_fed.tracing.records import MAX_LINE_BYTES, RESERVED_KINDS, encode_json
 from molora_fed.tracing.segments import list_segments
 from molora_fed.tracing.verifying import verify
 from molora_fed.tracing.writing import TraceWriter
@@ -26,12 +26,14 @@ __all__ = ["TRACE_FOLDER", "Audit", "build_audit_records", "record_cooperative"]
 TRACE_FOLDER = "trace"
 KEY_FILE = "public.pem"
 WRITER = "ledger"
+_LINE_OVERHEAD = 300  # bytes of a line beside the body: kind, hash and number
 
 _KINDS = {
     "contributor-registered": "admission",
     "contribution-received": "admission",
     "contribution-refused": "admission",
     "contribution-changed": "admission",
+    "contribution-judged": "admission",
     "withdrawal-decided": "withdrawal",
     "cooperative-changed": "state",
     "fusion-decided": "fusion",
@@ -116,7 +118,24 @@ def build_audit_records(ledger: LedgerReader) -> Iterator[tuple[str, dict[str, A
         }
         if event.what == "amendment-added":
             body["amendment"] = amendments.get(event.subject)
-        yield _find_kind(event, stated), body | _find_statement(event, stated)
+        yield _find_kind(event, stated), _shorten(body | _find_statement(event, stated))
+
+
+def _shorten(body: dict[str, Any]) -> dict[str, Any]:
+    """A body that a line of a trace can hold; what an earlier version let in is named by its hash.
+
+    Only what could not be recorded before is shortened, so that a trace goes on as it began.
+    """
+    large = ("data", "statement", "outcome", "amendment", "subject")
+    for name in large:
+        size = len(encode_json(body))
+        if size <= MAX_LINE_BYTES - _LINE_OVERHEAD:
+            break
+        if name in body:
+            text = encode_json(body[name])
+            described = {"sha256": hash_bytes(text.encode()), "bytes": len(text)}
+            body = {**body, name: described}
+    return body
 
 
 def _find_kind(event: Event, stated: Mapping[int, LedgerRecord]) -> str:

@@ -69,7 +69,8 @@ def _log_decisions(ledger: "Ledger", result: Mapping[str, Any], actor: str) -> N
     began = max((e.number for e in events if e.what == "cooperative-changed"), default=0)
     known = {(e.what, e.subject, canonical_json(e.data)) for e in events if e.number > began}
     for kind, about, data in (*lines, (what, subject, decided)):
-        plain = json.loads(json.dumps(data, allow_nan=False))  # Tuples become lists, as when read.
+        # Tuples become lists, as when read; figures that are not finite become null.
+        plain = json.loads(json.dumps(data), parse_constant=lambda name: None)
         if (kind, about, canonical_json(plain)) not in known:
             ledger.add_event(kind, actor=actor, subject=about, data=plain)
 

@@ -1,28 +1,42 @@
 """The coordinator's flow: admitted contributions, a fused model, its report, the ledger's record.
 
+A contribution that cannot be fused is quarantined and the others are fused without it.
+
 `molora fuse` takes contributions from folders, the federation's coordinator from its mailboxes;
 both fuse them here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from molora_fed.adapters.files import check_adapter_fits, load_adapter
 from molora_fed.charter import Charter
-from molora_fed.contributions.contributed import collect_contributed
+from molora_fed.contributions.build import count_samples
+from molora_fed.contributions.contributed import Contributed, collect_contributed
+from molora_fed.contributions.decision import list_quoted
 from molora_fed.contributions.ledger import Ledger
 from molora_fed.contributions.manifest import Contribution, load_contribution
-from molora_fed.contributions.receive import load_admitted
+from molora_fed.contributions.receive import Receipt, load_admitted
 from molora_fed.cooperative.admit import check_all_admitted, find_contribution, receive_folders
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.decisions import ForecastKeeper, begin_fusion, end_fusion
+from molora_fed.cooperative.judging import quarantine
 from molora_fed.cooperative.known_text import read_known_text
+from molora_fed.errors import (
+    AdapterError,
+    AdmissionError,
+    CorpusError,
+    ExpertError,
+    MoloraError,
+)
+from molora_fed.forecasting.records import FAILED
 from molora_fed.fusion.fuse import Control, FusionResult, fuse
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.reporting.report import MetricRows, read_metrics_file, write_report
 from molora_fed.training.loop import METRICS_NAME
-from molora_fed.types import Progress
+from molora_fed.types import Finding, Progress, Split
 
 __all__ = ["FusedContributions", "fuse_admitted", "fuse_contributions"]
 
@@ -37,11 +51,13 @@ class FusedContributions:
         contributions: What was fused, in canonical order.
         result: What the fusion measured, with the fused model.
         report: Path of report.html.
+        left_out: Where contributions stand that could not be fused and were quarantined for it.
     """
 
     contributions: tuple[Contribution, ...]
     result: FusionResult
     report: Path
+    left_out: tuple[Receipt, ...] = ()
 
 
 def fuse_contributions(
@@ -137,32 +153,172 @@ def fuse_admitted(
         progress: Receives progress within a phase.
 
     Raises:
+        AdmissionError: If nobody can be fused.
         MoloraError: Whatever fusing refuses.
     """
-    known = texts or {}
-    contributed = [
-        collect_contributed(one, corpus=known.get(one.manifest.contributor))
-        for one in contributions
-    ]
-    if contributed:
-        begin_fusion(ledger, actor=actor)
-    result = fuse(
-        base,
-        charter,
-        contributed,
-        out,
-        plugins=plugins,
-        controls=controls,
-        on_phase=on_phase,
-        on_forecasts=ForecastKeeper(ledger, actor=actor),
-        progress=progress,
-    )
+    members = _Members(ledger, charter, base, plugins, texts or {}, actor)
+    usable = members.open(contributions)
+    while True:
+        if usable:
+            begin_fusion(ledger, actor=actor)
+        try:
+            result = fuse(
+                base,
+                charter,
+                [one.contributed for one in usable],
+                out,
+                plugins=plugins,
+                controls=controls,
+                on_phase=on_phase,
+                on_forecasts=ForecastKeeper(ledger, actor=actor),
+                excluded=members.describe(),
+                progress=progress,
+            )
+            break
+        except ExpertError as error:
+            faulty = [one for one in usable if one.contributed.contributor == error.expert]
+            if not faulty:
+                raise  # the base itself
+            members.leave_out(faulty[0].contribution, error)
+            # Whose columns are made stays in the bank: what was measured is not measured again.
+            usable = [one for one in usable if one not in faulty]
+            members.check_somebody_left(usable)
     on_phase("report")
     report = write_report(result.result, metrics or {}, out / "report")
-    fused = FusedContributions(tuple(contributions), result, report)
+    fused = FusedContributions(
+        tuple(one.contribution for one in usable), result, report, tuple(members.left_out)
+    )
     publish(fused)
     end_fusion(ledger, actor=actor, result=result.result)
     return fused
+
+
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """An admitted contribution with what fusing reads of it."""
+
+    contribution: Contribution
+    contributed: Contributed
+
+
+class _Members:
+    """Opens admitted contributions; who cannot be fused is quarantined, and the others go on.
+
+    Args:
+        ledger: Open for writing.
+        charter: The charter with the amendment that counts now.
+        base: Its base.
+        plugins: Where adapter kinds are registered.
+        texts: Folders of prepared corpora by contributor.
+        actor: Who does this, for the history.
+
+    Attributes:
+        left_out: Where those who cannot be fused stand now.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        charter: Charter,
+        base: Base,
+        plugins: Plugins,
+        texts: Mapping[str, Path],
+        actor: str,
+    ) -> None:
+        self.left_out: list[Receipt] = []
+        self._ledger = ledger
+        self._charter = charter
+        self._base = base
+        self._plugins = plugins
+        self._texts = texts
+        self._actor = actor
+
+    def open(self, contributions: Sequence[Contribution]) -> list[_Member]:
+        """Read what fusing needs of each.
+
+        Raises:
+            AdmissionError: If there were some and none can be fused.
+        """
+        found = []
+        for one in contributions:
+            try:
+                found.append(_Member(one, self._read(one)))
+            except (AdapterError, CorpusError) as error:
+                self.leave_out(one, error)
+        found = self._agree_on_calibration(found)
+        if contributions:
+            self.check_somebody_left(found)
+        return found
+
+    def _read(self, one: Contribution) -> Contributed:
+        name = one.manifest.contributor
+        contributed = collect_contributed(one, corpus=self._texts.get(name))
+        adapter = load_adapter(
+            contributed.adapter,
+            rules=self._charter.identity.adapters,
+            model=self._base.model,
+            plugins=self._plugins,
+            name=name,
+        )
+        check_adapter_fits(adapter, self._base.model, rules=self._charter.identity.adapters)
+        return contributed
+
+    def _agree_on_calibration(self, found: list[_Member]) -> list[_Member]:
+        """Calibration blocks of everybody or of nobody, as the amendment of today says.
+
+        Who came under an earlier one may have none, or some that nobody asks for any more.
+        """
+        lacking = [one for one in found if not one.contributed.calibration]
+        if not lacking or len(lacking) == len(found):
+            return found
+        amendment = self._charter.amendment
+        if Split.CALIBRATION not in count_samples(amendment):
+            return [
+                replace(one, contributed=replace(one.contributed, calibration=None))
+                for one in found
+            ]
+        for one in lacking:
+            self.leave_out(
+                one.contribution,
+                CorpusError(
+                    f"Cannot fuse contribution of '{one.contributed.contributor}': expected the "
+                    f"calibration blocks that amendment {amendment.number} asks for, got none. "
+                    "Have it signed and sent again."
+                ),
+            )
+        return [one for one in found if one not in lacking]
+
+    def leave_out(self, one: Contribution, error: MoloraError) -> None:
+        """Quarantine a contribution that cannot be fused, with the reason."""
+        finding = Finding(
+            "a contribution that can be fused with the others",
+            str(error).rstrip("."),
+            "Look at it, then reject, withdraw or release it.",
+            quarantine=True,
+        )
+        receipt = quarantine(self._ledger, one.id, "fusion", finding, actor=self._actor)
+        self.left_out.append(receipt)
+
+    def describe(self) -> dict[str, str]:
+        """Why contributors are left out, by name."""
+        return {
+            one.contributor: FAILED + one.decision.refusals[0].found
+            for one in self.left_out
+            if one.decision is not None
+        }
+
+    def check_somebody_left(self, members: Sequence[_Member]) -> None:
+        """Refuse to fuse nobody.
+
+        Raises:
+            AdmissionError: Saying why each was left out.
+        """
+        if not members:
+            raise AdmissionError(
+                "Cannot fuse: expected at least one contribution that can be fused, got none; "
+                f"{list_quoted([f'{name} {why}' for name, why in self.describe().items()])}. "
+                "See `molora coop list`."
+            )
 
 
 def _choose(ledger: Ledger, cooperative: Cooperative, given: dict[str, Path]) -> list[Contribution]:

@@ -14,6 +14,7 @@ from safetensors.numpy import save
 
 from molora_fed.errors import CorpusError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
+from molora_fed.storage.untrusted import clean, parse_json
 from molora_fed.types import Document, Split
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
 
 _TENSORS = ("tokens", "documents", "clusters")
 MAX_BLOCKS_BYTES = 4 * 2**30
+_MAX_HEAD = 4_096  # characters of what a file says of its blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +128,7 @@ def load_blocks(path: Path, *, max_bytes: int = MAX_BLOCKS_BYTES) -> Blocks:
     Raises:
         CorpusError: If the file is missing, too large, malformed, or not blocks.
     """
-    what = f"Cannot read blocks '{path}'"
+    what = f"Cannot read blocks '{clean(path)}'"
     try:
         size = path.stat().st_size
         if size > max_bytes:
@@ -134,30 +136,40 @@ def load_blocks(path: Path, *, max_bytes: int = MAX_BLOCKS_BYTES) -> Blocks:
                 f"{what}: expected at most {max_bytes} bytes, got {size}. Send fewer blocks."
             )
         with safe_open(path, framework="np") as file:
-            head = json.loads((file.metadata() or {}).get("blocks", "{}"))
+            head = parse_json((file.metadata() or {}).get("blocks", "{}"), max_bytes=_MAX_HEAD)
             names = set(file.keys())
             if (
                 names != set(_TENSORS)
                 or not isinstance(head, dict)
                 or not {"domain", "split"} <= head.keys()
             ):
+                found = ", ".join(clean(name, 40) for name in sorted(names)[:5])
                 raise CorpusError(
                     f"{what}: expected tensors {', '.join(_TENSORS)} with domain and split, "
-                    f"got {', '.join(sorted(names))}. Prepare the corpus again."
+                    f"got {found}. Prepare the corpus again."
                 )
-            arrays = {name: file.get_tensor(name) for name in _TENSORS}
-        for name, array in arrays.items():
-            if array.dtype != np.int32:
+            # By the header, before numpy is asked for a type that it may not have.
+            parts = {name: file.get_slice(name) for name in _TENSORS}
+            for name, part in parts.items():
+                if part.get_dtype() != "I32":
+                    raise CorpusError(
+                        f"{what}: expected int32 in '{name}', got {part.get_dtype()}. "
+                        "Prepare the corpus again."
+                    )
+            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            if len(set(shapes.values())) != 1 or len(shapes["tokens"]) != 2:
                 raise CorpusError(
-                    f"{what}: expected int32 in '{name}', got {array.dtype}. "
+                    f"{what}: expected three equal (N, T) arrays, got {clean(shapes)}. "
                     "Prepare the corpus again."
                 )
-        return Blocks(str(head["domain"]), Split(head["split"]), **arrays)
+            arrays = {name: file.get_tensor(name) for name in _TENSORS}
+        return Blocks(clean(head["domain"]), Split(head["split"]), **arrays)
     except CorpusError:
         raise
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CorpusError(
-            f"{what}: expected a safetensors file of blocks, got {error}. Prepare the corpus again."
+            f"{what}: expected a safetensors file of blocks, got {clean(error)}. "
+            "Prepare the corpus again."
         ) from error
 
 

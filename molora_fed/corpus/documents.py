@@ -20,10 +20,9 @@ MAX_SHARE = 0.05
 PIECES = 250
 MIN_PIECE_CHARACTERS = 2_000
 _SHOWN_PROBLEMS = 3
-MAX_EXPANSION = 200
-"""Characters of a parquet file's text for each of its bytes; well-compressed text has below 20."""
-FREE_CHARACTERS = 2**24
-_BATCH_ROWS = 1_024
+_PARQUET_ROWS = 256  # read at once
+_PARQUET_RATIO = 200  # characters of text for each byte of a file; packed text has 3 to 20
+_PARQUET_BYTES = 2**22  # beside, so that small files may hold a text many times
 
 
 _Item = TypeVar("_Item")
@@ -86,26 +85,37 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
     import pyarrow.parquet
 
     number = characters = 0
-    most = MAX_EXPANSION * path.stat().st_size + FREE_CHARACTERS
+    most = _PARQUET_BYTES + _PARQUET_RATIO * path.stat().st_size
+    too_much = f"more than {most:,} characters of text, {_PARQUET_RATIO} times its bytes and more"
     try:
-        names = pyarrow.parquet.read_schema(path).names
-        if "text" not in names:
-            raise _UnreadableError(f"no column 'text' among {', '.join(names) or 'none'}")
-        # As a dictionary: a text that is repeated is held once.
+        # Values stay in their dictionary: a text that comes a million times is held once.
         with pyarrow.parquet.ParquetFile(path, read_dictionary=["text"]) as file:
-            for batch in file.iter_batches(columns=["text"], batch_size=_BATCH_ROWS):
+            if "text" not in file.schema_arrow.names:
+                columns = clean(", ".join(file.schema_arrow.names))
+                raise _UnreadableError(f"no column 'text' among {columns or 'none'}")
+            if _count_unpacked(file.metadata) > most:
+                raise _UnreadableError(too_much)
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=["text"]):
                 for value in batch.column(0):
                     number += 1
                     text = _check_text(value.as_py(), f"row {number}")
                     characters += len(text)
                     if characters > most:
-                        raise _UnreadableError(
-                            f"more than {most:,} characters in a file of its size"
-                        )
+                        raise _UnreadableError(too_much)
                     yield Document(f"{name}:{number}", text)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = clean(str(error).splitlines()[0])
         raise _UnreadableError(f"no parquet that can be read ({reason})") from error
+
+
+def _count_unpacked(metadata: Any) -> int:
+    """Bytes that the pages of column `text` take unpacked, by a parquet file's own statement."""
+    return sum(
+        chunk.total_uncompressed_size
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+        if (chunk := metadata.row_group(group).column(column)).path_in_schema == "text"
+    )
 
 
 _Reader = Callable[[Path, str], Iterator[Document]]

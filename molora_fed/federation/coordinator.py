@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from molora_fed.charter import Charter, load_charter, write_charter
 from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.cooperative import Cooperative, open_cooperative
-from molora_fed.errors import AdapterError, FederationError, LedgerError, StorageError
+from molora_fed.errors import (
+    AdapterError,
+    AdmissionError,
+    FederationError,
+    LedgerError,
+    StorageError,
+)
 from molora_fed.federation.coordinator_mail import (
     Delivery,
     acknowledge,
@@ -106,7 +112,10 @@ class CoordinatorWorker:
                 if self._charter.amendment.is_private:
                     self._evolve()
                 else:
-                    self._fuse()
+                    try:
+                        self._fuse()
+                    except AdmissionError as error:  # nobody is left to fuse: wait for others
+                        self._show(str(error))
 
     @property
     def _base(self) -> "Base":
@@ -248,18 +257,18 @@ class CoordinatorWorker:
 
     def _fuse(self) -> None:
         """Fuse what is admitted and publish it."""
-        from molora_fed.contributions.receive import load_admitted
+        from molora_fed.contributions.receive import find_entry, load_admitted
         from molora_fed.cooperative.controls import load_controls
         from molora_fed.cooperative.fuse import FusedContributions, fuse_admitted
         from molora_fed.cooperative.known_text import read_known_text
+        from molora_fed.federation.withdrawal import build_announcer
         from molora_fed.reporting.headline import list_headline
 
         def publish(fused: FusedContributions) -> None:
             folders = {"fused": fused.result.fused_folder, "report": fused.report.parent}
-            self._publish(folders, ids, fused.result.result)
+            self._publish(folders, [one.id for one in fused.contributions], fused.result.result)
 
         admitted = load_admitted(self._ledger, self._cooperative.store)
-        ids = [one.id for one in admitted]
         fused = fuse_admitted(
             self._ledger,
             self._charter,
@@ -274,8 +283,13 @@ class CoordinatorWorker:
             on_phase=self._enter,
             progress=self._state.progress,
         )
+        announce = build_announcer(self._cooperative)
+        for one in fused.left_out:
+            announce(find_entry(self._ledger, one.contribution_id), one)
         headline = list_headline(fused.result.result)
-        self._show(" ".join([f"{len(admitted)} contributions fused.", *headline]))
+        left_out = [f"'{one.contributor}' is quarantined." for one in fused.left_out]
+        number = f"{len(fused.contributions)} contributions fused."
+        self._show(" ".join([number, *left_out, *headline]))
 
     def _evolve(self) -> None:
         """Evolve a population with its contributors, on their texts, and publish it."""

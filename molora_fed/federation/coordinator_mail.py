@@ -29,6 +29,7 @@ from molora_fed.storage.keys import build_public_pem, sign
 __all__ = [
     "Delivery",
     "acknowledge",
+    "announce_decision",
     "announce_withdrawal",
     "build_acknowledgement_bytes",
     "complete_deliveries",
@@ -163,10 +164,33 @@ def announce_withdrawal(
     Raises:
         StorageError: On I/O errors.
     """
+    announce_decision(mailbox, key, contribution_id, state="WITHDRAWN", findings=())
+
+
+def announce_decision(
+    mailbox: ContributorMailbox,
+    key: EllipticCurvePrivateKey,
+    contribution_id: str,
+    *,
+    state: str,
+    findings: Sequence[str],
+) -> None:
+    """Tell a contributor what was decided later of a contribution that was acknowledged.
+
+    Args:
+        mailbox: The contributor's.
+        key: The coordinator's private key.
+        contribution_id: Which.
+        state: Its state in the ledger now.
+        findings: One line for each reason.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
     for path in sorted((mailbox.folder / "acknowledgements").glob("*.json")):
         body = read_json(path) or {}
-        if body.get("contribution_id") == contribution_id and body.get("state") != "WITHDRAWN":
-            body = {**body, "state": "WITHDRAWN", "findings": []}
+        if body.get("contribution_id") == contribution_id and body.get("state") != state:
+            body = {**body, "state": state, "findings": list(findings)}
             write_json(path, {**body, "signature": sign(key, build_acknowledgement_bytes(body))})
 
 

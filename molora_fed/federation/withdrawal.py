@@ -8,6 +8,7 @@ fusion finds the others' columns in the bank.
 import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,11 @@ from molora_fed.cooperative.controls import find_control_adapter
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import LedgerError, describe_mismatch
-from molora_fed.federation.coordinator_mail import announce_withdrawal, retract_result
+from molora_fed.federation.coordinator_mail import (
+    announce_decision,
+    announce_withdrawal,
+    retract_result,
+)
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.bundle import load_manifest
@@ -33,8 +38,9 @@ if TYPE_CHECKING:
     from molora_fed.contributions.ledger import Ledger, LedgerReader
     from molora_fed.contributions.manifest import Contribution
     from molora_fed.contributions.reading import LedgerEntry
+    from molora_fed.contributions.receive import Receipt
 
-__all__ = ["Withdrawal", "withdraw_contributor"]
+__all__ = ["Withdrawal", "build_announcer", "withdraw_contributor"]
 
 ACTOR = "molora coop withdraw"
 _C = ContributionState
@@ -86,12 +92,13 @@ def withdraw_contributor(
         progress: Receives blocks done where the leaver is taken out of the experts' average.
 
     Raises:
-        LedgerError: If nobody of that name is admitted, or a server works on the cooperative.
+        LedgerError: If nobody of that name is admitted or quarantined, or a server works on the
+            cooperative.
         StorageError: On I/O errors.
     """
     with cooperative.open_ledger() as ledger:
         entry = _find_entry(ledger, contributor)
-        if entry.state == _C.ADMITTED:
+        if entry.state != _C.WITHDRAWN:
             data = {"contributor": contributor, "reason": reason[:1_000]}
             ledger.add_event("withdrawal-decided", actor=actor, subject=entry.id, data=data)
             ledger.set_state(entry.id, _C.WITHDRAWN, actor=actor)
@@ -113,14 +120,35 @@ def withdraw_contributor(
     )
 
 
+def build_announcer(cooperative: Cooperative) -> "Callable[[LedgerEntry, Receipt], None]":
+    """What tells a contributor of a decision that the coordinator made by hand.
+
+    Args:
+        cooperative: Whose mailboxes.
+    """
+    home, key = CoordinatorHome(cooperative.folder), load_key(cooperative.key_path)
+
+    def announce(entry: "LedgerEntry", receipt: "Receipt") -> None:
+        refusals = receipt.decision.refusals if receipt.decision else ()
+        announce_decision(
+            home.contributor(key_fingerprint(entry.manifest.public_key)),
+            key,
+            entry.id,
+            state=str(receipt.state),
+            findings=[refusal.message for refusal in refusals],
+        )
+
+    return announce
+
+
 def _find_entry(ledger: "LedgerReader", contributor: str) -> "LedgerEntry":
-    """The contributor's admitted contribution; the one withdrawn last if none is.
+    """The contributor's admitted contribution, else a quarantined one, else the last withdrawn.
 
     Raises:
         LedgerError: If the contributor never had an admitted one; names those who have.
     """
     own = [entry for entry in ledger.contributions() if entry.contributor == contributor]
-    for state in (_C.ADMITTED, _C.WITHDRAWN):
+    for state in (_C.ADMITTED, _C.QUARANTINED, _C.WITHDRAWN):
         found = [entry for entry in own if entry.state == state]
         if found:
             return max(found, key=lambda entry: entry.changed)

@@ -143,6 +143,7 @@ def fuse(
     controls: Mapping[str, Control] | None = None,
     on_phase: Callable[[str], None] | None = None,
     on_forecasts: Callable[[Sequence[ForecastRecord]], None] | None = None,
+    excluded: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Fuse contributions under a charter.
@@ -160,6 +161,7 @@ def fuse(
         on_phase: Told the phase of `PHASES` that begins.
         on_forecasts: Receives the forecasts before any router is fitted, so that a ledger can
             commit them; again, scored, after the evaluation.
+        excluded: Why contributors are not among the contributions, by name, for the report.
         progress: Receives progress within a phase.
 
     Returns:
@@ -169,6 +171,7 @@ def fuse(
         BaseCheckpointError: If the base is not the charter's.
         CharterError: If a router's options are wrong.
         ConfigError: If contributions clash or lack blocks.
+        ExpertError: If the numbers of one contribution cannot be used; it is named.
         RoutingError: If a router cannot be fitted; MoloraError in general for what the bank, the
             adapters and the disk refuse.
     """
@@ -180,6 +183,8 @@ def fuse(
     missing = NotMeasured()
     for name, why in plan.failed.items():
         missing.add("router", name, why)
+    for name, why in (excluded or {}).items():
+        missing.add("contribution", name, why)
     build = {"progress": progress, **plan.bank}
     open_calibration = partial(
         build_calibration_bank, folder / "bank", base, plan.experts, plan.measured, **build

@@ -45,7 +45,8 @@ class FusionOutcome:
         seconds: Wall time by phase.
         folder: Where bank and fused model lie.
         controls: Cost of each control by name.
-        not_measured: Why there are no figures of a router, merge or predictor, by kind and name.
+        not_measured: Why there are no figures of a router, merge, predictor or contribution, by
+            kind and name.
     """
 
     plan: FusionPlan
@@ -174,7 +175,7 @@ def _count_blocks(domain: str, samples: Sequence[Blocks]) -> dict[str, Any]:
 def _collect_compute(outcome: FusionOutcome) -> dict[str, Any]:
     """Training cost where steps and tokens are known."""
     trainings: dict[str, Any] = {
-        c.contributor: {"domain": c.domain, **c.training} for c in outcome.plan.contributions
+        c.contributor: {**c.training, "domain": c.domain} for c in outcome.plan.contributions
     }
     contributors = {name: _pick_compute(record) for name, record in trainings.items()}
     compute: dict[str, Any] = {"contributors": {n: c for n, c in contributors.items() if c}}

@@ -215,14 +215,21 @@ def _parse(content: Any, folder: Path, *, doing: str) -> FusedManifest:
 def find_fused(folder: Path) -> Path:
     """The fused model in a folder: the folder itself, or its `fused/` or `result/fused/`."""
     for inner in (folder, folder / "fused", folder / "result" / "fused"):
-        if (inner / MANIFEST_FILE).is_file():
+        if _is_file(inner / MANIFEST_FILE):
             return inner
     return folder
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than any file has, or a folder that is closed to us
+        return False
+
+
 def has_fused(folder: Path) -> bool:
     """Whether there is a fused model in a folder, see `find_fused`."""
-    return (find_fused(folder) / MANIFEST_FILE).is_file()
+    return _is_file(find_fused(folder) / MANIFEST_FILE)
 
 
 def load_fused(

@@ -13,6 +13,10 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import (
+    decode_dss_signature,
+    encode_dss_signature,
+)
 
 from molora_fed.errors import SignatureError, StorageError
 from molora_fed.storage.files import hash_bytes, write_bytes
@@ -27,6 +31,7 @@ __all__ = [
 ]
 
 MAX_PEM_BYTES = 4_096
+_MAX_SIGNATURE = 208  # hex digits of two integers of 384 bits in DER
 _ALGORITHM = ec.ECDSA(hashes.SHA384(), deterministic_signing=True)
 
 
@@ -136,7 +141,7 @@ def verify(public_pem: str, data: bytes, signature: str, *, what: str = "data") 
     Args:
         public_pem: Public key of the claimed signer, PEM.
         data: The bytes that were signed.
-        signature: Hex, as `sign` returns it.
+        signature: Lower-case hex of DER in its minimal form, as `sign` returns it; nothing else.
         what: Name of the signed thing, used in the error.
 
     Raises:
@@ -144,7 +149,13 @@ def verify(public_pem: str, data: bytes, signature: str, *, what: str = "data") 
     """
     public = _load_public(public_pem)
     try:
-        public.verify(bytes.fromhex(signature), data, _ALGORITHM)
+        if len(signature) > _MAX_SIGNATURE:
+            raise ValueError("too long")
+        encoded = bytes.fromhex(signature)
+        # One encoding only, so that a changed byte is always found.
+        if encode_dss_signature(*decode_dss_signature(encoded)).hex() != signature:
+            raise ValueError("another encoding")
+        public.verify(encoded, data, _ALGORITHM)
     except (InvalidSignature, ValueError) as error:
         raise SignatureError(
             f"Cannot trust {what}: expected a signature of key {key_fingerprint(public_pem)[:16]}, "

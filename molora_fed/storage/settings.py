@@ -1,6 +1,5 @@
 """Settings from files and people: strict models, options of what is registered, one-line errors."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from stat import S_ISREG
@@ -10,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from molora_fed.errors import MoloraError
 from molora_fed.plugins import Registry
-from molora_fed.storage.untrusted import clean
+from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [
     "StrictModel",
@@ -51,7 +50,7 @@ def describe_offenders(
     """
     return "; ".join(
         clean(
-            f"{'.'.join(map(str, item['loc']))[:80] or whole}: {item['msg']}"
+            f"{clean('.'.join(map(str, item['loc'])), 80) or whole}: {item['msg']}"
             + (f" (got {item['input']!r})" if with_values else ""),
             _CHARACTERS,
         )
@@ -150,7 +149,7 @@ def read_model(
             data = file.read(max_bytes + 1)
         if len(data) <= max_bytes:
             expected = f"JSON in '{path.name}'"
-            content = json.loads(data)
+            content = parse_json(data, max_bytes=max_bytes)
             expected = f"known keys with valid values in '{path.name}'"
             return model.model_validate(content)
         expected, got = f"at most {max_bytes} bytes in '{path.name}'", "more"
@@ -158,6 +157,6 @@ def read_model(
         cause, got = wrong, describe_offenders(wrong, whole=path.name)
     except OSError as wrong:
         cause, got = wrong, wrong.strerror or type(wrong).__name__
-    except (ValueError, RecursionError) as wrong:
-        cause, got = wrong, " ".join(str(wrong).split())[:_CHARACTERS]
+    except ValueError as wrong:
+        cause, got = wrong, clean(wrong, _CHARACTERS)
     raise error(f"{what}: expected {expected}, got {got}. {fix}") from cause

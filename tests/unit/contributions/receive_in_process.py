@@ -56,7 +56,7 @@ def arrange(accident: str, limit: int | None) -> None:
     elif accident == "decision-commit":
         die_at("contribution-changed", "ADMITTED")
     elif accident == "before-receipt":
-        receive._build_receipt = die
+        receive.build_receipt = die
     elif accident == "disk-full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     else:
@@ -67,7 +67,7 @@ def receive_with_accident(
     ledger_path: Path, folder: Path, charter: Path, accident: str, limit: int | None = None
 ) -> None:
     """Receive a contribution; its process ends with the error's exit code, or is killed."""
-    receive.admit = lambda candidate: AdmissionDecision(ContributionState.ADMITTED)
+    receive.admit = lambda candidate, **_: AdmissionDecision(ContributionState.ADMITTED)
     arrange(accident, limit)
     try:
         with Ledger(ledger_path) as ledger:

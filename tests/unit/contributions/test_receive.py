@@ -172,9 +172,13 @@ def test_sizes_are_refused_before_a_file_is_read(
     assert snapshot(ledger, store) == ([], [], set())
 
 
-def test_samples_are_counted_by_the_amendment_that_was_seen(
-    receive, contribute, ledger, charter, coordinator_key
+def test_samples_are_counted_by_the_amendment_in_force_when_they_were_received(
+    receive, contribute, ledger, charter, coordinator_key, monkeypatch
 ):
+    folder = contribute().folder
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("molora_fed.contributions.receive._store_files", interrupt)
+        receive(folder)
     fewer = charter.amendment.model_copy(
         update={
             "number": 1,
@@ -185,7 +189,11 @@ def test_samples_are_counted_by_the_amendment_that_was_seen(
         sign_amendment(coordinator_key, charter.identity_hash, fewer), actor="test"
     )
     now = charter.model_copy(update={"amendment": fewer})
-    assert receive(contribute().folder, charter=now).state == ADMITTED
+    assert receive(folder, charter=now).state == ADMITTED
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_name_of_another_is_refused(receive, contribute, ledger, coordinator_key):
@@ -200,9 +208,11 @@ def test_name_of_another_is_refused(receive, contribute, ledger, coordinator_key
     assert receive(contribute("fourth", specialist_loss=2.0).folder).state == ADMITTED
 
 
-def test_order_is_by_id_not_by_arrival(receive, contribute, ledger, store):
+def test_order_is_by_id_not_by_arrival(receive, contribute, write_adapter, ledger, store):
     for number in (3, 1, 2):
-        receive(contribute(f"c{number}", contributor=f"legal-{number}").folder)
+        adapter = write_adapter(f"a{number}", seed=number)
+        name = f"legal-{number}"
+        receive(contribute(f"c{number}", contributor=name, adapter=adapter).folder)
     found = [contribution.id for contribution in load_admitted(ledger, store)]
     assert found == sorted(found)
     assert len(found) == 3
@@ -211,11 +221,8 @@ def test_order_is_by_id_not_by_arrival(receive, contribute, ledger, store):
 def test_what_was_verified_is_judged_after_a_stop(
     receive, contribute, ledger, store, charter, base, plugins, monkeypatch
 ):
-    def stop(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("molora_fed.contributions.receive.admit", stop)
+        patch.setattr("molora_fed.contributions.receive.admit", interrupt)
         receive(contribute().folder)
     (entry,) = ledger.contributions()
     assert entry.state == ContributionState.VERIFIED
