@@ -1,9 +1,5 @@
 """Folders of text from others: links, bombs, names, and whatever bytes stand in them."""
 
-import tracemalloc
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -53,20 +49,6 @@ def test_a_snapshot_of_the_hub_is_read(tmp_path):
     (tmp_path / "datasets--a--b" / "blobs" / "ab").write_text("text")
     (snapshot / "train.txt").symlink_to("../../blobs/ab")
     assert read(snapshot) == [("1234/train.txt", "text")]
-
-
-def test_a_small_parquet_never_becomes_gigabytes(folder):
-    table = pa.table({"text": pa.array(["x" * 2**20]).take(pa.array([0] * 2_000))})
-    schema = pa.table({"text": ["x" * 2**20] * 1}).schema
-    with pq.ParquetWriter(folder / "bomb.parquet", schema, compression="zstd") as writer:
-        writer.write_table(table)
-    assert (folder / "bomb.parquet").stat().st_size < 100_000
-    tracemalloc.start()
-    with pytest.raises(CorpusError, match="characters in a file of its size"):
-        for _ in read_documents([folder / "bomb.parquet"]):
-            pass
-    assert tracemalloc.get_traced_memory()[1] < 2**26
-    tracemalloc.stop()
 
 
 def test_names_of_files_are_shown_without_what_terminals_obey(folder):
