@@ -11,9 +11,9 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from molora_fed.federation.client_dialogue import answer
+from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.fleet import find_own_home
 from molora_fed.federation.homes import ContributorHome
-from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
 
 __all__ = ["app"]

@@ -31,7 +31,7 @@ from molora_fed.federation.letters import (
     Wait,
 )
 from molora_fed.federation.mailbox import read_parts, take_batch
-from molora_fed.federation.messages import Part, PartName, Shipment, plan_parts
+from molora_fed.federation.messages import Part, Shipment, plan_parts
 from molora_fed.federation.signing import build_hello_bytes
 from molora_fed.federation.worker_mail import find_stranger
 from molora_fed.storage.keys import build_public_pem, load_key, sign
@@ -100,14 +100,15 @@ def _store(home: ContributorHome, envelope: Envelope) -> None:
         elif type(letter) in places:
             keep_letter(places[type(letter)], letter)
     # After the letters, which say what is expected; whatever else is sent fills no disk.
-    wanted = {name for shipment, size in _list_expected(home) for name in _plan(shipment, size)}
+    wanted = {
+        name
+        for shipment, part_bytes in _list_expected(home)
+        if not (home.shipments / shipment.id).exists()
+        for name in plan_parts(shipment, part_bytes=part_bytes)
+    }
     for part in envelope.parts:
         if part.name in wanted:
             home.parts.put(part)
-
-
-def _plan(shipment: Shipment, part_bytes: int) -> list[PartName]:
-    return plan_parts(shipment, part_bytes=part_bytes)
 
 
 def _list_expected(home: ContributorHome) -> list[tuple[Shipment, int]]:

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import ConfigError, FederationError
-from molora_fed.federation.join_settings import JoinSettings
-from molora_fed.federation.letters import MAX_TASKS, HelloRecord, Task
 from molora_fed.federation.envelopes import keep_letter, read_letter
+from molora_fed.federation.join_settings import JoinSettings
+from molora_fed.federation.letters import (
+    MAX_TASKS,
+    Acknowledgement,
+    HelloRecord,
+    Refusal,
+    Task,
+)
 from molora_fed.federation.mailbox import Board, PartStore, read_json
 from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.status import read_worker_state
@@ -37,6 +43,7 @@ HOLD_SECONDS = "MOLORA_HOLD_SECONDS"
 
 _LONGEST_HOLD_SECONDS = 25
 _LEFTOVER = ".*.tmp"  # the temporary names of `molora_fed.storage.files`
+
 
 def home_from_environment(variable: str) -> Path:
     """The home folder of a Flower app.
@@ -209,6 +216,26 @@ class ContributorHome(_Home):
         self.parts = PartStore(self.mail / "parts")
         self.tasks = self.mail / "inbox" / "tasks"
         self._earlier_tasks = self.mail / "tasks"  # where versions with a queue kept them
+
+    def read_acknowledgement(self) -> Acknowledgement | None:
+        """What the coordinator said of the contribution; None before it did, or if malformed."""
+        try:
+            return read_letter(self.acknowledgement_letter, Acknowledgement)
+        except FederationError:
+            return None
+
+    def check_refusal(self) -> None:
+        """Raise the server's refusal if there is one.
+
+        Raises:
+            FederationError: With the reason that the server gave.
+        """
+        try:
+            refusal = read_letter(self.refusal_letter, Refusal)
+        except FederationError:
+            refusal = Refusal(reason="The server refused.")
+        if refusal is not None:
+            raise FederationError(refusal.reason or "The server refused.")
 
     def remove_leftovers(self) -> None:
         """Delete what a killed contributor left half-written; call it only while none runs."""

@@ -24,13 +24,13 @@ from molora_fed.storage.untrusted import clean
 from molora_fed.types import BASE_EXPERT
 
 __all__ = [
-    "Accepted",
     "FROM_CONTRIBUTOR",
     "FROM_SERVER",
     "HELLO_PURPOSE",
     "MAX_HELD",
     "MAX_TASKS",
     "MAX_WAIT_SECONDS",
+    "Accepted",
     "Acknowledgement",
     "AnswerLetter",
     "CharterLetter",
@@ -275,7 +275,7 @@ class Summary(UntrustedModel):
 
     amendment: Count = 0
     contributions: Annotated[list[ContributionId], Field(max_length=4_096)]
-    gain_percent: dict[str, Any] = {}
+    gain_percent: dict[str, Any] = Field(default={})
 
 
 class EarlierResult(Letter):
@@ -360,13 +360,13 @@ class State(ShownState, Letter):
     kind = "state"
 
     charter: NoSha = ""
-    tasks: Annotated[list[Identifier], Field(max_length=MAX_TASKS)] = []
+    tasks: Annotated[list[Identifier], Field(max_length=MAX_TASKS)] = Field(default=[])
     acknowledged: NoSha = ""
     refused: bool = False
     question: NoSha = ""
     result: NoSha = ""
-    received: Annotated[list[Sha], Field(max_length=16)] = []
-    held: PartNames = []
+    received: Annotated[list[Sha], Field(max_length=16)] = Field(default=[])
+    held: PartNames = Field(default=[])
 
 
 class Manifest(Letter):

@@ -162,7 +162,8 @@ class MailRelay:
             return list(self._grid.pull_messages(list(under_way)))
         except Exception as error:
             _log(f"not pulled together: {type(error).__name__}: {clean(error)}")
-        found, failed = [], []
+        found: list[Any] = []
+        failed: list[tuple[_Node, Exception]] = []
         for message_id, node in under_way.items():
             try:
                 found += self._grid.pull_messages([message_id])
@@ -170,9 +171,9 @@ class MailRelay:
                 failed.append((node, error))
         if len(failed) == len(under_way) > 1:
             raise failed[0][1]  # nobody's fault: the transport's
-        for node, error in failed:
+        for node, reason in failed:
             node.message_id = ""
-            self._skip(node, error)
+            self._skip(node, reason)
         return found
 
     def _accept(self, node: _Node, message: Any) -> None:
@@ -201,7 +202,7 @@ class MailRelay:
     def _skip(self, node: _Node, error: Exception) -> None:
         """Skip one node's message: say whose it was and why, and ask again, ever more rarely."""
         node.faults += 1
-        pause = min(PAUSE_SECONDS * 2 ** (node.faults - 1), MAX_PAUSE_SECONDS)
+        pause = min(PAUSE_SECONDS * 2 ** min(node.faults - 1, 10), MAX_PAUSE_SECONDS)
         node.not_before = time.monotonic() + pause
         who = "a contributor"
         try:

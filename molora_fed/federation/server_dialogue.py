@@ -123,9 +123,7 @@ class ServerDialogue:
 
     def _wait_letter(self, question: str | None = None) -> Wait:
         """Asks for news: a contribution, or the answer to a question."""
-        return Wait(
-            seconds=self._wait_seconds, parts_bytes=self._message_bytes, question=question
-        )
+        return Wait(seconds=self._wait_seconds, parts_bytes=self._message_bytes, question=question)
 
     def _about_contribution(
         self, mailbox: ContributorMailbox, state: State, offer: Offer

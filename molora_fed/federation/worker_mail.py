@@ -131,6 +131,9 @@ def _accept_charter(home: ContributorHome, letter: CharterLetter) -> Charter:
             f"{letter.amendment} as its letter says, got {stated[0][:16]} and {stated[1]}. "
             "Ask the coordinator."
         )
+    stranger = find_stranger(home, identity=stated[0], coordinator=coordinator)
+    if stranger is not None:
+        raise stranger
     greeting = open_letter(home.greeting_letter, Greeting)
     if greeting and (greeting.identity, greeting.coordinator) != (stated[0], coordinator):
         raise FederationError(
@@ -138,9 +141,6 @@ def _accept_charter(home: ContributorHome, letter: CharterLetter) -> Charter:
             f"coordinator {greeting.coordinator[:16]} that was greeted, got {stated[0][:16]} of "
             f"{coordinator[:16]}. Check the server's address."
         )
-    stranger = find_stranger(home, identity=stated[0], coordinator=coordinator)
-    if stranger is not None:
-        raise stranger
     kept = home.charter / "cooperative.toml"
     if kept.exists():
         _check_not_older(home, "charter", load_charter(kept).amendment.number, stated[1])
