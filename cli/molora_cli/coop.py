@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.output import note, print_columns
+from molora_cli.output import MAX_LINE, note, print_columns
 from molora_cli.progress import reporting
+from molora_fed.storage.untrusted import clean
 
 app = typer.Typer(help="Cooperatives.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -193,7 +194,7 @@ def repair(
     with open_cooperative(cooperative).open_ledger() as ledger:
         retracted = retract_malformed(ledger, actor="molora coop repair")
     for number, reason in retracted.items():
-        print(f"retracted    forecast record {number}: {reason}")
+        print(f"retracted    forecast record {number}: {clean(reason, MAX_LINE)}")
     if not retracted:
         print("Nothing to repair: every recorded forecast can be read or is retracted.")
 
