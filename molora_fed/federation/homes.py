@@ -157,6 +157,12 @@ class CoordinatorHome(_Home):
 class ContributorMailbox:
     """What the server holds of one contributor: who it is, where it stands, what it sent."""
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ContributorMailbox) and self.folder == other.folder
+
+    def __hash__(self) -> int:
+        return hash(self.folder)
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.fingerprint = folder.name

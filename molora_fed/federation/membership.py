@@ -18,9 +18,9 @@ from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome
 from molora_fed.federation.letters import Acknowledgement, Limits, Names, Offer, ShownState
 
 __all__ = [
+    "UploadRoom",
     "bind_name",
     "find_refusal",
-    "has_room",
     "is_admitted",
     "list_states",
     "note_presence",
@@ -61,9 +61,9 @@ def bind_name(mailbox: ContributorMailbox, name: str) -> None:
     Raises:
         StorageError: On I/O errors.
     """
-    bound = _list_bound(mailbox)
-    if name not in bound:
-        keep_letter(mailbox.names_file, {"names": sorted({*bound, name})})
+    kept = open_letter(mailbox.names_file, Names)
+    bound = set() if kept is None else set(kept.names)
+    keep_letter(mailbox.names_file, {"names": sorted({*bound, name})})
 
 
 def _list_bound(mailbox: ContributorMailbox) -> list[str]:
@@ -145,28 +145,44 @@ def note_presence(mailbox: ContributorMailbox) -> None:
             os.utime(mailbox.hello_file)
 
 
-def has_room(home: CoordinatorHome, mailbox: ContributorMailbox, offer: Offer) -> bool:
-    """Whether an upload may begin, or go on, within what all strangers' parts may take.
-
-    Parts of a stranger that sends no more make room for one that does.
+class UploadRoom:
+    """Lets strangers upload within what all of their parts together may take.
 
     Args:
         home: The coordinator's home.
-        mailbox: Of the contributor.
-        offer: What it would send.
     """
-    limits = read_limits(home)
-    if limits is None or mailbox.parts.num_bytes or is_admitted(mailbox):
-        return limits is not None
-    left = UPLOADS * limits.contribution_bytes - offer.files.num_bytes
-    for other in home.contributors():
-        if other.fingerprint == mailbox.fingerprint or not other.parts.num_bytes:
-            continue
-        if is_admitted(other):
-            continue
-        if time.time() - other.parts.changed > CROWDED_SECONDS:
-            other.parts.keep_only(())
-            continue
-        kept = open_letter(other.offer_file, Offer)
-        left -= other.parts.num_bytes if kept is None else kept.files.num_bytes
-    return left >= 0
+
+    def __init__(self, home: CoordinatorHome) -> None:
+        self._home = home
+        self._granted: dict[str, float] = {}
+
+    def grant(self, mailbox: ContributorMailbox, offer: Offer) -> bool:
+        """Whether an upload may begin, or go on; parts of whoever sends no more make room.
+
+        Args:
+            mailbox: Of the contributor.
+            offer: What it would send.
+        """
+        limits = read_limits(self._home)
+        if limits is None:
+            return False
+        if is_admitted(mailbox) or mailbox.parts.num_bytes:
+            return True
+        left = UPLOADS * limits.contribution_bytes - offer.files.num_bytes
+        left -= sum(self._reserve(one) for one in self._home.contributors() if one != mailbox)
+        if left >= 0:
+            self._granted[mailbox.fingerprint] = time.time()
+        return left >= 0
+
+    def _reserve(self, mailbox: ContributorMailbox) -> int:
+        """Bytes that another's upload takes, or will take once it is whole."""
+        last = max(mailbox.parts.changed, self._granted.get(mailbox.fingerprint, 0.0))
+        if not last or is_admitted(mailbox):
+            return 0
+        if time.time() - last > CROWDED_SECONDS:
+            mailbox.parts.keep_only(())
+            return 0
+        offer = open_letter(mailbox.offer_file, Offer)
+        if offer is None or mailbox.acknowledgement_file(offer.id).exists():
+            return 0
+        return offer.files.num_bytes

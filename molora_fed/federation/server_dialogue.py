@@ -29,7 +29,7 @@ from molora_fed.federation.letters import (
     Wait,
 )
 from molora_fed.federation.mailbox import read_parts, take_batch
-from molora_fed.federation.membership import find_refusal, has_room, note_presence, read_limits
+from molora_fed.federation.membership import UploadRoom, find_refusal, note_presence, read_limits
 from molora_fed.federation.messages import PartName, Shipment, plan_parts
 from molora_fed.federation.signing import build_hello_bytes
 from molora_fed.storage.keys import key_fingerprint, verify
@@ -76,6 +76,7 @@ class ServerDialogue:
         self._home = home
         self._message_bytes = message_bytes
         self._wait_seconds = wait_seconds
+        self._room = UploadRoom(home)
 
     def next_envelope(self, remote: RemoteContributor) -> Envelope | None:
         """What to send to a node now, or None if nothing is to be said."""
@@ -135,7 +136,7 @@ class ServerDialogue:
             missing = mailbox.parts.missing(shipment, part_bytes=self._message_bytes)
             if not missing:
                 return None  # complete; the coordinator's worker is at it
-            if not has_room(self._home, mailbox, offer):
+            if not self._room.grant(mailbox, offer):
                 return None  # other strangers' uploads first
             return Envelope((self._fetch(missing),))
         letters: list[Letter] = []

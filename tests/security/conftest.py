@@ -14,5 +14,6 @@ def plain_relay(monkeypatch):
         return SimpleNamespace(content=content, metadata=SimpleNamespace(dst_node_id=dst_node_id))
 
     monkeypatch.setattr(server_app, "Message", build)
+    monkeypatch.setenv("MOLORA_MESSAGE_BYTES", "4096")
     for name in ("PAUSE_SECONDS", "MAX_PAUSE_SECONDS"):
         monkeypatch.setattr(server_app, name, 0.0, raising=False)
