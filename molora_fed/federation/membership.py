@@ -176,7 +176,8 @@ class UploadRoom:
 
     def _reserve(self, mailbox: ContributorMailbox) -> int:
         """Bytes that another's upload takes, or will take once it is whole."""
-        last = max(mailbox.parts.changed, self._granted.get(mailbox.fingerprint, 0.0))
+        changed = mailbox.parts.changed if mailbox.parts.num_bytes else 0.0
+        last = max(changed, self._granted.get(mailbox.fingerprint, 0.0))
         if not last or is_admitted(mailbox):
             return 0
         if time.time() - last > CROWDED_SECONDS:
