@@ -37,10 +37,13 @@ def show(*parts: "RenderableType") -> None:
     """Print Rich tables and texts on standard output, or plainly into a pipe."""
     from rich.console import Console
 
+    from molora_fed.reporting.cells import as_text
+
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     # No markup: names and messages of others are in what is shown.
     console = Console(width=width, highlight=False, markup=False, emoji=False)
-    console.print(*parts, sep="\n")
+    lines = [as_text(part, limit=MAX_LINE) if isinstance(part, str) else part for part in parts]
+    console.print(*lines, sep="\n")
 
 
 def build_corpus_table(report: "CorpusReport") -> "RenderableType":

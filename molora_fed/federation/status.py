@@ -96,10 +96,11 @@ class WorkerState(UntrustedModel):
 
     @property
     def known(self) -> dict[str, Any]:
-        """What was said; keys that were not are left out."""
+        """What was said, and with it the phase; nothing if nothing was."""
         names = self.model_fields_set & set(WorkerState.model_fields)
         found = {name: getattr(self, name) for name in sorted(names)}
-        return {name: value for name, value in found.items() if value is not None}
+        known = {name: value for name, value in found.items() if value is not None}
+        return {"phase": self.phase, **known} if known else {}
 
 
 def read_worker_state(value: Any) -> WorkerState:
