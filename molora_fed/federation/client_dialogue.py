@@ -10,6 +10,7 @@ from pathlib import Path
 from molora_fed.errors import StorageError
 from molora_fed.federation.envelopes import Envelope, keep_letter, open_letter
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.kept import Offer
 from molora_fed.federation.letters import (
     HELLO_PURPOSE,
     MAX_HELD,
@@ -22,7 +23,6 @@ from molora_fed.federation.letters import (
     Hello,
     Letter,
     Manifest,
-    Offer,
     QuestionLetter,
     Refusal,
     ResultLetter,

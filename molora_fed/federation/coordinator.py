@@ -193,7 +193,7 @@ class CoordinatorWorker:
             contribution_id, state = receipt.contribution_id, str(receipt.state)
             refusals = receipt.decision.refusals if receipt.decision else ()
             findings = [refusal.message for refusal in refusals]
-        except (StorageError, KeyboardInterrupt, SystemExit):
+        except StorageError:
             raise
         except Exception as error:
             # Whatever one upload does to the checks, the others' are taken.

@@ -12,15 +12,13 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from molora_fed.charter import Charter
-from molora_fed.errors import FederationError
+from molora_fed.errors import FederationError, SignatureError
 from molora_fed.federation.envelopes import keep_letter, open_letter, parse_letter, set_aside
 from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome
+from molora_fed.federation.kept import EarlierResult, HelloRecord, Offer
 from molora_fed.federation.letters import (
     Acknowledgement,
     CharterLetter,
-    EarlierResult,
-    HelloRecord,
-    Offer,
     ResultLetter,
     Summary,
     cut_findings,
@@ -35,7 +33,7 @@ from molora_fed.federation.signing import (
     hash_charter_letter,
 )
 from molora_fed.storage.files import replace_folder, storage_errors
-from molora_fed.storage.keys import build_public_pem, sign
+from molora_fed.storage.keys import build_public_pem, key_fingerprint, sign
 
 __all__ = [
     "Delivery",
@@ -129,13 +127,22 @@ def complete_deliveries(home: CoordinatorHome, *, part_bytes: int) -> Iterator[D
     for mailbox in home.contributors():
         hello = open_letter(mailbox.hello_file, HelloRecord)
         offer = open_letter(mailbox.offer_file, Offer)
-        if hello is None or offer is None:
+        if hello is None or offer is None or not _owns(mailbox, hello):
             continue
         shipment = offer.files
         if open_letter(mailbox.acknowledgement_file(shipment.id), Acknowledgement) is not None:
             continue
         if not mailbox.parts.missing(shipment, part_bytes=part_bytes):
             yield Delivery(mailbox, shipment, hello.public_key, hello.name, hello.domain)
+
+
+def _owns(mailbox: ContributorMailbox, hello: HelloRecord) -> bool:
+    """Whether a mailbox is that of the key in its hello; the server makes no others."""
+    try:
+        return key_fingerprint(hello.public_key) == mailbox.fingerprint
+    except SignatureError as error:
+        set_aside(mailbox.hello_file, error)
+        return False
 
 
 def acknowledge(

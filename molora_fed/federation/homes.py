@@ -9,13 +9,8 @@ from typing import Any
 from molora_fed.errors import ConfigError, FederationError
 from molora_fed.federation.envelopes import keep_letter, read_letter
 from molora_fed.federation.join_settings import JoinSettings
-from molora_fed.federation.letters import (
-    MAX_TASKS,
-    Acknowledgement,
-    HelloRecord,
-    Refusal,
-    Task,
-)
+from molora_fed.federation.kept import HelloRecord
+from molora_fed.federation.letters import MAX_TASKS, Acknowledgement, Refusal, Task
 from molora_fed.federation.mailbox import Board, PartStore, read_json
 from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.status import read_worker_state
@@ -190,7 +185,7 @@ class ContributorMailbox:
         """The contributor's name, or the start of its fingerprint before it said one."""
         try:
             hello = read_letter(self.hello_file, HelloRecord)
-        except FederationError:
+        except (FederationError, OSError):
             hello = None
         return self.fingerprint[:12] if hello is None else hello.name
 

@@ -30,20 +30,14 @@ __all__ = [
     "MAX_HELD",
     "MAX_TASKS",
     "MAX_WAIT_SECONDS",
-    "Accepted",
     "Acknowledgement",
     "AnswerLetter",
     "CharterLetter",
-    "EarlierResult",
     "Fetch",
     "Greeting",
     "Hello",
-    "HelloRecord",
     "Letter",
-    "Limits",
     "Manifest",
-    "Names",
-    "Offer",
     "QuestionLetter",
     "Refusal",
     "ResultLetter",
@@ -157,16 +151,6 @@ class Hello(Letter):
     signature: Signature
 
 
-class HelloRecord(Letter):
-    """What the server keeps of a hello."""
-
-    kind = "hello"
-
-    public_key: PublicKey
-    name: OwnName
-    domain: Name
-
-
 class Refusal(Letter):
     """Server: why this contributor cannot take part."""
 
@@ -278,17 +262,6 @@ class Summary(UntrustedModel):
     gain_percent: dict[str, Any] = Field(default={})
 
 
-class EarlierResult(Letter):
-    """A result as versions before signatures kept it."""
-
-    kind = "result"
-
-    id: Sha
-    files: Files
-    summary: Summary
-    part_bytes: PartBytes
-
-
 class ResultLetter(Letter):
     """Server: the files of the fused model and its report, signed.
 
@@ -377,22 +350,6 @@ class Manifest(Letter):
     files: Files
 
 
-class Offer(Letter):
-    """What is kept of a manifest.
-
-    Attributes:
-        id: Id of the shipment.
-        files: Its files.
-        recipe: At home: hash of what the contribution was made from.
-    """
-
-    kind = "manifest"
-
-    id: Sha
-    files: Files
-    recipe: str | None = None
-
-
 class AnswerLetter(Letter):
     """Contributor: the files of its answer to the last question, signed."""
 
@@ -401,30 +358,6 @@ class AnswerLetter(Letter):
     question: Sha
     files: Files
     signature: Signature
-
-
-class Limits(UntrustedModel):
-    """What the coordinator's worker lets the server take.
-
-    Attributes:
-        contribution_bytes: Largest contribution.
-        strangers: Contributors who are not admitted yet, at once.
-    """
-
-    contribution_bytes: Bytes
-    strangers: Count = 256
-
-
-class Accepted(UntrustedModel):
-    """What a contributor took last: results of earlier amendments are refused then."""
-
-    amendment: Count
-
-
-class Names(UntrustedModel):
-    """The names that belong to a key for good, because it was admitted under them."""
-
-    names: list[OwnName]
 
 
 FROM_SERVER: dict[str, type[Letter]] = {

@@ -15,7 +15,8 @@ from contextlib import suppress
 from molora_fed.errors import describe_mismatch
 from molora_fed.federation.envelopes import keep_letter, open_letter
 from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome
-from molora_fed.federation.letters import Acknowledgement, Limits, Names, Offer, ShownState
+from molora_fed.federation.kept import Limits, Names, Offer
+from molora_fed.federation.letters import Acknowledgement, ShownState
 
 __all__ = [
     "UploadRoom",

@@ -16,7 +16,8 @@ from molora_fed.charter import Charter
 from molora_fed.errors import StorageError
 from molora_fed.federation.envelopes import keep_letter, open_letter
 from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome
-from molora_fed.federation.letters import AnswerLetter, HelloRecord, QuestionLetter
+from molora_fed.federation.kept import HelloRecord
+from molora_fed.federation.letters import AnswerLetter, QuestionLetter
 from molora_fed.federation.messages import Shipment, describe_folder
 from molora_fed.federation.signing import build_answer_bytes, build_question_bytes
 from molora_fed.plugins import Plugins

@@ -10,11 +10,12 @@ from pathlib import Path
 import tomli_w
 
 from molora_fed.charter import load_charter
-from molora_fed.errors import FederationError, MoloraError
+from molora_fed.errors import FederationError
 from molora_fed.federation.envelopes import read_letter
 from molora_fed.federation.fleet import CONNECTED, Fleet
 from molora_fed.federation.homes import COORDINATOR_HOME, ContributorMailbox, CoordinatorHome
-from molora_fed.federation.letters import Acknowledgement, Offer, Refusal, ShownState
+from molora_fed.federation.kept import Offer
+from molora_fed.federation.letters import Acknowledgement, Refusal, ShownState
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
@@ -334,7 +335,7 @@ def _describe(mailbox: ContributorMailbox) -> FederationEvent:
     """One contributor as the server sees it; what cannot be shown is said, and ends nothing."""
     try:
         return _describe_letters(mailbox)
-    except MoloraError as error:  # the next who goes on with the letter sets it aside
+    except Exception as error:  # whoever goes on with the letter sets it aside
         return FederationEvent(
             "JOINING", contributor=mailbox.name, message=clean(error, 500), problem=True
         )

@@ -139,6 +139,7 @@ class MailRelay:
         for node_id, node in self._nodes.items():
             if not node.message_id and time.monotonic() >= node.not_before:
                 self._send(node_id, node)
+            self._beat()  # with many nodes a round takes long
         self._beat()
 
     def _collect(self) -> None:
@@ -152,6 +153,7 @@ class MailRelay:
                 continue
             node.message_id = ""
             self._accept(node, message)
+            self._beat()
         for node in under_way.values():
             if node.message_id and time.monotonic() - node.sent > REPLY_SECONDS:
                 node.message_id = ""

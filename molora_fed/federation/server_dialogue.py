@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from molora_fed.errors import FederationError, SignatureError
 from molora_fed.federation.envelopes import Envelope, keep_letter, open_letter
 from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome
+from molora_fed.federation.kept import HelloRecord, Offer
 from molora_fed.federation.letters import (
     HELLO_PURPOSE,
     Acknowledgement,
@@ -18,10 +19,8 @@ from molora_fed.federation.letters import (
     Fetch,
     Greeting,
     Hello,
-    HelloRecord,
     Letter,
     Manifest,
-    Offer,
     QuestionLetter,
     Refusal,
     ResultLetter,

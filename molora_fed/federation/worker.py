@@ -17,7 +17,8 @@ from molora_fed.errors import AdmissionError, FederationError, SignatureError
 from molora_fed.federation.envelopes import open_letter, set_aside
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
-from molora_fed.federation.letters import Acknowledgement, Offer
+from molora_fed.federation.kept import Offer
+from molora_fed.federation.letters import Acknowledgement
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.signing import build_acknowledgement_bytes
 from molora_fed.federation.status import StateFile, UsageFile

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from molora_fed.charter import Charter, load_charter, parse_charter
-from molora_fed.errors import AdapterError, CharterError, FederationError
+from molora_fed.errors import AdapterError, FederationError
 from molora_fed.federation.envelopes import keep_letter, open_letter, set_aside
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.kept import Accepted, Offer
 from molora_fed.federation.letters import (
-    Accepted,
     AnswerLetter,
     CharterLetter,
     Greeting,
-    Offer,
     QuestionLetter,
     ResultLetter,
 )
@@ -112,7 +111,7 @@ def receive_charter(home: ContributorHome) -> Charter | None:
         return None
     try:
         return _accept_charter(home, letter)
-    except (AdapterError, CharterError, FederationError) as error:
+    except Exception as error:  # whatever it does to its parser, the next start is without it
         set_aside(home.charter_letter, error)
         raise
 

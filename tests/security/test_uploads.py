@@ -12,7 +12,8 @@ from molora_fed.federation import coordinator as coordinating
 from molora_fed.federation.coordinator import CoordinatorWorker
 from molora_fed.federation.envelopes import keep_letter, read_letter
 from molora_fed.federation.homes import CoordinatorHome
-from molora_fed.federation.letters import Acknowledgement, HelloRecord, Offer
+from molora_fed.federation.kept import HelloRecord, Offer
+from molora_fed.federation.letters import Acknowledgement
 from molora_fed.federation.mailbox import read_parts
 from molora_fed.federation.messages import describe_folder, plan_parts
 from molora_fed.federation.quota import check_quota, discard_rejected
