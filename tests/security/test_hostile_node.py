@@ -50,7 +50,8 @@ class Server:
         self.process = None
 
     def start(self):
-        env = {**os.environ, "PYTHONPATH": str(HERE), "MOLORA_HOLD_SECONDS": "1"}
+        own = {"MOLORA_HOLD_SECONDS": "1", "MOLORA_MESSAGE_BYTES": "4000000"}
+        env = {**os.environ, "PYTHONPATH": str(HERE), **own}
         with (self.home.root / "serve.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "serve_quoting", str(self.home.root), str(self.port)],
@@ -98,12 +99,12 @@ def test_a_good_contributor_is_admitted_beside_a_hostile_node(root, monkeypatch)
     wait_until(mailbox.fault_file.exists, seconds=60, what="a skipped message")
     assert server.process.poll() is None
     node.terminate()
-    node.wait(timeout=30)
+    node.wait(timeout=60)
     mailbox.state_file.write_text('{"phase": "TRAINING", "loss": 1' + "0" * 400 + "}")
     assert server.end() == 130
 
     server.start()
-    hostile.start()
+    node = hostile.start()
     monkeypatch.setattr(joining, "WORKER_MODULE", "fake_worker")
     monkeypatch.setenv("PYTHONPATH", str(FEDERATION))
     stop = threading.Event()
@@ -120,6 +121,8 @@ def test_a_good_contributor_is_admitted_beside_a_hostile_node(root, monkeypatch)
     sent = describe_folder(root / "alpha" / "contribution")
     assert describe_folder(root / "alpha" / "result" / "fused") == sent
     assert server.process.poll() is None
+    node.terminate()
+    node.wait(timeout=60)
     assert server.end() == 130
     log = (server.home.root / "serve.log").read_text()
     assert "\x1b" not in log and "Traceback" not in log
