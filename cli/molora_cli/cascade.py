@@ -7,6 +7,7 @@ import typer
 
 from molora_cli import cascade_tasks
 from molora_cli.progress import reporting
+from molora_fed.storage.untrusted import clean
 
 app = typer.Typer(
     help="Answer tasks: probe cheaply, escalate where samples disagree.",
@@ -95,7 +96,7 @@ def report(
         accuracy = one["accuracy"]
         if accuracy is not None:
             print(
-                f"{name:<24} {100 * accuracy['point']:5.1f} % "
+                f"{clean(name):<24} {100 * accuracy['point']:5.1f} % "
                 f"({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}), "
                 f"{one['flops']:.3g} operations a task"
             )

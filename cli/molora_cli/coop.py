@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.output import note, print_columns
+from molora_cli.output import MAX_LINE, note, print_columns
 from molora_cli.progress import reporting
+from molora_fed.storage.untrusted import clean
 
 app = typer.Typer(help="Cooperatives.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -196,7 +197,7 @@ def repair(
         retracted = retract_malformed(ledger, actor="molora coop repair")
         receipts = judge_pending(opened, ledger)
     for number, reason in retracted.items():
-        print(f"retracted    forecast record {number}: {reason}")
+        print(f"retracted    forecast record {number}: {clean(reason, MAX_LINE)}")
     for receipt in receipts:
         print(f"decided      {receipt.contributor}, {receipt.contribution_id}: {receipt.state}")
     if not retracted and not receipts:
@@ -220,7 +221,7 @@ def list_(
     print_columns(("contribution", "contributor", "domain", "state"), rows)
     for one in found:
         if one.reason:
-            print(f"{one.contribution_id[:16]}  {one.reason}")
+            print(f"{one.contribution_id[:16]}  {clean(one.reason, MAX_LINE)}")
     for state in sorted({one.state for one in found}):
         print(f"Out of {state}: {LEAVES[state]}.")
 

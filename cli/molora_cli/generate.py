@@ -1,5 +1,6 @@
 """`molora generate`: text from a fused or an evolved model."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import typer
 
 from molora_cli.output import note
 from molora_cli.progress import reporting
+from molora_fed.storage.untrusted import clean_lines
 
 
 class Evidence(StrEnum):
@@ -47,6 +49,8 @@ def generate(
         engine = build_engine(open_model(fused, kinds=("fused", "evolved"), base_folder=base))
         progress.phase("generating")
         (generation,) = generate_text(engine, prompt, sampling, progress=progress)
-    print(generation.prompt + generation.text)
+    text = generation.prompt + generation.text
+    # A terminal obeys what it is shown; a file takes every character as it is.
+    print(clean_lines(text) if sys.stdout.isatty() else text)
     gates = sorted(generation.gates.items(), key=lambda item: -item[1])
     note("gates: " + ", ".join(f"{name} {gate:.2f}" for name, gate in gates))

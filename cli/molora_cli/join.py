@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molora_cli.live import Board, watching
-from molora_cli.output import show
+from molora_cli.output import note, show
 
 if TYPE_CHECKING:
     from molora_fed.charter import Charter
@@ -73,6 +73,7 @@ def join(
     else:
         print(f"fused model  {where / 'result' / 'fused'}")
     print(f"report       {where / 'result' / 'report'}")
+    note("The report is a page that the coordinator made: open it as you would one from the web.")
 
 
 def _ask(charter: "Charter", board: Board, *, agreed: bool) -> bool:

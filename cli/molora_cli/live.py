@@ -4,7 +4,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
+
+from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -17,7 +20,10 @@ __all__ = ["Board", "watching"]
 PLAIN_SECONDS = 10.0
 """Least time between two plain lines that differ in figures only."""
 SHOWN_MESSAGES = 4
+MAX_NAME = 63
+MAX_MESSAGE = 500
 _STOPPED = "STOPPED"
+_SERVER = "server"
 
 
 class Board(Protocol):
@@ -28,6 +34,17 @@ class Board(Protocol):
 
     def paused(self) -> AbstractContextManager[None]:
         """Leave the terminal alone inside, e.g. to ask something."""
+
+
+def _clean(event: "FederationEvent") -> "FederationEvent":
+    """The same with nothing that a terminal obeys: what it says came from others."""
+    return replace(
+        event,
+        contributor=clean(event.contributor, MAX_NAME),
+        phase=clean(event.phase, MAX_NAME),
+        state=clean(event.state, MAX_NAME),
+        message=clean(event.message, MAX_MESSAGE),
+    )
 
 
 def _format_step(event: "FederationEvent") -> str:
@@ -55,12 +72,13 @@ class _Plain:
     def __call__(self, event: "FederationEvent") -> None:
         if event.phase == _STOPPED:
             return  # why it stopped, the command says itself
-        who = event.contributor or "server"
+        event = _clean(event)
+        who = event.contributor or _SERVER
         key, now = (event.phase, event.state, event.message), time.monotonic()
-        is_new = self._last.get(who) != key
-        if not is_new and now - self._printed.get(who, 0.0) < PLAIN_SECONDS:
+        is_new = self._last.get(event.contributor) != key
+        if not is_new and now - self._printed.get(event.contributor, 0.0) < PLAIN_SECONDS:
             return
-        self._last[who], self._printed[who] = key, now
+        self._last[event.contributor], self._printed[event.contributor] = key, now
         loss, eta = _format_loss(event), _format_eta(event)
         parts = [
             event.phase,
@@ -88,11 +106,13 @@ class _Table:
     def __call__(self, event: "FederationEvent") -> None:
         if event.phase == _STOPPED:
             return
-        who = event.contributor or "server"
+        event = _clean(event)
         if event.problem:
+            who = event.contributor or _SERVER
             line = f"{time.strftime('%H:%M:%S')} {who}: {event.message}"
             self._problems = [*self._problems, line][-SHOWN_MESSAGES:]
-        self._events[who] = event
+        # By what it says of itself: a contributor named "server" has a row of its own.
+        self._events[event.contributor] = event
         self._live.update(self._build())
 
     @contextmanager
@@ -107,26 +127,30 @@ class _Table:
         from rich.table import Table
         from rich.text import Text
 
+        # `Text` everywhere: a plain string would be read for markup, and "[/x]" end the display.
         caption = Text("\n".join(self._problems), style="yellow") if self._problems else None
         table = Table(
-            title=self._title, title_justify="left", caption=caption, caption_justify="left"
+            title=Text(clean(self._title, MAX_MESSAGE)),
+            title_justify="left",
+            caption=caption,
+            caption_justify="left",
         )
         for name in ("who", "phase", "ledger"):
             table.add_column(name, no_wrap=True)
         for name in ("progress", "loss", "ETA"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("message", overflow="fold")
-        for who in sorted(self._events, key=lambda name: (name != "server", name)):
-            event = self._events[who]
-            table.add_row(
-                who,
+        for who, event in sorted(self._events.items()):  # the server, which is "", first
+            cells = (
+                who or _SERVER,
                 event.phase,
                 event.state,
                 _format_step(event),
                 _format_loss(event),
                 _format_eta(event),
-                Text(event.message, style="yellow" if event.problem else ""),
             )
+            message = Text(event.message, style="yellow" if event.problem else "")
+            table.add_row(*map(Text, cells), message)
         return table
 
 

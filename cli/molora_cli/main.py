@@ -20,9 +20,10 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from molora_cli.commands import GROUPS, OWN
-from molora_cli.output import note
+from molora_cli.output import MAX_LINE, note
 from molora_fed import __version__
 from molora_fed.errors import MoloraError, PluginError, StorageError
+from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
     from molora_fed.plugins import Entry, Plugins
@@ -247,7 +248,7 @@ def _explain(error: BaseException) -> int:
 
 
 def _say(message: str) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    print("error: " + clean(message, MAX_LINE), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from molora_fed.storage.untrusted import clean
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -11,17 +13,20 @@ if TYPE_CHECKING:
 
 __all__ = ["build_corpus_table", "note", "print_columns", "show"]
 
+MAX_LINE = 8_000
+"""Characters of one line."""
 PIPE_WIDTH = 200
 """Columns of tables that go to a file or another program: nothing is cut."""
 
 
 def note(text: str) -> None:
     """Say something about the run, beside its result: one line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(clean(text, MAX_LINE), file=sys.stderr, flush=True)
 
 
 def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows with aligned columns."""
+    """Print rows with aligned columns; cells may hold text from outside."""
+    rows = [[clean(cell, MAX_LINE) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -32,19 +37,27 @@ def show(*parts: "RenderableType") -> None:
     """Print Rich tables and texts on standard output, or plainly into a pipe."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-    console.print(*parts, sep="\n")
+    from molora_fed.reporting.cells import as_text
+
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    # No markup: names and messages of others are in what is shown.
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    lines = [as_text(part, limit=MAX_LINE) if isinstance(part, str) else part for part in parts]
+    console.print(*lines, sep="\n")
 
 
 def build_corpus_table(report: "CorpusReport") -> "RenderableType":
     """What a prepared corpus holds, and how much of each split occurs in train."""
     from rich.table import Table
 
+    from molora_fed.reporting.cells import as_text
     from molora_fed.types import Split
 
     table = Table(
-        title=f"Corpus '{report.domain}': {report.documents} documents in {report.clusters} "
-        f"clusters, blocks of {report.block_size} tokens",
+        title=as_text(
+            f"Corpus '{report.domain}': {report.documents} documents in {report.clusters} "
+            f"clusters, blocks of {report.block_size} tokens"
+        ),
         title_justify="left",
         caption=None
         if report.qualifies

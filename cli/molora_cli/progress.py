@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from molora_fed.storage.untrusted import clean
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -43,7 +45,7 @@ def format_fields(fields: dict[str, float | str]) -> str:
     if isinstance(left, float | int) and left == left:
         minutes, seconds = divmod(round(left), 60)
         parts.append(f"ETA {minutes}:{seconds:02d}")
-    parts += [str(fields[name]) for name in ("expert", "router") if name in fields]
+    parts += [clean(fields[name]) for name in ("expert", "router") if name in fields]
     return " · ".join(parts)
 
 
@@ -55,9 +57,9 @@ class _Plain:
         self._printed = 0.0
 
     def phase(self, name: str) -> None:
-        self._name = name
+        self._name = clean(name)
         self._printed = time.monotonic()
-        print(name, flush=True)
+        print(self._name, flush=True)
 
     def __call__(self, done: int, total: int, **fields: float | str) -> None:
         now = time.monotonic()
@@ -88,7 +90,7 @@ class _Bars:
 
     def phase(self, name: str) -> None:
         self.end()
-        self._task = self._bars.add_task(name, total=None, figures="")
+        self._task = self._bars.add_task(clean(name), total=None, figures="")
 
     def __call__(self, done: int, total: int, **fields: float | str) -> None:
         if self._task is None:
@@ -124,11 +126,11 @@ def reporting(first: str = "", *, transient: bool = False) -> Iterator[Reporter]
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
     )
     with Progress(*columns, transient=transient) as progress:
         bars = _Bars(progress)

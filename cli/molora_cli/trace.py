@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from molora_cli.output import note, print_columns
+from molora_cli.output import MAX_LINE, note, print_columns
+from molora_fed.storage.untrusted import clean, clean_lines
 
 if TYPE_CHECKING:
     from molora_fed.tracing.records import Record
@@ -61,16 +62,21 @@ def verify(
         return
     report = check(path, public, root)
     for each in report.notes:
-        print(f"note   {each}")
+        print(f"note   {clean(each, MAX_LINE)}")
     for problem in report.problems:
-        print(f"wrong  {problem}")
-    print(f"run {report.run or '?'}: {report.records:,} records, {report.covered:,} signed for")
+        print(f"wrong  {clean(problem, MAX_LINE)}")
+    print(
+        f"run {clean(report.run or '?')}: {report.records:,} records, {report.covered:,} signed for"
+    )
     if report.sealed:
         print(f"sealed, root {report.root}")
     else:
         print("open: a later state may be missing, and what no checkpoint signs may have changed")
         for signed in report.checkpoints:
-            print(f"checkpoint after {signed.count:,} records of {signed.file}, root {signed.root}")
+            print(
+                f"checkpoint after {signed.count:,} records of {clean(signed.file)}, root "
+                f"{clean(signed.root)}"
+            )
     if not report.ok or (sealed and not report.sealed):
         raise typer.Exit(1)
 
@@ -97,14 +103,13 @@ def stats(path: Trace) -> None:
     from molora_fed.tracing.records import encode_json
 
     counts = count_trace(path)
-    print(
-        f"run {encode_json(counts.runs)}: {counts.records:,} records in {counts.segments} segments"
-    )
+    runs = clean(encode_json(counts.runs))
+    print(f"run {runs}: {counts.records:,} records in {counts.segments} segments")
     print_columns(("kind", "records"), [(k, f"{n:,}") for k, n in counts.kinds.items()])
     print()
     print_columns(("writer", "records"), [(w, f"{n:,}") for w, n in counts.writers.items()])
     for torn in counts.recovered:
-        print(f"torn  {encode_json(torn)}")
+        print(f"torn  {clean(encode_json(torn), MAX_LINE)}")
 
 
 @app.command()
@@ -125,7 +130,7 @@ def replay(
     models = build_models(load_config(config), config.parent, plugins) if config else None
     report = replay_trace(path, models=models, plugins=plugins)
     for difference in report.differences:
-        print(f"differs  {difference}")
+        print(f"differs  {clean(difference, MAX_LINE)}")
     asked = f", {report.resampled:,} samples asked again" if config else ""
     print(f"{report.decisions:,} decisions{asked}, {len(report.differences):,} differences")
     if report.differences:
@@ -150,7 +155,8 @@ def record(
 def _format(record: "Record", *, whole: bool) -> str:
     from molora_fed.tracing.records import encode_json
 
-    text = f"{record.number}  {record.writer}  {record.kind}  {encode_json(record.body)}"
+    body = clean_lines(encode_json(record.body))
+    text = f"{record.number}  {clean(record.writer)}  {clean(record.kind)}  {body}"
     return text if whole or len(text) <= LINE_WIDTH else f"{text[: LINE_WIDTH - 3]}..."
 
 
@@ -162,10 +168,11 @@ def _verify_proof(proof: dict[str, object], public: str, root: str | None) -> No
     try:
         proven = check_proof(proof, public, root)
     except TraceError as error:
-        print(f"wrong  {error}")
+        print(f"wrong  {clean(error, MAX_LINE)}")
         raise typer.Exit(1) from error
-    print(encode_json(proven.body))
-    print(f"record {proven.number} of {proven.count:,} ({proven.kind}) of run {proven.run}")
+    print(clean_lines(encode_json(proven.body)))
+    kind, run = clean(proven.kind), clean(proven.run)
+    print(f"record {proven.number} of {proven.count:,} ({kind}) of run {run}")
     print(f"sealed, root {proven.root}")
 
 

@@ -11,9 +11,9 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from molora_fed.federation.client_dialogue import answer
+from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.fleet import find_own_home
 from molora_fed.federation.homes import ContributorHome
-from molora_fed.federation.messages import Envelope
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
 
 __all__ = ["app"]
@@ -30,7 +30,7 @@ def correspond(message: Any, context: Any) -> Any:
         if home is None
         else answer(
             ContributorHome(home),
-            unpack_envelope(message.content),
+            unpack_envelope(message.content, sender="server"),
             is_orphan=lambda: os.getppid() != parent,
         )
     )

@@ -6,33 +6,39 @@ Imports neither torch nor flwr, and does no heavy work: a new process starts for
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from molora_fed.errors import FederationError, StorageError
+from molora_fed.errors import StorageError
+from molora_fed.federation.envelopes import Envelope, keep_letter, open_letter
 from molora_fed.federation.homes import ContributorHome
-from molora_fed.federation.mailbox import read_json, read_parts, take_batch
-from molora_fed.federation.messages import (
-    MAX_BATCH_BYTES,
-    Envelope,
+from molora_fed.federation.kept import Offer
+from molora_fed.federation.letters import (
+    HELLO_PURPOSE,
+    MAX_HELD,
+    MAX_TASKS,
+    Acknowledgement,
+    AnswerLetter,
+    CharterLetter,
+    Fetch,
+    Greeting,
+    Hello,
     Letter,
-    Part,
-    Shipment,
-    parse_part_names,
-    parse_shipment,
-    plan_parts,
+    Manifest,
+    QuestionLetter,
+    Refusal,
+    ResultLetter,
+    State,
+    Task,
+    Wait,
 )
-from molora_fed.storage.files import canonical_json, write_json
+from molora_fed.federation.mailbox import read_parts, take_batch
+from molora_fed.federation.messages import Part, Shipment, plan_parts
+from molora_fed.federation.signing import build_hello_bytes
+from molora_fed.federation.worker_mail import find_stranger
 from molora_fed.storage.keys import build_public_pem, load_key, sign
 
-__all__ = ["answer", "build_hello_bytes"]
+__all__ = ["answer"]
 
-MAX_WAIT_SECONDS = 30.0
 _LOOK_SECONDS = 0.2
-
-
-def build_hello_bytes(nonce: str) -> bytes:
-    """What a contributor signs to show that it holds its key."""
-    return canonical_json({"purpose": "molora-hello-1", "nonce": nonce})
 
 
 def answer(
@@ -52,7 +58,7 @@ def answer(
         The reply: always the state, and whatever was asked for.
 
     Raises:
-        FederationError: If a letter is malformed.
+        FederationError: If what it asks for is not here any more.
     """
     letters: list[Letter] = []
     parts: list[Part] = []
@@ -62,101 +68,130 @@ def answer(
     except StorageError as error:
         home.board.post(str(error))
     for letter in envelope.letters:
-        if letter.kind == "hello":
-            letters.append(_build_hello(home, str(letter.body.get("nonce", ""))))
-        elif letter.kind == "fetch":
-            parts += _collect(home, letter.body)
-        elif letter.kind == "wait":
-            _wait(home, letter.body, is_orphan)
-            parts += _collect_early(home, letter.body)
-    offer = read_json(home.offer_file)
+        if isinstance(letter, Greeting):
+            letters += _build_hello(home, letter)
+        elif isinstance(letter, Fetch):
+            parts += _collect(home, letter)
+        elif isinstance(letter, Wait):
+            _wait(home, letter, is_orphan)
+            parts += _collect_early(home, letter)
+    offer = open_letter(home.offer_file, Offer)
     if offer is not None:
-        letters.append(Letter("manifest", {"files": offer["files"]}))
+        letters.append(Manifest(files=offer.files))
     answered = _find_answer(home)
     if answered is not None:
-        letters.append(Letter("answer", answered))
-    letters.append(Letter("state", _build_state(home)))
+        letters.append(answered)
+    letters.append(_build_state(home))
     return Envelope(tuple(letters), tuple(parts))
 
 
 def _store(home: ContributorHome, envelope: Envelope) -> None:
     """Put letters and parts into the inbox, where the worker finds them."""
-    for part in envelope.parts:
-        home.parts.put(part)
+    places: dict[type[Letter], Path] = {
+        CharterLetter: home.charter_letter,
+        Acknowledgement: home.acknowledgement_letter,
+        ResultLetter: home.result_letter,
+        QuestionLetter: home.question_letter,
+        Refusal: home.refusal_letter,
+    }
     for letter in envelope.letters:
-        if letter.kind == "charter":
-            write_json(home.charter_letter, dict(letter.body))
-        elif letter.kind == "task":
-            home.keep_task(str(letter.body.get("id", "")), letter.body)
-        elif letter.kind == "acknowledgement":
-            write_json(home.acknowledgement_letter, dict(letter.body))
-        elif letter.kind == "result":
-            write_json(home.result_letter, dict(letter.body))
-        elif letter.kind == "question":
-            write_json(home.question_letter, dict(letter.body))
-        elif letter.kind == "refusal":
-            write_json(home.refusal_letter, dict(letter.body))
+        if isinstance(letter, Task):
+            home.keep_task(letter)
+        elif type(letter) in places:
+            keep_letter(places[type(letter)], letter)
+    # After the letters, which say what is expected; whatever else is sent fills no disk.
+    wanted = {
+        name
+        for shipment, part_bytes in _list_expected(home)
+        if not (home.shipments / shipment.id).exists()
+        for name in plan_parts(shipment, part_bytes=part_bytes)
+    }
+    for part in envelope.parts:
+        if part.name in wanted:
+            home.parts.put(part)
 
 
-def _build_hello(home: ContributorHome, nonce: str) -> Letter:
+def _list_expected(home: ContributorHome) -> list[tuple[Shipment, int]]:
+    """The shipments that kept letters announce, with the size of their parts."""
+    expected = []
+    charter = open_letter(home.charter_letter, CharterLetter)
+    result = open_letter(home.result_letter, ResultLetter)
+    question = open_letter(home.question_letter, QuestionLetter)
+    if charter is not None:
+        expected.append((charter.base, charter.part_bytes))
+    for letter in (result, question):
+        if letter is not None:
+            expected.append((letter.files, letter.part_bytes))
+    return expected
+
+
+def _build_hello(home: ContributorHome, greeting: Greeting) -> list[Letter]:
+    """Sign who this is and whom it joins; nothing for another coordinator than the first one."""
+    stranger = find_stranger(home, identity=greeting.identity, coordinator=greeting.coordinator)
+    if stranger is not None:
+        keep_letter(home.refusal_letter, Refusal(reason=str(stranger)))
+        return []
+    keep_letter(home.greeting_letter, greeting)
     settings = home.read_settings()
     key = load_key(home.key)
-    return Letter(
-        "hello",
-        {
-            "public_key": build_public_pem(key),
-            "signature": sign(key, build_hello_bytes(nonce)),
-            "name": settings.name,
-            "domain": settings.domain,
-        },
+    signed = build_hello_bytes(
+        HELLO_PURPOSE, **greeting.to_json(), name=settings.name, domain=settings.domain
     )
+    return [
+        Hello(
+            purpose=HELLO_PURPOSE,
+            public_key=build_public_pem(key),
+            name=settings.name,
+            domain=settings.domain,
+            signature=sign(key, signed),
+        )
+    ]
 
 
-def _build_state(home: ContributorHome) -> dict[str, Any]:
+def _build_state(home: ContributorHome) -> State:
     """Where the contributor stands: what it holds, and what its worker last reported."""
-    charter = read_json(home.charter_letter) or {}
-    acknowledgement = read_json(home.acknowledgement_letter) or {}
-    received = (
-        sorted(path.name for path in home.shipments.iterdir()) if home.shipments.is_dir() else []
-    )
-    return {
+    charter = open_letter(home.charter_letter, CharterLetter)
+    acknowledgement = open_letter(home.acknowledgement_letter, Acknowledgement)
+    question = open_letter(home.question_letter, QuestionLetter)
+    result = open_letter(home.result_letter, ResultLetter)
+    expected = [shipment.id for shipment, _ in _list_expected(home)]
+    return State(
         **home.read_state(),
-        "charter": str(charter.get("id", "")),
-        "tasks": sorted(home.list_tasks()),
-        "acknowledged": str(acknowledgement.get("shipment", "")),
-        "refused": home.refusal_letter.exists(),
-        "question": str((read_json(home.question_letter) or {}).get("id", "")),
-        "result": str((read_json(home.result_letter) or {}).get("id", "")),
-        "received": received,
-        "held": sorted(str(name) for name in home.parts.held()),
-        "problem": home.board.read(),
-    }
+        charter="" if charter is None else charter.id,
+        tasks=sorted(home.list_tasks())[-MAX_TASKS:],
+        acknowledged="" if acknowledgement is None else acknowledgement.shipment,
+        refused=home.refusal_letter.exists(),
+        question="" if question is None else question.id,
+        result="" if result is None else result.id,
+        received=[one for one in dict.fromkeys(expected) if (home.shipments / one).exists()],
+        held=sorted(home.parts.held())[:MAX_HELD],
+        problem=home.board.read(),
+    )
 
 
-def _find_answer(home: ContributorHome) -> dict[str, Any] | None:
+def _find_answer(home: ContributorHome) -> AnswerLetter | None:
     """The answer to the last question that arrived, if the worker has made it."""
-    asked = read_json(home.question_letter)
-    answered = read_json(home.answer_file)
-    if asked is None or answered is None or answered.get("question") != asked.get("id"):
+    asked = open_letter(home.question_letter, QuestionLetter)
+    answered = open_letter(home.answer_file, AnswerLetter)
+    if asked is None or answered is None or answered.question != asked.id:
         return None
-    return dict(answered)
+    return answered
 
 
 def _list_offered(home: ContributorHome) -> list[tuple[Path, Shipment]]:
     """What may be fetched: contribution, and answer to the last question."""
     offered = []
-    offer, answered = read_json(home.offer_file), _find_answer(home)
+    offer, answered = open_letter(home.offer_file, Offer), _find_answer(home)
     if offer is not None:
-        offered.append((home.contribution, parse_shipment(offer["files"])))
+        offered.append((home.contribution, offer.files))
     if answered is not None:
-        folder = home.answer_folder(answered["question"])
-        offered.append((folder, parse_shipment(answered["files"])))
+        offered.append((home.answer_folder(answered.question), answered.files))
     return offered
 
 
-def _collect(home: ContributorHome, body: Any) -> list[Part]:
+def _collect(home: ContributorHome, fetch: Fetch) -> list[Part]:
     """Read the parts that are asked for, as far as they are still offered."""
-    names = parse_part_names(body.get("names", []))
+    names = fetch.names
     parts: list[Part] = []
     for folder, shipment in _list_offered(home):
         known = {entry.sha256 for entry in shipment.files}
@@ -166,33 +201,25 @@ def _collect(home: ContributorHome, body: Any) -> list[Part]:
     return parts
 
 
-def _collect_early(home: ContributorHome, body: Any) -> list[Part]:
+def _collect_early(home: ContributorHome, wait: Wait) -> list[Part]:
     """The first parts of what was waited for, sent before they are asked for: saves a round."""
-    size = min(int(body.get("parts_bytes", 0)), MAX_BATCH_BYTES)
-    if size <= 0 or not _has_news(home, body):
+    if not wait.parts_bytes or not _has_news(home, wait):
         return []
-    folder, shipment = _list_offered(home)[-1 if body.get("question") else 0]
-    batch = take_batch(plan_parts(shipment, part_bytes=size), max_bytes=size)
-    return read_parts(folder, shipment, batch)
+    folder, shipment = _list_offered(home)[-1 if wait.question else 0]
+    names = plan_parts(shipment, part_bytes=wait.parts_bytes)
+    return read_parts(folder, shipment, take_batch(names, max_bytes=wait.parts_bytes))
 
 
-def _has_news(home: ContributorHome, body: Any) -> bool:
+def _has_news(home: ContributorHome, wait: Wait) -> bool:
     """Whether there is what a wait letter waits for: a contribution, or an answer."""
-    question = body.get("question")
-    if not question:
+    if wait.question is None:
         return home.offer_file.exists()
     answered = _find_answer(home)
-    return answered is not None and answered["question"] == question
+    return answered is not None and answered.question == wait.question
 
 
-def _wait(home: ContributorHome, body: Any, is_orphan: Callable[[], bool]) -> None:
+def _wait(home: ContributorHome, wait: Wait, is_orphan: Callable[[], bool]) -> None:
     """Wait until the worker has what is waited for, or time is up."""
-    seconds = body.get("seconds", 0)
-    if not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
-        raise FederationError(
-            f"Cannot wait: expected 0 to {MAX_WAIT_SECONDS} seconds, got {seconds!r}. "
-            "Run the same molora-fed version on both sides."
-        )
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not is_orphan() and not _has_news(home, body):
+    deadline = time.monotonic() + wait.seconds
+    while time.monotonic() < deadline and not is_orphan() and not _has_news(home, wait):
         time.sleep(_LOOK_SECONDS)

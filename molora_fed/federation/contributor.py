@@ -13,7 +13,7 @@ from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import CharterError, FederationError, ServerUnreachableError
 from molora_fed.federation.homes import CONTRIBUTOR_HOME, ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
-from molora_fed.federation.mailbox import hold_lock, read_json
+from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     ProcessGroup,
@@ -125,7 +125,8 @@ class ContributorSupervisor:
     @property
     def acknowledgement(self) -> dict[str, Any]:
         """What the coordinator acknowledged; empty before it did."""
-        return dict(read_json(self.home.acknowledgement_letter) or {})
+        letter = self.home.read_acknowledgement()
+        return {} if letter is None else letter.to_json()
 
     def __enter__(self) -> "ContributorSupervisor":
         """Start everything; what was started ends again if something fails."""
@@ -190,9 +191,7 @@ class ContributorSupervisor:
         """
         self._processes.poll()
         self._report()
-        refusal = read_json(self.home.refusal_letter)
-        if refusal is not None:
-            raise FederationError(str(refusal.get("reason", "The server refused."))[:500])
+        self.home.check_refusal()
         self._settle_consent()
         if not self._worker_done:
             self._watch_worker()

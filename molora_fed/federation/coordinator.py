@@ -19,7 +19,6 @@ from molora_fed.errors import (
     AdapterError,
     AdmissionError,
     FederationError,
-    LedgerError,
     StorageError,
 )
 from molora_fed.federation.coordinator_mail import (
@@ -28,14 +27,20 @@ from molora_fed.federation.coordinator_mail import (
     complete_deliveries,
     publish_charter,
     publish_result,
+    sign_kept_result,
 )
+from molora_fed.federation.envelopes import open_letter
 from molora_fed.federation.homes import CoordinatorHome, message_bytes
+from molora_fed.federation.letters import ResultLetter, Summary
 from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.membership import list_states, read_limits
+from molora_fed.federation.quota import check_quota, describe_failure, discard_rejected
 from molora_fed.federation.status import StateFile, UsageFile
 from molora_fed.federation.supervise import record_errors
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.keys import key_fingerprint, load_key
+from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
     from molora_fed.contributions.ledger import Ledger
@@ -90,6 +95,7 @@ class CoordinatorWorker:
         if load_charter(self._home.charter) != self._charter:
             write_charter(self._charter, self._home.charter)
         publish_charter(self._home, self._charter, self._key, part_bytes=self._message_bytes)
+        sign_kept_result(self._home, self._charter, self._key)
         self._opened = self._note_opening()
         if self._ledger.cooperative_state == _S.CREATED:
             self._ledger.advance(_S.RECRUITING, actor=ACTOR)
@@ -139,7 +145,7 @@ class CoordinatorWorker:
         """When this server first opened, from which the deadline counts."""
         path = self._home.mail / "opened.json"
         noted = read_json(path)
-        if noted is None:
+        if not isinstance(noted, dict) or not isinstance(noted.get("time"), int | float):
             noted = {"time": time.time()}
             write_json(path, noted)
         return float(noted["time"])
@@ -160,8 +166,7 @@ class CoordinatorWorker:
 
     def _advance_to_training(self) -> None:
         if self._ledger.cooperative_state == _S.RECRUITING and any(
-            (read_json(mailbox.state_file) or {}).get("phase") not in (None, "JOINING")
-            for mailbox in self._home.contributors()
+            state.phase != "JOINING" for state in list_states(self._home)
         ):
             self._ledger.advance(_S.TRAINING, actor=ACTOR)
             self._show()
@@ -189,15 +194,18 @@ class CoordinatorWorker:
             raise
         except FederationError as error:
             # The damaged parts are gone and are fetched again.
-            print(str(error), file=sys.stderr, flush=True)
+            print(clean(error, 1_000), file=sys.stderr, flush=True)
             return
         try:
             receipt = self._receive(delivery, folder)
             contribution_id, state = receipt.contribution_id, str(receipt.state)
             refusals = receipt.decision.refusals if receipt.decision else ()
             findings = [refusal.message for refusal in refusals]
-        except (AdapterError, LedgerError) as error:
-            contribution_id, state, findings = "", "REJECTED", [str(error)]
+        except StorageError:
+            raise
+        except Exception as error:
+            # Whatever one upload does to the checks, the others' are taken.
+            contribution_id, state, findings = "", "REJECTED", [describe_failure(error)]
         acknowledge(
             delivery,
             self._key,
@@ -206,6 +214,8 @@ class CoordinatorWorker:
             findings=findings,
             part_bytes=self._message_bytes,
         )
+        if state == "REJECTED":
+            discard_rejected(self._ledger, self._cooperative.store, delivery.public_key)
         shutil.rmtree(folder, ignore_errors=True)
         self._show()
 
@@ -221,6 +231,10 @@ class CoordinatorWorker:
                 f"'{delivery.name}' with key {shown[:16]}, got '{manifest.contributor}' with key "
                 f"{signed[:16]}. Submit only your own."
             )
+        limits = read_limits(self._home)
+        if limits is not None:
+            bound = limits.contribution_bytes
+            check_quota(self._ledger, manifest, contribution_bytes=bound)
         return receive_contribution(
             self._ledger,
             self._cooperative.store,
@@ -246,10 +260,10 @@ class CoordinatorWorker:
 
     def _published(self) -> tuple[int, list[str]] | None:
         """Amendment and contributions of the result in the outbox, None if there is none."""
-        letter = read_json(self._home.outbox / "result.json")
+        letter = open_letter(self._home.outbox / "result.json", ResultLetter)
         if letter is None:
             return None
-        return letter["summary"]["amendment"], letter["summary"]["contributions"]
+        return letter.summary.amendment, letter.summary.contributions
 
     def _enter(self, name: str) -> None:
         """Report what begins, within the cooperative's state."""
@@ -349,12 +363,19 @@ class CoordinatorWorker:
         self, folders: Mapping[str, Path], ids: Sequence[str], result: Mapping[str, Any]
     ) -> None:
         """Put a result's folders into the outbox."""
-        summary = {
-            "amendment": self._charter.amendment.number,
-            "contributions": list(ids),
-            "gain_percent": result.get("gain_percent", {}),
-        }
-        publish_result(self._home, dict(folders), summary, part_bytes=self._message_bytes)
+        summary = Summary(
+            amendment=self._charter.amendment.number,
+            contributions=list(ids),
+            gain_percent=dict(result.get("gain_percent", {})),
+        )
+        publish_result(
+            self._home,
+            dict(folders),
+            summary,
+            key=self._key,
+            identity=self._charter.identity_hash,
+            part_bytes=self._message_bytes,
+        )
 
 
 def _claim_evolution(home: CoordinatorHome, charter: Charter, ids: Sequence[str]) -> None:

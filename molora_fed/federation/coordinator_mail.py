@@ -12,34 +12,45 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from molora_fed.charter import Charter
-from molora_fed.errors import FederationError
+from molora_fed.errors import FederationError, SignatureError
+from molora_fed.federation.envelopes import keep_letter, open_letter, parse_letter, set_aside
 from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome
-from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.messages import Shipment, describe_folder, parse_shipment
-from molora_fed.federation.worker_mail import build_charter_bytes
-from molora_fed.storage.files import (
-    canonical_json,
-    hash_bytes,
-    replace_folder,
-    storage_errors,
-    write_json,
+from molora_fed.federation.kept import EarlierResult, HelloRecord, Offer
+from molora_fed.federation.letters import (
+    Acknowledgement,
+    CharterLetter,
+    ResultLetter,
+    Summary,
+    cut_findings,
 )
-from molora_fed.storage.keys import build_public_pem, sign
+from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.membership import bind_name
+from molora_fed.federation.messages import Shipment, describe_folder
+from molora_fed.federation.signing import (
+    build_acknowledgement_bytes,
+    build_charter_bytes,
+    build_result_bytes,
+    hash_charter_letter,
+)
+from molora_fed.storage.files import replace_folder, storage_errors
+from molora_fed.storage.keys import build_public_pem, key_fingerprint, sign
 
 __all__ = [
     "Delivery",
     "acknowledge",
     "announce_decision",
     "announce_withdrawal",
-    "build_acknowledgement_bytes",
     "complete_deliveries",
     "publish_charter",
     "publish_result",
     "retract_result",
+    "sign_kept_result",
 ]
 
 _OTHER_FILES_BYTES = 4 * 2**20
 _BYTES_PER_TOKEN = 12
+_STRANGERS = 256
+_KEPT_FAILURES = 32
 
 
 def publish_charter(
@@ -54,26 +65,34 @@ def publish_charter(
         part_bytes: Largest part of a file.
 
     Raises:
+        FederationError: If the charter or the base's list of files does not fit into a message.
         StorageError: On I/O errors.
     """
     text = home.charter.read_text(encoding="utf-8")
     # Only the checkpoint's own files: what lies in folders below is of its training.
     files = describe_folder(home.base).files
     base = Shipment(tuple(entry for entry in files if "/" not in entry.name))
-    task = {"id": f"train-{charter.amendment.number}", "kind": "train"}
-    head = {"text": text, "base": base.to_json(), "tasks": [task], "part_bytes": part_bytes}
-    letter_id = hash_bytes(canonical_json(head))
-    letter = home.outbox / "charter.json"
-    if (read_json(letter) or {}).get("id") == letter_id:
-        return
+    identity, number = charter.identity_hash, charter.amendment.number
+    head: dict[str, Any] = {
+        "text": text,
+        "identity": identity,
+        "amendment": number,
+        "base": base.to_json(),
+        "tasks": [{"id": f"train-{number}", "kind": "train"}],
+        "part_bytes": part_bytes,
+    }
+    letter_id = hash_charter_letter(head)
+    signature = sign(key, build_charter_bytes(identity, number, letter_id))
+    outside = {"id": letter_id, "public_key": build_public_pem(key), "signature": signature}
     samples = charter.amendment.samples
     blocks = samples.calibration + samples.admission + samples.held_out
     sample_bytes = blocks * charter.identity.corpus.block_size * _BYTES_PER_TOKEN
     limit = charter.identity.adapters.max_bytes + sample_bytes + _OTHER_FILES_BYTES
-    write_json(home.outbox / "limits.json", {"contribution_bytes": limit})
-    signature = sign(key, build_charter_bytes(text))
-    signed = {**head, "id": letter_id, "public_key": build_public_pem(key), "signature": signature}
-    write_json(letter, signed)
+    strangers = max(_STRANGERS, 4 * charter.amendment.expected)
+    limits = {"contribution_bytes": limit, "strangers": strangers}
+    keep_letter(home.outbox / "limits.json", limits)
+    letter = parse_letter(CharterLetter, {**head, **outside}, what="the charter's letter")
+    keep_letter(home.outbox / "charter.json", letter)
 
 
 @dataclass(frozen=True)
@@ -107,20 +126,24 @@ class Delivery:
 def complete_deliveries(home: CoordinatorHome, *, part_bytes: int) -> Iterator[Delivery]:
     """The contributions that are complete and not acknowledged yet."""
     for mailbox in home.contributors():
-        hello, offer = read_json(mailbox.hello_file), read_json(mailbox.offer_file)
-        if hello is None or offer is None:
+        hello = open_letter(mailbox.hello_file, HelloRecord)
+        offer = open_letter(mailbox.offer_file, Offer)
+        if hello is None or offer is None or not _owns(mailbox, hello):
             continue
-        shipment = parse_shipment(offer["files"])
-        if mailbox.acknowledgement_file(shipment.id).exists():
+        shipment = offer.files
+        if open_letter(mailbox.acknowledgement_file(shipment.id), Acknowledgement) is not None:
             continue
         if not mailbox.parts.missing(shipment, part_bytes=part_bytes):
-            yield Delivery(mailbox, shipment, hello["public_key"], hello["name"], hello["domain"])
+            yield Delivery(mailbox, shipment, hello.public_key, hello.name, hello.domain)
 
 
-def build_acknowledgement_bytes(body: Mapping[str, Any]) -> bytes:
-    """What the coordinator signs of an acknowledgement."""
-    unsigned = {name: value for name, value in body.items() if name != "signature"}
-    return canonical_json({"purpose": "molora-acknowledgement-1", **unsigned})
+def _owns(mailbox: ContributorMailbox, hello: HelloRecord) -> bool:
+    """Whether a mailbox is that of the key in its hello; the server makes no others."""
+    try:
+        return key_fingerprint(hello.public_key) == mailbox.fingerprint
+    except SignatureError as error:
+        set_aside(mailbox.hello_file, error)
+        return False
 
 
 def acknowledge(
@@ -139,21 +162,39 @@ def acknowledge(
         key: The coordinator's private key.
         contribution_id: Hash of the manifest; empty if there was no readable one.
         state: State in the ledger.
-        findings: One line for each admission check that found something.
+        findings: One line for each admission check that found something; cut, for they may quote
+            what the contributor sent.
         part_bytes: Largest part of a file.
 
     Raises:
         StorageError: On I/O errors.
     """
+    mailbox = delivery.mailbox
     body = {
         "shipment": delivery.shipment.id,
         "contribution_id": contribution_id,
         "state": state,
-        "findings": list(findings),
+        "findings": cut_findings(findings),
     }
     body["signature"] = sign(key, build_acknowledgement_bytes(body))
-    write_json(delivery.mailbox.acknowledgement_file(delivery.shipment.id), body)
-    delivery.mailbox.parts.discard(delivery.shipment, part_bytes=part_bytes)
+    keep_letter(mailbox.acknowledgement_file(delivery.shipment.id), body)
+    if state == "ADMITTED":
+        bind_name(mailbox, delivery.name)
+    else:
+        _drop_oldest_acknowledgements(mailbox)
+    mailbox.parts.discard(delivery.shipment, part_bytes=part_bytes)
+
+
+def _drop_oldest_acknowledgements(mailbox: ContributorMailbox) -> None:
+    """Keep so many answers to attempts that failed: each costs a file, and attempts are free."""
+    failed = []
+    for path in mailbox.list_acknowledgements():
+        letter = open_letter(path, Acknowledgement)
+        if letter is not None and letter.state in ("REJECTED", "QUARANTINED"):
+            failed.append(path)
+    failed.sort(key=lambda path: path.stat().st_mtime)
+    for path in failed[:-_KEPT_FAILURES]:
+        path.unlink(missing_ok=True)
 
 
 def announce_withdrawal(
@@ -187,11 +228,12 @@ def announce_decision(
     Raises:
         StorageError: On I/O errors.
     """
-    for path in sorted((mailbox.folder / "acknowledgements").glob("*.json")):
-        body = read_json(path) or {}
-        if body.get("contribution_id") == contribution_id and body.get("state") != state:
-            body = {**body, "state": state, "findings": list(findings)}
-            write_json(path, {**body, "signature": sign(key, build_acknowledgement_bytes(body))})
+    for path in mailbox.list_acknowledgements():
+        letter = open_letter(path, Acknowledgement)
+        if letter is None or letter.contribution_id != contribution_id or letter.state == state:
+            continue
+        body = {**letter.to_json(), "state": state, "findings": cut_findings(findings)}
+        keep_letter(path, {**body, "signature": sign(key, build_acknowledgement_bytes(body))})
 
 
 def retract_result(home: CoordinatorHome, contribution_id: str) -> bool:
@@ -203,11 +245,12 @@ def retract_result(home: CoordinatorHome, contribution_id: str) -> bool:
     Raises:
         StorageError: On I/O errors.
     """
-    letter = home.outbox / "result.json"
-    if contribution_id not in (read_json(letter) or {}).get("summary", {}).get("contributions", ()):
+    path = home.outbox / "result.json"
+    letter = open_letter(path, ResultLetter)
+    if letter is None or contribution_id not in letter.summary.contributions:
         return False
-    with storage_errors(letter):
-        letter.unlink()
+    with storage_errors(path):
+        path.unlink()
         shutil.rmtree(home.outbox / "result", ignore_errors=True)
     return True
 
@@ -215,8 +258,10 @@ def retract_result(home: CoordinatorHome, contribution_id: str) -> bool:
 def publish_result(
     home: CoordinatorHome,
     folders: Mapping[str, Path],
-    summary: Mapping[str, Any],
+    summary: Summary,
     *,
+    key: EllipticCurvePrivateKey,
+    identity: str,
     part_bytes: int,
 ) -> str:
     """Put the fused model and the report into the outbox for every admitted contributor.
@@ -224,15 +269,16 @@ def publish_result(
     Args:
         home: The coordinator's home.
         folders: Folders to send, by the name they get in the contributor's result.
-        summary: JSON object sent with the list of files; only whose contribution id is among its
-            `contributions` gets them.
+        summary: Of what it was made; only whose contribution is in it gets the files.
+        key: The coordinator's private key.
+        identity: The charter's identity.
         part_bytes: Largest part of a file.
 
     Returns:
         Id of the shipment.
 
     Raises:
-        FederationError: If a folder is missing.
+        FederationError: If a folder is missing, or the list of files does not fit into a message.
         StorageError: On I/O errors.
     """
     for folder in folders.values():
@@ -249,14 +295,53 @@ def publish_result(
     if target.exists():
         shutil.rmtree(target)
     (results / "next").rename(target)
-    letter = {
-        "id": shipment.id,
-        "files": shipment.to_json(),
-        "summary": dict(summary),
-        "part_bytes": part_bytes,
-    }
-    write_json(home.outbox / "result.json", letter)
+    _keep_result(home, shipment, summary, key=key, identity=identity, part_bytes=part_bytes)
     for other in results.iterdir():
         if other != target:
             shutil.rmtree(other)
     return shipment.id
+
+
+def _keep_result(
+    home: CoordinatorHome,
+    files: Shipment,
+    summary: Summary,
+    *,
+    key: EllipticCurvePrivateKey,
+    identity: str,
+    part_bytes: int,
+) -> None:
+    letter = ResultLetter(
+        id=files.id,
+        files=files,
+        summary=summary,
+        part_bytes=part_bytes,
+        identity=identity,
+        signature=sign(key, build_result_bytes(identity, files.id, summary)),
+    )
+    keep_letter(home.outbox / "result.json", letter)
+
+
+def sign_kept_result(home: CoordinatorHome, charter: Charter, key: EllipticCurvePrivateKey) -> None:
+    """Sign the result that an earlier version left in the outbox unsigned.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    path = home.outbox / "result.json"
+    try:
+        kept = read_json(path)
+        if not isinstance(kept, dict) or "signature" in kept:
+            return
+        earlier = parse_letter(EarlierResult, kept, what="the result in the outbox")
+    except FederationError as error:
+        set_aside(path, error)  # fused again
+        return
+    _keep_result(
+        home,
+        earlier.files,
+        earlier.summary,
+        key=key,
+        identity=charter.identity_hash,
+        part_bytes=earlier.part_bytes,
+    )

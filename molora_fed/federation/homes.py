@@ -2,15 +2,18 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import ConfigError, FederationError
+from molora_fed.federation.envelopes import keep_letter, read_letter
 from molora_fed.federation.join_settings import JoinSettings
+from molora_fed.federation.kept import HelloRecord
+from molora_fed.federation.letters import MAX_TASKS, Acknowledgement, Refusal, Task
 from molora_fed.federation.mailbox import Board, PartStore, read_json
 from molora_fed.federation.messages import MAX_BATCH_BYTES
-from molora_fed.storage.files import write_json
+from molora_fed.federation.status import read_worker_state
 
 __all__ = [
     "CONTRIBUTOR_HOME",
@@ -22,7 +25,6 @@ __all__ = [
     "hold_seconds",
     "home_from_environment",
     "message_bytes",
-    "public_state",
 ]
 
 COORDINATOR_HOME = "MOLORA_COORDINATOR_HOME"
@@ -36,14 +38,6 @@ HOLD_SECONDS = "MOLORA_HOLD_SECONDS"
 
 _LONGEST_HOLD_SECONDS = 25
 _LEFTOVER = ".*.tmp"  # the temporary names of `molora_fed.storage.files`
-_STATE_FIELDS: Mapping[str, type | tuple[type, ...]] = {
-    "phase": str,
-    "message": str,
-    "step": int,
-    "total": int,
-    "loss": (int, float),
-    "eta_seconds": (int, float),
-}
 
 
 def home_from_environment(variable: str) -> Path:
@@ -91,18 +85,6 @@ def hold_seconds() -> float:
     return float(text)
 
 
-def public_state(value: Any) -> dict[str, Any]:
-    """The known fields of a worker's state, with their types checked; safe on outside input."""
-    if not isinstance(value, dict):
-        return {}
-    state: dict[str, Any] = {}
-    for name, kinds in _STATE_FIELDS.items():
-        item = value.get(name)
-        if isinstance(item, kinds) and not isinstance(item, bool):
-            state[name] = item[:300] if isinstance(item, str) else item
-    return state
-
-
 class _Home:
     """What both kinds of home have."""
 
@@ -117,8 +99,11 @@ class _Home:
         self.board = Board(self.mail / "board")
 
     def read_state(self) -> dict[str, Any]:
-        """The worker's last reported state; empty before the first."""
-        return public_state(read_json(self.state_file))
+        """The worker's last reported state; empty before the first, and what is wrong left out."""
+        try:
+            return read_worker_state(read_json(self.state_file)).known
+        except FederationError:
+            return {}
 
     def _remove(self, leftovers: Iterable[Path]) -> None:
         for path in list(leftovers):
@@ -157,11 +142,21 @@ class CoordinatorHome(_Home):
         folder = self.mail / "contributors"
         if not folder.is_dir():
             return []
-        return [ContributorMailbox(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+        return [
+            ContributorMailbox(path)
+            for path in sorted(folder.iterdir())
+            if path.is_dir() and not path.name.startswith(".")
+        ]
 
 
 class ContributorMailbox:
     """What the server holds of one contributor: who it is, where it stands, what it sent."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ContributorMailbox) and self.folder == other.folder
+
+    def __hash__(self) -> int:
+        return hash(self.folder)
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -173,17 +168,26 @@ class ContributorMailbox:
         self.delivered_file = folder / "delivered.json"
         self.question_file = folder / "question.json"
         self.answer_file = folder / "answer.json"
+        self.fault_file = folder / "fault.json"
+        self.names_file = folder / "names.json"
         self.parts = PartStore(folder / "parts")
 
     def acknowledgement_file(self, shipment_id: str) -> Path:
         """Where the coordinator writes what became of a contribution."""
         return self.folder / "acknowledgements" / f"{shipment_id}.json"
 
+    def list_acknowledgements(self) -> list[Path]:
+        """The acknowledgements that are kept, by shipment."""
+        return sorted((self.folder / "acknowledgements").glob("*.json"))
+
     @property
     def name(self) -> str:
         """The contributor's name, or the start of its fingerprint before it said one."""
-        hello = read_json(self.hello_file) or {}
-        return str(hello.get("name", self.fingerprint[:12]))
+        try:
+            hello = read_letter(self.hello_file, HelloRecord)
+        except (FederationError, OSError):
+            hello = None
+        return self.fingerprint[:12] if hello is None else hello.name
 
 
 class ContributorHome(_Home):
@@ -199,6 +203,8 @@ class ContributorHome(_Home):
         self.training = self.root / "training"
         self.contribution = self.root / "contribution"
         self.result = self.root / "result"
+        self.greeting_letter = self.mail / "inbox" / "hello.json"
+        self.accepted_file = self.mail / "accepted.json"
         self.charter_letter = self.mail / "inbox" / "charter.json"
         self.acknowledgement_letter = self.mail / "inbox" / "acknowledgement.json"
         self.refusal_letter = self.mail / "inbox" / "refusal.json"
@@ -214,24 +220,46 @@ class ContributorHome(_Home):
         self.tasks = self.mail / "inbox" / "tasks"
         self._earlier_tasks = self.mail / "tasks"  # where versions with a queue kept them
 
+    def read_acknowledgement(self) -> Acknowledgement | None:
+        """What the coordinator said of the contribution; None before it did, or if malformed."""
+        try:
+            return read_letter(self.acknowledgement_letter, Acknowledgement)
+        except FederationError:
+            return None
+
+    def check_refusal(self) -> None:
+        """Raise the server's refusal if there is one.
+
+        Raises:
+            FederationError: With the reason that the server gave.
+        """
+        try:
+            refusal = read_letter(self.refusal_letter, Refusal)
+        except FederationError:
+            refusal = Refusal(reason="The server refused.")
+        if refusal is not None:
+            raise FederationError(refusal.reason or "The server refused.")
+
     def remove_leftovers(self) -> None:
         """Delete what a killed contributor left half-written; call it only while none runs."""
         self._remove([*self.root.glob(_LEFTOVER), *self.mail.rglob(_LEFTOVER)])
 
-    def keep_task(self, task_id: str, task: Mapping[str, Any]) -> None:
+    def keep_task(self, task: Task) -> None:
         """Keep a task that has arrived, unless it is known; done is what its outcome is of.
 
         Raises:
-            FederationError: If the id is not of letters, digits, dots and dashes.
+            FederationError: If there are too many already.
             StorageError: On I/O errors.
         """
-        if not task_id or not all(c.isascii() and (c.isalnum() or c in ".-") for c in task_id):
+        known = self.list_tasks()
+        if task.id in known:
+            return
+        if len(known) >= MAX_TASKS:
             raise FederationError(
-                f"Cannot take task '{task_id}': expected an id of letters, digits, dots and "
-                "dashes, got others. Run the same molora-fed version on both sides."
+                f"Cannot take task '{task.id}': expected at most {MAX_TASKS} tasks, got more. "
+                "Use another --home for another cooperative."
             )
-        if task_id not in self.list_tasks():
-            write_json(self.tasks / f"{task_id}.json", dict(task))
+        keep_letter(self.tasks / f"{task.id}.json", task)
 
     def list_tasks(self) -> set[str]:
         """Ids of all tasks that ever arrived."""

@@ -5,9 +5,8 @@ one goes on from the folders. Imports neither torch nor flwr.
 """
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,18 @@ from molora_fed.federation.messages import (
     Part,
     PartName,
     Shipment,
-    parse_part_names,
+    parse_part_name,
     plan_parts,
 )
 from molora_fed.storage import locks
-from molora_fed.storage.files import hash_file, make_home, replace_folder, write_bytes
+from molora_fed.storage.files import (
+    hash_file,
+    make_home,
+    replace_folder,
+    storage_errors,
+    write_bytes,
+)
+from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [
     "Board",
@@ -34,18 +40,25 @@ __all__ = [
     "take_batch",
 ]
 
+MAX_JSON_BYTES = 64 * 2**20
+"""Largest JSON file that is read."""
 _COPY_BYTES = 2**20
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Content of a JSON file, or None if it is not there.
 
+    Args:
+        path: The file.
+        max_bytes: Largest file that is read.
+
     Raises:
-        FederationError: If it is there and not JSON; files here are written whole, so somebody
-            changed it.
+        FederationError: If it is there and not JSON within bounds; files here are written whole,
+            so somebody changed it.
     """
     try:
-        return json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            return parse_json(file.read(max_bytes + 1), max_bytes=max_bytes)
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -127,10 +140,42 @@ class PartStore:
 
     def held(self) -> set[PartName]:
         """The parts that are here."""
-        if not self._folder.is_dir():
-            return set()
-        names = (name for name in os.listdir(self._folder) if not name.startswith("."))
-        return set(parse_part_names(names))
+        found = set()
+        for name in self._list():
+            with contextlib.suppress(FederationError):  # no part: `keep_only` deletes it
+                found.add(parse_part_name(name))
+        return found
+
+    def _list(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self._folder) if not name.startswith(".")]
+        except FileNotFoundError:
+            return []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parts that are here."""
+        return sum(name.length for name in self.held())
+
+    @property
+    def changed(self) -> float:
+        """When a part last came or went, seconds since 1970; 0.0 if none ever did."""
+        try:
+            return self._folder.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def keep_only(self, wanted: Collection[PartName]) -> None:
+        """Delete all parts but these.
+
+        Raises:
+            StorageError: On I/O errors.
+        """
+        needed = {str(name) for name in wanted}
+        with storage_errors(self._folder):
+            for name in self._list():
+                if name not in needed:
+                    (self._folder / name).unlink(missing_ok=True)
 
     def missing(self, shipment: Shipment, *, part_bytes: int = MAX_PART_BYTES) -> list[PartName]:
         """The parts of a shipment that are not here, in order."""
@@ -201,9 +246,11 @@ class Board:
         Raises:
             StorageError: On I/O errors even that.
         """
+        # Cut and cleaned: it may quote what came from outside, and is shown as it is.
+        message = clean(message, self._SIZE // 4)
         if message == self.read():
             return
-        data = message.encode()[: self._SIZE]
+        data = message.encode()
         if not self._path.exists():
             if message:
                 write_bytes(self._path, data.ljust(self._SIZE))

@@ -1,35 +1,29 @@
-"""What travels between a server and a contributor: letters, shipments and the parts of files.
+"""Files that travel between a server and a contributor: shipments and the parts of files.
 
-Every letter is idempotent: receiving it twice changes nothing, so whatever is lost is sent again.
 Files travel as a `Shipment` (names, sizes and hashes) and its parts (at most 64 MB each, named by
 hash and offset), so a transfer resumes where it stopped. Imports neither torch nor flwr.
 """
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from molora_fed.errors import FederationError
 from molora_fed.storage.files import canonical_json, hash_bytes, hash_file
+from molora_fed.storage.untrusted import clean
 
 __all__ = [
     "MAX_BATCH_BYTES",
+    "MAX_FILE_BYTES",
     "MAX_LETTERS_BYTES",
     "MAX_PART_BYTES",
-    "Envelope",
     "FileEntry",
-    "Letter",
-    "LetterKind",
     "Part",
     "PartName",
     "Shipment",
-    "build_answer_bytes",
-    "build_question_bytes",
     "describe_folder",
-    "parse_letters",
-    "parse_part_names",
+    "parse_part_name",
     "parse_shipment",
     "plan_parts",
 ]
@@ -43,43 +37,16 @@ MAX_LETTERS_BYTES = 900_000
 MAX_FILES = 4_096
 MAX_FILE_BYTES = 2**40
 
-LetterKind = Literal[
-    "hello",  # server: a nonce; contributor: its public key and a signature over the nonce
-    "refusal",  # server: why this contributor cannot take part
-    "charter",  # server: charter text, coordinator's signature, the base's shipment
-    "task",  # server: work to do; done once its outcome is in the outbox
-    "wait",  # server: answer once something has changed, or after some seconds
-    "fetch",  # server: send these parts of your contribution
-    "acknowledgement",  # server: the ledger holds your contribution; its state and findings
-    "result",  # server: the shipment of the fused model and report
-    "question",  # server: populations, and what to do with them on texts that stay where they are
-    "state",  # contributor: where it stands; in every reply
-    "manifest",  # contributor: the shipment of its contribution
-    "answer",  # contributor: the shipment of its answer to the last question
-]
-
+_PART = re.compile(r"([0-9a-f]{64})-([0-9]{1,13})-([0-9]{1,8})")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,5}")
 
 
 def _malformed(what: str, *, expected: str, got: object) -> FederationError:
     return FederationError(
-        f"Cannot read {what}: expected {expected}, got {str(got)[:120]!r}. "
+        f"Cannot read {what}: expected {expected}, got '{clean(got, 120)}'. "
         "Run the same molora-fed version on both sides."
     )
-
-
-@dataclass(frozen=True)
-class Letter:
-    """One idempotent letter.
-
-    Attributes:
-        kind: What it is about.
-        body: JSON object.
-    """
-
-    kind: LetterKind
-    body: Mapping[str, Any]
 
 
 @dataclass(frozen=True, order=True)
@@ -100,23 +67,6 @@ class Part:
 
     name: PartName
     data: bytes
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """What one Flower message carries: letters, and parts of files beside them."""
-
-    letters: tuple[Letter, ...] = ()
-    parts: tuple[Part, ...] = ()
-
-    def find(self, kind: LetterKind) -> Mapping[str, Any] | None:
-        """Body of the first letter of a kind, or None."""
-        return next((letter.body for letter in self.letters if letter.kind == kind), None)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the parts."""
-        return sum(len(part.data) for part in self.parts)
 
 
 @dataclass(frozen=True, order=True)
@@ -211,58 +161,17 @@ def plan_parts(shipment: Shipment, *, part_bytes: int = MAX_PART_BYTES) -> list[
     ]
 
 
-def parse_letters(value: Any) -> tuple[Letter, ...]:
-    """Read letters from outside.
+def parse_part_name(value: Any) -> PartName:
+    """Read a part name written by `str(PartName)`.
 
     Raises:
-        FederationError: If it is not a list of letters of known kinds.
+        FederationError: If it is not hash-offset-length, or too long.
     """
-    if not isinstance(value, list):
-        raise _malformed("letters", expected="a list", got=value)
-    letters = []
-    for item in value:
-        if not isinstance(item, dict) or set(item) != {"kind", "body"}:
-            raise _malformed("a letter", expected="kind and body", got=item)
-        if item["kind"] not in get_args(LetterKind) or not isinstance(item["body"], dict):
-            raise _malformed("a letter", expected="a known kind and an object", got=item)
-        letters.append(Letter(item["kind"], item["body"]))
-    return tuple(letters)
-
-
-def parse_part_names(values: Iterable[Any]) -> list[PartName]:
-    """Read part names written by `str(PartName)`; malformed ones raise.
-
-    Raises:
-        FederationError: If one is not hash-offset-length, or too long.
-    """
-    names = []
-    for value in values:
-        fields = value.split("-") if isinstance(value, str) else []
-        if (
-            len(fields) != 3
-            or not _HASH.fullmatch(fields[0])
-            or not (
-                fields[1].isascii()
-                and fields[1].isdigit()
-                and fields[2].isascii()
-                and fields[2].isdigit()
-            )
-        ):
-            raise _malformed("a part's name", expected="hash-offset-length", got=value)
-        name = PartName(fields[0], int(fields[1]), int(fields[2]))
-        if not 0 < name.length <= MAX_PART_BYTES or name.offset > MAX_FILE_BYTES:
-            raise _malformed("a part's name", expected=f"1 to {MAX_PART_BYTES} bytes", got=value)
-        names.append(name)
-    return names
-
-
-def build_question_bytes(identity: str, amendment: int, question: str) -> bytes:
-    """What the coordinator signs of a question: the cooperative, its amendment, and the files."""
-    content = {"purpose": "molora-question-1", "identity": identity, "question": question}
-    return canonical_json({**content, "amendment": amendment})
-
-
-def build_answer_bytes(identity: str, question: str, answer: str) -> bytes:
-    """What a contributor signs of an answer: the cooperative, what was asked, and the files."""
-    content = {"purpose": "molora-answer-1", "identity": identity, "question": question}
-    return canonical_json({**content, "answer": answer})
+    what = "a part's name"
+    found = _PART.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise _malformed(what, expected="hash-offset-length", got=value)
+    name = PartName(found[1], int(found[2]), int(found[3]))
+    if not 0 < name.length <= MAX_PART_BYTES or name.offset > MAX_FILE_BYTES:
+        raise _malformed(what, expected=f"1 to {MAX_PART_BYTES} bytes", got=value)
+    return name

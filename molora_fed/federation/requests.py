@@ -8,25 +8,22 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from molora_fed.charter import Charter
-from molora_fed.errors import MoloraError, StorageError
+from molora_fed.errors import StorageError
+from molora_fed.federation.envelopes import keep_letter, open_letter
 from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome
-from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.messages import (
-    Shipment,
-    build_answer_bytes,
-    build_question_bytes,
-    describe_folder,
-    parse_shipment,
-)
+from molora_fed.federation.kept import HelloRecord
+from molora_fed.federation.letters import AnswerLetter, QuestionLetter
+from molora_fed.federation.messages import Shipment, describe_folder
+from molora_fed.federation.signing import build_answer_bytes, build_question_bytes
 from molora_fed.plugins import Plugins
 from molora_fed.population.questions import Answer, Question, load_answer, save_question
-from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import sign, verify
+from molora_fed.storage.untrusted import clean
 
 __all__ = ["RemoteData"]
 
@@ -83,7 +80,7 @@ class RemoteData:
             StorageError: On I/O errors.
         """
         letter = self._publish(question)
-        asked = parse_shipment(letter["files"])
+        asked = letter.files
         self._forget_branches(asked)
         found: dict[str, Read] = {}
         problem = ""
@@ -98,9 +95,10 @@ class RemoteData:
                         mailbox.question_file.unlink(missing_ok=True)
                 except StorageError:
                     raise
-                except MoloraError as error:
-                    # One bad answer must not end the server: it is asked for again.
-                    problem = str(error)
+                except Exception as error:
+                    # One bad answer must not end the server, whatever it does to its reader: it
+                    # is asked for again.
+                    problem = f"answer of '{name}': {clean(error, 500) or type(error).__name__}"
                     self._on_problem(problem)
                     shutil.rmtree(self._place(name, asked), ignore_errors=True)
                     mailbox.answer_file.unlink(missing_ok=True)
@@ -125,7 +123,7 @@ class RemoteData:
             mailbox.answer_file.unlink(missing_ok=True)
         shutil.rmtree(self._questions, ignore_errors=True)
 
-    def _publish(self, question: Question) -> dict[str, Any]:
+    def _publish(self, question: Question) -> QuestionLetter:
         """Put a question's files into the outbox, and build its letter."""
         draft = self._questions / "next"
         save_question(question, self._router_name, draft)
@@ -139,14 +137,14 @@ class RemoteData:
         else:
             draft.rename(target)
         content = build_question_bytes(self._identity, self._amendment, files.id)
-        return {
-            "id": files.id,
-            "files": files.to_json(),
-            "part_bytes": self._part_bytes,
-            "answer_bytes": files.num_bytes + _FIGURES_BYTES,
-            "amendment": self._amendment,
-            "signature": sign(self._key, content),
-        }
+        return QuestionLetter(
+            id=files.id,
+            files=files,
+            part_bytes=self._part_bytes,
+            answer_bytes=files.num_bytes + _FIGURES_BYTES,
+            amendment=self._amendment,
+            signature=sign(self._key, content),
+        )
 
     def _place(self, name: str, asked: Shipment) -> Path:
         return self._answers / asked.id[:16] / name
@@ -157,24 +155,24 @@ class RemoteData:
             if branch.parents[1].name != asked.id[:16]:
                 shutil.rmtree(branch)
 
-    def _collect(self, name: str, mailbox: ContributorMailbox, letter: Mapping[str, Any]) -> bool:
+    def _collect(self, name: str, mailbox: ContributorMailbox, letter: QuestionLetter) -> bool:
         """Ask one contributor, or take its answer; whether it is here now."""
-        asked = parse_shipment(letter["files"])
+        asked = letter.files
         place = self._place(name, asked)
         if (place / "answer.json").is_file():
             return True
-        if (read_json(mailbox.question_file) or {}).get("id") != asked.id:
-            write_json(mailbox.question_file, dict(letter))
-        answered = read_json(mailbox.answer_file) or {}
-        if answered.get("question") != asked.id:
+        keep_letter(mailbox.question_file, letter)
+        answered = open_letter(mailbox.answer_file, AnswerLetter)
+        if answered is None or answered.question != asked.id:
             return False
-        files = parse_shipment(answered["files"])
+        files = answered.files
         if mailbox.parts.missing(files, part_bytes=self._part_bytes):
             return False
+        hello = open_letter(mailbox.hello_file, HelloRecord)
         verify(
-            str((read_json(mailbox.hello_file) or {}).get("public_key", "")),
+            "" if hello is None else hello.public_key,
             build_answer_bytes(self._identity, asked.id, files.id),
-            str(answered["signature"]),
+            answered.signature,
             what=f"answer of '{name}'",
         )
         mailbox.parts.assemble(files, place, part_bytes=self._part_bytes)

@@ -11,9 +11,12 @@ import tomli_w
 
 from molora_fed.charter import load_charter
 from molora_fed.errors import FederationError
+from molora_fed.federation.envelopes import read_letter
 from molora_fed.federation.fleet import CONNECTED, Fleet
 from molora_fed.federation.homes import COORDINATOR_HOME, ContributorMailbox, CoordinatorHome
-from molora_fed.federation.mailbox import hold_lock, read_json
+from molora_fed.federation.kept import Offer
+from molora_fed.federation.letters import Acknowledgement, Refusal, ShownState
+from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     DEFAULT_PORT,
@@ -30,6 +33,7 @@ from molora_fed.federation.supervise import (
     sigterm_as_interrupt,
 )
 from molora_fed.storage.files import write_bytes
+from molora_fed.storage.untrusted import clean
 from molora_fed.storage.values import count_cores
 
 __all__ = ["ServerSupervisor", "serve"]
@@ -269,11 +273,12 @@ class ServerSupervisor:
             )
         state = self.home.read_state()
         self._phase = state.get("phase", self._phase)
-        events = [FederationEvent(**state)] if state else []
-        events += [_describe(mailbox) for mailbox in self.home.contributors()]
-        for event in events:
-            if self._shown.get(event.contributor) != event:
-                self._shown[event.contributor] = event
+        events = {"": FederationEvent(**state)} if state else {}
+        # By key, not by name: two may have said the same one.
+        events |= {one.fingerprint: _describe(one) for one in self.home.contributors()}
+        for key, event in events.items():
+            if self._shown.get(key) != event:
+                self._shown[key] = event
                 self._emit(event)
 
     def _stop(self) -> None:
@@ -327,21 +332,34 @@ def _submit_run(home: CoordinatorHome, address: str, fleet: Fleet) -> None:
 
 
 def _describe(mailbox: ContributorMailbox) -> FederationEvent:
-    """One contributor as the server sees it."""
-    state = read_json(mailbox.state_file) or {}
-    problem = str(state.pop("problem", ""))
-    last_phase = str(state.pop("phase", "JOINING"))
-    refusal = read_json(mailbox.refusal_file) or {}
-    offer = read_json(mailbox.offer_file) or {}
+    """One contributor as the server sees it; what cannot be shown is said, and ends nothing."""
+    try:
+        return _describe_letters(mailbox)
+    except Exception as error:  # whoever goes on with the letter sets it aside
+        return FederationEvent(
+            "JOINING", contributor=mailbox.name, message=clean(error, 500), problem=True
+        )
+
+
+def _describe_letters(mailbox: ContributorMailbox) -> FederationEvent:
+    state = read_letter(mailbox.state_file, ShownState) or ShownState()
+    refusal = read_letter(mailbox.refusal_file, Refusal)
+    fault = read_letter(mailbox.fault_file, Refusal)
+    offer = read_letter(mailbox.offer_file, Offer)
     ledger_state = ""
-    if offer:
-        acknowledgement = read_json(mailbox.acknowledgement_file(offer["id"])) or {}
-        ledger_state = str(acknowledgement.get("state", ""))
+    if offer is not None:
+        path = mailbox.acknowledgement_file(offer.id)
+        acknowledgement = read_letter(path, Acknowledgement)
+        ledger_state = "" if acknowledgement is None else acknowledgement.state
     event = FederationEvent(
-        phase="DONE" if mailbox.delivered_file.exists() else last_phase,
-        contributor=mailbox.name,
-        state=ledger_state,
-        **state,
+        **{
+            **state.known,
+            "phase": "DONE" if mailbox.delivered_file.exists() else state.phase,
+            "contributor": mailbox.name,
+            "state": ledger_state,
+        }
     )
-    bad_news = problem or str(refusal.get("reason", ""))
-    return replace(event, message=bad_news, problem=True) if bad_news else event
+    for bad_news in (state.problem, refusal and refusal.reason, fault and fault.reason):
+        if bad_news:
+            return replace(event, message=bad_news, problem=True)
+    return event

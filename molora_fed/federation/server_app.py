@@ -22,9 +22,11 @@ from molora_fed.federation.homes import (
     home_from_environment,
     message_bytes,
 )
+from molora_fed.federation.letters import Fetch, Wait
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
+from molora_fed.storage.untrusted import clean
 
 __all__ = ["MailRelay", "app"]
 
@@ -32,6 +34,7 @@ LOOP_SECONDS = 0.3
 PULSE_SECONDS = 1.0
 REPLY_SECONDS = 300.0
 PAUSE_SECONDS = 2.0
+MAX_PAUSE_SECONDS = 60.0
 QUIET_SECONDS = 5.0
 MESSAGE_TTL_SECONDS = 3_600.0
 MAX_BYTES_UNDER_WAY = 256 * 2**20
@@ -82,6 +85,7 @@ class _Node:
         awaits: What it asks news of: the id of a question, or "" for a contribution; None if it
             asks for more.
         not_before: No message before this time, monotonic seconds; set after a failure.
+        faults: Messages skipped in a row.
     """
 
     remote: RemoteContributor = field(default_factory=RemoteContributor)
@@ -90,6 +94,7 @@ class _Node:
     num_bytes: int = 0
     awaits: str | None = None
     not_before: float = 0.0
+    faults: int = 0
 
 
 class MailRelay:
@@ -115,9 +120,10 @@ class MailRelay:
                 failures = 0
             except Exception as error:
                 # Flower reports its transport's failures as many types; the run ends only if
-                # they go on, and is then submitted again by the supervisor.
+                # they go on, and is then submitted again by the supervisor. What one node does
+                # is caught where that node is dealt with, and never gets here.
                 failures += 1
-                print(f"{type(error).__name__}: {error}", flush=True)
+                _log(f"{type(error).__name__}: {clean(error)}")
                 if failures >= MAX_FAILURES:
                     raise
                 time.sleep(1.0)
@@ -133,6 +139,7 @@ class MailRelay:
         for node_id, node in self._nodes.items():
             if not node.message_id and time.monotonic() >= node.not_before:
                 self._send(node_id, node)
+            self._beat()  # with many nodes a round takes long
         self._beat()
 
     def _collect(self) -> None:
@@ -140,60 +147,96 @@ class MailRelay:
         under_way = {n.message_id: n for n in self._nodes.values() if n.message_id}
         if not under_way:
             return
-        for message in self._grid.pull_messages(list(under_way)):
+        for message in self._pull(under_way):
             node = under_way.get(message.metadata.reply_to_message_id)
             if node is None:
                 continue
             node.message_id = ""
             self._accept(node, message)
+            self._beat()
         for node in under_way.values():
             if node.message_id and time.monotonic() - node.sent > REPLY_SECONDS:
                 node.message_id = ""
 
+    def _pull(self, under_way: dict[str, _Node]) -> list[Any]:
+        """The answers that are there; one that Flower cannot read hides no other."""
+        try:
+            return list(self._grid.pull_messages(list(under_way)))
+        except Exception as error:
+            _log(f"not pulled together: {type(error).__name__}: {clean(error)}")
+        found: list[Any] = []
+        failed: list[tuple[_Node, Exception]] = []
+        for message_id, node in under_way.items():
+            try:
+                found += self._grid.pull_messages([message_id])
+            except Exception as error:
+                failed.append((node, error))
+        if len(failed) == len(under_way) > 1:
+            raise failed[0][1]  # nobody's fault: the transport's
+        for node, reason in failed:
+            node.message_id = ""
+            self._skip(node, reason)
+        return found
+
     def _accept(self, node: _Node, message: Any) -> None:
+        """File one node's answer; whatever it does here concerns nobody else."""
         try:
             if message.has_error():
                 node.not_before = time.monotonic() + PAUSE_SECONDS
-                print(f"node error {message.error.code}: {message.error.reason}", flush=True)
+                _log(f"node error {message.error.code}: {clean(message.error.reason)}")
                 return
-            self._dialogue.accept(node.remote, unpack_envelope(message.content))
+            envelope = unpack_envelope(message.content, sender="contributor")
+            self._dialogue.accept(node.remote, envelope)
             self._home.board.post("")
-            is_silent = not node.remote.fingerprint
-            if is_silent or node.remote.state.get("problem"):
+            node.faults = 0
+            remote = node.remote
+            is_silent = not remote.fingerprint and not remote.refusal
+            if is_silent or remote.state.problem:
                 node.not_before = time.monotonic() + PAUSE_SECONDS
             elif node.awaits is not None and not _has_news(node):
                 node.not_before = time.monotonic() + self._quiet_seconds
         except StorageError as error:
             self._home.board.post(str(error))
             node.not_before = time.monotonic() + PAUSE_SECONDS
-        except MoloraError as error:
-            node.not_before = time.monotonic() + PAUSE_SECONDS
-            print(f"refused: {error}", flush=True)
+        except Exception as error:
+            self._skip(node, error)
+
+    def _skip(self, node: _Node, error: Exception) -> None:
+        """Skip one node's message: say whose it was and why, and ask again, ever more rarely."""
+        node.faults += 1
+        pause = min(PAUSE_SECONDS * 2 ** min(node.faults - 1, 10), MAX_PAUSE_SECONDS)
+        node.not_before = time.monotonic() + pause
+        who = "a contributor"
+        try:
+            who = self._dialogue.note_fault(node.remote, error)
+        except Exception as other:
+            _log(f"not noted: {clean(other)}")
+        _log(f"skipped a message of {clean(who)}: {type(error).__name__}: {clean(error, 500)}")
 
     def _send(self, node_id: int, node: _Node) -> None:
         try:
             envelope = self._dialogue.next_envelope(node.remote)
-        except (MoloraError, OSError) as error:
-            # A file changed while it was read, such as a result that a newer one replaces.
+            if envelope is None:
+                return
+            fetch, wait = envelope.find(Fetch), envelope.find(Wait)
+            node.awaits = None if wait is None else wait.question or ""
+            node.num_bytes = envelope.num_bytes + (self._message_bytes if fetch else 0)
+            under_way = sum(n.num_bytes for n in self._nodes.values() if n.message_id)
+            if under_way and under_way + node.num_bytes > MAX_BYTES_UNDER_WAY:
+                return
+            message = Message(
+                pack_envelope(envelope),
+                dst_node_id=node_id,
+                message_type="query",
+                ttl=MESSAGE_TTL_SECONDS,
+            )
+            (node.message_id,) = self._grid.push_messages([message])
+        except Exception as error:
+            # A file changed while it was read, such as a result that a newer one replaces; or the
+            # node has just gone. If it is the transport, the next round says so.
             node.not_before = time.monotonic() + PAUSE_SECONDS
-            print(f"not sent: {error}", flush=True)
+            _log(f"not sent: {type(error).__name__}: {clean(error, 500)}")
             return
-        if envelope is None:
-            return
-        fetch = envelope.find("fetch")
-        wait = envelope.find("wait")
-        node.awaits = None if wait is None else str(wait.get("question", ""))
-        node.num_bytes = envelope.num_bytes + (self._message_bytes if fetch else 0)
-        under_way = sum(n.num_bytes for n in self._nodes.values() if n.message_id)
-        if under_way and under_way + node.num_bytes > MAX_BYTES_UNDER_WAY:
-            return
-        message = Message(
-            pack_envelope(envelope),
-            dst_node_id=node_id,
-            message_type="query",
-            ttl=MESSAGE_TTL_SECONDS,
-        )
-        (node.message_id,) = self._grid.push_messages([message])
         node.sent = time.monotonic()
 
     def _beat(self) -> None:
@@ -209,5 +252,9 @@ class MailRelay:
 
 def _has_news(node: _Node) -> bool:
     """Whether what was waited for has come."""
-    state = node.remote.state
-    return state.get("answered") == node.awaits if node.awaits else bool(state.get("offer"))
+    remote = node.remote
+    return remote.answered == node.awaits if node.awaits else remote.has_offer
+
+
+def _log(line: str) -> None:
+    print(line, flush=True)

@@ -127,7 +127,8 @@ class _SimulatedMember:
     @property
     def acknowledgement(self) -> dict[str, Any]:
         """What the coordinator acknowledged; empty before it did."""
-        return dict(read_json(self.home.acknowledgement_letter) or {})
+        letter = self.home.read_acknowledgement()
+        return {} if letter is None else letter.to_json()
 
     def settle(self) -> None:
         """Agree to what the charter asks for, once it is here: nothing leaves this machine."""
@@ -148,9 +149,7 @@ class _SimulatedMember:
             FederationError: If the server refused this contributor.
             MoloraError: Whatever ended its work.
         """
-        refusal = read_json(self.home.refusal_letter)
-        if refusal is not None:
-            raise FederationError(str(refusal.get("reason", "The server refused."))[:500])
+        self.home.check_refusal()
         if self.home.error_file.exists():
             name = self.settings.name
             raise_recorded(self.home.error_file, otherwise=f"Cannot go on for '{name}'.")

@@ -9,15 +9,28 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
 
 from molora_fed.federation.mailbox import read_json
 from molora_fed.storage.files import write_json
+from molora_fed.storage.settings import UntrustedModel
+from molora_fed.storage.untrusted import clean
 
-__all__ = ["FederationEvent", "OnEvent", "StateFile", "UsageFile", "measure_peak_bytes"]
+__all__ = [
+    "Count",
+    "FederationEvent",
+    "OnEvent",
+    "StateFile",
+    "UsageFile",
+    "WorkerState",
+    "measure_peak_bytes",
+    "read_worker_state",
+]
 
 _STATE_INTERVAL_SECONDS = 0.5
 _WORTH_WRITING_SECONDS = 0.05
@@ -57,6 +70,51 @@ class FederationEvent:
 
 
 OnEvent = Callable[[FederationEvent], None]
+
+MAX_MESSAGE = 300
+"""Characters of a state's message."""
+Message = Annotated[str, AfterValidator(lambda text: clean(text, MAX_MESSAGE))]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Loss = Annotated[float, Field(ge=-1e6, le=1e6)]
+Seconds = Annotated[float, Field(ge=0.0, le=1e9)]
+Phase = Literal[
+    "STARTING", "CREATED", "RECRUITING", "TRAINING", "FUSING", "PUBLISHED", "GROWING",
+    "JOINING", "CORPUS", "SUBMITTING", "SUBMITTED", "ADMITTED", "EVOLVING",
+    "RECEIVED", "VERIFIED", "QUARANTINED", "REJECTED", "WITHDRAWN", "DONE",
+]  # fmt: skip
+
+
+class WorkerState(UntrustedModel):
+    """Where a worker stands."""
+
+    phase: Phase = "JOINING"
+    message: Message = ""
+    step: Count | None = None
+    total: Count | None = None
+    loss: Loss | None = None
+    eta_seconds: Seconds | None = None
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What was said, and with it the phase; nothing if nothing was."""
+        names = self.model_fields_set & set(WorkerState.model_fields)
+        found = {name: getattr(self, name) for name in sorted(names)}
+        known = {name: value for name, value in found.items() if value is not None}
+        return {"phase": self.phase, **known} if known else {}
+
+
+def read_worker_state(value: Any) -> WorkerState:
+    """What can be used of a worker's own state; the rest is left out: a state never fails.
+
+    Args:
+        value: Content of its file.
+    """
+    kept: dict[str, Any] = {}
+    for name in WorkerState.model_fields:
+        if isinstance(value, dict) and value.get(name) is not None:
+            with suppress(ValidationError):
+                kept[name] = getattr(WorkerState.model_validate({name: value[name]}), name)
+    return WorkerState(**kept)
 
 
 class StateFile:

@@ -29,6 +29,7 @@ from molora_fed import errors
 from molora_fed.errors import ConfigError, FederationError, MoloraError, PortTakenError
 from molora_fed.federation.mailbox import read_json
 from molora_fed.storage.files import write_json
+from molora_fed.storage.untrusted import clean
 
 __all__ = [
     "DEFAULT_PORT",
@@ -54,6 +55,8 @@ PARENT_SECONDS = 3.0
 MAX_RESTARTS = 5
 RESTARTS_FORGOTTEN_SECONDS = 300.0
 OBSERVE_SECONDS = 1.0
+MAX_ERROR = 8_000
+"""Characters of an error that a worker leaves."""
 
 # Ends the program with its supervisor however that one dies; a supervisor that is killed cannot
 # stop anything itself. Linux only; elsewhere the next start does it (`end_leftovers`).
@@ -412,8 +415,9 @@ def record_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except MoloraError as error:
-        print(str(error), file=sys.stderr, flush=True)
-        record = {"type": type(error).__name__, "message": str(error), "code": error.exit_code}
+        message = clean(error, MAX_ERROR)  # it may quote what came from outside
+        print(message, file=sys.stderr, flush=True)
+        record = {"type": type(error).__name__, "message": message, "code": error.exit_code}
         with contextlib.suppress(errors.StorageError):
             write_json(path, record)
         raise SystemExit(error.exit_code) from error

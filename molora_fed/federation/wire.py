@@ -1,24 +1,25 @@
 """Envelopes as Flower records: letters as canonical JSON, parts as raw arrays."""
 
-import json
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from molora_fed.errors import FederationError
+from molora_fed.federation.envelopes import Envelope, Sender, parse_letters
 from molora_fed.federation.messages import (
     MAX_BATCH_BYTES,
     MAX_LETTERS_BYTES,
-    Envelope,
     Part,
-    parse_letters,
-    parse_part_names,
+    parse_part_name,
 )
 from molora_fed.storage.files import canonical_json
+from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = ["FORMAT_VERSION", "pack_envelope", "unpack_envelope"]
 
 FORMAT_VERSION = 1
+MAX_PARTS = 65_536
+"""Parts in one envelope."""
 
 
 def pack_envelope(envelope: Envelope) -> Any:
@@ -30,7 +31,7 @@ def pack_envelope(envelope: Envelope) -> Any:
             here and not there.
     """
     letters = canonical_json(
-        [{"kind": letter.kind, "body": dict(letter.body)} for letter in envelope.letters]
+        [{"kind": letter.kind, "body": letter.to_json()} for letter in envelope.letters]
     )
     if len(letters) > MAX_LETTERS_BYTES or envelope.num_bytes > MAX_BATCH_BYTES:
         raise FederationError(
@@ -53,37 +54,42 @@ def pack_envelope(envelope: Envelope) -> Any:
     return content
 
 
-def unpack_envelope(content: Any) -> Envelope:
+def unpack_envelope(content: Any, *, sender: Sender) -> Envelope:
     """Read an envelope that came from outside.
 
+    Args:
+        content: Flower `RecordDict`.
+        sender: Who sent it.
+
     Raises:
-        FederationError: If it is of another version, malformed, or larger than allowed.
+        FederationError: If it is of another version, malformed, or larger than allowed; one short
+            line says what, whatever it holds.
     """
     try:
         head = content["letters"]
         version, text = head["version"], head["json"]
         if version != FORMAT_VERSION:
-            raise FederationError(
-                f"Cannot read a message: expected format {FORMAT_VERSION}, got {version}. "
-                "Run the same molora-fed version on both sides."
-            )
-        if not isinstance(text, str) or len(text) > MAX_LETTERS_BYTES:
-            raise ValueError("too many letters")
-        letters = parse_letters(json.loads(text))
+            raise ValueError(f"format {clean(version, 40)}")
+        if not isinstance(text, str):
+            raise ValueError("no text")
+        letters = parse_letters(parse_json(text, max_bytes=MAX_LETTERS_BYTES), sender=sender)
         arrays = content.get("parts", {})
+        if len(arrays) > MAX_PARTS:
+            raise ValueError(f"{len(arrays)} parts")
         parts = []
         for key, array in arrays.items():
-            (name,) = parse_part_names([key])
+            name = parse_part_name(key)
             if len(array.data) != name.length:
-                raise ValueError(f"part {key} with {len(array.data)} bytes")
+                raise ValueError(f"part {name} with {len(array.data)} bytes")
             parts.append(Part(name, array.data))
         if sum(len(part.data) for part in parts) > MAX_BATCH_BYTES:
             raise ValueError("too many bytes of parts")
     except FederationError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except Exception as error:  # whatever it is: one node's message must never end the other side
         raise FederationError(
-            f"Cannot read a message: expected letters and parts, got {error!s:.120}. "
-            "Run the same molora-fed version on both sides."
+            f"Cannot read a message: expected letters and parts of format {FORMAT_VERSION}, got "
+            f"{clean(error) or type(error).__name__}. Run the same molora-fed version on both "
+            "sides."
         ) from error
-    return Envelope(letters, tuple(parts))
+    return Envelope(tuple(letters), tuple(parts))

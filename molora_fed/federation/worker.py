@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molora_fed.charter import Charter
-from molora_fed.errors import AdmissionError, FederationError, QuestionRefusedError
-from molora_fed.federation.coordinator_mail import build_acknowledgement_bytes
+from molora_fed.errors import (
+    AdmissionError,
+    FederationError,
+    QuestionRefusedError,
+    SignatureError,
+)
+from molora_fed.federation.envelopes import open_letter, set_aside
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
-from molora_fed.federation.mailbox import hold_lock, read_json
+from molora_fed.federation.kept import Offer
+from molora_fed.federation.letters import Acknowledgement
+from molora_fed.federation.mailbox import hold_lock
+from molora_fed.federation.signing import build_acknowledgement_bytes
 from molora_fed.federation.status import StateFile, UsageFile
 from molora_fed.federation.supervise import record_errors
 from molora_fed.federation.worker_mail import (
@@ -26,8 +34,9 @@ from molora_fed.federation.worker_mail import (
     find_question,
     has_consent,
     offer_contribution,
+    receive_base,
     receive_charter,
-    receive_shipment,
+    receive_result,
     refuse_question,
     until,
 )
@@ -110,13 +119,15 @@ class ContributorWorker:
 
     def _is_offered(self, charter: Charter) -> bool:
         """Whether a contribution made from these settings and this amendment is offered."""
-        offer = read_json(self._home.offer_file) or {}
+        offer = open_letter(self._home.offer_file, Offer)
         number = charter.amendment.number
-        if offer.get("recipe") == self._recipe(charter):
+        if offer is None:
+            return False
+        if offer.recipe == self._recipe(charter):
             return True
         # A later amendment asks nothing new of a contributor who is in: nobody retrains.
         earlier = {self._recipe(charter, amendment) for amendment in range(number)}
-        return offer.get("recipe") in earlier and self._is_admitted()
+        return offer.recipe in earlier and self._is_admitted()
 
     def _is_admitted(self) -> bool:
         """Whether the coordinator has admitted what is offered."""
@@ -146,9 +157,7 @@ class ContributorWorker:
         """Make the contribution and offer it, once the server's task is here; the offer ends it."""
         home = self._home
         self._state.enter("JOINING", "waiting for the base")
-        yield from until(
-            lambda: receive_shipment(home, home.charter_letter, "base", home.base) or None
-        )
+        yield from until(lambda: receive_base(home) or None)
         task_id = f"train-{charter.amendment.number}"
         yield from until(lambda: task_id in home.list_tasks() or None)
         with self._usage.stage("corpus"):
@@ -219,23 +228,27 @@ class ContributorWorker:
             SignatureError: If the acknowledgement is not the coordinator's.
         """
         home = self._home
-        letter = read_json(home.acknowledgement_letter) or {}
-        offer = read_json(home.offer_file) or {}
-        if not letter or letter.get("shipment") != offer.get("id"):
+        letter = open_letter(home.acknowledgement_letter, Acknowledgement)
+        offer = open_letter(home.offer_file, Offer)
+        if letter is None or offer is None or letter.shipment != offer.id:
             return None
-        verify(
-            (home.charter / "coordinator.pem").read_text(encoding="utf-8"),
-            build_acknowledgement_bytes(letter),
-            str(letter.get("signature", "")),
-            what="acknowledgement",
-        )
-        if letter["state"] == "ADMITTED":
+        try:
+            verify(
+                (home.charter / "coordinator.pem").read_text(encoding="utf-8"),
+                build_acknowledgement_bytes(letter.to_json()),
+                letter.signature,
+                what="acknowledgement",
+            )
+        except SignatureError as error:
+            set_aside(home.acknowledgement_letter, error)
+            raise
+        if letter.state == "ADMITTED":
             return True
-        findings = " ".join(str(finding) for finding in letter["findings"])
-        self._state.enter(str(letter["state"]), findings)
+        findings = letter.describe()
+        self._state.enter(letter.state, findings)
         raise AdmissionError(
             findings
-            or f"Cannot take part: expected an admitted contribution, got {letter['state']}. "
+            or f"Cannot take part: expected an admitted contribution, got {letter.state}. "
             "Ask the coordinator."
         )
 
@@ -290,7 +303,7 @@ class ContributorWorker:
     def _receive_result(self) -> bool | None:
         home = self._home
         with self._usage.stage("result"):
-            return receive_shipment(home, home.result_letter, "files", home.result) or None
+            return receive_result(home) or None
 
     def _link_base(self) -> None:
         """Let a fused model find its base at the path it recorded, `../base`."""

@@ -12,20 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from molora_fed.charter import Charter, load_charter, parse_charter
-from molora_fed.errors import FederationError
+from molora_fed.errors import AdapterError, FederationError
+from molora_fed.federation.envelopes import keep_letter, open_letter, set_aside
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.kept import Accepted, Offer
+from molora_fed.federation.letters import (
+    AnswerLetter,
+    CharterLetter,
+    Greeting,
+    QuestionLetter,
+    ResultLetter,
+)
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.messages import (
-    Shipment,
+from molora_fed.federation.messages import Shipment, describe_folder
+from molora_fed.federation.signing import (
     build_answer_bytes,
+    build_charter_bytes,
     build_question_bytes,
-    describe_folder,
-    parse_shipment,
+    build_result_bytes,
+    hash_charter_letter,
 )
 from molora_fed.plugins import Plugins
 from molora_fed.storage.files import (
     canonical_json,
-    hash_bytes,
     replace_folder,
     storage_errors,
     write_bytes,
@@ -39,13 +48,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "answer_question",
-    "build_charter_bytes",
     "find_question",
+    "find_stranger",
     "give_consent",
     "has_consent",
     "offer_contribution",
+    "receive_base",
     "receive_charter",
-    "receive_shipment",
+    "receive_result",
     "refuse_question",
     "until",
 ]
@@ -61,75 +71,174 @@ def until(look: Callable[[], Found | None]) -> Generator[None, None, Found]:
     return found
 
 
-def build_charter_bytes(text: str) -> bytes:
-    """What the coordinator signs of a charter's text."""
-    return canonical_json({"purpose": "molora-charter-1", "text": hash_bytes(text.encode())})
+def find_stranger(
+    home: ContributorHome, *, identity: str, coordinator: str
+) -> FederationError | None:
+    """What is wrong if this is another coordinator, or cooperative, than that of the first join.
+
+    Args:
+        home: The contributor's home.
+        identity: Identity of the charter.
+        coordinator: Fingerprint of the coordinator's key.
+    """
+    pinned = home.charter / "coordinator.pem"
+    kept = home.charter / "cooperative.toml"
+    if pinned.exists():
+        known = key_fingerprint(pinned.read_text(encoding="utf-8"))
+        if known != coordinator:
+            return _stranger(home, "coordinator's key", known[:16], coordinator[:16])
+    if kept.exists():
+        known = load_charter(kept).identity_hash
+        if known != identity:
+            return _stranger(home, "charter identity", known[:16], identity[:16])
+    return None
+
+
+def _stranger(home: ContributorHome, what: str, expected: str, got: str) -> FederationError:
+    return FederationError(
+        f"Cannot join in '{home.root}': expected the {what} {expected} of the first join, "
+        f"got {got}. Check the server's address, or use another --home for another "
+        "cooperative."
+    )
 
 
 def receive_charter(home: ContributorHome) -> Charter | None:
     """Check a charter that has arrived, and keep it; None if none has.
 
-    The coordinator's key and the charter's identity are those of the first join ever after.
+    The coordinator's key and the charter's identity are those of the hello and of the first join
+    ever after, and amendments are never older than one that was accepted. A letter that is refused
+    is set aside, so that the next join begins with another.
 
     Raises:
         SignatureError: If it is not signed by the coordinator.
         CharterError: If it is malformed.
-        FederationError: If it is another coordinator's or another cooperative's.
+        FederationError: If it is another coordinator's or another cooperative's, or too old.
     """
-    letter = read_json(home.charter_letter)
+    letter = open_letter(home.charter_letter, CharterLetter)
     if letter is None:
         return None
-    text, public_key = str(letter.get("text", "")), str(letter.get("public_key", ""))
-    verify(public_key, build_charter_bytes(text), str(letter.get("signature", "")), what="charter")
+    try:
+        return _accept_charter(home, letter)
+    except Exception as error:  # whatever it does to its parser, the next start is without it
+        set_aside(home.charter_letter, error)
+        raise
+
+
+def _accept_charter(home: ContributorHome, letter: CharterLetter) -> Charter:
+    text, coordinator = letter.text, key_fingerprint(letter.public_key)
+    signed = build_charter_bytes(
+        letter.identity, letter.amendment, hash_charter_letter(letter.to_json())
+    )
+    verify(letter.public_key, signed, letter.signature, what="charter")
     charter = parse_charter(text, where="charter of the server")
-    pinned = home.charter / "coordinator.pem"
+    stated = (charter.identity_hash, charter.amendment.number)
+    if stated != (letter.identity, letter.amendment):
+        raise FederationError(
+            f"Cannot use charter: expected identity {letter.identity[:16]} and amendment "
+            f"{letter.amendment} as its letter says, got {stated[0][:16]} and {stated[1]}. "
+            "Ask the coordinator."
+        )
+    stranger = find_stranger(home, identity=stated[0], coordinator=coordinator)
+    if stranger is not None:
+        raise stranger
+    greeting = open_letter(home.greeting_letter, Greeting)
+    if greeting and (greeting.identity, greeting.coordinator) != (stated[0], coordinator):
+        raise FederationError(
+            f"Cannot join in '{home.root}': expected the charter {greeting.identity[:16]} of the "
+            f"coordinator {greeting.coordinator[:16]} that was greeted, got {stated[0][:16]} of "
+            f"{coordinator[:16]}. Check the server's address."
+        )
     kept = home.charter / "cooperative.toml"
-    if pinned.exists():
-        known = key_fingerprint(pinned.read_text(encoding="utf-8"))
-        if known != key_fingerprint(public_key):
-            raise _stranger(home, "coordinator's key", known, key_fingerprint(public_key))
     if kept.exists():
-        identity = load_charter(kept).identity_hash
-        if identity != charter.identity_hash:
-            raise _stranger(home, "charter identity", identity, charter.identity_hash)
+        _check_not_older(home, "charter", load_charter(kept).amendment.number, stated[1])
     with replace_folder(home.charter) as folder:
-        write_bytes(folder / "coordinator.pem", public_key.encode())
+        write_bytes(folder / "coordinator.pem", letter.public_key.encode())
         write_bytes(folder / "cooperative.toml", text.encode())
     return charter
 
 
-def _stranger(home: ContributorHome, what: str, expected: str, got: str) -> FederationError:
-    return FederationError(
-        f"Cannot join in '{home.root}': expected the {what} {expected[:16]} of the first join, "
-        f"got {got[:16]}. Check the server's address, or use another --home for another "
-        "cooperative."
+def _check_not_older(home: ContributorHome, what: str, known: int, number: int) -> None:
+    """Refuse an amendment that is older than one that was accepted.
+
+    Raises:
+        FederationError: If it is.
+    """
+    if number < known:
+        raise FederationError(
+            f"Cannot use {what} in '{home.root}': expected one of amendment {known} or later, "
+            f"which is known here, got amendment {number}. Ask the coordinator."
+        )
+
+
+def receive_base(home: ContributorHome) -> bool:
+    """Put the base together once all of its parts are here; whether it is.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    letter = open_letter(home.charter_letter, CharterLetter)
+    if letter is None:
+        return False
+    return receive_shipment(home, letter.base, home.base, part_bytes=letter.part_bytes)
+
+
+def receive_result(home: ContributorHome) -> bool:
+    """Put the result together once all of its parts are here; whether it is.
+
+    Its files are the coordinator's word, signed by it; the report in it is a page from outside.
+
+    Raises:
+        SignatureError: If the coordinator of this cooperative did not sign it.
+        FederationError: If it was made under an older amendment than one accepted before.
+        StorageError: On I/O errors.
+    """
+    letter = open_letter(home.result_letter, ResultLetter)
+    if letter is None:
+        return False
+    try:
+        _accept_result(home, letter)
+    except (AdapterError, FederationError) as error:
+        set_aside(home.result_letter, error)
+        raise
+    return receive_shipment(home, letter.files, home.result, part_bytes=letter.part_bytes)
+
+
+def _accept_result(home: ContributorHome, letter: ResultLetter) -> None:
+    identity = load_charter(home.charter).identity_hash
+    verify(
+        (home.charter / "coordinator.pem").read_text(encoding="utf-8"),
+        build_result_bytes(identity, letter.files.id, letter.summary),
+        letter.signature,
+        what="result",
     )
+    number = letter.summary.amendment
+    accepted = open_letter(home.accepted_file, Accepted)
+    if accepted is not None:
+        _check_not_older(home, "result", accepted.amendment, number)
+    if accepted is None or accepted.amendment != number:
+        keep_letter(home.accepted_file, {"amendment": number})
 
 
-def receive_shipment(home: ContributorHome, letter: Path, field: str, target: Path) -> bool:
+def receive_shipment(
+    home: ContributorHome, shipment: Shipment, target: Path, *, part_bytes: int
+) -> bool:
     """Put a shipment together once all of its parts are here.
 
     Args:
         home: The contributor's home.
-        letter: Letter that lists the files.
-        field: Key of the list in the letter.
+        shipment: The files.
         target: Folder to make of them.
+        part_bytes: Largest part of a file.
 
     Returns:
         Whether the target holds the shipment now.
 
     Raises:
-        FederationError: If the letter is malformed.
         StorageError: On I/O errors.
     """
-    value = read_json(letter)
-    if value is None:
-        return False
-    shipment = parse_shipment(value.get(field))
     marker = home.shipments / shipment.id
     if marker.exists() and target.is_dir():
         return True
-    part_bytes = int(value["part_bytes"])
     if home.parts.missing(shipment, part_bytes=part_bytes):
         return False
     try:
@@ -172,54 +281,62 @@ def offer_contribution(home: ContributorHome, *, recipe: str = "") -> Shipment:
         recipe: Hash of what it was made from, kept beside the offer.
 
     Raises:
+        FederationError: If it holds more files than one message can list.
         StorageError: On I/O errors.
     """
     shipment = describe_folder(home.contribution)
-    offer: dict[str, Any] = {
-        "id": shipment.id,
-        "files": shipment.to_json(),
-        "recipe": recipe,
-    }
-    if read_json(home.offer_file) != offer:
-        write_json(home.offer_file, offer)
+    keep_letter(home.offer_file, Offer(id=shipment.id, files=shipment, recipe=recipe))
     return shipment
 
 
-def find_question(home: ContributorHome, charter: Charter) -> dict[str, Any] | None:
+def find_question(home: ContributorHome, charter: Charter) -> QuestionLetter | None:
     """The coordinator's question, if all of it is here and it is not answered yet.
+
+    One that is refused is set aside.
 
     Raises:
         SignatureError: If it is not the coordinator's.
-        FederationError: If it is malformed, or of another amendment.
+        FederationError: If it is of another amendment.
     """
-    letter = read_json(home.question_letter)
+    letter = open_letter(home.question_letter, QuestionLetter)
     if letter is None:
         return None
-    identity = parse_shipment(letter.get("files")).id
-    if (read_json(home.answer_file) or {}).get("question") == identity:
+    answered = open_letter(home.answer_file, AnswerLetter)
+    if answered is not None and answered.question == letter.id:
         return None
-    if (read_json(home.refused_file) or {}).get("question") == identity:
+    if (read_json(home.refused_file) or {}).get("question") == letter.id:
         return None
-    amendment = int(letter.get("amendment", -1))
+    try:
+        _check_question(home, charter, letter)
+    except (AdapterError, FederationError) as error:
+        set_aside(home.question_letter, error)
+        raise
+    target = home.question_folder(letter.id)
+    _forget(home, target)
+    is_here = receive_shipment(home, letter.files, target, part_bytes=letter.part_bytes)
+    return letter if is_here else None
+
+
+def _check_question(home: ContributorHome, charter: Charter, letter: QuestionLetter) -> None:
     verify(
         (home.charter / "coordinator.pem").read_text(encoding="utf-8"),
-        build_question_bytes(charter.identity_hash, amendment, identity),
-        str(letter.get("signature", "")),
+        build_question_bytes(charter.identity_hash, letter.amendment, letter.files.id),
+        letter.signature,
         what="question",
     )
-    if amendment != charter.amendment.number:
+    if letter.id != letter.files.id:
+        raise FederationError(
+            f"Cannot answer a question: expected the id of its files, {letter.files.id[:16]}, got "
+            f"{letter.id[:16]}. Run the same molora-fed version on both sides."
+        )
+    if letter.amendment != charter.amendment.number:
         raise FederationError(
             f"Cannot answer a question: expected one of amendment {charter.amendment.number}, got "
-            f"{amendment}. Run `molora join` again to see what the cooperative asks for now."
+            f"{letter.amendment}. Run `molora join` again to see what the cooperative asks for now."
         )
-    target = home.question_folder(identity)
-    _forget(home, target)
-    if not receive_shipment(home, home.question_letter, "files", target):
-        return None
-    return {**letter, "id": identity}
 
 
-def refuse_question(home: ContributorHome, letter: dict[str, Any], reason: str) -> None:
+def refuse_question(home: ContributorHome, letter: QuestionLetter, reason: str) -> None:
     """Note that a question is not answered, and why: the last one, and all of them in a log.
 
     Args:
@@ -230,7 +347,7 @@ def refuse_question(home: ContributorHome, letter: dict[str, Any], reason: str) 
     Raises:
         StorageError: On I/O errors.
     """
-    note = {"question": letter["id"], "reason": reason, "time": time.time()}
+    note = {"question": letter.id, "reason": reason, "time": time.time()}
     log = home.refusals_log
     with storage_errors(log), log.open("ab") as file:
         file.write(canonical_json(note) + b"\n")
@@ -249,7 +366,7 @@ def _forget(home: ContributorHome, current: Path) -> None:
 def answer_question(
     home: ContributorHome,
     charter: Charter,
-    letter: dict[str, Any],
+    letter: QuestionLetter,
     open_member: Callable[[], "PrivateMember"],
     plugins: Plugins,
     progress: Progress,
@@ -271,19 +388,17 @@ def answer_question(
     from molora_fed.population.questions import load_question, save_answer
 
     question = load_question(
-        home.question_folder(letter["id"]), rules=charter.identity.adapters, plugins=plugins
+        home.question_folder(letter.id), rules=charter.identity.adapters, plugins=plugins
     )
     answer = open_member().answer(question, progress=progress)
-    folder = home.answer_folder(letter["id"])
+    folder = home.answer_folder(letter.id)
     save_answer(answer, charter.amendment.population.router, folder)
     files = describe_folder(folder)
-    content = build_answer_bytes(charter.identity_hash, letter["id"], files.id)
-    record = {
-        "question": letter["id"],
-        "files": files.to_json(),
-        "signature": sign(load_key(home.key), content),
-    }
-    write_json(home.answer_file, record)
+    content = build_answer_bytes(charter.identity_hash, letter.id, files.id)
+    signature = sign(load_key(home.key), content)
+    keep_letter(
+        home.answer_file, AnswerLetter(question=letter.id, files=files, signature=signature)
+    )
     for other in folder.parent.iterdir():
         if other != folder:
             shutil.rmtree(other)

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from molora_fed.reporting.figures import PALETTE, save_figure, tidy_axes
-from molora_fed.reporting.methods import mask_controls
+from molora_fed.reporting.methods import as_label, mask_controls
 from molora_fed.storage.files import write_bytes, write_json
 
 __all__ = ["draw_costs", "draw_escalation", "draw_sigma", "write_cascade_report"]
@@ -63,7 +63,7 @@ def draw_costs(summary: Mapping[str, Any]) -> bytes:
             color=PALETTE[at % len(PALETTE)],
             markersize=8,
             capsize=3,
-            label=name,
+            label=as_label(name),
         )
     axes.set_xlabel(label, fontsize=9)
     axes.set_ylabel("right answers, %", fontsize=9)
@@ -96,7 +96,9 @@ def draw_escalation(summary: Mapping[str, Any]) -> bytes:
             label=label,
         )
         left += width
-    axes.set_yticks(range(len(families)), [f"{n} ({f['tasks']})" for n, f in families.items()])
+    axes.set_yticks(
+        range(len(families)), [f"{as_label(n)} ({f['tasks']})" for n, f in families.items()]
+    )
     axes.invert_yaxis()
     axes.set_xlabel("tasks, %", fontsize=9)
     figure.legend(fontsize=8, frameon=False, loc="outside upper right", ncols=3)

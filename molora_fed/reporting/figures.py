@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from molora_fed.forecasting.history import History
 from molora_fed.reporting.headline import order_forecasts
-from molora_fed.reporting.methods import list_methods
+from molora_fed.reporting.methods import as_label, list_methods
 
 __all__ = [
     "PALETTE",
@@ -124,8 +124,8 @@ def draw_loss_matrix(result: Mapping[str, Any]) -> bytes:
     colours = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
     image = draw_cells(axes, change, colours, labels)
     turned = {"rotation": 35, "ha": "right"} if cell < 1.0 else {}
-    axes.set_xticks(range(len(domains)), domains, **turned)
-    axes.set_yticks(range(len(methods)), [method.label for method in methods])
+    axes.set_xticks(range(len(domains)), map(as_label, domains), **turned)
+    axes.set_yticks(range(len(methods)), [as_label(method.label) for method in methods])
     axes.set_xlabel("domain of the held-out text", fontsize=9)
     _title(axes, "Held-out loss, nats per token")
     bar = figure.colorbar(image, ax=axes, extend="both", fraction=0.05, pad=0.02)
@@ -164,10 +164,10 @@ def draw_gates(result: Mapping[str, Any]) -> bytes:
         values = np.array([[gates[router][d].get(e, 0.0) for e in experts] for d in domains])
         labels = [[f"{value:.2f}" for value in row] for row in values]
         image = draw_cells(axes, values, {"cmap": "Blues", "vmin": 0.0, "vmax": 1.0}, labels)
-        axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
-        axes.set_yticks(range(len(domains)), domains)
+        axes.set_xticks(range(len(experts)), map(as_label, experts), rotation=35, ha="right")
+        axes.set_yticks(range(len(domains)), map(as_label, domains))
         axes.set_xlabel("expert", fontsize=9)
-        _title(axes, router + (" (published)" if router == published else ""))
+        _title(axes, as_label(router) + (" (published)" if router == published else ""))
     for axes in panels[::columns]:
         axes.set_ylabel("domain of the text", fontsize=9)
     if image is not None:
@@ -217,7 +217,7 @@ def draw_losses(result: Mapping[str, Any]) -> bytes:
         color="#B24E00",
         annotation_clip=False,
     )
-    axes.set_yticks(range(len(methods)), [method.label for method in methods])
+    axes.set_yticks(range(len(methods)), [as_label(method.label) for method in methods])
     axes.set_ylim(-0.6, len(methods) + 0.1)
     axes.margins(x=0.18)
     axes.grid(axis="x", color="#E5E5E5")
@@ -273,7 +273,7 @@ def draw_forecasts(result: Mapping[str, Any]) -> bytes:
         against = forecast["reference"].replace("_", " ")
         level = forecast["level"]
         nominal = "" if level is None else f", level {100 * level:.0f} %"
-        labels.append(f"{name}\nagainst {against}{nominal}")
+        labels.append(f"{as_label(name)}\nagainst {as_label(against)}{nominal}")
     axes.set_yticks(range(len(forecasts)), labels)
     axes.set_ylim(-0.6, len(forecasts) - 0.4)
     axes.grid(axis="x", color="#E5E5E5")
@@ -312,7 +312,7 @@ def draw_training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
             linestyle=_LINES[index % len(_LINES)],
             marker="o",
             markersize=3,
-            label=name,
+            label=as_label(name),
         )
     axes.grid(color="#E5E5E5")
     axes.set_axisbelow(True)
@@ -348,7 +348,7 @@ def draw_history(history: History) -> bytes:
                 left.plot(actual, forecast.point, "o", color=color, markersize=4)
                 ends.append(forecast.point)
             ends.append(actual)
-        left.plot([], [], "o", color=color, label=f"{name}, {stage}")
+        left.plot([], [], "o", color=color, label=as_label(f"{name}, {stage}"))
     if ends:
         left.plot([min(ends), max(ends)], [min(ends), max(ends)], color="#999999", linewidth=1)
     left.set_xlabel("measured gain, %", fontsize=9)
@@ -371,7 +371,7 @@ def _draw_coverage(axes: Any, history: History) -> None:
         axes.plot([held.low, held.high], [row, row], color="#56B4E9", linewidth=7)
         axes.plot(held.inside / held.count, row, "D", color="#D55E00", markersize=6)
         axes.plot(score.level, row, "|", color="#000000", markersize=16, markeredgewidth=2)
-        labels.append(f"{name}\n{stage}")
+        labels.append(f"{as_label(name)}\n{as_label(stage)}")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(-0.6, max(len(labels), 1) - 0.4)
     axes.set_xlim(0, 1.02)

@@ -11,6 +11,7 @@ from rich.tree import Tree
 
 from molora_fed.population.lineage import Lineage, LineageMember
 from molora_fed.reporting.figures import PALETTE
+from molora_fed.reporting.methods import as_label
 
 __all__ = ["build_lineage_tree", "draw_lineage"]
 
@@ -106,7 +107,7 @@ def draw_lineage(lineage: Lineage) -> bytes:
                 "", (generation, child.slot), (generation - 0.5, parent.slot), arrowprops=style
             )
     for domain, colour in colours.items():
-        axes.plot([], [], color=colour, linewidth=4, label=domain or "no domain")
+        axes.plot([], [], color=colour, linewidth=4, label=as_label(domain or "no domain"))
     axes.plot([], [], "X", color=_REJECTED, label="not kept")
     _label(axes, end, slots)
     figure.legend(fontsize=8, frameon=False, loc="outside upper right", ncols=4)

@@ -1,15 +1,16 @@
 """The methods a report compares, and the phases it times: names, order, losses, intervals."""
 
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from molora_fed.forecasting.records import FAILED
+from molora_fed.storage.untrusted import clean, clean_lines
 
 __all__ = [
     "BUDGET_SECONDS",
     "Method",
+    "as_label",
     "compute_equal_weight",
     "describe_controls",
     "describe_excess",
@@ -22,6 +23,8 @@ __all__ = [
 ]
 
 
+MAX_LABEL = 60
+"""Characters of a name in a figure."""
 _LABELS = {
     "base": "base",
     "monolithic": "pooled text, linear layers",
@@ -197,13 +200,13 @@ def describe_excess(excess: Mapping[str, Any]) -> str:
 
 
 def mask_controls(text: str) -> str:
-    """Text without the control characters that could steer a terminal; line breaks stay."""
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}"
-        if unicodedata.category(character) == "Cc" and character not in "\n\t"
-        else character
-        for character in text
-    )
+    """Text without the characters that could steer a terminal or a page; line breaks stay."""
+    return clean_lines(text)
+
+
+def as_label(text: str) -> str:
+    """A name from outside as the label of a figure, in which "$" begins no formula."""
+    return clean(text, MAX_LABEL).replace("$", "\\$").removeprefix("_")
 
 
 BUDGET_SECONDS: Mapping[str, float] = {

@@ -15,7 +15,7 @@ from molora_fed.errors import ConfigError
 from molora_fed.population.lineage import Lineage, read_lineage
 from molora_fed.reporting.figures import PALETTE, draw_cells, draw_losses, save_figure, tidy_axes
 from molora_fed.reporting.lineage import draw_lineage
-from molora_fed.reporting.methods import list_methods, mask_controls
+from molora_fed.reporting.methods import as_label, list_methods, mask_controls
 from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
 from molora_fed.storage.files import write_bytes
 
@@ -85,8 +85,8 @@ def draw_slot_gates(generation: Mapping[str, Any]) -> bytes:
     figure, axes = _new(2.6 + min(0.9, 12.0 / len(slots)) * len(slots), 1.6 + 0.45 * len(domains))
     labels = [[f"{value:.2f}" for value in row] for row in values]
     image = draw_cells(axes, values, {"cmap": "Blues", "vmin": 0.0, "vmax": 1.0}, labels)
-    axes.set_xticks(range(len(slots)), slots, rotation=35, ha="right")
-    axes.set_yticks(range(len(domains)), domains)
+    axes.set_xticks(range(len(slots)), map(as_label, slots), rotation=35, ha="right")
+    axes.set_yticks(range(len(domains)), map(as_label, domains))
     axes.set_xlabel("slot, by its adapter", fontsize=9)
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
     bar.set_label("mean gate", fontsize=9)

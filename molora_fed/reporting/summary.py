@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molora_fed.forecasting.records import FAILED
+from molora_fed.reporting.cells import as_text, join_lines
 from molora_fed.reporting.headline import list_headline, list_notes, order_forecasts
 from molora_fed.reporting.methods import (
     Method,
@@ -21,6 +22,7 @@ from molora_fed.reporting.methods import (
     order_phases,
 )
 from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
+from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
     from molora_fed.contributions.build import OutgoingRow
@@ -40,15 +42,21 @@ __all__ = [
     "build_time_table",
 ]
 
+MAX_LINE = 1_000
+"""Characters of a sentence that names what came from outside."""
 _STYLES = {"fused": "cyan", "oracle": "dim", "control": "yellow"}
 
 
 def _new_table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="")
-    table.add_column(first, no_wrap=True)
+    table = Table(title=as_text(title, "bold"), title_justify="left", header_style="")
+    table.add_column(as_text(first), no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(as_text(column), justify="right")
     return table
+
+
+def _add_row(table: Table, *cells: str | Text, style: str = "", end_section: bool = False) -> None:
+    table.add_row(*map(as_text, cells), style=style, end_section=end_section)
 
 
 def _describe_gain(result: Mapping[str, Any]) -> Text:
@@ -56,13 +64,13 @@ def _describe_gain(result: Mapping[str, Any]) -> Text:
     router = result.get("router") or min(result["gain_percent"])
     gain = result["gain_percent"][router]
     interval = result.get("gain_interval_percent", {}).get(router, {}).get("vs_best_alone")
-    alone = result.get("best_alone", {}).get("name", "min(base, best specialist)")
+    alone = clean(result.get("best_alone", {}).get("name", "min(base, best specialist)"))
     gap = result["oracle_gap_nats"][router]
     text = Text()
     if replaced := describe_replacement(result):
-        text.append(f"{replaced}\n", style="bold yellow")
+        text.append(f"{clean(replaced, MAX_LINE)}\n", style="bold yellow")
     text.append(f"{gain['vs_best_alone']:+.2f} %", style="bold cyan")
-    text.append(f" gain over the best anyone has alone ({alone}), router {router}")
+    text.append(f" gain over the best anyone has alone ({alone}), router {clean(router)}")
     if interval:
         text.append(f", 95 % interval {interval['low']:+.2f} to {interval['high']:+.2f} %")
     text.append(
@@ -74,7 +82,7 @@ def _describe_gain(result: Mapping[str, Any]) -> Text:
     if excess and excess["largest"] is not None:
         text.append(f"\n{describe_excess(excess)}")
     for sentence in describe_controls(result):
-        text.append(f"\n{sentence}")
+        text.append(f"\n{clean(sentence, MAX_LINE)}")
     return text
 
 
@@ -98,7 +106,8 @@ def build_loss_table(result: Mapping[str, Any]) -> Table:
     published = f"fused:{result.get('router')}"
     for method in list_methods(result):
         style = "bold cyan" if method.key == published else _STYLES.get(method.kind, "")
-        table.add_row(
+        _add_row(
+            table,
             method.label,
             *(f"{method.losses[domain]:.3f}" for domain in domains),
             f"{method.point:.4f}",
@@ -125,7 +134,8 @@ def build_forecast_table(result: Mapping[str, Any]) -> Table:
         actual, level = forecast["actual"], forecast["level"]
         has_interval = low is not None and high is not None
         is_scored = has_interval and actual is not None
-        table.add_row(
+        _add_row(
+            table,
             name,
             forecast["reference"].replace("_", " "),
             forecast["router"],
@@ -138,7 +148,7 @@ def build_forecast_table(result: Mapping[str, Any]) -> Table:
             end_section=bool(first) and name == first[-1][0],
         )
     for name in sorted(result.get("not_measured", {}).get("gain predictor", {})):
-        table.add_row(name, *["-"] * 7)
+        _add_row(table, name, *["-"] * 7)
     return table
 
 
@@ -151,10 +161,10 @@ def build_headline_text(result: Mapping[str, Any]) -> Text | None:
     lines = list_headline(result)
     if not lines:
         return None
-    text = Text("\n".join(lines), style="bold")
+    text = join_lines(lines, "bold")
     first, _ = order_forecasts(result)
     for note in list_notes(first):
-        text.append(f"\n{note}", style="not bold dim")
+        text.append(f"\n{clean(note, MAX_LINE)}", style="not bold dim")
     return text
 
 
@@ -165,7 +175,7 @@ def build_basis_text(result: Mapping[str, Any]) -> Text:
         result: `forecasts` by predictor, and `headline`.
     """
     _, rest = order_forecasts(result)
-    return Text("\n".join(list_notes(rest)), style="dim")
+    return join_lines(list_notes(rest), "dim")
 
 
 def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
@@ -184,7 +194,8 @@ def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
         low, high, level = (forecast[key] for key in ("low", "high", "level"))
         is_failed = forecast["note"].startswith(FAILED)
         failed += [f"{name} {forecast['note']}"] if is_failed else []
-        table.add_row(
+        _add_row(
+            table,
             name,
             (forecast["reference"] or "-").replace("_", " "),
             "-" if forecast["point"] is None else f"{forecast['point']:+.2f}",
@@ -201,7 +212,7 @@ def build_run_forecast_table(run: Mapping[str, Any]) -> Table:
 def _explain_below(table: Table, lines: Sequence[str]) -> Table:
     """Say under a table what does not fit into its cells."""
     if lines:
-        table.caption = Text("\n".join(lines))
+        table.caption = join_lines(list(lines))
         table.caption_justify = "left"
     return table
 
@@ -229,7 +240,8 @@ def build_history_table(history: Mapping[str, Any]) -> Table:
     )  # fmt: skip
     for row in history["predictors"]:
         runs = row["runs"]
-        table.add_row(
+        _add_row(
+            table,
             row["predictor"],
             row["stage"],
             str(row["count"]),
@@ -252,8 +264,8 @@ def build_contamination_table(result: Mapping[str, Any]) -> Table:
     """
     table = _new_table("Contamination of held-out text", "domain", *OVERLAP_COLUMNS)
     for row in list_overlap(result):
-        table.add_row(*row)
-    table.caption = describe_overlap(result)
+        _add_row(table, *row)
+    table.caption = as_text(describe_overlap(result), limit=2 * MAX_LINE)
     return table
 
 
@@ -269,9 +281,9 @@ def build_time_table(seconds: Mapping[str, float], budget: Mapping[str, float]) 
         limit = budget.get(name)
         is_over = limit is not None and seconds[name] > limit
         took = Text(f"{seconds[name]:.1f}", style="yellow" if is_over else "")
-        table.add_row(name, took, "-" if limit is None else f"{limit:.0f}")
+        _add_row(table, name, took, "-" if limit is None else f"{limit:.0f}")
     table.add_section()
-    table.add_row("in all", f"{sum(seconds.values()):.1f}", f"{sum(budget.values()):.0f}")
+    _add_row(table, "in all", f"{sum(seconds.values()):.1f}", f"{sum(budget.values()):.0f}")
     return table
 
 
@@ -285,7 +297,8 @@ def build_outgoing_table(rows: "Sequence[OutgoingRow]") -> Table:
     """
     table = _new_table("What is sent", "what", "blocks", "tokens", "bytes")
     for row in rows:
-        table.add_row(
+        _add_row(
+            table,
             row.what,
             f"{row.blocks:,}" if row.blocks else "-",
             f"{row.tokens:,}" if row.tokens else "-",
@@ -295,7 +308,7 @@ def build_outgoing_table(rows: "Sequence[OutgoingRow]") -> Table:
     blocks, tokens = sum(row.blocks for row in rows), sum(row.tokens for row in rows)
     limit = "" if all(row.exact for row in rows) else "at most "
     total = f"{limit}{sum(row.bytes for row in rows):,}"
-    table.add_row("in all", f"{blocks:,}", f"{tokens:,}", total)
+    _add_row(table, "in all", f"{blocks:,}", f"{tokens:,}", total)
     return table
 
 
@@ -305,11 +318,11 @@ def build_sample_text(sample: Mapping[str, Any]) -> Text:
     Args:
         sample: One of the result's `samples`.
     """
-    text = Text(f"{sample['domain']}", style="bold")
+    text = as_text(sample["domain"], "bold")
     gates = sample.get("experts") or {}
     if gates:
         expert = max(gates, key=gates.__getitem__)
-        text.append(f"  (mostly {expert}, mean gate {gates[expert]:.2f})", style="dim")
+        text.append(f"  (mostly {clean(expert)}, mean gate {gates[expert]:.2f})", style="dim")
     text.append("\n" + mask_controls(sample["prompt"]), style="dim")
     text.append(mask_controls(sample["text"]), style="not bold")
     return text
@@ -328,7 +341,7 @@ def _build_compute_text(result: Mapping[str, Any]) -> Text | None:
         tokens = sum(row["tokens"] for row in contributors.values())
         parts.append(f"{len(contributors)} specialists {steps:,} steps, {tokens:,} tokens in all")
     for name, control in list_control_costs(compute).items():
-        parts.append(f"{name} {control['steps']:,} steps, {control['tokens']:,} tokens")
+        parts.append(f"{clean(name)} {control['steps']:,} steps, {control['tokens']:,} tokens")
     return Text("Training: " + "; ".join(parts) + ".")
 
 

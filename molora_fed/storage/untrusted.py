@@ -9,7 +9,15 @@ import math
 import re
 from typing import Any
 
-__all__ = ["MAX_DEPTH", "MAX_SHOWN", "check_json", "clean", "parse_json", "writable"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_SHOWN",
+    "check_json",
+    "clean",
+    "clean_lines",
+    "parse_json",
+    "writable",
+]
 
 MAX_SHOWN = 200
 """Characters of one quoted thing."""
@@ -26,6 +34,9 @@ _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
+
+
+_BREAKS = re.compile("([\n\t])")
 
 
 def clean(value: object, limit: int = MAX_SHOWN) -> str:
@@ -45,6 +56,13 @@ def clean(value: object, limit: int = MAX_SHOWN) -> str:
     text = value[: 4 * limit + 4] if isinstance(value, str) else _show(value)[: 4 * limit + 4]
     text = _HIDDEN.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def clean_lines(text: str) -> str:
+    """Whole text from outside that may be shown; line breaks and tabs stay as they are."""
+    pieces = _BREAKS.split(text)  # at even places what lies between line breaks and tabs
+    pieces[::2] = [_HIDDEN.sub("\N{REPLACEMENT CHARACTER}", piece) for piece in pieces[::2]]
+    return "".join(pieces)
 
 
 def _show(value: object) -> str:

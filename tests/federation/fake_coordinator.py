@@ -12,6 +12,7 @@ from molora_fed.federation.coordinator_mail import (
     publish_result,
 )
 from molora_fed.federation.homes import CoordinatorHome, message_bytes
+from molora_fed.federation.letters import Summary
 from molora_fed.federation.supervise import record_errors
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import load_or_make_key
@@ -36,8 +37,11 @@ def work(home: CoordinatorHome) -> None:
             names = sorted(path.name for path in received.iterdir())
             if len(names) == charter.amendment.expected:
                 folders = {name: received / name for name in names}
-                summary = {"contributions": sorted(admitted)}
-                publish_result(home, folders, summary, part_bytes=size)
+                summary = Summary(contributions=sorted(admitted))
+                publish_result(
+                    home, folders, summary, key=key, identity=charter.identity_hash,
+                    part_bytes=size,
+                )  # fmt: skip
                 write_json(home.state_file, {"phase": "PUBLISHED"})
         time.sleep(0.2)
 

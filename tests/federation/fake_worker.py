@@ -10,8 +10,9 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.supervise import record_errors
 from molora_fed.federation.worker_mail import (
     offer_contribution,
+    receive_base,
     receive_charter,
-    receive_shipment,
+    receive_result,
 )
 from molora_fed.storage.files import replace_folder, write_json
 
@@ -30,7 +31,7 @@ def work(home: ContributorHome) -> None:
 
     report("JOINING")
     wait_for(lambda: receive_charter(home))
-    wait_for(lambda: receive_shipment(home, home.charter_letter, "base", home.base) or None)
+    wait_for(lambda: receive_base(home) or None)
     wait_for(lambda: home.list_tasks() or None)
     report("TRAINING")
     if not (home.contribution / "adapter.bin").exists():
@@ -48,7 +49,7 @@ def work(home: ContributorHome) -> None:
         )
     )
     report("ADMITTED")
-    wait_for(lambda: receive_shipment(home, home.result_letter, "files", home.result) or None)
+    wait_for(lambda: receive_result(home) or None)
     report("DONE")
 
 

@@ -19,20 +19,23 @@ from molora_fed.errors import FederationError, SignatureError
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator_mail import (
     acknowledge,
-    build_acknowledgement_bytes,
     complete_deliveries,
     publish_charter,
     publish_result,
 )
+from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings
+from molora_fed.federation.letters import Greeting, State, Summary
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.messages import Envelope, Letter, describe_folder
+from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
+from molora_fed.federation.signing import build_acknowledgement_bytes
 from molora_fed.federation.worker_mail import (
     offer_contribution,
+    receive_base,
     receive_charter,
-    receive_shipment,
+    receive_result,
 )
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import load_or_make_key, verify
@@ -64,7 +67,7 @@ class Stage:
             self.server, message_bytes=self.message_bytes, wait_seconds=0
         )
         self.remote = RemoteContributor()
-        self.summary = {"contributions": ["c"]}
+        self.summary = Summary(contributions=["c"])
 
     def exchange(self, fate="delivered"):
         """One envelope there and its answer back; True if anything was said."""
@@ -94,23 +97,28 @@ class Stage:
                 delivery, self.key, contribution_id="c", state="ADMITTED", findings=[],
                 part_bytes=self.message_bytes,
             )  # fmt: skip
-            publish_result(
-                self.server, {"fused": target}, self.summary, part_bytes=self.message_bytes
-            )
+            self.publish(target)
+
+    def publish(self, folder):
+        publish_result(
+            self.server, {"fused": folder}, self.summary, key=self.key,
+            identity=load_charter(self.server.charter).identity_hash,
+            part_bytes=self.message_bytes,
+        )  # fmt: skip
 
     def work(self):
         """What the contributor's worker does in one look; True when the result is there."""
         home = self.client
         if receive_charter(home) is None:
             return False
-        if not receive_shipment(home, home.charter_letter, "base", home.base):
+        if not receive_base(home):
             return False
         if home.list_tasks() and not home.offer_file.exists():
             home.contribution.mkdir(exist_ok=True)
             (home.contribution / "adapter.bin").write_bytes(random.Random(1).randbytes(7_000))
             (home.contribution / "empty").touch()
             offer_contribution(home)
-        return receive_shipment(home, home.result_letter, "files", home.result)
+        return receive_result(home)
 
 
 @pytest.fixture(scope="module")
@@ -162,18 +170,15 @@ def test_whatever_is_lost_the_contribution_arrives_and_the_result_comes_back(
 
 def test_a_newcomer_waits_for_the_result_it_is_part_of(tmp_path, keys):
     stage = Stage(tmp_path, keys)
-    stage.summary = {"contributions": ["of somebody else"]}
+    stage.summary = Summary(contributions=["of somebody else"])
     for _ in range(60):
         stage.exchange()
         stage.coordinate()
         stage.work()
     assert read_json(stage.client.acknowledgement_letter)["state"] == "ADMITTED"
     assert not stage.client.result_letter.exists()
-    stage.summary = {"contributions": ["of somebody else", "c"]}
-    publish_result(
-        stage.server, {"fused": stage.server.received / "alpha"}, stage.summary,
-        part_bytes=stage.message_bytes,
-    )  # fmt: skip
+    stage.summary = Summary(contributions=["of somebody else", "c"])
+    stage.publish(stage.server.received / "alpha")
     assert any(stage.exchange() and stage.work() for _ in range(60))
 
 
@@ -194,13 +199,15 @@ def test_a_node_nobody_has_joined_at_is_asked_again(tmp_path, keys):
     stage = Stage(tmp_path, keys)
     stage.dialogue.accept(stage.remote, Envelope())
     assert stage.remote.fingerprint == ""
-    assert stage.dialogue.next_envelope(stage.remote).find("hello") is not None
+    stage.coordinate()
+    assert stage.dialogue.next_envelope(stage.remote).find(Greeting) is not None
     with pytest.raises(FederationError, match="expected its public key"):
-        stage.dialogue.accept(stage.remote, Envelope((Letter("state", {}),)))
+        stage.dialogue.accept(stage.remote, Envelope((State(),)))
 
 
 def test_a_hello_must_be_signed_with_the_key_it_shows(tmp_path, keys):
     stage = Stage(tmp_path, keys)
+    stage.coordinate()
     envelope = stage.dialogue.next_envelope(stage.remote)
     reply = answer(stage.client, envelope)
     other = RemoteContributor()
@@ -208,7 +215,7 @@ def test_a_hello_must_be_signed_with_the_key_it_shows(tmp_path, keys):
         stage.dialogue.accept(other, reply)  # a replay: signed for another nonce
     assert other.fingerprint == ""
     with pytest.raises(FederationError, match="neither"):
-        stage.dialogue.accept(RemoteContributor(), Envelope((Letter("state", {}),)))
+        stage.dialogue.accept(RemoteContributor(), Envelope((State(),)))
     assert stage.server.contributors() == []
 
 

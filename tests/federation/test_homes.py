@@ -3,7 +3,9 @@
 import pytest
 
 from molora_fed.errors import FederationError
+from molora_fed.federation.envelopes import parse_letter
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.letters import Task
 from molora_fed.federation.mailbox import read_json
 from molora_fed.storage.files import replace_folder, stream_bytes, write_json
 
@@ -46,13 +48,14 @@ def test_what_a_running_fusion_writes_is_left_alone(tmp_path):
 def test_a_task_is_kept_once_whatever_its_name_asks_for(tmp_path):
     home = ContributorHome(tmp_path)
     assert home.list_tasks() == set()
-    home.keep_task("train-0", {"id": "train-0", "kind": "train"})
-    home.keep_task("train-0", {"id": "train-0", "kind": "another"})
+    task = parse_letter(Task, {"id": "train-0", "kind": "train"}, what="a task")
+    home.keep_task(task)
+    home.keep_task(task)
     assert home.list_tasks() == {"train-0"}
     assert read_json(home.tasks / "train-0.json")["kind"] == "train"
-    for name in ("../train", "", "a b"):
-        with pytest.raises(FederationError, match="Cannot take task"):
-            home.keep_task(name, {})
+    for name in ("../train", "", "a b", ".", ".hidden"):
+        with pytest.raises(FederationError, match="got id: String"):
+            parse_letter(Task, {"id": name, "kind": "train"}, what="a task")
 
 
 @pytest.mark.parametrize(
@@ -62,5 +65,5 @@ def test_the_task_queue_of_an_earlier_version_is_read(kept, tmp_path):
     home = ContributorHome(tmp_path)
     write_json(home.mail / "tasks" / kept, {"id": "train-0", "kind": "train"})
     assert home.list_tasks() == {"train-0"}
-    home.keep_task("train-0", {"id": "train-0", "kind": "train"})
+    home.keep_task(parse_letter(Task, {"id": "train-0", "kind": "train"}, what="a task"))
     assert not home.tasks.exists()

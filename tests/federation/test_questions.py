@@ -32,12 +32,13 @@ from molora_fed.federation.coordinator_mail import (
     complete_deliveries,
     publish_charter,
 )
+from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.messages import build_question_bytes
 from molora_fed.federation.requests import RemoteData
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
+from molora_fed.federation.signing import build_question_bytes
 from molora_fed.federation.worker import ContributorWorker
 from molora_fed.federation.worker_mail import (
     answer_question,
@@ -250,12 +251,13 @@ def test_a_question_takes_one_exchange(tmp_path):
     worker.start()
     # Question, files and wait in one envelope; the reply is held back until it has the answer.
     assert [letter.kind for letter in envelope.letters] == ["question", "wait"]
-    object.__setattr__(envelope.letters[1], "body", {**envelope.letters[1].body, "seconds": 20})
+    wait = envelope.letters[1].model_copy(update={"seconds": 20.0})
+    envelope = Envelope((envelope.letters[0], wait), envelope.parts)
     stage.dialogue.accept(line, answer(home, envelope))
     worker.join()
     thread.join(timeout=20)
     assert asked == [[("anna", [0.5])]]
-    assert line.state["answered"] == line.state["question"] != ""
+    assert line.answered == line.state.question != ""
 
 
 def test_an_answer_that_cannot_be_used_is_asked_for_again(tmp_path):
@@ -316,8 +318,9 @@ def test_an_answer_over_its_limit_is_not_fetched(tmp_path):
     home = stage.homes["anna"]
     mailbox = stage.server.contributor(stage.lines["anna"].fingerprint)
     files = [{"name": "answer.json", "sha256": "a" * 64, "num_bytes": 2**30}]
-    write_json(mailbox.question_file, {"id": "1" * 64, "files": [], "answer_bytes": 1_000})
-    write_json(home.question_letter, {"id": "1" * 64})
+    question = {"id": "1" * 64, "files": [], "part_bytes": 10, "amendment": 0, "signature": ""}
+    write_json(mailbox.question_file, {**question, "answer_bytes": 1_000})
+    write_json(home.question_letter, {**question, "answer_bytes": 1_000})
     write_json(home.answer_file, {"question": "1" * 64, "files": files, "signature": ""})
     (home.answer_folder("1" * 64)).mkdir(parents=True)
     with (home.answer_folder("1" * 64) / "answer.json").open("wb") as file:

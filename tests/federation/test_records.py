@@ -3,16 +3,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molora_fed.errors import FederationError
+from molora_fed.federation.envelopes import Envelope, parse_letters
+from molora_fed.federation.letters import Manifest, State
 from molora_fed.federation.messages import (
-    Envelope,
     FileEntry,
-    Letter,
     Part,
     PartName,
     Shipment,
     describe_folder,
-    parse_letters,
-    parse_part_names,
+    parse_part_name,
     parse_shipment,
     plan_parts,
 )
@@ -42,7 +41,7 @@ def test_parts_cover_every_file_once(files, part_bytes):
 
 @given(st.builds(PartName, hashes, st.integers(0, 2**40), st.integers(1, 2**20)))
 def test_part_names_round_trip(name):
-    assert parse_part_names([str(name)]) == [name]
+    assert parse_part_name(str(name)) == name
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_part_names_round_trip(name):
 )  # fmt: skip
 def test_malformed_part_names_are_refused(value):
     with pytest.raises(FederationError):
-        parse_part_names([value])
+        parse_part_name(value)
 
 
 @pytest.mark.parametrize(
@@ -97,26 +96,27 @@ def test_a_folder_is_described_without_hidden_files(tmp_path):
     assert [(entry.name, entry.num_bytes) for entry in shipment.files] == [("adapter/a.bin", 3)]
 
 
-bodies = st.dictionaries(
-    st.text(max_size=5),
-    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.text(max_size=20)),
-    max_size=4,
-)
+states = st.builds(
+    State, phase=st.sampled_from(["JOINING", "TRAINING"]), message=st.text(max_size=20),
+    step=st.none() | st.integers(0, 2**53), loss=st.none() | st.floats(-1e6, 1e6), held=st.just([]),
+)  # fmt: skip
+manifests = st.builds(Manifest, files=st.just(Shipment((FileEntry("a", HASH, 3),))))
 
 
 @given(
-    st.lists(st.builds(Letter, st.sampled_from(["hello", "state", "fetch"]), bodies), max_size=4),
+    st.lists(states | manifests, max_size=4),
     st.lists(st.binary(min_size=1, max_size=50), max_size=4),
 )
 def test_envelopes_survive_flower_records(letters, blobs):
     parts = tuple(Part(PartName(f"{n:064x}", n, len(blob)), blob) for n, blob in enumerate(blobs))
     envelope = Envelope(tuple(letters), parts)
-    assert unpack_envelope(pack_envelope(envelope)) == envelope
+    assert unpack_envelope(pack_envelope(envelope), sender="contributor") == envelope
 
 
 def test_envelopes_that_flower_could_not_carry_are_refused():
     with pytest.raises(FederationError, match="bytes of letters"):
-        pack_envelope(Envelope((Letter("state", {"x": "y" * 1_000_000}),)))
+        names = [PartName(f"{n:064x}", 0, 1) for n in range(8_000)]
+        pack_envelope(Envelope((State(held=names), State(held=names))))
     data = bytes(40 * 2**20)
     parts = tuple(Part(PartName(f"{n:064x}", 0, len(data)), data) for n in range(2))
     with pytest.raises(FederationError, match="of parts"):
@@ -136,12 +136,12 @@ def test_foreign_messages_are_refused():
         message('[{"kind": "run-code", "body": {}}]'), message("[" * 100_000), short,
     ):  # fmt: skip
         with pytest.raises(FederationError) as caught:
-            unpack_envelope(content)
+            unpack_envelope(content, sender="server")
         assert "\n" not in str(caught.value)
 
 
 def test_letters_must_be_objects():
     with pytest.raises(FederationError):
-        parse_letters({"kind": "hello"})
+        parse_letters({"kind": "hello"}, sender="server")
     with pytest.raises(FederationError):
-        parse_letters([{"kind": "hello", "body": []}])
+        parse_letters([{"kind": "hello", "body": []}], sender="server")
