@@ -68,8 +68,9 @@ class Door:
         self.coordinator = load_or_make_key(folder / "coordinator.pem")
         self.charter = Charter(
             identity=Identity(
+                version=2,
                 name="tiny",
-                base=self.base.identity(),
+                base=self.base.whole_identity(),
                 adapters=AdapterRules(**rules),
                 corpus=CorpusRules(block_size=BLOCK_SIZE),
             ),
