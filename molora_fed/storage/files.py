@@ -18,6 +18,7 @@ __all__ = [
     "canonical_json",
     "hash_bytes",
     "hash_file",
+    "make_private",
     "replace_folder",
     "storage_errors",
     "stream_bytes",
@@ -75,6 +76,17 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(
             f"Cannot write '{path}': expected a writable disk, got {error.strerror}. {fix}"
         ) from error
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and let nobody but its owner into it.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
 
 
 @contextmanager

@@ -1,0 +1,285 @@
+"""An invitation: one line that a coordinator hands to one person, and what becomes of it.
+
+It names the server, the hash of the certificate authority that vouches for it, the charter's
+identity and the coordinator's key, so that its user trusts nothing it meets on the way; and a
+secret, so that the server trusts its user, once.
+"""
+
+import base64
+import binascii
+import json
+import ssl
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+
+from molora_fed.charter import check_name, parse_charter
+from molora_fed.errors import (
+    ConfigError,
+    FederationError,
+    MoloraError,
+    ServerUnreachableError,
+    StorageError,
+)
+from molora_fed.federation.certificates import hash_certificate
+from molora_fed.federation.gateway import INVITATION_BYTES, INVITATION_PATH, Refusal
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.members import Members, Redemption, build_redemption_bytes
+from molora_fed.federation.worker_mail import build_charter_bytes
+from molora_fed.storage.files import (
+    canonical_json,
+    hash_bytes,
+    replace_folder,
+    write_bytes,
+    write_json,
+)
+from molora_fed.storage.keys import (
+    build_public_pem,
+    key_fingerprint,
+    load_or_make_key,
+    sign,
+    verify,
+)
+from molora_fed.storage.untrusted import clean, parse_json
+
+__all__ = ["Invitation", "accept_invitation", "answer_redemption", "parse_invitation"]
+
+_PREFIX = "molora1"
+_MAX_CHARACTERS = 2_048
+_ANSWER_BYTES = 2 * 2**20
+_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What an invitation says.
+
+    Attributes:
+        server: "HOST:PORT".
+        authority: SHA-256 of the authority's certificate.
+        charter: The charter's identity.
+        coordinator: Fingerprint of the coordinator's key.
+        secret: Used once.
+        name: Name its user will have.
+        domain: Domain its user will train on.
+        expires: Until when it may be used, seconds since 1970.
+    """
+
+    server: str
+    authority: str
+    charter: str
+    coordinator: str
+    secret: str
+    name: str
+    domain: str
+    expires: int
+
+    @property
+    def id(self) -> str:
+        """Hash of the secret, by which the server knows it."""
+        return hash_bytes(self.secret.encode())
+
+    def __str__(self) -> str:
+        payload = base64.urlsafe_b64encode(canonical_json(asdict(self))).decode().rstrip("=")
+        return f"{_PREFIX}.{payload}.{hash_bytes(payload.encode())[:8]}"
+
+    def __repr__(self) -> str:
+        return f"Invitation(name={self.name!r}, server={self.server!r})"  # no secret in a log
+
+
+def parse_invitation(text: str) -> Invitation:
+    """Read an invitation.
+
+    Raises:
+        ConfigError: If it is incomplete or malformed.
+    """
+    wrong = ConfigError(
+        "Cannot read the invitation: expected the whole line that `molora coop invite` printed, "
+        "got another. Copy it again, from 'molora1.' to its end."
+    )
+    text = "".join(text[: 2 * _MAX_CHARACTERS].split())
+    prefix, _, rest = text.partition(".")
+    payload, _, check = rest.partition(".")
+    if prefix != _PREFIX or len(text) > _MAX_CHARACTERS:
+        raise wrong
+    if hash_bytes(payload.encode())[:8] != check:
+        raise wrong
+    try:
+        raw = base64.b64decode(payload + "=" * (-len(payload) % 4), b"-_", validate=True)
+        value = parse_json(raw, max_bytes=_MAX_CHARACTERS, max_depth=1)
+        if not isinstance(value, dict) or set(value) != {
+            field.name for field in fields(Invitation)
+        }:
+            raise ValueError("other keys")
+        for field in fields(Invitation):
+            if type(value[field.name]) is not field.type:
+                raise ValueError(field.name)
+        invitation = Invitation(**value)
+        for known in (invitation.authority, invitation.charter, invitation.coordinator):
+            if len(known) != 64 or not set(known) <= set("0123456789abcdef"):
+                raise ValueError("a hash")
+        check_name("name", invitation.name)
+        check_name("domain", invitation.domain)
+    except (ValueError, binascii.Error) as error:
+        raise wrong from error
+    return invitation
+
+
+def answer_redemption(
+    body: bytes, members: Members, home: CoordinatorHome, authority: str
+) -> dict[str, Any]:
+    """The server's side: make a member of whoever holds an invitation.
+
+    An empty object asks for the authority's certificate alone, which is no secret; its hash is in
+    the invitation.
+
+    Args:
+        body: JSON of a `Redemption`, or `{}`.
+        members: The cooperative's members.
+        home: The coordinator's home.
+        authority: The authority's certificate, PEM.
+
+    Raises:
+        Refusal: If it is malformed, or the invitation cannot be used.
+    """
+    try:
+        value = parse_json(body, max_bytes=INVITATION_BYTES, max_depth=2)
+        if value == {}:
+            return {"authority": authority}
+        redemption = Redemption.model_validate(value)
+    except (ValidationError, ValueError) as error:
+        raise Refusal(422, "Expected an invitation's secret, two keys and a signature") from error
+    try:
+        charter = read_json(home.outbox / "charter.json")
+        if charter is None:
+            raise Refusal(503, "The server is still starting")
+        member = members.redeem(redemption)
+    except StorageError as error:
+        raise Refusal(503, "The server cannot write its members") from error
+    except MoloraError as error:
+        raise Refusal(403, clean(error, 400)) from error
+    return {
+        "charter": charter["text"],
+        "public_key": charter["public_key"],
+        "signature": charter["signature"],
+        "name": member.name,
+        "domain": member.domain,
+    }
+
+
+def accept_invitation(invitation: Invitation, home: ContributorHome) -> None:
+    """The contributor's side: become a member; does nothing in a home that is one already.
+
+    The authority's certificate, the charter and the coordinator's key are kept in the home, and
+    hold there for ever after.
+
+    Args:
+        invitation: The invitation.
+        home: The contributor's home; its keys are made if it has none.
+
+    Raises:
+        ConfigError: If the home belongs to another member.
+        ServerUnreachableError: If the server does not answer.
+        FederationError: If it is not the server of the invitation, or turns its user away.
+        SignatureError: If the charter is not signed by the coordinator.
+        StorageError: On I/O errors.
+    """
+    kept = read_json(home.connection_file)
+    if kept is not None:
+        if kept.get("invitation") == invitation.id:
+            return
+        raise ConfigError(
+            f"Cannot join in '{home.root}': expected an empty home for a new invitation, got that "
+            f"of '{clean(kept.get('name'), 80)}'. Use another --home."
+        )
+    key, node_key = load_or_make_key(home.key), load_or_make_key(home.node_key)
+    authority = _fetch_authority(invitation)
+    node_pem = build_public_pem(node_key)
+    redemption = Redemption(
+        secret=invitation.secret,
+        node_key=node_pem,
+        contributor_key=build_public_pem(key),
+        signature=sign(key, build_redemption_bytes(invitation.secret, node_pem)),
+    )
+    context = ssl.create_default_context(cadata=authority)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    answer = _post(invitation, redemption.model_dump(), context)
+    text, public_key = str(answer.get("charter", "")), str(answer.get("public_key", ""))
+    signature = str(answer.get("signature", ""))
+    for what, expected, got in (
+        ("coordinator's key", invitation.coordinator, key_fingerprint(public_key)),
+        ("charter", invitation.charter, parse_charter(text, where="charter").identity_hash),
+    ):
+        if expected != got:
+            raise FederationError(
+                f"Cannot join at {invitation.server}: expected the {what} {expected[:16]} of the "
+                f"invitation, got {got[:16]}. Ask the coordinator for a new invitation."
+            )
+    verify(public_key, build_charter_bytes(text), signature, what="charter")
+    with replace_folder(home.charter) as folder:
+        write_bytes(folder / "coordinator.pem", public_key.encode())
+        write_bytes(folder / "cooperative.toml", text.encode())
+    write_bytes(home.authority_file, authority.encode())
+    connection = {
+        "server": invitation.server,
+        "invitation": invitation.id,
+        "name": invitation.name,
+        "domain": invitation.domain,
+    }
+    write_json(home.connection_file, connection)
+
+
+def _fetch_authority(invitation: Invitation) -> str:
+    """The authority's certificate, from whoever answers; its hash makes it the right one."""
+    unverified = ssl.create_default_context()
+    unverified.check_hostname = False
+    unverified.verify_mode = ssl.CERT_NONE
+    authority = str(_post(invitation, {}, unverified).get("authority", ""))
+    found = hash_certificate(authority)
+    if found != invitation.authority:
+        raise FederationError(
+            f"Cannot join at {invitation.server}: expected the certificate authority "
+            f"{invitation.authority[:16]} of the invitation, got {found[:16]}. Somebody else "
+            "answers there: check the address, and ask the coordinator for a new invitation."
+        )
+    return authority
+
+
+def _post(invitation: Invitation, value: Any, context: ssl.SSLContext) -> dict[str, Any]:
+    url = f"https://{invitation.server}{INVITATION_PATH}"
+    try:
+        with (
+            httpx.Client(verify=context, timeout=_SECONDS, follow_redirects=False) as client,
+            client.stream("POST", url, content=json.dumps(value)) as response,
+        ):
+            body = b""
+            for piece in response.iter_bytes():
+                body += piece
+                if len(body) > _ANSWER_BYTES:
+                    raise ValueError("too much")
+            status = response.status_code
+        answer = parse_json(body, max_bytes=_ANSWER_BYTES, max_depth=2)
+        if not isinstance(answer, dict):
+            raise ValueError("no object")
+    except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
+        raise ServerUnreachableError(
+            f"Cannot join at {clean(invitation.server, 80)}: expected the invitation's server, got "
+            f"{clean(error, 120) or type(error).__name__}. Check that it runs and can be reached, "
+            "then run the same command again."
+        ) from error
+    except ValueError as error:
+        raise FederationError(
+            f"Cannot join at {clean(invitation.server, 80)}: expected an answer in JSON, got "
+            f"{clean(error, 80)}. Run the same molora-fed version on both sides."
+        ) from error
+    if status != 200:
+        raise FederationError(
+            str(clean(answer.get("detail"), 400))
+            if status == 403
+            else f"Cannot join at {clean(invitation.server, 80)}: expected to be let in, got "
+            f"status {status}, {clean(answer.get('detail'), 80)}. Try again in a minute."
+        )
+    return answer
