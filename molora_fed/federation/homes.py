@@ -142,6 +142,7 @@ class CoordinatorHome(_Home):
         self.report = self.root / "report"
         self.worker_board = Board(self.mail / "worker-board")
         self.evolution = self.root / "evolution"
+        self.members = self.root / "members"
 
     def remove_leftovers(self) -> None:
         """Delete what a killed server left half-written; call it only while none runs here."""
@@ -209,6 +210,10 @@ class ContributorHome(_Home):
         self.offer_file = self.mail / "outbox" / "offer.json"
         self.shipments = self.mail / "received"
         self.parts = PartStore(self.mail / "parts")
+        self.busy = Board(self.mail / "busy")
+        self.node_key = self.root / "node.pem"
+        self.connection_file = self.root / "connection.json"
+        self.authority_file = self.root / "authority.pem"
         self.tasks = self.mail / "inbox" / "tasks"
         self._earlier_tasks = self.mail / "tasks"  # where versions with a queue kept them
 

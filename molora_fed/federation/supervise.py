@@ -5,11 +5,13 @@ seconds. A tree's processes are recorded while it lives, because Flower starts s
 """
 
 import contextlib
+import http.client
 import ipaddress
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import sysconfig
@@ -44,7 +46,6 @@ __all__ = [
     "parse_server",
     "raise_recorded",
     "record_errors",
-    "run_command",
     "sigterm_as_interrupt",
 ]
 
@@ -91,9 +92,8 @@ def build_flower_environment(home: Path, **extra: str) -> dict[str, str]:
 def check_loopback(host: str) -> None:
     """Refuse every host but this machine, by its IPv4 loopback address or as localhost.
 
-    Flower serves three interfaces on one port and can authenticate only one of them: whoever
-    reaches the port may run code on the server and on every contributor. So nothing but loopback
-    is allowed until a gateway forwards `/v1/fleet/` alone, under TLS.
+    Without TLS anybody on the way reads and changes what is sent, and without invitations anybody
+    may join; so both are for one machine only.
 
     Raises:
         ConfigError: If the host is not a loopback address.
@@ -106,17 +106,16 @@ def check_loopback(host: str) -> None:
     except ValueError:
         pass
     raise ConfigError(
-        f"Cannot use host '{host}': expected a loopback address, got another machine's; Flower's "
-        "control interface on that port is open to whoever reaches it. Use 127.0.0.1, or a "
-        "tunnel, until the TLS gateway exists."
+        f"Cannot use host '{host}' without TLS: expected a loopback address, got another "
+        "machine's. Use 127.0.0.1, or serve without --insecure and join with an invitation."
     )
 
 
 def parse_server(server: str) -> tuple[str, int]:
-    """Split "HOST:PORT" and check that the host is allowed.
+    """Split "HOST:PORT".
 
     Raises:
-        ConfigError: If it is malformed or not on this machine.
+        ConfigError: If it is malformed.
     """
     host, separator, port = server.removeprefix("http://").rstrip("/").rpartition(":")
     if not separator:
@@ -126,8 +125,7 @@ def parse_server(server: str) -> tuple[str, int]:
             f"Cannot use server '{server}': expected HOST:PORT, got something else. "
             f"Try 127.0.0.1:{DEFAULT_PORT}."
         )
-    check_loopback(host)
-    return host, int(port)
+    return host.strip("[]"), int(port)
 
 
 def check_port_free(host: str, port: int) -> None:
@@ -154,14 +152,27 @@ def find_free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def is_healthy(host: str, port: int, *, timeout_seconds: float = 2.0) -> bool:
-    """Whether a SuperLink or SuperNode answers there."""
+def is_healthy(
+    host: str, port: int, authority: Path | None = None, *, timeout_seconds: float = 2.0
+) -> bool:
+    """Whether a server answers there.
+
+    Args:
+        host: Its address.
+        port: Its port.
+        authority: Certificate of the authority that vouches for it, PEM; None asks without TLS.
+        timeout_seconds: How long to wait.
+    """
+    scheme, context = "http", None
     try:
+        if authority is not None:
+            scheme, context = "https", ssl.create_default_context(cafile=str(authority))
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
         with urllib.request.urlopen(
-            f"http://{host}:{port}/health", timeout=timeout_seconds
+            f"{scheme}://{host}:{port}/health", timeout=timeout_seconds, context=context
         ) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError, ValueError):
+    except (urllib.error.URLError, OSError, ValueError, http.client.HTTPException):
         return False
 
 
@@ -171,30 +182,6 @@ def is_running(pid: int) -> bool:
         return _is_alive(psutil.Process(pid))
     except psutil.NoSuchProcess:
         return False
-
-
-def run_command(
-    command: Sequence[str], *, env: Mapping[str, str], log: Path, timeout_seconds: float = 60.0
-) -> str:
-    """Run a short command to its end and return its standard output.
-
-    Raises:
-        FederationError: If it takes too long or cannot be started.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    output = log.with_suffix(".out")
-    try:
-        with output.open("wb") as out, log.open("ab") as err:
-            subprocess.run(
-                command, env=env, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
-                timeout=timeout_seconds, check=False,
-            )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise FederationError(
-            f"Cannot run '{command[0]}': expected it to end within {timeout_seconds:.0f} s, got "
-            f"{error}. See {log}."
-        ) from error
-    return output.read_text(encoding="utf-8", errors="replace")
 
 
 @dataclass
