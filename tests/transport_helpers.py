@@ -1,11 +1,13 @@
 """A server of stand-in workers in processes of its own, and what an attacker asks of its port."""
 
 import os
+import ssl
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
+import psutil
 
 from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write_charter
 from molora_fed.federation.homes import CoordinatorHome
@@ -47,19 +49,26 @@ def make_cooperative(root):
 
 
 class StandInServer:
-    """`molora serve` with a stand-in worker, in a process of its own, on plain loopback."""
+    """`molora serve` with a stand-in worker, in a process of its own; plain, or for members."""
 
-    def __init__(self, root):
+    def __init__(self, root, *mode):
         self.home = make_cooperative(root)
         self.port = find_free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.mode = mode
         self.process = None
+
+    @property
+    def url(self):
+        return f"http{'s' if self.mode else ''}://127.0.0.1:{self.port}"
 
     def __enter__(self):
         env = {**os.environ, "PYTHONPATH": str(FEDERATION_TESTS)}
         with (self.home.root / "serve.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "serve_stand_in", str(self.home.root), str(self.port)],
+                [
+                    sys.executable, "-m", "serve_stand_in", str(self.home.root), str(self.port),
+                    *self.mode,
+                ],
                 env=env, stdout=log, stderr=log,
             )  # fmt: skip
         wait_until(self.home.pulse.read, what="mail")
@@ -72,4 +81,17 @@ class StandInServer:
     def ask(self, method, path, **options):
         """The status of a request to its port."""
         options = {"content": b"", "headers": {"content-type": "application/x-protobuf"}, **options}
-        return httpx.request(method, self.url + path, timeout=5.0, **options).status_code
+        verify = False
+        if self.mode:
+            verify = ssl.create_default_context(cafile=str(self.home.root / "tls/authority.pem"))
+        url = self.url + path
+        return httpx.request(method, url, timeout=5.0, verify=verify, **options).status_code
+
+    def processes(self):
+        """The processes it started, by the module they run."""
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            words = process.cmdline()
+            if "-m" in words:
+                found[words[words.index("-m") + 1].rpartition(".")[2]] = process
+        return found

@@ -143,6 +143,7 @@ class CoordinatorHome(_Home):
         self.worker_board = Board(self.mail / "worker-board")
         self.evolution = self.root / "evolution"
         self.members = self.root / "members"
+        self.address_file = self.root / "address.json"
 
     def remove_leftovers(self) -> None:
         """Delete what a killed server left half-written; call it only while none runs here."""

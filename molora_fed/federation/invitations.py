@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from molora_fed.charter import check_name, parse_charter
+from molora_fed.charter import check_name, load_charter, parse_charter
 from molora_fed.errors import (
     ConfigError,
     FederationError,
@@ -23,15 +23,17 @@ from molora_fed.errors import (
     ServerUnreachableError,
     StorageError,
 )
-from molora_fed.federation.certificates import hash_certificate
+from molora_fed.federation.certificates import ServerCertificate, hash_certificate
 from molora_fed.federation.gateway import INVITATION_BYTES, INVITATION_PATH, Refusal
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.members import Members, Redemption, build_redemption_bytes
+from molora_fed.federation.supervise import DEFAULT_PORT, parse_server
 from molora_fed.federation.worker_mail import build_charter_bytes
 from molora_fed.storage.files import (
     canonical_json,
     hash_bytes,
+    make_private,
     replace_folder,
     write_bytes,
     write_json,
@@ -45,7 +47,17 @@ from molora_fed.storage.keys import (
 )
 from molora_fed.storage.untrusted import clean, parse_json
 
-__all__ = ["Invitation", "accept_invitation", "answer_redemption", "parse_invitation"]
+__all__ = [
+    "Connection",
+    "Invitation",
+    "accept_invitation",
+    "answer_redemption",
+    "keep_address",
+    "make_invitation",
+    "parse_invitation",
+    "read_address",
+    "read_connection",
+]
 
 _PREFIX = "molora1"
 _MAX_CHARACTERS = 2_048
@@ -88,6 +100,112 @@ class Invitation:
 
     def __repr__(self) -> str:
         return f"Invitation(name={self.name!r}, server={self.server!r})"  # no secret in a log
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What an accepted invitation left in a contributor's home.
+
+    Attributes:
+        server: "HOST:PORT".
+        invitation: Hash of the invitation's secret.
+        name: The member's name.
+        domain: The domain it trains on.
+    """
+
+    server: str
+    invitation: str
+    name: str
+    domain: str
+
+
+def read_connection(home: ContributorHome) -> Connection | None:
+    """The connection of a home; None if no invitation was accepted there.
+
+    Raises:
+        FederationError: If its file is malformed.
+    """
+    kept = read_json(home.connection_file)
+    if kept is None:
+        return None
+    try:
+        return Connection(**{field.name: str(kept[field.name]) for field in fields(Connection)})
+    except (KeyError, TypeError) as error:
+        raise FederationError(
+            f"Cannot read '{home.connection_file}': expected an accepted invitation, got {error}. "
+            "Ask the coordinator for a new one, and use another --home."
+        ) from error
+
+
+def keep_address(home: CoordinatorHome, address: str, port: int) -> tuple[str, ...]:
+    """Keep by which address members reach a server; invitations name it.
+
+    Args:
+        home: The coordinator's home.
+        address: "HOST" or "HOST:PORT"; empty keeps the one there is.
+        port: The server's port, where the address has none.
+
+    Returns:
+        The names the server's certificate needs: the address's host, if there is an address.
+
+    Raises:
+        CharterError: If there is no cooperative in the folder.
+        ConfigError: If it is malformed.
+        StorageError: On I/O errors.
+    """
+    load_charter(home.charter)
+    if address:
+        host, own_port = parse_server(address, port)
+        write_json(home.address_file, {"host": host, "port": own_port})
+    kept = read_json(home.address_file) or {}
+    return (str(kept["host"]),) if "host" in kept else ()
+
+
+def read_address(home: CoordinatorHome) -> str:
+    """The address that invitations name: the one kept, or this machine's."""
+    kept = read_json(home.address_file) or {"host": "127.0.0.1", "port": DEFAULT_PORT}
+    host = str(kept["host"])
+    return f"{f'[{host}]' if ':' in host else host}:{int(kept['port'])}"
+
+
+def make_invitation(
+    home: CoordinatorHome, name: str, domain: str, *, days: float, server: str
+) -> Invitation:
+    """The coordinator's side: make an invitation to a cooperative.
+
+    Args:
+        home: The coordinator's home.
+        name: Name its user will have.
+        domain: Domain its user will train on.
+        days: For how long it may be used.
+        server: "HOST:PORT" by which its user reaches the server.
+
+    Raises:
+        CharterError: If there is no cooperative in the folder.
+        ConfigError: If a name is malformed or taken, or the charter asks for other domains.
+        StorageError: On I/O errors.
+    """
+    charter = load_charter(home.charter)
+    wanted = charter.amendment.domains
+    if wanted and domain not in wanted:
+        raise ConfigError(
+            f"Cannot invite '{name}': expected one of the charter's domains {', '.join(wanted)}, "
+            f"got '{domain}'. Choose another with --domain, or amend the charter."
+        )
+    make_private(home.root)
+    key = load_or_make_key(home.key)
+    authority = ServerCertificate(home.root).prepare_authority()
+    secret, expires = Members(home.members).invite(name, domain, days=days)
+    return Invitation(
+        server=server,
+        authority=authority,
+        charter=charter.identity_hash,
+        coordinator=key_fingerprint(build_public_pem(key)),
+        secret=secret,
+        name=name,
+        domain=domain,
+        expires=expires,
+    )
 
 
 def parse_invitation(text: str) -> Invitation:
@@ -187,14 +305,15 @@ def accept_invitation(invitation: Invitation, home: ContributorHome) -> None:
         SignatureError: If the charter is not signed by the coordinator.
         StorageError: On I/O errors.
     """
-    kept = read_json(home.connection_file)
+    kept = read_connection(home)
     if kept is not None:
-        if kept.get("invitation") == invitation.id:
+        if kept.invitation == invitation.id:
             return
         raise ConfigError(
             f"Cannot join in '{home.root}': expected an empty home for a new invitation, got that "
-            f"of '{clean(kept.get('name'), 80)}'. Use another --home."
+            f"of '{clean(kept.name, 80)}'. Use another --home."
         )
+    make_private(home.root)
     key, node_key = load_or_make_key(home.key), load_or_make_key(home.node_key)
     authority = _fetch_authority(invitation)
     node_pem = build_public_pem(node_key)
@@ -223,13 +342,8 @@ def accept_invitation(invitation: Invitation, home: ContributorHome) -> None:
         write_bytes(folder / "coordinator.pem", public_key.encode())
         write_bytes(folder / "cooperative.toml", text.encode())
     write_bytes(home.authority_file, authority.encode())
-    connection = {
-        "server": invitation.server,
-        "invitation": invitation.id,
-        "name": invitation.name,
-        "domain": invitation.domain,
-    }
-    write_json(home.connection_file, connection)
+    connection = Connection(invitation.server, invitation.id, invitation.name, invitation.domain)
+    write_json(home.connection_file, asdict(connection))
 
 
 def _fetch_authority(invitation: Invitation) -> str:

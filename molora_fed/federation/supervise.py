@@ -111,15 +111,15 @@ def check_loopback(host: str) -> None:
     )
 
 
-def parse_server(server: str) -> tuple[str, int]:
-    """Split "HOST:PORT".
+def parse_server(server: str, default_port: int = DEFAULT_PORT) -> tuple[str, int]:
+    """Split "HOST:PORT"; a port that is left out is the default.
 
     Raises:
         ConfigError: If it is malformed.
     """
     host, separator, port = server.removeprefix("http://").rstrip("/").rpartition(":")
     if not separator:
-        host, port = port, str(DEFAULT_PORT)
+        host, port = port, str(default_port)
     if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65_536 or not host:
         raise ConfigError(
             f"Cannot use server '{server}': expected HOST:PORT, got something else. "
