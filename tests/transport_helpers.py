@@ -1,15 +1,18 @@
 """A server of stand-in workers in processes of its own, and what an attacker asks of its port."""
 
+import contextlib
 import os
 import ssl
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx
 import psutil
 
 from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write_charter
+from molora_fed.federation.connections import build_server, run_server
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.supervise import find_free_port
 
@@ -18,7 +21,14 @@ sys.path.insert(0, str(FEDERATION_TESTS))
 
 from processes import find_processes, wait_until  # noqa: E402
 
-__all__ = ["CLOSED_PATHS", "StandInServer", "find_processes", "make_cooperative", "wait_until"]
+__all__ = [
+    "CLOSED_PATHS",
+    "StandInServer",
+    "find_processes",
+    "make_cooperative",
+    "serving",
+    "wait_until",
+]
 
 CLOSED_PATHS = (
     ("POST", "/v1/control/start-run"),
@@ -46,6 +56,23 @@ def make_cooperative(root):
     charter = Charter(identity=Identity(name="test", base=base), amendment=Amendment(expected=1))
     write_charter(charter, home.charter)
     return home
+
+
+@contextlib.contextmanager
+def serving(app, doorkeeper, certificate=None):
+    """The port of an ASGI application that a thread of this process serves."""
+    port = find_free_port()
+    server = build_server(
+        app, host="127.0.0.1", port=port, doorkeeper=doorkeeper, certificate=certificate
+    )
+    thread = threading.Thread(target=run_server, args=(server,))
+    thread.start()
+    try:
+        wait_until(lambda: server.started, what="the server")
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
 
 
 class StandInServer:

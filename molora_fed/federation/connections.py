@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["Doorkeeper", "run_server"]
+__all__ = ["Doorkeeper", "build_server", "run_server"]
 
 MAX_CONNECTIONS = 512
 HEAD_SECONDS = 10.0
@@ -101,16 +101,15 @@ class _Loop(asyncio.SelectorEventLoop):
         return await super().create_server(*args, **options)
 
 
-def run_server(
+def build_server(
     app: Any,
     *,
     host: str,
     port: int,
     doorkeeper: Doorkeeper,
     certificate: tuple[str, str] | None = None,
-    on_context: Any = lambda context: None,
-) -> None:
-    """Serve an ASGI application until SIGTERM or SIGINT.
+) -> uvicorn.Server:
+    """A server of an ASGI application; `run_server` serves.
 
     Args:
         app: The application.
@@ -118,17 +117,17 @@ def run_server(
         port: Port to listen on.
         doorkeeper: Limits on connections.
         certificate: PEM files of certificate chain and key, for TLS 1.3; None serves plain HTTP.
-        on_context: Gets the TLS context, so that a renewed certificate can be loaded into it.
+
+    Returns:
+        The server; its `config.ssl` is the TLS context, into which a renewed certificate can be
+        loaded.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _OPEN_FILES)), hard))
-    protocol = type("_Connection", (Connection,), {"doorkeeper": doorkeeper})
     chain, key = certificate or (None, None)
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=protocol,
+        http=type("_Connection", (Connection,), {"doorkeeper": doorkeeper}),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -142,7 +141,12 @@ def run_server(
     config.load()
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-        on_context(config.ssl)
-    server = uvicorn.Server(config)
+    return uvicorn.Server(config)
+
+
+def run_server(server: uvicorn.Server) -> None:
+    """Serve until SIGTERM, SIGINT or `server.should_exit`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _OPEN_FILES)), hard))
     with asyncio.Runner(loop_factory=_Loop) as runner:
         runner.run(server.serve())

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.confine import confine
-from molora_fed.federation.connections import Doorkeeper, run_server
+from molora_fed.federation.connections import Doorkeeper, build_server, run_server
 from molora_fed.federation.flower.fleet import FLEET_BODIES, build_fleet_app, read_node_key
 from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
 from molora_fed.federation.gateway import Gateway
@@ -76,14 +76,16 @@ def _serve(home: CoordinatorHome, host: str, port: int, names: list[str], is_ope
         on_member=doorkeeper.welcome,
     )
     relay.start()
-    run_server(
+    server = build_server(
         gateway,
         host=host,
         port=port,
         doorkeeper=doorkeeper,
         certificate=None if certificate is None else certificate.paths,
-        on_context=lambda context: _watch_certificate(context, certificate),
     )
+    if certificate is not None:
+        _watch_certificate(server.config.ssl, certificate)
+    run_server(server)
 
 
 def _carry(home: CoordinatorHome, grid: LinkGrid, members: Members | None) -> None:
@@ -96,10 +98,9 @@ def _carry(home: CoordinatorHome, grid: LinkGrid, members: Members | None) -> No
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _watch_certificate(context: ssl.SSLContext, certificate: ServerCertificate | None) -> None:
+def _watch_certificate(context: ssl.SSLContext | None, certificate: ServerCertificate) -> None:
     """Use a renewed certificate for new connections."""
-    if certificate is None:
-        return
+    assert context is not None
     chain, key = certificate.paths
 
     def watch() -> None:
