@@ -194,8 +194,8 @@ def make_invitation(
         )
     make_private(home.root)
     key = load_or_make_key(home.key)
-    authority = ServerCertificate(home.root).prepare_authority()
     secret, expires = Members(home.members).invite(name, domain, days=days)
+    authority = ServerCertificate(home.root).prepare_authority()
     return Invitation(
         server=server,
         authority=authority,
