@@ -53,12 +53,9 @@ def join(
     from molora_fed.errors import ConfigError
     from molora_fed.federation.contributor import join as take_part
     from molora_fed.federation.homes import ContributorHome
-    from molora_fed.federation.invitations import (
-        accept_invitation,
-        parse_invitation,
-        read_connection,
-    )
+    from molora_fed.federation.invitations import parse_invitation
     from molora_fed.federation.join_settings import JoinSettings
+    from molora_fed.federation.membership import accept_invitation, read_connection
     from molora_fed.storage.values import count_cores, parse_shard
 
     if not yes and not sys.stdin.isatty():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import FederationError
-from molora_fed.federation.homes import CONTRIBUTOR_HOME, HOLD_SECONDS, home_from_environment
+from molora_fed.federation.homes import HOLD_SECONDS
 from molora_fed.federation.mailbox import read_json
 from molora_fed.storage.files import write_bytes, write_json
 
@@ -133,21 +133,17 @@ def read_partitions(path: Path) -> list[Path]:
 
 
 def find_own_home(node_config: Mapping[str, Any]) -> Path | None:
-    """The home a ClientApp answers for: its partition's in a simulation, else the one set.
+    """The home that a simulated node answers for.
 
     Args:
         node_config: The node's configuration, from Flower's context.
 
     Returns:
-        The home; None for a simulated node whose contributor has not joined yet.
+        The home; None for a node whose contributor has not joined yet.
 
     Raises:
-        ConfigError: If none is set.
         FederationError: If the partitions cannot be read.
     """
-    partitions = os.environ.get(PARTITIONS, "")
-    if not partitions:
-        return home_from_environment(CONTRIBUTOR_HOME)
-    homes = read_partitions(Path(partitions))
+    homes = read_partitions(Path(os.environ.get(PARTITIONS, "")))
     number = int(node_config["partition-id"])
     return homes[number] if number < len(homes) else None

@@ -13,7 +13,6 @@ from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.storage.files import write_json
 
 __all__ = [
-    "CONTRIBUTOR_HOME",
     "COORDINATOR_HOME",
     "HOLD_SECONDS",
     "MESSAGE_BYTES",
@@ -26,9 +25,7 @@ __all__ = [
 ]
 
 COORDINATOR_HOME = "MOLORA_COORDINATOR_HOME"
-"""Environment variable that tells the ServerApp its home folder."""
-CONTRIBUTOR_HOME = "MOLORA_CONTRIBUTOR_HOME"
-"""Environment variable that tells the ClientApp its home folder."""
+"""Environment variable that tells a simulation's ServerApp its home folder."""
 MESSAGE_BYTES = "MOLORA_MESSAGE_BYTES"
 """Environment variable of the server: largest part and message in bytes; smaller for slow lines."""
 HOLD_SECONDS = "MOLORA_HOLD_SECONDS"

@@ -7,62 +7,49 @@ secret, so that the server trusts its user, once.
 
 import base64
 import binascii
-import json
-import ssl
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import httpx
 from pydantic import ValidationError
 
-from molora_fed.charter import check_name, load_charter, parse_charter
+from molora_fed.charter import check_name, load_charter
 from molora_fed.errors import (
     ConfigError,
-    FederationError,
     MoloraError,
-    ServerUnreachableError,
     StorageError,
 )
-from molora_fed.federation.certificates import ServerCertificate, hash_certificate
-from molora_fed.federation.gateway import INVITATION_BYTES, INVITATION_PATH, Refusal
-from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.certificates import ServerCertificate
+from molora_fed.federation.gateway import INVITATION_BYTES, Refusal
+from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.members import Members, Redemption, build_redemption_bytes
+from molora_fed.federation.members import Members, Redemption
 from molora_fed.federation.supervise import DEFAULT_PORT, parse_server
-from molora_fed.federation.worker_mail import build_charter_bytes
 from molora_fed.storage.files import (
     canonical_json,
     hash_bytes,
     make_private,
-    replace_folder,
-    write_bytes,
     write_json,
 )
 from molora_fed.storage.keys import (
     build_public_pem,
     key_fingerprint,
     load_or_make_key,
-    sign,
-    verify,
 )
 from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [
-    "Connection",
     "Invitation",
-    "accept_invitation",
     "answer_redemption",
     "keep_address",
     "make_invitation",
     "parse_invitation",
     "read_address",
-    "read_connection",
 ]
 
 _PREFIX = "molora1"
 _MAX_CHARACTERS = 2_048
-_ANSWER_BYTES = 2 * 2**20
-_SECONDS = 30.0
+_SERVER = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 
 
 @dataclass(frozen=True)
@@ -100,41 +87,6 @@ class Invitation:
 
     def __repr__(self) -> str:
         return f"Invitation(name={self.name!r}, server={self.server!r})"  # no secret in a log
-
-
-@dataclass(frozen=True)
-class Connection:
-    """What an accepted invitation left in a contributor's home.
-
-    Attributes:
-        server: "HOST:PORT".
-        invitation: Hash of the invitation's secret.
-        name: The member's name.
-        domain: The domain it trains on.
-    """
-
-    server: str
-    invitation: str
-    name: str
-    domain: str
-
-
-def read_connection(home: ContributorHome) -> Connection | None:
-    """The connection of a home; None if no invitation was accepted there.
-
-    Raises:
-        FederationError: If its file is malformed.
-    """
-    kept = read_json(home.connection_file)
-    if kept is None:
-        return None
-    try:
-        return Connection(**{field.name: str(kept[field.name]) for field in fields(Connection)})
-    except (KeyError, TypeError) as error:
-        raise FederationError(
-            f"Cannot read '{home.connection_file}': expected an accepted invitation, got {error}. "
-            "Ask the coordinator for a new one, and use another --home."
-        ) from error
 
 
 def keep_address(home: CoordinatorHome, address: str, port: int) -> tuple[str, ...]:
@@ -239,6 +191,8 @@ def parse_invitation(text: str) -> Invitation:
         for known in (invitation.authority, invitation.charter, invitation.coordinator):
             if len(known) != 64 or not set(known) <= set("0123456789abcdef"):
                 raise ValueError("a hash")
+        if not _SERVER.fullmatch(invitation.server):
+            raise ValueError("a server")
         check_name("name", invitation.name)
         check_name("domain", invitation.domain)
     except (ValueError, binascii.Error) as error:
@@ -286,114 +240,3 @@ def answer_redemption(
         "name": member.name,
         "domain": member.domain,
     }
-
-
-def accept_invitation(invitation: Invitation, home: ContributorHome) -> None:
-    """The contributor's side: become a member; does nothing in a home that is one already.
-
-    The authority's certificate, the charter and the coordinator's key are kept in the home, and
-    hold there for ever after.
-
-    Args:
-        invitation: The invitation.
-        home: The contributor's home; its keys are made if it has none.
-
-    Raises:
-        ConfigError: If the home belongs to another member.
-        ServerUnreachableError: If the server does not answer.
-        FederationError: If it is not the server of the invitation, or turns its user away.
-        SignatureError: If the charter is not signed by the coordinator.
-        StorageError: On I/O errors.
-    """
-    kept = read_connection(home)
-    if kept is not None:
-        if kept.invitation == invitation.id:
-            return
-        raise ConfigError(
-            f"Cannot join in '{home.root}': expected an empty home for a new invitation, got that "
-            f"of '{clean(kept.name, 80)}'. Use another --home."
-        )
-    make_private(home.root)
-    key, node_key = load_or_make_key(home.key), load_or_make_key(home.node_key)
-    authority = _fetch_authority(invitation)
-    node_pem = build_public_pem(node_key)
-    redemption = Redemption(
-        secret=invitation.secret,
-        node_key=node_pem,
-        contributor_key=build_public_pem(key),
-        signature=sign(key, build_redemption_bytes(invitation.secret, node_pem)),
-    )
-    context = ssl.create_default_context(cadata=authority)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    answer = _post(invitation, redemption.model_dump(), context)
-    text, public_key = str(answer.get("charter", "")), str(answer.get("public_key", ""))
-    signature = str(answer.get("signature", ""))
-    for what, expected, got in (
-        ("coordinator's key", invitation.coordinator, key_fingerprint(public_key)),
-        ("charter", invitation.charter, parse_charter(text, where="charter").identity_hash),
-    ):
-        if expected != got:
-            raise FederationError(
-                f"Cannot join at {invitation.server}: expected the {what} {expected[:16]} of the "
-                f"invitation, got {got[:16]}. Ask the coordinator for a new invitation."
-            )
-    verify(public_key, build_charter_bytes(text), signature, what="charter")
-    with replace_folder(home.charter) as folder:
-        write_bytes(folder / "coordinator.pem", public_key.encode())
-        write_bytes(folder / "cooperative.toml", text.encode())
-    write_bytes(home.authority_file, authority.encode())
-    connection = Connection(invitation.server, invitation.id, invitation.name, invitation.domain)
-    write_json(home.connection_file, asdict(connection))
-
-
-def _fetch_authority(invitation: Invitation) -> str:
-    """The authority's certificate, from whoever answers; its hash makes it the right one."""
-    unverified = ssl.create_default_context()
-    unverified.check_hostname = False
-    unverified.verify_mode = ssl.CERT_NONE
-    authority = str(_post(invitation, {}, unverified).get("authority", ""))
-    found = hash_certificate(authority)
-    if found != invitation.authority:
-        raise FederationError(
-            f"Cannot join at {invitation.server}: expected the certificate authority "
-            f"{invitation.authority[:16]} of the invitation, got {found[:16]}. Somebody else "
-            "answers there: check the address, and ask the coordinator for a new invitation."
-        )
-    return authority
-
-
-def _post(invitation: Invitation, value: Any, context: ssl.SSLContext) -> dict[str, Any]:
-    url = f"https://{invitation.server}{INVITATION_PATH}"
-    try:
-        with (
-            httpx.Client(verify=context, timeout=_SECONDS, follow_redirects=False) as client,
-            client.stream("POST", url, content=json.dumps(value)) as response,
-        ):
-            body = b""
-            for piece in response.iter_bytes():
-                body += piece
-                if len(body) > _ANSWER_BYTES:
-                    raise ValueError("too much")
-            status = response.status_code
-        answer = parse_json(body, max_bytes=_ANSWER_BYTES, max_depth=2)
-        if not isinstance(answer, dict):
-            raise ValueError("no object")
-    except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
-        raise ServerUnreachableError(
-            f"Cannot join at {clean(invitation.server, 80)}: expected the invitation's server, got "
-            f"{clean(error, 120) or type(error).__name__}. Check that it runs and can be reached, "
-            "then run the same command again."
-        ) from error
-    except ValueError as error:
-        raise FederationError(
-            f"Cannot join at {clean(invitation.server, 80)}: expected an answer in JSON, got "
-            f"{clean(error, 80)}. Run the same molora-fed version on both sides."
-        ) from error
-    if status != 200:
-        raise FederationError(
-            str(clean(answer.get("detail"), 400))
-            if status == 403
-            else f"Cannot join at {clean(invitation.server, 80)}: expected to be let in, got "
-            f"status {status}, {clean(answer.get('detail'), 80)}. Try again in a minute."
-        )
-    return answer

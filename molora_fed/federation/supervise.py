@@ -14,7 +14,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 import urllib.error
@@ -67,22 +66,18 @@ _LAUNCH = (
 
 
 def build_flower_environment(home: Path, **extra: str) -> dict[str, str]:
-    """Environment of Flower's processes: private home, no outbound calls, fast polling.
+    """Environment of processes that use Flower: private home, no outbound calls.
 
     Args:
         home: Home folder of the coordinator or contributor; Flower's own files go below it.
-        extra: Further variables; a ServerApp and a ClientApp inherit them.
+        extra: Further variables.
     """
-    scripts = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
     return {
         **os.environ,
-        # Flower finds its own children through PATH.
-        "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", "")]),
         "FLWR_HOME": str(home / "flower"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
         **extra,

@@ -142,7 +142,8 @@ def test_a_server_that_sends_another_app_runs_nothing_here(tmp_path):
     (tmp_path / "flower" / "config.toml").write_text(
         f'[superlink]\ndefault = "l"\n[superlink.l]\naddress = "{address}"\ninsecure = true\n'
     )
-    env = build_flower_environment(tmp_path)
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = build_flower_environment(tmp_path, PATH=scripts)
     group = ProcessGroup(tmp_path / "logs", tmp_path / "processes.json")
     try:
         group.start("superlink", ["flower-superlink", "--insecure", "--port", str(port)], env)

@@ -178,6 +178,7 @@ def change(**values):
         str(INVITATION).replace("molora1", "molora2"), "molora1." + "x" * 10_000,
         change(name="../x"), change(authority="A" * 64), change(charter="b"), change(expires=True),
         change(expires=2**70), change(domain=""), change(server=7),
+        change(server="fed.example:1/x?"), change(server="user@fed.example:1"), change(server="x"),
     ],
 )  # fmt: skip
 def test_another_line_is_refused_in_one_line(text):

@@ -12,9 +12,10 @@ from transport_helpers import CLOSED_PATHS, FEDERATION_TESTS, StandInServer, wai
 from molora_fed.errors import ConfigError, FederationError, ServerUnreachableError
 from molora_fed.federation import contributor as joining
 from molora_fed.federation.homes import ContributorHome
-from molora_fed.federation.invitations import accept_invitation, make_invitation, read_connection
+from molora_fed.federation.invitations import make_invitation
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.members import Members
+from molora_fed.federation.membership import accept_invitation, read_connection
 from molora_fed.federation.messages import describe_folder
 
 pytestmark = pytest.mark.processes
