@@ -317,7 +317,7 @@ class ProcessGroup:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
         members = [m for name in names for m in self._family.get(name, {}).values()]
-        # Parents first and by themselves: a SuperNode says goodbye to its server in this time.
+        # Parents first and by themselves: a node says goodbye to its server in this time.
         psutil.wait_procs(
             [m for m in members if _is_alive(m) and any(m.pid == p.pid for p in started)],
             timeout=min(PARENT_SECONDS, grace_seconds),
