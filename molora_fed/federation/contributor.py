@@ -20,6 +20,7 @@ from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,
     check_loopback,
+    format_server,
     is_healthy,
     parse_server,
     raise_recorded,
@@ -190,7 +191,7 @@ class ContributorSupervisor:
         env = build_flower_environment(self.home.root)
         command = [
             sys.executable, "-P", "-m", NODE_MODULE, str(self.home.root),
-            f"{self._host}:{self._port}", str(self.home.node_key),
+            format_server(self._host, self._port), str(self.home.node_key),
         ]  # fmt: skip
         if self._authority is not None:
             command += ["--authority", str(self._authority)]
@@ -292,7 +293,8 @@ class ContributorSupervisor:
         if code == NOT_A_MEMBER:
             raise FederationError(
                 f"Cannot stay connected as '{self.settings.name}': expected to be a member, got "
-                "refused by the server. Ask the coordinator for a new invitation."
+                "refused by the server. Check this machine's clock, or ask the coordinator for a new "
+                "invitation."
             )
         self._node_restarts += 1
         if self._node_restarts > MAX_RESTARTS and not self._server_gone:

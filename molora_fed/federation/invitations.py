@@ -24,7 +24,7 @@ from molora_fed.federation.gateway import INVITATION_BYTES, Refusal
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.members import Members, Redemption
-from molora_fed.federation.supervise import DEFAULT_PORT, parse_server
+from molora_fed.federation.supervise import DEFAULT_PORT, format_server, parse_server
 from molora_fed.storage.files import (
     canonical_json,
     hash_bytes,
@@ -116,8 +116,7 @@ def keep_address(home: CoordinatorHome, address: str, port: int) -> tuple[str, .
 def read_address(home: CoordinatorHome) -> str:
     """The address that invitations name: the one kept, or this machine's."""
     kept = read_json(home.address_file) or {"host": "127.0.0.1", "port": DEFAULT_PORT}
-    host = str(kept["host"])
-    return f"{f'[{host}]' if ':' in host else host}:{int(kept['port'])}"
+    return format_server(str(kept["host"]), int(kept["port"]))
 
 
 def make_invitation(

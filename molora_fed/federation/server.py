@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from molora_fed.charter import load_charter
-from molora_fed.errors import FederationError
+from molora_fed.errors import FederationError, MoloraError
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.fleet import Fleet, connect_fleet
 from molora_fed.federation.homes import COORDINATOR_HOME, ContributorMailbox, CoordinatorHome
@@ -176,7 +176,7 @@ class ServerSupervisor:
         self._watch_coordinator()
         self._watch_link()
         if time.monotonic() - self._certified > CERTIFY_SECONDS:
-            self._certify()
+            self._renew()
         self._report()
 
     def _emit(self, event: FederationEvent) -> None:
@@ -188,6 +188,13 @@ class ServerSupervisor:
         if self._names is not None:
             self._certificate.prepare(self._names)
             Members(self.home.members).prepare()
+
+    def _renew(self) -> None:
+        """`_certify` while serving: the certificate there is stays good for weeks."""
+        try:
+            self._certify()
+        except MoloraError as error:
+            self._warn(f"the certificate was not renewed: {error}")
 
     def _is_healthy(self) -> bool:
         host = "127.0.0.1" if self._host in _ANY_ADDRESS else self._host

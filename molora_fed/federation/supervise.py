@@ -39,6 +39,7 @@ __all__ = [
     "check_loopback",
     "check_port_free",
     "find_free_port",
+    "format_server",
     "is_healthy",
     "is_running",
     "parse_answer",
@@ -123,6 +124,11 @@ def parse_server(server: str, default_port: int = DEFAULT_PORT) -> tuple[str, in
     return host.strip("[]"), int(port)
 
 
+def format_server(host: str, port: int) -> str:
+    """ "HOST:PORT", with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_port_free(host: str, port: int) -> None:
     """Check that nobody listens on a port.
 
@@ -164,7 +170,9 @@ def is_healthy(
             scheme, context = "https", ssl.create_default_context(cafile=str(authority))
             context.minimum_version = ssl.TLSVersion.TLSv1_3
         with urllib.request.urlopen(
-            f"{scheme}://{host}:{port}/health", timeout=timeout_seconds, context=context
+            f"{scheme}://{format_server(host, port)}/health",
+            timeout=timeout_seconds,
+            context=context,
         ) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError, ValueError, http.client.HTTPException):
