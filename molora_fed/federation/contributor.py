@@ -293,8 +293,8 @@ class ContributorSupervisor:
         if code == NOT_A_MEMBER:
             raise FederationError(
                 f"Cannot stay connected as '{self.settings.name}': expected to be a member, got "
-                "refused by the server. Check this machine's clock, or ask the coordinator for a new "
-                "invitation."
+                "refused by the server. Check this machine's clock, or ask the coordinator for a "
+                "new invitation."
             )
         self._node_restarts += 1
         if self._node_restarts > MAX_RESTARTS and not self._server_gone:

@@ -125,7 +125,7 @@ def parse_server(server: str, default_port: int = DEFAULT_PORT) -> tuple[str, in
 
 
 def format_server(host: str, port: int) -> str:
-    """ "HOST:PORT", with brackets around an IPv6 address."""
+    """Host and port as one text, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -169,11 +169,8 @@ def is_healthy(
         if authority is not None:
             scheme, context = "https", ssl.create_default_context(cafile=str(authority))
             context.minimum_version = ssl.TLSVersion.TLSv1_3
-        with urllib.request.urlopen(
-            f"{scheme}://{format_server(host, port)}/health",
-            timeout=timeout_seconds,
-            context=context,
-        ) as answer:
+        url = f"{scheme}://{format_server(host, port)}/health"
+        with urllib.request.urlopen(url, timeout=timeout_seconds, context=context) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError, ValueError, http.client.HTTPException):
         return False
