@@ -85,6 +85,8 @@ def simulate_fleet(partitions: Path, *, nodes: int, actors: int, scratch: Path) 
             HOLD_SECONDS: "0",
             "RAY_TMPDIR": str(scratch),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Letters are short, and whoever trains beside them would have all cores.
+            "RAY_worker_niceness": "0",
             # Without clusters, Ray listens on the loopback address instead of the machine's.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_ADDRESS": "",
