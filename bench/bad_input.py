@@ -30,7 +30,7 @@ def run_cases(stage: Stage) -> Iterator[Outcome]:
     yield from run_other_cases(stage)
     port = find_free_port()
     stage.copy("coop", "serving")
-    server = stage.start(f"serve serving --port {port} --threads 1", log="serving")
+    server = stage.start(f"serve serving --insecure --port {port} --threads 1", log="serving")
     wait_until(CoordinatorHome(stage.root / "serving").pulse.read, "the server")
     yield from run_adapter_cases(
         stage,

@@ -107,7 +107,7 @@ class _Upload:
         self.home = CoordinatorHome(stage.root / cooperative)
         self.contributor = ContributorHome(stage.root / "uploader")
         port = find_free_port()
-        self.serve = f"serve {cooperative} --port {port} --threads 1"
+        self.serve = f"serve {cooperative} --insecure --port {port} --threads 1"
         self.join = (
             f"join --server 127.0.0.1:{port} --domain abc --data texts-abc --home uploader "
             "--threads 1 --name abc-1 --yes"

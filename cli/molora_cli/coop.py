@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.output import MAX_LINE, note, print_columns
+from molora_cli.output import MAX_LINE, format_time, note, print_columns
 from molora_cli.progress import reporting
 from molora_fed.storage.untrusted import clean
 
@@ -77,6 +77,7 @@ def create(
     )
     from molora_fed.cooperative.create import found_cooperative
     from molora_fed.models.layout import decoder_blocks
+    from molora_fed.storage.files import make_home
     from molora_fed.storage.values import find_cache_folder, parse_names
     from molora_fed.training.freezing import recommend_frozen_depth
 
@@ -105,6 +106,7 @@ def create(
             on_phase=progress.phase,
             progress=progress,
         )
+    make_home(cooperative.folder)
     print(f"cooperative  {cooperative.charter.identity.name} in {cooperative.folder}")
     print(f"identity     {cooperative.charter.identity_hash}")
     print(f"base         {made.id} {made.revision}".rstrip())
@@ -115,7 +117,75 @@ def create(
     advice = recommend_frozen_depth(steps, len(decoder_blocks(made.model)[1]))
     if (advice.frozen_depth == 0) != (frozen_depth == 0):
         note(f"note: {advice.describe()} This cooperative freezes {frozen_depth}.")
-    print(f"Serve it with `molora serve {cooperative.folder}`.")
+    print(f"Serve it with `molora serve {cooperative.folder}`, and invite contributors with")
+    print(f"`molora coop invite {cooperative.folder} --name NAME --domain DOMAIN`.")
+
+
+@app.command()
+def invite(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+    name: Annotated[str, typer.Option(help="Name the contributor will have.")],
+    domain: Annotated[str, typer.Option(help="Domain the contributor will train on.")],
+    days: Annotated[float, typer.Option(help="For how long it may be used, once.")] = 7.0,
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT of the server; the one that was served if not given.")
+    ] = "",
+) -> None:
+    """Print an invitation for one contributor: the only line on standard output, and a secret."""
+    from molora_fed.federation.homes import CoordinatorHome
+    from molora_fed.federation.invitations import make_invitation, read_address
+
+    home = CoordinatorHome(cooperative)
+    server = address or read_address(home)
+    invitation = make_invitation(home, name, domain, days=days, server=server)
+    note(
+        f"Invitation of '{name}' to {server}, good once, until {format_time(invitation.expires)}. "
+        "Send it so that nobody else reads it; used with `molora join INVITATION --data PATH`."
+    )
+    print(invitation)
+
+
+@app.command()
+def members(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+) -> None:
+    """List who may connect: members, who was turned away, and open invitations."""
+    from molora_fed.federation.homes import CoordinatorHome
+    from molora_fed.federation.members import Members
+
+    known = Members(CoordinatorHome(cooperative).members)
+    rows = [
+        (
+            member.name,
+            member.domain,
+            f"revoked {format_time(member.revoked)}" if member.revoked else "member",
+            f"since {format_time(member.joined)}",
+            member.contributor[:16],
+        )
+        for member in known.list_members()
+    ]
+    rows += [
+        (each.name, each.domain, "invited", f"until {format_time(each.expires)}", "")
+        for each in known.list_invitations()
+    ]
+    print_columns(("name", "domain", "state", "when", "key"), rows)
+
+
+@app.command()
+def revoke(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+    name: Annotated[str, typer.Argument(help="A member's name, or an invited one.")],
+) -> None:
+    """Turn a member away at once, and take back its invitations; what it gave stays.
+
+    `molora coop withdraw` takes out what it gave.
+    """
+    from molora_fed.federation.homes import CoordinatorHome
+    from molora_fed.federation.members import Members
+
+    Members(CoordinatorHome(cooperative).members).revoke(name)
+    print(f"revoked      {name}: it cannot connect any more, its key never again")
+    print(f"What it contributed stays in; take it out with `molora coop withdraw {cooperative}`.")
 
 
 @app.command()

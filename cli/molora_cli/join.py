@@ -1,5 +1,6 @@
 """`molora join`: take part in a cooperative."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +13,20 @@ from molora_cli.output import note, show
 if TYPE_CHECKING:
     from molora_fed.charter import Charter
 
+_MOST_CHARACTERS = 10_000
+
 
 def join(
-    server: Annotated[str, typer.Option(help="HOST:PORT of the cooperative's server.")],
-    domain: Annotated[str, typer.Option(help="Domain to train on.")],
+    invitation: Annotated[
+        str | None,
+        typer.Argument(help="The line `molora coop invite` printed, a file that holds it, or -."),
+    ] = None,
+    server: Annotated[
+        str, typer.Option(help="HOST:PORT of a server on this machine that runs --insecure.")
+    ] = "",
+    domain: Annotated[
+        str, typer.Option(help="Domain to train on; an invitation names it itself.")
+    ] = "",
     data: Annotated[
         list[Path] | None,
         typer.Option(help="Text files or folders; repeatable. Without: the registered domain."),
@@ -40,7 +51,10 @@ def join(
 ) -> None:
     """Train on your text, submit the adapter and the stated samples, receive the fused model."""
     from molora_fed.errors import ConfigError
+    from molora_fed.federation.acceptance import accept_invitation, read_connection
     from molora_fed.federation.contributor import join as take_part
+    from molora_fed.federation.homes import ContributorHome
+    from molora_fed.federation.invitations import parse_invitation
     from molora_fed.federation.join_settings import JoinSettings
     from molora_fed.storage.values import count_cores, parse_shard
 
@@ -49,6 +63,27 @@ def join(
             "Cannot ask what may be sent: expected a terminal, got none. Pass --yes to agree to "
             "what the charter asks for."
         )
+    os.umask(0o077)
+    authority = None
+    if server and (invitation or not domain):
+        raise ConfigError(
+            f"Cannot join at {server}: expected --server with --domain, or an invitation, got "
+            f"{'both' if invitation else 'no domain'}. A server that invites needs the invitation "
+            "alone."
+        )
+    if not server:
+        known = read_connection(ContributorHome(home)) if home and not invitation else None
+        if known is None:
+            invited = parse_invitation(_read_invitation(invitation))
+            where = home or Path(f"contributor-{invited.domain}")
+            _check_same(domain, invited.domain, "domain")
+            _check_same(name, invited.name, "name")
+            accept_invitation(invited, ContributorHome(where))
+            known = read_connection(ContributorHome(where))
+            assert known is not None
+            home = where
+        server, domain, name = known.server, known.domain, known.name
+        authority = ContributorHome(home or Path()).authority_file
     settings = JoinSettings(
         name=name,
         domain=domain,
@@ -65,6 +100,7 @@ def join(
             where,
             board,
             consent=lambda charter: _ask(charter, board, agreed=yes),
+            authority=authority,
         )
     print(f"{acknowledgement['state']}  contribution {acknowledgement['contribution_id']}")
     evolved = where / "result" / "evolved"
@@ -74,6 +110,46 @@ def join(
         print(f"fused model  {where / 'result' / 'fused'}")
     print(f"report       {where / 'result' / 'report'}")
     note("The report is a page that the coordinator made: open it as you would one from the web.")
+
+
+def _read_invitation(given: str | None) -> str:
+    """The invitation's line: as given, from a file or standard input, or asked for.
+
+    Given as an argument it is in the process list while the command runs; used once, it is worth
+    nothing to others a moment later.
+    """
+    from molora_fed.errors import ConfigError
+
+    if given == "-":
+        return sys.stdin.read(_MOST_CHARACTERS)
+    if given is None:
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                "Cannot join: expected an invitation, got none. Pass the line that `molora coop "
+                "invite` printed, a file that holds it, or - for standard input; or --server and "
+                "--domain on this machine."
+            )
+        return str(typer.prompt("Invitation", hide_input=True))
+    if given.startswith("molora1."):
+        return given
+    try:
+        with Path(given).open(encoding="ascii", errors="replace") as file:
+            return file.read(_MOST_CHARACTERS)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the invitation '{given[:80]}': expected its line or a file that holds "
+            f"it, got {error.strerror}. Copy it again, from 'molora1.' to its end."
+        ) from error
+
+
+def _check_same(given: str, invited: str, what: str) -> None:
+    from molora_fed.errors import ConfigError
+
+    if given and given != invited:
+        raise ConfigError(
+            f"Cannot join with --{what} {given}: expected the invitation's {what} '{invited}', got "
+            f"another. Leave --{what} out, or ask the coordinator for another invitation."
+        )
 
 
 def _ask(charter: "Charter", board: Board, *, agreed: bool) -> bool:

@@ -1,6 +1,7 @@
 """What commands print: plain aligned lists, and Rich tables where figures are compared."""
 
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,17 @@ if TYPE_CHECKING:
 
     from molora_fed.corpus.report import CorpusReport
 
-__all__ = ["build_corpus_table", "note", "print_columns", "show"]
+__all__ = ["build_corpus_table", "format_time", "note", "print_columns", "show"]
 
 MAX_LINE = 8_000
 """Characters of one line."""
 PIPE_WIDTH = 200
 """Columns of tables that go to a file or another program: nothing is cut."""
+
+
+def format_time(seconds: int) -> str:
+    """A time, seconds since 1970, to the minute and in this machine's zone."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def note(text: str) -> None:

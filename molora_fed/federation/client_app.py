@@ -1,7 +1,7 @@
-"""The Flower ClientApp: a mailbox. Every message is answered in seconds from files on disk.
+"""The Flower ClientApp of simulated nodes: every message is answered from files on disk.
 
-A new process starts for each message, so this module imports neither torch nor transformers.
-Training runs beside it (`worker`); a stalled ClientApp would lose its message for good.
+It imports neither torch nor transformers; training runs beside it (`pool_worker`). Contributors'
+own nodes are not Flower's (`flower.node`).
 """
 
 import os

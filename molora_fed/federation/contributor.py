@@ -1,4 +1,4 @@
-"""`molora join`: keeps a contributor's worker and SuperNode alive until its result is there."""
+"""`molora join`: keeps a contributor's worker and node alive until its result is there."""
 
 import os
 import sys
@@ -11,14 +11,16 @@ from typing import Any
 
 from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import CharterError, FederationError, ServerUnreachableError
-from molora_fed.federation.homes import CONTRIBUTOR_HOME, ContributorHome
+from molora_fed.federation.fleet import NOT_A_MEMBER
+from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,
-    find_free_port,
+    check_loopback,
+    format_server,
     is_healthy,
     parse_server,
     raise_recorded,
@@ -33,6 +35,7 @@ HEALTH_SECONDS = 2.0
 LINGER_SECONDS = 2.0
 MAX_RESTARTS = 5
 WORKER_MODULE = "molora_fed.federation.worker"
+NODE_MODULE = "molora_fed.federation.flower.node"
 
 Consent = Callable[[Charter], bool]
 """Shows what a charter asks for and says whether it may be sent."""
@@ -45,6 +48,7 @@ def join(
     on_event: OnEvent = lambda event: None,
     *,
     consent: Consent,
+    authority: Path | None = None,
     wait_seconds: float = 15.0,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
@@ -60,6 +64,8 @@ def join(
         on_event: Receives what changes.
         consent: Asked once the charter is here, and again if it asks for other samples: whether
             what it asks for may be sent. Nothing of text or adapter leaves before.
+        authority: Certificate of the authority that vouches for the server, PEM, as an accepted
+            invitation left it; None speaks without TLS, on this machine only.
         wait_seconds: How long to wait for a server that does not answer at first.
         stop: Set it to end early.
 
@@ -67,8 +73,8 @@ def join(
         The acknowledgement: `state` and `contribution_id` as the coordinator's ledger has them.
 
     Raises:
-        ConfigError: If the server is not on this machine, or a setting is wrong; a CorpusError
-            if there is no text, an UnknownNameError if there is no such domain.
+        ConfigError: If a server without TLS is not on this machine, or a setting is wrong; a
+            CorpusError if there is no text, an UnknownNameError if there is no such domain.
         ServerUnreachableError: If no server answers.
         AdmissionError: If the contribution was not admitted.
         FederationError: If consent or this contributor was refused, or its processes keep failing.
@@ -76,7 +82,13 @@ def join(
     """
     stop = stop or threading.Event()
     supervisor = ContributorSupervisor(
-        server, home, settings, on_event, wait_seconds=wait_seconds, consent=consent
+        server,
+        home,
+        settings,
+        on_event,
+        authority=authority,
+        wait_seconds=wait_seconds,
+        consent=consent,
     )
     with sigterm_as_interrupt(), supervisor:
         while not supervisor.is_finished and not stop.wait(POLL_SECONDS):
@@ -99,9 +111,13 @@ class ContributorSupervisor:
         on_event: OnEvent,
         *,
         consent: Consent,
+        authority: Path | None = None,
         wait_seconds: float = 15.0,
     ) -> None:
         self._host, self._port = parse_server(server)
+        if authority is None:
+            check_loopback(self._host)
+        self._authority = authority
         self.home = ContributorHome(home)
         self.settings = settings
         self.is_finished = False
@@ -114,7 +130,6 @@ class ContributorSupervisor:
         self._worker_restarts = 0
         self._node_restarts = 0
         self._node_started = 0.0
-        self._node_port = 0
         self._last_health = 0.0
         self._server_gone = False
         self._worker_done = False
@@ -154,7 +169,7 @@ class ContributorSupervisor:
             ServerUnreachableError: If it does not in time.
         """
         deadline = time.monotonic() + self._wait_seconds
-        while not is_healthy(self._host, self._port):
+        while not is_healthy(self._host, self._port, self._authority):
             if time.monotonic() >= deadline:
                 raise ServerUnreachableError(
                     f"Cannot join at {self._host}:{self._port}: expected a server, got no answer "
@@ -173,13 +188,15 @@ class ContributorSupervisor:
         self._processes.start("worker", command, env)
 
     def _start_node(self) -> None:
-        env = build_flower_environment(self.home.root, **{CONTRIBUTOR_HOME: str(self.home.root)})
-        self._node_port = find_free_port()
+        self.home.busy.post("")
+        env = build_flower_environment(self.home.root)
         command = [
-            "flower-supernode", "--insecure", "--superlink", f"{self._host}:{self._port}",
-            "--port", str(self._node_port),
+            sys.executable, "-P", "-m", NODE_MODULE, str(self.home.root),
+            format_server(self._host, self._port), str(self.home.node_key),
         ]  # fmt: skip
-        self._processes.start("supernode", command, env)
+        if self._authority is not None:
+            command += ["--authority", str(self._authority)]
+        self._processes.start("node", command, env)
         self._node_started = time.monotonic()
 
     def poll(self) -> None:
@@ -238,12 +255,8 @@ class ContributorSupervisor:
         self._start_worker()
 
     def _is_quiet(self) -> bool:
-        """Whether the last answer has left: no ClientApp for a while.
-
-        A reply is lost if its SuperNode goes before the server has pulled it.
-        """
-        is_answering = self._processes.has_descendant("supernode", "flwr-clientapp")
-        busy = self._server_gone or is_answering
+        """Whether the last answer has left: none is being made or sent for a while."""
+        busy = self._server_gone or self.home.busy.read() != ""
         now = time.monotonic()
         if busy or not self._quiet_since:
             self._quiet_since = now
@@ -260,31 +273,36 @@ class ContributorSupervisor:
         self.is_finished = True
 
     def _watch_node(self) -> None:
-        """Restart the SuperNode when it died, or when the server came back without its tables."""
+        """Restart the node when it died, and say whether the server answers."""
         now = time.monotonic()
         if now - self._last_health >= HEALTH_SECONDS:
             self._last_health = now
-            healthy = is_healthy(self._host, self._port, timeout_seconds=5.0)
+            healthy = is_healthy(self._host, self._port, self._authority, timeout_seconds=5.0)
             if not healthy and not self._server_gone:
                 self._server_gone = True
                 self._warn("the server does not answer; work goes on, waiting for it")
             elif healthy and self._server_gone:
                 self._server_gone = False
                 self._emit_message("the server is back")
-                self._processes.stop("supernode", grace_seconds=4.0)
-                self._start_node()
-        if self._processes.exit_code("supernode") is None:
+        code = self._processes.exit_code("node")
+        if code is None:
             if now - self._node_started > 60:
                 self._node_restarts = 0
             return
+        if code == NOT_A_MEMBER:
+            raise FederationError(
+                f"Cannot stay connected as '{self.settings.name}': expected to be a member, got "
+                "refused by the server. Check this machine's clock, or ask the coordinator for a "
+                "new invitation."
+            )
         self._node_restarts += 1
         if self._node_restarts > MAX_RESTARTS and not self._server_gone:
             raise FederationError(
-                "Cannot stay connected: expected the SuperNode to stay up, got "
-                f"{self._node_restarts} failures. See {self._processes.log('supernode')}."
+                f"Cannot stay connected: expected the node to stay up, got {self._node_restarts} "
+                f"failures. See {self._processes.log('node')}."
             )
         if now - self._node_started > 2 * self._node_restarts:
-            self._processes.stop("supernode", grace_seconds=4.0)
+            self._processes.stop("node", grace_seconds=4.0)
             self._start_node()
 
     def _emit(self, event: FederationEvent) -> None:

@@ -1,53 +1,69 @@
-"""Which nodes a SuperLink has: contributors' own SuperNodes, or nodes simulated on this machine.
+"""Which nodes a server has: contributors' own, or nodes simulated on this machine.
 
 A simulated node is a partition id of Flower; `partitions.json` says which contributor's home that
 is. Imports neither torch nor flwr.
 """
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from molora_fed.errors import FederationError
-from molora_fed.federation.homes import CONTRIBUTOR_HOME, HOLD_SECONDS, home_from_environment
+from molora_fed.federation.homes import HOLD_SECONDS
 from molora_fed.federation.mailbox import read_json
-from molora_fed.storage.files import write_json
+from molora_fed.storage.files import write_bytes, write_json
 
 __all__ = [
-    "CONNECTED",
+    "NOT_A_MEMBER",
     "PARTITIONS",
     "Fleet",
+    "connect_fleet",
     "find_own_home",
     "read_partitions",
     "simulate_fleet",
     "write_partitions",
+    "write_ray_token",
 ]
 
 PARTITIONS = "MOLORA_PARTITIONS"
 """Environment variable of simulated ClientApps: file with the contributors' homes, in order."""
+NOT_A_MEMBER = 77
+"""Exit status of a contributor's node whose key the server does not take."""
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """How a SuperLink is started and a run submitted for a kind of nodes.
+    """The process that carries mail to a kind of nodes.
 
     Attributes:
-        superlink_options: Further arguments of `flower-superlink`.
-        run_options: Further arguments of `flwr run`.
-        environment: Further environment of all of Flower's processes.
-        farewell_seconds: How long the nodes may take to end after the run.
+        module: What it runs.
+        options: Its arguments after the coordinator's home.
+        environment: Further environment of it and all it starts.
+        is_served: Whether it answers on the server's port.
+        farewell_seconds: How long it may take to end by itself.
     """
 
-    superlink_options: tuple[str, ...] = ()
-    run_options: tuple[str, ...] = ()
+    module: str
+    options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    is_served: bool = True
     farewell_seconds: float = 0.5
 
 
-CONNECTED = Fleet()
-"""SuperNodes of contributors connect by themselves."""
+def connect_fleet(host: str, port: int, *, names: Sequence[str] | None) -> Fleet:
+    """Contributors' nodes, which connect by themselves.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on.
+        names: Names by which members reach the server, over TLS; None takes whoever is on this
+            machine, over plain HTTP.
+    """
+    mode = ("--open",) if names is None else ("--names", *names)
+    return Fleet("molora_fed.federation.flower.link", (host, str(port), *mode))
 
 
 def simulate_fleet(partitions: Path, *, nodes: int, actors: int, scratch: Path) -> Fleet:
@@ -60,22 +76,38 @@ def simulate_fleet(partitions: Path, *, nodes: int, actors: int, scratch: Path) 
         scratch: Folder of Ray's own files. The system allows about 100 characters for the paths
             of sockets, and Ray needs 60 of them below this folder.
     """
-    federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus={actors}"
     return Fleet(
-        superlink_options=("--simulation",),
-        run_options=("--federation-config", federation),
+        module="molora_fed.federation.flower.simulated",
+        options=("--nodes", str(nodes), "--actors", str(actors)),
         environment={
             PARTITIONS: str(partitions),
             # An answer held back would hold one of a few actors, and everybody else's letters.
             HOLD_SECONDS: "0",
             "RAY_TMPDIR": str(scratch),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Letters are short, and whoever trains beside them would have all cores.
+            "RAY_worker_niceness": "0",
             # Without clusters, Ray listens on the loopback address instead of the machine's.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_ADDRESS": "",
+            # Whoever reaches Ray's ports without the token could run programs.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(write_ray_token(scratch)),
         },
+        is_served=False,
         farewell_seconds=15.0,
     )
+
+
+def write_ray_token(scratch: Path) -> Path:
+    """Make the token that Ray's processes show each other, for this user alone.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    path = scratch / "token"
+    write_bytes(path, secrets.token_hex(32).encode(), mode=0o600)
+    return path
 
 
 def write_partitions(path: Path, homes: Sequence[Path]) -> None:
@@ -103,21 +135,17 @@ def read_partitions(path: Path) -> list[Path]:
 
 
 def find_own_home(node_config: Mapping[str, Any]) -> Path | None:
-    """The home a ClientApp answers for: its partition's in a simulation, else the one set.
+    """The home that a simulated node answers for.
 
     Args:
         node_config: The node's configuration, from Flower's context.
 
     Returns:
-        The home; None for a simulated node whose contributor has not joined yet.
+        The home; None for a node whose contributor has not joined yet.
 
     Raises:
-        ConfigError: If none is set.
         FederationError: If the partitions cannot be read.
     """
-    partitions = os.environ.get(PARTITIONS, "")
-    if not partitions:
-        return home_from_environment(CONTRIBUTOR_HOME)
-    homes = read_partitions(Path(partitions))
+    homes = read_partitions(Path(os.environ.get(PARTITIONS, "")))
     number = int(node_config["partition-id"])
     return homes[number] if number < len(homes) else None

@@ -16,7 +16,6 @@ from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.status import read_worker_state
 
 __all__ = [
-    "CONTRIBUTOR_HOME",
     "COORDINATOR_HOME",
     "HOLD_SECONDS",
     "MESSAGE_BYTES",
@@ -28,9 +27,7 @@ __all__ = [
 ]
 
 COORDINATOR_HOME = "MOLORA_COORDINATOR_HOME"
-"""Environment variable that tells the ServerApp its home folder."""
-CONTRIBUTOR_HOME = "MOLORA_CONTRIBUTOR_HOME"
-"""Environment variable that tells the ClientApp its home folder."""
+"""Environment variable that tells a simulation's ServerApp its home folder."""
 MESSAGE_BYTES = "MOLORA_MESSAGE_BYTES"
 """Environment variable of the server: largest part and message in bytes; smaller for slow lines."""
 HOLD_SECONDS = "MOLORA_HOLD_SECONDS"
@@ -127,6 +124,8 @@ class CoordinatorHome(_Home):
         self.report = self.root / "report"
         self.worker_board = Board(self.mail / "worker-board")
         self.evolution = self.root / "evolution"
+        self.members = self.root / "members"
+        self.address_file = self.root / "address.json"
 
     def remove_leftovers(self) -> None:
         """Delete what a killed server left half-written; call it only while none runs here."""
@@ -217,6 +216,10 @@ class ContributorHome(_Home):
         self.offer_file = self.mail / "outbox" / "offer.json"
         self.shipments = self.mail / "received"
         self.parts = PartStore(self.mail / "parts")
+        self.busy = Board(self.mail / "busy")
+        self.node_key = self.root / "node.pem"
+        self.connection_file = self.root / "connection.json"
+        self.authority_file = self.root / "authority.pem"
         self.tasks = self.mail / "inbox" / "tasks"
         self._earlier_tasks = self.mail / "tasks"  # where versions with a queue kept them
 

@@ -8,7 +8,7 @@ from molora_fed.charter import check_name, load_charter
 from molora_fed.errors import CharterError, ConfigError, FederationError
 from molora_fed.federation.mailbox import read_json
 from molora_fed.population.asked import begin_anew
-from molora_fed.storage.files import write_json
+from molora_fed.storage.files import make_home, write_json
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
 
 if TYPE_CHECKING:
@@ -124,12 +124,15 @@ def prepare_home(home: "ContributorHome", settings: JoinSettings) -> JoinSetting
     """
     settings.check()
     _check_first_domain(home, settings)
+    make_home(home.root)
     key = load_or_make_key(home.key)
+    load_or_make_key(home.node_key)
     if not settings.name:
         fingerprint = key_fingerprint(build_public_pem(key))
         settings = replace(settings, name=f"{settings.domain}-{fingerprint[:6]}")
     settings.save(home.settings_file)
     home.board.prepare()
+    home.busy.prepare()
     for old in (home.refusal_letter, home.error_file, home.state_file):
         old.unlink(missing_ok=True)
     if _is_private(home) and home.result_letter.exists():

@@ -1,22 +1,23 @@
-"""`molora serve`: keeps the SuperLink, the mail-carrying run and the coordinator's worker alive."""
+"""`molora serve`: keeps the process that carries mail and the coordinator's worker alive."""
 
 import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import tomli_w
-
 from molora_fed.charter import load_charter
-from molora_fed.errors import FederationError
+from molora_fed.errors import FederationError, MoloraError
+from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.envelopes import read_letter
-from molora_fed.federation.fleet import CONNECTED, Fleet
+from molora_fed.federation.fleet import Fleet, connect_fleet
 from molora_fed.federation.homes import COORDINATOR_HOME, ContributorMailbox, CoordinatorHome
 from molora_fed.federation.kept import Offer
 from molora_fed.federation.letters import Acknowledgement, Refusal, ShownState
 from molora_fed.federation.mailbox import hold_lock
+from molora_fed.federation.members import Members
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     DEFAULT_PORT,
@@ -29,10 +30,9 @@ from molora_fed.federation.supervise import (
     is_running,
     parse_answer,
     raise_recorded,
-    run_command,
     sigterm_as_interrupt,
 )
-from molora_fed.storage.files import write_bytes
+from molora_fed.storage.files import make_home
 from molora_fed.storage.untrusted import clean
 from molora_fed.storage.values import count_cores
 
@@ -42,28 +42,9 @@ POLL_SECONDS = 0.3
 START_SECONDS = 60.0
 STALE_SECONDS = 30.0
 FIRST_PULSE_SECONDS = 60.0
+CERTIFY_SECONDS = 3_600.0
+_ANY_ADDRESS = ("0.0.0.0", "::")
 COORDINATOR_MODULE = "molora_fed.federation.coordinator"
-_FLOWER_PROJECT = {
-    "project": {
-        "name": "molora-fed",
-        "version": "0.1.0",
-        "description": "Mailboxes of molora-fed; the code is the installed package.",
-        "license": "Apache-2.0",
-        "dependencies": [],
-    },
-    "tool": {
-        "flwr": {
-            "app": {
-                "publisher": "molora",
-                "components": {
-                    "serverapp": "molora_fed.federation.server_app:app",
-                    "clientapp": "molora_fed.federation.client_app:app",
-                },
-            }
-        }
-    },
-}
-"""The Flower app holds no code, only where the installed code is."""
 
 
 def serve(
@@ -72,6 +53,7 @@ def serve(
     on_event: OnEvent = lambda event: None,
     *,
     host: str = "127.0.0.1",
+    names: Sequence[str] | None = None,
     threads: int | None = None,
     stop: threading.Event | None = None,
 ) -> None:
@@ -84,19 +66,23 @@ def serve(
         cooperative: The coordinator's home, made by `molora coop create`.
         port: Port of the server.
         on_event: Receives what changes.
-        host: Loopback address to listen on.
+        host: Address to listen on; without `names` a loopback address.
+        names: Further names by which members reach it, over TLS and with an invitation; None
+            serves whoever is on this machine, without TLS.
         threads: Threads of the coordinator's worker; None takes all cores.
         stop: Set it to end.
 
     Raises:
-        ConfigError: If the host is not this machine.
+        ConfigError: If the host is not this machine, and there is no TLS.
         CharterError: If there is no cooperative in the folder.
         PortTakenError: If the port is in use.
         FederationError: If a server already runs on this folder, or its processes keep failing.
         MoloraError: Whatever ended the coordinator's worker.
     """
     stop = stop or threading.Event()
-    supervisor = ServerSupervisor(cooperative, port, on_event, host=host, threads=threads)
+    supervisor = ServerSupervisor(
+        cooperative, port, on_event, host=host, names=names, threads=threads
+    )
     with sigterm_as_interrupt(), supervisor:
         while not stop.wait(POLL_SECONDS):
             supervisor.poll()
@@ -111,9 +97,10 @@ class ServerSupervisor:
         cooperative: The coordinator's home.
         port: Port of the server.
         on_event: Receives what changes.
-        host: Loopback address to listen on.
+        host: Address to listen on; without `names` a loopback address.
+        names: As for `serve`.
         threads: Threads of the coordinator's worker; None takes all cores.
-        fleet: Which nodes the SuperLink has.
+        fleet: Which nodes the server has; None takes contributors' own.
     """
 
     def __init__(
@@ -123,20 +110,25 @@ class ServerSupervisor:
         on_event: OnEvent,
         *,
         host: str = "127.0.0.1",
+        names: Sequence[str] | None = None,
         threads: int | None = None,
-        fleet: Fleet = CONNECTED,
+        fleet: Fleet | None = None,
     ) -> None:
-        check_loopback(host)
+        if names is None:
+            check_loopback(host)
         self.home = CoordinatorHome(cooperative)
         self.address = f"{host}:{port}"
         self._host, self._port = host, port
+        self._names = None if names is None else _list_names(host, names)
+        self._certificate = ServerCertificate(self.home.root)
+        self._certified = 0.0
         self._on_event = on_event
         self._threads = threads or count_cores()
-        self._fleet = fleet
+        self._fleet = fleet or connect_fleet(host, port, names=self._names)
         self._processes = ProcessGroup(self.home.logs, self.home.root / "processes.json")
         self._lock = hold_lock(self.home.root / "serve.lock", what="a server")
         self._restarts = Restarts()
-        self._submitted = 0.0
+        self._started = 0.0
         self._phase = ""
         self._shown: dict[str, FederationEvent] = {}
         self._problem = ""
@@ -154,10 +146,11 @@ class ServerSupervisor:
             self.home.state_file.unlink(missing_ok=True)
             self.home.board.prepare()
             self.home.pulse.prepare()
+            make_home(self.home.root)
+            self._certify()
             self._emit(FederationEvent("STARTING", message=f"server on {self.address}"))
-            self._start_superlink()
+            self._start_link()
             self._start_coordinator()
-            self._submit_run()
         except BaseException:
             self._stop()
             raise
@@ -173,8 +166,8 @@ class ServerSupervisor:
         return self._phase
 
     def measure_mail_seconds(self) -> float:
-        """Processor seconds of the SuperLink and all it started, the carriers of letters."""
-        return self._processes.measure_seconds("superlink")
+        """Processor seconds of the process that carries mail and all it started."""
+        return self._processes.measure_seconds("link")
 
     def poll(self) -> None:
         """Look after the processes once, and report what changed.
@@ -185,29 +178,49 @@ class ServerSupervisor:
         """
         self._processes.poll()
         self._watch_coordinator()
-        self._watch_flower()
+        self._watch_link()
+        if time.monotonic() - self._certified > CERTIFY_SECONDS:
+            self._renew()
         self._report()
 
     def _emit(self, event: FederationEvent) -> None:
         self._on_event(event)
 
-    def _start_superlink(self) -> None:
+    def _certify(self) -> None:
+        """Make or renew what TLS needs, and the folders of members, if members only are served."""
+        self._certified = time.monotonic()
+        if self._names is not None:
+            self._certificate.prepare(self._names)
+            Members(self.home.members).prepare()
+
+    def _renew(self) -> None:
+        """`_certify` while serving: the certificate there is stays good for weeks."""
+        try:
+            self._certify()
+        except MoloraError as error:
+            self._warn(f"the certificate was not renewed: {error}")
+
+    def _is_healthy(self) -> bool:
+        host = "127.0.0.1" if self._host in _ANY_ADDRESS else self._host
+        authority = None if self._names is None else self._certificate.authority_file
+        return is_healthy(host, self._port, authority)
+
+    def _start_link(self) -> None:
+        self.home.pulse.post("")  # what the one before left must not be taken for its own
         own = {COORDINATOR_HOME: str(self.home.root)}
         env = build_flower_environment(self.home.root, **own, **self._fleet.environment)
-        # In memory: Flower's tables are transport, not truth, and SQLite locks under large parts.
-        command = [
-            "flower-superlink", "--insecure", "--host", self._host, "--port", str(self._port),
-            "--disable-runtime-dependency-installation", *self._fleet.superlink_options,
-        ]  # fmt: skip
-        self._processes.start("superlink", command, env)
-        deadline = time.monotonic() + START_SECONDS
-        while not is_healthy(self._host, self._port):
-            code = self._processes.exit_code("superlink")
+        # Without its working folder on the path: it may hold somebody's text, or code.
+        command = [sys.executable, "-P", "-m", self._fleet.module, str(self.home.root)]
+        self._processes.start("link", [*command, *self._fleet.options], env)
+        self._started = time.monotonic()
+        deadline = self._started + START_SECONDS
+        while self._fleet.is_served and not self._is_healthy():
+            code = self._processes.exit_code("link")
             if code is not None or time.monotonic() > deadline:
                 raise FederationError(
-                    f"Cannot start the server on {self.address}: expected a healthy SuperLink, "
-                    f"got {'no answer' if code is None else f'exit status {code}'}. "
-                    f"See {self._processes.log('superlink')}."
+                    f"Cannot start the server on {self.address}: expected an answer, "
+                    f"got {'none' if code is None else f'exit status {code}'}. "
+                    f"See {self._processes.log('link')}."
                 )
             time.sleep(0.1)
 
@@ -215,12 +228,6 @@ class ServerSupervisor:
         env = {**os.environ, "OMP_NUM_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", COORDINATOR_MODULE, str(self.home.root)]
         self._processes.start("coordinator", command, env)
-
-    def _submit_run(self) -> None:
-        """Start the mail-carrying run."""
-        self.home.pulse.post("")  # what the one before left must not be taken for its own
-        _submit_run(self.home, self.address, self._fleet)
-        self._submitted = time.monotonic()
 
     def _watch_coordinator(self) -> None:
         code = self._processes.exit_code("coordinator")
@@ -237,27 +244,17 @@ class ServerSupervisor:
         self._warn(f"the coordinator's worker ended with {code}; started again")
         self._start_coordinator()
 
-    def _watch_flower(self) -> None:
-        """Restart the SuperLink or the run when they died.
-
-        Without its `flower-superexec` a SuperLink looks healthy and never starts a run again.
-        """
-        code = self._processes.exit_code("superlink")
-        if code is not None or not self._processes.has_descendant("superlink", "flower-superexec"):
-            self._restarts.note("the SuperLink", self._processes.log("superlink"))
-            self._warn("the SuperLink ended; started again")
-            self._processes.stop("superlink", grace_seconds=2.0)
-            self._start_superlink()
-            self._submit_run()
-            return
-        age = time.monotonic() - self._submitted
+    def _watch_link(self) -> None:
+        """Restart the process that carries mail when it died, or carries none any more."""
+        code = self._processes.exit_code("link")
+        age = time.monotonic() - self._started
         pulse = parse_answer(self.home.pulse.read())
         silent = time.time() - pulse["time"] if "time" in pulse else age
-        is_gone = "pid" in pulse and not is_running(int(pulse["pid"]))
-        if is_gone or (age > FIRST_PULSE_SECONDS and silent > STALE_SECONDS):
-            self._restarts.note("the mail-carrying run", self._processes.log("superlink"))
-            self._warn("the mail-carrying run ended; submitted again")
-            self._submit_run()
+        if code is not None or (age > FIRST_PULSE_SECONDS and silent > STALE_SECONDS):
+            self._restarts.note("the server's mail", self._processes.log("link"))
+            self._warn("the process that carries mail ended; started again")
+            self._processes.stop("link", grace_seconds=2.0)
+            self._start_link()
 
     def _warn(self, message: str) -> None:
         self._emit(FederationEvent(self._phase or "STARTING", message=message, problem=True))
@@ -282,13 +279,13 @@ class ServerSupervisor:
                 self._emit(event)
 
     def _stop(self) -> None:
-        """Ask the run to end, then end every process."""
+        """Ask for the end of mail, then end every process."""
         try:
             self.home.mail.mkdir(parents=True, exist_ok=True)
             self.home.stop_file.touch()
             self._wait_for_carrier()
         except OSError:
-            pass  # on a full disk the run is ended by signal like the rest
+            pass  # on a full disk it is ended by signal like the rest
         try:
             self._processes.stop_all()
         finally:
@@ -296,39 +293,17 @@ class ServerSupervisor:
             self._emit(FederationEvent("STOPPED", message="server stopped"))
 
     def _wait_for_carrier(self) -> None:
-        """Let the run that was asked to end do so by itself, for a while."""
+        """Let the process that was asked to end do so by itself, for a while."""
         carrier = parse_answer(self.home.pulse.read()).get("pid")
         deadline = time.monotonic() + self._fleet.farewell_seconds
         while carrier is not None and is_running(int(carrier)) and time.monotonic() < deadline:
             time.sleep(0.1)
 
 
-def _submit_run(home: CoordinatorHome, address: str, fleet: Fleet) -> None:
-    """Start the mail-carrying run on a SuperLink.
-
-    Args:
-        home: The coordinator's home; the app's folder and Flower's settings are made below it.
-        address: "HOST:PORT" of the SuperLink.
-        fleet: Which nodes it has.
-
-    Raises:
-        FederationError: If Flower refuses it.
-        StorageError: On I/O errors.
-    """
-    flower = home.root / "flower"
-    write_bytes(flower / "app" / "pyproject.toml", tomli_w.dumps(_FLOWER_PROJECT).encode())
-    connection = {"default": "local", "local": {"address": address, "insecure": True}}
-    write_bytes(flower / "config.toml", tomli_w.dumps({"superlink": connection}).encode())
-    log = home.logs / "run.log"
-    command = ["flwr", "run", str(flower / "app"), "local", "--format", "json", *fleet.run_options]
-    env = build_flower_environment(home.root, **fleet.environment)
-    answer = parse_answer(run_command(command, env=env, log=log))
-    # The exit status is 0 even on failure.
-    if answer.get("success") is not True:
-        raise FederationError(
-            "Cannot start the mail-carrying run: expected success, got "
-            f"{str(answer.get('error-message', 'no answer'))[:200]}. See {log}."
-        )
+def _list_names(host: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The names of a server's certificate: those asked for, and those of this machine."""
+    own = () if host in _ANY_ADDRESS else (host,)
+    return tuple(dict.fromkeys((*names, *own, "127.0.0.1", "localhost")))
 
 
 def _describe(mailbox: ContributorMailbox) -> FederationEvent:

@@ -1,7 +1,8 @@
-"""The Flower ServerApp: a mailbox. It moves letters and decides nothing about contributions.
+"""The mail relay: a mailbox. It moves letters and decides nothing about contributions.
 
-One message at a time is under way per node. Only ids whose node is online now are pulled (Flower
-turns the others into final errors), and whatever is lost is sent again as a fresh message.
+One message at a time is under way per node, and whatever is lost is sent again as a fresh message.
+A server of members runs it beside the fleet's interface (`flower.link`); a simulation runs it as
+its Flower ServerApp.
 """
 
 import json
@@ -14,7 +15,8 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import ServerApp
 
-from molora_fed.errors import MoloraError, StorageError
+from molora_fed.errors import FederationError, MoloraError, StorageError
+from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.homes import (
     COORDINATOR_HOME,
     CoordinatorHome,
@@ -22,13 +24,15 @@ from molora_fed.federation.homes import (
     home_from_environment,
     message_bytes,
 )
-from molora_fed.federation.letters import Fetch, Wait
+from molora_fed.federation.letters import Fetch, Hello, Wait
 from molora_fed.federation.mailbox import hold_lock
+from molora_fed.federation.members import Member, Members
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
+from molora_fed.storage.keys import key_fingerprint
 from molora_fed.storage.untrusted import clean
 
-__all__ = ["MailRelay", "app"]
+__all__ = ["MailRelay", "app", "carry_mail"]
 
 LOOP_SECONDS = 0.3
 PULSE_SECONDS = 1.0
@@ -45,14 +49,32 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Any, context: Any) -> None:
-    """Carry mail until the supervisor writes the stop file."""
-    home = CoordinatorHome(home_from_environment(COORDINATOR_HOME))
+    """Carry the mail of simulated nodes until the supervisor writes the stop file."""
+    carry_mail(
+        CoordinatorHome(home_from_environment(COORDINATOR_HOME)), grid, run_id=context.run_id
+    )
+
+
+def carry_mail(
+    home: CoordinatorHome, grid: Any, *, run_id: int, members: Members | None = None
+) -> None:
+    """Carry mail until the supervisor writes the stop file.
+
+    Args:
+        home: The coordinator's home.
+        grid: Flower's grid.
+        run_id: Flower's run.
+        members: Whose nodes they are; None takes everybody's word.
+
+    Raises:
+        MoloraError: If another process carries mail and does not end.
+    """
     _end_with_parent()
     deadline = time.monotonic() + 60
     while True:
         try:
             with hold_lock(home.mail / "postman.lock", what="the mail relay"):
-                MailRelay(home, grid, run_id=context.run_id).carry()
+                MailRelay(home, grid, run_id=run_id, members=members).carry()
             return
         except MoloraError:
             # The carrier of an earlier run may still be ending.
@@ -79,6 +101,8 @@ class _Node:
 
     Attributes:
         remote: Who it is and where it stands.
+        member: Which member's node it is; None if that is not known.
+        since: When it came, as Flower has it; another time is another process of the same node.
         message_id: Message under way, or empty.
         sent: When it was sent, monotonic seconds.
         num_bytes: Bytes of parts that it carries or asks for.
@@ -89,6 +113,8 @@ class _Node:
     """
 
     remote: RemoteContributor = field(default_factory=RemoteContributor)
+    member: Member | None = None
+    since: str = ""
     message_id: str = ""
     sent: float = 0.0
     num_bytes: int = 0
@@ -100,8 +126,11 @@ class _Node:
 class MailRelay:
     """Carries letters between the coordinator's folders and the connected nodes."""
 
-    def __init__(self, home: CoordinatorHome, grid: Any, *, run_id: int) -> None:
+    def __init__(
+        self, home: CoordinatorHome, grid: Any, *, run_id: int, members: Members | None = None
+    ) -> None:
         self._home = home
+        self._members = members
         self._grid = grid
         self._run_id = run_id
         self._message_bytes = message_bytes()
@@ -130,17 +159,22 @@ class MailRelay:
             time.sleep(LOOP_SECONDS)
 
     def _round(self) -> None:
-        online = {node.node_id for node in self._grid.get_nodes()}
-        for node_id in set(self._nodes) - online:
-            del self._nodes[node_id]
-        for node_id in online:
-            self._nodes.setdefault(node_id, _Node())
         self._collect()
+        online = {node.node_id: node for node in self._grid.get_nodes()}
+        for node_id in set(self._nodes) - set(online):
+            del self._nodes[node_id]
+        for node_id, info in online.items():
+            since = info.last_activated_at or ""
+            if node_id not in self._nodes or self._nodes[node_id].since != since:
+                self._nodes[node_id] = _Node(since=since, member=self._find_member(info))
         for node_id, node in self._nodes.items():
             if not node.message_id and time.monotonic() >= node.not_before:
                 self._send(node_id, node)
             self._beat()  # with many nodes a round takes long
         self._beat()
+
+    def _find_member(self, info: Any) -> Member | None:
+        return None if self._members is None else self._members.find(info.public_key.decode())
 
     def _collect(self) -> None:
         """Take the answers that are there, and give up those that do not come."""
@@ -186,6 +220,8 @@ class MailRelay:
                 _log(f"node error {message.error.code}: {clean(message.error.reason)}")
                 return
             envelope = unpack_envelope(message.content, sender="contributor")
+            if self._members is not None:
+                _check_member(node.member, envelope)
             self._dialogue.accept(node.remote, envelope)
             self._home.board.post("")
             node.faults = 0
@@ -258,3 +294,31 @@ def _has_news(node: _Node) -> bool:
 
 def _log(line: str) -> None:
     print(line, flush=True)
+
+
+def _check_member(member: Member | None, reply: Envelope) -> None:
+    """Refuse a hello that is not the one its node was invited for.
+
+    Raises:
+        FederationError: If key, name or domain are others.
+        SignatureError: If its key is malformed.
+    """
+    hello = reply.find(Hello)
+    if hello is None:
+        return
+    if member is None:
+        raise FederationError(
+            "Cannot take a hello: expected a member's node, got another. Invite it first."
+        )
+    claimed = key_fingerprint(hello.public_key)
+    for what, expected, got in (
+        ("key", member.contributor, claimed),
+        ("name", member.name, hello.name),
+        ("domain", member.domain, hello.domain),
+    ):
+        if got != expected:
+            raise FederationError(
+                f"Cannot take a hello of member '{member.name}': expected the {what} "
+                f"{expected[:63]} it was invited with, got {clean(got, 80)}. Join with the "
+                "invitation's own home and settings."
+            )

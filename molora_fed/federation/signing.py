@@ -6,8 +6,11 @@ All of them name the cooperative, or files that do, so that no signature is good
 from collections.abc import Mapping
 from typing import Any
 
-from molora_fed.federation.letters import Summary
+from molora_fed.charter import Charter, parse_charter
+from molora_fed.errors import FederationError
+from molora_fed.federation.letters import CharterLetter, Summary
 from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.keys import verify
 
 __all__ = [
     "build_acknowledgement_bytes",
@@ -17,6 +20,7 @@ __all__ = [
     "build_question_bytes",
     "build_result_bytes",
     "hash_charter_letter",
+    "open_charter",
 ]
 
 
@@ -56,6 +60,29 @@ def build_charter_bytes(identity: str, amendment: int, letter: str) -> bytes:
     """What the coordinator signs of a charter: the cooperative, its amendment, the whole letter."""
     content = {"purpose": "molora-charter-2", "identity": identity, "letter": letter}
     return canonical_json({**content, "amendment": amendment})
+
+
+def open_charter(letter: CharterLetter) -> Charter:
+    """The charter in a letter, signed by the key in it; whose key that is, is not judged here.
+
+    Raises:
+        SignatureError: If it is not signed by that key.
+        CharterError: If it is malformed.
+        FederationError: If it is not the charter that its letter says.
+    """
+    signed = build_charter_bytes(
+        letter.identity, letter.amendment, hash_charter_letter(letter.to_json())
+    )
+    verify(letter.public_key, signed, letter.signature, what="charter")
+    charter = parse_charter(letter.text, where="charter of the server")
+    stated = (charter.identity_hash, charter.amendment.number)
+    if stated != (letter.identity, letter.amendment):
+        raise FederationError(
+            f"Cannot use charter: expected identity {letter.identity[:16]} and amendment "
+            f"{letter.amendment} as its letter says, got {stated[0][:16]} and {stated[1]}. "
+            "Ask the coordinator."
+        )
+    return charter
 
 
 def build_acknowledgement_bytes(body: Mapping[str, Any]) -> bytes:

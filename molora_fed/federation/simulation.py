@@ -2,7 +2,7 @@
 
 The mailboxes, letters and workers are those of `serve` and `join`; what differs is that Ray
 answers the letters of all contributors, by partition id, and that a pool of workers, one a core,
-does their work, instead of a SuperNode and a worker for everyone.
+does their work, instead of a node and a worker for everyone.
 """
 
 import os

@@ -5,14 +5,15 @@ seconds. A tree's processes are recorded while it lives, because Flower starts s
 """
 
 import contextlib
+import http.client
 import ipaddress
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 import urllib.error
@@ -39,13 +40,13 @@ __all__ = [
     "check_loopback",
     "check_port_free",
     "find_free_port",
+    "format_server",
     "is_healthy",
     "is_running",
     "parse_answer",
     "parse_server",
     "raise_recorded",
     "record_errors",
-    "run_command",
     "sigterm_as_interrupt",
 ]
 
@@ -69,22 +70,18 @@ _LAUNCH = (
 
 
 def build_flower_environment(home: Path, **extra: str) -> dict[str, str]:
-    """Environment of Flower's processes: private home, no outbound calls, fast polling.
+    """Environment of processes that use Flower: private home, no outbound calls.
 
     Args:
         home: Home folder of the coordinator or contributor; Flower's own files go below it.
-        extra: Further variables; a ServerApp and a ClientApp inherit them.
+        extra: Further variables.
     """
-    scripts = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
     return {
         **os.environ,
-        # Flower finds its own children through PATH.
-        "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", "")]),
         "FLWR_HOME": str(home / "flower"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
         **extra,
@@ -94,9 +91,8 @@ def build_flower_environment(home: Path, **extra: str) -> dict[str, str]:
 def check_loopback(host: str) -> None:
     """Refuse every host but this machine, by its IPv4 loopback address or as localhost.
 
-    Flower serves three interfaces on one port and can authenticate only one of them: whoever
-    reaches the port may run code on the server and on every contributor. So nothing but loopback
-    is allowed until a gateway forwards `/v1/fleet/` alone, under TLS.
+    Without TLS anybody on the way reads and changes what is sent, and without invitations anybody
+    may join; so both are for one machine only.
 
     Raises:
         ConfigError: If the host is not a loopback address.
@@ -109,28 +105,31 @@ def check_loopback(host: str) -> None:
     except ValueError:
         pass
     raise ConfigError(
-        f"Cannot use host '{host}': expected a loopback address, got another machine's; Flower's "
-        "control interface on that port is open to whoever reaches it. Use 127.0.0.1, or a "
-        "tunnel, until the TLS gateway exists."
+        f"Cannot use host '{host}' without TLS: expected a loopback address, got another "
+        "machine's. Use 127.0.0.1, or serve without --insecure and join with an invitation."
     )
 
 
-def parse_server(server: str) -> tuple[str, int]:
-    """Split "HOST:PORT" and check that the host is allowed.
+def parse_server(server: str, default_port: int = DEFAULT_PORT) -> tuple[str, int]:
+    """Split "HOST:PORT"; a port that is left out is the default.
 
     Raises:
-        ConfigError: If it is malformed or not on this machine.
+        ConfigError: If it is malformed.
     """
     host, separator, port = server.removeprefix("http://").rstrip("/").rpartition(":")
     if not separator:
-        host, port = port, str(DEFAULT_PORT)
+        host, port = port, str(default_port)
     if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65_536 or not host:
         raise ConfigError(
             f"Cannot use server '{server}': expected HOST:PORT, got something else. "
             f"Try 127.0.0.1:{DEFAULT_PORT}."
         )
-    check_loopback(host)
-    return host, int(port)
+    return host.strip("[]"), int(port)
+
+
+def format_server(host: str, port: int) -> str:
+    """Host and port as one text, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check_port_free(host: str, port: int) -> None:
@@ -157,14 +156,26 @@ def find_free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def is_healthy(host: str, port: int, *, timeout_seconds: float = 2.0) -> bool:
-    """Whether a SuperLink or SuperNode answers there."""
+def is_healthy(
+    host: str, port: int, authority: Path | None = None, *, timeout_seconds: float = 2.0
+) -> bool:
+    """Whether a server answers there.
+
+    Args:
+        host: Its address.
+        port: Its port.
+        authority: Certificate of the authority that vouches for it, PEM; None asks without TLS.
+        timeout_seconds: How long to wait.
+    """
+    scheme, context = "http", None
     try:
-        with urllib.request.urlopen(
-            f"http://{host}:{port}/health", timeout=timeout_seconds
-        ) as answer:
+        if authority is not None:
+            scheme, context = "https", ssl.create_default_context(cafile=str(authority))
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+        url = f"{scheme}://{format_server(host, port)}/health"
+        with urllib.request.urlopen(url, timeout=timeout_seconds, context=context) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError, ValueError):
+    except (urllib.error.URLError, OSError, ValueError, http.client.HTTPException):
         return False
 
 
@@ -174,30 +185,6 @@ def is_running(pid: int) -> bool:
         return _is_alive(psutil.Process(pid))
     except psutil.NoSuchProcess:
         return False
-
-
-def run_command(
-    command: Sequence[str], *, env: Mapping[str, str], log: Path, timeout_seconds: float = 60.0
-) -> str:
-    """Run a short command to its end and return its standard output.
-
-    Raises:
-        FederationError: If it takes too long or cannot be started.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    output = log.with_suffix(".out")
-    try:
-        with output.open("wb") as out, log.open("ab") as err:
-            subprocess.run(
-                command, env=env, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
-                timeout=timeout_seconds, check=False,
-            )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise FederationError(
-            f"Cannot run '{command[0]}': expected it to end within {timeout_seconds:.0f} s, got "
-            f"{error}. See {log}."
-        ) from error
-    return output.read_text(encoding="utf-8", errors="replace")
 
 
 @dataclass
@@ -338,7 +325,7 @@ class ProcessGroup:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
         members = [m for name in names for m in self._family.get(name, {}).values()]
-        # Parents first and by themselves: a SuperNode says goodbye to its server in this time.
+        # Parents first and by themselves: a node says goodbye to its server in this time.
         psutil.wait_procs(
             [m for m in members if _is_alive(m) and any(m.pid == p.pid for p in started)],
             timeout=min(PARENT_SECONDS, grace_seconds),

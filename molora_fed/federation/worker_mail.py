@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from molora_fed.charter import Charter, load_charter, parse_charter
+from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import AdapterError, FederationError
 from molora_fed.federation.envelopes import keep_letter, open_letter, set_aside
 from molora_fed.federation.homes import ContributorHome
@@ -27,10 +27,9 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import Shipment, describe_folder
 from molora_fed.federation.signing import (
     build_answer_bytes,
-    build_charter_bytes,
     build_question_bytes,
     build_result_bytes,
-    hash_charter_letter,
+    open_charter,
 )
 from molora_fed.plugins import Plugins
 from molora_fed.storage.files import (
@@ -125,35 +124,24 @@ def receive_charter(home: ContributorHome) -> Charter | None:
 
 
 def _accept_charter(home: ContributorHome, letter: CharterLetter) -> Charter:
-    text, coordinator = letter.text, key_fingerprint(letter.public_key)
-    signed = build_charter_bytes(
-        letter.identity, letter.amendment, hash_charter_letter(letter.to_json())
-    )
-    verify(letter.public_key, signed, letter.signature, what="charter")
-    charter = parse_charter(text, where="charter of the server")
-    stated = (charter.identity_hash, charter.amendment.number)
-    if stated != (letter.identity, letter.amendment):
-        raise FederationError(
-            f"Cannot use charter: expected identity {letter.identity[:16]} and amendment "
-            f"{letter.amendment} as its letter says, got {stated[0][:16]} and {stated[1]}. "
-            "Ask the coordinator."
-        )
-    stranger = find_stranger(home, identity=stated[0], coordinator=coordinator)
+    charter, coordinator = open_charter(letter), key_fingerprint(letter.public_key)
+    identity, number = charter.identity_hash, charter.amendment.number
+    stranger = find_stranger(home, identity=identity, coordinator=coordinator)
     if stranger is not None:
         raise stranger
     greeting = open_letter(home.greeting_letter, Greeting)
-    if greeting and (greeting.identity, greeting.coordinator) != (stated[0], coordinator):
+    if greeting and (greeting.identity, greeting.coordinator) != (identity, coordinator):
         raise FederationError(
             f"Cannot join in '{home.root}': expected the charter {greeting.identity[:16]} of the "
-            f"coordinator {greeting.coordinator[:16]} that was greeted, got {stated[0][:16]} of "
+            f"coordinator {greeting.coordinator[:16]} that was greeted, got {identity[:16]} of "
             f"{coordinator[:16]}. Check the server's address."
         )
     kept = home.charter / "cooperative.toml"
     if kept.exists():
-        _check_not_older(home, "charter", load_charter(kept).amendment.number, stated[1])
+        _check_not_older(home, "charter", load_charter(kept).amendment.number, number)
     with replace_folder(home.charter) as folder:
         write_bytes(folder / "coordinator.pem", letter.public_key.encode())
-        write_bytes(folder / "cooperative.toml", text.encode())
+        write_bytes(folder / "cooperative.toml", letter.text.encode())
     return charter
 
 

@@ -16,7 +16,6 @@ from molora_fed.errors import ConfigError, CorpusError, FederationError
 from molora_fed.federation import pool_worker
 from molora_fed.federation.fleet import PARTITIONS, find_own_home, write_partitions
 from molora_fed.federation.homes import (
-    CONTRIBUTOR_HOME,
     HOLD_SECONDS,
     ContributorHome,
     hold_seconds,
@@ -41,12 +40,6 @@ def test_a_partition_id_names_a_home(tmp_path, monkeypatch):
     write_json(tmp_path / "partitions.json", {})
     with pytest.raises(FederationError, match="Cannot read partitions"):
         find_own_home({"partition-id": 0})
-
-
-def test_without_partitions_the_home_is_the_one_that_was_set(tmp_path, monkeypatch):
-    monkeypatch.delenv(PARTITIONS, raising=False)
-    monkeypatch.setenv(CONTRIBUTOR_HOME, str(tmp_path))
-    assert find_own_home({"partition-id": 3}) == tmp_path
 
 
 @pytest.mark.parametrize("text", ["-1", "26", "soon", ""])

@@ -110,7 +110,7 @@ def test_loopback_hosts_are_allowed(host):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "example.org", "::", "::1", ""])
 def test_other_hosts_are_refused_with_the_reason(host):
-    with pytest.raises(ConfigError, match="TLS gateway"):
+    with pytest.raises(ConfigError, match="without TLS"):
         check_loopback(host)
 
 
@@ -121,8 +121,7 @@ def test_a_servers_address_is_parsed():
     for wrong in ("127.0.0.1:x", "127.0.0.1:0", ":9000", ""):
         with pytest.raises(ConfigError):
             parse_server(wrong)
-    with pytest.raises(ConfigError, match="TLS gateway"):
-        parse_server("10.0.0.1:9000")
+    assert parse_server("[2001:db8::1]:9000") == ("2001:db8::1", 9000)
 
 
 def test_a_taken_port_is_one_line(tmp_path):
@@ -140,7 +139,7 @@ def test_a_taken_port_is_one_line(tmp_path):
 def test_serving_without_a_cooperative_starts_nothing(stage_root):
     with pytest.raises(CharterError, match="coop create"):
         serve(stage_root / "none", find_free_port())
-    with pytest.raises(ConfigError, match="TLS gateway"):
+    with pytest.raises(ConfigError, match="without TLS"):
         serve(stage_root / "none", find_free_port(), host="0.0.0.0")
     assert not (stage_root / "none").exists()
 
