@@ -4,7 +4,6 @@
 anywhere and run again, it goes on and ends with the same bytes.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.private_member import carve_own
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
+from molora_fed.storage.untrusted import clean, parse_json
 from molora_fed.training.specialists import Specialist, train_specialist
 from molora_fed.types import Document, Progress, Split
 
@@ -39,6 +39,10 @@ __all__ = [
     "prepare_domain",
     "sign_adapter",
 ]
+
+
+MAX_RECORD_BYTES = 500_000
+"""Of a training record beside an adapter; it becomes a part of a manifest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,15 +322,20 @@ def _measure_given(
 def _read_record(given: Path) -> Mapping[str, Any]:
     """How an adapter trained earlier was made, as far as its folder says."""
     path = given / "record.json"
+    unknown = {"source": "an adapter trained earlier"}
     try:
-        record = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            record = parse_json(file.read(MAX_RECORD_BYTES + 1), max_bytes=MAX_RECORD_BYTES)
+        if not isinstance(record, dict):
+            raise ValueError(type(record).__name__)
     except FileNotFoundError:
-        record = None
-    except ValueError as error:
+        return unknown
+    except (OSError, ValueError) as error:
         raise AdapterError(
-            f"Cannot read '{path}': expected JSON, got {error}. Delete the file and try again."
+            f"Cannot read '{path}': expected a JSON object of at most {MAX_RECORD_BYTES} bytes, "
+            f"got {clean(error)}. Delete the file and try again."
         ) from error
-    return record or {"source": "an adapter trained earlier"}
+    return record or unknown
 
 
 def _measure_start(under: CharterAndBase, corpus: Corpus) -> float | None:
