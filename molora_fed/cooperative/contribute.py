@@ -26,7 +26,7 @@ from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.private_member import carve_own
 from molora_fed.storage.files import resolve_inside
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
-from molora_fed.storage.untrusted import parse_json
+from molora_fed.storage.untrusted import clean, parse_json
 from molora_fed.training.specialists import Specialist, train_specialist
 from molora_fed.types import Document, Progress, Split
 
@@ -43,7 +43,8 @@ __all__ = [
 
 
 _RECORD_FILE = "record.json"
-_MAX_RECORD_BYTES = 1_000_000
+MAX_RECORD_BYTES = 500_000
+"""Of a training record beside an adapter; it becomes a part of a manifest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,18 +340,20 @@ def _check_links(given: Path, folder: Path) -> None:
 def _read_record(given: Path) -> Mapping[str, Any]:
     """How an adapter trained earlier was made, as far as its folder says."""
     path = given / _RECORD_FILE
-    if not path.is_file():
-        return {"source": "an adapter trained earlier"}
+    unknown = {"source": "an adapter trained earlier"}
     try:
-        record = parse_json(path.read_bytes(), max_bytes=_MAX_RECORD_BYTES)
+        with path.open("rb") as file:
+            record = parse_json(file.read(MAX_RECORD_BYTES + 1), max_bytes=MAX_RECORD_BYTES)
         if not isinstance(record, dict):
             raise ValueError(type(record).__name__)
-    except ValueError as error:
+    except FileNotFoundError:
+        return unknown
+    except (OSError, ValueError) as error:
         raise AdapterError(
-            f"Cannot read '{path}': expected a JSON object, got {error}. "
-            "Delete the file and try again."
+            f"Cannot read '{path}': expected a JSON object of at most {MAX_RECORD_BYTES} bytes, "
+            f"got {clean(error)}. Delete the file and try again."
         ) from error
-    return record or {"source": "an adapter trained earlier"}
+    return record or unknown
 
 
 def _measure_start(under: CharterAndBase, corpus: Corpus) -> float | None:

@@ -88,13 +88,15 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
     most = _PARQUET_BYTES + _PARQUET_RATIO * path.stat().st_size
     too_much = f"more than {most:,} characters of text, {_PARQUET_RATIO} times its bytes and more"
     try:
+        metadata = pyarrow.parquet.read_metadata(path)
+        columns = metadata.schema.to_arrow_schema().names
+        if "text" not in columns:
+            shown = clean(", ".join(columns))
+            raise _UnreadableError(f"no column 'text' among {shown or 'none'}")
+        if _count_unpacked(metadata) > most:
+            raise _UnreadableError(too_much)
         # Values stay in their dictionary: a text that comes a million times is held once.
         with pyarrow.parquet.ParquetFile(path, read_dictionary=["text"]) as file:
-            if "text" not in file.schema_arrow.names:
-                columns = clean(", ".join(file.schema_arrow.names))
-                raise _UnreadableError(f"no column 'text' among {columns or 'none'}")
-            if _count_unpacked(file.metadata) > most:
-                raise _UnreadableError(too_much)
             for batch in file.iter_batches(_PARQUET_ROWS, columns=["text"]):
                 for value in batch.column(0):
                     number += 1

@@ -146,7 +146,7 @@ def edit(folder, **changes):
         ({"r": True}, "positive ranks"),
         ({"r": None}, "positive ranks"),
         ({"lora_alpha": "8"}, "positive ranks"),
-        ({"lora_alpha": float("nan")}, "positive ranks"),
+        ({"lora_alpha": float("nan")}, "NaN, which is not JSON"),
         ({"alpha_pattern": {"(a+)+": 3}}, "plain module names"),
         ({"alpha_pattern": {"q_proj": -1}}, "positive ranks"),
         ({"rank_pattern": [1]}, "positive ranks"),

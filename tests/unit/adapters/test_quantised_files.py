@@ -159,7 +159,7 @@ def test_any_damage_is_refused_or_read_as_the_same_layout(saved, file, data):
         (lambda c: first_module(c).update(rows=True), "rows"),
         (lambda c: first_module(c).update(columns=2**40), "columns"),
         (lambda c: first_module(c).update(columns=-5), "columns"),
-        (lambda c: first_module(c).update(scale=float("nan")), "scale"),
+        (lambda c: first_module(c).update(scale=float("nan")), "NaN, which is not JSON"),
         (lambda c: first_module(c).update(scale=0.0), "scale"),
         (lambda c: first_module(c).update(rank=0), "rank"),
         (lambda c: first_module(c).pop("rank"), "rank"),

@@ -17,6 +17,7 @@ from molora_fed.cooperative.admit import admit_contributions
 from molora_fed.cooperative.amend import amend_by_settings
 from molora_fed.cooperative.cooperative import open_cooperative
 from molora_fed.cooperative.fuse import fuse_contributions
+from molora_fed.cooperative.judging import release
 from molora_fed.errors import AdapterError, LedgerError, StorageError
 from molora_fed.federation.withdrawal import withdraw_contributor
 from molora_fed.fusion.fuse import fuse
@@ -239,8 +240,10 @@ def test_what_others_share_with_the_withdrawn_stays(root, base):
     """Two contributors with the same samples: the files are one blob."""
     cooperative = open_cooperative(root / "home")
     twin = contribute(cooperative, base, root / "made", "law-3", seed=3, domain="law")
-    # Another adapter's hash, the same text: drawn from the same specialist as law-2's.
-    admit_contributions(cooperative, [twin])
+    # The same adapter and text as law-2's under another key: a person has to let it in.
+    (receipt,) = admit_contributions(cooperative, [twin])
+    assert receipt.state == ContributionState.QUARANTINED
+    assert release(cooperative, "law-3", reason="the same person").state == ADMITTED
     withdraw_contributor(cooperative, "law-2")
     with cooperative.read_ledger() as ledger:
         left = load_admitted(ledger, cooperative.store)
