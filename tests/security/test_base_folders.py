@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from molora_fed.adapters.save import save_adapter
-from molora_fed.charter import load_charter
+from molora_fed.charter import Identity, load_charter
 from molora_fed.cooperative.contribute import (
     _check_links,
     _read_record,
@@ -19,7 +20,7 @@ from molora_fed.cooperative.contribute import (
 )
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.errors import AdapterError, BaseCheckpointError
-from molora_fed.models.base import fetch_base, load_base, load_model
+from molora_fed.models.base import check_base, fetch_base, load_base, load_model
 from molora_fed.models.base_config import _find_faults
 from molora_fed.models.base_files import copy_checkpoint
 from molora_fed.testing.models import build_random_adapter
@@ -105,8 +106,24 @@ def test_a_config_cannot_name_kernels_to_be_fetched(folder, key):
 def test_a_charter_of_version_1_binds_what_it_always_has(cooperative):
     identity = cooperative.charter.identity
     assert identity.version == 2 and identity.base.config and identity.base.files
-    again = load_charter(cooperative.folder)
-    assert again.identity_hash == cooperative.charter.identity_hash
+    assert load_charter(cooperative.folder).identity_hash == cooperative.charter.identity_hash
+    base = identity.base.model_copy(update={"config": None, "files": {}})
+    first = identity.model_copy(update={"version": 1, "base": base}).model_dump(mode="json")
+    assert first.keys() == {"name", "base", "adapters", "corpus", "privacy_mode"}
+    assert first["base"].keys() == {"id", "revision", "weights", "tokenizer"}
+    edit(cooperative.base_folder, layer_norm_eps=0.5)
+    check_base(load_base(cooperative.base_folder), base)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_identity_has_the_keys_of_its_version(cooperative, version):
+    whole = cooperative.charter.identity.model_dump(mode="json")
+    if version == 1:
+        del whole["version"]
+    else:
+        del whole["base"]["files"]
+    with pytest.raises(ValidationError, match="version"):
+        Identity.model_validate(whole)
 
 
 @pytest.mark.parametrize("name", ["merges.txt", "config.json", "model.safetensors", "base.json"])
