@@ -142,9 +142,12 @@ def test_a_later_contribution_grows_the_published_model(tmp_path, tiny_checkpoin
     first = read_json(stage.server.outbox / "result.json")
     assert len(first["summary"]["contributions"]) == 2
 
-    # An adapter trained earlier by another, submitted under another name and domain's text.
+    # Another's adapter, submitted under another name, is held back, and nobody waits for it.
     (training,) = alpha.training.iterdir()
-    gamma = stage.join("gamma-1", "alpha", texts, adapter=training)
+    stage.join("copy-1", "alpha", texts, adapter=training)
+    stage.run()
+    assert "check 'near-copy'" in str(stage.failures.pop("copy-1"))
+    gamma = stage.join("gamma-1", "gamma", texts)
     stage.run()
     assert stage.failures == {}
     with stage.cooperative.read_ledger() as ledger:
