@@ -20,6 +20,14 @@ from molora_fed.testing.models import ARCHITECTURES, build_tiny_checkpoint, buil
 _built = cache(build_tiny_model)
 
 
+@pytest.fixture(autouse=True)
+def _umask():
+    """Some commands close their process's files to others; a test's are as they usually are."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., Any]:
     """`tiny_model(architecture, seed=0)`: a copy of a tiny random model, free to be changed."""

@@ -23,8 +23,8 @@ MAX_SHOWN = 200
 """Characters of one quoted thing."""
 MAX_DEPTH = 32
 """Lists and objects inside one another."""
-MAX_INTEGER = 2**63 - 1
-"""Largest size of an integer; what lies beyond has no place in a column, a record or a display."""
+MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
+"""Integers of 64 bits; what lies beyond has no place in a column, a record or a display."""
 MAX_KEY = 512
 """Characters of a key; the longest names of tensors stay below."""
 
@@ -50,7 +50,7 @@ def clean(value: object, limit: int = MAX_SHOWN) -> str:
         value: Text, or what can be shown.
         limit: Characters that are kept; "…" stands for the rest.
     """
-    if isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
+    if isinstance(value, int) and not MIN_INTEGER <= value <= MAX_INTEGER:
         return f"an integer of {value.bit_length()} bits"  # str() refuses 4,300 digits
     # Cut first: a text of megabytes is not worth a search.
     text = value[: 4 * limit + 4] if isinstance(value, str) else _show(value)[: 4 * limit + 4]
@@ -156,7 +156,7 @@ def _check_scalar(value: Any) -> None:
         if not math.isfinite(value):
             raise ValueError("a number that is not finite")
     elif isinstance(value, int):
-        if not -MAX_INTEGER <= value <= MAX_INTEGER:
+        if not MIN_INTEGER <= value <= MAX_INTEGER:
             raise ValueError("an integer beyond 64 bits")
     elif value is not None:  # a date of TOML
         raise ValueError(f"a {type(value).__name__}, which JSON does not have")

@@ -14,6 +14,7 @@ from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.errors import ConfigError, CorpusError, FederationError
 from molora_fed.federation import pool_worker
+from molora_fed.federation.envelopes import parse_letter
 from molora_fed.federation.fleet import PARTITIONS, find_own_home, write_partitions
 from molora_fed.federation.homes import (
     HOLD_SECONDS,
@@ -21,6 +22,7 @@ from molora_fed.federation.homes import (
     hold_seconds,
 )
 from molora_fed.federation.join_settings import JoinSettings
+from molora_fed.federation.letters import Task
 from molora_fed.federation.local import LocalContributor
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.pool_worker import PoolWorker
@@ -94,7 +96,7 @@ def homes(tmp_path, monkeypatch):
     monkeypatch.setattr(pool_worker, "ContributorWorker", Steps)
     homes = [ContributorHome(tmp_path / str(number)) for number in range(4)]
     for home in homes[:3]:
-        home.keep_task("train-0", {"kind": "train"})
+        home.keep_task(parse_letter(Task, {"id": "train-0", "kind": "train"}, what="a task"))
     return homes
 
 

@@ -93,7 +93,7 @@ class Grid:
         self._ids = itertools.count()
 
     def get_nodes(self):
-        return [SimpleNamespace(node_id=number) for number in self.nodes]
+        return [SimpleNamespace(node_id=number, last_activated_at="") for number in self.nodes]
 
     def push_messages(self, messages):
         ids = []

@@ -1,4 +1,4 @@
-"""Real Flower processes: a server under a hostile node, beside a contributor that is good."""
+"""Real processes: a server under a hostile node, beside a contributor that is good."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from hostile import build_charter
 from molora_fed.charter import write_charter
 from molora_fed.federation import contributor as joining
 from molora_fed.federation.contributor import join
-from molora_fed.federation.homes import CONTRIBUTOR_HOME, ContributorHome, CoordinatorHome
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.supervise import build_flower_environment, find_free_port, is_healthy
@@ -65,11 +65,12 @@ class Server:
 
 
 class HostileNode:
-    """A SuperNode whose ClientApp answers every other message with something else."""
+    """A node that answers every other message with something else."""
 
     def __init__(self, root, port):
         self.home, self.port = ContributorHome(root / "hostile"), port
         key = load_or_make_key(self.home.key)
+        load_or_make_key(self.home.node_key)
         self.fingerprint = key_fingerprint(build_public_pem(key))
         JoinSettings("hostile", "python").save(self.home.settings_file)
         self.home.contribution.mkdir()
@@ -77,12 +78,11 @@ class HostileNode:
         offer_contribution(self.home)
 
     def start(self):
-        own = {CONTRIBUTOR_HOME: str(self.home.root)}
-        env = build_flower_environment(self.home.root, **own)
+        env = build_flower_environment(self.home.root, MOLORA_TEST_HOSTILE="1")
         env["PYTHONPATH"] = str(HERE / "hostile_site")
         command = [
-            "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}",
-            "--port", str(find_free_port()),
+            sys.executable, "-P", "-m", "molora_fed.federation.flower.node", str(self.home.root),
+            f"127.0.0.1:{self.port}", str(self.home.node_key),
         ]  # fmt: skip
         with (self.home.root / "node.log").open("ab") as log:
             return subprocess.Popen(command, env=env, stdout=log, stderr=log)

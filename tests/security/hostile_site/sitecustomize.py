@@ -1,12 +1,11 @@
-"""Turns a contributor's ClientApp into a hostile one: every other reply is not what it should be.
+"""Turns a contributor's node into a hostile one: every other reply is not what it should be.
 
-Found through PYTHONPATH by the processes of one SuperNode; the others are left as they are.
+Found through PYTHONPATH by the processes of one node; the others are left as they are.
 """
 
+import itertools
 import os
-from pathlib import Path
 
-HOME = os.environ.get("MOLORA_CONTRIBUTOR_HOME", "")
 REPLIES = (
     '[{"kind": "state", "body": {"phase": "TRAINING", "loss": 1' + "0" * 400 + "}}]",
     '[{"kind": "state", "body": {"phase": "TRAINING", "loss": NaN}}]',
@@ -16,16 +15,14 @@ REPLIES = (
     '[{"kind": "state", "body": {"tasks": ' + "[" * 50_000,
 )
 
-if HOME:
+if os.environ.get("MOLORA_TEST_HOSTILE"):
     from molora_fed.federation import wire
 
     pack_as_it_should_be = wire.pack_envelope
+    numbers = itertools.count()
 
     def pack_envelope(envelope):
-        count_file = Path(HOME) / "replies"
-        number = int(count_file.read_text()) if count_file.exists() else 0
-        count_file.write_text(str(number + 1))
-        content = pack_as_it_should_be(envelope)
+        number, content = next(numbers), pack_as_it_should_be(envelope)
         if number % 2:
             from flwr.app import ConfigRecord
 

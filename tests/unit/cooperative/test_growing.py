@@ -157,18 +157,26 @@ def test_without_a_router_that_reads_the_average_a_withdrawal_runs_nothing(
     assert split_passes(root, passes)[0] == set()
 
 
+def hash_files(folder):
+    return {
+        path.relative_to(folder).as_posix(): hash_file(path)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 def test_in_and_out_again_leaves_the_model_as_it_was(root, monkeypatch):
     cooperative = open_cooperative(root / "home")
     fused = cooperative.folder / "fused"
-    before = {path.name: hash_file(path) for path in fused.rglob("*") if path.is_file()}
+    before = hash_files(fused)
     admit_contributions(cooperative, [root / "made" / "war-1"])
     fuse_contributions(cooperative, ())
-    assert hash_file(fused / "fused.json") != before["fused.json"]
+    assert hash_files(fused)["fused.json"] != before["fused.json"]
     withdraw_contributor(cooperative, "war-1")
     passes = Passes(monkeypatch)
     fuse_contributions(cooperative, ())
     assert split_passes(root, passes)[0] == set()
-    assert {path.name: hash_file(path) for path in fused.rglob("*") if path.is_file()} == before
+    assert hash_files(fused) == before
 
 
 def test_an_amended_router_costs_one_refit(root, monkeypatch):

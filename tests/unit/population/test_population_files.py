@@ -126,7 +126,7 @@ def populations(draw):
             operator=draw(_texts),
             parents=tuple(draw(st.lists(_texts, max_size=2))),
             generation=draw(st.integers(0, 9)),
-            seed=draw(st.integers(-(2**63), 2**64)),
+            seed=draw(st.integers(-(2**63), 2**64 - 1)),
             fitness_before=draw(st.none() | _scales),
         )
         domain, stale = draw(st.none() | _texts), draw(st.integers(0, 9))
