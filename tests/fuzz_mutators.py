@@ -2,8 +2,11 @@
 
 import json
 import random
+import tomllib
 from collections.abc import Callable
 from typing import Any
+
+import tomli_w
 
 Mutate = Callable[[bytes, random.Random], bytes]
 
@@ -120,6 +123,17 @@ def mutate_json(data: bytes, chance: random.Random) -> bytes:
     if chance.random() < 0.1:
         return change_bytes(data, chance)
     return _dump(change_value(value, chance)).encode()
+
+
+def mutate_toml(data: bytes, chance: random.Random) -> bytes:
+    """A TOML document, changed as a value seven times in ten."""
+    if chance.random() < 0.3:
+        return change_bytes(data, chance)
+    try:
+        value = change_value(tomllib.loads(data.decode()), chance)
+        return tomli_w.dumps(value).encode()
+    except (ValueError, TypeError, AttributeError, RecursionError):  # what TOML cannot hold
+        return change_bytes(data, chance)
 
 
 def mutate_lines(data: bytes, chance: random.Random) -> bytes:

@@ -3,9 +3,10 @@
 A target's `run` may raise errors of this package, which users see as one line, and nothing else.
 """
 
+import base64
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 from cryptography.hazmat.primitives.asymmetric import ec
-from fuzz_mutators import Mutate, change_bytes, mutate_json, mutate_lines, mutate_safetensors
+from flwr.app import ConfigRecord, RecordDict
+from fuzz_mutators import (
+    Mutate,
+    change_bytes,
+    mutate_json,
+    mutate_lines,
+    mutate_safetensors,
+    mutate_toml,
+)
 
 from molora_fed.adapters.contract import LinearOptions
 from molora_fed.adapters.files import CONFIG_FILE, META_FILE, WEIGHTS_FILE, load_adapter
@@ -22,8 +31,13 @@ from molora_fed.charter import AdapterRules, parse_charter
 from molora_fed.contributions.manifest import MANIFEST_FILE, parse_manifest
 from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.corpus.documents import read_documents
+from molora_fed.errors import ConfigError
+from molora_fed.federation.envelopes import Sender
+from molora_fed.federation.invitations import Invitation, parse_invitation
+from molora_fed.federation.wire import unpack_envelope
 from molora_fed.models.base import load_base
 from molora_fed.reporting.report import load_report, write_report
+from molora_fed.storage.files import hash_bytes
 from molora_fed.storage.keys import build_public_pem
 from molora_fed.testing import build_random_adapter
 from molora_fed.testing.models import build_tiny_checkpoint, build_tiny_model
@@ -36,6 +50,43 @@ __all__ = ["TARGETS", "Target"]
 
 KEPT = Path(__file__).parent / "data"
 _KEY = ec.derive_private_key(20_261_122, ec.SECP384R1())
+_HASH = "a" * 64
+_FILES = [{"name": "a/b.bin", "sha256": _HASH, "num_bytes": 3}]
+_SIGNED = {"public_key": "PEM", "signature": "ab" * 50}
+_FROM_CONTRIBUTOR: dict[str, dict[str, object]] = {
+    "hello": {"purpose": "molora-hello-2", "name": "alice", "domain": "legal", **_SIGNED},
+    "state": {
+        "phase": "TRAINING", "step": 3, "total": 9, "loss": 2.5, "eta_seconds": 1.0,
+        "message": "text", "problem": "", "charter": _HASH, "tasks": ["train-0"], "question": "",
+        "acknowledged": "", "refused": False, "result": "", "received": [_HASH],
+        "held": [f"{_HASH}-0-3"],
+    },
+    "manifest": {"files": _FILES},
+    "answer": {"question": _HASH, "files": _FILES, "signature": "ab"},
+}  # fmt: skip
+_FROM_SERVER: dict[str, dict[str, object]] = {
+    "hello": {"nonce": _HASH, "identity": _HASH, "coordinator": _HASH},
+    "refusal": {"reason": "text"},
+    "charter": {
+        "id": _HASH, "text": "", "identity": _HASH, "amendment": 0, "base": _FILES,
+        "tasks": [{"id": "train-0", "kind": "train"}], "part_bytes": 9, **_SIGNED,
+    },
+    "task": {"id": "train-0", "kind": "train"},
+    "wait": {"seconds": 1.0, "parts_bytes": 9, "question": _HASH},
+    "fetch": {"names": [f"{_HASH}-0-3"]},
+    "acknowledgement": {
+        "shipment": _HASH, "contribution_id": "", "state": "ADMITTED", "findings": ["text"],
+        "signature": "ab",
+    },
+    "result": {
+        "id": _HASH, "files": _FILES, "part_bytes": 9, "identity": _HASH, "signature": "ab",
+        "summary": {"amendment": 0, "contributions": ["a"], "gain_percent": {"r": {"x": 1.0}}},
+    },
+    "question": {
+        "id": _HASH, "files": _FILES, "part_bytes": 9, "answer_bytes": 9, "amendment": 0,
+        "signature": "ab",
+    },
+}  # fmt: skip
 
 Run = Callable[[bytes], None]
 
@@ -50,6 +101,7 @@ class Target:
         mutate: Changes an input inside its structure.
         prepare: From an empty folder, good inputs and the function to call with others.
         parsers: "module" or "module:function" whose branches count, prefixes of qualified names.
+        inputs: Changed inputs that the tests try; as many as take about a second.
     """
 
     name: str
@@ -57,6 +109,7 @@ class Target:
     mutate: Mutate
     prepare: Callable[[Path], tuple[Sequence[bytes], Run]]
     parsers: tuple[str, ...]
+    inputs: int = 200
 
 
 def _replacing(path: Path, call: Callable[[], object]) -> Run:
@@ -67,6 +120,40 @@ def _replacing(path: Path, call: Callable[[], object]) -> Run:
         call()
 
     return run
+
+
+def _prepare_mail(sender: Sender, letters: Mapping[str, dict[str, object]]):
+    def prepare(folder: Path) -> tuple[Sequence[bytes], Run]:
+        def run(data: bytes) -> None:
+            text = data.decode("utf-8", "surrogateescape")
+            content = RecordDict({"letters": ConfigRecord({"version": 1, "json": text})})
+            unpack_envelope(content, sender=sender)
+
+        every = [{"kind": kind, "body": body} for kind, body in letters.items()]
+        return [json.dumps(some).encode() for some in (every, *([one] for one in every))], run
+
+    return prepare
+
+
+def _prepare_invitations(folder: Path) -> tuple[Sequence[bytes], Run]:
+    invitation = Invitation(
+        server="fed.example:8080", authority=_HASH, charter=_HASH, coordinator=_HASH,
+        secret="s3cret-s3cret", name="alice", domain="legal", expires=1_800_000_000,
+    )  # fmt: skip
+
+    def run(data: bytes) -> None:
+        payload = base64.urlsafe_b64encode(data).decode().rstrip("=")
+        sealed = f"molora1.{payload}.{hash_bytes(payload.encode())[:8]}"
+        for line in (data.decode("utf-8", "replace"), sealed):
+            try:
+                parse_invitation(line)
+            except ConfigError as error:
+                fault = error
+                continue
+            return
+        raise fault
+
+    return [json.dumps(asdict(invitation)).encode()], run
 
 
 def _prepare_manifests(folder: Path) -> tuple[Sequence[bytes], Run]:
@@ -152,6 +239,21 @@ def _prepare_reports(folder: Path) -> tuple[Sequence[bytes], Run]:
 
 
 TARGETS: tuple[Target, ...] = (
+    *(
+        Target(
+            f"mail-{sender}", "mail", mutate_json, _prepare_mail(sender, letters),
+            (
+                "molora_fed.federation.wire:unpack_envelope",
+                "molora_fed.federation.envelopes:parse_letter",
+                "molora_fed.federation.messages:parse_",
+            ),
+        )
+        for sender, letters in (("server", _FROM_SERVER), ("contributor", _FROM_CONTRIBUTOR))
+    ),
+    Target(
+        "invitation", "invitations", mutate_json, _prepare_invitations,
+        ("molora_fed.federation.invitations:parse_invitation",),
+    ),
     Target(
         "manifest", "manifests", mutate_json, _prepare_manifests,
         ("molora_fed.contributions.manifest:parse_manifest",),
@@ -177,12 +279,12 @@ TARGETS: tuple[Target, ...] = (
         ("molora_fed.corpus.blocks:load_blocks",),
     ),
     Target(
-        "charter", "charters", change_bytes, _prepare_charters,
-        ("molora_fed.charter:parse_charter",),
+        "charter", "charters", mutate_toml, _prepare_charters,
+        ("molora_fed.charter:parse_charter", "molora_fed.storage.toml"),
     ),
     Target(
         "base-config", "base folders", mutate_json, _prepare_base("config.json"),
-        ("molora_fed.models.base:load_base", "molora_fed.models.base:load_model"),
+        ("molora_fed.models.base:load_base", "molora_fed.models.base:load_model"), inputs=12,
     ),
     *(
         Target(
@@ -202,5 +304,6 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "report", "reports", mutate_json, _prepare_reports,
         ("molora_fed.reporting.report:load_report", "molora_fed.reporting.report:write_report"),
+        inputs=4,
     ),
 )  # fmt: skip

@@ -4,11 +4,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
+
 from molora_fed.forecasting.records import FAILED
 from molora_fed.storage.untrusted import clean, clean_lines
 
 __all__ = [
     "BUDGET_SECONDS",
+    "MALFORMED",
     "Method",
     "as_label",
     "compute_equal_weight",
@@ -23,6 +26,11 @@ __all__ = [
 ]
 
 
+MALFORMED = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    jinja2.TemplateError,
+)  # fmt: skip
+"""What rendering and drawing raise on a result of somebody else's making."""
 MAX_LABEL = 60
 """Characters of a name in a figure."""
 _LABELS = {

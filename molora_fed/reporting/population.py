@@ -1,7 +1,6 @@
 """The page of an evolution: held-out losses, fitness by slot and generation, gates, lineage."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from molora_fed.errors import ConfigError
 from molora_fed.population.lineage import Lineage, read_lineage
 from molora_fed.reporting.figures import PALETTE, draw_cells, draw_losses, save_figure, tidy_axes
 from molora_fed.reporting.lineage import draw_lineage
-from molora_fed.reporting.methods import as_label, list_methods, mask_controls
+from molora_fed.reporting.methods import MALFORMED, as_label, list_methods, mask_controls
 from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
 from molora_fed.storage.files import write_bytes
+from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [
     "RESULT_FILE",
@@ -127,14 +127,14 @@ def write_population_report(folder: Path) -> Path:
     try:
         if path.stat().st_size > MAX_RESULT_BYTES:
             raise ValueError(f"more than {MAX_RESULT_BYTES} bytes")
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = parse_json(path.read_bytes(), max_bytes=MAX_RESULT_BYTES)
         lineage = read_lineage(folder / LINEAGE_FILE)
         images = _draw(result, lineage)
         page = _render(result, images)
-    except (OSError, ValueError, KeyError, TypeError, jinja2.UndefinedError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ConfigError(
             f"Cannot write the report of evolution '{folder}': expected what `molora evolve` "
-            f"wrote, got {' '.join(str(error).split())[:200]}. Evolve again."
+            f"wrote, got {clean(error)}. Evolve again."
         ) from error
     for name, data in images.items():
         write_bytes(folder / "report" / f"{name}.png", data)

@@ -1,7 +1,6 @@
 """The report of a fusion: `report.html` (self-contained), `report.json` and the figures."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from molora_fed.errors import ConfigError
 from molora_fed.reporting import figures
 from molora_fed.reporting.headline import list_headline, list_notes, order_forecasts
 from molora_fed.reporting.methods import (
+    MALFORMED,
     describe_controls,
     describe_excess,
     describe_replacement,
@@ -23,6 +23,7 @@ from molora_fed.reporting.methods import (
 )
 from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
 from molora_fed.storage.files import canonical_json, write_bytes, write_json
+from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [
     "REPORT_JSON",
@@ -41,6 +42,7 @@ PAGE = "report.html"
 METRICS_FOLDER = "metrics"
 FIGURES = ("losses", "loss_matrix", "gates", "forecasts", "training_curves")
 MAX_REPORT_BYTES = 64 * 2**20
+MAX_ROW_BYTES = 100_000
 _REQUIRED = (
     "seed", "domains", "losses", "gain_percent", "oracle_gap_nats", "forecasts", "contamination",
     "bytes", "seconds", "fingerprints", "versions",
@@ -162,10 +164,10 @@ def write_report(
     try:
         images = _draw(result, metrics)
         page = render_html(result, images)
-    except (KeyError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
+    except MALFORMED as error:
         raise ConfigError(
             f"Cannot write report '{folder}': expected a result as docs/report.schema.json says, "
-            f"got {type(error).__name__}: {error}. Fuse again with `molora fuse`."
+            f"got {type(error).__name__}: {clean(error)}. Fuse again with `molora fuse`."
         ) from error
     for name in FIGURES:
         if name in images:
@@ -226,12 +228,12 @@ def load_report(path: Path) -> dict[str, Any]:
                 f"Cannot read report '{path}': expected at most {MAX_REPORT_BYTES} bytes, got "
                 f"{path.stat().st_size}. Check that this is the right file."
             )
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = parse_json(path.read_bytes(), max_bytes=MAX_REPORT_BYTES)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"Cannot read report '{path}': expected JSON, got {error}. Fuse again."
+            f"Cannot read report '{path}': expected JSON, got {clean(error)}. Fuse again."
         ) from error
     _check_result(result, str(path))
     return dict(result)
@@ -256,9 +258,10 @@ def read_metrics_file(path: Path) -> list[dict[str, Any]]:
         ConfigError: If it is malformed.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [parse_json(line, max_bytes=MAX_ROW_BYTES) for line in lines]
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Cannot read training metrics '{path}': expected one JSON object a line, got "
-            f"{error}. Remove the file."
+            f"{clean(error)}. Remove the file."
         ) from error
