@@ -142,6 +142,11 @@ def invite(
         f"Invitation of '{name}' to {server}, good once, until {format_time(invitation.expires)}. "
         "Send it so that nobody else reads it; used with `molora join INVITATION --data PATH`."
     )
+    if server.startswith(("127.", "localhost:", "[::1]:")):
+        note(
+            "It leads to this machine only. For others start `molora serve` with --address first, "
+            "or give --address here."
+        )
     print(invitation)
 
 

@@ -2,8 +2,10 @@
 
 import json
 import ssl
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -30,6 +32,11 @@ __all__ = ["Connection", "accept_invitation", "read_connection"]
 
 _ANSWER_BYTES = 2 * 2**20
 _SECONDS = 30.0
+_START_SECONDS = 20.0
+"""How long a server that does not answer, or is only starting, is asked again."""
+
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def accept_invitation(invitation: Invitation, home: ContributorHome) -> None:
         )
     make_home(home.root)
     key, node_key = load_or_make_key(home.key), load_or_make_key(home.node_key)
-    authority = _fetch_authority(invitation)
+    authority = _insist(lambda: _fetch_authority(invitation))
     node_pem = build_public_pem(node_key)
     redemption = Redemption(
         secret=invitation.secret,
@@ -104,7 +111,7 @@ def accept_invitation(invitation: Invitation, home: ContributorHome) -> None:
     )
     context = ssl.create_default_context(cadata=authority)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    answer = _post(invitation, redemption.model_dump(), context)
+    answer = _insist(lambda: _post(invitation, redemption.model_dump(), context))
     letter = parse_letter(CharterLetter, answer.get("charter"), what="the server's charter")
     charter = open_charter(letter)
     for what, expected, got in (
@@ -122,6 +129,22 @@ def accept_invitation(invitation: Invitation, home: ContributorHome) -> None:
     write_bytes(home.authority_file, authority.encode())
     connection = Connection(invitation.server, invitation.id, invitation.name, invitation.domain)
     write_json(home.connection_file, asdict(connection))
+
+
+def _insist(ask: Callable[[], _Answer]) -> _Answer:
+    """Ask until the server is there; to use an invitation twice with the same keys changes nothing.
+
+    Raises:
+        ServerUnreachableError: If it is not there in time.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            return ask()
+        except ServerUnreachableError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.5)
 
 
 def _fetch_authority(invitation: Invitation) -> str:
@@ -167,6 +190,11 @@ def _post(invitation: Invitation, value: Any, context: ssl.SSLContext) -> dict[s
             f"Cannot join at {clean(invitation.server, 80)}: expected an answer in JSON, got "
             f"{clean(error, 80)}. Run the same molora-fed version on both sides."
         ) from error
+    if status == 503:
+        raise ServerUnreachableError(
+            f"Cannot join at {clean(invitation.server, 80)}: expected a server that has started, "
+            f"got status 503, {clean(answer.get('detail'), 80)}. Try again in a minute."
+        )
     if status != 200:
         raise FederationError(
             str(clean(answer.get("detail"), 400))
