@@ -16,6 +16,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
+FOUND = REPOSITORY / "tests" / "data" / "fuzz"
 INPUTS = 100_000
 SECONDS = 5
 MEMORY_BYTES = 2**30
@@ -106,6 +108,9 @@ def run_target(target: Any, work: Path, inputs: int) -> dict[str, Any]:
         )
     text = log.read_text("utf-8", "replace")
     done = [line.split()[-1] for line in text.splitlines() if "number_of_executed_units" in line]
+    FOUND.mkdir(exist_ok=True)
+    for path in sorted((work / "findings").iterdir()):
+        shutil.copyfile(path, FOUND / path.name)
     covered = subprocess.run([*command, "--child", "cover"], capture_output=True, check=True)
     return {
         "inputs": int(done[-1]) if done else 0,

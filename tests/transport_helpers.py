@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+from process_helpers import find_processes, wait_until
 
 from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write_charter
 from molora_fed.federation.connections import build_server, run_server
@@ -17,9 +18,6 @@ from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.supervise import find_free_port
 
 FEDERATION_TESTS = Path(__file__).parent / "federation"
-sys.path.insert(0, str(FEDERATION_TESTS))
-
-from processes import find_processes, wait_until  # noqa: E402
 
 __all__ = [
     "CLOSED_PATHS",

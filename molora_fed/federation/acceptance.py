@@ -34,6 +34,7 @@ _ANSWER_BYTES = 2 * 2**20
 _SECONDS = 30.0
 _START_SECONDS = 20.0
 """How long a server that does not answer, or is only starting, is asked again."""
+_PAUSE_SECONDS = 2.0  # the gateway lets a stranger ask once a second
 
 
 _Answer = TypeVar("_Answer")
@@ -144,7 +145,7 @@ def _insist(ask: Callable[[], _Answer]) -> _Answer:
         except ServerUnreachableError:
             if time.monotonic() >= deadline:
                 raise
-        time.sleep(0.5)
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _fetch_authority(invitation: Invitation) -> str:

@@ -33,9 +33,9 @@ from molora_fed.federation.envelopes import open_letter
 from molora_fed.federation.homes import CoordinatorHome, message_bytes
 from molora_fed.federation.letters import ResultLetter, Summary
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.membership import list_states, read_limits
 from molora_fed.federation.quota import check_quota, describe_failure, discard_rejected
 from molora_fed.federation.status import StateFile, UsageFile
+from molora_fed.federation.strangers import list_states, read_limits
 from molora_fed.federation.supervise import record_errors
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import canonical_json, hash_bytes, write_json

@@ -24,7 +24,6 @@ from molora_fed.federation.letters import (
     cut_findings,
 )
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.membership import bind_name
 from molora_fed.federation.messages import Shipment, describe_folder
 from molora_fed.federation.signing import (
     build_acknowledgement_bytes,
@@ -32,6 +31,7 @@ from molora_fed.federation.signing import (
     build_result_bytes,
     hash_charter_letter,
 )
+from molora_fed.federation.strangers import bind_name
 from molora_fed.storage.files import replace_folder, storage_errors
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, sign
 

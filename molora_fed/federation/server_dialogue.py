@@ -28,9 +28,9 @@ from molora_fed.federation.letters import (
     Wait,
 )
 from molora_fed.federation.mailbox import read_parts, take_batch
-from molora_fed.federation.membership import UploadRoom, find_refusal, note_presence, read_limits
 from molora_fed.federation.messages import PartName, Shipment, plan_parts
 from molora_fed.federation.signing import build_hello_bytes
+from molora_fed.federation.strangers import UploadRoom, find_refusal, note_presence, read_limits
 from molora_fed.storage.keys import key_fingerprint, verify
 from molora_fed.storage.untrusted import clean
 

@@ -27,7 +27,7 @@ def pack_envelope(envelope: Envelope) -> Any:
 
     Raises:
         FederationError: If the letters or the parts are too large to be sent at once. A reply
-            that Flower cannot serialise would block its SuperNode for good, so this is checked
+            that Flower cannot serialise would block its node for good, so this is checked
             here and not there.
     """
     letters = canonical_json(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import find_processes
+from process_helpers import find_processes
 
 HERE = Path(__file__).parent
 

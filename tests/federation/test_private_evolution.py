@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from processes import find_processes
+from process_helpers import find_processes
 
 from molora_fed.charter import (
     Amendment,

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from processes import find_processes, wait_until
+from process_helpers import find_processes, wait_until
 
 from molora_fed.charter import Amendment, CorpusRules, FusionRules, SampleRules, TrainingRules
 from molora_fed.contributions.states import ContributionState

@@ -6,7 +6,7 @@ import sys
 
 import psutil
 import pytest
-from processes import find_processes, wait_until
+from process_helpers import find_processes, wait_until
 
 from molora_fed.errors import (
     AdmissionError,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import find_processes, wait_until
+from process_helpers import find_processes, wait_until
 
 from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write_charter
 from molora_fed.federation.contributor import join

@@ -5,7 +5,7 @@ import random
 
 import psutil
 import pytest
-from processes import find_processes
+from process_helpers import find_processes
 
 from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
 from molora_fed.contributions.states import ContributionState, CooperativeState

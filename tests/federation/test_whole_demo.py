@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from processes import find_processes, wait_until
+from process_helpers import find_processes, wait_until
 
 from molora_fed.charter import CorpusRules, SampleRules
 from molora_fed.cooperative.controls import CONTROLS

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from hostile import build_charter
+from process_helpers import find_processes, wait_until
 
 from molora_fed.charter import write_charter
 from molora_fed.federation import contributor as joining
@@ -23,9 +24,6 @@ from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_m
 
 HERE = Path(__file__).parent
 FEDERATION = HERE.parent / "federation"
-sys.path.append(str(FEDERATION))
-
-from processes import find_processes, wait_until  # noqa: E402
 
 pytestmark = pytest.mark.processes
 

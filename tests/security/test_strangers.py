@@ -10,7 +10,7 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 from hostile import PART_BYTES, Node, count_rounds, open_coordinator, relay, state
 
-from molora_fed.federation import membership, server_app
+from molora_fed.federation import server_app, strangers
 from molora_fed.federation.coordinator_mail import acknowledge, complete_deliveries
 from molora_fed.federation.server_dialogue import RemoteContributor
 from molora_fed.storage.files import canonical_json, write_json
@@ -193,9 +193,9 @@ def test_uploads_of_strangers_together_are_limited(home):
     run(relay(home, *nodes), 8)
     mailboxes = [home.contributor(node.fingerprint) for node in nodes]
     held = [mailbox.parts.num_bytes for mailbox in mailboxes]
-    assert sum(held) <= membership.UPLOADS * size
+    assert sum(held) <= strangers.UPLOADS * size
     begun = [bool(num_bytes) for num_bytes in held]
-    assert sum(begun) == membership.UPLOADS
+    assert sum(begun) == strangers.UPLOADS
     # What is sent no further makes room for the others.
     for mailbox in mailboxes:
         go_away(mailbox.folder / "parts", 3_600)

@@ -10,12 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from process_helpers import wait_until
 
 from molora_fed.testing.models import build_tiny_checkpoint
-
-sys.path.append(str(Path(__file__).parents[1] / "federation"))
-
-from processes import wait_until
 
 MOLORA = Path(sys.executable).parent / "molora"
 PORT = "8080"
