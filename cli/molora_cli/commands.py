@@ -29,6 +29,10 @@ GROUPS = {
         ("evolve", "evolve:app", "Evolve a population of adapters"),
         ("report", "report:report", "Draw the page and figures of a fusion or an evolution again"),
     ),
+    "Contributor and coordinator": (
+        ("status", "status:status", "Show where a cooperative or a contributor stands"),
+        ("doctor", "doctor:doctor", "Look for what is wrong on this machine, one line a problem"),
+    ),
     "User of the result": (
         ("generate", "generate:generate", "Continue a text with a fused or an evolved model"),
         ("evaluate", "evaluate:evaluate", "Measure base, specialists and the model on your text"),

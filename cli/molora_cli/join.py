@@ -47,6 +47,14 @@ def join(
     shard: Annotated[
         str, typer.Option(help="I/N: share I of the documents that N contributors split.")
     ] = "1/1",
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65_535,
+            help="Port of this machine for /healthz and /metrics; none if not given.",
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to what will be sent.")] = False,
 ) -> None:
     """Train on your text, submit the adapter and the stated samples, receive the fused model."""
@@ -101,6 +109,7 @@ def join(
             board,
             consent=lambda charter: _ask(charter, board, agreed=yes),
             authority=authority,
+            metrics_port=metrics_port,
         )
     print(f"{acknowledgement['state']}  contribution {acknowledgement['contribution_id']}")
     evolved = where / "result" / "evolved"

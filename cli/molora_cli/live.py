@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from molora_fed.federation.status import FederationEvent
 
-__all__ = ["Board", "watching"]
+__all__ = ["Board", "format_progress", "watching"]
 
 PLAIN_SECONDS = 10.0
 """Least time between two plain lines that differ in figures only."""
@@ -62,6 +62,21 @@ def _format_loss(event: "FederationEvent") -> str:
     return "" if event.loss is None else f"{event.loss:.3f}"
 
 
+def format_progress(event: "FederationEvent") -> str:
+    """Phase, state in the ledger, steps, loss, time left and message, as far as they are known."""
+    event = _clean(event)
+    loss, eta = _format_loss(event), _format_eta(event)
+    parts = [
+        event.phase,
+        event.state if event.state != event.phase else "",
+        _format_step(event),
+        loss and f"loss {loss}",
+        eta and f"ETA {eta}",
+        event.message,
+    ]
+    return " · ".join(part for part in parts if part)
+
+
 class _Plain:
     """A line for each change; figures alone at most every ten seconds."""
 
@@ -79,16 +94,7 @@ class _Plain:
         if not is_new and now - self._printed.get(event.contributor, 0.0) < PLAIN_SECONDS:
             return
         self._last[event.contributor], self._printed[event.contributor] = key, now
-        loss, eta = _format_loss(event), _format_eta(event)
-        parts = [
-            event.phase,
-            event.state if event.state != event.phase else "",
-            _format_step(event),
-            loss and f"loss {loss}",
-            eta and f"ETA {eta}",
-            event.message,
-        ]
-        print(f"{who}: " + " · ".join(part for part in parts if part), flush=True)
+        print(f"{who}: {format_progress(event)}", flush=True)
 
     def paused(self) -> AbstractContextManager[None]:
         return nullcontext()

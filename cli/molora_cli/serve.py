@@ -25,6 +25,14 @@ def serve(
         int | None,
         typer.Option(min=1, help="Threads of admission and fusing; all cores if not given."),
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65_535,
+            help="Port of this machine for /healthz and /metrics; none if not given.",
+        ),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Without TLS and invitations; on this machine only.")
     ] = False,
@@ -47,4 +55,12 @@ def serve(
         names = keep_address(CoordinatorHome(cooperative), address, port)
     host = host or ("0.0.0.0" if address else "127.0.0.1")
     with watching(f"Cooperative in {cooperative}, server {host}:{port}") as board:
-        run_server(cooperative, port, board, host=host, names=names, threads=threads)
+        run_server(
+            cooperative,
+            port,
+            board,
+            host=host,
+            names=names,
+            threads=threads,
+            metrics_port=metrics_port,
+        )

@@ -69,6 +69,14 @@ class ServerCertificate:
         return str(self._chain), str(self._key)
 
     @property
+    def expires(self) -> datetime.datetime | None:
+        """Until when the server's certificate is valid; None if there is no readable one."""
+        try:
+            return x509.load_pem_x509_certificate(self._chain.read_bytes()).not_valid_after_utc
+        except (OSError, ValueError):
+            return None
+
+    @property
     def authority_file(self) -> Path:
         """The authority's certificate, PEM."""
         return self._authority

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import molora_fed
 
-__all__ = ["confine"]
+__all__ = ["confine", "describe_confinement"]
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on all architectures
 _RULE_PATH = 1
@@ -48,12 +48,11 @@ def confine(*, read: Iterable[Path], write: Iterable[Path], network: bool) -> st
     Returns:
         Empty if it is in force, else why it is not.
     """
-    if sys.platform != "linux":
-        return "this system has no Landlock"
+    reason = describe_confinement()
+    if reason:
+        return reason
     libc = ctypes.CDLL(None, use_errno=True)
-    version = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
-    if version < 1:
-        return f"this kernel has no Landlock ({os.strerror(ctypes.get_errno())})"
+    version = _read_version(libc)
     files = _ALL_FILES
     files |= _REFER if version >= 2 else 0
     files |= _TRUNCATE if version >= 3 else 0
@@ -77,6 +76,19 @@ def confine(*, read: Iterable[Path], write: Iterable[Path], network: bool) -> st
     finally:
         os.close(ruleset)
     return ""
+
+
+def describe_confinement() -> str:
+    """Why processes cannot be confined on this system; empty if they can."""
+    if sys.platform != "linux":
+        return "this system has no Landlock"
+    if _read_version(ctypes.CDLL(None, use_errno=True)) < 1:
+        return f"this kernel has no Landlock ({os.strerror(ctypes.get_errno())})"
+    return ""
+
+
+def _read_version(libc: ctypes.CDLL) -> int:
+    return int(libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
 
 
 def _list_code() -> list[Path]:

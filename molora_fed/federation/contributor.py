@@ -14,7 +14,10 @@ from molora_fed.errors import CharterError, FederationError, ServerUnreachableEr
 from molora_fed.federation.fleet import NOT_A_MEMBER
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
+from molora_fed.federation.logs import EventLog
 from molora_fed.federation.mailbox import hold_lock
+from molora_fed.federation.metrics import serve_metrics
+from molora_fed.federation.overview import read_contributor
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     ProcessGroup,
@@ -50,6 +53,7 @@ def join(
     consent: Consent,
     authority: Path | None = None,
     wait_seconds: float = 15.0,
+    metrics_port: int | None = None,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Take part in a cooperative until the fused model is there, or it is told to stop.
@@ -67,6 +71,7 @@ def join(
         authority: Certificate of the authority that vouches for the server, PEM, as an accepted
             invitation left it; None speaks without TLS, on this machine only.
         wait_seconds: How long to wait for a server that does not answer at first.
+        metrics_port: Port of the loopback address for health and metrics; None serves none.
         stop: Set it to end early.
 
     Returns:
@@ -90,7 +95,8 @@ def join(
         wait_seconds=wait_seconds,
         consent=consent,
     )
-    with sigterm_as_interrupt(), supervisor:
+    metrics = serve_metrics(metrics_port, lambda: read_contributor(supervisor.home))
+    with sigterm_as_interrupt(), metrics, supervisor:
         while not supervisor.is_finished and not stop.wait(POLL_SECONDS):
             supervisor.poll()
     return supervisor.acknowledgement
@@ -127,6 +133,7 @@ class ContributorSupervisor:
         self._agreed: Charter | None = None
         self._processes = ProcessGroup(self.home.logs, self.home.root / "processes.json")
         self._lock = hold_lock(self.home.root / "join.lock", what="a contributor")
+        self._log = EventLog(self.home.logs)
         self._worker_restarts = 0
         self._node_restarts = 0
         self._node_started = 0.0
@@ -307,6 +314,7 @@ class ContributorSupervisor:
 
     def _emit(self, event: FederationEvent) -> None:
         own = replace(event, contributor=self.settings.name, seen_by="contributor")
+        self._log.add(own)
         self._on_event(own)
 
     def _emit_message(self, message: str) -> None:

@@ -32,6 +32,7 @@ from molora_fed.federation.coordinator_mail import (
 from molora_fed.federation.envelopes import open_letter
 from molora_fed.federation.homes import CoordinatorHome, message_bytes
 from molora_fed.federation.letters import ResultLetter, Summary
+from molora_fed.federation.logs import log, start_logging
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.quota import check_quota, describe_failure, discard_rejected
 from molora_fed.federation.status import StateFile, UsageFile
@@ -40,7 +41,6 @@ from molora_fed.federation.supervise import record_errors
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.keys import key_fingerprint, load_key
-from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
     from molora_fed.contributions.ledger import Ledger
@@ -194,7 +194,7 @@ class CoordinatorWorker:
             raise
         except FederationError as error:
             # The damaged parts are gone and are fetched again.
-            print(clean(error, 1_000), file=sys.stderr, flush=True)
+            log("upload damaged", "warning", reason=error)
             return
         try:
             receipt = self._receive(delivery, folder)
@@ -404,6 +404,7 @@ def main(arguments: list[str]) -> None:
         SystemExit: With the exit code of whatever a step refused.
     """
     home = CoordinatorHome(Path(arguments[0]))
+    start_logging("coordinator")
     with record_errors(home.error_file):
         home.worker_board.prepare()
         cooperative = open_cooperative(home.root)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from molora_fed.errors import FederationError
 from molora_fed.federation.letters import FROM_CONTRIBUTOR, FROM_SERVER, Letter
+from molora_fed.federation.logs import log
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import MAX_LETTERS_BYTES, Part
 from molora_fed.storage.files import canonical_json, write_json
@@ -135,11 +136,11 @@ def open_letter(path: Path, model: type[Model]) -> Model | None:
 
 def set_aside(path: Path, reason: Exception) -> None:
     """Move a letter that cannot be used out of the way, and say why in the log."""
-    print(f"set aside: {clean(reason, 500)}", flush=True)
+    log("letter set aside", "warning", reason=reason)
     try:
         path.replace(path.with_name(f"{path.name}.malformed"))
     except OSError as error:  # replaced or gone meanwhile; or a full disk, on which it stays
-        print(f"not set aside: {clean(error)}", flush=True)
+        log("letter not set aside", "error", reason=error)
 
 
 def keep_letter(path: Path, letter: Letter | Mapping[str, Any]) -> None:

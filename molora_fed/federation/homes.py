@@ -94,6 +94,7 @@ class _Home:
         self.error_file = self.root / "error.json"
         self.usage_file = self.root / "usage.json"
         self.board = Board(self.mail / "board")
+        self.traffic_file = self.mail / "traffic.json"
 
     def read_state(self) -> dict[str, Any]:
         """The worker's last reported state; empty before the first, and what is wrong left out."""
@@ -179,14 +180,23 @@ class ContributorMailbox:
         """The acknowledgements that are kept, by shipment."""
         return sorted((self.folder / "acknowledgements").glob("*.json"))
 
+    def _read_hello(self) -> HelloRecord | None:
+        try:
+            return read_letter(self.hello_file, HelloRecord)
+        except (FederationError, OSError):
+            return None
+
     @property
     def name(self) -> str:
         """The contributor's name, or the start of its fingerprint before it said one."""
-        try:
-            hello = read_letter(self.hello_file, HelloRecord)
-        except (FederationError, OSError):
-            hello = None
+        hello = self._read_hello()
         return self.fingerprint[:12] if hello is None else hello.name
+
+    @property
+    def domain(self) -> str:
+        """The contributor's domain, empty before it said one."""
+        hello = self._read_hello()
+        return "" if hello is None else hello.domain
 
 
 class ContributorHome(_Home):

@@ -19,6 +19,7 @@ from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.confine import confine
 from molora_fed.federation.envelopes import Envelope, Sender, parse_letters
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.logs import log, start_logging
 from molora_fed.federation.mailbox import Board
 from molora_fed.federation.messages import (
     MAX_BATCH_BYTES,
@@ -26,8 +27,9 @@ from molora_fed.federation.messages import (
     Part,
     parse_part_name,
 )
+from molora_fed.federation.traffic import SERVER, Traffic
 from molora_fed.storage.files import canonical_json
-from molora_fed.storage.untrusted import clean, parse_json
+from molora_fed.storage.untrusted import parse_json
 
 __all__ = ["REFUSED", "read_envelope", "write_envelope", "write_sent"]
 
@@ -129,6 +131,7 @@ def _too_large() -> FederationError:
 def _answer_all(home: ContributorHome, busy: Board) -> None:
     """Answer envelopes until the other side is gone."""
     parent = os.getppid()
+    traffic = Traffic(home.traffic_file)
     asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints does not get between the answers
     while True:
@@ -140,22 +143,25 @@ def _answer_all(home: ContributorHome, busy: Board) -> None:
             busy.post("")
             continue
         busy.post("answering")
+        traffic.note(SERVER, received=envelope.num_bytes)
         try:
             reply = answer(home, envelope, is_orphan=lambda: os.getppid() != parent)
             write_envelope(answers, reply)
+            traffic.note(SERVER, sent=0 if reply is None else reply.num_bytes)
         except MoloraError as error:
-            print(f"not answered: {clean(error)}", flush=True)
+            log("message not answered", "warning", reason=error)
             write_envelope(answers, None)
         except Exception:  # one letter must not silence the others
-            traceback.print_exc()
+            log("message not answered", "error", trace=traceback.format_exc())
             write_envelope(answers, None)
 
 
 if __name__ == "__main__":
     own = ContributorHome(Path(sys.argv[1]))
+    start_logging("letters")
     # Its files change place with every write, and rules are of places: so the home as a whole. The
     # texts it was made from lie elsewhere.
     problem = confine(read=[own.root], write=[own.mail], network=False)
     if problem:
-        print(f"not confined: {problem}", file=sys.stderr, flush=True)
+        log("not confined", "warning", to=sys.stderr, reason=problem)
     _answer_all(own, own.busy)

@@ -14,6 +14,7 @@ from pathlib import Path
 from molora_fed.errors import FederationError
 from molora_fed.federation.fleet import read_partitions
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.logs import start_logging
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.supervise import record_errors
 from molora_fed.federation.worker import ContributorWorker
@@ -97,6 +98,7 @@ def _has_work(home: ContributorHome) -> bool:
 
 def main(arguments: list[str]) -> None:
     """Work for as long as the process lives."""
+    start_logging("pool worker")
     worker = PoolWorker(Path(arguments[0]), get_plugins())
     while True:
         worker.look()

@@ -5,19 +5,18 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from molora_fed.charter import load_charter
 from molora_fed.errors import FederationError, MoloraError
 from molora_fed.federation.certificates import ServerCertificate
-from molora_fed.federation.envelopes import read_letter
 from molora_fed.federation.fleet import Fleet, connect_fleet
-from molora_fed.federation.homes import COORDINATOR_HOME, ContributorMailbox, CoordinatorHome
-from molora_fed.federation.kept import Offer
-from molora_fed.federation.letters import Acknowledgement, Refusal, ShownState
+from molora_fed.federation.homes import COORDINATOR_HOME, CoordinatorHome
+from molora_fed.federation.logs import EventLog
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.members import Members
+from molora_fed.federation.metrics import serve_metrics
+from molora_fed.federation.overview import describe_contributor, read_server
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     DEFAULT_PORT,
@@ -33,7 +32,6 @@ from molora_fed.federation.supervise import (
     sigterm_as_interrupt,
 )
 from molora_fed.storage.files import make_home
-from molora_fed.storage.untrusted import clean
 from molora_fed.storage.values import count_cores
 
 __all__ = ["ServerSupervisor", "serve"]
@@ -55,6 +53,7 @@ def serve(
     host: str = "127.0.0.1",
     names: Sequence[str] | None = None,
     threads: int | None = None,
+    metrics_port: int | None = None,
     stop: threading.Event | None = None,
 ) -> None:
     """Run a cooperative's server until it is told to stop.
@@ -70,6 +69,7 @@ def serve(
         names: Further names by which members reach it, over TLS and with an invitation; None
             serves whoever is on this machine, without TLS.
         threads: Threads of the coordinator's worker; None takes all cores.
+        metrics_port: Port of the loopback address for health and metrics; None serves none.
         stop: Set it to end.
 
     Raises:
@@ -83,7 +83,8 @@ def serve(
     supervisor = ServerSupervisor(
         cooperative, port, on_event, host=host, names=names, threads=threads
     )
-    with sigterm_as_interrupt(), supervisor:
+    metrics = serve_metrics(metrics_port, lambda: read_server(supervisor.home))
+    with sigterm_as_interrupt(), metrics, supervisor:
         while not stop.wait(POLL_SECONDS):
             supervisor.poll()
 
@@ -128,6 +129,7 @@ class ServerSupervisor:
         self._processes = ProcessGroup(self.home.logs, self.home.root / "processes.json")
         self._lock = hold_lock(self.home.root / "serve.lock", what="a server")
         self._restarts = Restarts()
+        self._log = EventLog(self.home.logs)
         self._started = 0.0
         self._phase = ""
         self._shown: dict[str, FederationEvent] = {}
@@ -184,6 +186,7 @@ class ServerSupervisor:
         self._report()
 
     def _emit(self, event: FederationEvent) -> None:
+        self._log.add(event)
         self._on_event(event)
 
     def _certify(self) -> None:
@@ -272,7 +275,7 @@ class ServerSupervisor:
         self._phase = state.get("phase", self._phase)
         events = {"": FederationEvent(**state)} if state else {}
         # By key, not by name: two may have said the same one.
-        events |= {one.fingerprint: _describe(one) for one in self.home.contributors()}
+        events |= {one.fingerprint: describe_contributor(one) for one in self.home.contributors()}
         for key, event in events.items():
             if self._shown.get(key) != event:
                 self._shown[key] = event
@@ -304,37 +307,3 @@ def _list_names(host: str, names: Sequence[str]) -> tuple[str, ...]:
     """The names of a server's certificate: those asked for, and those of this machine."""
     own = () if host in _ANY_ADDRESS else (host,)
     return tuple(dict.fromkeys((*names, *own, "127.0.0.1", "localhost")))
-
-
-def _describe(mailbox: ContributorMailbox) -> FederationEvent:
-    """One contributor as the server sees it; what cannot be shown is said, and ends nothing."""
-    try:
-        return _describe_letters(mailbox)
-    except Exception as error:  # whoever goes on with the letter sets it aside
-        return FederationEvent(
-            "JOINING", contributor=mailbox.name, message=clean(error, 500), problem=True
-        )
-
-
-def _describe_letters(mailbox: ContributorMailbox) -> FederationEvent:
-    state = read_letter(mailbox.state_file, ShownState) or ShownState()
-    refusal = read_letter(mailbox.refusal_file, Refusal)
-    fault = read_letter(mailbox.fault_file, Refusal)
-    offer = read_letter(mailbox.offer_file, Offer)
-    ledger_state = ""
-    if offer is not None:
-        path = mailbox.acknowledgement_file(offer.id)
-        acknowledgement = read_letter(path, Acknowledgement)
-        ledger_state = "" if acknowledgement is None else acknowledgement.state
-    event = FederationEvent(
-        **{
-            **state.known,
-            "phase": "DONE" if mailbox.delivered_file.exists() else state.phase,
-            "contributor": mailbox.name,
-            "state": ledger_state,
-        }
-    )
-    for bad_news in (state.problem, refusal and refusal.reason, fault and fault.reason):
-        if bad_news:
-            return replace(event, message=bad_news, problem=True)
-    return event

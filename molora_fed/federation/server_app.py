@@ -25,9 +25,11 @@ from molora_fed.federation.homes import (
     message_bytes,
 )
 from molora_fed.federation.letters import Fetch, Hello, Wait
+from molora_fed.federation.logs import log
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.members import Member, Members
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
+from molora_fed.federation.traffic import Traffic
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
 from molora_fed.storage.keys import key_fingerprint
 from molora_fed.storage.untrusted import clean
@@ -138,6 +140,7 @@ class MailRelay:
         self._quiet_seconds = max(0.0, QUIET_SECONDS - hold)
         self._dialogue = ServerDialogue(home, message_bytes=self._message_bytes, wait_seconds=hold)
         self._nodes: dict[int, _Node] = {}
+        self._traffic = Traffic(home.traffic_file)
         self._pulse = 0.0
 
     def carry(self) -> None:
@@ -152,7 +155,7 @@ class MailRelay:
                 # they go on, and is then submitted again by the supervisor. What one node does
                 # is caught where that node is dealt with, and never gets here.
                 failures += 1
-                _log(f"{type(error).__name__}: {clean(error)}")
+                log("round failed", "error", type=type(error).__name__, reason=error)
                 if failures >= MAX_FAILURES:
                     raise
                 time.sleep(1.0)
@@ -170,6 +173,7 @@ class MailRelay:
         for node_id, node in self._nodes.items():
             if not node.message_id and time.monotonic() >= node.not_before:
                 self._send(node_id, node)
+            self._note(node)
             self._beat()  # with many nodes a round takes long
         self._beat()
 
@@ -197,7 +201,7 @@ class MailRelay:
         try:
             return list(self._grid.pull_messages(list(under_way)))
         except Exception as error:
-            _log(f"not pulled together: {type(error).__name__}: {clean(error)}")
+            log("not pulled together", "warning", type=type(error).__name__, reason=error)
         found: list[Any] = []
         failed: list[tuple[_Node, Exception]] = []
         for message_id, node in under_way.items():
@@ -217,12 +221,13 @@ class MailRelay:
         try:
             if message.has_error():
                 node.not_before = time.monotonic() + PAUSE_SECONDS
-                _log(f"node error {message.error.code}: {clean(message.error.reason)}")
+                log("no answer", "warning", code=message.error.code, reason=message.error.reason)
                 return
             envelope = unpack_envelope(message.content, sender="contributor")
             if self._members is not None:
                 _check_member(node.member, envelope)
             self._dialogue.accept(node.remote, envelope)
+            self._note(node, received=envelope.num_bytes)
             self._home.board.post("")
             node.faults = 0
             remote = node.remote
@@ -246,8 +251,8 @@ class MailRelay:
         try:
             who = self._dialogue.note_fault(node.remote, error)
         except Exception as other:
-            _log(f"not noted: {clean(other)}")
-        _log(f"skipped a message of {clean(who)}: {type(error).__name__}: {clean(error, 500)}")
+            log("not noted", "warning", reason=other)
+        log("message skipped", "warning", contributor=who, type=type(error).__name__, reason=error)
 
     def _send(self, node_id: int, node: _Node) -> None:
         try:
@@ -271,9 +276,15 @@ class MailRelay:
             # A file changed while it was read, such as a result that a newer one replaces; or the
             # node has just gone. If it is the transport, the next round says so.
             node.not_before = time.monotonic() + PAUSE_SECONDS
-            _log(f"not sent: {type(error).__name__}: {clean(error, 500)}")
+            log("not sent", "warning", type=type(error).__name__, reason=error)
             return
         node.sent = time.monotonic()
+        self._note(node, sent=envelope.num_bytes)
+
+    def _note(self, node: _Node, *, received: int = 0, sent: int = 0) -> None:
+        """Note for whoever looks that a contributor is there."""
+        if node.remote.fingerprint:
+            self._traffic.note(node.remote.fingerprint, received=received, sent=sent)
 
     def _beat(self) -> None:
         """Tell the supervisor that mail is being carried, and by which process."""
@@ -290,10 +301,6 @@ def _has_news(node: _Node) -> bool:
     """Whether what was waited for has come."""
     remote = node.remote
     return remote.answered == node.awaits if node.awaits else remote.has_offer
-
-
-def _log(line: str) -> None:
-    print(line, flush=True)
 
 
 def _check_member(member: Member | None, reply: Envelope) -> None:

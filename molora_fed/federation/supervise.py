@@ -28,6 +28,7 @@ import psutil
 
 from molora_fed import errors
 from molora_fed.errors import ConfigError, FederationError, MoloraError, PortTakenError
+from molora_fed.federation.logs import log, shorten_log
 from molora_fed.federation.mailbox import read_json
 from molora_fed.storage.files import write_json
 from molora_fed.storage.untrusted import clean
@@ -132,8 +133,13 @@ def format_server(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def check_port_free(host: str, port: int) -> None:
+def check_port_free(host: str, port: int, *, option: str = "--port") -> None:
     """Check that nobody listens on a port.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on.
+        option: The option that chooses another.
 
     Raises:
         PortTakenError: If somebody does, or the port may not be used.
@@ -145,7 +151,7 @@ def check_port_free(host: str, port: int) -> None:
         except OSError as error:
             raise PortTakenError(
                 f"Cannot serve on port {port}: expected a free port on {host}, got "
-                f"{error.strerror}. Stop the program that uses it, or choose another with --port."
+                f"{error.strerror}. Stop the program that uses it, or choose another with {option}."
             ) from error
 
 
@@ -288,6 +294,9 @@ class ProcessGroup:
         """`observe`, if the last time is a second ago: it walks over all of the machine's."""
         if time.monotonic() - self._observed >= OBSERVE_SECONDS:
             self.observe()
+            for name in self._running:
+                with contextlib.suppress(OSError):
+                    shorten_log(self.log(name))
 
     def observe(self) -> None:
         """Note the descendants of all processes while their parents can still be asked."""
@@ -403,7 +412,7 @@ def record_errors(path: Path) -> Iterator[None]:
         yield
     except MoloraError as error:
         message = clean(error, MAX_ERROR)  # it may quote what came from outside
-        print(message, file=sys.stderr, flush=True)
+        log("ended by an error", "error", type=type(error).__name__, reason=message)
         record = {"type": type(error).__name__, "message": message, "code": error.exit_code}
         with contextlib.suppress(errors.StorageError):
             write_json(path, record)

@@ -24,6 +24,7 @@ from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.kept import Offer
 from molora_fed.federation.letters import Acknowledgement
+from molora_fed.federation.logs import start_logging
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.signing import build_acknowledgement_bytes
 from molora_fed.federation.status import StateFile, UsageFile
@@ -319,6 +320,7 @@ def main(arguments: list[str]) -> None:
         SystemExit: With the exit code of whatever a step refused.
     """
     home = ContributorHome(Path(arguments[0]))
+    start_logging("worker")
     with (
         record_errors(home.error_file),
         hold_lock(home.root / "worker.lock", what="a contributor's worker"),

@@ -16,7 +16,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from molora_fed.errors import MoloraError, TrainingError
 from molora_fed.storage.files import make_folder, storage_errors
 
-__all__ = ["LOCK_MODE", "hold_lock", "lock_folder", "read_holder", "try_lock"]
+__all__ = ["LOCK_MODE", "hold_lock", "is_held", "lock_folder", "read_holder", "try_lock"]
 
 LOCK_MODE = 0o600
 
@@ -56,6 +56,21 @@ def read_holder(path: Path) -> str:
         return path.read_bytes()[:32].decode("ascii", "replace").strip() or "unknown"
     except OSError:
         return "unknown"
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds a lock; only whoever may open its file can tell."""
+    if not path.exists():
+        return False
+    lock = FileLock(path, timeout=0, mode=LOCK_MODE)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
 from molora_fed.federation.gateway import Gateway
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.invitations import answer_redemption
+from molora_fed.federation.logs import log, start_logging
 from molora_fed.federation.members import Members
 from molora_fed.federation.server_app import carry_mail
 from molora_fed.storage.files import hash_bytes
@@ -50,7 +51,7 @@ def _serve(home: CoordinatorHome, host: str, port: int, names: list[str], is_ope
     read = [home.base, *([] if certificate is None else certificate.files)]
     problem = confine(read=read, write=[home.mail, home.members], network=True)
     if problem:
-        print(f"not confined: {problem}", flush=True)
+        log("not confined", "warning", reason=problem)
     factory = build_state_factory()
     is_member = (lambda key: True) if members is None else lambda key: members.find(key) is not None
     grid = LinkGrid(factory.state(), is_member)
@@ -93,7 +94,7 @@ def _carry(home: CoordinatorHome, grid: LinkGrid, members: Members | None) -> No
     try:
         carry_mail(home, grid, run_id=grid.run_id, members=members)
     except BaseException:
-        traceback.print_exc()
+        log("mail ended by an error", "error", trace=traceback.format_exc())
         os._exit(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -113,7 +114,7 @@ def _watch_certificate(context: ssl.SSLContext | None, certificate: ServerCertif
                     context.load_cert_chain(chain, key)
                     seen = now
             except OSError as error:
-                print(f"certificate not renewed: {error}", flush=True)
+                log("certificate not renewed", "error", reason=error)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -126,6 +127,7 @@ if __name__ == "__main__":
     parser.add_argument("--names", nargs="*", default=[])
     parser.add_argument("--open", action="store_true")
     arguments = parser.parse_args()
+    start_logging("link")
     _serve(
         CoordinatorHome(arguments.home),
         arguments.host,

@@ -52,11 +52,11 @@ from molora_fed.errors import FederationError
 from molora_fed.federation.confine import confine
 from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.fleet import NOT_A_MEMBER
+from molora_fed.federation.logs import log, start_logging
 from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.pipes import read_envelope, write_envelope, write_sent
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
 from molora_fed.storage.keys import build_public_pem, load_key
-from molora_fed.storage.untrusted import clean
 
 __all__ = ["FleetNode"]
 
@@ -101,7 +101,7 @@ class FleetNode:
         )
         answer = self._insist(lambda: self._client.ActivateNode(asked))
         self._node = Node(node_id=answer.node_id)
-        print(f"online as node {answer.node_id}", flush=True)
+        log("online", node=answer.node_id)
 
     def deactivate(self) -> None:
         """Go offline, if the server still listens."""
@@ -145,7 +145,7 @@ class FleetNode:
                 self._pull_content(run_id, message_id, tree), sender="server"
             )
         except (FederationError, ValueError, TypeError, KeyError) as error:
-            print(f"not understood: {clean(error)}", flush=True)
+            log("message not understood", "warning", reason=error)
             return _refuse(message)
         confirmed = ConfirmMessageReceivedRequest(
             node=self._node, run_id=run_id, message_object_id=message_id
@@ -218,7 +218,7 @@ class FleetNode:
                 if error.response.status_code not in _PASSING:
                     raise
             except httpx.TransportError as error:
-                print(f"no answer: {clean(error)}", flush=True)
+                log("server does not answer", "warning", reason=error)
             if self._stop.wait(pause):
                 raise KeyboardInterrupt
             pause = min(2 * pause, LONGEST_RETRY_SECONDS)
@@ -246,7 +246,7 @@ def _run(home: Path, server: str, key_file: Path, authority: Path | None) -> int
         read=[key_file, *([] if authority is None else [authority])], write=[], network=True
     )
     if problem:
-        print(f"not confined: {problem}", flush=True)
+        log("not confined", "warning", reason=problem)
     key = load_key(key_file)
 
     def ask(envelope: Envelope) -> Envelope | None:
@@ -273,7 +273,7 @@ def _run(home: Path, server: str, key_file: Path, authority: Path | None) -> int
                 found = node.answer_one()
             except httpx.HTTPStatusError as error:
                 # The run it answers to has ended; the server may have been started anew.
-                print(f"refused: {error.response.status_code}", flush=True)
+                log("refused by the server", "warning", status=error.response.status_code)
                 found = False
                 if error.response.status_code == 401:
                     node.activate()
@@ -282,10 +282,10 @@ def _run(home: Path, server: str, key_file: Path, authority: Path | None) -> int
             pause = SHORTEST_PAUSE_SECONDS if found else min(1.5 * pause, LONGEST_PAUSE_SECONDS)
             time.sleep(pause)
     except httpx.HTTPStatusError as error:
-        print(f"refused: {error.response.status_code}", flush=True)
+        log("refused by the server", "warning", status=error.response.status_code)
         return NOT_A_MEMBER if error.response.status_code == 401 else 1
     except (EOFError, BrokenPipeError):
-        print("the process that answers letters ended", flush=True)
+        log("the process that answers letters ended", "error")
         return 1
     except KeyboardInterrupt:
         node.deactivate()
@@ -304,5 +304,6 @@ if __name__ == "__main__":
     parser.add_argument("node_key", type=Path)
     parser.add_argument("--authority", type=Path, default=None)
     given = parser.parse_args()
+    start_logging("node")
     with sigterm_as_interrupt():
         sys.exit(_run(given.home, given.server, given.node_key, given.authority))
