@@ -25,7 +25,7 @@ def doctor(
     problems = 0
     for found in examine(None if home is None else open_home(home), get_plugins()):
         mark = "problem" if found.is_problem else "ok"
-        print(clean(f"{mark:<8} {found.subject:<12}", 40).ljust(21), clean(found.message, MAX_LINE))
+        print(f"{mark:<9}{found.subject:<13}{clean(found.message, MAX_LINE)}")
         problems += found.is_problem
     if problems:
         raise typer.Exit(1)

@@ -113,7 +113,7 @@ def _look_at_versions() -> Iterator[Finding]:
 
 def _look_at_plugins(plugins: Plugins) -> Iterator[Finding]:
     for failure in plugins.failures:
-        yield Finding("plugins", str(failure), is_problem=True)
+        yield Finding("plugins", clean(failure, 500), is_problem=True)
 
 
 def _look_at_system() -> Iterator[Finding]:
@@ -164,7 +164,8 @@ def _look_at_what_is_left(home: CoordinatorHome | ContributorHome) -> Iterator[F
     )
     error = read_json(home.error_file)
     if isinstance(error, dict) and not is_served:
-        yield Finding("last run", str(error.get("message", "ended by an error")), is_problem=True)
+        text = clean(error.get("message", "ended by an error"), 500)
+        yield Finding("last run", text, is_problem=True)
     if not is_served:
         for entry in read_json(home.root / "processes.json") or []:
             if is_running(int(entry["pid"])):
