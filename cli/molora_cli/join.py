@@ -24,6 +24,9 @@ def join(
     server: Annotated[
         str, typer.Option(help="HOST:PORT of a server on this machine that runs --insecure.")
     ] = "",
+    address: Annotated[
+        str, typer.Option(help="HOST or HOST:PORT to which the server has moved; kept in --home.")
+    ] = "",
     domain: Annotated[
         str, typer.Option(help="Domain to train on; an invitation names it itself.")
     ] = "",
@@ -59,7 +62,7 @@ def join(
 ) -> None:
     """Train on your text, submit the adapter and the stated samples, receive the fused model."""
     from molora_fed.errors import ConfigError
-    from molora_fed.federation.acceptance import accept_invitation, read_connection
+    from molora_fed.federation.acceptance import accept_invitation, follow_server, read_connection
     from molora_fed.federation.contributor import join as take_part
     from molora_fed.federation.homes import ContributorHome
     from molora_fed.federation.invitations import parse_invitation
@@ -79,8 +82,15 @@ def join(
             f"{'both' if invitation else 'no domain'}. A server that invites needs the invitation "
             "alone."
         )
+    if server and address:
+        raise ConfigError(
+            f"Cannot follow the server to {address}: expected a home of an invitation, got "
+            "--server. Leave one of them out."
+        )
     if not server:
         known = read_connection(ContributorHome(home)) if home and not invitation else None
+        if address:
+            known = follow_server(ContributorHome(home or Path()), address)
         if known is None:
             invited = parse_invitation(_read_invitation(invitation))
             where = home or Path(f"contributor-{invited.domain}")

@@ -4,7 +4,7 @@ import json
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import httpx
@@ -19,6 +19,7 @@ from molora_fed.federation.letters import CharterLetter
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.members import Redemption, build_redemption_bytes
 from molora_fed.federation.signing import open_charter
+from molora_fed.federation.supervise import format_server, parse_server
 from molora_fed.storage.files import make_home, replace_folder, write_bytes, write_json
 from molora_fed.storage.keys import (
     build_public_pem,
@@ -28,7 +29,7 @@ from molora_fed.storage.keys import (
 )
 from molora_fed.storage.untrusted import clean, parse_json
 
-__all__ = ["Connection", "accept_invitation", "read_connection"]
+__all__ = ["Connection", "accept_invitation", "follow_server", "read_connection"]
 
 _ANSWER_BYTES = 2 * 2**20
 _SECONDS = 30.0
@@ -73,6 +74,30 @@ def read_connection(home: ContributorHome) -> Connection | None:
             f"Cannot read '{home.connection_file}': expected an accepted invitation, got {error}. "
             "Ask the coordinator for a new one, and use another --home."
         ) from error
+
+
+def follow_server(home: ContributorHome, address: str) -> Connection:
+    """Keep another address of the server; it has to show the same authority's certificate there.
+
+    Args:
+        home: A home in which an invitation was accepted.
+        address: "HOST" or "HOST:PORT"; a port that is left out stays what it is.
+
+    Raises:
+        ConfigError: If the address is malformed, or no invitation was accepted in the home.
+        FederationError: If the connection's file is malformed.
+        StorageError: On I/O errors.
+    """
+    kept = read_connection(home)
+    if kept is None:
+        raise ConfigError(
+            f"Cannot follow the server to {clean(address, 80)}: expected a home in which an "
+            f"invitation was accepted, got '{home.root}'. Join with the invitation first."
+        )
+    _, port = parse_server(kept.server)
+    moved = replace(kept, server=format_server(*parse_server(address, port)))
+    write_json(home.connection_file, asdict(moved))
+    return moved
 
 
 def accept_invitation(invitation: Invitation, home: ContributorHome) -> None:

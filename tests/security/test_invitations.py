@@ -6,10 +6,13 @@ import pytest
 
 from molora_fed.charter import parse_charter
 from molora_fed.errors import ConfigError, FederationError, SignatureError
+from molora_fed.federation.acceptance import follow_server, read_connection
 from molora_fed.federation.coordinator_mail import publish_charter
 from molora_fed.federation.gateway import Refusal
+from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.invitations import Invitation, answer_redemption, parse_invitation
 from molora_fed.federation.members import Members, Redemption, build_redemption_bytes
+from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import build_public_pem, load_or_make_key, sign
 
 
@@ -237,3 +240,19 @@ def test_before_the_charter_is_published_an_invitation_is_not_used_up(
     assert refused.value.status == 503
     letter.write_bytes(kept)
     assert answer_redemption(body, members, home, "PEM")["name"] == "alice"
+
+
+def test_a_member_follows_the_server_to_another_address(tmp_path):
+    home = ContributorHome(tmp_path / "alice")
+    home.root.mkdir()
+    with pytest.raises(ConfigError, match="invitation"):
+        follow_server(home, "new.example.org")
+    kept = {"invitation": "0" * 64, "name": "alice", "domain": "legal"}
+    write_json(home.connection_file, {"server": "old.example.org:8443", **kept})
+    assert follow_server(home, "new.example.org").server == "new.example.org:8443"
+    assert follow_server(home, "[::1]:9000").server == "[::1]:9000"
+    moved = read_connection(home)
+    assert (moved.server, moved.name, moved.invitation) == ("[::1]:9000", "alice", "0" * 64)
+    with pytest.raises(ConfigError):
+        follow_server(home, "new.example.org:port")
+    assert read_connection(home) == moved
