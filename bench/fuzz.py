@@ -2,7 +2,7 @@
 
     pip install -e .[fuzz]
     python bench/fuzz.py                                # every target, about a million inputs
-    python bench/fuzz.py --inputs 2000 --only manifest  # a short look
+    python bench/fuzz.py --inputs 2000 --only manifest  # at most so many: a short look
 
 One process a target (atheris, libFuzzer) with a limit of memory and of 5 seconds an input. What
 ends in anything but a one-line error of this package is a finding; its input goes to
@@ -30,7 +30,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 FOUND = REPOSITORY / "tests" / "data" / "fuzz"
-INPUTS = 100_000
 SECONDS = 5
 MEMORY_BYTES = 2**30
 """What a target may need beyond what it has once everything is imported."""
@@ -51,7 +50,7 @@ the inputs libFuzzer kept.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=INPUTS, help="for each target")
+    parser.add_argument("--inputs", type=int, help="at most so many for each target")
     parser.add_argument("--only", nargs="+", default=(), metavar="TARGET")
     parser.add_argument("--work", type=Path, default=Path("fuzz"), help="corpora and results")
     parser.add_argument("--out", type=Path, help="page to write, e.g. docs/results/fuzz.md")
@@ -80,9 +79,10 @@ def run_all(arguments: argparse.Namespace) -> None:
     for target in track(chosen, description="targets"):
         work = (arguments.work / target.name).absolute()
         kept = work / "result.json"
-        if not kept.exists() or json.loads(kept.read_bytes())["inputs"] < arguments.inputs:
+        inputs = min(target.fuzzed, arguments.inputs or target.fuzzed)
+        if not kept.exists() or json.loads(kept.read_bytes())["inputs"] < inputs:
             work.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(run_target(target, work, arguments.inputs), indent=1))
+            kept.write_text(json.dumps(run_target(target, work, inputs), indent=1))
         results[target.name] = json.loads(kept.read_bytes())
         print(target.name, results[target.name], flush=True)
     page = write_page(chosen, results)

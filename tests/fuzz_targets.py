@@ -4,7 +4,9 @@ A target's `run` may raise errors of this package, which users see as one line, 
 """
 
 import base64
+import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -31,6 +33,7 @@ from molora_fed.charter import AdapterRules, parse_charter
 from molora_fed.contributions.manifest import MANIFEST_FILE, parse_manifest
 from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.corpus.documents import read_documents
+from molora_fed.corpus.parquet import UnreadableError, read_texts, write_texts
 from molora_fed.errors import ConfigError
 from molora_fed.federation.envelopes import Sender
 from molora_fed.federation.invitations import Invitation, parse_invitation
@@ -102,6 +105,7 @@ class Target:
         prepare: From an empty folder, good inputs and the function to call with others.
         parsers: "module" or "module:function" whose branches count, prefixes of qualified names.
         inputs: Changed inputs that the tests try; as many as take about a second.
+        fuzzed: Changed inputs that bench/fuzz.py tries.
     """
 
     name: str
@@ -110,6 +114,7 @@ class Target:
     prepare: Callable[[Path], tuple[Sequence[bytes], Run]]
     parsers: tuple[str, ...]
     inputs: int = 200
+    fuzzed: int = 50_000
 
 
 def _replacing(path: Path, call: Callable[[], object]) -> Run:
@@ -197,14 +202,34 @@ def _prepare_base(file: str):
     return prepare
 
 
+def _prepare_parquet(folder: Path) -> tuple[Sequence[bytes], Run]:
+    path = folder / "text.parquet"
+    texts = ["One document.", "Another, with ä and 数."]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+
+    def read() -> None:
+        # As the product does, in another process: the library may end it. But without starting
+        # another interpreter for each file.
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException), os.fdopen(writing, "wb") as stream:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                write_texts(path, 2**22, stream)
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as stream, contextlib.suppress(EOFError, UnreadableError):
+            list(read_texts(stream))
+        os.waitpid(child, 0)
+
+    return [path.read_bytes()], _replacing(path, read)
+
+
 def _prepare_corpus(suffix: str):
     def prepare(folder: Path) -> tuple[Sequence[bytes], Run]:
         path = folder / f"text{suffix}"
         texts = ["One document.", "Another, with ä and 数."]
-        if suffix == ".parquet":
-            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
-            seeds = [path.read_bytes()]
-        elif suffix == ".jsonl":
+        if suffix == ".jsonl":
             seeds = ["\n".join(json.dumps({"text": text}) for text in texts).encode()]
         else:
             seeds = [text.encode() for text in texts]
@@ -231,6 +256,11 @@ def _prepare_traces(folder: Path) -> tuple[Sequence[bytes], Run]:
 
 def _prepare_reports(folder: Path) -> tuple[Sequence[bytes], Run]:
     path = folder / "report.json"
+    return [(KEPT / "report.json").read_bytes()], _replacing(path, lambda: load_report(path))
+
+
+def _prepare_pages(folder: Path) -> tuple[Sequence[bytes], Run]:
+    path = folder / "report.json"
 
     def check() -> None:
         write_report(load_report(path), {}, folder / "report")
@@ -247,12 +277,13 @@ TARGETS: tuple[Target, ...] = (
                 "molora_fed.federation.envelopes:parse_letter",
                 "molora_fed.federation.messages:parse_",
             ),
+            fuzzed=100_000,
         )
         for sender, letters in (("server", _FROM_SERVER), ("contributor", _FROM_CONTRIBUTOR))
     ),
     Target(
         "invitation", "invitations", mutate_json, _prepare_invitations,
-        ("molora_fed.federation.invitations:parse_invitation",),
+        ("molora_fed.federation.invitations:parse_invitation",), fuzzed=100_000,
     ),
     Target(
         "manifest", "manifests", mutate_json, _prepare_manifests,
@@ -285,17 +316,22 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "base-config", "base folders", mutate_json, _prepare_base("config.json"),
         ("molora_fed.models.base:load_base", "molora_fed.models.base:load_model"), inputs=12,
+        fuzzed=20_000,
     ),
     *(
         Target(
             f"corpus-{suffix[1:]}", "corpora", mutate, _prepare_corpus(suffix),
             ("molora_fed.corpus.documents:read_documents", f"molora_fed.corpus.documents:{reader}"),
+            fuzzed=100_000,
         )
         for suffix, mutate, reader in (
             (".txt", change_bytes, "_read_plain"),
             (".jsonl", mutate_lines, "_read_json_lines"),
-            (".parquet", change_bytes, "_read_parquet"),
         )
+    ),
+    Target(
+        "corpus-parquet", "corpora", change_bytes, _prepare_parquet,
+        ("molora_fed.corpus.parquet:read_texts",), fuzzed=20_000,
     ),
     Target(
         "trace", "traces", mutate_lines, _prepare_traces,
@@ -303,7 +339,10 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "report", "reports", mutate_json, _prepare_reports,
-        ("molora_fed.reporting.report:load_report", "molora_fed.reporting.report:write_report"),
-        inputs=4,
+        ("molora_fed.reporting.report:load_report",),
+    ),
+    Target(
+        "report-page", "reports", mutate_json, _prepare_pages,
+        ("molora_fed.reporting.report:write_report",), inputs=4, fuzzed=1_000,
     ),
 )  # fmt: skip

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from molora_fed.corpus.parquet import UnreadableError, check_text, read_parquet_texts
 from molora_fed.errors import CorpusError
 from molora_fed.guard import guarded, one_line, refuse
 from molora_fed.plugins import Plugins
@@ -20,45 +21,23 @@ MAX_SHARE = 0.05
 PIECES = 250
 MIN_PIECE_CHARACTERS = 2_000
 _SHOWN_PROBLEMS = 3
-_PARQUET_ROWS = 256  # read at once
-_PARQUET_RATIO = 200  # characters of text for each byte of a file; packed text has 3 to 20
-_PARQUET_BYTES = 2**22  # beside, so that small files may hold a text many times
 
 
 _Item = TypeVar("_Item")
-
-
-class _UnreadableError(Exception):
-    """Why one file cannot be read; collected over all files before anything is raised."""
 
 
 def _decode(data: bytes) -> str:
     """UTF-8 text of a file, a byte-order mark removed.
 
     Raises:
-        _UnreadableError: If it is binary or in another encoding.
+        UnreadableError: If it is binary or in another encoding.
     """
     if b"\0" in data:
-        raise _UnreadableError("binary data")
+        raise UnreadableError("binary data")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _UnreadableError(f"no UTF-8 at byte {error.start}") from error
-
-
-def _check_text(value: object, where: str) -> str:
-    """A record's text.
-
-    Raises:
-        _UnreadableError: If it is no text, or holds half characters that no encoding can write.
-    """
-    if not isinstance(value, str):
-        raise _UnreadableError(f"{where}: no text in field 'text' but {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _UnreadableError(f"{where}: half a character (surrogate)") from error
-    return value
+        raise UnreadableError(f"no UTF-8 at byte {error.start}") from error
 
 
 def _read_plain(path: Path, name: str) -> Iterator[Document]:
@@ -74,50 +53,15 @@ def _read_json_lines(path: Path, name: str) -> Iterator[Document]:
             # Beside the text anything may stand; digits without end take quadratic time to read.
             record = json.loads(line, parse_int=str, parse_float=str)
         except (ValueError, RecursionError) as error:
-            raise _UnreadableError(f"{where}: no JSON object") from error
+            raise UnreadableError(f"{where}: no JSON object") from error
         if not isinstance(record, dict):
-            raise _UnreadableError(f"{where}: no JSON object but {type(record).__name__}")
-        yield Document(f"{name}:{number}", _check_text(record.get("text"), where))
+            raise UnreadableError(f"{where}: no JSON object but {type(record).__name__}")
+        yield Document(f"{name}:{number}", check_text(record.get("text"), where))
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = characters = 0
-    most = _PARQUET_BYTES + _PARQUET_RATIO * path.stat().st_size
-    too_much = f"more than {most:,} characters of text, {_PARQUET_RATIO} times its bytes and more"
-    try:
-        metadata = pyarrow.parquet.read_metadata(path)
-        columns = metadata.schema.to_arrow_schema().names
-        if "text" not in columns:
-            shown = clean(", ".join(columns))
-            raise _UnreadableError(f"no column 'text' among {shown or 'none'}")
-        if _count_unpacked(metadata) > most:
-            raise _UnreadableError(too_much)
-        # Values stay in their dictionary: a text that comes a million times is held once.
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=["text"]) as file:
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=["text"]):
-                for value in batch.column(0):
-                    number += 1
-                    text = _check_text(value.as_py(), f"row {number}")
-                    characters += len(text)
-                    if characters > most:
-                        raise _UnreadableError(too_much)
-                    yield Document(f"{name}:{number}", text)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = clean(str(error).splitlines()[0])
-        raise _UnreadableError(f"no parquet that can be read ({reason})") from error
-
-
-def _count_unpacked(metadata: Any) -> int:
-    """Bytes that the pages of column `text` take unpacked, by a parquet file's own statement."""
-    return sum(
-        chunk.total_uncompressed_size
-        for group in range(metadata.num_row_groups)
-        for column in range(metadata.num_columns)
-        if (chunk := metadata.row_group(group).column(column)).path_in_schema == "text"
-    )
+    for number, text in enumerate(read_parquet_texts(path), start=1):
+        yield Document(f"{name}:{number}", text)
 
 
 _Reader = Callable[[Path, str], Iterator[Document]]
@@ -210,7 +154,7 @@ def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
                     # Nothing of a bad collection is used; reading on only completes the message.
                     if not problems:
                         yield document
-        except _UnreadableError as error:
+        except UnreadableError as error:
             problems.append(f"'{name}': {error}")
         except OSError as error:
             problems.append(f"'{name}': {error.strerror or error}")
