@@ -1,11 +1,16 @@
 """Folders of text from others: links, bombs, names, and whatever bytes stand in them."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from molora_fed.corpus.documents import read_documents
 from molora_fed.errors import CorpusError
+
+FOUND = Path(__file__).parents[1] / "data" / "fuzz"
 
 
 def read(*paths):
@@ -73,7 +78,7 @@ PIECES = st.sampled_from(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    st.sampled_from(["a.txt", "a.md", "a.jsonl", "a.parquet"]),
+    st.sampled_from(["a.txt", "a.md", "a.jsonl"]),  # of parquet: test_fuzz.py
     st.lists(PIECES | st.binary(max_size=20), max_size=12).map(b"".join),
 )
 def test_whatever_stands_in_a_file_of_text_is_text_or_one_line(folder, name, data):
@@ -85,3 +90,10 @@ def test_whatever_stands_in_a_file_of_text_is_text_or_one_line(folder, name, dat
         assert "\n" not in str(error) and len(str(error)) < 2_000
     finally:
         (folder / name).unlink()
+
+
+def test_a_file_over_which_its_library_ends_the_process_is_refused_in_one_line(tmp_path):
+    shutil.copy(FOUND / "corpus-parquet-abort", tmp_path / "texts.parquet")
+    with pytest.raises(CorpusError, match=r"no parquet that can be read \(its reader ended") as e:
+        list(read_documents([tmp_path / "texts.parquet"]))
+    assert "\n" not in str(e.value)
