@@ -5,6 +5,7 @@ A target's `run` may raise errors of this package, which users see as one line, 
 
 import base64
 import contextlib
+import faulthandler
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -213,6 +214,7 @@ def _prepare_parquet(folder: Path) -> tuple[Sequence[bytes], Run]:
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
+            faulthandler.disable()  # that it ends by a signal is no news
             with contextlib.suppress(BaseException), os.fdopen(writing, "wb") as stream:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 write_texts(path, 2**22, stream)
@@ -331,7 +333,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "corpus-parquet", "corpora", change_bytes, _prepare_parquet,
-        ("molora_fed.corpus.parquet:read_texts",), fuzzed=20_000,
+        ("molora_fed.corpus.parquet:read_texts",), inputs=30, fuzzed=20_000,
     ),
     Target(
         "trace", "traces", mutate_lines, _prepare_traces,
