@@ -33,7 +33,7 @@ from molora_fed.federation.letters import (
 from molora_fed.federation.mailbox import read_parts, take_batch
 from molora_fed.federation.messages import Part, Shipment, plan_parts
 from molora_fed.federation.signing import build_hello_bytes
-from molora_fed.federation.worker_mail import find_stranger
+from molora_fed.federation.worker_mail import find_stranger, list_received
 from molora_fed.storage.keys import build_public_pem, load_key, sign
 
 __all__ = ["answer"]
@@ -155,6 +155,9 @@ def _build_state(home: ContributorHome) -> State:
     question = open_letter(home.question_letter, QuestionLetter)
     result = open_letter(home.result_letter, ResultLetter)
     expected = [shipment.id for shipment, _ in _list_expected(home)]
+    whole = [one for one in expected if (home.shipments / one).exists()]
+    # Whoever joins again asks for the result anew, and need not be sent what is here already.
+    whole += list_received(home, home.result)
     return State(
         **home.read_state(),
         charter="" if charter is None else charter.id,
@@ -163,7 +166,7 @@ def _build_state(home: ContributorHome) -> State:
         refused=home.refusal_letter.exists(),
         question="" if question is None else question.id,
         result="" if result is None else result.id,
-        received=[one for one in dict.fromkeys(expected) if (home.shipments / one).exists()],
+        received=list(dict.fromkeys(whole)),
         held=sorted(home.parts.held())[:MAX_HELD],
         problem=home.board.read(),
     )

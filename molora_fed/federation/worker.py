@@ -253,7 +253,12 @@ class ContributorWorker:
         )
 
     def _take_part(self, charter: Charter) -> bool | None:
-        """Answer what is asked until the result is here: True then, None before."""
+        """Answer what is asked until the result is here: True then, None before.
+
+        Raises:
+            AdmissionError: If the contribution is in no more.
+        """
+        self._read_decision()
         self._answer_question(charter)
         return self._receive_result()
 

@@ -28,8 +28,10 @@ from molora_fed.federation.gateway import Gateway
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.invitations import answer_redemption
 from molora_fed.federation.members import Members
+from molora_fed.federation.refusals import FewRefusals
 from molora_fed.federation.server_app import carry_mail
 from molora_fed.storage.files import hash_bytes
+from molora_fed.storage.untrusted import clean
 
 LOOK_SECONDS = 60.0
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
@@ -55,7 +57,8 @@ def _serve(home: CoordinatorHome, host: str, port: int, names: list[str], is_ope
     is_member = (lambda key: True) if members is None else lambda key: members.find(key) is not None
     grid = LinkGrid(factory.state(), is_member)
     relay = threading.Thread(target=_carry, args=(home, grid, members), daemon=True)
-    doorkeeper = Doorkeeper()
+    on_refusal = FewRefusals(_print_refusal)
+    doorkeeper = Doorkeeper(on_refusal=on_refusal)
 
     def identify(headers: Headers) -> str:
         key = read_node_key(headers)
@@ -74,6 +77,7 @@ def _serve(home: CoordinatorHome, host: str, port: int, names: list[str], is_ope
         identify=identify,
         redeem=None if is_open else redeem,
         on_member=doorkeeper.welcome,
+        on_refusal=on_refusal,
     )
     relay.start()
     server = build_server(
@@ -85,7 +89,12 @@ def _serve(home: CoordinatorHome, host: str, port: int, names: list[str], is_ope
     )
     if certificate is not None:
         _watch_certificate(server.config.ssl, certificate)
-    run_server(server)
+    run_server(server, on_refusal)
+
+
+def _print_refusal(address: str, path: str, status: int, reason: str) -> None:
+    words = (address, clean(path, 80), str(status or ""), clean(reason))
+    print("refused", *(word for word in words if word), flush=True)
 
 
 def _carry(home: CoordinatorHome, grid: LinkGrid, members: Members | None) -> None:
