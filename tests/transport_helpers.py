@@ -13,14 +13,19 @@ import psutil
 from process_helpers import find_processes, wait_until
 
 from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write_charter
+from molora_fed.errors import FederationError
+from molora_fed.federation import contributor as joining
+from molora_fed.federation.acceptance import read_connection
 from molora_fed.federation.connections import build_server, run_server
 from molora_fed.federation.homes import CoordinatorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.supervise import find_free_port
 
 FEDERATION_TESTS = Path(__file__).parent / "federation"
 
 __all__ = [
     "CLOSED_PATHS",
+    "Joining",
     "StandInServer",
     "find_processes",
     "make_cooperative",
@@ -71,6 +76,39 @@ def serving(app, doorkeeper, certificate=None):
     finally:
         server.should_exit = True
         thread.join(timeout=20)
+
+
+class Joining:
+    """`molora join` with a stand-in worker, in a thread."""
+
+    def __init__(self, home, name, domain="python", server=""):
+        self.home = home
+        self.stop = threading.Event()
+        self.events, self.answers, self.errors = [], [], []
+        connection = read_connection(home)
+        self.thread = threading.Thread(
+            target=self._run, args=(server or connection.server, name, domain)
+        )
+        self.thread.start()
+
+    def _run(self, server, name, domain):
+        try:
+            self.answers.append(
+                joining.join(
+                    server, JoinSettings(name, domain), self.home.root,
+                    self.events.append, consent=lambda charter: True,
+                    authority=self.home.authority_file, wait_seconds=60.0, stop=self.stop,
+                )
+            )  # fmt: skip
+        except FederationError as error:
+            self.errors.append(error)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.stop.set()
+        self.thread.join(timeout=60)
 
 
 class StandInServer:

@@ -2,19 +2,17 @@
 
 import ssl
 import sys
-import threading
 from dataclasses import replace
 
 import httpx
 import pytest
-from transport_helpers import CLOSED_PATHS, FEDERATION_TESTS, StandInServer, wait_until
+from transport_helpers import CLOSED_PATHS, FEDERATION_TESTS, Joining, StandInServer, wait_until
 
 from molora_fed.errors import ConfigError, FederationError, ServerUnreachableError
 from molora_fed.federation import contributor as joining
 from molora_fed.federation.acceptance import accept_invitation, read_connection
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.invitations import make_invitation
-from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.members import Members
 from molora_fed.federation.messages import describe_folder
 
@@ -36,37 +34,6 @@ def invite(server):
         )
 
     return make
-
-
-class Joining:
-    """`molora join` with a stand-in worker, in a thread."""
-
-    def __init__(self, home, name, domain="python"):
-        self.home = home
-        self.stop = threading.Event()
-        self.events, self.answers, self.errors = [], [], []
-        connection = read_connection(home)
-        self.thread = threading.Thread(target=self._run, args=(connection, name, domain))
-        self.thread.start()
-
-    def _run(self, connection, name, domain):
-        try:
-            self.answers.append(
-                joining.join(
-                    connection.server, JoinSettings(name, domain), self.home.root,
-                    self.events.append, consent=lambda charter: True,
-                    authority=self.home.authority_file, wait_seconds=60.0, stop=self.stop,
-                )
-            )  # fmt: skip
-        except FederationError as error:
-            self.errors.append(error)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.stop.set()
-        self.thread.join(timeout=60)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ program.
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 import ssl
@@ -34,6 +35,7 @@ from molora_fed.storage.files import hash_bytes
 from molora_fed.storage.untrusted import clean
 
 LOOK_SECONDS = 60.0
+RECORDS_A_MINUTE = 60
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
@@ -87,9 +89,28 @@ def _serve(home: CoordinatorHome, host: str, port: int, names: list[str], is_ope
         doorkeeper=doorkeeper,
         certificate=None if certificate is None else certificate.paths,
     )
+    for name in ("flwr", "uvicorn.error", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).addFilter(_FewRecords())
     if certificate is not None:
         _watch_certificate(server.config.ssl, certificate)
     run_server(server, on_refusal)
+
+
+class _FewRecords(logging.Filter):
+    """Lets so many records of a library through a minute: requests from outside cause them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._minute, self._count = 0, 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is logged."""
+        minute = int(time.monotonic() / 60)
+        if minute != self._minute:
+            self._minute, self._count = minute, 0
+        self._count += 1
+        return self._count <= RECORDS_A_MINUTE
 
 
 def _print_refusal(address: str, path: str, status: int, reason: str) -> None:
