@@ -1,5 +1,6 @@
 """A server of stand-in workers in processes of its own, and what an attacker asks of its port."""
 
+import asyncio
 import contextlib
 import os
 import ssl
@@ -25,6 +26,7 @@ FEDERATION_TESTS = Path(__file__).parent / "federation"
 
 __all__ = [
     "CLOSED_PATHS",
+    "Detour",
     "Joining",
     "StandInServer",
     "find_processes",
@@ -109,6 +111,46 @@ class Joining:
     def __exit__(self, *exception):
         self.stop.set()
         self.thread.join(timeout=60)
+
+
+class Detour:
+    """Passes connections on to a port of this machine, which sees them come from an address."""
+
+    def __init__(self, port, address):
+        self._port, self._address = port, address
+        self.port = find_free_port()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def __enter__(self):
+        self._thread.start()
+        start = asyncio.start_server(self._pass, "127.0.0.1", self.port)
+        asyncio.run_coroutine_threadsafe(start, self._loop).result(20)
+        return self
+
+    def __exit__(self, *exception):
+        async def end():
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result(20)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _pass(self, reader, writer):
+        to = await asyncio.open_connection("127.0.0.1", self._port, local_addr=(self._address, 0))
+        await asyncio.gather(_pump(reader, to[1]), _pump(to[0], writer))
+
+
+async def _pump(reader, writer):
+    with contextlib.suppress(OSError):
+        while piece := await reader.read(2**16):
+            writer.write(piece)
+            await writer.drain()
+    writer.close()
 
 
 class StandInServer:

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from transport_helpers import CLOSED_PATHS, FEDERATION_TESTS, Joining, StandInServer, wait_until
+from transport_helpers import (
+    CLOSED_PATHS,
+    FEDERATION_TESTS,
+    Detour,
+    Joining,
+    StandInServer,
+    wait_until,
+)
 
 from molora_fed.errors import ConfigError, FederationError, ServerUnreachableError
 from molora_fed.federation import contributor as joining
@@ -81,6 +88,32 @@ def test_an_invited_contributor_gets_all_the_way_in(server, invite, tmp_path):
         text = log.read_text(errors="replace")
         assert invitation.secret not in text and "PRIVATE KEY" not in text
         assert "not confined" not in text or sys.platform != "linux"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address")
+def test_a_member_comes_back_from_another_address_as_who_it_was(server, invite, tmp_path):
+    home = ContributorHome(tmp_path / "erin")
+    accept_invitation(invite("erin"), home)
+
+    def find_mailboxes():
+        return [mailbox for mailbox in server.home.contributors() if mailbox.name == "erin"]
+
+    for address, is_far_enough in (
+        ("127.0.8.1", find_mailboxes),  # in the middle of its work
+        ("127.0.8.2", home.read_acknowledgement),
+    ):
+        with (
+            Detour(server.port, address) as detour,
+            Joining(home, "erin", server=f"127.0.0.1:{detour.port}") as erin,
+        ):
+            wait_until(is_far_enough, seconds=120, what=f"its work from {address}")
+        assert not erin.errors
+    assert home.read_acknowledgement().state == "ADMITTED"
+    (mailbox,) = find_mailboxes()
+    assert len(mailbox.list_acknowledgements()) == 1
+    assert [each.name for each in Members(server.home.members).list_members()].count("erin") == 1
+    sent = describe_folder(home.contribution)
+    assert describe_folder(server.home.root / "received" / "erin") == sent
 
 
 def test_a_revoked_member_is_out_at_once(server, invite, tmp_path):
