@@ -7,9 +7,11 @@ runs is what the machine's clock says, and never less than nothing.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from molora_fed.charter import Amendment
+from molora_fed.errors import StorageError
 from molora_fed.federation.mailbox import read_json
 from molora_fed.storage.files import write_json
 
@@ -62,7 +64,8 @@ class Patience:
         self._now, self._tick = now, tick
         self._opened, self._passed = self._read()
         self._since = self._noted = tick()
-        self._note()
+        with suppress(StorageError):  # on a full disk the machine's clock stands in
+            self._note()
 
     def _read(self) -> tuple[float, float]:
         """When the server first opened, and the seconds that have passed since."""
@@ -94,10 +97,9 @@ class Patience:
         deadline = self._amendment.deadline_seconds
         if not deadline:
             return False
-        is_late = self.count_seconds() >= deadline
-        if not is_late and self._tick() - self._noted >= NOTE_SECONDS:
+        if self._tick() - self._noted >= NOTE_SECONDS:
             self._note()
-        return is_late
+        return self.count_seconds() >= deadline
 
     def is_enough(self, num_admitted: int) -> bool:
         """Whether so many contributions are to be fused now.

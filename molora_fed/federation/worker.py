@@ -75,6 +75,7 @@ class ContributorWorker:
         self._state = StateFile(home.state_file)
         self._usage = UsageFile(home.usage_file)
         self._member: PrivateMember | None = None
+        self._decided = 0
 
     def run(self) -> None:
         """Work until the result is there; raises what `steps` raises."""
@@ -258,7 +259,11 @@ class ContributorWorker:
         Raises:
             AdmissionError: If the contribution is in no more.
         """
-        self._read_decision()
+        letter = self._home.acknowledgement_letter
+        written = letter.stat().st_mtime_ns if letter.exists() else 0
+        if written != self._decided:  # said again, and maybe another thing
+            self._read_decision()
+            self._decided = written
         self._answer_question(charter)
         return self._receive_result()
 
