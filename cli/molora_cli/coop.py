@@ -66,7 +66,7 @@ def create(
         typer.Option(
             min=0,
             metavar="SECONDS",
-            help="Fuse what is admitted after so many seconds, if it is a quorum; 0 waits for ever.",
+            help="Fuse after so many seconds if there is a quorum; 0 waits for ever.",
         ),
     ] = 0.0,
     quorum: Annotated[
