@@ -348,13 +348,17 @@ class Amendment(StrictModel):
         domains: Domains the cooperative asks for.
         expected: Contributions to wait for before fusing.
         deadline_seconds: Fuse with what is admitted after this many seconds; 0 waits for ever.
+        quorum: Contributions without which not even the deadline fuses; 0 is two, or `expected` if
+            that is less.
         seed: Seed of routers, bootstraps and generated samples.
     """
 
     number: int = Field(default=0, ge=0)
     domains: tuple[str, ...] = ()
     expected: int = Field(default=0, ge=0)
-    deadline_seconds: float = Field(default=0.0, ge=0)
+    deadline_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    # Left out where not set, so that amendments signed before there were any still verify.
+    quorum: int = Field(default=0, ge=0, exclude_if=lambda quorum: quorum == 0)
     seed: int = 42
     training: TrainingRules = TrainingRules()
     samples: SampleRules = SampleRules()

@@ -1,5 +1,6 @@
 """A server of stand-in workers in processes of its own, and what an attacker asks of its port."""
 
+import asyncio
 import contextlib
 import os
 import ssl
@@ -13,14 +14,20 @@ import psutil
 from process_helpers import find_processes, wait_until
 
 from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write_charter
+from molora_fed.errors import FederationError
+from molora_fed.federation import contributor as joining
+from molora_fed.federation.acceptance import read_connection
 from molora_fed.federation.connections import build_server, run_server
 from molora_fed.federation.homes import CoordinatorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.supervise import find_free_port
 
 FEDERATION_TESTS = Path(__file__).parent / "federation"
 
 __all__ = [
     "CLOSED_PATHS",
+    "Detour",
+    "Joining",
     "StandInServer",
     "find_processes",
     "make_cooperative",
@@ -71,6 +78,79 @@ def serving(app, doorkeeper, certificate=None):
     finally:
         server.should_exit = True
         thread.join(timeout=20)
+
+
+class Joining:
+    """`molora join` with a stand-in worker, in a thread."""
+
+    def __init__(self, home, name, domain="python", server=""):
+        self.home = home
+        self.stop = threading.Event()
+        self.events, self.answers, self.errors = [], [], []
+        connection = read_connection(home)
+        self.thread = threading.Thread(
+            target=self._run, args=(server or connection.server, name, domain)
+        )
+        self.thread.start()
+
+    def _run(self, server, name, domain):
+        try:
+            self.answers.append(
+                joining.join(
+                    server, JoinSettings(name, domain), self.home.root,
+                    self.events.append, consent=lambda charter: True,
+                    authority=self.home.authority_file, wait_seconds=60.0, stop=self.stop,
+                )
+            )  # fmt: skip
+        except FederationError as error:
+            self.errors.append(error)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.stop.set()
+        self.thread.join(timeout=60)
+
+
+class Detour:
+    """Passes connections on to a port of this machine, which sees them come from an address."""
+
+    def __init__(self, port, address):
+        self._port, self._address = port, address
+        self.port = find_free_port()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def __enter__(self):
+        self._thread.start()
+        start = asyncio.start_server(self._pass, "127.0.0.1", self.port)
+        asyncio.run_coroutine_threadsafe(start, self._loop).result(20)
+        return self
+
+    def __exit__(self, *exception):
+        async def end():
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result(20)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _pass(self, reader, writer):
+        to = await asyncio.open_connection("127.0.0.1", self._port, local_addr=(self._address, 0))
+        await asyncio.gather(_pump(reader, to[1]), _pump(to[0], writer))
+
+
+async def _pump(reader, writer):
+    with contextlib.suppress(OSError):
+        while piece := await reader.read(2**16):
+            writer.write(piece)
+            await writer.drain()
+    writer.close()
 
 
 class StandInServer:

@@ -61,6 +61,18 @@ def create(
     expected: Annotated[
         int, typer.Option(min=0, help="Contributions to wait for; one a domain if 0.")
     ] = 0,
+    deadline: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Fuse after so many seconds if there is a quorum; 0 waits for ever.",
+        ),
+    ] = 0.0,
+    quorum: Annotated[
+        int,
+        typer.Option(min=0, help="Contributions without which not even the deadline fuses."),
+    ] = 0,
     block_size: Annotated[int, typer.Option(min=8, help="Tokens per block.")] = 128,
     base_steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of the built-in base.")
@@ -89,6 +101,8 @@ def create(
     amendment = Amendment(
         domains=parse_names(domains) if domains else (),
         expected=expected,
+        deadline_seconds=deadline,
+        quorum=quorum,
         seed=seed,
         training=TrainingRules(kind=kind, rank=rank, steps=steps),
         fusion=FusionRules.model_validate({"mixture": mixture.value, **chosen}),

@@ -239,7 +239,8 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
         UnknownNameError: If nobody registers a router, merge, adapter kind or admission check, or
             in mode "population" an adapter router, fitness scope or lifecycle operator.
         AdapterError: If the kind refuses its options.
-        CharterError: If `[amendment.training]` asks for an adapter that `[identity]` forbids.
+        CharterError: If `[amendment.training]` asks for an adapter that `[identity]` forbids, or
+            the quorum for more contributions than are expected.
     """
     rules, training = charter.identity.adapters, charter.amendment.training
     fusion = charter.amendment.fusion
@@ -263,6 +264,9 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
         problems.append((f"a training kind among {', '.join(rules.kinds)}", training.kind))
     if training.rank > rules.max_rank:
         problems.append((f"a training rank of at most {rules.max_rank}", str(training.rank)))
+    expected, quorum = charter.amendment.expected, charter.amendment.quorum
+    if expected and quorum > expected:
+        problems.append((f"a quorum of at most the {expected} expected", str(quorum)))
     _raise_problems(f"Cannot use charter '{charter.identity.name}'", problems)
     if training.options:
         from molora_fed.adapters.contract import open_kind

@@ -33,7 +33,7 @@ from molora_fed.federation.letters import (
 from molora_fed.federation.mailbox import read_parts, take_batch
 from molora_fed.federation.messages import Part, Shipment, plan_parts
 from molora_fed.federation.signing import build_hello_bytes
-from molora_fed.federation.worker_mail import find_stranger
+from molora_fed.federation.worker_mail import find_stranger, list_received
 from molora_fed.storage.keys import build_public_pem, load_key, sign
 
 __all__ = ["answer"]
@@ -102,8 +102,8 @@ def _store(home: ContributorHome, envelope: Envelope) -> None:
     # After the letters, which say what is expected; whatever else is sent fills no disk.
     wanted = {
         name
-        for shipment, part_bytes in _list_expected(home)
-        if not (home.shipments / shipment.id).exists()
+        for shipment, part_bytes, is_here in _list_expected(home)
+        if not is_here
         for name in plan_parts(shipment, part_bytes=part_bytes)
     }
     for part in envelope.parts:
@@ -111,18 +111,23 @@ def _store(home: ContributorHome, envelope: Envelope) -> None:
             home.parts.put(part)
 
 
-def _list_expected(home: ContributorHome) -> list[tuple[Shipment, int]]:
-    """The shipments that kept letters announce, with the size of their parts."""
-    expected = []
+def _list_expected(home: ContributorHome) -> list[tuple[Shipment, int, bool]]:
+    """The shipments that kept letters announce, the size of their parts, whether they are here."""
     charter = open_letter(home.charter_letter, CharterLetter)
     result = open_letter(home.result_letter, ResultLetter)
     question = open_letter(home.question_letter, QuestionLetter)
+    expected = []
     if charter is not None:
-        expected.append((charter.base, charter.part_bytes))
-    for letter in (result, question):
-        if letter is not None:
-            expected.append((letter.files, letter.part_bytes))
-    return expected
+        expected.append((charter.base, charter.part_bytes, home.base))
+    if result is not None:
+        expected.append((result.files, result.part_bytes, home.result))
+    if question is not None:
+        folder = home.question_folder(question.id)
+        expected.append((question.files, question.part_bytes, folder))
+    return [
+        (shipment, part_bytes, (home.shipments / shipment.id).exists() and folder.is_dir())
+        for shipment, part_bytes, folder in expected
+    ]
 
 
 def _build_hello(home: ContributorHome, greeting: Greeting) -> list[Letter]:
@@ -154,7 +159,9 @@ def _build_state(home: ContributorHome) -> State:
     acknowledgement = open_letter(home.acknowledgement_letter, Acknowledgement)
     question = open_letter(home.question_letter, QuestionLetter)
     result = open_letter(home.result_letter, ResultLetter)
-    expected = [shipment.id for shipment, _ in _list_expected(home)]
+    whole = [shipment.id for shipment, _, is_here in _list_expected(home) if is_here]
+    # Whoever joins again asks for the result anew, and need not be sent what is here already.
+    whole += list_received(home, home.result)
     return State(
         **home.read_state(),
         charter="" if charter is None else charter.id,
@@ -163,7 +170,7 @@ def _build_state(home: ContributorHome) -> State:
         refused=home.refusal_letter.exists(),
         question="" if question is None else question.id,
         result="" if result is None else result.id,
-        received=[one for one in dict.fromkeys(expected) if (home.shipments / one).exists()],
+        received=list(dict.fromkeys(whole)),
         held=sorted(home.parts.held())[:MAX_HELD],
         problem=home.board.read(),
     )

@@ -7,14 +7,20 @@ in time is closed, and if there are too many, the oldest that never showed a mem
 import asyncio
 import resource
 import ssl
+import weakref
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from molora_fed.federation.refusals import OnRefusal, ignore_refusal
+
 __all__ = ["Doorkeeper", "build_server", "run_server"]
 
 MAX_CONNECTIONS = 512
+MAX_HANDSHAKES = 512
 HEAD_SECONDS = 10.0
 HANDSHAKE_SECONDS = 10.0
 _OPEN_FILES = 8_192
@@ -26,11 +32,19 @@ class Doorkeeper:
     Args:
         most: Connections kept at once.
         head_seconds: How long a connection may take until a request's head is complete.
+        on_refusal: Told of each connection that is closed unasked.
     """
 
-    def __init__(self, *, most: int = MAX_CONNECTIONS, head_seconds: float = HEAD_SECONDS) -> None:
+    def __init__(
+        self,
+        *,
+        most: int = MAX_CONNECTIONS,
+        head_seconds: float = HEAD_SECONDS,
+        on_refusal: OnRefusal = ignore_refusal,
+    ) -> None:
         self.most = most
         self.head_seconds = head_seconds
+        self._on_refusal = on_refusal
         self._open: dict[tuple[str, int], Connection] = {}
 
     def welcome(self, address: tuple[str, int]) -> None:
@@ -46,7 +60,13 @@ class Doorkeeper:
         if len(self._open) > self.most:
             strangers = (a for a, one in self._open.items() if not one.is_member)
             oldest = next(strangers, address)
-            self._open.pop(oldest).transport.abort()
+            self.close(self._open.pop(oldest), f"Closed: more than {self.most} connections")
+
+    def close(self, connection: "Connection", reason: str) -> None:
+        """End a connection that did nothing for it."""
+        host, _ = connection.client or ("", 0)
+        self._on_refusal(host, "", 0, reason)
+        connection.transport.abort()
 
     def remove(self, connection: "Connection") -> None:
         """Forget a connection that is closed."""
@@ -89,16 +109,41 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _wait(self) -> None:
-        self._waiting = self.loop.call_later(self.doorkeeper.head_seconds, self.transport.abort)
+        seconds = self.doorkeeper.head_seconds
+        reason = f"Closed: no whole request within {seconds:g} s"
+        self._waiting = self.loop.call_later(seconds, self.doorkeeper.close, self, reason)
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Gives up on TLS handshakes sooner than after a minute."""
+    """Gives up on TLS handshakes sooner than after a minute, and on the oldest if there are many.
 
-    async def create_server(self, *args: Any, **options: Any) -> Any:
-        if options.get("ssl") is not None:
-            options["ssl_handshake_timeout"] = HANDSHAKE_SECONDS
-        return await super().create_server(*args, **options)
+    One that is under way takes a quarter of a megabyte, and nothing is known of it yet.
+    """
+
+    def __init__(self, on_refusal: OnRefusal) -> None:
+        super().__init__()
+        self._on_refusal = on_refusal
+        self._handshakes: deque[weakref.ref[Any]] = deque()
+
+    def _make_ssl_transport(self, *args: Any, **options: Any) -> Any:
+        make: Callable[..., Any] = super()._make_ssl_transport  # type: ignore[misc]
+        transport = weakref.ref(made := make(*args, **options))
+        late = f"Closed: no TLS handshake within {HANDSHAKE_SECONDS:g} s"
+        self.call_later(HANDSHAKE_SECONDS, self._give_up, transport, late)
+        self._handshakes.append(transport)
+        if len(self._handshakes) > MAX_HANDSHAKES:
+            many = f"Closed: more than {MAX_HANDSHAKES} TLS handshakes at once"
+            self._give_up(self._handshakes.popleft(), many)
+        return made
+
+    def _give_up(self, reference: "weakref.ref[Any]", reason: str) -> None:
+        """End a connection that has no TLS yet."""
+        transport = reference()
+        if transport is None or transport.is_closing() or transport.get_extra_info("ssl_object"):
+            return
+        host, *_ = transport.get_extra_info("peername") or ("",)
+        self._on_refusal(str(host), "", 0, reason)
+        transport.abort()
 
 
 def build_server(
@@ -144,9 +189,14 @@ def build_server(
     return uvicorn.Server(config)
 
 
-def run_server(server: uvicorn.Server) -> None:
-    """Serve until SIGTERM, SIGINT or `server.should_exit`."""
+def run_server(server: uvicorn.Server, on_refusal: OnRefusal = ignore_refusal) -> None:
+    """Serve until SIGTERM, SIGINT or `server.should_exit`.
+
+    Args:
+        server: As `build_server` makes it.
+        on_refusal: Told of each connection that is closed before it has TLS.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _OPEN_FILES)), hard))
-    with asyncio.Runner(loop_factory=_Loop) as runner:
+    with asyncio.Runner(loop_factory=lambda: _Loop(on_refusal)) as runner:
         runner.run(server.serve())

@@ -29,6 +29,7 @@ from molora_fed.federation.coordinator_mail import (
     publish_result,
     sign_kept_result,
 )
+from molora_fed.federation.deadline import Patience
 from molora_fed.federation.envelopes import open_letter
 from molora_fed.federation.homes import CoordinatorHome, message_bytes
 from molora_fed.federation.letters import ResultLetter, Summary
@@ -51,7 +52,6 @@ __all__ = ["CoordinatorWorker", "main"]
 
 LOOK_SECONDS = 0.3
 RETRY_SECONDS = 2.0
-MIN_CONTRIBUTIONS = 2
 ACTOR = "server"
 
 _S = CooperativeState
@@ -84,7 +84,8 @@ class CoordinatorWorker:
         self._usage = UsageFile(home.usage_file)
         self._message_bytes = message_bytes()
         self._loaded_base: Base | None = None
-        self._opened = 0.0
+        self._patience = Patience(home.mail / "opened.json", self._charter.amendment)
+        self._shown = ""
 
     def run(self) -> None:
         """Publish the charter, then take contributions and fuse for as long as the process lives.
@@ -96,7 +97,6 @@ class CoordinatorWorker:
             write_charter(self._charter, self._home.charter)
         publish_charter(self._home, self._charter, self._key, part_bytes=self._message_bytes)
         sign_kept_result(self._home, self._charter, self._key)
-        self._opened = self._note_opening()
         if self._ledger.cooperative_state == _S.CREATED:
             self._ledger.advance(_S.RECRUITING, actor=ACTOR)
         self._show()
@@ -122,6 +122,8 @@ class CoordinatorWorker:
                         self._fuse()
                     except AdmissionError as error:  # nobody is left to fuse: wait for others
                         self._show(str(error))
+        else:
+            self._show_deadline()
 
     @property
     def _base(self) -> "Base":
@@ -141,28 +143,24 @@ class CoordinatorWorker:
             self._home.worker_board.post(str(error))
             time.sleep(RETRY_SECONDS)
 
-    def _note_opening(self) -> float:
-        """When this server first opened, from which the deadline counts."""
-        path = self._home.mail / "opened.json"
-        noted = read_json(path)
-        if not isinstance(noted, dict) or not isinstance(noted.get("time"), int | float):
-            noted = {"time": time.time()}
-            write_json(path, noted)
-        return float(noted["time"])
-
     def _show(self, message: str = "") -> None:
-        self._state.enter(str(self._ledger.cooperative_state), message or self._count())
+        self._shown = "" if message else self._count()
+        self._state.enter(str(self._ledger.cooperative_state), message or self._shown)
 
     def _count(self) -> str:
-        """How many contributions are in, of how many."""
+        """How many contributions are in, of how many, and what is waited for."""
         admitted = len(self._ledger.contributions(ContributionState.ADMITTED))
-        return f"{admitted} of {self._needed} contributions admitted"
+        return self._patience.describe(admitted, is_settled=self._is_settled)
 
     @property
-    def _needed(self) -> int:
-        """Contributions to wait for: as the amendment says, or one for each domain."""
-        amendment = self._charter.amendment
-        return amendment.expected or max(MIN_CONTRIBUTIONS, len(amendment.domains))
+    def _is_settled(self) -> bool:
+        """Whether whom to wait for was settled; now it grows, shrinks or is amended."""
+        return self._ledger.cooperative_state in (_S.PUBLISHED, _S.GROWING)
+
+    def _show_deadline(self) -> None:
+        """Say that the deadline has passed without a quorum, once it has."""
+        if self._shown and self._shown != self._count():
+            self._show()
 
     def _advance_to_training(self) -> None:
         if self._ledger.cooperative_state == _S.RECRUITING and any(
@@ -252,11 +250,7 @@ class CoordinatorWorker:
         admitted = [entry.id for entry in self._ledger.contributions(ContributionState.ADMITTED)]
         if not admitted or self._published() == (self._charter.amendment.number, admitted):
             return False
-        if self._ledger.cooperative_state in (_S.PUBLISHED, _S.GROWING):
-            return True  # Whom to wait for was settled; now it grows, shrinks or is amended.
-        deadline = self._charter.amendment.deadline_seconds
-        is_late = bool(deadline) and time.time() - self._opened >= deadline
-        return len(admitted) >= self._needed or is_late
+        return self._is_settled or self._patience.is_enough(len(admitted))
 
     def _published(self) -> tuple[int, list[str]] | None:
         """Amendment and contributions of the result in the outbox, None if there is none."""

@@ -16,10 +16,14 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from molora_fed.federation.refusals import OnRefusal, ignore_refusal
+from molora_fed.storage.untrusted import clean, parse_json
+
 __all__ = ["INVITATION_BYTES", "INVITATION_PATH", "Gateway", "Limits", "Refusal"]
 
 INVITATION_PATH = "/v1/invitation"
 INVITATION_BYTES = 4_096
+_DETAIL_BYTES = 4_096
 _PUSH_MESSAGE, _PUSH_OBJECT = "/v1/fleet/push-messages", "/v1/fleet/push-object"
 
 
@@ -100,6 +104,7 @@ class Gateway:
         redeem: Answers an invitation's JSON with JSON; None takes no invitations. May raise a
             `Refusal`.
         on_member: Told the address of each request that shows a member's key.
+        on_refusal: Told of each request that is refused, here or behind.
         limits: How much, how often, how long.
         now: Monotonic seconds.
     """
@@ -113,6 +118,7 @@ class Gateway:
         identify: Callable[[Headers], str],
         redeem: Callable[[bytes], Awaitable[object]] | None = None,
         on_member: Callable[[tuple[str, int]], None] = lambda address: None,
+        on_refusal: OnRefusal = ignore_refusal,
         limits: Limits | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -122,6 +128,7 @@ class Gateway:
         self._identify = identify
         self._redeem = redeem
         self._on_member = on_member
+        self._on_refusal = on_refusal
         self._limits = limits = limits or Limits()
         self._members = _Buckets(limits.member_rate, limits.member_burst, now)
         self._strangers = _Buckets(limits.stranger_rate, limits.stranger_burst, now)
@@ -139,6 +146,9 @@ class Gateway:
             await answer.refuse(scope, receive, refusal)
         except TimeoutError:
             await answer.refuse(scope, receive, Refusal(408, "Too slow"))
+        finally:
+            if answer.status >= 400:
+                self._on_refusal(_address(scope)[0], scope["path"], answer.status, answer.reason)
 
     async def _answer(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         headers, path = Headers(scope=scope), scope["path"]
@@ -232,25 +242,45 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 class _Answer:
-    """Notes whether an answer has begun; after that nothing else can be said."""
+    """Notes whether an answer has begun; after that nothing else can be said.
+
+    Attributes:
+        status: HTTP status of the answer, or of what it should have been; 0 before there is any.
+        reason: Why the request was refused.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._began = False
+        self.status = 0
+        self.reason = ""
 
     async def send(self, message: Message) -> None:
         """Pass a piece of the answer on."""
-        self._began = True
+        if message["type"] == "http.response.start":
+            self._began, self.status = True, message["status"]
+        elif self.status >= 400 and not self.reason:
+            self.reason = _read_detail(message.get("body", b""))
         await self._send(message)
 
     async def refuse(self, scope: Scope, receive: Receive, refusal: Refusal) -> None:
         """Answer with a refusal, and close: what is left of the body is not read."""
+        self.status, self.reason = refusal.status, refusal.reason
         if self._began:
             return
         body = json.dumps({"detail": refusal.reason}).encode()
         headers = {"connection": "close"}
         response = Response(body, refusal.status, headers, media_type="application/json")
         await response(scope, receive, self.send)
+
+
+def _read_detail(body: bytes) -> str:
+    """The reason in an answer of the fleet's interface."""
+    try:
+        detail = parse_json(body, max_bytes=_DETAIL_BYTES)["detail"]
+    except (ValueError, KeyError, TypeError):
+        return "Refused by the fleet's interface"
+    return clean(detail)
 
 
 def _strip_port(host: str) -> str:

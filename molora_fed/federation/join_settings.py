@@ -135,9 +135,10 @@ def prepare_home(home: "ContributorHome", settings: JoinSettings) -> JoinSetting
     home.busy.prepare()
     for old in (home.refusal_letter, home.error_file, home.state_file):
         old.unlink(missing_ok=True)
-    if _is_private(home) and home.result_letter.exists():
-        # The server says again what is published, or asks: the population may be growing.
-        begin_anew(home.private)
+    if home.result_letter.exists():
+        # The server says again what is published, or asks: there may be more members by now.
+        if _is_private(home):
+            begin_anew(home.private)
         home.result_letter.unlink()
     return home.read_settings()
 

@@ -51,6 +51,8 @@ class RemoteContributor:
         state: The state of its last reply.
         has_offer: Whether that reply offered a contribution.
         answered: Id of the question that that reply answered; empty if none.
+        telling: Signature of the acknowledgement that was sent last.
+        told: The same, once there was a reply; decisions change, so each node is told anew.
     """
 
     nonce: str = field(default_factory=lambda: secrets.token_hex(32))
@@ -60,6 +62,8 @@ class RemoteContributor:
     state: State = field(default_factory=State)
     has_offer: bool = False
     answered: str = ""
+    telling: str = ""
+    told: str = ""
 
 
 class ServerDialogue:
@@ -98,7 +102,7 @@ class ServerDialogue:
         offer = open_letter(mailbox.offer_file, Offer)
         if offer is None or not remote.has_offer:
             return Envelope((self._wait_letter(),))
-        return self._about_contribution(mailbox, state, offer)
+        return self._about_contribution(mailbox, remote, offer)
 
     def _greet(self, remote: RemoteContributor, charter: CharterLetter) -> Greeting:
         return Greeting(
@@ -126,10 +130,10 @@ class ServerDialogue:
         return Wait(seconds=self._wait_seconds, parts_bytes=self._message_bytes, question=question)
 
     def _about_contribution(
-        self, mailbox: ContributorMailbox, state: State, offer: Offer
+        self, mailbox: ContributorMailbox, remote: RemoteContributor, offer: Offer
     ) -> Envelope | None:
         """Fetch what is missing; acknowledge what is committed; bring the result."""
-        shipment = offer.files
+        shipment, state = offer.files, remote.state
         acknowledgement = open_letter(mailbox.acknowledgement_file(shipment.id), Acknowledgement)
         if acknowledgement is None:
             missing = mailbox.parts.missing(shipment, part_bytes=self._message_bytes)
@@ -139,8 +143,9 @@ class ServerDialogue:
                 return None  # other strangers' uploads first
             return Envelope((self._fetch(missing),))
         letters: list[Letter] = []
-        if state.acknowledged != shipment.id:
+        if state.acknowledged != shipment.id or remote.told != acknowledgement.signature:
             letters.append(acknowledgement)
+            remote.telling = acknowledgement.signature
         question = open_letter(mailbox.question_file, QuestionLetter)
         if question is not None and acknowledgement.state == "ADMITTED":
             return self._about_question(mailbox, state, question, letters)
@@ -215,7 +220,7 @@ class ServerDialogue:
             self._accept_answer(mailbox, answered)
         self._accept_parts(mailbox, reply)
         if state is not None:
-            remote.state = state
+            remote.state, remote.told = state, remote.telling
             remote.has_offer = manifest is not None
             remote.answered = "" if answered is None else answered.question
             keep_letter(mailbox.state_file, {**state.known, "problem": state.problem})

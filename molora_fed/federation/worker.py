@@ -76,6 +76,7 @@ class ContributorWorker:
         self._state = StateFile(home.state_file)
         self._usage = UsageFile(home.usage_file)
         self._member: PrivateMember | None = None
+        self._decided = 0
 
     def run(self) -> None:
         """Work until the result is there; raises what `steps` raises."""
@@ -254,7 +255,16 @@ class ContributorWorker:
         )
 
     def _take_part(self, charter: Charter) -> bool | None:
-        """Answer what is asked until the result is here: True then, None before."""
+        """Answer what is asked until the result is here: True then, None before.
+
+        Raises:
+            AdmissionError: If the contribution is in no more.
+        """
+        letter = self._home.acknowledgement_letter
+        written = letter.stat().st_mtime_ns if letter.exists() else 0
+        if written != self._decided:  # said again, and maybe another thing
+            self._read_decision()
+            self._decided = written
         self._answer_question(charter)
         return self._receive_result()
 

@@ -8,6 +8,7 @@ Imports neither torch nor flwr. Every function may be interrupted and called aga
 import shutil
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,6 +52,7 @@ __all__ = [
     "find_stranger",
     "give_consent",
     "has_consent",
+    "list_received",
     "offer_contribution",
     "receive_base",
     "receive_charter",
@@ -227,15 +229,35 @@ def receive_shipment(
     marker = home.shipments / shipment.id
     if marker.exists() and target.is_dir():
         return True
+    marker.unlink(missing_ok=True)  # whoever deleted the folder gets it again
     if home.parts.missing(shipment, part_bytes=part_bytes):
         return False
     try:
         home.parts.assemble(shipment, target, part_bytes=part_bytes)
     except FederationError:
         return False  # damaged parts were dropped and are sent again
-    write_bytes(marker, b"")
+    for earlier in list_received(home, target):
+        (home.shipments / earlier).unlink(missing_ok=True)  # the folder holds another now
+    write_bytes(marker, target.name.encode())
     home.parts.discard(shipment, part_bytes=part_bytes)
     return True
+
+
+def list_received(home: ContributorHome, target: Path) -> list[str]:
+    """Ids of the shipments that a folder was made of: one, or none.
+
+    Args:
+        home: The contributor's home.
+        target: The folder.
+    """
+    if not target.is_dir() or not home.shipments.is_dir():
+        return []
+    found = []
+    for marker in home.shipments.glob("[0-9a-f]*"):
+        with suppress(FileNotFoundError):
+            if marker.read_bytes() == target.name.encode():
+                found.append(marker.name)
+    return found
 
 
 def _build_consent(charter: Charter) -> dict[str, Any]:

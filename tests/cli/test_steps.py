@@ -34,7 +34,7 @@ def test_create_writes_the_options_into_the_charter(molora, tmp_path, tiny_check
         "coop", "create", "one", "--base", tiny_checkpoint(), "--folder", tmp_path / "c",
         "--domains", "law,art", "--frozen-depth", 1, "--kind", "delta", "--rank", 8, "--steps", 7,
         "--router", "linear", "--compare", "evidence-zero", "--mixture", "logit", "--expected", 3,
-        "--seed", 5, "--block-size", 16,
+        "--seed", 5, "--block-size", 16, "--deadline", 3600, "--quorum", 2,
     )  # fmt: skip
     assert ran.code == 0
     charter = open_cooperative(tmp_path / "c").charter
@@ -42,12 +42,28 @@ def test_create_writes_the_options_into_the_charter(molora, tmp_path, tiny_check
     assert charter.identity.adapters.frozen_depth == 1
     assert charter.identity.corpus.block_size == 16
     assert (amendment.domains, amendment.expected, amendment.seed) == (("law", "art"), 3, 5)
+    assert (amendment.deadline_seconds, amendment.quorum) == (3_600, 2)
     training = amendment.training
     assert (training.kind, training.rank, training.steps) == ("delta", 8, 7)
     fusion = amendment.fusion
     assert (fusion.router, fusion.compare, fusion.mixture) == (
         "linear", ("evidence-zero",), "logit",
     )  # fmt: skip
+
+
+def test_a_quorum_above_what_is_expected_is_refused_in_one_line(molora, tmp_path, tiny_checkpoint):
+    common = ("--base", tiny_checkpoint(), "--folder", tmp_path / "c", "--block-size", 16)
+    refused = molora("coop", "create", "one", *common, "--expected", 2, "--quorum", 3)
+    assert refused.code and refused.err.count("\n") == 1
+    assert "expected a quorum of at most the 2 expected, got 3" in refused.err
+    assert not (tmp_path / "c" / "cooperative.toml").exists()
+    assert molora("coop", "create", "one", *common, "--expected", 3, "--quorum", 3).code == 0
+    amended = molora("coop", "amend", tmp_path / "c", "--set", "expected=2")
+    assert "a quorum of at most the 2 expected" in amended.err
+    ran = molora("coop", "amend", tmp_path / "c", "--set", "quorum=2", "--set", "expected=2")
+    assert ran.code == 0
+    amendment = open_cooperative(tmp_path / "c").charter.amendment
+    assert (amendment.expected, amendment.quorum) == (2, 2)
 
 
 def test_train_prints_contamination_and_what_would_leave(molora, setup, tmp_path):

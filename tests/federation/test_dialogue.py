@@ -182,6 +182,29 @@ def test_a_newcomer_waits_for_the_result_it_is_part_of(tmp_path, keys):
     assert any(stage.exchange() and stage.work() for _ in range(60))
 
 
+def test_a_result_that_is_here_is_not_sent_again_and_one_that_was_deleted_is(tmp_path, keys):
+    stage = Stage(tmp_path, keys)
+    while not stage.work():
+        stage.exchange()
+        stage.coordinate()
+
+    def join_again():
+        """The bytes of parts that the server sends to one that joins again."""
+        stage.client.result_letter.unlink()
+        stage.remote, num_bytes = RemoteContributor(), 0
+        while not stage.work():
+            envelope = stage.dialogue.next_envelope(stage.remote)
+            num_bytes += envelope.num_bytes
+            stage.dialogue.accept(stage.remote, answer(stage.client, envelope))
+        return num_bytes
+
+    assert join_again() == 0
+    shutil.rmtree(stage.client.result)
+    assert join_again() >= 7_000
+    sent = describe_folder(stage.client.contribution)
+    assert describe_folder(stage.client.result / "fused") == sent
+
+
 def test_a_quiet_network_needs_few_messages(tmp_path, keys):
     stage = Stage(tmp_path, keys, message_bytes=100_000)
     stage.coordinate()

@@ -253,14 +253,6 @@ def test_nothing_of_a_contributor_leaves_before_it_agrees(tmp_path, tiny_checkpo
     assert stage.failures == {} and stage.consents
 
 
-def test_the_deadline_fuses_what_is_there(tmp_path, tiny_checkpoint, texts):
-    stage = Stage(tmp_path, tiny_checkpoint("gpt_neox"), expected=5, deadline_seconds=0.01)
-    stage.join("alpha-1", "alpha", texts)
-    stage.run()
-    assert stage.failures == {}
-    assert len(read_json(stage.server.outbox / "result.json")["summary"]["contributions"]) == 1
-
-
 def test_a_domain_the_cooperative_has_no_use_for_is_refused(tmp_path, tiny_checkpoint, texts):
     stage = Stage(tmp_path, tiny_checkpoint("gpt_neox"), domains=("alpha", "beta"))
     stage.join("gamma-1", "gamma", texts)

@@ -4,6 +4,7 @@ import contextlib
 
 import httpx
 import pytest
+from fastapi import HTTPException
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest
@@ -15,7 +16,7 @@ from transport_helpers import serving
 from molora_fed.federation.connections import Doorkeeper
 from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.flower import node as nodes
-from molora_fed.federation.flower.fleet import build_fleet_app
+from molora_fed.federation.flower.fleet import _Once, build_fleet_app
 from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
 from molora_fed.federation.flower.node import FleetNode
 from molora_fed.federation.letters import Refusal, State
@@ -219,6 +220,35 @@ def test_a_request_without_the_keys_signature_is_refused(fleet):
     with pytest.raises(httpx.HTTPStatusError) as refused:
         alice.answer_one()
     assert refused.value.response.status_code == 401
+
+
+def test_a_signature_is_good_once(fleet):
+    alice = fleet.add("alice")
+    fleet.send(alice)
+    replayed = []
+
+    class Replay:
+        """Sends every request twice."""
+
+        def intercept(self, context, call_next):
+            answer = call_next(context)
+            replayed.append(call_next(context).status_code)
+            return answer
+
+    alice._client._interceptors = (*alice._client._interceptors, Replay())
+    alice.answer_one()
+    assert len(replayed) > 3 and set(replayed) == {401}
+
+
+def test_what_is_known_of_used_signatures_is_bounded():
+    once = _Once()
+    once._MOST = 100
+    for second in range(60):
+        for key in ("alice", "bob"):
+            once.use(key, f"2026-01-01T00:00:{second:02d}+00:00")
+    assert len(once._used) == 100
+    with pytest.raises(HTTPException):  # the same moment, written otherwise
+        once.use("alice", "2026-01-01T01:00:59.000000+01:00")
 
 
 def test_what_a_server_sends_beyond_measure_is_not_taken(fleet, monkeypatch):

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from molora_fed.federation.gateway import Gateway, Limits, Refusal
+from molora_fed.federation.refusals import FewRefusals
 
 BODIES = {"/v1/fleet/push-messages": 100, "/v1/fleet/push-object": 50}
 
@@ -25,13 +26,14 @@ class Behind:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def build(behind=None, *, limits=None, redeem=None, now=lambda: 0.0):
+def build(behind=None, *, limits=None, redeem=None, now=lambda: 0.0, on_refusal=print):
     return Gateway(
         behind or Behind(),
         bodies=BODIES,
         hosts=frozenset({"127.0.0.1", "localhost", "fed.example"}),
         identify=lambda headers: headers.get("key", ""),
         redeem=redeem,
+        on_refusal=on_refusal,
         limits=limits or Limits(),
         now=now,
     )
@@ -213,3 +215,57 @@ def test_ten_thousand_strange_addresses_take_no_more_memory_than_that():
 
     asyncio.run(run())
     assert len(gateway._strangers._left) == 10_000
+
+
+def test_every_refusal_is_told_with_its_reason_and_nothing_else_is():
+    told = []
+
+    async def refuse_behind(scope, receive, send):
+        await send({"type": "http.response.start", "status": 403, "headers": []})
+        await send({"type": "http.response.body", "body": b'{"detail": "Not \\u001byours"}'})
+
+    def tell(*said):
+        told.append(said)
+
+    gateway, behind = build(on_refusal=tell), build(refuse_behind, on_refusal=tell)
+    slow = build(on_refusal=tell, limits=Limits(request_seconds=0.05))
+    assert status(gateway, pieces=(b"x",)) == status(gateway, "/health", "GET") == 200
+    assert told == []
+    status(gateway, headers={"host": "attacker.example"})
+    status(gateway, "/docs", "GET", address="b")
+    status(gateway, headers={"key": ""})
+    status(gateway, pieces=(b"x" * 51,))
+    status(slow, pieces=(b"x", lambda: asyncio.Event().wait()))
+    status(behind, pieces=(b"x",))
+    path = "/v1/fleet/push-object"
+    assert told == [
+        ("a", path, 421, "Not served under this name"),
+        ("b", "/docs", 404, "Not served"),
+        ("a", path, 401, "Not a member"),
+        ("a", path, 413, "Expected at most 50 bytes"),
+        ("a", path, 408, "Too slow"),
+        ("a", path, 403, "Not \N{REPLACEMENT CHARACTER}yours"),
+    ]
+
+
+def test_a_flood_is_told_in_a_few_lines_and_one_that_counts_the_rest():
+    async def run():
+        told, end = [], asyncio.Event()
+
+        def tell(*said):
+            told.append(said)
+            if said[0] == "":
+                end.set()
+
+        few = FewRefusals(tell, most=5, most_of_one=3, seconds=0.1)
+        for _ in range(1_000):
+            few("a", "/", 401, "no")
+        for _ in range(1_000):
+            few("b", "/", 401, "no")
+        assert [said[0] for said in told] == ["a"] * 3 + ["b"] * 2
+        await end.wait()
+        assert told[5:] == [("", "", 0, "1995 more in 0.1 s")]
+        few("a", "/", 401, "no")  # the next minute begins
+        assert len(told) == 7
+
+    asyncio.run(run())

@@ -2,19 +2,24 @@
 
 import ssl
 import sys
-import threading
 from dataclasses import replace
 
 import httpx
 import pytest
-from transport_helpers import CLOSED_PATHS, FEDERATION_TESTS, StandInServer, wait_until
+from transport_helpers import (
+    CLOSED_PATHS,
+    FEDERATION_TESTS,
+    Detour,
+    Joining,
+    StandInServer,
+    wait_until,
+)
 
 from molora_fed.errors import ConfigError, FederationError, ServerUnreachableError
 from molora_fed.federation import contributor as joining
 from molora_fed.federation.acceptance import accept_invitation, read_connection
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.invitations import make_invitation
-from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.members import Members
 from molora_fed.federation.messages import describe_folder
 
@@ -36,37 +41,6 @@ def invite(server):
         )
 
     return make
-
-
-class Joining:
-    """`molora join` with a stand-in worker, in a thread."""
-
-    def __init__(self, home, name, domain="python"):
-        self.home = home
-        self.stop = threading.Event()
-        self.events, self.answers, self.errors = [], [], []
-        connection = read_connection(home)
-        self.thread = threading.Thread(target=self._run, args=(connection, name, domain))
-        self.thread.start()
-
-    def _run(self, connection, name, domain):
-        try:
-            self.answers.append(
-                joining.join(
-                    connection.server, JoinSettings(name, domain), self.home.root,
-                    self.events.append, consent=lambda charter: True,
-                    authority=self.home.authority_file, wait_seconds=60.0, stop=self.stop,
-                )
-            )  # fmt: skip
-        except FederationError as error:
-            self.errors.append(error)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.stop.set()
-        self.thread.join(timeout=60)
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +88,32 @@ def test_an_invited_contributor_gets_all_the_way_in(server, invite, tmp_path):
         text = log.read_text(errors="replace")
         assert invitation.secret not in text and "PRIVATE KEY" not in text
         assert "not confined" not in text or sys.platform != "linux"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address")
+def test_a_member_comes_back_from_another_address_as_who_it_was(server, invite, tmp_path):
+    home = ContributorHome(tmp_path / "erin")
+    accept_invitation(invite("erin"), home)
+
+    def find_mailboxes():
+        return [mailbox for mailbox in server.home.contributors() if mailbox.name == "erin"]
+
+    for address, is_far_enough in (
+        ("127.0.8.1", find_mailboxes),  # in the middle of its work
+        ("127.0.8.2", home.read_acknowledgement),
+    ):
+        with (
+            Detour(server.port, address) as detour,
+            Joining(home, "erin", server=f"127.0.0.1:{detour.port}") as erin,
+        ):
+            wait_until(is_far_enough, seconds=120, what=f"its work from {address}")
+        assert not erin.errors
+    assert home.read_acknowledgement().state == "ADMITTED"
+    (mailbox,) = find_mailboxes()
+    assert len(mailbox.list_acknowledgements()) == 1
+    assert [each.name for each in Members(server.home.members).list_members()].count("erin") == 1
+    sent = describe_folder(home.contribution)
+    assert describe_folder(server.home.root / "received" / "erin") == sent
 
 
 def test_a_revoked_member_is_out_at_once(server, invite, tmp_path):

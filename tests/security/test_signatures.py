@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from hostile import PART_BYTES, build_charter, open_coordinator
+from hostile import HASH, PART_BYTES, build_charter, open_coordinator
 
 from molora_fed.charter import write_charter
 from molora_fed.errors import FederationError, SignatureError
@@ -16,11 +16,31 @@ from molora_fed.federation.coordinator_mail import (
 from molora_fed.federation.envelopes import Envelope, read_letter
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
-from molora_fed.federation.letters import CharterLetter, Greeting, Hello, ResultLetter, Summary
+from molora_fed.federation.letters import (
+    Acknowledgement,
+    CharterLetter,
+    Greeting,
+    Hello,
+    ResultLetter,
+    Summary,
+)
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.worker_mail import receive_charter, receive_result
+from molora_fed.federation.signing import build_acknowledgement_bytes
+from molora_fed.federation.worker import ContributorWorker
+from molora_fed.federation.worker_mail import (
+    offer_contribution,
+    receive_charter,
+    receive_result,
+)
+from molora_fed.plugins import load_plugins
 from molora_fed.storage.files import write_json
-from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_key, load_or_make_key
+from molora_fed.storage.keys import (
+    build_public_pem,
+    key_fingerprint,
+    load_key,
+    load_or_make_key,
+    sign,
+)
 
 
 class Stage:
@@ -144,6 +164,28 @@ def test_every_field_of_a_charter_is_signed(stage, changed):
     write_json(stage.client.charter_letter, letter)
     with pytest.raises(SignatureError, match="charter"):
         receive_charter(stage.client)
+
+
+def test_an_acknowledgement_is_the_coordinators_and_of_this_contribution(stage):
+    home = stage.client
+    home.contribution.mkdir()
+    (home.contribution / "adapter.bin").write_bytes(b"adapter")
+    own = offer_contribution(home).id
+    worker = ContributorWorker(home, load_plugins())
+
+    def bring(shipment, key):
+        body = {"shipment": shipment, "contribution_id": HASH, "state": "ADMITTED", "findings": []}
+        body["signature"] = sign(key, build_acknowledgement_bytes(body))
+        answer(home, Envelope((Acknowledgement(**body),)))
+
+    with pytest.raises(SignatureError):
+        bring(own, load_or_make_key(stage.root / "member.pem"))
+        worker._read_decision()
+    assert not home.acknowledgement_letter.exists()
+    bring(HASH, load_key(stage.server.key))  # another member's
+    assert worker._read_decision() is None
+    bring(own, load_key(stage.server.key))
+    assert worker._read_decision() is True
 
 
 def test_nobody_else_is_greeted(stage):

@@ -2,11 +2,21 @@
 
 import base64
 import binascii
+import time
+from collections import OrderedDict
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.common.constant import (
+    HEARTBEAT_DEFAULT_INTERVAL,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+)
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.error import http_error_translator
@@ -33,6 +43,8 @@ FLEET_BODIES: Mapping[str, int] = {
 }
 """Paths that are served, and the largest body of each, bytes. Nodes register by invitation, not
 here, and nobody is sent an app."""
+GOOD_SECONDS = TIMESTAMP_TOLERANCE + 2 * SYSTEM_TIME_TOLERANCE
+"""How long a signature is good, counted from when it may first come."""
 MAX_NODES = 4_096
 MAX_OBJECTS = 10_000
 """Objects of one reply; a part of a file is two or more."""
@@ -72,16 +84,45 @@ def build_fleet_app(state_factory: Any) -> FastAPI:
     return app
 
 
+class _Once:
+    """Refuses a signature that was used: Flower's is of the time alone, and good for minutes."""
+
+    _MOST = 200_000  # more than this process can answer while a signature is good
+
+    def __init__(self) -> None:
+        self._used: OrderedDict[int, float] = OrderedDict()
+
+    def use(self, key: str, signed_time: str) -> None:
+        """Use the signature of a time.
+
+        Raises:
+            HTTPException: If it was used.
+        """
+        now = time.monotonic()
+        while self._used and (
+            len(self._used) >= self._MOST or next(iter(self._used.values())) < now - GOOD_SECONDS
+        ):
+            self._used.popitem(last=False)
+        # Not the signature, of which there are two forms; nor the text, of which there are many.
+        used = hash((key, datetime.fromisoformat(signed_time)))
+        if used in self._used:
+            raise HTTPException(401, "A signature is good once")
+        self._used[used] = now
+
+
 class _Checks(BaseHTTPMiddleware):
     """What Flower leaves out: known nodes come back at once, and speak for themselves only."""
 
     def __init__(self, app: Any, state: Any) -> None:
         super().__init__(app)
         self._state = state
+        self._once = _Once()
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         """Check a request that its node has signed."""
         asked = getattr(request.state, "protobuf_request", None)
+        if asked is not None:  # whatever else comes is not signed, and gets no further
+            self._once.use(read_node_key(request.headers), request.headers[TIMESTAMP_HEADER])
         if isinstance(asked, ActivateNodeRequest):
             self._welcome(asked.public_key)
             asked.heartbeat_interval = HEARTBEAT_DEFAULT_INTERVAL
