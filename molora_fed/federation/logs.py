@@ -8,6 +8,7 @@ text are never among it. Imports neither torch nor flwr.
 
 import datetime
 import json
+import logging
 import os
 import shutil
 import sys
@@ -24,7 +25,7 @@ from typing import Any, Literal, TextIO
 from molora_fed.federation.status import FederationEvent
 from molora_fed.storage.untrusted import clean, clean_lines
 
-__all__ = ["EventLog", "LogLimit", "log", "shorten_log", "start_logging"]
+__all__ = ["EventLog", "LogLimit", "log", "shorten_log", "start_logging", "take_records"]
 
 Level = Literal["info", "warning", "error"]
 
@@ -33,6 +34,7 @@ MAX_LOG_BYTES = 8 * 2**20
 MAX_VALUE = 500
 """Characters of one value."""
 MAX_TRACE = 8_000
+RECORDS_A_MINUTE = 30
 TRACE = "trace"
 """The value that has several lines."""
 
@@ -122,6 +124,35 @@ class LogLimit:
         self._count += 1
         left_out, self._left_out = self._left_out, 0
         return left_out
+
+
+class _Records(logging.Handler):
+    """Writes what a library logs as lines of this log, so many a minute."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._limit = LogLimit(RECORDS_A_MINUTE)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one, or count it: requests from outside cause them."""
+        left_out = self._limit.take()
+        if left_out is not None:
+            level: Level = "error" if record.levelno >= logging.ERROR else "warning"
+            trace = record.exc_info and "".join(traceback.format_exception(*record.exc_info))
+            text = record.getMessage()
+            log(f"{record.name} says", level, reason=text, trace=trace, left_out=left_out or None)
+
+
+def take_records(*names: str) -> None:
+    """Let what libraries log from warnings on become lines of this log.
+
+    Args:
+        names: Names of their loggers.
+    """
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [_Records()], False
+        logger.setLevel(logging.WARNING)
 
 
 class EventLog:

@@ -6,6 +6,7 @@ of its own below 127.0.0.0/8, so that one's limits are not another's; Linux only
 
 import datetime
 import itertools
+import json
 import sys
 import threading
 from base64 import b64encode
@@ -156,11 +157,11 @@ def test_a_hello_for_another_cooperative_or_of_another_member_lets_nobody_in(
         )
 
     mallory.node.activate()
-    refused = "skipped a message of an unknown node"
-    with server.refusing(refused, "Cannot trust hello"):
+    refused = ("message skipped", "an unknown node")
+    with server.refusing(*refused, "Cannot trust hello"):
         mallory.talk(relay(mallory, identity="f" * 64))
     for of_alice in (relay(alice), relay(alice, coordinator="f" * 64)):
-        with server.refusing(refused, "member 'mallory'", "expected the key"):
+        with server.refusing(*refused, "member 'mallory'", "expected the key"):
             mallory.talk(of_alice)
     assert "mallory" not in {mailbox.name for mailbox in server.home.contributors()}
 
@@ -171,7 +172,7 @@ def test_a_member_neither_decides_nor_answers_for_another(server, alice, mallory
     forged = Acknowledgement(
         shipment="a" * 64, contribution_id="b" * 64, state="ADMITTED", findings=[], signature="ab"
     )
-    with server.refusing("skipped a message of mallory", "Cannot read letters"):
+    with server.refusing("message skipped", "mallory", "Cannot read letters"):
         mallory.talk(lambda envelope: Envelope((forged,)))
     # What the node says it comes from is not what the server goes by.
     own, mallory.node._node = mallory.node._node, alice.node._node
@@ -219,8 +220,8 @@ def test_a_flood_of_refusals_fills_no_log_and_hides_nobody_elses(server, address
     assert codes == {404, 429}
     with server.refusing(other := next(ADDRESSES), "404", "Not served"):
         assert server.ask_from(other, "/docs") == 404
-    lines = server.read_log()[before:].splitlines()
-    told = [line for line in lines if line.startswith(f"refused {address} ")]
+    lines = map(json.loads, server.read_log()[before:].splitlines())
+    told = [line["path"] for line in lines if line.get("address") == address]
     assert 20 <= len(told) <= 40  # in one minute, or two
     assert "\x1b" not in "".join(told)
 
@@ -241,7 +242,8 @@ def test_a_member_gets_through_a_thousand_connections_held_open(
         print(f"{quiet / 2**20:.0f} MiB without a crowd, {crowded / 2**20:.0f} MiB with it")
         # No process of either side listens anywhere but on the server's own port.
         assert list_ports(psutil.Process()) == {server.port}
-    assert f"refused {address} Closed" in server.read_log()
+    lines = [line for line in server.read_log().splitlines() if address in line]
+    assert any(json.loads(line)["reason"].startswith("Closed") for line in lines)
 
 
 def test_the_largest_that_a_member_may_send_stays_within_the_limit(server, mallory):

@@ -9,7 +9,6 @@ program.
 
 import argparse
 import asyncio
-import logging
 import os
 import signal
 import ssl
@@ -28,15 +27,13 @@ from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
 from molora_fed.federation.gateway import Gateway
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.invitations import answer_redemption
-from molora_fed.federation.logs import log, start_logging
+from molora_fed.federation.logs import log, start_logging, take_records
 from molora_fed.federation.members import Members
 from molora_fed.federation.refusals import FewRefusals
 from molora_fed.federation.server_app import carry_mail
 from molora_fed.storage.files import hash_bytes
-from molora_fed.storage.untrusted import clean
 
 LOOK_SECONDS = 60.0
-RECORDS_A_MINUTE = 60
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
@@ -60,7 +57,7 @@ def _serve(home: CoordinatorHome, host: str, port: int, names: list[str], is_ope
     is_member = (lambda key: True) if members is None else lambda key: members.find(key) is not None
     grid = LinkGrid(factory.state(), is_member)
     relay = threading.Thread(target=_carry, args=(home, grid, members), daemon=True)
-    on_refusal = FewRefusals(_print_refusal)
+    on_refusal = FewRefusals(_log_refusal)
     doorkeeper = Doorkeeper(on_refusal=on_refusal)
 
     def identify(headers: Headers) -> str:
@@ -90,33 +87,14 @@ def _serve(home: CoordinatorHome, host: str, port: int, names: list[str], is_ope
         doorkeeper=doorkeeper,
         certificate=None if certificate is None else certificate.paths,
     )
-    for name in ("flwr", "uvicorn.error", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-        logging.getLogger(name).addFilter(_FewRecords())
+    take_records("flwr", "uvicorn.error", "asyncio")
     if certificate is not None:
         _watch_certificate(server.config.ssl, certificate)
     run_server(server, on_refusal)
 
 
-class _FewRecords(logging.Filter):
-    """Lets so many records of a library through a minute: requests from outside cause them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._minute, self._count = 0, 0
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is logged."""
-        minute = int(time.monotonic() / 60)
-        if minute != self._minute:
-            self._minute, self._count = minute, 0
-        self._count += 1
-        return self._count <= RECORDS_A_MINUTE
-
-
-def _print_refusal(address: str, path: str, status: int, reason: str) -> None:
-    words = (address, clean(path, 80), str(status or ""), clean(reason))
-    print("refused", *(word for word in words if word), flush=True)
+def _log_refusal(address: str, path: str, status: int, reason: str) -> None:
+    log("refused", "warning", address=address, path=path, status=status or None, reason=reason)
 
 
 def _carry(home: CoordinatorHome, grid: LinkGrid, members: Members | None) -> None:
