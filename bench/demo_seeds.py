@@ -54,7 +54,13 @@ def keep(report: Path, target: Path, *, whole: bool) -> dict[str, Any]:
     patterns = ("report.json", "report.html", "*.png") if whole else ("report.json",)
     for pattern in patterns:
         for file in report.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+            if file.suffix == ".png":
+                shutil.copyfile(file, target / file.name)
+                continue
+            # Where it was run is nobody's business.
+            text = file.read_text(encoding="utf-8")
+            place = str(report.parent.absolute())
+            (target / file.name).write_text(text.replace(place, report.parent.name), "utf-8")
     result: dict[str, Any] = json.loads((report / "report.json").read_text(encoding="utf-8"))
     return result
 
