@@ -1,0 +1,329 @@
+"""One federation of real commands on copies of the homes, disturbed, and looked over afterwards."""
+
+import contextlib
+import itertools
+import json
+import shutil
+import sqlite3
+import time
+
+import psutil
+from commands import Command, build_environment, list_join_arguments, list_serve_arguments
+from fault_stage import MEMBERS, SERVER, hash_files
+from faults import (
+    KINDS,
+    STAGES,
+    build_clock_environment,
+    find_clock_file,
+    find_faketime,
+    is_plain,
+    write_clock,
+)
+from process_helpers import Mount, find_processes
+from relay import Relay
+
+from molora_fed.federation.homes import ContributorHome, CoordinatorHome
+from molora_fed.federation.supervise import find_free_port, parse_answer
+
+__all__ = ["FederationRun"]
+
+LOOK_SECONDS = 0.1
+PATIENCE_SECONDS = 420.0
+"""Time without faults after which a run counts as stuck: above the relay's longest wait, 300 s."""
+HOME_BYTES = 64 * 2**20
+TOLD_TO_END = 143
+TAIL_CHARACTERS = 6_000
+
+
+class FederationRun:
+    """A server and its members, from their first start to the fused model; a context manager.
+
+    Attributes:
+        commands: By name, the server's first.
+        relays: Each member's line to the server.
+        mounts: File systems that can be filled, by name, where there are any.
+        problems: What was not as it should be.
+        events: What happened, with the seconds since the start.
+
+    Args:
+        stage: The homes.
+        root: An empty folder for the copies.
+        faults: In the order in which they begin.
+        seed: Of what the relays draw.
+        patience_seconds: Time without faults after which the run counts as stuck.
+    """
+
+    def __init__(self, stage, root, faults=(), *, seed=0, patience_seconds=PATIENCE_SECONDS):
+        self.stage = stage
+        self.root = root
+        self.faults = list(faults)
+        self.problems = []
+        self.events = []
+        self.commands = {}
+        self.relays = {}
+        self.mounts = {}
+        self._patience_seconds = patience_seconds
+        self._exit = contextlib.ExitStack()
+        self._port = find_free_port()
+        self._plain = is_plain(faults)
+        self._clocks = {}
+        self._seen = {}
+        self._acknowledged = {}
+        self._started = time.monotonic()
+        self.relays = {name: Relay(self._port, seed) for name in MEMBERS}
+
+    def __enter__(self):
+        self.root.mkdir(parents=True)
+        try:
+            for relay in self.relays.values():
+                self._exit.enter_context(relay)
+            for name in (SERVER, *MEMBERS):
+                self._prepare(name)
+        except BaseException:
+            self._exit.close()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        for process in find_processes(self.root):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self._exit.close()
+
+    def _prepare(self, name):
+        """Copy a home, and make what faults of its side need."""
+        home = self.root / name
+        kinds = {fault.kind for fault in self.faults if fault.side == name}
+        if "disk" in kinds:
+            mount = Mount(home, num_bytes=HOME_BYTES)
+            self._exit.callback(mount.close)
+            if mount.is_there:
+                self.mounts[name] = mount
+        if name == SERVER:
+            self.stage.copy_home(name, home)
+            more = ["--insecure"] if self._plain else []
+            arguments = list_serve_arguments(home, self._port, *more)
+        else:
+            address = f"127.0.0.1:{self.relays[name].port}"
+            self.stage.copy_home(name, home, server=address)
+            more = ["--server", address, "--domain", name, "--name", name] if self._plain else []
+            arguments = list_join_arguments(home, self.stage.texts / name, *more)
+        environment = build_environment()
+        if "clock" in kinds and (library := find_faketime()) is not None:
+            path = self._clocks[name] = find_clock_file(name)
+            self._exit.callback(path.unlink, missing_ok=True)
+            self.set_clock(name, 0.0)
+            environment |= build_clock_environment(library, path)
+        self.commands[name] = Command(name, home, arguments, environment, self.root)
+
+    def set_clock(self, name, seconds):
+        """Let the clock of a side's processes be off."""
+        if name in self._clocks:
+            write_clock(self._clocks[name], seconds)
+
+    def find_victim(self, fault):
+        """The process a fault is done to; of a member that is done, the server's."""
+        process = self.commands[fault.side].find_process(fault.role)
+        if process is not None:
+            self._note(f"{fault.kind}: process {fault.role} of {fault.side}")
+        return process
+
+    def _note(self, what):
+        self.events.append((round(time.monotonic() - self._started, 1), what))
+
+    def run(self):
+        """Run until all members have the fused model and every fault is over, then end it.
+
+        Returns:
+            What is kept of it, for JSON.
+        """
+        self._started = time.monotonic()
+        for command in self.commands.values():
+            command.start()
+        pending, active, done = list(self.faults), [], []
+        deadline = time.monotonic() + self._patience_seconds
+        while pending or active or not (self._is_published() and self._is_serving()):
+            self._look()
+            now = time.monotonic()
+            if pending or active:
+                deadline = now + self._patience_seconds
+            if pending and self._is_time(pending[0], now):
+                active.append(self._begin(pending.pop(0), now))
+            for fault in [one for one in active if now >= one["until"]]:
+                active.remove(fault)
+                done.append(self._lift(fault))
+            if now > deadline or any(c.problems for c in self.commands.values()):
+                self._note("given up")
+                break
+            time.sleep(LOOK_SECONDS)
+        for fault in active:
+            done.append(self._lift(fault))
+        published = round(time.monotonic() - self._started, 1)
+        is_published = self._is_published()
+        if not is_published:
+            self.problems.append("not published")
+        self._end()
+        self.check()
+        for command in self.commands.values():
+            self.problems += command.problems
+        return {
+            "outcome": "published" if is_published else "stuck",
+            "transport": "plain" if self._plain else "tls",
+            "seconds": published,
+            "faults": done,
+            "starts": {name: command.num_starts for name, command in self.commands.items()},
+            "ends": {name: command.ends for name, command in self.commands.items() if command.ends},
+            "events": self.events,
+            "problems": self.problems,
+        }
+
+    def _is_time(self, fault, now):
+        """Whether a fault begins: its stage, or a later one, was seen so many seconds ago."""
+        times = [self._seen[s] for s in STAGES[STAGES.index(fault.stage) :] if s in self._seen]
+        return bool(times) and now >= min(times) + fault.delay
+
+    def _begin(self, fault, now):
+        context = KINDS[fault.kind](self, fault)
+        has_met = context.__enter__()
+        self._note(f"begun: {fault.describe()}" + ("" if has_met else ", met nothing"))
+        return {"fault": fault, "context": context, "met": has_met, "until": now + fault.seconds,
+                "began": now, "phase": self._phase()}  # fmt: skip
+
+    def _lift(self, active):
+        active["context"].__exit__(None, None, None)
+        fault = active["fault"]
+        if fault.seconds:
+            self._note(f"lifted: {fault.kind} {fault.side}")
+        return {
+            **vars(fault), "met": active["met"], "phase": active["phase"],
+            "at": round(active["began"] - self._started, 1),
+        }  # fmt: skip
+
+    def _is_published(self):
+        return all(self.commands[name].is_done for name in MEMBERS)
+
+    def _is_serving(self):
+        """Whether the server stands as it should: mail is carried, and a worker is there."""
+        server = self.commands[SERVER]
+        link, worker = server.find_process("link"), server.find_process("coordinator")
+        pulse = parse_answer(CoordinatorHome(server.home).pulse.read())
+        return None not in (link, worker) and pulse.get("pid") == link.pid
+
+    def _phase(self):
+        return next((stage for stage in reversed(STAGES) if stage in self._seen), "")
+
+    def _look(self):
+        """Look after the commands, and see how far they are."""
+        for command in self.commands.values():
+            starts = command.num_starts
+            command.watch()
+            if command.num_starts != starts:
+                last = f": {command.ends[-1][:160]}" if command.ends else ""
+                self._note(f"{command.name} started again{last}")
+        home = CoordinatorHome(self.root / SERVER)
+        members = [ContributorHome(self.root / name) for name in MEMBERS]
+        for member in members:
+            letter = member.read_acknowledgement()
+            if letter is not None:
+                self._acknowledged[letter.contribution_id] = letter.state
+        state = home.read_state()
+        signs = {
+            "started": lambda: parse_answer(home.pulse.read()),
+            "joined": lambda: home.contributors(),
+            "training": lambda: any(m.read_state().get("phase") == "TRAINING" for m in members),
+            "uploading": lambda: any(mailbox.parts.held() for mailbox in home.contributors()),
+            "admitted": lambda: self._acknowledged,
+            "fusing": lambda: state.get("phase") == "FUSING",
+            "published": lambda: (home.outbox / "result.json").exists(),
+            "received": lambda: any((member.result / "fused").is_dir() for member in members),
+        }
+        for stage in STAGES:
+            if stage not in self._seen and signs[stage]():
+                self._seen[stage] = time.monotonic()
+                self._note(f"seen: {stage}")
+
+    def _end(self):
+        """Tell what still runs to end, as by Ctrl-C."""
+        server = self.commands[SERVER]
+        for name in (*MEMBERS, SERVER):
+            command = self.commands[name]
+            command.is_held = True
+            code = command.tell_to_end()
+            if name == SERVER and code != TOLD_TO_END:
+                lines = " / ".join(command.read_new_errors()[-4:])
+                self.problems.append(f"told to end, the server ended with {code}: {lines}")
+
+    def check(self):
+        """Hold what is left against what must be."""
+        left = [p for p in find_processes(self.root) if p.status() != psutil.STATUS_ZOMBIE]
+        self.problems += [f"left running: {' '.join(p.cmdline())[:300]}" for p in left]
+        homes = [CoordinatorHome(self.root / SERVER)]
+        homes += [ContributorHome(self.root / name) for name in MEMBERS]
+        for home in homes:
+            home.remove_leftovers()  # as the next start does
+        patterns = itertools.chain.from_iterable(self.root.rglob(p) for p in (".*.tmp", ".*.old"))
+        self.problems += [f"left {path.relative_to(self.root)}" for path in patterns]
+        self.problems += self._check_ledger()
+        if self._is_published():
+            for name in (SERVER, *MEMBERS):
+                folder = self.root / name / ("fused" if name == SERVER else "result/fused")
+                self.problems += _compare(name, self.stage.fused, hash_files(folder))
+        for name in (SERVER, *MEMBERS):
+            for log in sorted((self.root / name / "logs").glob("*.log")):
+                for line in _find_tracebacks(log):
+                    self.problems.append(f"traceback in {name}/logs/{log.name}: {line}")
+
+    def _check_ledger(self):
+        """Whether the ledger is whole, and holds what was acknowledged, once for each member."""
+        problems = []
+        path = self.root / SERVER / "ledger.db"
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            found = database.execute("PRAGMA integrity_check").fetchone()[0]
+            rows = database.execute("SELECT id, contributor, state FROM contributions").fetchall()
+        if found != "ok":
+            problems.append(f"ledger: {found}")
+        states = {row[0]: row[2] for row in rows}
+        for contribution, state in self._acknowledged.items():
+            if states.get(contribution) != state:
+                problems.append(
+                    f"acknowledged as {state}, in the ledger {states.get(contribution)}: "
+                    f"{contribution}"
+                )
+        counted = sorted(row[1] for row in rows if row[2] == "ADMITTED")
+        if self._is_published() and counted != sorted(MEMBERS):
+            problems.append(f"counted {counted}")
+        return problems
+
+    def read_tails(self):
+        """The ends of all logs, for somebody who looks for the cause."""
+        logs = [*sorted(self.root.glob("*.err")), *sorted(self.root.glob("*.out"))]
+        logs += sorted(self.root.glob("*/logs/*.log"))
+        return "\n".join(
+            f"== {log.relative_to(self.root)}\n"
+            + log.read_text("utf-8", "replace")[-TAIL_CHARACTERS:]
+            for log in logs
+        )
+
+    def forget(self):
+        """Delete the copies."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _compare(name, expected, got):
+    """Which files are others than the undisturbed run's."""
+    if not expected:
+        return []
+    names = sorted(n for n in {*expected, *got} if expected.get(n) != got.get(n))
+    return [f"{name} has other bytes than the undisturbed run: {json.dumps(names)}"] * bool(names)
+
+
+def _find_tracebacks(log):
+    """The last line of every traceback in a log."""
+    lines, inside, found = log.read_text("utf-8", "replace").splitlines(), False, []
+    for line in lines:
+        if line.startswith("Traceback"):
+            inside = True
+        elif inside and line and not line.startswith(" "):
+            found.append(line[:200])
+            inside = False
+    return found
