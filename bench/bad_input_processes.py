@@ -1,6 +1,5 @@
 """Cases of bench/bad_input.py with processes that are killed, and disks that fill in an upload."""
 
-import os
 import resource
 import signal
 import subprocess
@@ -11,15 +10,15 @@ from pathlib import Path
 from bad_input_files import find_free_port
 from bad_input_stage import Outcome, Stage, wait_until
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests"))
-
-from process_helpers import Mount  # noqa: E402
-
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.supervise import parse_answer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+from process_helpers import Mount  # noqa: E402
 
 __all__ = ["run_killed_training", "run_upload_cases"]
 

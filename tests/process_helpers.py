@@ -57,17 +57,22 @@ class Mount:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def _resize(self, num_bytes):
-        if not self._call("mount", "-o", f"remount,size={num_bytes}", str(self._folder)):
-            raise RuntimeError("the mounted file system cannot be resized")
+        return self._call("mount", "-o", f"remount,size={num_bytes}", str(self._folder))
 
     def fill(self):
         """Leave no free page."""
-        status = os.statvfs(self._folder)
-        self._resize(max(1, status.f_blocks - status.f_bfree) * status.f_frsize)
+
+        def shrink():
+            status = os.statvfs(self._folder)
+            return self._resize(max(1, status.f_blocks - status.f_bfree) * status.f_frsize)
+
+        # Refused if something was written meanwhile.
+        wait_until(shrink, seconds=20, what="filling the disk")
 
     def empty(self):
         """Leave space again."""
-        self._resize(self._num_bytes)
+        if not self._resize(self._num_bytes):
+            raise RuntimeError("the mounted file system cannot be resized")
 
     def close(self):
         """Unmount."""

@@ -33,7 +33,7 @@ SERVER = "server"
 MEMBERS = {"alpha": ("ka", "lo", "mi", "nu"), "beta": ("zz", "xx", "yy", "ww")}
 """Name and domain of each member, and the words its texts are made of."""
 TRAINING = TrainingRules(
-    kind="lora", rank=4, steps=60, batch=4, validate_every=20, patience=10, learning_rate=1e-2
+    kind="lora", rank=64, steps=60, batch=4, validate_every=20, patience=10, learning_rate=1e-2
 )
 
 
@@ -118,6 +118,8 @@ class Stage:
         finally:
             serving.send_signal(signal.SIGTERM)
             serving.wait(timeout=120)
+        for name in ("logs", "mail"):  # nobody has met this server
+            shutil.rmtree(home.root / name)
 
     def copy_home(self, name, target, *, server=""):
         """Copy a home to where a run wants it; a member's leads to another address there."""

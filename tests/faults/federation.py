@@ -73,6 +73,7 @@ class FederationRun:
         self.relays = {name: Relay(self._port, seed) for name in MEMBERS}
 
     def __enter__(self):
+        self.forget()  # what a program that was stopped left
         self.root.mkdir(parents=True)
         try:
             for relay in self.relays.values():
@@ -85,9 +86,11 @@ class FederationRun:
         return self
 
     def __exit__(self, *exception):
-        for process in find_processes(self.root):
+        left = find_processes(self.root)
+        for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(left, timeout=20)
         self._exit.close()
 
     def _prepare(self, name):
@@ -244,7 +247,6 @@ class FederationRun:
 
     def _end(self):
         """Tell what still runs to end, as by Ctrl-C."""
-        server = self.commands[SERVER]
         for name in (*MEMBERS, SERVER):
             command = self.commands[name]
             command.is_held = True

@@ -1,7 +1,7 @@
 """A line between contributors and a server that can be cut, fall silent, be slow, or repeat itself.
 
-A TCP proxy in a thread of its own. Without TLS it also reads requests, and sends some of them again:
-at once, or later and after others, as a network may do it.
+A TCP proxy in a thread of its own. Without TLS it also reads requests, and sends some of them
+again: at once, or later and after others, as a network may do it.
 """
 
 import asyncio
@@ -96,7 +96,9 @@ class Relay:
     def _run(self):
         asyncio.set_event_loop(self._loop)
         server = self._loop.run_until_complete(
-            asyncio.start_server(self._accept, "127.0.0.1", 0, limit=2**20)
+            asyncio.start_server(
+                lambda *streams: self._start(self._accept(*streams)), "127.0.0.1", 0, limit=2**20
+            )
         )
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
@@ -104,11 +106,15 @@ class Relay:
             self._loop.run_forever()
         finally:
             server.close()
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(asyncio.gather(*self._tasks, return_exceptions=True))
             self._loop.close()
+
+    def _start(self, work):
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, reader, writer):
         line = _Line(writer)
@@ -156,9 +162,7 @@ class Relay:
             for kept, latest in ((request, 0.0), (self._chance.choice(self._requests), 1.0)):
                 if self._chance.random() < REPEATED_SHARE:
                     pause = latest * self._chance.uniform(0.0, LATEST_SECONDS)
-                    task = asyncio.create_task(self._send_again(kept, pause))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._start(self._send_again(kept, pause))
 
     async def _send_again(self, request, pause):
         await asyncio.sleep(pause)

@@ -1,0 +1,70 @@
+"""Federations that are disturbed: published all the same, with the same bytes, and nothing lost.
+
+The long form, with hundreds of faults drawn at random, is `make chaos`.
+"""
+
+import random
+
+import pytest
+from fault_stage import MEMBERS, SERVER, Stage, hash_files
+from faults import KINDS, PLAIN_KINDS, STAGES, TLS_KINDS, Fault, draw_faults, is_plain
+from federation import FederationRun
+
+MEMBERS_FAULTS = [
+    Fault("kill", "alpha", "node", "joined", 0.5, 0.0),
+    Fault("kill", "beta", "worker", "training", 0.1, 0.0),
+    Fault("stop", SERVER, "link", "uploading", 0.0, 3.0),
+    Fault("kill", SERVER, "command", "uploading", 0.3, 0.0),
+    Fault("cut", "alpha", "", "published", 0.2, 3.0),
+]
+NETWORK_FAULTS = [
+    Fault("repeat", "alpha", "", "started", 0.0, 8.0),
+    Fault("kill", SERVER, "coordinator", "training", 0.5, 0.0),
+    Fault("disk", "alpha", "", "training", 0.2, 2.0),
+    Fault("kill", "beta", "letters", "fusing", 0.0, 0.0),
+]
+
+
+def test_faults_are_drawn_from_a_seed_and_hit_every_phase():
+    def draw(seed):
+        return draw_faults(random.Random(seed), 5, tuple(MEMBERS))
+
+    assert draw(3) == draw(3) != draw(4)
+    drawn = [draw(seed) for seed in range(400)]
+    faults = [fault for one in drawn for fault in one]
+    assert {fault.kind for fault in faults} == {*TLS_KINDS, *PLAIN_KINDS} <= set(KINDS)
+    assert {fault.stage for fault in faults} == set(STAGES)
+    assert {fault.side for fault in faults} == {SERVER, *MEMBERS}
+    assert any(fault.kind == "stop" and fault.seconds == 90.0 for fault in faults)
+    for one in drawn:
+        places = [(STAGES.index(fault.stage), fault.delay) for fault in one]
+        assert places == sorted(places)
+        kinds = {fault.kind for fault in one}
+        assert not (is_plain(one) and "certificate" in kinds)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """Homes, and what an undisturbed run makes of them."""
+    root = tmp_path_factory.mktemp("faults")
+    stage = Stage(root / "stage")
+    stage.make_homes()
+    with FederationRun(stage, root / "undisturbed") as run:
+        found = run.run()
+        assert found["problems"] == [], run.read_tails()
+        stage.note_reference(hash_files(run.root / SERVER / "fused"), found["seconds"])
+    assert "router.safetensors" in stage.fused
+    return stage
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "faults", [MEMBERS_FAULTS, NETWORK_FAULTS], ids=["with members", "without TLS"]
+)
+def test_a_disturbed_federation_publishes_the_same_bytes(stage, tmp_path, faults):
+    with FederationRun(stage, tmp_path / "run", faults) as run:
+        found = run.run()
+        tails = run.read_tails()
+    assert found["problems"] == [], tails
+    assert found["outcome"] == "published"
+    assert sum(fault["met"] for fault in found["faults"]) >= len(faults) - 1

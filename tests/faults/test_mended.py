@@ -1,0 +1,151 @@
+"""What the faults found in the product, mended by class: clocks, certificates, lost answers."""
+
+import datetime
+import json
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from flwr.app import Message
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supernode import node_auth_http_interceptor
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from transport_helpers import make_cooperative, serving
+
+from molora_fed.federation import certificates
+from molora_fed.federation.certificates import ServerCertificate
+from molora_fed.federation.connections import Doorkeeper
+from molora_fed.federation.envelopes import Envelope
+from molora_fed.federation.fleet import NOT_A_MEMBER, WRONG_CLOCK
+from molora_fed.federation.flower.fleet import AHEAD_SECONDS, build_fleet_app
+from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
+from molora_fed.federation.flower.node import FleetNode, _find_status
+from molora_fed.federation.letters import Refusal
+from molora_fed.federation.server import STALE_SECONDS, ServerSupervisor
+from molora_fed.federation.wire import pack_envelope
+from molora_fed.storage.keys import build_public_pem, load_or_make_key
+
+
+class _Stop:
+    def wait(self, seconds):
+        return True
+
+
+@pytest.fixture
+def served():
+    """Flower's tables behind their interface, the grid, and a port."""
+    factory = build_state_factory()
+    grid = LinkGrid(factory.state(), lambda key: True)
+    with serving(build_fleet_app(factory), Doorkeeper()) as port:
+        yield grid, port
+
+
+@pytest.fixture
+def node(served, tmp_path):
+    key = load_or_make_key(tmp_path / "node.pem")
+    client = FleetHttpClient.from_server_address(
+        f"127.0.0.1:{served[1]}",
+        True,
+        None,
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            node_auth_http_interceptor.NodeAuthHttpInterceptor(key, key.public_key()),
+        ],
+    )
+    return FleetNode(client, build_public_pem(key), lambda envelope: envelope, _Stop())
+
+
+def test_a_message_whose_answer_was_lost_on_the_way_is_given_again(served, node):
+    grid, _ = served
+    node.activate()
+    content = pack_envelope(Envelope((Refusal(reason="hello"),)))
+    (asked,) = grid.push_messages([Message(content, node._node.node_id, "query", ttl=60.0)])
+    pull, lost = node._client.PullMessages, []
+
+    def lose_first(request):
+        answer = pull(request)
+        if not lost:
+            lost.append(len(answer.messages_list))
+            raise httpx.ReadError("cut")
+        return answer
+
+    node._client.PullMessages = lose_first
+    with pytest.raises(KeyboardInterrupt):  # it would try again, but was stopped
+        node.answer_one()
+    assert lost == [1]
+    assert node.answer_one() and len(grid.pull_messages([asked])) == 1
+    assert not node.answer_one()  # once replied to, it is not given again
+
+
+@pytest.mark.parametrize(
+    ("ahead", "is_taken"), [(AHEAD_SECONDS - 20, True), (3_600, False), (-3_600, False)]
+)
+def test_a_clock_that_is_off_is_told_from_a_key_that_is_no_members(
+    node, monkeypatch, ahead, is_taken
+):
+    shifted = datetime.timedelta(seconds=ahead)
+    now = node_auth_http_interceptor.now
+    monkeypatch.setattr(node_auth_http_interceptor, "now", lambda: now() + shifted)
+    if is_taken:
+        node.activate()
+        return
+    with pytest.raises(httpx.HTTPStatusError) as refused:
+        node.activate()
+    assert _find_status(refused.value.response) == WRONG_CLOCK
+    gateways = httpx.Response(401, json={"detail": "Not a member"})
+    assert _find_status(gateways) == NOT_A_MEMBER
+
+
+def test_a_certificate_made_while_the_clock_was_ahead_is_made_again(tmp_path, monkeypatch):
+    certificate = ServerCertificate(tmp_path)
+
+    class Ahead(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return super().now(tz) + datetime.timedelta(days=200)
+
+    certificate.prepare_authority()
+    with monkeypatch.context() as patch:
+        patch.setattr(certificates.datetime, "datetime", Ahead)
+        certificate.prepare(["a"])
+    first = Path(certificate.paths[0]).read_bytes()
+    certificate.prepare(["a"])
+    assert Path(certificate.paths[0]).read_bytes() != first
+
+
+@pytest.fixture
+def supervisor(tmp_path):
+    """A supervisor of a server that was not started."""
+    home = make_cooperative(tmp_path / "server")
+    supervisor = ServerSupervisor(home.root, 1, lambda event: None, names=())
+    home.pulse.prepare()
+    return supervisor
+
+
+def test_a_clock_that_was_set_renews_certificates_at_once(supervisor, monkeypatch):
+    supervisor._certify()
+    assert supervisor._is_certified()
+    real = time.time
+    for step in (-86_400.0, 86_400.0):
+        monkeypatch.setattr(time, "time", lambda step=step: real() + step)
+        assert not supervisor._is_certified()
+
+
+def test_a_clock_that_was_set_is_no_silence_of_the_mail(supervisor, monkeypatch):
+    warned = []
+    monkeypatch.setattr(supervisor, "_warn", warned.append)
+    monkeypatch.setattr(supervisor._processes, "exit_code", lambda name: None)
+    monkeypatch.setattr(supervisor._processes, "stop", lambda *names, **more: None)
+    monkeypatch.setattr(supervisor, "_start_link", lambda: None)
+    now = [10_000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    supervisor._started = now[0] - 1_000.0
+    for pulse in range(3):  # it beats, with times an hour and more away from this clock's
+        now[0] += STALE_SECONDS - 1.0
+        supervisor.home.pulse.post(json.dumps({"pid": 1, "time": time.time() - 9_999.0 * pulse}))
+        supervisor._watch_link()
+    assert warned == []
+    now[0] += STALE_SECONDS + 1.0
+    supervisor._watch_link()
+    assert len(warned) == 1
