@@ -11,7 +11,7 @@ from typing import Any
 
 from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import CharterError, FederationError, ServerUnreachableError
-from molora_fed.federation.fleet import NOT_A_MEMBER
+from molora_fed.federation.fleet import NOT_A_MEMBER, WRONG_CLOCK
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.mailbox import hold_lock
@@ -34,6 +34,7 @@ POLL_SECONDS = 0.3
 HEALTH_SECONDS = 2.0
 LINGER_SECONDS = 2.0
 MAX_RESTARTS = 5
+CLOCK_SECONDS = 5.0
 WORKER_MODULE = "molora_fed.federation.worker"
 NODE_MODULE = "molora_fed.federation.flower.node"
 
@@ -132,6 +133,7 @@ class ContributorSupervisor:
         self._node_started = 0.0
         self._last_health = 0.0
         self._server_gone = False
+        self._clock_is_wrong = False
         self._worker_done = False
         self._quiet_since = 0.0
         self._shown: FederationEvent | None = None
@@ -256,7 +258,7 @@ class ContributorSupervisor:
 
     def _is_quiet(self) -> bool:
         """Whether the last answer has left: none is being made or sent for a while."""
-        busy = self._server_gone or self.home.busy.read() != ""
+        busy = self._server_gone or self._clock_is_wrong or self.home.busy.read() != ""
         now = time.monotonic()
         if busy or not self._quiet_since:
             self._quiet_since = now
@@ -288,12 +290,17 @@ class ContributorSupervisor:
         if code is None:
             if now - self._node_started > 60:
                 self._node_restarts = 0
+            if self._clock_is_wrong and now - self._node_started > 2 * CLOCK_SECONDS:
+                self._clock_is_wrong = False
+                self._emit_message("the clocks agree again; going on")
+            return
+        if code == WRONG_CLOCK:
+            self._wait_for_clock(now)
             return
         if code == NOT_A_MEMBER:
             raise FederationError(
                 f"Cannot stay connected as '{self.settings.name}': expected to be a member, got "
-                "refused by the server. Check this machine's clock, or ask the coordinator for a "
-                "new invitation."
+                "refused by the server. Ask the coordinator for a new invitation."
             )
         self._node_restarts += 1
         if self._node_restarts > MAX_RESTARTS and not self._server_gone:
@@ -302,6 +309,18 @@ class ContributorSupervisor:
                 f"failures. See {self._processes.log('node')}."
             )
         if now - self._node_started > 2 * self._node_restarts:
+            self._processes.stop("node", grace_seconds=4.0)
+            self._start_node()
+
+    def _wait_for_clock(self, now: float) -> None:
+        """Start the node again and again until its server takes the time it signs."""
+        if not self._clock_is_wrong:
+            self._clock_is_wrong = True
+            self._warn(
+                "this machine's clock and the server's differ by minutes; set the one that is "
+                "wrong, work goes on and waits for it"
+            )
+        if now - self._node_started > CLOCK_SECONDS:
             self._processes.stop("node", grace_seconds=4.0)
             self._start_node()
 

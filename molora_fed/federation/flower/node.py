@@ -51,7 +51,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from molora_fed.errors import FederationError
 from molora_fed.federation.confine import confine
 from molora_fed.federation.envelopes import Envelope
-from molora_fed.federation.fleet import NOT_A_MEMBER
+from molora_fed.federation.fleet import NOT_A_MEMBER, WRONG_CLOCK
 from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.pipes import read_envelope, write_envelope, write_sent
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
@@ -224,6 +224,14 @@ class FleetNode:
             pause = min(2 * pause, LONGEST_RETRY_SECONDS)
 
 
+def _find_status(refusal: httpx.Response) -> int:
+    """The exit status of a node that is refused when it comes online."""
+    if refusal.status_code != 401:
+        return 1
+    # The gateway knows keys; behind it only the signature is looked at, and it is of a time.
+    return NOT_A_MEMBER if "Not a member" in refusal.text else WRONG_CLOCK
+
+
 def _refuse(message: Any) -> Any:
     """A reply that says no more than that there is none."""
     error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="not answered")
@@ -283,7 +291,7 @@ def _run(home: Path, server: str, key_file: Path, authority: Path | None) -> int
             time.sleep(pause)
     except httpx.HTTPStatusError as error:
         print(f"refused: {error.response.status_code}", flush=True)
-        return NOT_A_MEMBER if error.response.status_code == 401 else 1
+        return _find_status(error.response)
     except (EOFError, BrokenPipeError):
         print("the process that answers letters ended", flush=True)
         return 1
