@@ -146,7 +146,7 @@ def run_one(
             folder = arguments.out / "failures"
             folder.mkdir(exist_ok=True)
             text = json.dumps(found, indent=1) + "\n" + run.read_tails()
-            (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+            (folder / f"{number}.log").write_text(text, encoding="utf-8")
     run.forget()
     return found
 

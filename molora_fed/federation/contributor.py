@@ -269,6 +269,7 @@ class ContributorSupervisor:
         if code:
             raise_recorded(
                 self.home.error_file,
+                code=code,
                 otherwise=f"Cannot go on: expected the worker to end well, got exit status "
                 f"{code}. See {self._processes.log('worker')}.",
             )

@@ -244,6 +244,7 @@ class ServerSupervisor:
         if code > 0:
             raise_recorded(
                 self.home.error_file,
+                code=code,
                 otherwise=f"Cannot go on: expected the coordinator's worker to run, got exit "
                 f"status {code}. See {log}.",
             )

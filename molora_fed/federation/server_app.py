@@ -5,6 +5,7 @@ A server of members runs it beside the fleet's interface (`flower.link`); a simu
 its Flower ServerApp.
 """
 
+import contextlib
 import json
 import os
 import threading
@@ -293,7 +294,8 @@ def _has_news(node: _Node) -> bool:
 
 
 def _log(line: str) -> None:
-    print(line, flush=True)
+    with contextlib.suppress(OSError):  # on a full disk mail goes on without its log
+        print(line, flush=True)
 
 
 def _check_member(member: Member | None, reply: Envelope) -> None:

@@ -403,24 +403,31 @@ def record_errors(path: Path) -> Iterator[None]:
         yield
     except MoloraError as error:
         message = clean(error, MAX_ERROR)  # it may quote what came from outside
-        print(message, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            print(message, file=sys.stderr, flush=True)
         record = {"type": type(error).__name__, "message": message, "code": error.exit_code}
         with contextlib.suppress(errors.StorageError):
             write_json(path, record)
         raise SystemExit(error.exit_code) from error
 
 
-def raise_recorded(path: Path, *, otherwise: str) -> None:
+def raise_recorded(path: Path, *, otherwise: str, code: int = 1) -> None:
     """In a supervisor: raise the error that a worker left.
 
     Args:
         path: File written by `record_errors`.
         otherwise: Message if the worker left none.
+        code: The worker's exit status.
 
     Raises:
         MoloraError: Of the type that the worker met.
     """
     record = read_json(path)
+    if record is None and code == errors.StorageError.exit_code:
+        raise errors.StorageError(
+            f"Cannot write in '{path.parent}': expected a writable disk, got one that took not "
+            "even the reason. Free some space and run the same command again."
+        )
     if record is None:
         raise FederationError(otherwise)
     kind = getattr(errors, str(record["type"]), MoloraError)

@@ -13,6 +13,7 @@ from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from transport_helpers import make_cooperative, serving
 
+from molora_fed.errors import FederationError, StorageError
 from molora_fed.federation import certificates
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.connections import Doorkeeper
@@ -23,6 +24,7 @@ from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
 from molora_fed.federation.flower.node import FleetNode, _find_status
 from molora_fed.federation.letters import Refusal
 from molora_fed.federation.server import STALE_SECONDS, ServerSupervisor
+from molora_fed.federation.supervise import raise_recorded
 from molora_fed.federation.wire import pack_envelope
 from molora_fed.storage.keys import build_public_pem, load_or_make_key
 
@@ -59,8 +61,7 @@ def node(served, tmp_path):
 def test_a_message_whose_answer_was_lost_on_the_way_is_given_again(served, node):
     grid, _ = served
     node.activate()
-    content = pack_envelope(Envelope((Refusal(reason="hello"),)))
-    (asked,) = grid.push_messages([Message(content, node._node.node_id, "query", ttl=60.0)])
+    (asked,) = _send(grid, node)
     pull, lost = node._client.PullMessages, []
 
     def lose_first(request):
@@ -76,6 +77,46 @@ def test_a_message_whose_answer_was_lost_on_the_way_is_given_again(served, node)
     assert lost == [1]
     assert node.answer_one() and len(grid.pull_messages([asked])) == 1
     assert not node.answer_one()  # once replied to, it is not given again
+
+
+def _send(grid, node):
+    content = pack_envelope(Envelope((Refusal(reason="hello"),)))
+    return grid.push_messages([Message(content, node._node.node_id, "query", ttl=60.0)])
+
+
+def test_a_reply_whose_session_another_began_anew_comes_whole(served, node):
+    grid, _ = served
+    node.activate()
+    asked = _send(grid, node)
+    push, pieces, times = node._client.PushMessages, node._client.PushObject, []
+
+    def repeat(piece):
+        if len(times) == 1:  # the network says it once more, when its pieces are half here
+            push(times[0])
+        return pieces(piece)
+
+    node._client.PushMessages = lambda request: times.append(request) or push(request)
+    node._client.PushObject = repeat
+    assert node.answer_one()
+    assert len(times) == 2 and len(grid.pull_messages(asked)) == 1
+
+
+def test_a_message_that_was_dropped_is_an_error_at_once(served, node):
+    grid, _ = served
+    node.activate()
+    asked = _send(grid, node)
+    assert grid.pull_messages(asked) == []
+    grid._state.delete_messages(set(asked))
+    (reply,) = grid.pull_messages(asked)
+    assert "dropped" in reply.error.reason and reply.metadata.reply_to_message_id == asked[0]
+    assert not node.answer_one()
+
+
+def test_a_worker_that_could_not_even_say_that_the_disk_is_full(tmp_path):
+    with pytest.raises(StorageError, match="Free some space"):
+        raise_recorded(tmp_path / "error.json", code=StorageError.exit_code, otherwise="?")
+    with pytest.raises(FederationError, match="unknown"):
+        raise_recorded(tmp_path / "error.json", code=1, otherwise="unknown")
 
 
 @pytest.mark.parametrize(

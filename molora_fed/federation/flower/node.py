@@ -65,6 +65,7 @@ SHORTEST_PAUSE_SECONDS = 0.3
 LONGEST_PAUSE_SECONDS = 3.0
 LONGEST_RETRY_SECONDS = 10.0
 MAX_OBJECTS = 10_000
+MAX_PUSHES = 5
 MAX_MESSAGE_BYTES = MAX_BATCH_BYTES + 16 * 2**20
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -192,16 +193,21 @@ class FleetNode:
                 message_object_trees=[tree],
                 clientapp_runtime_list=[0.0],
             )
-            pushed = self._insist(lambda: self._client.PushMessages(asked))
-            for object_id in pushed.objects_to_push:
-                piece = PushObjectRequest(
-                    node=self._node,
-                    run_id=run_id,
-                    object_id=object_id,
-                    object_content=objects.pop(object_id).deflate(),
-                    session_id=pushed.session_id,
+            for _ in range(MAX_PUSHES):
+                pushed = self._insist(lambda: self._client.PushMessages(asked))
+                pieces = (
+                    PushObjectRequest(
+                        node=self._node,
+                        run_id=run_id,
+                        object_id=object_id,
+                        object_content=objects[object_id].deflate(),
+                        session_id=pushed.session_id,
+                    )
+                    for object_id in pushed.objects_to_push
                 )
-                self._insist(partial(self._client.PushObject, piece))
+                # One that is not stored was of a session that is over: begun anew, with the rest.
+                if all(self._insist(partial(self._client.PushObject, p)).stored for p in pieces):
+                    return
 
     def _insist(self, call: Callable[[], Found]) -> Found:
         """Try again while the server is away or busy.
