@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ running or half-written.
 
 {kinds}
 
-"met nothing": the process had ended by itself, or the member was done. "started again": ends of a
-command in one line, after which the operator started it again while a fault lasted or just after.
+Met something: a process of that side or the server's, or a line in use. Said so: the command named
+in one line what it waited for, while the fault lasted; what is over before it is seen needs none.
+Commands that ended with one line, and went on when the same command was given again: {ends}.
 Seconds of a federation: {shortest:.0f} to {longest:.0f}, undisturbed {undisturbed:.0f}.
 {failures}"""
 
@@ -77,7 +79,7 @@ def run_all(arguments: argparse.Namespace, work: Path) -> int:
     runs = {} if arguments.only else read_runs(kept)
     num_faults = -(-arguments.faults // arguments.federations)
     for number in arguments.only or itertools.count():
-        met = sum(fault["met"] for one in runs.values() for fault in one["faults"])
+        met = count_met(runs.values())
         if not arguments.only and number >= arguments.federations and met >= arguments.faults:
             break
         if number in runs:
@@ -88,7 +90,7 @@ def run_all(arguments: argparse.Namespace, work: Path) -> int:
                 file.write(json.dumps(run, sort_keys=True) + "\n")
         runs[number] = run
         failed = sum(bool(one["problems"]) for one in runs.values())
-        met += sum(fault["met"] for fault in run["faults"])
+        met = count_met(runs.values())
         print(
             f"{len(runs)} of {arguments.federations} federations, {met} faults, {failed} failed; "
             f"number {number}: {run['outcome']} in {run['seconds']:.0f} s "
@@ -115,6 +117,11 @@ def read_runs(path: Path) -> dict[int, dict[str, Any]]:
         whole = "".join(json.dumps(run, sort_keys=True) + "\n" for run in found.values())
         path.write_text(whole, encoding="utf-8")
     return found
+
+
+def count_met(runs: Iterable[dict[str, Any]]) -> int:
+    """How many faults met a process or a line."""
+    return sum(bool(fault["met"]) for run in runs for fault in run["faults"])
 
 
 def prepare_stage(work: Path) -> Stage:
@@ -155,19 +162,20 @@ def write_page(
     runs: dict[int, dict[str, Any]], arguments: argparse.Namespace, undisturbed: float
 ) -> str:
     """The page of results: how many of each kind, and what became of their federations."""
-    done, met, failed, ends = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    done, met, said, failed = (Counter[str]() for _ in range(4))
+    ends = [len(lines) for run in runs.values() for lines in run["ends"].values()]
     for run in runs.values():
         for fault in run["faults"]:
             kind = f"{fault['kind']} {'server' if fault['side'] == SERVER else 'member'}"
             kind += f": {fault['role']}" if fault["role"] else ""
             done[kind] += 1
-            met[kind] += fault["met"]
+            met[kind] += bool(fault["met"])
+            said[kind] += bool(fault["said"])
             failed[kind] += bool(run["problems"])
-            ends[kind] += sum(map(len, run["ends"].values()))
-    rows = ["| fault | how many | met nothing | in federations that failed | started again |"]
+    rows = ["| fault | how many | met something | said so | in federations that failed |"]
     rows += ["| --- | ---: | ---: | ---: | ---: |"]
     rows += [
-        f"| {kind} | {done[kind]} | {done[kind] - met[kind]} | {failed[kind]} | {ends[kind]} |"
+        f"| {kind} | {done[kind]} | {met[kind]} | {said[kind] or '-'} | {failed[kind]} |"
         for kind in sorted(done)
     ]
     bad = {number: run for number, run in sorted(runs.items()) if run["problems"]}
@@ -182,6 +190,7 @@ def write_page(
         outcome=f"Published: {len(runs) - len(bad)} of {len(runs)}. "
         f"Faults that met a living process or line: {sum(met.values())}.",
         kinds="\n".join(rows),
+        ends=sum(ends),
         shortest=min(seconds),
         longest=max(seconds),
         undisturbed=undisturbed,

@@ -65,7 +65,7 @@ class Command:
         name: Whose it is: `server`, or a member.
         home: The folder it works in.
         is_done: Whether it ended well.
-        num_starts: How often it was started.
+        pids: Of its processes, one for each start.
         ends: The line it ended with, each time that it ended by itself before it was done.
         problems: What was not as it should be.
     """
@@ -74,7 +74,7 @@ class Command:
         self.name = name
         self.home = home
         self.is_done = False
-        self.num_starts = 0
+        self.pids = []
         self.ends = []
         self.problems = []
         self.is_held = False
@@ -94,7 +94,7 @@ class Command:
                 stderr=err, start_new_session=True,
             )  # fmt: skip
         self._was_killed = self._was_seen = False
-        self.num_starts += 1
+        self.pids.append(self._process.pid)
 
     @property
     def is_running(self):
@@ -161,9 +161,10 @@ class Command:
         self._err_read += len(data)
         return data.decode(errors="replace").splitlines()
 
-    def read_output(self):
-        """All it said on standard output so far."""
-        return self._out.read_text("utf-8", "replace") if self._out.exists() else ""
+    def read_said(self):
+        """All it said so far, on standard output and in the lines it ended with."""
+        texts = (path.read_text("utf-8", "replace") for path in (self._out, self._err))
+        return "".join(texts)
 
     def tell_to_end(self, *, seconds=120.0):
         """SIGTERM, and wait for the end; the exit status."""

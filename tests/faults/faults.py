@@ -19,7 +19,20 @@ import psutil
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
-__all__ = ["KINDS", "STAGES", "Fault", "draw_faults", "find_faketime", "is_plain", "lift_limits"]
+__all__ = [
+    "KINDS",
+    "SAID_AFTER_SECONDS",
+    "SAYS",
+    "STAGES",
+    "Fault",
+    "build_clock_environment",
+    "draw_faults",
+    "find_clock_file",
+    "find_faketime",
+    "forget_clock",
+    "is_plain",
+    "write_clock",
+]
 
 STAGES = (
     "started", "joined", "training", "uploading", "admitted", "fusing", "published", "received",
@@ -116,24 +129,40 @@ def find_faketime():
     return next(Path(found.origin).parent.rglob("libfaketime.so.1"), None)
 
 
+def _find_victim(run, fault):
+    """The process a fault is done to; if it is not there, another of its side, or the server's.
+
+    Returns:
+        Side, role and process; the process is None if nothing is there.
+    """
+    roles = {SERVER: SERVER_ROLES, fault.side: (SERVER_ROLES, MEMBER_ROLES)[fault.side != SERVER]}
+    places = [(fault.side, fault.role)]
+    places += [(side, role) for side in (fault.side, SERVER) for role in reversed(roles[side])]
+    for side, role in places:
+        process = run.commands[side].find_process(role)
+        if process is not None:
+            return side, role, process
+    return fault.side, fault.role, None
+
+
 @contextlib.contextmanager
 def _kill(run, fault):
-    process = run.find_victim(fault)
+    side, role, process = _find_victim(run, fault)
     if process is not None:
-        if fault.role == "command":
-            run.commands[fault.side].note_killed()
+        if role == "command":
+            run.commands[side].note_killed()
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    yield process is not None
+    yield f"{side}.{role}" if process is not None else ""
 
 
 @contextlib.contextmanager
 def _stop(run, fault):
-    process = run.find_victim(fault)
-    if process is not None:
-        process.suspend()
+    side, role, process = _find_victim(run, fault)
     try:
-        yield process is not None
+        if process is not None:
+            process.suspend()
+        yield f"{side}.{role}" if process is not None else ""
     finally:
         with contextlib.suppress(psutil.NoSuchProcess, AttributeError):
             process.resume()
@@ -141,7 +170,10 @@ def _stop(run, fault):
 
 @contextlib.contextmanager
 def _disturb_line(run, fault):
-    relay = run.relays[fault.side]
+    others = [name for name in run.relays if name != fault.side]
+    lively = [n for n in (fault.side, *others) if not run.commands[n].is_done]
+    side = lively[0] if lively else fault.side
+    relay = run.relays[side]
     disturb = {
         "cut": relay.cut,
         "silence": relay.silence,
@@ -150,7 +182,7 @@ def _disturb_line(run, fault):
     }
     disturb[fault.kind]()
     try:
-        yield not run.commands[fault.side].is_done
+        yield side if lively else ""
     finally:
         relay.restore()
 
@@ -166,14 +198,14 @@ def _fill_disk(run, fault):
         for process in command.list_processes():
             _limit(process, SMALL_BYTES)
     try:
-        yield command.is_running
+        yield fault.side if command.is_running else ""
     finally:
         if mount is not None:
             mount.empty()
-        lift_limits(command)
+        _lift_limits(command)
 
 
-def lift_limits(command):
+def _lift_limits(command):
     """Let a command's processes write files of any size."""
     for process in command.list_processes():
         _limit(process, resource.RLIM_INFINITY)
@@ -189,7 +221,7 @@ def _limit(process, num_bytes):
 def _step_clock(run, fault):
     run.set_clock(fault.side, fault.amount)
     try:
-        yield run.commands[fault.side].is_running
+        yield fault.side if run.commands[fault.side].is_running else ""
     finally:
         run.set_clock(fault.side, 0.0)
 
@@ -208,7 +240,7 @@ def _expire(run, fault):
     if not is_away and (link := command.find_process("link")) is not None:
         link.kill()  # what runs has the former one in memory
     try:
-        yield True
+        yield SERVER
     finally:
         command.is_held = False
 
@@ -258,6 +290,12 @@ def find_clock_file(name):
     return Path(sys.prefix) / f".clock-{os.getpid()}-{time.monotonic_ns()}-{name}"
 
 
+def forget_clock(pid):
+    """Delete what the library shares among the processes of one that was killed."""
+    for name in (f"faketime_shm_{pid}", f"sem.faketime_sem_{pid}"):
+        Path("/dev/shm", name).unlink(missing_ok=True)
+
+
 KINDS = {
     "kill": _kill,
     "stop": _stop,
@@ -269,7 +307,16 @@ KINDS = {
     "clock": _step_clock,
     "certificate": _expire,
 }
-"""Each kind with what does it: gives whether it met anything."""
+"""Each kind with what does it: gives what it met, or nothing."""
+SAYS = {
+    "cut": "does not answer",
+    "silence": "does not answer",
+    "disk": "Free some space",
+    "clock": "clock",
+}
+"""Words with which a command says that it waits for the end of a fault."""
+SAID_AFTER_SECONDS = 10.0
+"""How soon a line that is cut is noticed: every two seconds a command asks for five."""
 _COMMON = ("kill", "kill", "kill", "stop", "stop", "cut", "silence", "delay", "disk")
 TLS_KINDS = (*_COMMON, "certificate", *(("clock",) if find_faketime() else ()))
 PLAIN_KINDS = (*_COMMON, "repeat", "repeat", "repeat", *(("clock",) if find_faketime() else ()))

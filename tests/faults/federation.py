@@ -12,10 +12,13 @@ from commands import Command, build_environment, list_join_arguments, list_serve
 from fault_stage import MEMBERS, SERVER, hash_files
 from faults import (
     KINDS,
+    SAID_AFTER_SECONDS,
+    SAYS,
     STAGES,
     build_clock_environment,
     find_clock_file,
     find_faketime,
+    forget_clock,
     is_plain,
     write_clock,
 )
@@ -70,7 +73,9 @@ class FederationRun:
         self._seen = {}
         self._acknowledged = {}
         self._started = time.monotonic()
-        self.relays = {name: Relay(self._port, seed) for name in MEMBERS}
+        self.relays = {
+            name: Relay(self._port, seed, reads_requests=self._plain) for name in MEMBERS
+        }
 
     def __enter__(self):
         self.forget()  # what a program that was stopped left
@@ -91,6 +96,8 @@ class FederationRun:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left, timeout=20)
+        for pid in {pid for name in self._clocks for pid in self.commands[name].pids}:
+            forget_clock(pid)
         self._exit.close()
 
     def _prepare(self, name):
@@ -124,13 +131,6 @@ class FederationRun:
         if name in self._clocks:
             write_clock(self._clocks[name], seconds)
 
-    def find_victim(self, fault):
-        """The process a fault is done to; of a member that is done, the server's."""
-        process = self.commands[fault.side].find_process(fault.role)
-        if process is not None:
-            self._note(f"{fault.kind}: process {fault.role} of {fault.side}")
-        return process
-
     def _note(self, what):
         self.events.append((round(time.monotonic() - self._started, 1), what))
 
@@ -154,13 +154,12 @@ class FederationRun:
                 active.append(self._begin(pending.pop(0), now))
             for fault in [one for one in active if now >= one["until"]]:
                 active.remove(fault)
-                done.append(self._lift(fault))
+                done.append(self._lift(fault, others=active))
             if now > deadline or any(c.problems for c in self.commands.values()):
                 self._note("given up")
                 break
             time.sleep(LOOK_SECONDS)
-        for fault in active:
-            done.append(self._lift(fault))
+        done += [self._lift(fault, others=active) for fault in active]
         published = round(time.monotonic() - self._started, 1)
         is_published = self._is_published()
         if not is_published:
@@ -174,7 +173,7 @@ class FederationRun:
             "transport": "plain" if self._plain else "tls",
             "seconds": published,
             "faults": done,
-            "starts": {name: command.num_starts for name, command in self.commands.items()},
+            "starts": {name: len(command.pids) for name, command in self.commands.items()},
             "ends": {name: command.ends for name, command in self.commands.items() if command.ends},
             "events": self.events,
             "problems": self.problems,
@@ -187,18 +186,26 @@ class FederationRun:
 
     def _begin(self, fault, now):
         context = KINDS[fault.kind](self, fault)
-        has_met = context.__enter__()
-        self._note(f"begun: {fault.describe()}" + ("" if has_met else ", met nothing"))
-        return {"fault": fault, "context": context, "met": has_met, "until": now + fault.seconds,
-                "began": now, "phase": self._phase()}  # fmt: skip
+        met = context.__enter__()
+        self._note(f"begun: {fault.describe()}, met {met or 'nothing'}")
+        said = self.commands[met].read_said() if met in self.commands else ""
+        return {"fault": fault, "context": context, "met": met, "until": now + fault.seconds,
+                "began": now, "phase": self._phase(), "said": len(said)}  # fmt: skip
 
-    def _lift(self, active):
+    def _lift(self, active, others):
+        """Lift a fault, and see whether the command said what it waits for."""
         active["context"].__exit__(None, None, None)
-        fault = active["fault"]
+        fault, met = active["fault"], active["met"]
+        words, said = SAYS.get(fault.kind), None
+        if words and met in self.commands:
+            said = words in self.commands[met].read_said()[active["said"] :]
+            is_noticed = fault.kind == "cut" and fault.seconds >= SAID_AFTER_SECONDS
+            if is_noticed and not said and not others and self.commands[met].is_running:
+                self.problems.append(f"{met} did not say that the server does not answer")
         if fault.seconds:
-            self._note(f"lifted: {fault.kind} {fault.side}")
+            self._note(f"lifted: {fault.kind} {met}" + (", said so" if said else ""))
         return {
-            **vars(fault), "met": active["met"], "phase": active["phase"],
+            **vars(fault), "met": met, "phase": active["phase"], "said": said,
             "at": round(active["began"] - self._started, 1),
         }  # fmt: skip
 
@@ -218,9 +225,9 @@ class FederationRun:
     def _look(self):
         """Look after the commands, and see how far they are."""
         for command in self.commands.values():
-            starts = command.num_starts
+            starts = len(command.pids)
             command.watch()
-            if command.num_starts != starts:
+            if len(command.pids) != starts:
                 last = f": {command.ends[-1][:160]}" if command.ends else ""
                 self._note(f"{command.name} started again{last}")
         home = CoordinatorHome(self.root / SERVER)

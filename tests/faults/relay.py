@@ -33,15 +33,21 @@ class _Line:
 class Relay:
     """Passes connections on to a port of this machine; a context manager.
 
+    Args:
+        target_port: The port.
+        seed: Of what is drawn.
+        reads_requests: Whether what is said is HTTP without TLS, so that it can be said again.
+
     Attributes:
         port: Where it listens.
         num_repeated: Requests sent again so far.
     """
 
-    def __init__(self, target_port, seed=0):
+    def __init__(self, target_port, seed=0, *, reads_requests=False):
         self.port = 0
         self.num_repeated = 0
         self._target_port = target_port
+        self._reads_requests = reads_requests
         self._chance = random.Random(seed)
         self._mode = "open"
         self._delay_seconds = 0.0
@@ -126,7 +132,7 @@ class Relay:
         try:
             there, onward = await asyncio.open_connection("127.0.0.1", self._target_port)
             line.writers.append(onward)
-            send = self._pass_on if not self._repeats else self._pass_requests
+            send = self._pass_requests if self._reads_requests else self._pass_on
             async with asyncio.TaskGroup() as group:
                 group.create_task(send(reader, onward, line))
                 group.create_task(self._pass_on(there, writer, line))
@@ -152,8 +158,9 @@ class Relay:
         """Pass whole requests on, and some of them again on connections of their own."""
         while True:
             request = await _read_request(reader)
+            await asyncio.sleep(self._delay_seconds)
             if line.is_dead:
-                continue
+                await asyncio.Event().wait()
             writer.write(request)
             await writer.drain()
             if not self._repeats:
