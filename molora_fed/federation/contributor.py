@@ -20,8 +20,8 @@ from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,
     check_loopback,
+    find_trouble,
     format_server,
-    is_healthy,
     parse_server,
     raise_recorded,
     sigterm_as_interrupt,
@@ -171,10 +171,10 @@ class ContributorSupervisor:
             ServerUnreachableError: If it does not in time.
         """
         deadline = time.monotonic() + self._wait_seconds
-        while not is_healthy(self._host, self._port, self._authority):
+        while trouble := find_trouble(self._host, self._port, self._authority):
             if time.monotonic() >= deadline:
                 raise ServerUnreachableError(
-                    f"Cannot join at {self._host}:{self._port}: expected a server, got no answer "
+                    f"Cannot join at {self._host}:{self._port}: expected a server, got {trouble} "
                     f"for {self._wait_seconds:.0f} s. Check the address, or start it with "
                     "`molora serve`."
                 )
@@ -280,11 +280,12 @@ class ContributorSupervisor:
         now = time.monotonic()
         if now - self._last_health >= HEALTH_SECONDS:
             self._last_health = now
-            healthy = is_healthy(self._host, self._port, self._authority, timeout_seconds=5.0)
-            if not healthy and not self._server_gone:
+            trouble = find_trouble(self._host, self._port, self._authority, timeout_seconds=5.0)
+            if trouble and not self._server_gone:
                 self._server_gone = True
-                self._warn("the server does not answer; work goes on, waiting for it")
-            elif healthy and self._server_gone:
+                how = "" if trouble == "no answer" else f" as it should, but with {trouble}"
+                self._warn(f"the server does not answer{how}; work goes on, waiting for it")
+            elif self._server_gone and not trouble:
                 self._server_gone = False
                 self._emit_message("the server is back")
         code = self._processes.exit_code("node")

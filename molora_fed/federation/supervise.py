@@ -40,6 +40,7 @@ __all__ = [
     "check_loopback",
     "check_port_free",
     "find_free_port",
+    "find_trouble",
     "format_server",
     "is_healthy",
     "is_running",
@@ -56,6 +57,7 @@ PARENT_SECONDS = 3.0
 MAX_RESTARTS = 5
 RESTARTS_FORGOTTEN_SECONDS = 300.0
 OBSERVE_SECONDS = 1.0
+_OTHER_TIMES = (9, 10)  # OpenSSL's codes: not yet valid, expired
 MAX_ERROR = 8_000
 """Characters of an error that a worker leaves."""
 
@@ -159,7 +161,14 @@ def find_free_port(host: str = "127.0.0.1") -> int:
 def is_healthy(
     host: str, port: int, authority: Path | None = None, *, timeout_seconds: float = 2.0
 ) -> bool:
-    """Whether a server answers there.
+    """Whether a server answers there; the arguments are those of `find_trouble`."""
+    return not find_trouble(host, port, authority, timeout_seconds=timeout_seconds)
+
+
+def find_trouble(
+    host: str, port: int, authority: Path | None = None, *, timeout_seconds: float = 2.0
+) -> str:
+    """Why a server does not answer there as it should, in a few words; empty if it does.
 
     Args:
         host: Its address.
@@ -174,9 +183,12 @@ def is_healthy(
             context.minimum_version = ssl.TLSVersion.TLSv1_3
         url = f"{scheme}://{format_server(host, port)}/health"
         with urllib.request.urlopen(url, timeout=timeout_seconds, context=context) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError, ValueError, http.client.HTTPException):
-        return False
+            return "" if answer.status == 200 else f"status {answer.status}"
+    except (urllib.error.URLError, OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None)
+        if getattr(reason, "verify_code", 0) in _OTHER_TIMES:
+            return "a certificate that is not good at this machine's time: check both clocks"
+        return "no answer"
 
 
 def is_running(pid: int) -> bool:

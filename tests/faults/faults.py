@@ -32,6 +32,7 @@ __all__ = [
     "forget_clock",
     "is_plain",
     "write_clock",
+    "write_expired",
 ]
 
 STAGES = (
@@ -236,7 +237,7 @@ def _expire(run, fault):
         code = command.tell_to_end()
         if code != 128 + signal.SIGTERM:
             run.problems.append(f"told to end, the server ended with {code}")
-    _write_expired(command.home)
+    write_expired(command.home)
     if not is_away and (link := command.find_process("link")) is not None:
         link.kill()  # what runs has the former one in memory
     try:
@@ -245,7 +246,7 @@ def _expire(run, fault):
         command.is_held = False
 
 
-def _write_expired(home):
+def write_expired(home):
     """Replace the server's certificate by one of the same authority, names and key of last year."""
     path = home / "tls" / "server.pem"
     chain = x509.load_pem_x509_certificates(path.read_bytes())

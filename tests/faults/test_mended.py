@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from faults import write_expired
 from flwr.app import Message
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode import node_auth_http_interceptor
@@ -24,7 +25,7 @@ from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
 from molora_fed.federation.flower.node import FleetNode, _find_status
 from molora_fed.federation.letters import Refusal
 from molora_fed.federation.server import STALE_SECONDS, ServerSupervisor
-from molora_fed.federation.supervise import raise_recorded
+from molora_fed.federation.supervise import find_trouble, raise_recorded
 from molora_fed.federation.wire import pack_envelope
 from molora_fed.storage.keys import build_public_pem, load_or_make_key
 
@@ -153,6 +154,26 @@ def test_a_certificate_made_while_the_clock_was_ahead_is_made_again(tmp_path, mo
     first = Path(certificate.paths[0]).read_bytes()
     certificate.prepare(["a"])
     assert Path(certificate.paths[0]).read_bytes() != first
+
+
+def test_an_expired_certificate_is_named_and_made_again(tmp_path):
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    certificate = ServerCertificate(tmp_path)
+    for makes_it, expected in ((certificate.prepare, ""), (_expire(tmp_path), "check both clocks")):
+        makes_it(["127.0.0.1"])
+        with serving(answer, Doorkeeper(), certificate.paths) as port:
+            trouble = find_trouble("127.0.0.1", port, certificate.authority_file)
+        assert expected in trouble and bool(trouble) == bool(expected)
+    expired = Path(certificate.paths[0]).read_bytes()
+    certificate.prepare(["127.0.0.1"])
+    assert Path(certificate.paths[0]).read_bytes() != expired
+
+
+def _expire(home):
+    return lambda names: write_expired(home)
 
 
 @pytest.fixture
