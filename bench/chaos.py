@@ -25,9 +25,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "faults")]
 
-from fault_stage import MEMBERS, SERVER, Stage, hash_files  # noqa: E402
+from fault_stage import MEMBERS, SERVER, Stage  # noqa: E402
 from faults import draw_faults  # noqa: E402
-from federation import FederationRun  # noqa: E402
+from federation import FederationRun, prepare_stage  # noqa: E402
 
 LONGEST_SECONDS = 90.0
 PAGE = """# Faults
@@ -74,7 +74,9 @@ def run_all(arguments: argparse.Namespace, work: Path) -> int:
     Returns:
         The exit status.
     """
-    stage = prepare_stage(work)
+    stage = Stage(work / "stage")
+    if not stage.is_prepared:
+        prepare_stage(stage, work / "undisturbed")
     kept = arguments.out / "runs.jsonl"
     runs = {} if arguments.only else read_runs(kept)
     num_faults = -(-arguments.faults // arguments.federations)
@@ -122,21 +124,6 @@ def read_runs(path: Path) -> dict[int, dict[str, Any]]:
 def count_met(runs: Iterable[dict[str, Any]]) -> int:
     """How many faults met a process or a line."""
     return sum(bool(fault["met"]) for run in runs for fault in run["faults"])
-
-
-def prepare_stage(work: Path) -> Stage:
-    """Make the homes, and the bytes of an undisturbed run, unless they are there."""
-    stage = Stage(work / "stage")
-    if not stage.is_prepared:
-        stage.make_homes()
-        with FederationRun(stage, work / "undisturbed") as run:
-            found = run.run()
-            if found["problems"]:
-                raise SystemExit(f"the undisturbed run failed: {'; '.join(found['problems'])}")
-            stage.note_reference(hash_files(run.root / SERVER / "fused"), found["seconds"])
-            run.forget()
-        print(f"undisturbed: {found['seconds']:.0f} s", flush=True)
-    return stage
 
 
 def run_one(

@@ -66,7 +66,7 @@ class Stage:
     @property
     def fused(self):
         """Hashes of the undisturbed run's fused model, router included, by file."""
-        return json.loads(self._reference.read_bytes())["fused"]
+        return json.loads(self._reference.read_bytes())["fused"] if self.is_prepared else {}
 
     @property
     def seconds(self):

@@ -28,7 +28,7 @@ from relay import Relay
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.supervise import find_free_port, parse_answer
 
-__all__ = ["FederationRun"]
+__all__ = ["FederationRun", "prepare_stage"]
 
 LOOK_SECONDS = 0.1
 PATIENCE_SECONDS = 420.0
@@ -316,6 +316,20 @@ class FederationRun:
     def forget(self):
         """Delete the copies."""
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def prepare_stage(stage, root):
+    """Make the homes, and note what an undisturbed run makes of copies below a folder.
+
+    Raises:
+        AssertionError: If even that run has problems.
+    """
+    stage.make_homes()
+    with FederationRun(stage, root) as run:
+        found = run.run()
+        assert not found["problems"], f"{found['problems']}\n{run.read_tails()}"
+        stage.note_reference(hash_files(run.root / SERVER / "fused"), found["seconds"])
+    run.forget()
 
 
 def _compare(name, expected, got):

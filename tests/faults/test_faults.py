@@ -8,9 +8,9 @@ import time
 
 import httpx
 import pytest
-from fault_stage import MEMBERS, SERVER, Stage, hash_files
+from fault_stage import MEMBERS, SERVER, Stage
 from faults import KINDS, PLAIN_KINDS, STAGES, TLS_KINDS, Fault, draw_faults, is_plain
-from federation import FederationRun
+from federation import FederationRun, prepare_stage
 from process_helpers import wait_until
 from relay import Relay
 from transport_helpers import serving
@@ -92,11 +92,7 @@ def stage(tmp_path_factory):
     """Homes, and what an undisturbed run makes of them."""
     root = tmp_path_factory.mktemp("faults")
     stage = Stage(root / "stage")
-    stage.make_homes()
-    with FederationRun(stage, root / "undisturbed") as run:
-        found = run.run()
-        assert found["problems"] == [], run.read_tails()
-        stage.note_reference(hash_files(run.root / SERVER / "fused"), found["seconds"])
+    prepare_stage(stage, root / "undisturbed")
     assert "router.safetensors" in stage.fused
     return stage
 
