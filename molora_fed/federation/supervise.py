@@ -29,7 +29,7 @@ import psutil
 from molora_fed import errors
 from molora_fed.errors import ConfigError, FederationError, MoloraError, PortTakenError
 from molora_fed.federation.mailbox import read_json
-from molora_fed.storage.files import write_json
+from molora_fed.storage.files import write_bytes, write_json
 from molora_fed.storage.untrusted import clean
 
 __all__ = [
@@ -57,6 +57,7 @@ PARENT_SECONDS = 3.0
 MAX_RESTARTS = 5
 RESTARTS_FORGOTTEN_SECONDS = 300.0
 OBSERVE_SECONDS = 1.0
+_PROBE_BYTES = 4_096
 _OTHER_TIMES = (9, 10)  # OpenSSL's codes: not yet valid, expired
 MAX_ERROR = 8_000
 """Characters of an error that a worker leaves."""
@@ -432,7 +433,7 @@ def raise_recorded(path: Path, *, otherwise: str, code: int = 1) -> None:
         code: The worker's exit status.
 
     Raises:
-        MoloraError: Of the type that the worker met.
+        MoloraError: Of the type that the worker met; a StorageError if nothing can be written.
     """
     record = read_json(path)
     if record is None and code == errors.StorageError.exit_code:
@@ -441,6 +442,8 @@ def raise_recorded(path: Path, *, otherwise: str, code: int = 1) -> None:
             "even the reason. Free some space and run the same command again."
         )
     if record is None:
+        write_bytes(path, b" " * _PROBE_BYTES)  # where no reason can be left, this is it
+        path.unlink()
         raise FederationError(otherwise)
     kind = getattr(errors, str(record["type"]), MoloraError)
     if not (isinstance(kind, type) and issubclass(kind, MoloraError)):

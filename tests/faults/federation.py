@@ -32,7 +32,7 @@ __all__ = ["FederationRun", "prepare_stage"]
 
 LOOK_SECONDS = 0.1
 PATIENCE_SECONDS = 420.0
-"""Time without faults after which a run counts as stuck: above the relay's longest wait, 300 s."""
+"""Time without a fault or a new stage after which a run is stuck: above the longest wait, 300 s."""
 HOME_BYTES = 64 * 2**20
 TOLD_TO_END = 143
 TAIL_CHARACTERS = 6_000
@@ -53,7 +53,7 @@ class FederationRun:
         root: An empty folder for the copies.
         faults: In the order in which they begin.
         seed: Of what the relays draw.
-        patience_seconds: Time without faults after which the run counts as stuck.
+        patience_seconds: Time without a fault or a new stage after which it counts as stuck.
     """
 
     def __init__(self, stage, root, faults=(), *, seed=0, patience_seconds=PATIENCE_SECONDS):
@@ -63,7 +63,6 @@ class FederationRun:
         self.problems = []
         self.events = []
         self.commands = {}
-        self.relays = {}
         self.mounts = {}
         self._patience_seconds = patience_seconds
         self._exit = contextlib.ExitStack()
@@ -144,12 +143,12 @@ class FederationRun:
         for command in self.commands.values():
             command.start()
         pending, active, done = list(self.faults), [], []
-        deadline = time.monotonic() + self._patience_seconds
+        deadline, moved = time.monotonic() + self._patience_seconds, (0, 0)
         while pending or active or not (self._is_published() and self._is_serving()):
             self._look()
             now = time.monotonic()
-            if pending or active:
-                deadline = now + self._patience_seconds
+            if active or moved != (len(self._seen), len(done)):
+                moved, deadline = (len(self._seen), len(done)), now + self._patience_seconds
             if pending and self._is_time(pending[0], now):
                 active.append(self._begin(pending.pop(0), now))
             for fault in [one for one in active if now >= one["until"]]:

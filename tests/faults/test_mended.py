@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def test_a_worker_that_could_not_even_say_that_the_disk_is_full(tmp_path):
         raise_recorded(tmp_path / "error.json", code=StorageError.exit_code, otherwise="?")
     with pytest.raises(FederationError, match="unknown"):
         raise_recorded(tmp_path / "error.json", code=1, otherwise="unknown")
+    assert not (tmp_path / "error.json").exists()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        with pytest.raises(StorageError, match="Free some space"):
+            raise_recorded(tmp_path / "error.json", code=1, otherwise="unknown")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
