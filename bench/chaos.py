@@ -29,6 +29,8 @@ from fault_stage import MEMBERS, SERVER, Stage  # noqa: E402
 from faults import draw_faults  # noqa: E402
 from federation import FederationRun, prepare_stage  # noqa: E402
 
+from molora_fed.federation.supervise import sigterm_as_interrupt  # noqa: E402
+
 LONGEST_SECONDS = 90.0
 PAGE = """# Faults
 
@@ -62,7 +64,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     work = arguments.work or Path(tempfile.mkdtemp(prefix="molora-faults-"))
     try:
-        sys.exit(run_all(arguments, work))
+        with sigterm_as_interrupt():
+            sys.exit(run_all(arguments, work))
     finally:
         if arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)

@@ -77,7 +77,8 @@ class FederationRun:
         }
 
     def __enter__(self):
-        self.forget()  # what a program that was stopped left
+        self._kill_all()  # what a program that was killed left
+        self.forget()
         self.root.mkdir(parents=True)
         try:
             for relay in self.relays.values():
@@ -90,14 +91,17 @@ class FederationRun:
         return self
 
     def __exit__(self, *exception):
+        self._kill_all()
+        for pid in {pid for name in self._clocks for pid in self.commands[name].pids}:
+            forget_clock(pid)
+        self._exit.close()
+
+    def _kill_all(self):
         left = find_processes(self.root)
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left, timeout=20)
-        for pid in {pid for name in self._clocks for pid in self.commands[name].pids}:
-            forget_clock(pid)
-        self._exit.close()
 
     def _prepare(self, name):
         """Copy a home, and make what faults of its side need."""
