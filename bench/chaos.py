@@ -7,7 +7,7 @@ Every federation is real commands on copies of the same homes, with faults drawn
 its number. It has to end with the fused model at all members, byte for byte that of the undisturbed
 run, with every acknowledged upload in the ledger and nothing left running. Each that is finished is
 a line in `runs.jsonl`, and is not run again: stopped and called again, it goes on with the others.
-What failed is kept with the ends of its logs, and makes the exit status 1.
+What failed is kept with the ends of its logs, and makes the exit status 1; `--only` runs it again.
 """
 
 import argparse
@@ -81,7 +81,9 @@ def run_all(arguments: argparse.Namespace, work: Path) -> int:
     if not stage.is_prepared:
         prepare_stage(stage, work / "undisturbed")
     kept = arguments.out / "runs.jsonl"
-    runs = {} if arguments.only else read_runs(kept)
+    runs = read_runs(kept)
+    for number in arguments.only or ():
+        runs.pop(number, None)  # the later line counts
     num_faults = -(-arguments.faults // arguments.federations)
     for number in arguments.only or itertools.count():
         met = count_met(runs.values())
@@ -90,9 +92,8 @@ def run_all(arguments: argparse.Namespace, work: Path) -> int:
         if number in runs:
             continue
         run = run_one(stage, work / f"run-{number}", number, num_faults, arguments)
-        if not arguments.only:
-            with kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(run, sort_keys=True) + "\n")
+        with kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(run, sort_keys=True) + "\n")
         runs[number] = run
         failed = sum(bool(one["problems"]) for one in runs.values())
         met = count_met(runs.values())
@@ -102,9 +103,8 @@ def run_all(arguments: argparse.Namespace, work: Path) -> int:
             f"{'; '.join(run['problems'])[:300]}",
             flush=True,
         )
-    if not arguments.only:
-        page = write_page(runs, arguments, stage.seconds)
-        (arguments.out.parent / f"{arguments.out.name}.md").write_text(page, encoding="utf-8")
+    page = write_page(runs, arguments, stage.seconds)
+    (arguments.out.parent / f"{arguments.out.name}.md").write_text(page, encoding="utf-8")
     return int(any(run["problems"] for run in runs.values()))
 
 

@@ -29,6 +29,7 @@ NETWORK_FAULTS = [
     Fault("kill", SERVER, "coordinator", "training", 0.5, 0.0),
     Fault("disk", "alpha", "", "training", 0.2, 2.0),
     Fault("kill", "beta", "letters", "fusing", 0.0, 0.0),
+    Fault("stop", SERVER, "link", "received", 0.5, 8.0),
 ]
 
 

@@ -302,7 +302,8 @@ def _run(home: Path, server: str, key_file: Path, authority: Path | None) -> int
         print("the process that answers letters ended", flush=True)
         return 1
     except KeyboardInterrupt:
-        node.deactivate()
+        with contextlib.suppress(KeyboardInterrupt):  # told again: the server does not listen
+            node.deactivate()
         return 0
     finally:
         stop.set()
