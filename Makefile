@@ -9,7 +9,7 @@ LONG := docs/results/rebuild/test-long.txt
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-processes test-long lint types check bench clean
+.PHONY: demo test test-processes test-long chaos lint types check bench clean
 
 demo: $(STAMP)  ## A whole federation on this machine, a few minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molora demo
@@ -22,6 +22,9 @@ test-processes: $(STAMP)  ## Federations and commands in many real processes, ki
 
 test-long: $(STAMP)  ## By hand; what it says is kept
 	$(PYTEST) -v --no-header --durations=0 -m long | tee $(LONG)
+
+chaos: $(STAMP)  ## By hand: hundreds of faults, hours; stopped and called again, it goes on
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python bench/chaos.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,10 +1,9 @@
 """Cases of bench/bad_input.py with processes that are killed, and disks that fill in an upload."""
 
-import os
 import resource
-import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,53 +15,18 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.supervise import parse_answer
 
-__all__ = ["Mount", "run_killed_training", "run_upload_cases"]
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+from process_helpers import Mount  # noqa: E402
+
+__all__ = ["run_killed_training", "run_upload_cases"]
 
 MESSAGE_BYTES = "40000"
 """A quarter of a contribution: an upload takes several messages."""
 SMALL_BYTES = 10_000
 """Less than a part."""
 TOLD_TO_END = 128 + signal.SIGTERM
-
-
-class Mount:
-    """A small file system in memory at a folder, if this user may mount one.
-
-    Args:
-        folder: Where; made.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self._folder = folder
-        self.is_there = os.geteuid() == 0 and self._call(
-            "mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)
-        )
-
-    @staticmethod
-    def _call(*command: str) -> bool:
-        if shutil.which(command[0]) is None:
-            return False
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-    def _resize(self, num_bytes: int) -> None:
-        if not self._call("mount", "-o", f"remount,size={num_bytes}", str(self._folder)):
-            raise RuntimeError("the mounted file system cannot be resized")
-
-    def fill(self) -> None:
-        """Leave no free page."""
-        status = os.statvfs(self._folder)
-        self._resize(max(1, status.f_blocks - status.f_bfree) * status.f_frsize)
-
-    def empty(self) -> None:
-        """Leave space again."""
-        self._resize(16 * 2**20)
-
-    def close(self) -> None:
-        """Unmount."""
-        if self.is_there:
-            self._call("umount", str(self._folder))
-            self.is_there = False
 
 
 def _hash_files(folder: Path) -> dict[str, str]:

@@ -179,9 +179,11 @@ class ServerCertificate:
             issued = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         except (OSError, ValueError, TypeError, x509.ExtensionNotFound):
             return False
-        left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+        now = datetime.datetime.now(datetime.UTC)
         return (
-            left > datetime.timedelta(days=RENEW_DAYS)
+            # One that was made while this machine's clock was ahead is good for nobody yet.
+            certificate.not_valid_before_utc <= now
+            and certificate.not_valid_after_utc - now > datetime.timedelta(days=RENEW_DAYS)
             and set(issued.value) == {_general_name(name) for name in names}
             and key.public_key() == certificate.public_key()
         )

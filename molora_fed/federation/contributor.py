@@ -11,7 +11,7 @@ from typing import Any
 
 from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import CharterError, FederationError, ServerUnreachableError
-from molora_fed.federation.fleet import NOT_A_MEMBER
+from molora_fed.federation.fleet import NOT_A_MEMBER, WRONG_CLOCK
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.logs import EventLog
@@ -23,8 +23,8 @@ from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,
     check_loopback,
+    find_trouble,
     format_server,
-    is_healthy,
     parse_server,
     raise_recorded,
     sigterm_as_interrupt,
@@ -37,6 +37,7 @@ POLL_SECONDS = 0.3
 HEALTH_SECONDS = 2.0
 LINGER_SECONDS = 2.0
 MAX_RESTARTS = 5
+CLOCK_SECONDS = 5.0
 WORKER_MODULE = "molora_fed.federation.worker"
 NODE_MODULE = "molora_fed.federation.flower.node"
 
@@ -139,6 +140,7 @@ class ContributorSupervisor:
         self._node_started = 0.0
         self._last_health = 0.0
         self._server_gone = False
+        self._clock_is_wrong = False
         self._worker_done = False
         self._quiet_since = 0.0
         self._shown: FederationEvent | None = None
@@ -176,10 +178,10 @@ class ContributorSupervisor:
             ServerUnreachableError: If it does not in time.
         """
         deadline = time.monotonic() + self._wait_seconds
-        while not is_healthy(self._host, self._port, self._authority):
+        while trouble := find_trouble(self._host, self._port, self._authority):
             if time.monotonic() >= deadline:
                 raise ServerUnreachableError(
-                    f"Cannot join at {self._host}:{self._port}: expected a server, got no answer "
+                    f"Cannot join at {self._host}:{self._port}: expected a server, got {trouble} "
                     f"for {self._wait_seconds:.0f} s. Check the address, or start it with "
                     "`molora serve`."
                 )
@@ -263,7 +265,7 @@ class ContributorSupervisor:
 
     def _is_quiet(self) -> bool:
         """Whether the last answer has left: none is being made or sent for a while."""
-        busy = self._server_gone or self.home.busy.read() != ""
+        busy = self._server_gone or self._clock_is_wrong or self.home.busy.read() != ""
         now = time.monotonic()
         if busy or not self._quiet_since:
             self._quiet_since = now
@@ -274,6 +276,7 @@ class ContributorSupervisor:
         if code:
             raise_recorded(
                 self.home.error_file,
+                code=code,
                 otherwise=f"Cannot go on: expected the worker to end well, got exit status "
                 f"{code}. See {self._processes.log('worker')}.",
             )
@@ -284,23 +287,29 @@ class ContributorSupervisor:
         now = time.monotonic()
         if now - self._last_health >= HEALTH_SECONDS:
             self._last_health = now
-            healthy = is_healthy(self._host, self._port, self._authority, timeout_seconds=5.0)
-            if not healthy and not self._server_gone:
+            trouble = find_trouble(self._host, self._port, self._authority, timeout_seconds=5.0)
+            if trouble and not self._server_gone:
                 self._server_gone = True
-                self._warn("the server does not answer; work goes on, waiting for it")
-            elif healthy and self._server_gone:
+                how = "" if trouble == "no answer" else f" as it should, but with {trouble}"
+                self._warn(f"the server does not answer{how}; work goes on, waiting for it")
+            elif self._server_gone and not trouble:
                 self._server_gone = False
                 self._emit_message("the server is back")
         code = self._processes.exit_code("node")
         if code is None:
             if now - self._node_started > 60:
                 self._node_restarts = 0
+            if self._clock_is_wrong and now - self._node_started > 2 * CLOCK_SECONDS:
+                self._clock_is_wrong = False
+                self._emit_message("the clocks agree again; going on")
+            return
+        if code == WRONG_CLOCK:
+            self._wait_for_clock(now)
             return
         if code == NOT_A_MEMBER:
             raise FederationError(
                 f"Cannot stay connected as '{self.settings.name}': expected to be a member, got "
-                "refused by the server. Check this machine's clock, or ask the coordinator for a "
-                "new invitation."
+                "refused by the server. Ask the coordinator for a new invitation."
             )
         self._node_restarts += 1
         if self._node_restarts > MAX_RESTARTS and not self._server_gone:
@@ -309,6 +318,18 @@ class ContributorSupervisor:
                 f"failures. See {self._processes.log('node')}."
             )
         if now - self._node_started > 2 * self._node_restarts:
+            self._processes.stop("node", grace_seconds=4.0)
+            self._start_node()
+
+    def _wait_for_clock(self, now: float) -> None:
+        """Start the node again and again until its server takes the time it signs."""
+        if not self._clock_is_wrong:
+            self._clock_is_wrong = True
+            self._warn(
+                "this machine's clock and the server's differ by minutes; set the one that is "
+                "wrong, work goes on and waits for it"
+            )
+        if now - self._node_started > CLOCK_SECONDS:
             self._processes.stop("node", grace_seconds=4.0)
             self._start_node()
 

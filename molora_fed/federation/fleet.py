@@ -19,6 +19,7 @@ from molora_fed.storage.files import write_bytes, write_json
 __all__ = [
     "NOT_A_MEMBER",
     "PARTITIONS",
+    "WRONG_CLOCK",
     "Fleet",
     "connect_fleet",
     "find_own_home",
@@ -32,6 +33,8 @@ PARTITIONS = "MOLORA_PARTITIONS"
 """Environment variable of simulated ClientApps: file with the contributors' homes, in order."""
 NOT_A_MEMBER = 77
 """Exit status of a contributor's node whose key the server does not take."""
+WRONG_CLOCK = 78
+"""Exit status of a contributor's node whose key it takes, but not the time that it signs."""
 
 
 @dataclass(frozen=True)

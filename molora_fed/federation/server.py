@@ -122,7 +122,7 @@ class ServerSupervisor:
         self._host, self._port = host, port
         self._names = None if names is None else _list_names(host, names)
         self._certificate = ServerCertificate(self.home.root)
-        self._certified = 0.0
+        self._certified = (0.0, 0.0)
         self._on_event = on_event
         self._threads = threads or count_cores()
         self._fleet = fleet or connect_fleet(host, port, names=self._names)
@@ -131,6 +131,7 @@ class ServerSupervisor:
         self._restarts = Restarts()
         self._log = EventLog(self.home.logs)
         self._started = 0.0
+        self._pulse, self._heard = "", 0.0
         self._phase = ""
         self._shown: dict[str, FederationEvent] = {}
         self._problem = ""
@@ -181,7 +182,7 @@ class ServerSupervisor:
         self._processes.poll()
         self._watch_coordinator()
         self._watch_link()
-        if time.monotonic() - self._certified > CERTIFY_SECONDS:
+        if not self._is_certified():
             self._renew()
         self._report()
 
@@ -191,10 +192,16 @@ class ServerSupervisor:
 
     def _certify(self) -> None:
         """Make or renew what TLS needs, and the folders of members, if members only are served."""
-        self._certified = time.monotonic()
+        self._certified = (time.monotonic(), time.time())
         if self._names is not None:
             self._certificate.prepare(self._names)
             Members(self.home.members).prepare()
+
+    def _is_certified(self) -> bool:
+        """Whether that was lately, also by a clock that was set meanwhile, or slept."""
+        since, at = self._certified
+        passed = max(time.monotonic() - since, abs(time.time() - at))
+        return passed <= CERTIFY_SECONDS
 
     def _renew(self) -> None:
         """`_certify` while serving: the certificate there is stays good for weeks."""
@@ -240,6 +247,7 @@ class ServerSupervisor:
         if code > 0:
             raise_recorded(
                 self.home.error_file,
+                code=code,
                 otherwise=f"Cannot go on: expected the coordinator's worker to run, got exit "
                 f"status {code}. See {log}.",
             )
@@ -250,13 +258,15 @@ class ServerSupervisor:
     def _watch_link(self) -> None:
         """Restart the process that carries mail when it died, or carries none any more."""
         code = self._processes.exit_code("link")
-        age = time.monotonic() - self._started
-        pulse = parse_answer(self.home.pulse.read())
-        silent = time.time() - pulse["time"] if "time" in pulse else age
+        now = time.monotonic()
+        if (pulse := self.home.pulse.read()) != self._pulse:
+            self._pulse, self._heard = pulse, now  # not the time it says: clocks are set
+        age, silent = now - self._started, now - max(self._heard, self._started)
         if code is not None or (age > FIRST_PULSE_SECONDS and silent > STALE_SECONDS):
             self._restarts.note("the server's mail", self._processes.log("link"))
             self._warn("the process that carries mail ended; started again")
             self._processes.stop("link", grace_seconds=2.0)
+            self._renew()
             self._start_link()
 
     def _warn(self, message: str) -> None:

@@ -288,13 +288,13 @@ class MailRelay:
 
     def _beat(self) -> None:
         """Tell the supervisor that mail is being carried, and by which process."""
-        now = time.time()
-        if now - self._pulse < PULSE_SECONDS:
+        now = time.monotonic()
+        if self._pulse and now - self._pulse < PULSE_SECONDS:
             return
         self._pulse = now
         pulse = {"pid": os.getpid(), "run_id": str(self._run_id), "nodes": len(self._nodes)}
         # A board, not a file written whole: a pulse must neither wear nor wait for the disk.
-        self._home.pulse.post(json.dumps({**pulse, "time": now}))
+        self._home.pulse.post(json.dumps({**pulse, "time": time.time()}))
 
 
 def _has_news(node: _Node) -> bool:

@@ -30,7 +30,7 @@ from molora_fed import errors
 from molora_fed.errors import ConfigError, FederationError, MoloraError, PortTakenError
 from molora_fed.federation.logs import log, shorten_log
 from molora_fed.federation.mailbox import read_json
-from molora_fed.storage.files import write_json
+from molora_fed.storage.files import write_bytes, write_json
 from molora_fed.storage.untrusted import clean
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "check_loopback",
     "check_port_free",
     "find_free_port",
+    "find_trouble",
     "format_server",
     "is_healthy",
     "is_running",
@@ -57,6 +58,8 @@ PARENT_SECONDS = 3.0
 MAX_RESTARTS = 5
 RESTARTS_FORGOTTEN_SECONDS = 300.0
 OBSERVE_SECONDS = 1.0
+_PROBE_BYTES = 4_096
+_OTHER_TIMES = (9, 10)  # OpenSSL's codes: not yet valid, expired
 MAX_ERROR = 8_000
 """Characters of an error that a worker leaves."""
 
@@ -165,7 +168,14 @@ def find_free_port(host: str = "127.0.0.1") -> int:
 def is_healthy(
     host: str, port: int, authority: Path | None = None, *, timeout_seconds: float = 2.0
 ) -> bool:
-    """Whether a server answers there.
+    """Whether a server answers there; the arguments are those of `find_trouble`."""
+    return not find_trouble(host, port, authority, timeout_seconds=timeout_seconds)
+
+
+def find_trouble(
+    host: str, port: int, authority: Path | None = None, *, timeout_seconds: float = 2.0
+) -> str:
+    """Why a server does not answer there as it should, in a few words; empty if it does.
 
     Args:
         host: Its address.
@@ -180,9 +190,12 @@ def is_healthy(
             context.minimum_version = ssl.TLSVersion.TLSv1_3
         url = f"{scheme}://{format_server(host, port)}/health"
         with urllib.request.urlopen(url, timeout=timeout_seconds, context=context) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError, ValueError, http.client.HTTPException):
-        return False
+            return "" if answer.status == 200 else f"status {answer.status}"
+    except (urllib.error.URLError, OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None)
+        if getattr(reason, "verify_code", 0) in _OTHER_TIMES:
+            return "a certificate that is not good at this machine's time: check both clocks"
+        return "no answer"
 
 
 def is_running(pid: int) -> bool:
@@ -419,18 +432,26 @@ def record_errors(path: Path) -> Iterator[None]:
         raise SystemExit(error.exit_code) from error
 
 
-def raise_recorded(path: Path, *, otherwise: str) -> None:
+def raise_recorded(path: Path, *, otherwise: str, code: int = 1) -> None:
     """In a supervisor: raise the error that a worker left.
 
     Args:
         path: File written by `record_errors`.
         otherwise: Message if the worker left none.
+        code: The worker's exit status.
 
     Raises:
-        MoloraError: Of the type that the worker met.
+        MoloraError: Of the type that the worker met; a StorageError if nothing can be written.
     """
     record = read_json(path)
+    if record is None and code == errors.StorageError.exit_code:
+        raise errors.StorageError(
+            f"Cannot write in '{path.parent}': expected a writable disk, got one that took not "
+            "even the reason. Free some space and run the same command again."
+        )
     if record is None:
+        write_bytes(path, b" " * _PROBE_BYTES)  # where no reason can be left, this is it
+        path.unlink()
         raise FederationError(otherwise)
     kind = getattr(errors, str(record["type"]), MoloraError)
     if not (isinstance(kind, type) and issubclass(kind, MoloraError)):

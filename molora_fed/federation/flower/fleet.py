@@ -17,12 +17,16 @@ from flwr.common.constant import (
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
 )
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
-from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from flwr.superlink.routers.fleet import node_auth
 from flwr.superlink.routers.fleet.router import router
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
@@ -48,6 +52,9 @@ GOOD_SECONDS = TIMESTAMP_TOLERANCE + 2 * SYSTEM_TIME_TOLERANCE
 MAX_NODES = 4_096
 MAX_OBJECTS = 10_000
 """Objects of one reply; a part of a file is two or more."""
+AHEAD_SECONDS = 120
+"""How far a node's clock may be ahead; Flower's 5 seconds turn whoever has no time server away."""
+node_auth.SYSTEM_TIME_TOLERANCE = AHEAD_SECONDS
 
 
 def read_node_key(headers: Mapping[str, str]) -> str:
@@ -74,7 +81,7 @@ def build_fleet_app(state_factory: Any) -> FastAPI:
         middleware=[
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
-            Middleware(NodeAuthMiddleware),
+            Middleware(node_auth.NodeAuthMiddleware),
             Middleware(_Checks, state=state_factory.state()),
         ],
     )
@@ -128,6 +135,8 @@ class _Checks(BaseHTTPMiddleware):
             asked.heartbeat_interval = HEARTBEAT_DEFAULT_INTERVAL
         elif isinstance(asked, PushMessagesRequest):
             _check_reply(asked)
+        elif isinstance(asked, PullMessagesRequest):
+            self._give_again(asked.node.node_id)
         return await call_next(request)
 
     def _welcome(self, public_key: bytes) -> None:
@@ -144,6 +153,18 @@ class _Checks(BaseHTTPMiddleware):
             self._state.create_node(
                 NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, HEARTBEAT_DEFAULT_INTERVAL
             )
+
+    def _give_again(self, node_id: int) -> None:
+        """Let a node that asks have the message it was given and has not replied to.
+
+        It answers one after the other, so the answer that carried it was lost; Flower would give it
+        out once, and the relay wait for a reply until it gives up.
+        """
+        with self._state.lock:
+            replied = self._state.message_ins_id_to_message_res_id
+            for message_id, message in self._state.message_ins_store.items():
+                if message.metadata.dst_node_id == node_id and message_id not in replied:
+                    message.metadata.delivered_at = ""
 
 
 def _check_reply(asked: PushMessagesRequest) -> None:

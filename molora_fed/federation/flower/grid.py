@@ -102,14 +102,22 @@ class LinkGrid:
         return message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Any]:
-        """Take the replies that have arrived as a whole; a malformed one becomes an error."""
+        """Take the replies that have arrived as a whole.
+
+        A malformed one becomes an error, and so does a message that Flower has dropped: its time,
+        or that of its half-sent reply, was over, or seemed so to a clock that was set.
+        """
         found = (self._pull(message_id) for message_id in message_ids)
         return [reply for reply in found if reply is not None]
 
     def _pull(self, message_id: str) -> Any | None:
         reply_id = self._state.message_ins_id_to_message_res_id.get(message_id)
         if reply_id is None:
-            return None
+            is_awaited = message_id in self._under_way.values()
+            if message_id in self._state.message_ins_store or not is_awaited:
+                return None
+            self._delete(message_id, "")
+            return _build_error(self.run_id, message_id, "dropped before it was replied to")
         try:
             tree = self._state.object_store.get_object_tree(reply_id)
             contents = {}

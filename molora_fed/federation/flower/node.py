@@ -51,7 +51,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from molora_fed.errors import FederationError
 from molora_fed.federation.confine import confine
 from molora_fed.federation.envelopes import Envelope
-from molora_fed.federation.fleet import NOT_A_MEMBER
+from molora_fed.federation.fleet import NOT_A_MEMBER, WRONG_CLOCK
 from molora_fed.federation.logs import log, start_logging
 from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.pipes import read_envelope, write_envelope, write_sent
@@ -65,6 +65,7 @@ SHORTEST_PAUSE_SECONDS = 0.3
 LONGEST_PAUSE_SECONDS = 3.0
 LONGEST_RETRY_SECONDS = 10.0
 MAX_OBJECTS = 10_000
+MAX_PUSHES = 5
 MAX_MESSAGE_BYTES = MAX_BATCH_BYTES + 16 * 2**20
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -192,16 +193,21 @@ class FleetNode:
                 message_object_trees=[tree],
                 clientapp_runtime_list=[0.0],
             )
-            pushed = self._insist(lambda: self._client.PushMessages(asked))
-            for object_id in pushed.objects_to_push:
-                piece = PushObjectRequest(
-                    node=self._node,
-                    run_id=run_id,
-                    object_id=object_id,
-                    object_content=objects.pop(object_id).deflate(),
-                    session_id=pushed.session_id,
+            for _ in range(MAX_PUSHES):
+                pushed = self._insist(lambda: self._client.PushMessages(asked))
+                pieces = (
+                    PushObjectRequest(
+                        node=self._node,
+                        run_id=run_id,
+                        object_id=object_id,
+                        object_content=objects[object_id].deflate(),
+                        session_id=pushed.session_id,
+                    )
+                    for object_id in pushed.objects_to_push
                 )
-                self._insist(partial(self._client.PushObject, piece))
+                # One that is not stored was of a session that is over: begun anew, with the rest.
+                if all(self._insist(partial(self._client.PushObject, p)).stored for p in pieces):
+                    return
 
     def _insist(self, call: Callable[[], Found]) -> Found:
         """Try again while the server is away or busy.
@@ -222,6 +228,14 @@ class FleetNode:
             if self._stop.wait(pause):
                 raise KeyboardInterrupt
             pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+
+
+def _find_status(refusal: httpx.Response) -> int:
+    """The exit status of a node that is refused when it comes online."""
+    if refusal.status_code != 401:
+        return 1
+    # The gateway knows keys; behind it only the signature is looked at, and it is of a time.
+    return NOT_A_MEMBER if "Not a member" in refusal.text else WRONG_CLOCK
 
 
 def _refuse(message: Any) -> Any:
@@ -283,12 +297,13 @@ def _run(home: Path, server: str, key_file: Path, authority: Path | None) -> int
             time.sleep(pause)
     except httpx.HTTPStatusError as error:
         log("refused by the server", "warning", status=error.response.status_code)
-        return NOT_A_MEMBER if error.response.status_code == 401 else 1
+        return _find_status(error.response)
     except (EOFError, BrokenPipeError):
         log("the process that answers letters ended", "error")
         return 1
     except KeyboardInterrupt:
-        node.deactivate()
+        with contextlib.suppress(KeyboardInterrupt):  # told again: the server does not listen
+            node.deactivate()
         return 0
     finally:
         stop.set()
