@@ -39,11 +39,11 @@ from molora_fed.cooperative.evolve import PooledTexts, PrivateTexts, evolve_cont
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.corpus.prepare import load_corpus
+from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor, run_local
 from molora_fed.federation.status import FederationEvent
-from molora_fed.federation.supervise import find_free_port
 from molora_fed.models.base import Base
 from molora_fed.plugins import get_plugins
 from molora_fed.population.private_member import PrivateMember

@@ -11,6 +11,12 @@ from typing import Any
 
 from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import CharterError, FederationError, ServerUnreachableError
+from molora_fed.federation.addresses import (
+    check_loopback,
+    find_trouble,
+    format_server,
+    parse_server,
+)
 from molora_fed.federation.fleet import NOT_A_MEMBER, WRONG_CLOCK
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
@@ -22,10 +28,6 @@ from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,
-    check_loopback,
-    find_trouble,
-    format_server,
-    parse_server,
     raise_recorded,
     sigterm_as_interrupt,
 )

@@ -9,6 +9,12 @@ from pathlib import Path
 
 from molora_fed.charter import load_charter
 from molora_fed.errors import FederationError, MoloraError
+from molora_fed.federation.addresses import (
+    DEFAULT_PORT,
+    check_loopback,
+    check_port_free,
+    is_healthy,
+)
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.fleet import Fleet, connect_fleet
 from molora_fed.federation.homes import COORDINATOR_HOME, CoordinatorHome
@@ -19,13 +25,9 @@ from molora_fed.federation.metrics import serve_metrics
 from molora_fed.federation.overview import describe_contributor, read_server
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
-    DEFAULT_PORT,
     ProcessGroup,
     Restarts,
     build_flower_environment,
-    check_loopback,
-    check_port_free,
-    is_healthy,
     is_running,
     parse_answer,
     raise_recorded,

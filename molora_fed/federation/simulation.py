@@ -18,6 +18,7 @@ from typing import Any
 
 from molora_fed.charter import load_charter
 from molora_fed.errors import CharterError, ConfigError, FederationError
+from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.fleet import simulate_fleet, write_partitions
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
@@ -28,7 +29,6 @@ from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import (
     ProcessGroup,
     Restarts,
-    find_free_port,
     raise_recorded,
     sigterm_as_interrupt,
 )

@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from molora_fed.federation.supervise import find_free_port
+from molora_fed.federation.addresses import find_free_port
 
 SECONDS = 60
 

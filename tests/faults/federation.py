@@ -25,8 +25,9 @@ from faults import (
 from process_helpers import Mount, find_processes
 from relay import Relay
 
+from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
-from molora_fed.federation.supervise import find_free_port, parse_answer
+from molora_fed.federation.supervise import parse_answer
 
 __all__ = ["FederationRun", "prepare_stage"]
 

@@ -17,6 +17,7 @@ from transport_helpers import make_cooperative, serving
 
 from molora_fed.errors import FederationError, StorageError
 from molora_fed.federation import certificates
+from molora_fed.federation.addresses import find_trouble
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.connections import Doorkeeper
 from molora_fed.federation.envelopes import Envelope
@@ -26,7 +27,7 @@ from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
 from molora_fed.federation.flower.node import FleetNode, _find_status
 from molora_fed.federation.letters import Refusal
 from molora_fed.federation.server import STALE_SECONDS, ServerSupervisor
-from molora_fed.federation.supervise import find_trouble, raise_recorded
+from molora_fed.federation.supervise import raise_recorded
 from molora_fed.federation.wire import pack_envelope
 from molora_fed.storage.keys import build_public_pem, load_or_make_key
 

@@ -16,6 +16,7 @@ from transport_helpers import make_cooperative
 
 from molora_fed.errors import ConfigError, PortTakenError
 from molora_fed.federation import certificates, doctor
+from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.doctor import examine
 from molora_fed.federation.envelopes import keep_letter
@@ -28,7 +29,6 @@ from molora_fed.federation.members import Members, Redemption, build_redemption_
 from molora_fed.federation.metrics import serve_metrics
 from molora_fed.federation.overview import read_contributor, read_server
 from molora_fed.federation.status import FederationEvent
-from molora_fed.federation.supervise import find_free_port
 from molora_fed.federation.traffic import SERVER, Traffic, read_traffic
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import make_home, write_json

@@ -21,10 +21,10 @@ from molora_fed.contributions.states import CooperativeState
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.cooperative.evolve import PrivateTexts, evolve_contributions
 from molora_fed.corpus.prepare import load_corpus
+from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor, run_local
-from molora_fed.federation.supervise import find_free_port
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.population.bundle import load_evolved

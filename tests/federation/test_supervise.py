@@ -19,6 +19,12 @@ from molora_fed.errors import (
     ServerUnreachableError,
     UnknownNameError,
 )
+from molora_fed.federation.addresses import (
+    check_loopback,
+    check_port_free,
+    find_free_port,
+    parse_server,
+)
 from molora_fed.federation.contributor import join
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import hold_lock
@@ -26,11 +32,7 @@ from molora_fed.federation.server import serve
 from molora_fed.federation.supervise import (
     ProcessGroup,
     build_flower_environment,
-    check_loopback,
-    check_port_free,
-    find_free_port,
     parse_answer,
-    parse_server,
     raise_recorded,
     record_errors,
 )
