@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,11 @@ from process_helpers import wait_until
 from molora_fed.testing.models import build_tiny_checkpoint
 
 MOLORA = Path(sys.executable).parent / "molora"
-PORT = "8080"
+PORT, METRICS = "8080", "9464"
+ASK_HEALTH = f"""
+import urllib.request
+print(urllib.request.urlopen("http://127.0.0.1:{METRICS}/healthz").read().decode())
+"""
 # Under the only folder that keeps others out lies the interpreter; a namespace may see it alone.
 REMAP = (
     'mount --bind "$0" /mnt && mount -t tmpfs -o mode=755 none "$1" && mkdir -p "$0" '
@@ -118,7 +123,10 @@ def test_a_member_on_another_host_is_admitted_by_two_commands(hosts):
     server.run(MOLORA, "coop", "amend", "coop", *(x for s in settings for x in ("--set", s)))
     with (server.home / "serve.log").open("wb") as log:
         serving = subprocess.Popen(
-            server.wrap(MOLORA, "serve", "coop", "--address", f"{server.address}:{PORT}"),
+            server.wrap(
+                MOLORA, "serve", "coop", "--address", f"{server.address}:{PORT}",
+                "--metrics-port", METRICS,
+            ),
             cwd=server.home, stdout=log, stderr=log,
         )  # fmt: skip
     wait_until((server.home / "coop" / "address.json").exists, what="the address")
@@ -132,6 +140,12 @@ def test_a_member_on_another_host_is_admitted_by_two_commands(hosts):
 
     assert "ADMITTED" in joined and serving.poll() is None
     assert (member.home / "contributor-legal" / "result" / "fused" / "fused.json").is_file()
+    # What either side sees of it, and that nothing is wrong with either.
+    assert re.search(r"alice +legal +member .*ADMITTED", server.run(MOLORA, "status", "coop"))
+    assert '"status": "ok"' in server.run(sys.executable, "-c", ASK_HEALTH)
+    assert "ADMITTED" in member.run(MOLORA, "status", "contributor-legal")
+    for host, folder in ((server, "coop"), (member, "contributor-legal")):
+        assert "problem" not in host.run(MOLORA, "doctor", folder)
     for host, other in ((server, member), (member, server)):
         assert subprocess.run(host.wrap("ls", other.home), capture_output=True).returncode != 0
     serving.terminate()
