@@ -40,6 +40,8 @@ HEALTH_SECONDS = 2.0
 LINGER_SECONDS = 2.0
 MAX_RESTARTS = 5
 CLOCK_SECONDS = 5.0
+FAREWELL_SECONDS = 10.0
+"""How long a worker's error waits for the server's last question to be answered."""
 WORKER_MODULE = "molora_fed.federation.worker"
 NODE_MODULE = "molora_fed.federation.flower.node"
 
@@ -144,6 +146,7 @@ class ContributorSupervisor:
         self._server_gone = False
         self._clock_is_wrong = False
         self._worker_done = False
+        self._worker_ended = 0.0
         self._quiet_since = 0.0
         self._shown: FederationEvent | None = None
         self._problem = ""
@@ -223,7 +226,7 @@ class ContributorSupervisor:
         self._settle_consent()
         if not self._worker_done:
             self._watch_worker()
-        elif self._is_quiet():
+        elif self._is_quiet() or self._has_failed():
             self._finish()
         self._watch_node()
 
@@ -254,6 +257,7 @@ class ContributorSupervisor:
             return
         if code >= 0:
             self._worker_done = True  # well or not, the server's last question is still answered
+            self._worker_ended = time.monotonic()
             return
         self._worker_restarts += 1
         log = self._processes.log("worker")
@@ -272,6 +276,11 @@ class ContributorSupervisor:
         if busy or not self._quiet_since:
             self._quiet_since = now
         return now - self._quiet_since >= LINGER_SECONDS
+
+    def _has_failed(self) -> bool:
+        """Whether the worker failed a while ago: answers may never pause, or the server be away."""
+        is_late = time.monotonic() - self._worker_ended >= FAREWELL_SECONDS
+        return is_late and bool(self._processes.exit_code("worker"))
 
     def _finish(self) -> None:
         code = self._processes.exit_code("worker")

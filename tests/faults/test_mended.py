@@ -20,11 +20,13 @@ from molora_fed.federation import certificates
 from molora_fed.federation.addresses import find_trouble
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.connections import Doorkeeper
+from molora_fed.federation.contributor import FAREWELL_SECONDS, ContributorSupervisor
 from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.fleet import NOT_A_MEMBER, WRONG_CLOCK
 from molora_fed.federation.flower.fleet import AHEAD_SECONDS, build_fleet_app
 from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
 from molora_fed.federation.flower.node import FleetNode, _find_status
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.letters import Refusal
 from molora_fed.federation.server import STALE_SECONDS, ServerSupervisor
 from molora_fed.federation.supervise import raise_recorded
@@ -221,3 +223,19 @@ def test_a_clock_that_was_set_is_no_silence_of_the_mail(supervisor, monkeypatch)
     now[0] += STALE_SECONDS + 1.0
     supervisor._watch_link()
     assert len(warned) == 1
+
+
+@pytest.mark.parametrize(("code", "ends"), [(14, True), (0, False)])
+def test_a_worker_that_failed_ends_the_command_though_answers_never_pause(
+    tmp_path, monkeypatch, code, ends
+):
+    supervisor = ContributorSupervisor(
+        "127.0.0.1:1", tmp_path, JoinSettings("a", "b"), print, consent=lambda charter: True
+    )
+    monkeypatch.setattr(supervisor._processes, "exit_code", lambda name: code)
+    now = [10_000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    supervisor._worker_ended = now[0]
+    assert not supervisor._has_failed()
+    now[0] += FAREWELL_SECONDS
+    assert supervisor._has_failed() == ends

@@ -307,7 +307,8 @@ def _run(home: Path, server: str, key_file: Path, authority: Path | None) -> int
         return 0
     finally:
         stop.set()
-        letters.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what it could not be told any more
+            letters.stdin.close()
 
 
 if __name__ == "__main__":
