@@ -1,5 +1,6 @@
 """`molora coop`: make cooperatives, change them, and advise on them."""
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -88,11 +89,17 @@ def create(
         TrainingRules,
     )
     from molora_fed.cooperative.create import found_cooperative
+    from molora_fed.errors import ConfigError
     from molora_fed.models.layout import decoder_blocks
     from molora_fed.storage.files import make_home
     from molora_fed.storage.values import find_cache_folder, parse_names
     from molora_fed.training.freezing import recommend_frozen_depth
 
+    if not math.isfinite(deadline):
+        raise ConfigError(
+            f"Cannot create '{name}': expected a deadline in seconds, got {deadline}. Give a number "
+            "with --deadline, or 0 to wait for ever."
+        )
     chosen: dict[str, object] = {}
     if router is not None:
         chosen["router"] = router

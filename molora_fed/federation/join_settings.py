@@ -135,6 +135,9 @@ def prepare_home(home: "ContributorHome", settings: JoinSettings) -> JoinSetting
     home.busy.prepare()
     for old in (home.refusal_letter, home.error_file, home.state_file):
         old.unlink(missing_ok=True)
+    decision = home.read_acknowledgement()
+    if decision is not None and decision.state != "ADMITTED":
+        home.acknowledgement_letter.unlink()  # it may be released by now: the server says it again
     if home.result_letter.exists():
         # The server says again what is published, or asks: there may be more members by now.
         if _is_private(home):

@@ -57,6 +57,8 @@ def test_a_quorum_above_what_is_expected_is_refused_in_one_line(molora, tmp_path
     assert refused.code and refused.err.count("\n") == 1
     assert "expected a quorum of at most the 2 expected, got 3" in refused.err
     assert not (tmp_path / "c" / "cooperative.toml").exists()
+    unending = molora("coop", "create", "one", *common, "--deadline", "nan")
+    assert unending.code == 10 and "expected a deadline in seconds, got nan" in unending.err
     assert molora("coop", "create", "one", *common, "--expected", 3, "--quorum", 3).code == 0
     amended = molora("coop", "amend", tmp_path / "c", "--set", "expected=2")
     assert "a quorum of at most the 2 expected" in amended.err

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from molora_fed.errors import ConfigError, CorpusError
+from molora_fed.federation.envelopes import keep_letter
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
+from molora_fed.federation.letters import Acknowledgement
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,18 @@ def test_settings_that_an_earlier_version_kept_stay_as_they_are(adapter):
         "adapter": adapter, "shard": [1, 3], "threads": 2,
     }  # fmt: skip
     assert JoinSettings.from_json(kept).to_json() == kept
+
+
+@pytest.mark.parametrize(
+    ("state", "stays"), [("ADMITTED", True), ("QUARANTINED", False), ("REJECTED", False)]
+)
+def test_a_refused_contribution_is_asked_about_again(tmp_path, state, stays):
+    """It may have been released since; what is in stays in."""
+    home = ContributorHome(tmp_path / "home")
+    prepare_home(home, JoinSettings(name="", domain="python"))
+    kept = Acknowledgement(
+        shipment="a" * 64, contribution_id="b" * 64, state=state, findings=[], signature="ab"
+    )
+    keep_letter(home.acknowledgement_letter, kept)
+    prepare_home(home, home.read_settings())
+    assert (home.read_acknowledgement() == kept) is stays
