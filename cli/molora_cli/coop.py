@@ -97,8 +97,8 @@ def create(
 
     if not math.isfinite(deadline):
         raise ConfigError(
-            f"Cannot create '{name}': expected a deadline in seconds, got {deadline}. Give a number "
-            "with --deadline, or 0 to wait for ever."
+            f"Cannot create '{name}': expected a deadline in seconds, got {deadline}. Give a "
+            "number with --deadline, or 0 to wait for ever."
         )
     chosen: dict[str, object] = {}
     if router is not None:
