@@ -13,11 +13,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from molora_fed.storage.keys import load_or_make_key
 from molora_fed.testing.models import ARCHITECTURES, build_tiny_checkpoint, build_tiny_model
 
 _built = cache(build_tiny_model)
+
+# Times are no property of what is tested: machines are busy.
+settings.register_profile("molora", deadline=None)
+settings.load_profile("molora")
 
 
 @pytest.fixture(autouse=True)
