@@ -20,6 +20,7 @@ __all__ = [
     "LANGUAGES",
     "LOST_NATS",
     "ROUTERS",
+    "WITH_DEFAULT",
     "count_excess",
     "plan_languages",
     "plan_part",
@@ -48,6 +49,9 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
     "evidence-hidden": {},
 }
 """Every router by label, fused as this project does but for the guard, which is counted apart."""
+
+WITH_DEFAULT: Mapping[str, Mapping[str, Any]] = {**ROUTERS, "evidence-mixed": {}}
+"""And the default router, which is younger than what study `collapse` has kept."""
 
 AS_PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "linear-noncausal": {},
