@@ -1,6 +1,7 @@
 """`molora status`: where a cooperative or a contributor stands, from its home's files."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -73,7 +74,10 @@ def _show_server(overview: "ServerOverview") -> None:
     if overview.members:
         now = time.time()
         header = ("name", "domain", "standing", "connected", "phase", "seen", "got", "sent")
-        print_columns(header, [_build_row(row, now) for row in overview.members])
+        print_columns(
+            header,
+            [_build_row(row, now if overview.is_running else math.inf) for row in overview.members],
+        )
 
 
 def _build_row(row: "MemberRow", now: float) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ measured where work is done. Names of members are labels: other users of this ma
 """
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -142,7 +143,7 @@ class _Collector:
         yield InfoMetricFamily("molora_cooperative", "The cooperative and its phase", labels)
         yield _gauge("amendment", "Number of the amendment that counts", overview.amendment)
         yield _gauge("nodes", "Contributors' nodes that are connected", overview.nodes)
-        now = time.time()
+        now = time.time() if overview.is_running else math.inf  # then nobody is connected
         rows = sorted(overview.members, key=lambda row: -row.seen.last)[:MAX_MEMBERS]
         yield _count_by("contributions", "Contributions by state in the ledger", "state", rows)
         yield from _per_member(rows, now)

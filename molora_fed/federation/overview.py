@@ -120,7 +120,8 @@ class ServerOverview:
     def list_awaited(self) -> list[str]:
         """For what the cooperative waits now, one line each; empty while it works or is done."""
         if not self.is_running:
-            return ["the server: start it with `molora serve`"]
+            is_done = self.state.phase == "PUBLISHED"
+            return [] if is_done else ["the server: start it with `molora serve`"]
         if self.state.phase in ("PUBLISHED", "FUSING", "GROWING") or self.state.step is not None:
             return []
         return [_describe_awaited(row) for row in self.members if row.is_awaited]

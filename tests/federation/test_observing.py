@@ -4,6 +4,7 @@ import datetime
 import http.client
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -257,6 +258,7 @@ def test_status_shows_either_side_and_refuses_any_other_folder(home, tmp_path, c
     shown = capsys.readouterr().out
     for part in ("alice", "120/300", "dora", "waiting for", "not running"):
         assert part in shown
+    assert re.search(r"alice +legal +member +no ", shown)  # nobody is, where no server runs
     assert run(["status", str(home.root), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["members"][0]["name"] == "alice" and value["problems"]
