@@ -116,13 +116,12 @@ def change_bytes(data: bytes, chance: random.Random) -> bytes:
 
 def mutate_json(data: bytes, chance: random.Random) -> bytes:
     """A JSON document, changed as a value nine times in ten."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return change_bytes(data, chance)
     if chance.random() < 0.1:
         return change_bytes(data, chance)
-    return _dump(change_value(value, chance)).encode()
+    try:
+        return _dump(change_value(json.loads(data), chance)).encode()
+    except (ValueError, RecursionError):  # of bytes that are no JSON, or deeper with every turn
+        return change_bytes(data, chance)
 
 
 def mutate_toml(data: bytes, chance: random.Random) -> bytes:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fuzz_mutators import (
     Mutate,
     change_bytes,
@@ -128,15 +128,39 @@ def _replacing(path: Path, call: Callable[[], object]) -> Run:
     return run
 
 
+def _build_content(data: bytes) -> RecordDict:
+    """A message's content: of its version, letters and parts, or of bytes instead of letters."""
+    text, version, parts = data.decode("utf-8", "surrogateescape"), 1, {}
+    with contextlib.suppress(ValueError, RecursionError):
+        whole = json.loads(text)
+        if isinstance(whole, dict) and "letters" in whole:
+            text, version = json.dumps(whole["letters"]), whole.get("version")
+            parts = whole.get("parts")
+    version = version if isinstance(version, int | float | str) else 1
+    content = RecordDict({"letters": ConfigRecord({"version": version, "json": text})})
+    if isinstance(parts, dict) and parts:
+        arrays = {
+            str(name): bytes(size if isinstance(size, int) and 0 <= size <= 2**20 else 0)
+            for name, size in parts.items()
+        }
+        content["parts"] = ArrayRecord(
+            {
+                name: Array(dtype="bytes", shape=(len(each),), stype="molora.part", data=each)
+                for name, each in arrays.items()
+            }
+        )
+    return content
+
+
 def _prepare_mail(sender: Sender, letters: Mapping[str, dict[str, object]]):
     def prepare(folder: Path) -> tuple[Sequence[bytes], Run]:
         def run(data: bytes) -> None:
-            text = data.decode("utf-8", "surrogateescape")
-            content = RecordDict({"letters": ConfigRecord({"version": 1, "json": text})})
-            unpack_envelope(content, sender=sender)
+            unpack_envelope(_build_content(data), sender=sender)
 
         every = [{"kind": kind, "body": body} for kind, body in letters.items()]
-        return [json.dumps(some).encode() for some in (every, *([one] for one in every))], run
+        parts = {f"{_HASH}-0-3": 3, f"{_HASH}-3-100": 100}
+        some = [{"version": 1, "letters": every, "parts": parts}, *([one] for one in every)]
+        return [json.dumps(each).encode() for each in some], run
 
     return prepare
 
