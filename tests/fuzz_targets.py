@@ -130,19 +130,21 @@ def _replacing(path: Path, call: Callable[[], object]) -> Run:
 
 def _build_content(data: bytes) -> RecordDict:
     """A message's content: of its version, letters and parts, or of bytes instead of letters."""
-    text, version, parts = data.decode("utf-8", "surrogateescape"), 1, {}
+    text, version, parts = data.decode("utf-8", "surrogateescape"), 1, []
     with contextlib.suppress(ValueError, RecursionError):
         whole = json.loads(text)
         if isinstance(whole, dict) and "letters" in whole:
-            text, version = json.dumps(whole["letters"]), whole.get("version")
-            parts = whole.get("parts")
+            letters, version, parts = (whole.get(k) for k in ("letters", "version", "parts"))
+            is_number = isinstance(letters, int) and abs(letters) < 2**31
+            text = letters if is_number else json.dumps(letters)
     version = version if isinstance(version, int | float | str) else 1
     content = RecordDict({"letters": ConfigRecord({"version": version, "json": text})})
-    if isinstance(parts, dict) and parts:
-        arrays = {
-            str(name): bytes(size if isinstance(size, int) and 0 <= size <= 2**20 else 0)
-            for name, size in parts.items()
-        }
+    arrays = {}
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, list) and part:
+            size = part[-1] if isinstance(part[-1], int) and 0 <= part[-1] <= 2**20 else 0
+            arrays["-".join(str(each)[:400] for each in part)] = bytes(size)
+    if arrays:
         content["parts"] = ArrayRecord(
             {
                 name: Array(dtype="bytes", shape=(len(each),), stype="molora.part", data=each)
@@ -158,7 +160,7 @@ def _prepare_mail(sender: Sender, letters: Mapping[str, dict[str, object]]):
             unpack_envelope(_build_content(data), sender=sender)
 
         every = [{"kind": kind, "body": body} for kind, body in letters.items()]
-        parts = {f"{_HASH}-0-3": 3, f"{_HASH}-3-100": 100}
+        parts = [[_HASH, 0, 3], [_HASH, 3, 100]]
         some = [{"version": 1, "letters": every, "parts": parts}, *([one] for one in every)]
         return [json.dumps(each).encode() for each in some], run
 
