@@ -93,7 +93,8 @@ def run_all(arguments: argparse.Namespace, work: Path) -> int:
             continue
         run = run_one(stage, work / f"run-{number}", number, num_faults, arguments)
         with kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run, sort_keys=True) + "\n")
+            line = json.dumps(run, sort_keys=True).replace(f"{work}/", "")  # nobody's business
+            file.write(line + "\n")
         runs[number] = run
         failed = sum(bool(one["problems"]) for one in runs.values())
         met = count_met(runs.values())
