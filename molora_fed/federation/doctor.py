@@ -27,7 +27,7 @@ from molora_fed.federation.confine import describe_confinement
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.invitations import read_address
 from molora_fed.federation.mailbox import read_json
-from molora_fed.federation.overview import read_contributor, read_server
+from molora_fed.federation.overview import NOT_RUNNING, read_contributor, read_server
 from molora_fed.federation.supervise import is_running
 from molora_fed.plugins import Plugins
 from molora_fed.storage.locks import is_held
@@ -141,7 +141,7 @@ def _look_at_disk(home: CoordinatorHome | ContributorHome) -> Iterator[Finding]:
     else:
         yield Finding("disk", text)
     for problem in overview.problems:
-        if problem != "the server is not running":
+        if problem != NOT_RUNNING:  # `_look_at_server` says it
             yield Finding("state", problem, is_problem=True)
 
 

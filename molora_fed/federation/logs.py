@@ -45,7 +45,7 @@ def start_logging(process: str) -> None:
     """Name this process in its log; what nobody catches is written there as one line, too.
 
     Args:
-        process: "link", "coordinator", "node", "letters" or "worker".
+        process: "link", "coordinator", "node", "letters", "worker" or "pool worker".
     """
     global _process
     _process = process

@@ -29,6 +29,7 @@ from molora_fed.storage.locks import is_held
 from molora_fed.storage.untrusted import clean
 
 __all__ = [
+    "NOT_RUNNING",
     "ContributorOverview",
     "MemberRow",
     "ServerOverview",
@@ -38,6 +39,7 @@ __all__ = [
     "read_server",
 ]
 
+NOT_RUNNING = "the server is not running"
 HERE_SECONDS = 90.0
 """Who was heard of so lately is connected: a message comes at least every minute."""
 PULSE_SECONDS = 30.0
@@ -112,7 +114,7 @@ class ServerOverview:
         """Why it does not do its work; empty if it does."""
         found = []
         if not self.is_running:
-            found.append("the server is not running")
+            found.append(NOT_RUNNING)
         elif not self.is_carrying:
             found.append("no mail is carried")
         return (*found, *([self.problem] if self.problem else []))

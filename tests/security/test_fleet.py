@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.superlink.routers.fleet import node_auth
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from transport_helpers import serving
@@ -16,7 +17,7 @@ from transport_helpers import serving
 from molora_fed.federation.connections import Doorkeeper
 from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.flower import node as nodes
-from molora_fed.federation.flower.fleet import _Once, build_fleet_app
+from molora_fed.federation.flower.fleet import GOOD_SECONDS, _Once, build_fleet_app
 from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
 from molora_fed.federation.flower.node import FleetNode
 from molora_fed.federation.letters import Refusal, State
@@ -265,3 +266,10 @@ def test_what_a_server_sends_beyond_measure_is_not_taken(fleet, monkeypatch):
 
 def test_the_run_never_ends_and_no_token_is_left(fleet):
     assert not fleet.state.task_token_store and not fleet.state.task_token_to_task_id
+
+
+def test_a_used_signature_is_remembered_for_as_long_as_any_is_taken():
+    """By what Flower's check goes by here, which allows clocks to be further ahead than its own."""
+    earliest = node_auth.SYSTEM_TIME_TOLERANCE
+    latest = node_auth.TIMESTAMP_TOLERANCE + node_auth.SYSTEM_TIME_TOLERANCE
+    assert earliest + latest <= GOOD_SECONDS

@@ -13,7 +13,6 @@ from flwr.common.constant import (
     HEARTBEAT_DEFAULT_INTERVAL,
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
-    SYSTEM_TIME_TOLERANCE,
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
 )
@@ -47,14 +46,14 @@ FLEET_BODIES: Mapping[str, int] = {
 }
 """Paths that are served, and the largest body of each, bytes. Nodes register by invitation, not
 here, and nobody is sent an app."""
-GOOD_SECONDS = TIMESTAMP_TOLERANCE + 2 * SYSTEM_TIME_TOLERANCE
-"""How long a signature is good, counted from when it may first come."""
 MAX_NODES = 4_096
 MAX_OBJECTS = 10_000
 """Objects of one reply; a part of a file is two or more."""
 AHEAD_SECONDS = 120
 """How far a node's clock may be ahead; Flower's 5 seconds turn whoever has no time server away."""
 node_auth.SYSTEM_TIME_TOLERANCE = AHEAD_SECONDS
+GOOD_SECONDS = TIMESTAMP_TOLERANCE + 2 * AHEAD_SECONDS
+"""How long a signature is good, counted from when it may first come."""
 
 
 def read_node_key(headers: Mapping[str, str]) -> str:
