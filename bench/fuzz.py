@@ -7,8 +7,8 @@
 One process a target (atheris, libFuzzer) with a limit of memory and of 5 seconds an input. What
 ends in anything but a one-line error of this package is a finding; its input goes to
 tests/data/fuzz, which `make test` repeats. Finished targets are kept in `--work`; stopped and
-called again, it goes on with the others. Coverage is that of the corpus libFuzzer found, measured
-afterwards by branch over the functions that a target names.
+called again, it goes on with the others. Coverage is that of the corpora libFuzzer found, measured
+afterwards by branch over the functions that read what comes through a door.
 """
 
 import argparse
@@ -40,9 +40,15 @@ PAGE = """# Fuzzing the doors
 `python bench/fuzz.py`; {inputs:,} inputs in all. Every door is a parser of something from outside;
 an input is a good file changed inside its structure, chosen by what reached new code (atheris). An
 input counts as handled if it is read, or refused in one line. Limits: {seconds} seconds an input,
-{memory} MiB beyond the process itself. Branches are those of the functions that read the file, over
-the inputs libFuzzer kept.
+{memory} MiB beyond the process itself. Branches are those of all functions that look at the outside
+value (`PARSERS` in tests/fuzz_targets.py), over the inputs libFuzzer kept for a door's targets.
 
+| door | inputs | branches reached | | missed |
+| --- | ---: | ---: | ---: | --- |
+{doors}
+
+| door | target | inputs | unhandled | slowest input |
+| --- | --- | ---: | ---: | ---: |
 {table}
 
 {versions}
@@ -188,61 +194,77 @@ def _name_fault(error: BaseException) -> str:
     return f"{type(error).__name__}-{place}"
 
 
-def cover(name: str, work: Path) -> dict[str, int]:
-    """Branches that a target's corpus reaches, among those of its parsers."""
+def cover(name: str, work: Path) -> dict[str, list[str]]:
+    """Branches that a target's corpus reaches and misses, among those of its door's parsers."""
     import coverage
 
-    measured = coverage.Coverage(branch=True, data_file=None, include=["*/molora_fed/*"])
-    measured.start()
-    target = find_target(name)
-    from molora_fed.errors import MoloraError
-
     with tempfile.TemporaryDirectory() as scratch:
-        _, run = target.prepare(Path(scratch))
-        for path in sorted((work / "corpus").iterdir()):
-            try:
-                run(path.read_bytes())
-            except MoloraError:
-                continue
-            except Exception:
-                continue
-    measured.stop()
-    with tempfile.NamedTemporaryFile() as file:
-        measured.json_report(outfile=file.name)
-        files = json.loads(Path(file.name).read_bytes())["files"]
-    branches = covered = 0
-    for parser in target.parsers:
-        module, _, prefix = parser.partition(":")
+        kept = Path(scratch) / "coverage"  # of this process, and those that a target starts
+        measured = coverage.Coverage(
+            branch=True, data_file=kept, data_suffix=True, include=["*/molora_fed/*"]
+        )
+        measured.start()
+        target = find_target(name)
+        from fuzz_targets import PARSERS
+
+        folder = Path(scratch) / "target"
+        folder.mkdir()
+        seeds, run = target.prepare(folder)
+        for data in (*seeds, *(path.read_bytes() for path in sorted((work / "corpus").iterdir()))):
+            with contextlib.suppress(Exception):
+                run(data)
+        measured.stop()
+        measured.save()
+        measured.combine([scratch])
+        measured.json_report(outfile=f"{scratch}/report.json")
+        files = json.loads(Path(scratch, "report.json").read_bytes())["files"]
+    found: dict[str, list[str]] = {"reached": [], "missed": []}
+    for module, prefixes in PARSERS[target.door].items():
         path = str(Path(str(import_module(module).__file__)).relative_to(Path.cwd()))
-        for function, found in files[path]["functions"].items():
-            if function and function.startswith(prefix):
-                branches += found["summary"]["num_branches"]
-                covered += found["summary"]["covered_branches"]
-    return {"branches": branches, "covered": covered}
+        for function, lines in files[path]["functions"].items():
+            if function and function.startswith(prefixes):
+                for kind, key in (("reached", "executed"), ("missed", "missing")):
+                    found[kind] += [f"{path}:{a}:{b}" for a, b in lines[f"{key}_branches"]]
+    return found
 
 
 def write_page(targets: Sequence[Any], results: dict[str, dict[str, Any]]) -> str:
     import importlib.metadata as metadata
 
-    rows = [
-        "| door | parser | inputs | unhandled | slowest input | branches reached |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
+    doors: dict[str, list[dict[str, Any]]] = {}
     for target in targets:
         found = results[target.name]
-        share = f"{found['covered']} of {found['branches']}"
+        doors.setdefault(target.door, []).append(found)
         rows.append(
             f"| {target.door} | {target.name} | {found['inputs']:,} | {len(found['findings'])} "
-            f"| {found['slowest_seconds']:.2f} s | {share} |"
+            f"| {found['slowest_seconds']:.2f} s |"
+        )
+    reached_rows = []
+    for door, all_found in doors.items():
+        reached = {branch for found in all_found for branch in found["reached"]}
+        every = reached | {branch for found in all_found for branch in found["missed"]}
+        missed = ", ".join(f"`{_name_branch(branch)}`" for branch in sorted(every - reached))
+        reached_rows.append(
+            f"| {door} | {sum(found['inputs'] for found in all_found):,} | {len(reached)} of "
+            f"{len(every)} | {len(reached) / len(every):.0%} | {missed} |"
         )
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("atheris", "coverage"))
     return PAGE.format(
         inputs=sum(found["inputs"] for found in results.values()),
         seconds=SECONDS,
         memory=MEMORY_BYTES // 2**20,
+        doors="\n".join(reached_rows),
         table="\n".join(rows),
         versions=f"Seed {SEED}; {versions}.",
     )
+
+
+def _name_branch(branch: str) -> str:
+    """A branch as "file.py: line to line", out of the function with a negative number."""
+    path, start, end = branch.split(":")
+    goes = f"{start} to {end}" if int(end) > 0 else f"{start} out"
+    return f"{Path(path).name}: {goes}"
 
 
 if __name__ == "__main__":

@@ -104,7 +104,6 @@ class Target:
         door: The entry point it belongs to.
         mutate: Changes an input inside its structure.
         prepare: From an empty folder, good inputs and the function to call with others.
-        parsers: "module" or "module:function" whose branches count, prefixes of qualified names.
         inputs: Changed inputs that the tests try; as many as take about a second.
         fuzzed: Changed inputs that bench/fuzz.py tries.
     """
@@ -113,7 +112,6 @@ class Target:
     door: str
     mutate: Mutate
     prepare: Callable[[Path], tuple[Sequence[bytes], Run]]
-    parsers: tuple[str, ...]
     inputs: int = 200
     fuzzed: int = 50_000
 
@@ -296,81 +294,90 @@ def _prepare_pages(folder: Path) -> tuple[Sequence[bytes], Run]:
     return [(KEPT / "report.json").read_bytes()], _replacing(path, check)
 
 
+_FILES_OF_ADAPTERS = ("_file_size", "load_", "_check_")
+PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "mail": {
+        "molora_fed.federation.wire": ("unpack_envelope",),
+        "molora_fed.federation.envelopes": ("parse_",),
+        "molora_fed.federation.messages": ("parse_",),
+    },
+    "invitations": {"molora_fed.federation.invitations": ("parse_invitation",)},
+    "manifests": {
+        "molora_fed.contributions.manifest": (
+            "parse_manifest", "_validate", "_check_", "Manifest.", "FileEntry.", "SampleEntry.",
+        ),
+    },
+    "adapters": {
+        "molora_fed.adapters.files": _FILES_OF_ADAPTERS,
+        "molora_fed.adapters.low_rank_files": ("load_", "_check_", "_Pattern"),
+        "molora_fed.adapters.delta_files": ("load_", "_check_"),
+        "molora_fed.adapters.quantised_files": (
+            "load_", "_load_", "_check_", "_read", "_parts", "_expect_", "_Module", "is_quantised",
+        ),
+    },
+    "samples": {"molora_fed.corpus.blocks": ("load_blocks", "Blocks.__post_init__")},
+    "charters": {
+        "molora_fed.charter": ("parse_charter", "Identity._", "read_amendment", "_name_unnamed"),
+        "molora_fed.storage.toml": ("",),
+    },
+    "base folders": {
+        "molora_fed.models.base": ("load_", "_load", "_read_"),
+        "molora_fed.models.base_config": ("",),
+        "molora_fed.models.base_files": (
+            "load_json_file", "find_", "count_tensors", "_find_tensors", "stage_checkpoint",
+        ),
+    },
+    "corpora": {
+        "molora_fed.corpus.documents": ("read_documents", "_read_", "_decode", "_list_", "_find_"),
+        "molora_fed.corpus.parquet": ("",),
+    },
+    "traces": {
+        "molora_fed.tracing.verifying": ("verify", "_read_", "_is_kind", "_check_root", "_list_"),
+        "molora_fed.tracing.run_scan": ("",),
+    },
+    "reports": {
+        "molora_fed.reporting.report": ("load_report", "write_report", "_check_result", "render"),
+    },
+}
+"""By door, the functions that look at what comes through it: modules, and prefixes of names."""
+
 TARGETS: tuple[Target, ...] = (
     *(
         Target(
-            f"mail-{sender}", "mail", mutate_json, _prepare_mail(sender, letters),
-            (
-                "molora_fed.federation.wire:unpack_envelope",
-                "molora_fed.federation.envelopes:parse_letter",
-                "molora_fed.federation.messages:parse_",
-            ),
-            fuzzed=100_000,
+            f"mail-{sender}", "mail", mutate_json, _prepare_mail(sender, letters), fuzzed=100_000
         )
         for sender, letters in (("server", _FROM_SERVER), ("contributor", _FROM_CONTRIBUTOR))
     ),
-    Target(
-        "invitation", "invitations", mutate_json, _prepare_invitations,
-        ("molora_fed.federation.invitations:parse_invitation",), fuzzed=100_000,
-    ),
-    Target(
-        "manifest", "manifests", mutate_json, _prepare_manifests,
-        ("molora_fed.contributions.manifest:parse_manifest",),
-    ),
+    Target("invitation", "invitations", mutate_json, _prepare_invitations, fuzzed=100_000),
+    Target("manifest", "manifests", mutate_json, _prepare_manifests),
     *(
         Target(
             f"adapter-{kind}-{precision}-{name}", "adapters", mutate,
-            _prepare_adapter(kind, precision, file), parsers,
+            _prepare_adapter(kind, precision, file),
         )
-        for kind, precision, parsers in (
-            ("lora", "float32", ("molora_fed.adapters.low_rank_files:load",)),
-            ("delta", "float32", ("molora_fed.adapters.delta_files:load",)),
-            ("svd", "int4", ("molora_fed.adapters.quantised_files:load_quantised",)),
-        )
+        for kind, precision in (("lora", "float32"), ("delta", "float32"), ("svd", "int4"))
         for name, file, mutate in (
             ("weights", WEIGHTS_FILE, mutate_safetensors),
             ("config", CONFIG_FILE, mutate_json),
             ("meta", META_FILE, mutate_json),
         )
     ),
+    Target("samples", "samples", mutate_safetensors, _prepare_samples),
+    Target("charter", "charters", mutate_toml, _prepare_charters),
     Target(
-        "samples", "samples", mutate_safetensors, _prepare_samples,
-        ("molora_fed.corpus.blocks:load_blocks",),
-    ),
-    Target(
-        "charter", "charters", mutate_toml, _prepare_charters,
-        ("molora_fed.charter:parse_charter", "molora_fed.storage.toml"),
-    ),
-    Target(
-        "base-config", "base folders", mutate_json, _prepare_base("config.json"),
-        ("molora_fed.models.base:load_base", "molora_fed.models.base:load_model"), inputs=12,
+        "base-config", "base folders", mutate_json, _prepare_base("config.json"), inputs=12,
         fuzzed=20_000,
     ),
     *(
         Target(
-            f"corpus-{suffix[1:]}", "corpora", mutate, _prepare_corpus(suffix),
-            ("molora_fed.corpus.documents:read_documents", f"molora_fed.corpus.documents:{reader}"),
-            fuzzed=100_000,
+            f"corpus-{suffix[1:]}", "corpora", mutate, _prepare_corpus(suffix), fuzzed=100_000
         )
-        for suffix, mutate, reader in (
-            (".txt", change_bytes, "_read_plain"),
-            (".jsonl", mutate_lines, "_read_json_lines"),
-        )
+        for suffix, mutate in ((".txt", change_bytes), (".jsonl", mutate_lines))
     ),
     Target(
-        "corpus-parquet", "corpora", change_bytes, _prepare_parquet,
-        ("molora_fed.corpus.parquet:read_texts",), inputs=30, fuzzed=20_000,
+        "corpus-parquet", "corpora", change_bytes, _prepare_parquet, inputs=30, fuzzed=20_000
     ),
-    Target(
-        "trace", "traces", mutate_lines, _prepare_traces,
-        ("molora_fed.tracing.verifying:verify", "molora_fed.tracing.run_scan"),
-    ),
-    Target(
-        "report", "reports", mutate_json, _prepare_reports,
-        ("molora_fed.reporting.report:load_report",),
-    ),
-    Target(
-        "report-page", "reports", mutate_json, _prepare_pages,
-        ("molora_fed.reporting.report:write_report",), inputs=4, fuzzed=1_000,
-    ),
+    Target("trace", "traces", mutate_lines, _prepare_traces),
+    Target("report", "reports", mutate_json, _prepare_reports),
+    Target("report-page", "reports", mutate_json, _prepare_pages, inputs=4, fuzzed=1_000),
 )  # fmt: skip
