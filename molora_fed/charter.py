@@ -351,6 +351,8 @@ class Amendment(StrictModel):
         quorum: Contributions without which not even the deadline fuses; 0 is two, or `expected` if
             that is less.
         seed: Seed of routers, bootstraps and generated samples.
+        dtype: Dtype that models compute in where losses are reported; the losses themselves are
+            float32 sums.
     """
 
     number: int = Field(default=0, ge=0)
@@ -360,6 +362,10 @@ class Amendment(StrictModel):
     # Left out where not set, so that amendments signed before there were any still verify.
     quorum: int = Field(default=0, ge=0, exclude_if=lambda quorum: quorum == 0)
     seed: int = 42
+    # Left out where usual, so that amendments signed before there was a choice still verify.
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", exclude_if=lambda dtype: dtype == "float32"
+    )
     training: TrainingRules = TrainingRules()
     samples: SampleRules = SampleRules()
     admission: AdmissionRules = AdmissionRules()

@@ -15,6 +15,7 @@ __all__ = [
     "BaseCheckpointError",
     "CascadeError",
     "CharterError",
+    "ComputeError",
     "ConfigError",
     "CorpusError",
     "DivergedError",
@@ -94,6 +95,12 @@ class BaseCheckpointError(ConfigError):
     """A base checkpoint is missing, unreadable or not the one expected."""
 
     exit_code = 13
+
+
+class ComputeError(ConfigError):
+    """A device or a dtype is not there, or memory is too small."""
+
+    exit_code = 15
 
 
 class StorageError(MoloraError, OSError):

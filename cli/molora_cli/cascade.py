@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from molora_cli import cascade_tasks
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.progress import reporting
 from molora_fed.storage.untrusted import clean
 
@@ -36,6 +37,8 @@ def run(
         bool,
         typer.Option("--no-times", help="Record no wall times: same inputs, same bytes."),
     ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Answer tasks and record every decision in a signed trace."""
     from molora_fed.cascade.session import load_cascade, run_in_folder
@@ -45,7 +48,7 @@ def run(
     asked = load_tasks(tasks)
     signing = load_key(key) if key else load_or_make_key(out / "keys" / "coordinator.pem")
     with reporting("loading the models") as progress:
-        cascade = load_cascade(config, asked)
+        cascade = load_cascade(config, asked, compute=ask_compute(device, dtype))
         progress.phase("answering")
         result = run_in_folder(
             cascade,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import build_corpus_table, show
 from molora_cli.progress import reporting
 
@@ -38,6 +39,8 @@ def contribute(
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Sign a contribution of a checkpoint fine-tuned elsewhere; nothing is sent."""
     from molora_fed.contributions.build import describe_outgoing
@@ -53,7 +56,9 @@ def contribute(
     from molora_fed.storage.keys import load_or_make_key
 
     with reporting("loading the base") as progress:
-        under = open_charter_and_base(cooperative, base_folder=base)
+        under = open_charter_and_base(
+            cooperative, base_folder=base, compute=ask_compute(device, dtype)
+        )
         check_choices(under, domain=domain, name=name, kind=kind)
         progress.phase("preparing the text")
         corpus = prepare_domain(under, domain, data, out, progress=progress)

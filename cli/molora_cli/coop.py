@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import MAX_LINE, format_time, note, print_columns
 from molora_cli.progress import reporting
 from molora_fed.storage.untrusted import clean
@@ -237,6 +238,8 @@ def admit(
     contributions: Annotated[
         list[Path], typer.Argument(help="Folders that `molora train` wrote, or contributions.")
     ],
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Receive contributions and judge them; `molora fuse` then fuses all that are admitted."""
     from molora_fed.cooperative.admit import admit_contributions
@@ -245,7 +248,9 @@ def admit(
 
     with reporting("admission") as progress:
         receipts = admit_contributions(
-            open_cooperative(cooperative), contributions, progress=progress
+            open_cooperative(cooperative, ask_compute(device, dtype)),
+            contributions,
+            progress=progress,
         )
     rows = [(r.contributor, r.domain, str(r.state), r.contribution_id[:16]) for r in receipts]
     print_columns(("contributor", "domain", "state", "contribution"), rows)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.live import Board, watching
 from molora_cli.output import show
 from molora_cli.progress import Reporter, reporting
@@ -91,6 +92,8 @@ def demo(
     base_steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of the built-in base.")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Run a whole cooperative on this machine: server, contributors, fused model, report."""
     from molora_fed.demo.run import DemoOptions, run_demo
@@ -110,6 +113,7 @@ def demo(
         base=base,
         base_steps=base_steps,
         cache=find_cache_folder(),
+        compute=ask_compute(device, dtype),
     )
     with _View() as view:
         done = run_demo(options, view)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import show
 from molora_cli.progress import reporting
 
@@ -18,6 +19,8 @@ def evaluate(
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 42,
 ) -> None:
     """Measure base, specialists or slots, and the model on your own text."""
@@ -28,7 +31,12 @@ def evaluate(
 
     texts = parse_data(data)
     with reporting("loading the model") as progress:
-        model = open_model(fused, kinds=("fused", "evolved"), base_folder=base)
+        model = open_model(
+            fused,
+            kinds=("fused", "evolved"),
+            base_folder=base,
+            compute=ask_compute(device, dtype),
+        )
         evaluation = evaluate_texts(
             model,
             texts,

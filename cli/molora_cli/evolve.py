@@ -7,6 +7,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import print_columns, show
 from molora_cli.progress import reporting
 
@@ -46,13 +47,15 @@ def run(
         typer.Option(help="Where everything is kept; evolution/ of the folder if not given."),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads of adaptation.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Evolve the admitted contributions as [amendment.population] says; safe to interrupt."""
     from molora_fed.cooperative.cooperative import open_cooperative
     from molora_fed.cooperative.evolve import evolve_cooperative
     from molora_fed.reporting.summary import build_loss_table
 
-    opened = open_cooperative(cooperative)
+    opened = open_cooperative(cooperative, ask_compute(device, dtype))
     with reporting() as progress:
         done, page = evolve_cooperative(
             opened, out=out, threads=threads, on_phase=progress.phase, progress=progress

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import note, show
 from molora_cli.progress import reporting
 
@@ -19,13 +20,15 @@ def fuse(
         Path | None,
         typer.Option(help="Where to put the result; the cooperative's folder if not given."),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Admit contributions and fuse them into one model, with a report."""
     from molora_fed.cooperative.cooperative import open_cooperative
     from molora_fed.cooperative.fuse import fuse_contributions
     from molora_fed.reporting.summary import build_summary
 
-    opened = open_cooperative(cooperative)
+    opened = open_cooperative(cooperative, ask_compute(device, dtype))
     with reporting() as progress:
         fused = fuse_contributions(
             opened, contributions or (), out=out, on_phase=progress.phase, progress=progress

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import note
 from molora_cli.progress import reporting
 from molora_fed.storage.untrusted import clean_lines
@@ -37,6 +38,8 @@ def generate(
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Continue a text with a fused or an evolved model."""
     from molora_fed.inference.engines import build_engine
@@ -46,7 +49,14 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value)
     with reporting("loading the model", transient=True) as progress:
-        engine = build_engine(open_model(fused, kinds=("fused", "evolved"), base_folder=base))
+        engine = build_engine(
+            open_model(
+                fused,
+                kinds=("fused", "evolved"),
+                base_folder=base,
+                compute=ask_compute(device, dtype),
+            )
+        )
         progress.phase("generating")
         (generation,) = generate_text(engine, prompt, sampling, progress=progress)
     text = generation.prompt + generation.text

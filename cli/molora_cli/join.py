@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.live import Board, watching
 from molora_cli.output import note, show
 
@@ -47,6 +48,8 @@ def join(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of training; all cores if not given.")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     shard: Annotated[
         str, typer.Option(help="I/N: share I of the documents that N contributors split.")
     ] = "1/1",
@@ -109,6 +112,7 @@ def join(
         adapter=adapter,
         shard=parse_shard(shard),
         threads=threads or count_cores(),
+        compute=ask_compute(device, dtype),
     )
     where = home or Path(f"contributor-{domain}")
     with watching(f"Contributor for '{domain}' in {where}, server {server}") as board:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.live import watching
 
 DEFAULT_PORT = 8_080
@@ -25,6 +26,8 @@ def serve(
         int | None,
         typer.Option(min=1, help="Threads of admission and fusing; all cores if not given."),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -62,5 +65,6 @@ def serve(
             host=host,
             names=names,
             threads=threads,
+            compute=ask_compute(device, dtype),
             metrics_port=metrics_port,
         )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import MAX_LINE, note, print_columns
 from molora_fed.storage.untrusted import clean, clean_lines
 
@@ -119,6 +120,8 @@ def replay(
         Path | None,
         typer.Option(help="TOML of the cascade: its local models are asked again, too."),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Make every decision again from its recorded samples; exits 1 if one comes out otherwise."""
     from molora_fed.cascade.building import build_models
@@ -127,7 +130,10 @@ def replay(
     from molora_fed.plugins import get_plugins
 
     plugins = get_plugins()
-    models = build_models(load_config(config), config.parent, plugins) if config else None
+    models = None
+    if config:
+        compute = ask_compute(device, dtype)
+        models = build_models(load_config(config), config.parent, plugins, compute)
     report = replay_trace(path, models=models, plugins=plugins)
     for difference in report.differences:
         print(f"differs  {clean(difference, MAX_LINE)}")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import build_corpus_table, show
 from molora_cli.progress import reporting
 
@@ -45,6 +46,8 @@ def train(
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Train a specialist and sign a contribution made of it; nothing is sent."""
     from molora_fed.contributions.build import describe_outgoing
@@ -62,7 +65,9 @@ def train(
     share = parse_shard(shard)
     options = parse_options(option) if option else None
     with reporting("loading the base") as progress:
-        under = open_charter_and_base(cooperative, base_folder=base)
+        under = open_charter_and_base(
+            cooperative, base_folder=base, compute=ask_compute(device, dtype)
+        )
         check_choices(under, domain=domain, name=name, kind=kind)
         make_home(out)
         progress.phase("preparing the text")

@@ -28,7 +28,7 @@ from molora_fed.cascade.task_files import load_examples
 from molora_fed.errors import CascadeError
 from molora_fed.guard import guarded
 from molora_fed.plugins import Plugins
-from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.settings import open_options
 
 __all__ = [
@@ -36,30 +36,33 @@ __all__ = [
     "build_models",
     "build_policy",
     "describe_run_environment",
-    "fingerprint_environment",
     "place_files",
 ]
 
 
-def build_models(config: CascadeConfig, root: Path, plugins: Plugins) -> dict[str, CascadeModel]:
+def build_models(
+    config: CascadeConfig, root: Path, plugins: Plugins, compute: Compute | None = None
+) -> dict[str, CascadeModel]:
     """Load every model of a description; each base is loaded once.
 
     Args:
         config: The description.
         root: Folder that paths are relative to.
         plugins: Where adapter kinds and routers are registered.
+        compute: Where local models run, and in which dtype.
 
     Raises:
         CascadeError: If a model cannot be found.
         MoloraError: Whatever loading it refuses.
     """
-    loader = _Loader(root, plugins)
+    loader = _Loader(root, plugins, compute or Compute())
     return {name: loader.load(name, source) for name, source in sorted(config.models.items())}
 
 
 class _Loader:
-    def __init__(self, root: Path, plugins: Plugins) -> None:
+    def __init__(self, root: Path, plugins: Plugins, compute: Compute) -> None:
         self._root = root
+        self._compute = compute
         self._plugins = plugins
         self._bases: dict[Path, Any] = {}
 
@@ -88,6 +91,7 @@ class _Loader:
                     self._root / source.path,
                     kinds=("fused",) if isinstance(source, FusedSource) else ("evolved",),
                     base_folder=self._optional(source.base),
+                    compute=self._compute,
                     plugins=self._plugins,
                 )
         return LocalModel(name, build_engine(model))
@@ -97,13 +101,14 @@ class _Loader:
 
     def _base(self, path: Path) -> Any:
         from molora_fed.models.base import load_base
+        from molora_fed.models.runtime import choose_placement
 
         folder = self._root / path
         if (folder / "cooperative.toml").is_file():
             folder = folder / "base"
         known = folder.resolve()
         if known not in self._bases:
-            self._bases[known] = load_base(folder)
+            self._bases[known] = load_base(folder, choose_placement(self._compute))
         return self._bases[known]
 
     def _specialist(self, name: str, source: SpecialistSource) -> tuple[Any, Any]:
@@ -188,6 +193,7 @@ def build_cascade(
     *,
     extractors: tuple[str, ...],
     models: Mapping[str, CascadeModel] | None = None,
+    compute: Compute | None = None,
 ) -> Cascade:
     """Make a cascade from its description.
 
@@ -197,6 +203,7 @@ def build_cascade(
         plugins: Where everything is registered.
         extractors: Names that tasks use.
         models: Loaded models; those of the description if None.
+        compute: Where local models run, and in which dtype.
 
     Raises:
         CascadeError: If the description does not hold together.
@@ -226,7 +233,7 @@ def build_cascade(
     )
     return Cascade(
         lineup=Lineup(section.probe, section.members),
-        models=build_models(config, root, plugins) if models is None else models,
+        models=build_models(config, root, plugins, compute) if models is None else models,
         policy=policy,
         policy_name=section.policy,
         judge=judge,
@@ -234,28 +241,29 @@ def build_cascade(
         extractors=found,
         settings=settings,
         judge_options=section.judge_options,
-        environment=fingerprint_environment(describe_run_environment()),
+        environment=describe_run_environment(compute),
         retrieval=retrieval,
     )
 
 
-def describe_run_environment(device: str = "cpu") -> dict[str, str]:
-    """Versions, hardware, device and torch threads.
+def describe_run_environment(compute: Compute | None = None) -> dict[str, str]:
+    """Versions, hardware, device, torch threads, and the dtype if it is not the usual one.
 
     Args:
-        device: Device type, e.g. "cpu".
+        compute: Where local models run, and in which dtype.
+
+    Raises:
+        ComputeError: If this machine lacks the device, or the device the dtype.
     """
     import torch
 
-    from molora_fed.models.runtime import describe_environment
+    from molora_fed.models.runtime import choose_placement, describe_environment
 
+    compute = compute or Compute()
+    device = choose_placement(compute).device.type
     return {
         "molora-fed": __version__,
         **describe_environment(device),
         "threads": str(torch.get_num_threads()),
+        **({"dtype": compute.dtype} if compute.dtype == "bfloat16" else {}),
     }
-
-
-def fingerprint_environment(environment: dict[str, str]) -> str:
-    """SHA-256 of a description, lower-case hex."""
-    return hash_bytes(canonical_json(environment))

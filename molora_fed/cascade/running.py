@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from molora_fed.cascade.asking import compute_seed
@@ -24,6 +25,7 @@ from molora_fed.cascade.records import (
 )
 from molora_fed.cascade.retrieval import Retrieval
 from molora_fed.errors import CascadeError
+from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.untrusted import clean, writable
 
 __all__ = [
@@ -77,7 +79,7 @@ class Cascade:
         extractors: By registered name.
         settings: How models are asked.
         judge_options: What the judge is told beside.
-        environment: Fingerprint of the environment, part of every seed.
+        environment: Versions and hardware; their fingerprint is part of every seed.
         retrieval: Examples before a prompt; none by default.
     """
 
@@ -90,7 +92,7 @@ class Cascade:
     extractors: Mapping[str, Extractor]
     settings: CascadeSettings = CascadeSettings()
     judge_options: Mapping[str, Any] = field(default_factory=dict)
-    environment: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
     retrieval: Retrieval | None = None
 
     def __post_init__(self) -> None:
@@ -106,6 +108,11 @@ class Cascade:
                 "Cannot use cascade: expected a probe or members, each named once and each a "
                 f"model, got {', '.join(unknown or names) or 'nobody'}. Correct probe and members."
             )
+
+    @cached_property
+    def environment_hash(self) -> str:
+        """SHA-256 of the environment, lower-case hex; empty where none is known."""
+        return hash_bytes(canonical_json(dict(self.environment))) if self.environment else ""
 
     def rules(self, task: CascadeTask) -> Rules:
         """What decides this task; each text is extracted once.
@@ -159,7 +166,7 @@ class Cascade:
             self.settings.template.hash,
             fingerprint,
             number,
-            environment=self.environment,
+            environment=self.environment_hash,
             run_seed=self.settings.seed,
         )
 

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel
 
 from molora_fed.cascade.attribution import survey_task
-from molora_fed.cascade.building import build_cascade, describe_run_environment
+from molora_fed.cascade.building import build_cascade
 from molora_fed.cascade.config import load_config
 from molora_fed.cascade.contract import CascadeTask, EscalationPolicy, Scorer
 from molora_fed.cascade.records import (
@@ -30,6 +30,7 @@ from molora_fed.cascade.running import (
 from molora_fed.cascade.task_files import hash_tasks
 from molora_fed.errors import CascadeError
 from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.storage.keys import build_public_pem
 from molora_fed.storage.untrusted import writable
@@ -129,7 +130,7 @@ def describe_cascade(cascade: Cascade, plugins: Plugins) -> dict[str, Any]:
             "sha256": settings.template.hash,
         },
         "retrieval": None if cascade.retrieval is None else cascade.retrieval.describe(),
-        "environment": cascade.environment,
+        "environment": cascade.environment_hash,
     }
 
 
@@ -169,7 +170,11 @@ class _Found:
 
 
 def load_cascade(
-    config: Path, tasks: Sequence[CascadeTask], plugins: Plugins | None = None
+    config: Path,
+    tasks: Sequence[CascadeTask],
+    plugins: Plugins | None = None,
+    *,
+    compute: Compute | None = None,
 ) -> Cascade:
     """Load the models of a description, with the extractors that tasks need.
 
@@ -177,6 +182,7 @@ def load_cascade(
         config: TOML file; paths in it are relative to its folder.
         tasks: The tasks.
         plugins: Where everything is registered; the installed ones if None.
+        compute: Where local models run, and in which dtype.
 
     Raises:
         CascadeError: If description or tasks cannot be used.
@@ -184,7 +190,9 @@ def load_cascade(
     """
     extractors = tuple(sorted({task.extractor for task in tasks}))
     plugins = plugins or get_plugins()
-    return build_cascade(load_config(config), config.parent, plugins, extractors=extractors)
+    return build_cascade(
+        load_config(config), config.parent, plugins, extractors=extractors, compute=compute
+    )
 
 
 def _keep(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,7 +260,7 @@ def run_in_folder(
     run = {
         "format_version": FORMAT_VERSION,
         **describe_cascade(cascade, plugins),
-        "environment_details": describe_run_environment(),
+        "environment_details": dict(cascade.environment),
         "tasks": {"count": len(tasks), "sha256": hash_tasks(tasks)},
         "survey": survey,
         "times": with_times,

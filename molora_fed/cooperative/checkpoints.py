@@ -27,6 +27,7 @@ from molora_fed.errors import (
 from molora_fed.models.base import Base, fingerprint_weights, load_model
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.frozen import find_changed_frozen
+from molora_fed.models.runtime import Placement
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import write_json
 from molora_fed.training.specialists import Specialist, load_specialist
@@ -96,7 +97,7 @@ def import_checkpoint(
             f"Cannot import checkpoint '{checkpoint}': expected one that was fine-tuned, got the "
             "base itself. Point to what training saved."
         )
-    model = load_model(checkpoint, dtype=base.model.dtype)
+    model = load_model(checkpoint, Placement.of(base.model))
     _check_derived(base.model, model, rules.frozen_depth, checkpoint)
     target = folder / "adapter"
     chosen.export(model, base.model, target, training.rank, rules, base_weights=base.weights)
@@ -188,5 +189,5 @@ def _measure_start(
 ) -> float | None:
     if started_from is None:
         return None
-    start = load_model(started_from, dtype=base.model.dtype)
+    start = load_model(started_from, Placement.of(base.model))
     return measure_start_loss(start, corpus.blocks, charter, domain=corpus.domain)

@@ -24,6 +24,7 @@ from molora_fed.models.base import Base
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.private_member import carve_own
+from molora_fed.storage.compute import Compute, read_compute
 from molora_fed.storage.files import resolve_inside
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.storage.untrusted import clean, parse_json
@@ -102,16 +103,20 @@ class MadeContribution:
     contribution: Contribution
 
 
-def open_charter_and_base(source: Path, *, base_folder: Path | None = None) -> CharterAndBase:
+def open_charter_and_base(
+    source: Path, *, base_folder: Path | None = None, compute: Compute | None = None
+) -> CharterAndBase:
     """Read a charter and load its base.
 
     Args:
         source: A cooperative's folder, a contributor's home, or a `cooperative.toml`.
         base_folder: Where the base is; `base/` of the folder if None.
+        compute: Where models are to run; the home's settings where it says nothing.
 
     Raises:
         CharterError: If there is no charter, or it is malformed.
         BaseCheckpointError: If the base is missing or another one.
+        ComputeError: If this machine lacks device, dtype or memory.
     """
     folder = source if source.is_dir() else source.parent
     if source.is_dir() and (source / "ledger.db").is_file():
@@ -128,7 +133,7 @@ def open_charter_and_base(source: Path, *, base_folder: Path | None = None) -> C
             f"{identity.id} with weights {identity.weights[:12]} in '{where}', got no such folder. "
             "Say where the base is."
         )
-    return CharterAndBase(charter, load_charter_base(charter, where))
+    return CharterAndBase(charter, load_charter_base(charter, where, read_compute(folder, compute)))
 
 
 def prepare_domain(

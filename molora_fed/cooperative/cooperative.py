@@ -5,7 +5,7 @@ signed amendments and decides which counts; the file is for people to read and h
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from molora_fed.contributions.reading import sign_amendment
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import CharterError, describe_mismatch
 from molora_fed.plugins import Plugins, Registry, get_plugins
+from molora_fed.storage.compute import Compute, read_compute
 from molora_fed.storage.files import make_home
 from molora_fed.storage.keys import build_public_pem, load_key, load_or_make_key
 
@@ -52,10 +53,12 @@ class Cooperative:
     Attributes:
         folder: The coordinator's home.
         charter: Identity, and the last signed amendment.
+        compute: Where models are to run, and in which dtype.
     """
 
     folder: Path
     charter: Charter
+    compute: Compute = field(default_factory=Compute)
 
     @property
     def base_folder(self) -> Path:
@@ -94,19 +97,27 @@ class Cooperative:
 
         Raises:
             BaseCheckpointError: If it is missing or another one.
+            ComputeError: If this machine lacks device, dtype or memory.
         """
-        return load_charter_base(self.charter, self.base_folder)
+        return load_charter_base(self.charter, self.base_folder, self.compute)
 
 
-def load_charter_base(charter: Charter, folder: Path) -> "Base":
+def load_charter_base(charter: Charter, folder: Path, compute: Compute | None = None) -> "Base":
     """Load a base checkpoint and check that it is the charter's.
+
+    Args:
+        charter: Names the base, and the dtype that losses are reported in.
+        folder: The checkpoint.
+        compute: Where to run, and in which dtype; the charter's where it says none.
 
     Raises:
         BaseCheckpointError: If it is missing or another one.
+        ComputeError: If this machine lacks device, dtype or memory.
     """
     from molora_fed.models.base import check_base, load_base
+    from molora_fed.models.runtime import choose_placement
 
-    base = load_base(folder)
+    base = load_base(folder, choose_placement(compute or Compute(), charter.amendment.dtype))
     check_base(base, charter.identity.base)
     return base
 
@@ -164,13 +175,18 @@ def create_cooperative(
     return cooperative
 
 
-def open_cooperative(folder: Path) -> Cooperative:
+def open_cooperative(folder: Path, compute: Compute | None = None) -> Cooperative:
     """Open a cooperative's folder and hold its charter against the ledger.
+
+    Args:
+        folder: The coordinator's home.
+        compute: Where models are to run; the home's settings where it says nothing.
 
     Raises:
         CharterError: If `[identity]` was changed, or `[amendment]` is not a signed one.
         LedgerError: If the ledger is missing or unreadable.
         SignatureError: If the last amendment is not signed by the coordinator.
+        ComputeError: If the home's settings cannot be read.
     """
     path = folder / CHARTER_FILE
     charter = load_charter(path)
@@ -196,7 +212,8 @@ def open_cooperative(folder: Path) -> Cooperative:
                 fix="Take back the change, or sign it as the next amendment.",
             )
         )
-    return Cooperative(folder, Charter(identity=charter.identity, amendment=signed[-1].amendment))
+    counting = Charter(identity=charter.identity, amendment=signed[-1].amendment)
+    return Cooperative(folder, counting, read_compute(folder, compute))
 
 
 def amend_cooperative(
@@ -229,7 +246,7 @@ def amend_cooperative(
     key = load_key(cooperative.key_path)
     ledger.add_amendment(sign_amendment(key, charter.identity_hash, amendment), actor=actor)
     write_charter(charter, cooperative.folder / CHARTER_FILE)
-    return Cooperative(cooperative.folder, charter)
+    return Cooperative(cooperative.folder, charter, cooperative.compute)
 
 
 def check_charter_names(charter: Charter, plugins: Plugins) -> None:

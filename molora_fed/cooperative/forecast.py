@@ -18,7 +18,6 @@ from molora_fed.forecasting.pilots import MAX_SHARE, build_past, extrapolate, fi
 from molora_fed.forecasting.records import ForecastRecord, make_forecasts
 from molora_fed.fusion.fuse import measure_loss_matrix
 from molora_fed.fusion.plan import plan_fusion
-from molora_fed.models.base import load_base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.types import Case, LossMatrix, Progress
 
@@ -147,7 +146,7 @@ def forecast_from_pilots(
     charter = cooperative.charter
     pilots = _load(cooperative, folders)
     share = _compute_share(pilots, charter.amendment.training.steps)
-    base = load_base(cooperative.base_folder)
+    base = cooperative.load_base()
     plan = plan_fusion(base, charter, [collect_contributed(one) for one in pilots], plugins)
     with tempfile.TemporaryDirectory() as folder:
         bank = build_calibration_bank(

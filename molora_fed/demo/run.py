@@ -26,6 +26,7 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.status import FederationEvent
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.reporting.methods import BUDGET_SECONDS
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import write_json
 from molora_fed.storage.values import count_cores
 from molora_fed.types import Progress
@@ -69,6 +70,7 @@ class DemoOptions:
         cores: Cores the workers share; all this process may use if None.
         samples: Blocks each contributor sends; the charter's default if None.
         corpus: How text becomes blocks; the charter's default if None.
+        compute: Where all models run, and in which dtype.
     """
 
     domains: tuple[str, ...] = ()
@@ -86,6 +88,7 @@ class DemoOptions:
     cores: int | None = None
     samples: SampleRules | None = None
     corpus: CorpusRules | None = None
+    compute: Compute = field(default_factory=Compute)
 
 
 class DemoListener(Protocol):
@@ -171,6 +174,7 @@ def plan_contributors(options: DemoOptions, plugins: Plugins) -> list[LocalContr
                     data=tuple(options.data.get(domain, ())),
                     shard=(share, shares),
                     threads=threads,
+                    compute=options.compute,
                 ),
             )
         )
@@ -217,7 +221,7 @@ def run_demo(
         if options.control:
             _train_controls(cooperative, base, contributors, cores, registered, shown, enter)
         clock.enter("starting")
-        run_local(cooperative.folder, contributors, observe, threads=cores)
+        run_local(cooperative.folder, contributors, observe, threads=cores, compute=options.compute)
         enter("samples")
         samples = generate_samples(cooperative, seed=options.seed)
     finally:

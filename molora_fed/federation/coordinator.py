@@ -40,6 +40,7 @@ from molora_fed.federation.status import StateFile, UsageFile
 from molora_fed.federation.strangers import list_states, read_limits
 from molora_fed.federation.supervise import record_errors
 from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.keys import key_fingerprint, load_key
 
@@ -394,6 +395,9 @@ def _claim_evolution(home: CoordinatorHome, charter: Charter, ids: Sequence[str]
 def main(arguments: list[str]) -> None:
     """Run the worker of a home folder.
 
+    Args:
+        arguments: The folder; then, where somebody chose, where models are to run, as JSON.
+
     Raises:
         SystemExit: With the exit code of whatever a step refused.
     """
@@ -401,7 +405,8 @@ def main(arguments: list[str]) -> None:
     start_logging("coordinator")
     with record_errors(home.error_file):
         home.worker_board.prepare()
-        cooperative = open_cooperative(home.root)
+        compute = Compute.model_validate_json(arguments[1]) if len(arguments) > 1 else None
+        cooperative = open_cooperative(home.root, compute)
         with cooperative.open_ledger() as ledger:
             CoordinatorWorker(home, cooperative, ledger, get_plugins()).run()
 

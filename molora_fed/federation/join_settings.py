@@ -1,6 +1,6 @@
 """What a contributor joins with: checked before anything is started, then kept in its home."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,7 @@ from molora_fed.charter import check_name, load_charter
 from molora_fed.errors import CharterError, ConfigError, FederationError
 from molora_fed.federation.mailbox import read_json
 from molora_fed.population.asked import begin_anew
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import make_home, write_json
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
 
@@ -29,6 +30,8 @@ class JoinSettings:
         adapter: Folder of an adapter trained earlier; None trains one.
         shard: (i, n): share i of n of the domain's documents, if n contributors split it.
         threads: Threads of training; kept in the training record.
+        compute: Where models are to run, and in which dtype; the home's settings where it says
+            nothing.
     """
 
     name: str
@@ -37,6 +40,7 @@ class JoinSettings:
     adapter: Path | None = None
     shard: tuple[int, int] = (0, 1)
     threads: int = 1
+    compute: Compute = field(default_factory=Compute)
 
     def check(self) -> None:
         """Look at names, text and adapter as far as that takes no time.
@@ -73,6 +77,7 @@ class JoinSettings:
             "adapter": str(self.adapter.absolute()) if self.adapter else "",
             "shard": list(self.shard),
             "threads": self.threads,
+            "compute": self.compute.model_dump(),
         }
 
     def save(self, path: Path) -> None:
@@ -99,6 +104,7 @@ class JoinSettings:
                 adapter=Path(str(value["adapter"])) if value["adapter"] else None,
                 shard=(int(index), int(count)),
                 threads=int(value["threads"]),
+                compute=Compute.model_validate(value.get("compute", {})),  # absent in older homes
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FederationError(

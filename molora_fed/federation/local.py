@@ -19,6 +19,7 @@ from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.server import serve
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import sigterm_as_interrupt
+from molora_fed.storage.compute import Compute
 
 __all__ = ["LocalContributor", "note_known_text", "run_local"]
 
@@ -77,6 +78,7 @@ def run_local(
     *,
     port: int | None = None,
     threads: int | None = None,
+    compute: Compute | None = None,
     stop: threading.Event | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run a server and its contributors until every contributor has the fused model.
@@ -90,6 +92,7 @@ def run_local(
         on_event: Receives what changes; called from several threads, one at a time.
         port: Port of the server; None takes a free one.
         threads: Threads of the coordinator's worker; None takes all cores.
+        compute: Where the coordinator's models run; its home's settings where it says nothing.
         stop: Set it to end early.
 
     Returns:
@@ -115,7 +118,14 @@ def run_local(
     # when the thread that started it does.
     with sigterm_as_interrupt(), ThreadPoolExecutor(len(contributors) + 1) as pool:
         server = pool.submit(
-            serve, cooperative, port, emit, host=HOST, threads=threads, stop=stop_server
+            serve,
+            cooperative,
+            port,
+            emit,
+            host=HOST,
+            threads=threads,
+            compute=compute,
+            stop=stop_server,
         )
         members = {
             one.settings.name: pool.submit(one.take_part, f"{HOST}:{port}", emit, stop_members)

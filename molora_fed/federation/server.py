@@ -33,6 +33,7 @@ from molora_fed.federation.supervise import (
     raise_recorded,
     sigterm_as_interrupt,
 )
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import make_home
 from molora_fed.storage.values import count_cores
 
@@ -55,6 +56,7 @@ def serve(
     host: str = "127.0.0.1",
     names: Sequence[str] | None = None,
     threads: int | None = None,
+    compute: Compute | None = None,
     metrics_port: int | None = None,
     stop: threading.Event | None = None,
 ) -> None:
@@ -71,6 +73,7 @@ def serve(
         names: Further names by which members reach it, over TLS and with an invitation; None
             serves whoever is on this machine, without TLS.
         threads: Threads of the coordinator's worker; None takes all cores.
+        compute: Where the coordinator's models run; its home's settings where it says nothing.
         metrics_port: Port of the loopback address for health and metrics; None serves none.
         stop: Set it to end.
 
@@ -83,7 +86,7 @@ def serve(
     """
     stop = stop or threading.Event()
     supervisor = ServerSupervisor(
-        cooperative, port, on_event, host=host, names=names, threads=threads
+        cooperative, port, on_event, host=host, names=names, threads=threads, compute=compute
     )
     metrics = serve_metrics(metrics_port, lambda: read_server(supervisor.home))
     with sigterm_as_interrupt(), metrics, supervisor:
@@ -103,6 +106,7 @@ class ServerSupervisor:
         host: Address to listen on; without `names` a loopback address.
         names: As for `serve`.
         threads: Threads of the coordinator's worker; None takes all cores.
+        compute: Where the coordinator's models run; its home's settings where it says nothing.
         fleet: Which nodes the server has; None takes contributors' own.
     """
 
@@ -115,6 +119,7 @@ class ServerSupervisor:
         host: str = "127.0.0.1",
         names: Sequence[str] | None = None,
         threads: int | None = None,
+        compute: Compute | None = None,
         fleet: Fleet | None = None,
     ) -> None:
         if names is None:
@@ -127,6 +132,7 @@ class ServerSupervisor:
         self._certified = (0.0, 0.0)
         self._on_event = on_event
         self._threads = threads or count_cores()
+        self._compute = compute or Compute()
         self._fleet = fleet or connect_fleet(host, port, names=self._names)
         self._processes = ProcessGroup(self.home.logs, self.home.root / "processes.json")
         self._lock = hold_lock(self.home.root / "serve.lock", what="a server")
@@ -239,6 +245,7 @@ class ServerSupervisor:
     def _start_coordinator(self) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", COORDINATOR_MODULE, str(self.home.root)]
+        command.append(self._compute.model_dump_json())
         self._processes.start("coordinator", command, env)
 
     def _watch_coordinator(self) -> None:

@@ -33,6 +33,7 @@ from molora_fed.federation.supervise import (
     sigterm_as_interrupt,
 )
 from molora_fed.federation.worker_mail import give_consent, has_consent
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import write_json
 from molora_fed.storage.values import count_cores
 
@@ -64,6 +65,7 @@ def run_simulated(
     *,
     workers: int | None = None,
     threads: int | None = None,
+    compute: Compute | None = None,
     port: int | None = None,
     stop: threading.Event | None = None,
 ) -> SimulationOutcome:
@@ -79,6 +81,7 @@ def run_simulated(
         on_event: Receives what changes.
         workers: Processes that work for the contributors; None takes one a core.
         threads: Threads of the coordinator's worker; None takes all cores.
+        compute: Where the coordinator's models run; its home's settings where it says nothing.
         port: Port of the server; None takes a free one.
         stop: Set it to end early.
 
@@ -95,6 +98,7 @@ def run_simulated(
         on_event,
         workers=workers,
         threads=threads,
+        compute=compute,
         port=port,
     )
     with sigterm_as_interrupt(), supervisor:
@@ -183,6 +187,7 @@ class SimulationSupervisor:
         on_event: Receives what changes.
         workers: Processes that work for the contributors; None takes one a core.
         threads: Threads of the coordinator's worker; None takes all cores.
+        compute: Where the coordinator's models run; its home's settings where it says nothing.
         port: Port of the server; None takes a free one.
         reserve: How many more may `join` while it runs.
     """
@@ -195,6 +200,7 @@ class SimulationSupervisor:
         *,
         workers: int | None = None,
         threads: int | None = None,
+        compute: Compute | None = None,
         port: int | None = None,
         reserve: int = 0,
     ) -> None:
@@ -218,6 +224,7 @@ class SimulationSupervisor:
             self._emit,
             host=HOST,
             threads=threads,
+            compute=compute,
             fleet=simulate_fleet(
                 self._partitions, nodes=self._capacity, actors=ACTORS, scratch=self._scratch
             ),

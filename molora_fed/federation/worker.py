@@ -42,6 +42,7 @@ from molora_fed.federation.worker_mail import (
     until,
 )
 from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.storage.compute import read_compute
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.keys import load_key, verify
 
@@ -176,7 +177,8 @@ class ContributorWorker:
         from molora_fed.cooperative.cooperative import load_charter_base
 
         self._state.enter("CORPUS", "loading the base")
-        return CharterAndBase(charter, load_charter_base(charter, self._home.base))
+        compute = read_compute(self._home.root, self._settings.compute)
+        return CharterAndBase(charter, load_charter_base(charter, self._home.base, compute))
 
     def _prepare_corpus(self, under: "CharterAndBase") -> "Corpus":
         from molora_fed.cooperative.contribute import prepare_domain

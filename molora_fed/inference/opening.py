@@ -9,9 +9,11 @@ from molora_fed.adapters.files import load_adapter
 from molora_fed.errors import ConfigError
 from molora_fed.inference.engines import Model, PlainModel
 from molora_fed.models.base import load_base
+from molora_fed.models.runtime import choose_placement
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.bundle import find_evolved, load_evolved
 from molora_fed.routing.bundle import find_fused, has_fused, load_fused
+from molora_fed.storage.compute import Compute
 
 __all__ = ["ModelKind", "open_model"]
 
@@ -30,6 +32,7 @@ def open_model(
     *,
     kinds: Sequence[ModelKind] = ("fused", "evolved", "specialist", "base"),
     base_folder: Path | None = None,
+    compute: Compute | None = None,
     plugins: Plugins | None = None,
 ) -> Model:
     """Open the model in a folder: its own, a cooperative's, a contributor's home or a run's.
@@ -39,6 +42,7 @@ def open_model(
         kinds: What is accepted; of several models in one folder, the first kind here is opened.
         base_folder: Where its base is; the recorded relative path if None, which a specialist
             does not have.
+        compute: Where to run, and in which dtype; if it says none, in the dtype it was made in.
         plugins: Where routers and adapter kinds are registered; the installed ones if None.
 
     Raises:
@@ -49,7 +53,7 @@ def open_model(
     for kind in kinds:
         found = _find(folder, kind)
         if found is not None:
-            return _load(found, kind, base_folder, plugins)
+            return _load(found, kind, base_folder, compute or Compute(), plugins)
     commands = " or ".join(f"`{_COMMANDS[kind]}`" for kind in kinds)
     raise ConfigError(
         f"Cannot open a model in '{folder}': expected one of {', '.join(kinds)}, got none. "
@@ -71,18 +75,24 @@ def _find(folder: Path, kind: ModelKind) -> Path | None:
     return next((file.parent for file in files if file.is_file()), None)
 
 
-def _load(folder: Path, kind: ModelKind, base_folder: Path | None, plugins: Plugins) -> Model:
+def _load(
+    folder: Path,
+    kind: ModelKind,
+    base_folder: Path | None,
+    compute: Compute,
+    plugins: Plugins,
+) -> Model:
     match kind:
         case "fused":
-            return load_fused(folder, base_folder=base_folder, plugins=plugins)
+            return load_fused(folder, base_folder=base_folder, compute=compute, plugins=plugins)
         case "evolved":
-            return load_evolved(folder, base_folder=base_folder, plugins=plugins)
+            return load_evolved(folder, base_folder=base_folder, compute=compute, plugins=plugins)
         case "base":
-            return PlainModel(load_base(folder))
+            return PlainModel(load_base(folder, choose_placement(compute)))
     if base_folder is None:
         raise ConfigError(
             f"Cannot open the specialist in '{folder}': expected the folder of its base, got none. "
             "Say where the base is."
         )
-    base = load_base(_find(base_folder, "base") or base_folder)
+    base = load_base(_find(base_folder, "base") or base_folder, choose_placement(compute))
     return PlainModel(base, load_adapter(folder, plugins=plugins))

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molora_fed.charter import BaseIdentity
-from molora_fed.errors import BaseCheckpointError, describe_mismatch
+from molora_fed.errors import BaseCheckpointError, ComputeError, describe_mismatch
 from molora_fed.models.base_config import check_size, fingerprint_config, read_config
 from molora_fed.models.base_files import (
     copy_checkpoint,
@@ -28,7 +28,9 @@ from molora_fed.models.base_files import (
     quiet_transformers,
     stage_checkpoint,
 )
-from molora_fed.storage.files import replace_folder, write_json
+from molora_fed.models.gguf_files import GGUF_SUFFIX, convert_gguf
+from molora_fed.models.runtime import Placement, check_memory
+from molora_fed.storage.files import hash_file, replace_folder, write_json
 from molora_fed.storage.untrusted import clean
 
 __all__ = [
@@ -150,22 +152,24 @@ def _list(fingerprints: Mapping[str, str]) -> str:
     return " and ".join(shown[:_SHOWN_PARTS]) + (f" and {more} more" if more > 0 else "")
 
 
-def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
+def load_base(folder: Path, placement: Placement | None = None) -> Base:
     """Load a checkpoint from a folder: safetensors only, none of its own code.
 
     Args:
         folder: Hugging Face checkpoint with its tokenizer, optionally with `base.json`.
-        dtype: Dtype of the model in memory; fingerprints are over the files.
+        placement: Device and dtype of the model in memory; the CPU and float32 if None.
+            Fingerprints are over the files.
 
     Raises:
         BaseCheckpointError: If anything is missing, malformed, needs code of its own, does not
             cover all of the model's parameters, or differs from what `base.json` says.
+        ComputeError: If it is larger than the memory there is.
     """
     what = f"Cannot load base checkpoint '{folder}'"
     weights = fingerprint_weights(folder)
     tokenizer_fingerprint = fingerprint_tokenizer(folder)
     with stage_checkpoint(folder) as stage:
-        model, config = _load_staged(stage, folder, dtype)
+        model, config = _load_staged(stage, folder, placement or Placement())
         with _loading(what, stage, folder), quiet_transformers():
             files = hash_checkpoint_files(folder)
             tokenizer = AutoTokenizer.from_pretrained(
@@ -196,12 +200,12 @@ def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
     return base
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(folder: Path, placement: Placement | None = None) -> Any:
     """Load a checkpoint's model alone: safetensors only, none of its own code.
 
     Args:
         folder: Hugging Face checkpoint.
-        dtype: Dtype of the model in memory.
+        placement: Device and dtype of the model in memory; the CPU and float32 if None.
 
     Returns:
         The model in evaluation mode, with no parameter requiring gradients.
@@ -209,23 +213,32 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         BaseCheckpointError: If weights are missing, malformed, need code of their own or do not
             cover all of the model's parameters.
+        ComputeError: If it is larger than the memory there is.
     """
     with stage_checkpoint(folder) as stage:
-        return _load_staged(stage, folder, dtype)[0]
+        return _load_staged(stage, folder, placement or Placement())[0]
 
 
-def _load_staged(stage: Path, folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
+def _load_staged(stage: Path, folder: Path, placement: Placement) -> tuple[Any, str]:
     """A model, and the fingerprint of its effective config, from a folder with nothing else."""
     what = f"Cannot load checkpoint '{folder}'"
     with _loading(what, stage, folder):
         config = read_config(stage, count_tensors(folder), what)
-        check_size(config, find_weight_files(folder), what)
+        numbers = check_size(config, find_weight_files(folder), what)
+        check_memory(
+            numbers * placement.dtype.itemsize,
+            placement.device,
+            what=what,
+            fix="Use --dtype bfloat16, another --device, or a machine with more memory.",
+        )
         fingerprint = fingerprint_config(config)
         with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(stage),
                 config=config,
-                dtype=dtype,
+                dtype=placement.dtype,
+                # Straight to an accelerator, a file at a time.
+                device_map=None if placement.device.type == "cpu" else {"": placement.device},
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
@@ -247,6 +260,8 @@ def _loading(what: str, stage: Path, folder: Path) -> Iterator[None]:
     """Say in one line, of the folder that people know, what a library refused."""
     try:
         yield
+    except ComputeError:
+        raise
     except BaseCheckpointError as error:
         raise BaseCheckpointError(str(error).replace(str(stage), str(folder))) from error
     except Exception as error:  # transformers raises many kinds on malformed folders
@@ -296,39 +311,41 @@ def write_card(folder: Path, name: str, revision: str, training: Mapping[str, An
     write_json(folder / CARD_FILE, card)
 
 
-def fetch_base(source: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
-    """Copy a base into a folder, from another folder or from the Hugging Face Hub, and load it.
+def fetch_base(source: str, folder: Path, placement: Placement | None = None) -> Base:
+    """Copy a base into a folder: from another, a GGUF file or the Hugging Face Hub; and load it.
 
     Files are copied byte by byte, so everyone who fetches the same source has the same
     fingerprints. A base that was fetched before is loaded without asking again.
 
     Args:
-        source: A local folder, or "ID@REVISION" on the Hub.
+        source: A local folder, a GGUF file, or "ID@REVISION" on the Hub.
         folder: Target; absent, empty, or holding the same base.
-        dtype: Dtype of the model in memory.
+        placement: Device and dtype of the model in memory; the CPU and float32 if None.
 
     Raises:
         BaseCheckpointError: If there is no such source, it cannot be loaded, or the target holds
             something else; nothing is left half-copied.
         StorageError: On I/O errors.
     """
+    if Path(source).suffix.lower() == GGUF_SUFFIX and Path(source).is_file():
+        return _fetch_gguf(Path(source), folder, placement)
     hub = _HUB_SOURCE.fullmatch(source)
     is_local = Path(source).is_dir()
     if not is_local and hub is None:
         raise BaseCheckpointError(
-            f"Cannot fetch base '{source}': expected a folder, or ID@REVISION of the Hugging Face "
-            "Hub, got neither. Name a revision, e.g. EleutherAI/pythia-70m@main."
+            f"Cannot fetch base '{source}': expected a folder, a GGUF file, or ID@REVISION of the "
+            "Hugging Face Hub, got none of these. Name a revision, e.g. EleutherAI/pythia-70m@main."
         )
     card: Mapping[str, Any] = {}
     if is_local:
         local = Path(source)
         if local.resolve() == folder.resolve():
-            return load_base(folder, dtype=dtype)
+            return load_base(folder, placement)
         card = _read_card(local)
     name = hub["id"] if hub and not is_local else str(card.get("id", Path(source).resolve().name))
     revision = hub["revision"] if hub and not is_local else str(card.get("revision", ""))
     if (folder / CARD_FILE).exists():
-        base = load_base(folder, dtype=dtype)
+        base = load_base(folder, placement)
         if (base.id, base.revision) == (name, revision) and (
             not is_local or fingerprint_weights(Path(source)) == base.weights
         ):
@@ -338,7 +355,22 @@ def fetch_base(source: str, folder: Path, *, dtype: torch.dtype = torch.float32)
     with replace_folder(folder) as target:
         copy_checkpoint(origin, target)
         write_card(target, name, revision, card.get("training"))
-        base = load_base(target, dtype=dtype)
+        base = load_base(target, placement)
+    return replace(base, folder=folder)
+
+
+def _fetch_gguf(file: Path, folder: Path, placement: Placement | None) -> Base:
+    """The base of a GGUF file; the one that is there, if it was made of the same file."""
+    revision = f"SHA-256 {hash_file(file)[:16]}"
+    if (folder / CARD_FILE).exists():
+        base = load_base(folder, placement)
+        if base.id == file.stem and base.revision.startswith(revision):
+            return base
+    check_free(folder)
+    with replace_folder(folder) as target:
+        done = convert_gguf(file, target)
+        write_card(target, file.stem, f"{revision}, {done}", None)
+        base = load_base(target, placement)
     return replace(base, folder=folder)
 
 

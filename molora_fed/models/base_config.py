@@ -83,13 +83,16 @@ def _find_faults(raw: Mapping[str, Any], layers: int) -> Iterator[str]:
             yield f"{key} {clean(value, 80)}"
 
 
-def check_size(config: Any, weights: Sequence[Path], what: str) -> None:
+def check_size(config: Any, weights: Sequence[Path], what: str) -> int:
     """Refuse a config of a larger model than its weights can fill, before it takes memory.
 
     Args:
         config: From `read_config`.
         weights: The safetensors files.
         what: What failed, the start of a message.
+
+    Returns:
+        How many numbers the model holds.
 
     Raises:
         BaseCheckpointError: If it has more parameters than the weights have half bytes.
@@ -103,6 +106,7 @@ def check_size(config: Any, weights: Sequence[Path], what: str) -> None:
             f"{what}: expected weights of all parameters, got {size:,} bytes for {wanted:,} "
             "parameters that config.json asks for. Fetch it again."
         )
+    return wanted
 
 
 def fingerprint_config(config: Any) -> str:

@@ -17,6 +17,7 @@ from molora_fed.population.files import fingerprint_population, load_population,
 from molora_fed.population.router_files import load_router, pack_router
 from molora_fed.population.slots import check_population
 from molora_fed.routing.bundle import BaseEntry, describe_base, load_recorded_base
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import hash_bytes, hash_file, replace_folder, write_bytes, write_json
 from molora_fed.storage.settings import read_model
 
@@ -94,13 +95,18 @@ def find_evolved(folder: Path) -> Path | None:
 
 
 def load_evolved(
-    folder: Path, *, base_folder: Path | None = None, plugins: Plugins | None = None
+    folder: Path,
+    *,
+    base_folder: Path | None = None,
+    compute: Compute | None = None,
+    plugins: Plugins | None = None,
 ) -> EvolvedModel:
     """Read an evolved model whose sender is not trusted.
 
     Args:
         folder: Folder written by `save_evolved`, here or wherever it was moved to.
         base_folder: Where the base is; the recorded relative path if None.
+        compute: Where to run, and in which dtype; the dtype it was made in where it says none.
         plugins: Where the router is registered; the installed ones if None.
 
     Raises:
@@ -126,7 +132,7 @@ def load_evolved(
                     fix="Copy the folder again, whole.",
                 )
             )
-    base = load_recorded_base(folder, manifest.base, base_folder)
+    base = load_recorded_base(folder, manifest.base, base_folder, compute)
     check_population(population, base.model)
     _check_router(folder, router, population, base)
     return EvolvedModel(base, population, router.to(base.model.device).eval(), manifest.router_name)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -21,9 +20,11 @@ from molora_fed.charter import BaseIdentity
 from molora_fed.errors import BaseCheckpointError, RoutingError, describe_mismatch
 from molora_fed.guard import guarded
 from molora_fed.models.base import Base, check_base, load_base
+from molora_fed.models.runtime import choose_placement
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import TopKRouter, limit_experts
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import hash_bytes, replace_folder, write_bytes, write_json
 from molora_fed.storage.settings import StrictModel, describe_offenders, read_model
 from molora_fed.types import ADAPTER_FILES, Mixture
@@ -233,13 +234,18 @@ def has_fused(folder: Path) -> bool:
 
 
 def load_fused(
-    folder: Path, *, base_folder: Path | None = None, plugins: Plugins | None = None
+    folder: Path,
+    *,
+    base_folder: Path | None = None,
+    compute: Compute | None = None,
+    plugins: Plugins | None = None,
 ) -> FusedModel:
     """Read a fused model, here or wherever its folder was moved to.
 
     Args:
         folder: Folder written by `save_fused`.
         base_folder: Where the base is; the recorded relative path if None.
+        compute: Where to run, and in which dtype; the dtype it was made in where it says none.
         plugins: Where routers and adapter kinds are registered; the installed ones if None.
 
     Raises:
@@ -255,7 +261,7 @@ def load_fused(
     router_class = plugins.routers.resolve(manifest.router.name)
     if manifest.router.top_k is not None:
         router_class = limit_experts(router_class, manifest.router.top_k)
-    base = load_recorded_base(folder, manifest.base, base_folder)
+    base = load_recorded_base(folder, manifest.base, base_folder, compute)
     experts = tuple(_load_expert(folder, entry, base, plugins) for entry in manifest.experts)
     try:
         tensors: dict[str, Tensor] = load(state)
@@ -309,16 +315,20 @@ def _check_hash(folder: Path, what: str, *, expected: str, got: str) -> None:
         )
 
 
-def load_recorded_base(folder: Path, entry: BaseEntry, base_folder: Path | None) -> Base:
+def load_recorded_base(
+    folder: Path, entry: BaseEntry, base_folder: Path | None, compute: Compute | None = None
+) -> Base:
     """Load the base that a model's folder names.
 
     Args:
         folder: The model's folder.
         entry: What it says of its base.
         base_folder: Where the base is; the recorded relative path if None.
+        compute: Where to run, and in which dtype; the dtype it was made in where it says none.
 
     Raises:
         BaseCheckpointError: If the base is not there, or is another one.
+        ComputeError: If this machine lacks device, dtype or memory.
     """
     where = base_folder or (folder / entry.path)
     identity = entry.identity
@@ -327,7 +337,7 @@ def load_recorded_base(folder: Path, entry: BaseEntry, base_folder: Path | None)
             f"Cannot load model '{folder}': expected base {identity.id} with weights "
             f"{identity.weights[:12]} in '{where}', got no such folder. Say where the base is."
         )
-    base = load_base(where, dtype=getattr(torch, entry.dtype))
+    base = load_base(where, choose_placement(compute or Compute(), entry.dtype))
     check_base(base, identity)
     return base
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -26,7 +25,13 @@ from torch.optim import AdamW, Optimizer
 from molora_fed.corpus.batches import take_batch
 from molora_fed.errors import DivergedError, TrainingError
 from molora_fed.models.forward import compute_block_losses
-from molora_fed.models.runtime import describe_environment, deterministic, limit_threads
+from molora_fed.models.runtime import (
+    Placement,
+    describe_environment,
+    deterministic,
+    limit_threads,
+    mixed_precision,
+)
 from molora_fed.storage.files import hash_bytes
 from molora_fed.storage.locks import lock_folder
 from molora_fed.storage.seeds import derive_seed
@@ -315,7 +320,8 @@ class TrainResult:
         loss: Lowest validation loss, nats per token.
         stopped_early: True if patience ran out.
         threads: Torch threads it ran on.
-        dtype: Dtype of the trained parameters, e.g. "float32".
+        dtype: Dtype of the trained parameters, "float32".
+        compute_dtype: Dtype of matrix products and of the weights that are not trained.
         environment: Versions and hardware.
         seconds: Wall time of training and validations, restarts included.
     """
@@ -328,6 +334,7 @@ class TrainResult:
     stopped_early: bool
     threads: int
     dtype: str
+    compute_dtype: str
     environment: Mapping[str, str]
     seconds: float
 
@@ -335,6 +342,8 @@ class TrainResult:
         """The part that is the same whenever the run is repeated: without wall time."""
         values = asdict(self)
         del values["seconds"]
+        if self.compute_dtype == self.dtype:  # as in records from before there was a choice
+            del values["compute_dtype"]
         return values
 
 
@@ -348,13 +357,14 @@ def compute_learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def _compute_loss(
-    model: Any, blocks: NDArray[np.int32], config: TrainConfig, device: torch.device, step: int
+    model: Any, blocks: NDArray[np.int32], config: TrainConfig, placement: Placement, step: int
 ) -> Tensor:
     """Mean loss of a step's batch (B, T) over its B * (T - 1) predicted tokens, nats."""
     seed_step(config.seed, step + 1)
     rows = take_batch(blocks, step, batch=config.batch, seed=config.seed)
-    tokens = torch.from_numpy(rows).long().to(device)
-    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # (B, T - 1, V)
+    tokens = torch.from_numpy(rows).long().to(placement.device)
+    with mixed_precision(placement):
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # (B, T - 1, V)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
@@ -415,12 +425,16 @@ def train(
         StorageError: On I/O errors.
     """
     _check_inputs(parameters, train_blocks, validation_blocks, config)
-    device = Accelerator(mixed_precision="no").device
-    environment = describe_environment(device.type)
+    weight = model.get_input_embeddings().weight
+    placement = Placement(weight.device, weight.dtype)
+    for parameter in parameters:  # small steps would be lost in a shorter dtype
+        parameter.data = parameter.data.float()
+    environment = describe_environment(placement.device.type)
     dtype = str(parameters[0].dtype).removeprefix("torch.")
+    compute_dtype = str(placement.dtype).removeprefix("torch.")
     settings = {k: v for k, v in asdict(config).items() if k != "threads"}
     data = b"".join(np.ascontiguousarray(b).tobytes() for b in (train_blocks, validation_blocks))
-    model.to(device).train()
+    model.train()
     optimizer = build_optimizer(
         parameters,
         learning_rate=config.learning_rate,
@@ -430,7 +444,8 @@ def train(
     step_tokens = config.batch * int(train_blocks.shape[1])
 
     def validate() -> float:
-        losses = compute_block_losses(model, validation_blocks, batch=config.evaluation_batch)
+        with mixed_precision(placement):
+            losses = compute_block_losses(model, validation_blocks, batch=config.evaluation_batch)
         return float(losses.double().mean())
 
     def describe(step: int) -> dict[str, float | int]:
@@ -441,7 +456,7 @@ def train(
         parameters=[parameters],
         optimizer=optimizer,
         rates=lambda step: [compute_learning_rate(step, config)] * len(optimizer.param_groups),
-        loss=partial(_compute_loss, model, train_blocks, config, device),
+        loss=partial(_compute_loss, model, train_blocks, config, placement),
         validate=validate,
         steps=config.steps,
         save_every=config.validate_every,
@@ -450,6 +465,7 @@ def train(
             **settings,
             **(context or {}),
             "dtype": dtype,
+            **({} if compute_dtype == dtype else {"compute_dtype": compute_dtype}),
             "blocks": hash_bytes(data),
         },
         describe=describe,
@@ -459,7 +475,7 @@ def train(
         step_tokens=step_tokens,
     )
     counters, seconds = run_training(job, folder, progress)
-    model.to("cpu").eval()
+    model.eval()
     return TrainResult(
         steps=counters.step,
         tokens=counters.step * step_tokens,
@@ -469,6 +485,7 @@ def train(
         stopped_early=counters.stopped,
         threads=counters.threads,
         dtype=dtype,
+        compute_dtype=compute_dtype,
         environment=environment,
         seconds=seconds,
     )

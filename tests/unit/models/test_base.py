@@ -18,6 +18,7 @@ from molora_fed.models.base import (
     load_base,
 )
 from molora_fed.models.forward import compute_block_losses
+from molora_fed.models.runtime import Placement
 from molora_fed.training.builtin_base import (
     BuiltinBaseConfig,
     compute_recipe_key,
@@ -98,7 +99,7 @@ def test_loaded_base_is_frozen_and_names_itself(checkpoint):
     assert not base.model.training and not any(p.requires_grad for p in base.model.parameters())
     assert base.identity().id == "checkpoint" and base.training is None
     assert base.identity().weights == fingerprint_weights(checkpoint)
-    assert load_base(checkpoint, dtype=torch.bfloat16).weights == base.weights
+    assert load_base(checkpoint, Placement(dtype=torch.bfloat16)).weights == base.weights
 
 
 def test_every_architecture_loads(tiny_checkpoint, architecture, tokens):
