@@ -172,6 +172,7 @@ class Command:
             return self._process.returncode
         self._was_killed = True
         self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(signal.SIGCONT)  # as systemd does: one that is stopped hears it
         try:
             return self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
