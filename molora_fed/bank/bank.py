@@ -13,13 +13,13 @@ from torch import Tensor
 
 from molora_fed.bank.columns import make_scratch
 from molora_fed.bank.mixture import (
-    Readout,
     compute_log_gates,
     compute_logit_nll,
     compute_probability_nll,
 )
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import BankError, ShapeError
+from molora_fed.models.head import Readout
 from molora_fed.types import Mixture, Progress, Reading
 
 if TYPE_CHECKING:

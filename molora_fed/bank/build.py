@@ -20,10 +20,10 @@ from molora_fed.bank.assembly import (
     open_columns,
 )
 from molora_fed.bank.bank import Bank, CalibrationBank, HeldOutBank
-from molora_fed.bank.mixture import find_readout
 from molora_fed.bank.passes import ColumnMaker, Expert, Wanted, check_room, estimate_bank_bytes
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError
+from molora_fed.models.head import find_readout
 from molora_fed.types import Mixture, Progress, Reading, Split
 
 if TYPE_CHECKING:

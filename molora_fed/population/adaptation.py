@@ -8,7 +8,7 @@
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -149,12 +149,12 @@ def adapt(
     parts = _Parts(base, population, router, config, trained_factors)
     model, device = base.model, next(base.model.parameters()).device
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int) -> Iterator[Tensor]:
         place = config.first_step + step
         seed_step(config.seed, place)
         batch = take_balanced(states, place, batch=config.batch, seed=config.seed, device=device)
         parts.router.set_progress(min(1.0, place / config.whole))
-        return compute_loss(model, parts.mixture, parts.router, batch)
+        yield compute_loss(model, parts.mixture, parts.router, batch)
 
     identity = _identify(base, population, parts, config, states)
     if trained_factors != "both":

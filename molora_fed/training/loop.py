@@ -10,9 +10,8 @@
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch.optim import AdamW, Optimizer
 from molora_fed.corpus.batches import take_batch
 from molora_fed.errors import DivergedError, TrainingError
 from molora_fed.models.forward import compute_block_losses
+from molora_fed.models.head import Head, find_head
 from molora_fed.models.runtime import (
     Placement,
     describe_environment,
@@ -72,8 +72,9 @@ class TrainingJob:
         parameters: What is trained; each group's gradient is clipped by itself.
         optimizer: AdamW over all of them.
         rates: Learning rates of the optimiser's groups at a step.
-        loss: Mean loss of a step's batch, nats per token; a function of the step and the
-            parameters alone.
+        loss: Parts of a step's loss, whose sum is the mean over its batch, nats per token; a
+            function of the step and the parameters alone. A part's gradient is taken before the
+            next part is made.
         validate: Validation loss with the parameters as they are, nats per token; None if nothing
             is chosen by it.
         steps: Optimiser steps at most.
@@ -95,7 +96,7 @@ class TrainingJob:
     parameters: Sequence[Sequence[nn.Parameter]]
     optimizer: Optimizer
     rates: Callable[[int], Sequence[float]]
-    loss: Callable[[int], Tensor]
+    loss: Callable[[int], Iterable[Tensor]]
     validate: Callable[[], float] | None
     steps: int
     save_every: int
@@ -242,8 +243,10 @@ def _take_step(job: TrainingJob, step: int) -> Tensor:
     """One optimiser step; returns the loss before it."""
     for settings, rate in zip(job.optimizer.param_groups, job.rates(step), strict=True):
         settings["lr"] = rate
-    loss = job.loss(step)
-    loss.backward()
+    losses = []
+    for part in job.loss(step):
+        part.backward()
+        losses.append(part.detach())
     for group in job.parameters:
         for parameter in group:
             if parameter.grad is None:  # took no part in this batch
@@ -251,7 +254,7 @@ def _take_step(job: TrainingJob, step: int) -> Tensor:
         nn.utils.clip_grad_norm_(group, job.clip_norm)
     job.optimizer.step()
     job.optimizer.zero_grad()
-    return loss.detach()
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def _validate(job: TrainingJob) -> float:
@@ -282,6 +285,10 @@ class TrainConfig:
     Attributes:
         steps: Optimiser steps at most.
         batch: Blocks per step.
+        accumulation: Parts in which a step's batch is computed; more take less memory, and give
+            the same but for rounding.
+        checkpointing: Whether activations are computed again for the gradient instead of kept:
+            much less memory, a third more time, the same result.
         learning_rate: Peak of AdamW's rate.
         seed: Seed of data order and dropout.
         threads: Torch threads of a run that starts; one that is resumed keeps its own.
@@ -306,6 +313,17 @@ class TrainConfig:
     beta2: float = 0.99
     clip_norm: float = 1.0
     evaluation_batch: int = 16
+    accumulation: int = 1
+    checkpointing: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the result: without threads, and without what is as it always was."""
+        values = asdict(self)
+        for name in ("threads", "checkpointing"):
+            del values[name]
+        if self.accumulation == 1:
+            del values["accumulation"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -320,8 +338,8 @@ class TrainResult:
         loss: Lowest validation loss, nats per token.
         stopped_early: True if patience ran out.
         threads: Torch threads it ran on.
-        dtype: Dtype of the trained parameters, "float32".
-        compute_dtype: Dtype of matrix products and of the weights that are not trained.
+        dtype: Dtype of matrix products and of weights that are not trained; what is trained is
+            float32.
         environment: Versions and hardware.
         seconds: Wall time of training and validations, restarts included.
     """
@@ -334,7 +352,6 @@ class TrainResult:
     stopped_early: bool
     threads: int
     dtype: str
-    compute_dtype: str
     environment: Mapping[str, str]
     seconds: float
 
@@ -342,8 +359,6 @@ class TrainResult:
         """The part that is the same whenever the run is repeated: without wall time."""
         values = asdict(self)
         del values["seconds"]
-        if self.compute_dtype == self.dtype:  # as in records from before there was a choice
-            del values["compute_dtype"]
         return values
 
 
@@ -356,16 +371,46 @@ def compute_learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
-def _compute_loss(
-    model: Any, blocks: NDArray[np.int32], config: TrainConfig, placement: Placement, step: int
-) -> Tensor:
-    """Mean loss of a step's batch (B, T) over its B * (T - 1) predicted tokens, nats."""
-    seed_step(config.seed, step + 1)
-    rows = take_batch(blocks, step, batch=config.batch, seed=config.seed)
-    tokens = torch.from_numpy(rows).long().to(placement.device)
-    with mixed_precision(placement):
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # (B, T - 1, V)
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+@dataclass(frozen=True, eq=False)
+class _BlockLoss:
+    """The loss of a language model on a step's batch, in parts.
+
+    Attributes:
+        model: The model; `head` is None where it is more than a decoder and an output head.
+        head: Its two parts.
+        blocks: Tokens to train on, (N, T).
+        config: Settings.
+        placement: Where, and in which dtype.
+    """
+
+    model: Any
+    head: Head | None
+    blocks: NDArray[np.int32]
+    config: TrainConfig
+    placement: Placement
+
+    def __call__(self, step: int) -> Iterator[Tensor]:
+        """Sums of losses over parts of the batch, divided by its B * (T - 1) predictions, nats."""
+        config = self.config
+        seed_step(config.seed, step + 1)
+        rows = take_batch(self.blocks, step, batch=config.batch, seed=config.seed)
+        predictions = rows.shape[0] * (rows.shape[1] - 1)
+        for part in np.array_split(rows, min(config.accumulation, len(rows))):
+            tokens = torch.from_numpy(part).long().to(self.placement.device)
+            with mixed_precision(self.placement):
+                losses = self._compute_losses(tokens)
+            yield losses.sum() / predictions
+
+    def _compute_losses(self, tokens: Tensor) -> Tensor:
+        if self.head is not None:
+            return self.head.compute_losses(tokens)
+        logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits  # (B, T - 1, V)
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+        )
+
+
+_POSITIVE = ("steps", "batch", "accumulation", "threads", "validate_every", "learning_rate")
 
 
 def _check_inputs(
@@ -377,7 +422,7 @@ def _check_inputs(
     problems = [
         f"{name} {value}"
         for name, value in asdict(config).items()
-        if name in ("steps", "batch", "threads", "validate_every", "learning_rate") and value <= 0
+        if name in _POSITIVE and value <= 0
     ]
     if not parameters:
         problems.append("no parameters to train")
@@ -430,10 +475,12 @@ def train(
     for parameter in parameters:  # small steps would be lost in a shorter dtype
         parameter.data = parameter.data.float()
     environment = describe_environment(placement.device.type)
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
-    compute_dtype = str(placement.dtype).removeprefix("torch.")
-    settings = {k: v for k, v in asdict(config).items() if k != "threads"}
+    dtype = str(placement.dtype).removeprefix("torch.")
     data = b"".join(np.ascontiguousarray(b).tobytes() for b in (train_blocks, validation_blocks))
+    with mixed_precision(placement):
+        head = find_head(model)
+    if config.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = build_optimizer(
         parameters,
@@ -456,16 +503,15 @@ def train(
         parameters=[parameters],
         optimizer=optimizer,
         rates=lambda step: [compute_learning_rate(step, config)] * len(optimizer.param_groups),
-        loss=partial(_compute_loss, model, train_blocks, config, placement),
+        loss=_BlockLoss(model, head, train_blocks, config, placement),
         validate=validate,
         steps=config.steps,
         save_every=config.validate_every,
         identity={
             **environment,
-            **settings,
+            **config.describe(),
             **(context or {}),
             "dtype": dtype,
-            **({} if compute_dtype == dtype else {"compute_dtype": compute_dtype}),
             "blocks": hash_bytes(data),
         },
         describe=describe,
@@ -475,6 +521,8 @@ def train(
         step_tokens=step_tokens,
     )
     counters, seconds = run_training(job, folder, progress)
+    if config.checkpointing:
+        model.gradient_checkpointing_disable()
     model.eval()
     return TrainResult(
         steps=counters.step,
@@ -485,7 +533,6 @@ def train(
         stopped_early=counters.stopped,
         threads=counters.threads,
         dtype=dtype,
-        compute_dtype=compute_dtype,
         environment=environment,
         seconds=seconds,
     )

@@ -9,7 +9,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +261,7 @@ def continue_base(
         steps=steps,
         patience=None,
     )
-    settings = {name: value for name, value in asdict(config).items() if name != "threads"}
+    settings = config.describe()
     tokens = (pool.train, pool.validation, pool.watched)
     inputs = {
         "domain": pool.domain,

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,6 @@ class AdapterJob:
 
     def describe(self) -> dict[str, Any]:
         """The inputs as JSON values."""
-        settings = {name: value for name, value in asdict(self.config).items() if name != "threads"}
         return {
             "format_version": FORMAT_VERSION,
             "domain": self.domain,
@@ -118,7 +117,7 @@ class AdapterJob:
             "validation_blocks": _hash_tokens(self.validation_tokens),
             "num_train_blocks": len(self.train_tokens),
             "num_validation_blocks": len(self.validation_tokens),
-            "settings": settings,
+            "settings": self.config.describe(),
             # Left out where empty: so are they in records from before there were any.
             **({"options": dict(self.options)} if self.options else {}),
         }

@@ -6,7 +6,7 @@ prompt is chance.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -179,7 +179,7 @@ def train_on_answers(
     optimizer = build_optimizer(parameters, learning_rate=settings.learning_rate)
     losses: list[float] = []
 
-    def compute_loss(step: int) -> torch.Tensor:
+    def compute_loss(step: int) -> Iterator[torch.Tensor]:
         rows = choose_rows(len(tokens), step, batch=settings.batch, seed=seed)
         batch = torch.from_numpy(tokens[rows]).long()
         weight = torch.from_numpy(weights[rows])[:, 1:].flatten()
@@ -189,7 +189,7 @@ def train_on_answers(
         )
         loss = (each * weight).sum() / weight.sum()
         losses.append(float(loss.detach()))
-        return loss
+        yield loss
 
     job = TrainingJob(
         parameters=[parameters],

@@ -7,14 +7,13 @@ import torch
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.bank.mixture import (
-    Readout,
     compute_log_gates,
     compute_logit_nll,
     compute_probability_nll,
-    find_readout,
 )
 from molora_fed.errors import RoutingError
 from molora_fed.models.forward import Capture, run_blocks
+from molora_fed.models.head import Readout, find_readout
 from molora_fed.testing import build_random_adapter
 
 
@@ -96,8 +95,8 @@ def test_gemma_needs_its_soft_cap(tiny_model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_rows_in_parts_are_the_whole(monkeypatch, dtype, has_bias):
-    monkeypatch.setattr("molora_fed.bank.mixture._LEAST_ROWS", 5)
-    monkeypatch.setattr("molora_fed.bank.mixture._LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr("molora_fed.models.head._LEAST_ROWS", 5)
+    monkeypatch.setattr("molora_fed.models.head._LOGITS_AT_ONCE", 1)
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn((40, 8), generator=generator).to(dtype)
     bias = torch.randn(40, generator=generator).to(dtype) if has_bias else None

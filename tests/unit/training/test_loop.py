@@ -287,7 +287,7 @@ def build_job(value, **changes):
         "parameters": [[parameter]],
         "optimizer": training.build_optimizer([parameter], learning_rate=0.1),
         "rates": lambda step: [0.1 / (step + 1)] * 2,  # of matrices and of vectors
-        "loss": lambda step: ((parameter - step) ** 2).sum(),
+        "loss": lambda step: [((parameter - step) ** 2).sum()],
         "validate": None,
         "steps": 11,
         "save_every": 4,
