@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from molora_cli import cascade_tasks
-from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.progress import reporting
+from molora_cli.shared_options import Device, Dtype, ask_compute
 from molora_fed.storage.untrusted import clean
 
 app = typer.Typer(

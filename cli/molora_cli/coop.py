@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import MAX_LINE, format_time, note, print_columns
 from molora_cli.progress import reporting
+from molora_cli.shared_options import Device, Dtype, ask_compute
 from molora_fed.storage.untrusted import clean
 
 app = typer.Typer(help="Cooperatives.", no_args_is_help=True, rich_markup_mode=None)

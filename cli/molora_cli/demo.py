@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
-from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.live import Board, watching
 from molora_cli.output import show
 from molora_cli.progress import Reporter, reporting
+from molora_cli.shared_options import Device, Dtype, ask_compute
 
 if TYPE_CHECKING:
     from molora_fed.federation.status import FederationEvent

@@ -7,9 +7,9 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import print_columns, show
 from molora_cli.progress import reporting
+from molora_cli.shared_options import Device, Dtype, ask_compute
 
 if TYPE_CHECKING:
     from molora_fed.population.evolution import Evolved

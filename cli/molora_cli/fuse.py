@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import note, show
 from molora_cli.progress import reporting
+from molora_cli.shared_options import Device, Dtype, ask_compute
 
 
 def fuse(

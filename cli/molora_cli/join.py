@@ -7,9 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.live import Board, watching
 from molora_cli.output import note, show
+from molora_cli.shared_options import (
+    Accumulation,
+    Batch,
+    Checkpointing,
+    Device,
+    Dtype,
+    LearningRate,
+    Steps,
+    ValidateEvery,
+    ask_compute,
+    ask_training,
+)
 
 if TYPE_CHECKING:
     from molora_fed.charter import Charter
@@ -48,6 +59,12 @@ def join(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of training; all cores if not given.")
     ] = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    learning_rate: LearningRate = None,
+    validate_every: ValidateEvery = None,
+    accumulation: Accumulation = 1,
+    checkpointing: Checkpointing = False,
     device: Device = None,
     dtype: Dtype = None,
     shard: Annotated[
@@ -113,6 +130,14 @@ def join(
         shard=parse_shard(shard),
         threads=threads or count_cores(),
         compute=ask_compute(device, dtype),
+        training=ask_training(
+            steps=steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            validate_every=validate_every,
+            accumulation=accumulation,
+            checkpointing=checkpointing,
+        ),
     )
     where = home or Path(f"contributor-{domain}")
     with watching(f"Contributor for '{domain}' in {where}, server {server}") as board:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.live import watching
+from molora_cli.shared_options import Device, Dtype, ask_compute
 
 DEFAULT_PORT = 8_080
 

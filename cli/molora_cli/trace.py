@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import MAX_LINE, note, print_columns
+from molora_cli.shared_options import Device, Dtype, ask_compute
 from molora_fed.storage.untrusted import clean, clean_lines
 
 if TYPE_CHECKING:

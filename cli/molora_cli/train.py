@@ -5,9 +5,20 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.compute import Device, Dtype, ask_compute
 from molora_cli.output import build_corpus_table, show
 from molora_cli.progress import reporting
+from molora_cli.shared_options import (
+    Accumulation,
+    Batch,
+    Checkpointing,
+    Device,
+    Dtype,
+    LearningRate,
+    Steps,
+    ValidateEvery,
+    ask_compute,
+    ask_training,
+)
 
 
 def train(
@@ -27,9 +38,12 @@ def train(
         list[str] | None,
         typer.Option(help="Option of the kind, KEY=VALUE, e.g. precision=int8; repeatable."),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps; the charter's if not given.")
-    ] = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    learning_rate: LearningRate = None,
+    validate_every: ValidateEvery = None,
+    accumulation: Accumulation = 1,
+    checkpointing: Checkpointing = False,
     seed: Annotated[int | None, typer.Option(help="Seed; the charter's if not given.")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Torch threads; all cores if not given.")
@@ -82,7 +96,14 @@ def train(
             name=name,
             kind=kind,
             options=options,
-            steps=steps,
+            choices=ask_training(
+                steps=steps,
+                batch=batch,
+                learning_rate=learning_rate,
+                validate_every=validate_every,
+                accumulation=accumulation,
+                checkpointing=checkpointing,
+            ),
             seed=seed,
             threads=threads or count_cores(),
             progress=progress,

@@ -28,6 +28,7 @@ from molora_fed.storage.compute import Compute, read_compute
 from molora_fed.storage.files import resolve_inside
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.storage.untrusted import clean, parse_json
+from molora_fed.training.choices import TrainingChoices
 from molora_fed.training.specialists import Specialist, train_specialist
 from molora_fed.types import Document, Progress, Split
 
@@ -216,7 +217,7 @@ def make_contribution(
     training_folder: Path | None = None,
     kind: str | None = None,
     options: Mapping[str, Any] | None = None,
-    steps: int | None = None,
+    choices: TrainingChoices | None = None,
     seed: int | None = None,
     threads: int = 1,
     plugins: Plugins | None = None,
@@ -235,7 +236,7 @@ def make_contribution(
         training_folder: Gets `adapter/`, `record.json` and `metrics.jsonl`; `folder` if None.
         kind: Adapter kind; the charter's if None.
         options: Options of the kind; the charter's if None and the kind is the charter's.
-        steps: Optimiser steps; the charter's if None.
+        choices: What is trained otherwise than the charter says.
         seed: Seed of training; the charter's if None.
         threads: Torch threads; kept in the training record.
         plugins: Where kinds are registered; the installed plugins by default.
@@ -265,8 +266,6 @@ def make_contribution(
         if options is not None:
             changes = {"kind": kind or rules.kind, "options": dict(options)}
             rules = rules.model_copy(update=changes)
-        if steps is not None:
-            rules = rules.model_copy(update={"steps": steps})
         specialist = train_specialist(
             under.base,
             corpus.blocks[Split.TRAIN],
@@ -277,6 +276,7 @@ def make_contribution(
             seed=charter.amendment.seed if seed is None else seed,
             threads=threads,
             folder=training_folder or folder,
+            choices=choices,
             plugins=plugins,
             evaluation_batch=charter.identity.corpus.evaluation_batch,
             progress=progress,

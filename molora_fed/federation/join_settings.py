@@ -11,6 +11,7 @@ from molora_fed.population.asked import begin_anew
 from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import make_home, write_json
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
+from molora_fed.training.choices import TrainingChoices
 
 if TYPE_CHECKING:
     from molora_fed.federation.homes import ContributorHome
@@ -32,6 +33,7 @@ class JoinSettings:
         threads: Threads of training; kept in the training record.
         compute: Where models are to run, and in which dtype; the home's settings where it says
             nothing.
+        training: What it trains otherwise than the charter says.
     """
 
     name: str
@@ -41,6 +43,7 @@ class JoinSettings:
     shard: tuple[int, int] = (0, 1)
     threads: int = 1
     compute: Compute = field(default_factory=Compute)
+    training: TrainingChoices = field(default_factory=TrainingChoices)
 
     def check(self) -> None:
         """Look at names, text and adapter as far as that takes no time.
@@ -78,6 +81,7 @@ class JoinSettings:
             "shard": list(self.shard),
             "threads": self.threads,
             "compute": self.compute.model_dump(),
+            "training": self.training.model_dump(),
         }
 
     def save(self, path: Path) -> None:
@@ -104,7 +108,9 @@ class JoinSettings:
                 adapter=Path(str(value["adapter"])) if value["adapter"] else None,
                 shard=(int(index), int(count)),
                 threads=int(value["threads"]),
-                compute=Compute.model_validate(value.get("compute", {})),  # absent in older homes
+                # Homes of earlier versions say nothing of these.
+                compute=Compute.model_validate(value.get("compute", {})),
+                training=TrainingChoices.model_validate(value.get("training", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FederationError(

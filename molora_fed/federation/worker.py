@@ -152,6 +152,7 @@ class ContributorWorker:
                     "data": kept["data"],
                     "adapter": kept["adapter"],
                     "shard": kept["shard"],
+                    **self._settings.training.describe(),
                 }
             )
         )
@@ -219,6 +220,7 @@ class ContributorWorker:
                 given=settings.adapter,
                 training_folder=home.training_folder(self._recipe(under.charter)),
                 threads=settings.threads,
+                choices=settings.training,
                 plugins=self._plugins,
                 on_phase=enter,
                 progress=self._state.progress,

@@ -480,7 +480,7 @@ def train(
     with mixed_precision(placement):
         head = find_head(model)
     if config.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = build_optimizer(
         parameters,
@@ -522,7 +522,7 @@ def train(
     )
     counters, seconds = run_training(job, folder, progress)
     if config.checkpointing:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     model.eval()
     return TrainResult(
         steps=counters.step,

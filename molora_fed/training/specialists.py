@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import canonical_json, hash_bytes, write_json
+from molora_fed.training.choices import TrainingChoices
 from molora_fed.training.loop import CHECKPOINT_NAME, METRICS_NAME, TrainConfig, train
 from molora_fed.types import Progress
 
@@ -299,6 +300,7 @@ def train_specialist(
     seed: int,
     threads: int,
     folder: Path,
+    choices: TrainingChoices | None = None,
     plugins: Plugins | None = None,
     evaluation_batch: int = 16,
     progress: Progress | None = None,
@@ -315,6 +317,7 @@ def train_specialist(
         seed: Seed of initial factors and data order.
         threads: Torch threads; a resumed run keeps those it began with.
         folder: Gets `adapter/`, `record.json` and `metrics.jsonl`.
+        choices: What this contributor chooses otherwise than the charter.
         plugins: Where the kind is looked up; the installed plugins by default.
         evaluation_batch: Blocks per forward pass when a loss is measured, from the charter.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
@@ -326,7 +329,8 @@ def train_specialist(
         UnknownNameError: If no plugin registers the kind.
         StorageError: On I/O errors.
     """
-    registered = plugins or get_plugins()
+    registered, chosen = plugins or get_plugins(), choices or TrainingChoices()
+    training = chosen.over(training)
     if kind not in rules.kinds:
         raise TrainingError(
             describe_mismatch(
@@ -347,6 +351,7 @@ def train_specialist(
         steps=training.steps,
         patience=training.patience,
     )
+    config = replace(config, accumulation=chosen.accumulation, checkpointing=chosen.checkpointing)
     job = AdapterJob(
         base=base,
         domain=train_blocks.domain,

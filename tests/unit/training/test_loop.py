@@ -334,3 +334,46 @@ def test_a_parameter_without_a_gradient_is_trained_on(tmp_path):
         replace(job, parameters=[both], optimizer=optimizer, rates=rates), tmp_path
     )
     assert torch.equal(spare, torch.ones(2))
+
+
+def test_a_step_in_parts_is_the_step_but_for_rounding(tiny_model, tmp_path):
+    whole, parts = tiny_model(), tiny_model()
+    one = run(whole, tmp_path / "whole")
+    two = run(parts, tmp_path / "parts", with_config(accumulation=3))  # 2, 1 and 1 of 4 blocks
+    assert two.loss == pytest.approx(one.loss, abs=1e-4)
+    for name, value in weights_of(parts).items():  # AdamW takes whole steps along tiny gradients
+        torch.testing.assert_close(value, whole.state_dict()[name], rtol=0.1, atol=0.02)
+    with pytest.raises(TrainingError, match="accumulation 0"):
+        run(tiny_model(), tmp_path / "none", with_config(accumulation=0))
+
+
+def test_activations_made_again_change_no_byte(tiny_model, tmp_path):
+    kept, again = tiny_model(), tiny_model()
+    run(kept, tmp_path / "kept")
+    run(again, tmp_path / "again", with_config(checkpointing=True))
+    assert_equal_weights(weights_of(kept), weights_of(again))
+    assert not again.is_activation_checkpointing
+
+
+def test_activations_may_be_kept_or_made_again_from_one_start_to_the_next(tiny_model, tmp_path):
+    with pytest.raises(Stopped):
+        run(tiny_model(), tmp_path, progress=stop_at(6))
+    whole, resumed = tiny_model(), tiny_model()
+    run(whole, tmp_path / "whole")
+    run(resumed, tmp_path, with_config(checkpointing=True))
+    assert_equal_weights(weights_of(whole), weights_of(resumed))
+
+
+def test_in_bfloat16_what_is_trained_stays_float32(tiny_model, tmp_path):
+    model = tiny_model().to(torch.bfloat16)
+    trained = list(model.gpt_neox.layers.requires_grad_(True).parameters())
+    result = train(model, trained, TRAIN, VALIDATION, CONFIG, tmp_path)
+    full = train(
+        (other := tiny_model()), list(other.gpt_neox.layers.requires_grad_(True).parameters()),
+        TRAIN, VALIDATION, CONFIG, tmp_path / "full",
+    )  # fmt: skip
+    assert result.dtype == "bfloat16" and full.dtype == "float32"
+    assert all(parameter.dtype is torch.float32 for parameter in trained)
+    assert model.get_input_embeddings().weight.dtype is torch.bfloat16
+    assert result.loss < result.initial_loss and result.loss == pytest.approx(full.loss, abs=0.02)
+    assert result.initial_loss == pytest.approx(full.initial_loss, abs=0.003)

@@ -1,0 +1,100 @@
+"""Options that several commands have: where models run, and how a contributor trains."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from molora_fed.storage.compute import Compute
+    from molora_fed.training.choices import TrainingChoices
+
+__all__ = [
+    "Accumulation",
+    "Batch",
+    "Checkpointing",
+    "Device",
+    "Dtype",
+    "LearningRate",
+    "Steps",
+    "ValidateEvery",
+    "ask_compute",
+    "ask_training",
+]
+
+Device = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu, cuda or cuda:N; the home's settings if not given."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="auto, float32 or bfloat16; the home's settings if not given."),
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Training steps; the charter's if not given.")
+]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Blocks per step; the charter's if not given.")
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(min=0, help="Peak learning rate; the charter's or the kind's if not given."),
+]
+ValidateEvery = Annotated[
+    int | None,
+    typer.Option(min=1, help="Steps between validations; the charter's if not given."),
+]
+Accumulation = Annotated[
+    int, typer.Option(min=1, help="Parts in which a step is computed: more take less memory.")
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option(
+        "--checkpointing",
+        help="Compute activations again instead of keeping them: less memory, more time.",
+    ),
+]
+
+
+def ask_compute(device: str | None, dtype: str | None) -> "Compute":
+    """What the two options ask for.
+
+    Raises:
+        ComputeError: If a value is unknown.
+    """
+    from molora_fed.storage.compute import Compute
+
+    return Compute.parse(device, dtype)
+
+
+def ask_training(
+    *,
+    steps: int | None,
+    batch: int | None,
+    learning_rate: float | None,
+    validate_every: int | None,
+    accumulation: int,
+    checkpointing: bool,
+) -> "TrainingChoices":
+    """What the options of a training ask for.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+    from molora_fed.errors import ConfigError
+    from molora_fed.storage.settings import check_options
+    from molora_fed.training.choices import TrainingChoices
+
+    return check_options(
+        TrainingChoices,
+        {
+            "steps": steps,
+            "batch": batch,
+            "learning_rate": learning_rate,
+            "validate_every": validate_every,
+            "accumulation": accumulation,
+            "checkpointing": checkpointing,
+        },
+        what="Cannot train",
+        error=ConfigError,
+        fix="Correct these options.",
+    )
