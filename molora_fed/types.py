@@ -11,6 +11,9 @@ from molora_fed.errors import ConfigError
 __all__ = [
     "ADAPTER_FILES",
     "BASE_EXPERT",
+    "CONFIG_FILES",
+    "TOKENIZER_FILES",
+    "WEIGHTS_INDEX",
     "AdapterFile",
     "Case",
     "Document",
@@ -35,6 +38,22 @@ AdapterFile = Literal["adapter_config.json", "adapter_model.safetensors", "molor
 
 ADAPTER_FILES: tuple[AdapterFile, ...] = get_args(AdapterFile)
 """The only file names an adapter may have, so that no name from outside becomes a path."""
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+CONFIG_FILES = ("config.json", "generation_config.json")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+"""Files of a base checkpoint beside its weights; the weights are safetensors of any name."""
 
 Reading = Literal["base_hidden", "prefix_hidden", "mean_hidden", "experts_hidden", "evidence"]
 """What a router may read of a view; the bank makes only the columns that are read."""

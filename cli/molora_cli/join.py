@@ -50,6 +50,13 @@ def join(
         Path | None,
         typer.Option(help="Folder of an adapter trained earlier, e.g. by molora train."),
     ] = None,
+    base: Annotated[
+        str,
+        typer.Option(
+            help="Your own copy of the base: a folder, a .gguf file, or ID@REVISION of the Hub. "
+            "Without, the server sends it."
+        ),
+    ] = "",
     name: Annotated[
         str, typer.Option(help="Name in reports; domain and start of the key if not given.")
     ] = "",
@@ -127,6 +134,7 @@ def join(
         domain=domain,
         data=tuple(data or ()),
         adapter=adapter,
+        base=str(Path(base).absolute()) if base and Path(base).exists() else base,
         shard=parse_shard(shard),
         threads=threads or count_cores(),
         compute=ask_compute(device, dtype),

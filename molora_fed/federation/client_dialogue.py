@@ -31,7 +31,7 @@ from molora_fed.federation.letters import (
     Wait,
 )
 from molora_fed.federation.mailbox import read_parts, take_batch
-from molora_fed.federation.messages import Part, Shipment, plan_parts
+from molora_fed.federation.messages import Part, Shipment, list_describing, plan_parts
 from molora_fed.federation.signing import build_hello_bytes
 from molora_fed.federation.worker_mail import find_stranger, list_received
 from molora_fed.storage.keys import build_public_pem, load_key, sign
@@ -118,16 +118,23 @@ def _list_expected(home: ContributorHome) -> list[tuple[Shipment, int, bool]]:
     question = open_letter(home.question_letter, QuestionLetter)
     expected = []
     if charter is not None:
-        expected.append((charter.base, charter.part_bytes, home.base))
+        # Of a base of one's own only the server's description is wanted.
+        is_own = bool(home.read_settings().base) and not _is_here(home, charter.base, home.base)
+        base = list_describing(charter.base) if is_own else charter.base
+        expected.append((base, charter.part_bytes, home.base))
     if result is not None:
         expected.append((result.files, result.part_bytes, home.result))
     if question is not None:
         folder = home.question_folder(question.id)
         expected.append((question.files, question.part_bytes, folder))
     return [
-        (shipment, part_bytes, (home.shipments / shipment.id).exists() and folder.is_dir())
+        (shipment, part_bytes, _is_here(home, shipment, folder))
         for shipment, part_bytes, folder in expected
     ]
+
+
+def _is_here(home: ContributorHome, shipment: Shipment, folder: Path) -> bool:
+    return (home.shipments / shipment.id).exists() and folder.is_dir()
 
 
 def _build_hello(home: ContributorHome, greeting: Greeting) -> list[Letter]:
@@ -173,6 +180,7 @@ def _build_state(home: ContributorHome) -> State:
         received=list(dict.fromkeys(whole)),
         held=sorted(home.parts.held())[:MAX_HELD],
         problem=home.board.read(),
+        own_base=True if home.read_settings().base else None,
     )
 
 

@@ -30,6 +30,8 @@ class JoinSettings:
         data: Files and folders of text; empty takes the registered domain of that name.
         adapter: Folder of an adapter trained earlier; None trains one.
         shard: (i, n): share i of n of the domain's documents, if n contributors split it.
+        base: The contributor's own copy of the base: a folder, a GGUF file, or "ID@REVISION" on the
+            Hub. Empty has the server send it.
         threads: Threads of training; kept in the training record.
         compute: Where models are to run, and in which dtype; the home's settings where it says
             nothing.
@@ -41,6 +43,7 @@ class JoinSettings:
     data: tuple[Path, ...] = ()
     adapter: Path | None = None
     shard: tuple[int, int] = (0, 1)
+    base: str = ""
     threads: int = 1
     compute: Compute = field(default_factory=Compute)
     training: TrainingChoices = field(default_factory=TrainingChoices)
@@ -79,6 +82,7 @@ class JoinSettings:
             "data": [str(path.absolute()) for path in self.data],
             "adapter": str(self.adapter.absolute()) if self.adapter else "",
             "shard": list(self.shard),
+            "base": self.base,
             "threads": self.threads,
             "compute": self.compute.model_dump(),
             "training": self.training.model_dump(),
@@ -108,6 +112,7 @@ class JoinSettings:
                 adapter=Path(str(value["adapter"])) if value["adapter"] else None,
                 shard=(int(index), int(count)),
                 threads=int(value["threads"]),
+                base=str(value.get("base", "")),
                 # Homes of earlier versions say nothing of these.
                 compute=Compute.model_validate(value.get("compute", {})),
                 training=TrainingChoices.model_validate(value.get("training", {})),

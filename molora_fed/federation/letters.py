@@ -328,6 +328,7 @@ class State(ShownState, Letter):
         result: Id of the result it has.
         received: Ids of the shipments that it has whole.
         held: Parts of others.
+        own_base: Whether it has a base of its own, and needs only what describes the server's.
     """
 
     kind = "state"
@@ -340,6 +341,7 @@ class State(ShownState, Letter):
     result: NoSha = ""
     received: Annotated[list[Sha], Field(max_length=16)] = Field(default=[])
     held: PartNames = Field(default=[])
+    own_base: bool | None = None  # left out where not, for servers that do not know it
 
 
 class Manifest(Letter):

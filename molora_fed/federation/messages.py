@@ -12,6 +12,7 @@ from typing import Any
 from molora_fed.errors import FederationError
 from molora_fed.storage.files import canonical_json, hash_bytes, hash_file
 from molora_fed.storage.untrusted import clean
+from molora_fed.types import CONFIG_FILES, TOKENIZER_FILES, WEIGHTS_INDEX
 
 __all__ = [
     "MAX_BATCH_BYTES",
@@ -135,6 +136,23 @@ def parse_shipment(value: Any, *, max_bytes: int = MAX_FILE_BYTES) -> Shipment:
     if shipment.num_bytes > max_bytes:
         raise _malformed(what, expected=f"at most {max_bytes} bytes", got=shipment.num_bytes)
     return shipment
+
+
+def is_weights_file(name: str) -> bool:
+    """Whether a file of a base holds weights, or says where they are."""
+    return name == WEIGHTS_INDEX or name.endswith(".safetensors")
+
+
+def list_describing(base: Shipment) -> Shipment:
+    """What of a base's files says something about it, and is no part of the checkpoint."""
+    parts = {*CONFIG_FILES, *TOKENIZER_FILES}
+    return Shipment(
+        tuple(
+            entry
+            for entry in base.files
+            if entry.name not in parts and not is_weights_file(entry.name)
+        )
+    )
 
 
 def describe_folder(folder: Path) -> Shipment:

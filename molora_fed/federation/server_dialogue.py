@@ -28,7 +28,7 @@ from molora_fed.federation.letters import (
     Wait,
 )
 from molora_fed.federation.mailbox import read_parts, take_batch
-from molora_fed.federation.messages import PartName, Shipment, plan_parts
+from molora_fed.federation.messages import PartName, Shipment, list_describing, plan_parts
 from molora_fed.federation.signing import build_hello_bytes
 from molora_fed.federation.strangers import UploadRoom, find_refusal, note_presence, read_limits
 from molora_fed.storage.keys import key_fingerprint, verify
@@ -117,7 +117,10 @@ class ServerDialogue:
         if state.charter != charter.id:
             letters.append(charter)
         letters += [task for task in charter.tasks if task.id not in state.tasks]
-        names = _list_undelivered(charter.base, state, charter.part_bytes)
+        base = charter.base
+        if state.own_base and base.id not in state.received:
+            base = list_describing(base)
+        names = _list_undelivered(base, state, charter.part_bytes)
         if not letters and not names:
             return None
         batch = take_batch(names, max_bytes=self._message_bytes)

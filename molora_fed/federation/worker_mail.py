@@ -161,14 +161,19 @@ def _check_not_older(home: ContributorHome, what: str, known: int, number: int) 
 
 
 def receive_base(home: ContributorHome) -> bool:
-    """Put the base together once all of its parts are here; whether it is.
+    """Put the base together once all of its parts are here, or take one's own; whether it is.
 
     Raises:
+        BaseCheckpointError: If the contributor's own copy is another base.
         StorageError: On I/O errors.
     """
     letter = open_letter(home.charter_letter, CharterLetter)
     if letter is None:
         return False
+    if source := home.read_settings().base:
+        from molora_fed.federation.own_base import take_own_base
+
+        return take_own_base(home, letter, source)
     return receive_shipment(home, letter.base, home.base, part_bytes=letter.part_bytes)
 
 

@@ -21,6 +21,7 @@ from molora_fed.models.base_files import (
     download_checkpoint,
     find_file,
     find_weight_files,
+    fingerprint_tensors,
     fingerprint_tokenizer,
     fingerprint_weights,
     hash_checkpoint_files,
@@ -36,16 +37,20 @@ from molora_fed.storage.untrusted import clean
 __all__ = [
     "Base",
     "check_base",
+    "copy_base",
     "fetch_base",
     "fingerprint_tokenizer",
     "fingerprint_weights",
     "load_base",
     "load_model",
+    "read_card",
 ]
 
 
 FORMAT_VERSION = 1
 CARD_FILE = "base.json"
+MAX_CARD_TENSORS = 4_096
+"""Of a base whose card holds a hash of each, by which the first that differs is named."""
 _SHOWN_PARTS = 4  # of what differs, in one message
 _HUB_SOURCE = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w./-]+)")
 
@@ -182,7 +187,7 @@ def load_base(folder: Path, placement: Placement | None = None) -> Base:
             f"{what}: expected a tokenizer of at most {vocabulary} tokens, got {len(tokenizer)}. "
             "Put the tokenizer of these weights beside them."
         )
-    card = _read_card(folder)
+    card = read_card(folder)
     base = Base(
         folder=folder,
         model=model,
@@ -272,7 +277,7 @@ def _loading(what: str, stage: Path, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_card(folder: Path) -> Mapping[str, Any]:
+def read_card(folder: Path) -> Mapping[str, Any]:
     """What is written down of a base; empty where nothing is."""
     path = find_file(folder, CARD_FILE)
     return {} if path is None else load_json_file(path)
@@ -300,14 +305,17 @@ def write_card(folder: Path, name: str, revision: str, training: Mapping[str, An
     Raises:
         StorageError: On I/O errors.
     """
+    weights, tensors = fingerprint_tensors(folder)
     card = {
         "format_version": FORMAT_VERSION,
         "id": name,
         "revision": revision,
-        "weights": fingerprint_weights(folder),
+        "weights": weights,
         "tokenizer": fingerprint_tokenizer(folder),
         "training": training,
     }
+    if len(tensors) <= MAX_CARD_TENSORS:
+        card["tensors"] = tensors
     write_json(folder / CARD_FILE, card)
 
 
@@ -327,51 +335,70 @@ def fetch_base(source: str, folder: Path, placement: Placement | None = None) ->
             something else; nothing is left half-copied.
         StorageError: On I/O errors.
     """
-    if Path(source).suffix.lower() == GGUF_SUFFIX and Path(source).is_file():
-        return _fetch_gguf(Path(source), folder, placement)
-    hub = _HUB_SOURCE.fullmatch(source)
-    is_local = Path(source).is_dir()
-    if not is_local and hub is None:
-        raise BaseCheckpointError(
-            f"Cannot fetch base '{source}': expected a folder, a GGUF file, or ID@REVISION of the "
-            "Hugging Face Hub, got none of these. Name a revision, e.g. EleutherAI/pythia-70m@main."
-        )
     card: Mapping[str, Any] = {}
-    if is_local:
-        local = Path(source)
+    if (local := Path(source)).is_dir():
         if local.resolve() == folder.resolve():
             return load_base(folder, placement)
-        card = _read_card(local)
-    name = hub["id"] if hub and not is_local else str(card.get("id", Path(source).resolve().name))
-    revision = hub["revision"] if hub and not is_local else str(card.get("revision", ""))
+        card = read_card(local)
+    name, revision = _name_source(source, card)
     if (folder / CARD_FILE).exists():
         base = load_base(folder, placement)
-        if (base.id, base.revision) == (name, revision) and (
-            not is_local or fingerprint_weights(Path(source)) == base.weights
+        if (base.id, base.revision.partition(", ")[0]) == (name, revision) and (
+            not local.is_dir() or fingerprint_weights(local) == base.weights
         ):
             return base
     check_free(folder)
-    origin = Path(source) if is_local else download_checkpoint(name, revision)
     with replace_folder(folder) as target:
-        copy_checkpoint(origin, target)
-        write_card(target, name, revision, card.get("training"))
+        done = copy_base(source, target)
+        write_card(target, name, ", ".join(filter(None, (revision, done))), card.get("training"))
         base = load_base(target, placement)
     return replace(base, folder=folder)
 
 
-def _fetch_gguf(file: Path, folder: Path, placement: Placement | None) -> Base:
-    """The base of a GGUF file; the one that is there, if it was made of the same file."""
-    revision = f"SHA-256 {hash_file(file)[:16]}"
-    if (folder / CARD_FILE).exists():
-        base = load_base(folder, placement)
-        if base.id == file.stem and base.revision.startswith(revision):
-            return base
-    check_free(folder)
-    with replace_folder(folder) as target:
-        done = convert_gguf(file, target)
-        write_card(target, file.stem, f"{revision}, {done}", None)
-        base = load_base(target, placement)
-    return replace(base, folder=folder)
+def _name_source(source: str, card: Mapping[str, Any]) -> tuple[str, str]:
+    """Id and revision of what a source holds.
+
+    Raises:
+        BaseCheckpointError: If it is no source of a base.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return str(card.get("id", path.resolve().name)), str(card.get("revision", ""))
+    if _is_gguf(path):
+        return path.stem, f"SHA-256 {hash_file(path)[:16]}"
+    if hub := _HUB_SOURCE.fullmatch(source):
+        return hub["id"], hub["revision"]
+    raise BaseCheckpointError(
+        f"Cannot fetch base '{source}': expected a folder, a GGUF file, or ID@REVISION of the "
+        "Hugging Face Hub, got none of these. Name a revision, e.g. EleutherAI/pythia-70m@main."
+    )
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == GGUF_SUFFIX and path.is_file()
+
+
+def copy_base(source: str, folder: Path) -> str:
+    """Put the files of a base into a folder, byte by byte, or as plain weights of a GGUF file.
+
+    Args:
+        source: A local folder, a GGUF file, or "ID@REVISION" on the Hub.
+        folder: An existing, empty folder.
+
+    Returns:
+        What was done to the weights; empty if nothing.
+
+    Raises:
+        BaseCheckpointError: If there is no such source, or it cannot be read.
+        ConfigError: If a GGUF file is to be read without the package for it.
+        OSError: On I/O errors.
+    """
+    path = Path(source)
+    if _is_gguf(path):
+        return convert_gguf(path, folder)
+    name, revision = _name_source(source, {})
+    copy_checkpoint(path if path.is_dir() else download_checkpoint(name, revision), folder)
+    return ""
 
 
 def check_free(folder: Path, *allowed: str) -> None:

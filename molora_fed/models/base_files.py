@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from molora_fed.errors import BaseCheckpointError, describe_mismatch
 from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, resolve_inside
 from molora_fed.storage.untrusted import clean
+from molora_fed.types import CONFIG_FILES, TOKENIZER_FILES, WEIGHTS_INDEX
 
 __all__ = [
     "copy_checkpoint",
@@ -27,6 +28,7 @@ __all__ = [
     "download_checkpoint",
     "find_file",
     "find_weight_files",
+    "fingerprint_tensors",
     "fingerprint_tokenizer",
     "fingerprint_weights",
     "hash_checkpoint_files",
@@ -37,21 +39,7 @@ __all__ = [
 ]
 
 MAX_JSON_BYTES = 64 * 2**20  # the largest tokenizer.json in use is below 40 MB
-_INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
-_TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-_CONFIG_FILES = ("config.json", "generation_config.json")
 _WEIGHT_NAME = re.compile(r"\w[\w.-]{0,180}\.safetensors", re.ASCII)
 
 
@@ -105,16 +93,16 @@ def find_weight_files(folder: Path) -> list[Path]:
     Raises:
         BaseCheckpointError: If there are none, or the index names files outside the folder.
     """
-    if find_file(folder, _INDEX) is not None:
-        names = load_json_file(folder / _INDEX).get("weight_map")
+    if find_file(folder, WEIGHTS_INDEX) is not None:
+        names = load_json_file(folder / WEIGHTS_INDEX).get("weight_map")
         if (
             not isinstance(names, dict)
             or not names
             or not all(isinstance(n, str) and _WEIGHT_NAME.fullmatch(n) for n in names.values())
         ):
             raise BaseCheckpointError(
-                f"Cannot read base checkpoint '{folder}': expected file names in '{_INDEX}', "
-                "got something else. Fetch the base again."
+                f"Cannot read base checkpoint '{folder}': expected file names in "
+                f"'{WEIGHTS_INDEX}', got something else. Fetch the base again."
             )
         found = sorted(set(names.values()))
         for name in found:
@@ -183,22 +171,36 @@ def fingerprint_weights(folder: Path) -> str:
     Raises:
         BaseCheckpointError: If the weights are missing, malformed, or a name occurs twice.
     """
-    digest = hashlib.sha256()
+    return fingerprint_tensors(folder)[0]
+
+
+def fingerprint_tensors(folder: Path) -> tuple[str, dict[str, str]]:
+    """The fingerprint of a checkpoint's weights, and of each of its tensors by name.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        As `fingerprint_weights`, and SHA-256 over dtype, shape and bytes of each tensor.
+
+    Raises:
+        BaseCheckpointError: If the weights are missing, malformed, or a name occurs twice.
+    """
+    whole, tensors = hashlib.sha256(), {}
     try:
-        for piece in _tensor_pieces(_find_tensors(folder)):
-            digest.update(piece)
+        places = _find_tensors(folder)
+        for name in sorted(places):
+            with safe_open(places[name], framework="pt") as file:
+                dtype = file.get_slice(name).get_dtype()
+                tensor = file.get_tensor(name)
+            head = canonical_json([name, str(dtype), list(tensor.shape)]) + b"\n"
+            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            whole.update(head)
+            whole.update(data)
+            tensors[name] = hashlib.sha256(head + bytes(hashlib.sha256(data).digest())).hexdigest()
     except (SafetensorError, OSError) as error:
         raise _unreadable(folder, error) from error
-    return digest.hexdigest()
-
-
-def _tensor_pieces(places: dict[str, Path]) -> Iterator[bytes]:
-    for name in sorted(places):
-        with safe_open(places[name], framework="pt") as file:
-            dtype = file.get_slice(name).get_dtype()
-            tensor = file.get_tensor(name)
-        yield canonical_json([name, str(dtype), list(tensor.shape)]) + b"\n"
-        yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return whole.hexdigest(), tensors
 
 
 def fingerprint_tokenizer(folder: Path) -> str:
@@ -207,11 +209,11 @@ def fingerprint_tokenizer(folder: Path) -> str:
     Raises:
         BaseCheckpointError: If the folder holds no tokenizer.
     """
-    hashes = {n: hash_file(folder / n) for n in _TOKENIZER_FILES if find_file(folder, n)}
+    hashes = {n: hash_file(folder / n) for n in TOKENIZER_FILES if find_file(folder, n)}
     if not hashes:
         raise BaseCheckpointError(
             f"Cannot read base checkpoint '{folder}': expected a tokenizer, got none of "
-            f"{', '.join(_TOKENIZER_FILES)}. Save the tokenizer beside the weights."
+            f"{', '.join(TOKENIZER_FILES)}. Save the tokenizer beside the weights."
         )
     return hash_bytes(canonical_json(hashes))
 
@@ -230,7 +232,7 @@ def list_checkpoint_files(folder: Path) -> list[Path]:
             f"Cannot read base checkpoint '{folder}': expected all files of its index, "
             f"got none of {', '.join(missing[:5])}. Fetch the base again."
         )
-    names = [*_CONFIG_FILES, *_TOKENIZER_FILES, _INDEX]
+    names = [*CONFIG_FILES, *TOKENIZER_FILES, WEIGHTS_INDEX]
     return [*(folder / name for name in names if find_file(folder, name)), *weights]
 
 
@@ -294,7 +296,7 @@ def download_checkpoint(repository: str, revision: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [*_CONFIG_FILES, *_TOKENIZER_FILES, _INDEX, "*.safetensors"]
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, WEIGHTS_INDEX, "*.safetensors"]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's client raises its own, the network's and OS errors
