@@ -91,11 +91,18 @@ def run_all(arguments: argparse.Namespace) -> None:
             work.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(run_target(target, work, inputs), indent=1))
         results[target.name] = json.loads(kept.read_bytes())
-        print(target.name, results[target.name], flush=True)
+        print(target.name, _count_lists(results[target.name]), flush=True)
     page = write_page(chosen, results)
     if arguments.out:
         arguments.out.write_text(page, encoding="utf-8")
     print(page)
+
+
+def _count_lists(found: dict[str, Any]) -> dict[str, Any]:
+    """A result for people: of branches only how many."""
+    return {
+        key: len(value) if key in ("reached", "missed") else value for key, value in found.items()
+    }
 
 
 def run_target(target: Any, work: Path, inputs: int) -> dict[str, Any]:
@@ -105,7 +112,8 @@ def run_target(target: Any, work: Path, inputs: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", target.name, "--work", str(work)]
     options = [
         f"-runs={inputs}", f"-timeout={SECONDS}", f"-seed={SEED}", "-rss_limit_mb=0",
-        "-max_len=65536", "-print_final_stats=1", f"-artifact_prefix={work}/", str(corpus),
+        "-max_len=65536", "-len_control=0", "-print_final_stats=1",
+        f"-artifact_prefix={work}/", str(corpus),
     ]  # fmt: skip
     started = time.monotonic()
     log = work / "fuzz.log"
@@ -145,6 +153,8 @@ def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
     for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
         run(seed)
+    for path in FOUND.glob(f"{name}-*"):
+        shutil.copyfile(path, corpus / path.name)
     limit = _read_virtual_bytes() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     slowest, seen = 0.0, set[str]()
