@@ -1,4 +1,4 @@
-"""A folder as one JSON value, so that its files can be changed inside their structure.
+"""A file, or a folder as one JSON value, so that its files are changed inside their structure.
 
 `{"files": {name: entry, ...}, ...}`; what stands beside the files is for the target. An entry is
 the file's text, or an object with one of
@@ -17,6 +17,7 @@ import base64
 import contextlib
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,16 +26,39 @@ from typing import Any
 from fuzz_mutators import lay_out
 
 __all__ = [
+    "Run",
     "describe_files",
     "encode_input",
     "find_place",
+    "limit_memory",
     "read_input",
+    "replacing",
     "run_in_folder",
     "write_files",
 ]
 
+Run = Callable[[bytes], None]
+MEMORY_BYTES = 2**30
+"""What a process may need beyond what it has once everything is imported."""
 MOST_BYTES = 68 * 2**20
 """Longest file: a little beyond the largest of the limits that is met by a file's size."""
+
+
+def limit_memory() -> None:
+    """Let this process have so much more memory than it has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def replacing(path: Path, call: Callable[[], object]) -> Run:
+    """A run that gives a file the input's bytes, and calls a function."""
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        call()
+
+    return run
 
 
 def encode_input(files: Mapping[str, Any], **beside: Any) -> bytes:
@@ -52,13 +76,14 @@ def read_input(data: bytes) -> dict[str, Any]:
 
 
 def run_in_folder(
-    folder: Path, call: Callable[[Path, dict[str, Any]], object]
-) -> Callable[[bytes], None]:
+    folder: Path, call: Callable[[Path, dict[str, Any]], object], *, most: int = MOST_BYTES
+) -> Run:
     """A run that writes an input's files, and calls a function with their folder and the input.
 
     Args:
         folder: Scratch; the files go to `input` in it, which does not exist if there are none.
         call: The function.
+        most: Longest file.
     """
     place = folder / "input"
 
@@ -66,21 +91,25 @@ def run_in_folder(
         value = read_input(data)
         if os.path.lexists(place):
             shutil.rmtree(place, ignore_errors=True)
-        write_files(value.get("files"), place)
+        write_files(value.get("files"), place, most=most)
         call(place, value)
 
     return run
 
 
 def find_place(name: object, folder: Path) -> Path | None:
-    """The path of a name inside a folder; None if it would leave it."""
+    """The path of a name inside a folder; None if it would leave it, or no file can have it."""
     parts = name.split("/") if isinstance(name, str) else [""]
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        return None
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
         return None
     return folder.joinpath(*parts)
 
 
-def write_files(files: Any, folder: Path) -> None:
+def write_files(files: Any, folder: Path, *, most: int = MOST_BYTES) -> None:
     """Write what an input describes, as far as a disk can hold it; links come last."""
     links = []
     for name, entry in files.items() if isinstance(files, dict) else ():
@@ -94,13 +123,13 @@ def write_files(files: Any, folder: Path) -> None:
             elif isinstance(entry, dict) and "link" in entry:
                 links.append((path, str(entry["link"])))
             else:
-                _write(path, entry)
+                _write(path, entry, most)
     for path, target in links:  # so that nothing is written where they lead
         with contextlib.suppress(OSError, ValueError):
             path.symlink_to(target)
 
 
-def _write(path: Path, entry: Any) -> None:
+def _write(path: Path, entry: Any, most: int) -> None:
     data = _build(entry)
     if data is not None:
         path.write_bytes(data)
@@ -108,7 +137,7 @@ def _write(path: Path, entry: Any) -> None:
     if isinstance(size, int) and size > 0:
         path.touch()
         if size > path.stat().st_size:
-            os.truncate(path, min(size, MOST_BYTES))
+            os.truncate(path, min(size, most))
 
 
 def _build(entry: Any) -> bytes | None:

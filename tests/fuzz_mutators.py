@@ -24,7 +24,8 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-_COUNTS = (2, 2, 40, 300)
+_COUNTS = (2, 2, 2, 40, 300)
+_REPEATS = (*(1, 8, 64) * 5, 25_000)
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
@@ -109,7 +110,7 @@ def change_value(value: Any, chance: random.Random, words: tuple[str, ...] = ())
 def _grow(holder: Any, key: Any, chance: random.Random) -> None:
     """Repeat a place: in a list as it is, in an object under numbered names."""
     count, text = chance.choice(_COUNTS), _dump(holder[key])
-    count = min(count, 2 + 20_000 // len(text))
+    count = min(count, 2 + 12_000 // len(text))
     if isinstance(holder, list):
         holder += [json.loads(text) for _ in range(count)]
     else:
@@ -147,7 +148,7 @@ def change_bytes(data: bytes, chance: random.Random) -> bytes:
         elif action == 3:
             changed[at:at] = bytes([chance.randrange(256)]) * chance.choice((1, 4, 4_000))
         elif action == 4 and at < len(changed):
-            changed[at:at] = changed[at : at + 1] * chance.choice((1, 64, 25_000))
+            changed[at:at] = changed[at : at + 1] * chance.choice(_REPEATS)
         elif action == 6:
             changed[:4] = chance.choice(_STARTS)
         elif at < len(changed):

@@ -3,34 +3,26 @@
 A target's `run` may raise errors of this package, which users see as one line, and nothing else.
 """
 
-import base64
-import contextlib
-import faulthandler
 import json
-import os
-import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
-from itertools import islice
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import tomli_w
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from fuzz_folders import (
-    describe_files,
-    encode_input,
-    find_place,
-    read_input,
-    run_in_folder,
-    write_files,
+from fuzz_folders import Run, encode_input, replacing, run_in_folder
+from fuzz_mail import FROM_CONTRIBUTOR, FROM_SERVER, prepare_invitations, prepare_mail
+from fuzz_models import (
+    ADAPTER_WORDS,
+    BASE_WORDS,
+    prepare_adapter,
+    prepare_adapters,
+    prepare_base,
+    prepare_bases,
+    prepare_sample_folders,
+    prepare_samples,
 )
 from fuzz_mutators import (
     Mutate,
@@ -40,79 +32,25 @@ from fuzz_mutators import (
     mutate_safetensors,
     mutate_toml,
 )
-from fuzz_traces import TRACE_KEY, TRACE_WORDS, prepare_runs
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from fuzz_texts import (
+    TEXT_WORDS,
+    prepare_corpus,
+    prepare_parquet,
+    prepare_tables,
+    prepare_text_folders,
+)
+from fuzz_traces import TRACE_WORDS, prepare_runs, prepare_traces
 
-from molora_fed.adapters.contract import LinearOptions
-from molora_fed.adapters.files import CONFIG_FILE, META_FILE, WEIGHTS_FILE, load_adapter
-from molora_fed.adapters.save import save_adapter
-from molora_fed.charter import AdapterRules, parse_charter
+from molora_fed.adapters.files import CONFIG_FILE, META_FILE, WEIGHTS_FILE
+from molora_fed.charter import parse_charter
 from molora_fed.contributions.manifest import MANIFEST_FILE, parse_manifest
-from molora_fed.corpus.blocks import Blocks, load_blocks
-from molora_fed.corpus.documents import read_documents
-from molora_fed.corpus.parquet import write_texts
-from molora_fed.errors import ConfigError
-from molora_fed.federation.envelopes import Sender
-from molora_fed.federation.invitations import Invitation, parse_invitation
-from molora_fed.federation.wire import unpack_envelope
-from molora_fed.models.base import load_base, write_card
 from molora_fed.reporting.report import REPORT_JSON, load_report, read_metrics, write_report
-from molora_fed.storage.files import hash_bytes
-from molora_fed.storage.keys import build_public_pem
-from molora_fed.testing import build_random_adapter
-from molora_fed.testing.models import build_tiny_checkpoint, build_tiny_model
-from molora_fed.tracing.reading import read_records
-from molora_fed.tracing.verifying import export_run, verify
-from molora_fed.tracing.writing import TraceWriter
 from molora_fed.types import ADAPTER_FILES, Split
 
 __all__ = ["TARGETS", "Target"]
 
 KEPT = Path(__file__).parent / "data"
 _HASH = "a" * 64
-_FILES = [
-    {"name": "a/b.bin", "sha256": _HASH, "num_bytes": 3},
-    {"name": "c.bin", "sha256": _HASH, "num_bytes": 2**40 - 3},
-]
-_SIGNED = {"public_key": "PEM", "signature": "ab" * 50}
-_FROM_CONTRIBUTOR: dict[str, dict[str, object]] = {
-    "hello": {"purpose": "molora-hello-2", "name": "alice", "domain": "legal", **_SIGNED},
-    "state": {
-        "phase": "TRAINING", "step": 3, "total": 9, "loss": 2.5, "eta_seconds": 1.0,
-        "message": "text", "problem": "", "charter": _HASH, "tasks": ["train-0"], "question": "",
-        "acknowledged": "", "refused": False, "result": "", "received": [_HASH],
-        "held": [f"{_HASH}-0-3"],
-    },
-    "manifest": {"files": _FILES},
-    "answer": {"question": _HASH, "files": _FILES, "signature": "ab"},
-}  # fmt: skip
-_FROM_SERVER: dict[str, dict[str, object]] = {
-    "hello": {"nonce": _HASH, "identity": _HASH, "coordinator": _HASH},
-    "refusal": {"reason": "text"},
-    "charter": {
-        "id": _HASH, "text": "", "identity": _HASH, "amendment": 0, "base": _FILES,
-        "tasks": [{"id": "train-0", "kind": "train"}], "part_bytes": 9, **_SIGNED,
-    },
-    "task": {"id": "train-0", "kind": "train"},
-    "wait": {"seconds": 1.0, "parts_bytes": 9, "question": _HASH},
-    "fetch": {"names": [f"{_HASH}-0-3"]},
-    "acknowledgement": {
-        "shipment": _HASH, "contribution_id": "", "state": "ADMITTED", "findings": ["text"],
-        "signature": "ab",
-    },
-    "result": {
-        "id": _HASH, "files": _FILES, "part_bytes": 9, "identity": _HASH, "signature": "ab",
-        "summary": {"amendment": 0, "contributions": ["a"], "gain_percent": {"r": {"x": 1.0}}},
-    },
-    "question": {
-        "id": _HASH, "files": _FILES, "part_bytes": 9, "answer_bytes": 9, "amendment": 0,
-        "signature": "ab",
-    },
-}  # fmt: skip
-
-Run = Callable[[bytes], None]
 
 
 @dataclass(frozen=True)
@@ -136,159 +74,10 @@ class Target:
     fuzzed: int = 50_000
 
 
-def _replacing(path: Path, call: Callable[[], object]) -> Run:
-    """Calls a function after a file has been given the input's bytes."""
-
-    def run(data: bytes) -> None:
-        path.write_bytes(data)
-        call()
-
-    return run
-
-
-def _build_content(data: bytes) -> RecordDict:
-    """A message's content: of its version, letters and parts, or of bytes instead of letters.
-
-    A part is hash, offset and length as its name has them, and perhaps how many bytes it brings.
-    """
-    text, version, parts = data.decode("utf-8", "surrogateescape"), 1, []
-    with contextlib.suppress(ValueError, RecursionError):
-        whole = json.loads(text)
-        if isinstance(whole, dict) and "letters" in whole:
-            letters, version, parts = (whole.get(k) for k in ("letters", "version", "parts"))
-            is_number = isinstance(letters, int) and abs(letters) < 2**31
-            text = letters if is_number else json.dumps(letters)
-    version = version if isinstance(version, int | float | str) else 1
-    content = RecordDict({"letters": ConfigRecord({"version": version, "json": text})})
-    arrays = {}
-    for part in parts if isinstance(parts, list) else ():
-        if isinstance(part, list) and part:
-            size = part[-1] if isinstance(part[-1], int) and 0 <= part[-1] <= 2**26 else 0
-            arrays["-".join(str(each)[:400] for each in part[:3])] = _make_zeros(size)
-    if arrays:
-        content["parts"] = ArrayRecord(
-            {
-                name: Array(dtype="bytes", shape=(len(each),), stype="molora.part", data=each)
-                for name, each in arrays.items()
-            }
-        )
-    return content
-
-
-@lru_cache(maxsize=4)
-def _make_zeros(size: int) -> bytes:
-    return bytes(size)
-
-
-def _prepare_mail(sender: Sender, letters: Mapping[str, dict[str, object]]):
-    def prepare(folder: Path) -> tuple[Sequence[bytes], Run]:
-        def run(data: bytes) -> None:
-            unpack_envelope(_build_content(data), sender=sender)
-
-        every = [{"kind": kind, "body": body} for kind, body in letters.items()]
-        parts = [[_HASH, 0, 3], [_HASH, 3, 100, 100]]
-        large = [[_HASH, 0, 2**25], [_HASH, 2**25, 2**25]]  # as much as one message may bring
-        some = [
-            {"version": 1, "letters": every, "parts": parts},
-            {"version": 1, "letters": [], "parts": large},
-            *([one] for one in every),
-        ]
-        return [json.dumps(each).encode() for each in some], run
-
-    return prepare
-
-
-def _prepare_invitations(folder: Path) -> tuple[Sequence[bytes], Run]:
-    invitation = Invitation(
-        server="fed.example:8080", authority=_HASH, charter=_HASH, coordinator=_HASH,
-        secret="s3cret-s3cret", name="alice", domain="legal", expires=1_800_000_000,
-    )  # fmt: skip
-
-    def run(data: bytes) -> None:
-        payload = base64.urlsafe_b64encode(data).decode().rstrip("=")
-        sealed = f"molora1.{payload}.{hash_bytes(payload.encode())[:8]}"
-        for line in (data.decode("utf-8", "replace"), sealed):
-            try:
-                parse_invitation(line)
-            except ConfigError as error:
-                fault = error
-                continue
-            return
-        raise fault
-
-    return [json.dumps(asdict(invitation)).encode()], run
-
-
 def _prepare_manifests(folder: Path) -> tuple[Sequence[bytes], Run]:
     contribution = KEPT / "kept" / "contributions"
     seeds = [path.read_bytes() for path in sorted(contribution.rglob(MANIFEST_FILE))]
     return seeds, lambda data: parse_manifest(data) and None
-
-
-_RULES = AdapterRules(max_rank=8, max_bytes=2**20)
-_TIGHT_RULES = AdapterRules(kinds=("lora", "delta"), max_rank=2, max_bytes=2_000)
-
-
-def _prepare_adapter(kind: str, precision: str, file: str):
-    def prepare(folder: Path) -> tuple[Sequence[bytes], Run]:
-        model = build_tiny_model("gpt_neox")
-        path = _save_adapter(folder / "adapter", model, kind, precision) / file
-        seeds = [path.read_bytes()]
-        return seeds, _replacing(path, lambda: load_adapter(folder / "adapter", rules=_RULES))
-
-    return prepare
-
-
-def _save_adapter(folder: Path, model: Any, kind: str, precision: str) -> Path:
-    adapter = build_random_adapter(model, kind=kind, strength=1e-3)
-    options = LinearOptions(precision=precision, group=8) if precision != "float32" else None
-    save_adapter(adapter, model, folder, options=options)
-    return folder
-
-
-_ADAPTER_WORDS = (
-    "lora", "svd", "delta", "LORA", "quantised", "F16", "BF16", "F32", "U8", "F64", CONFIG_FILE,
-    META_FILE, WEIGHTS_FILE, "tensors", "link", "folder", "size", "base64", "PK\x03\x04", "rules",
-    "tight", "base", "none", "modules", "bias", "rank_pattern", "use_rslora",
-)  # fmt: skip
-
-
-def _prepare_adapters(folder: Path) -> tuple[Sequence[bytes], Run]:
-    model = build_tiny_model("gpt_neox")
-
-    def load(place: Path, value: dict[str, Any]) -> None:
-        rules = {"rules": _RULES, "base": _RULES, "tight": _TIGHT_RULES}.get(
-            str(value.get("rules"))
-        )
-        load_adapter(place, rules=rules, model=model if value.get("rules") == "base" else None)
-
-    seeds = []
-    for kind, precision in (
-        ("lora", "float32"), ("delta", "float32"), ("delta", "int8"), ("svd", "int4"),
-    ):  # fmt: skip
-        saved = _save_adapter(folder / f"{kind}-{precision}", model, kind, precision)
-        files = describe_files(saved)
-        for entry in files.values():
-            entry |= {"size": 0}
-        seeds += [encode_input(files, rules=rules) for rules in ("base", "rules")]
-    return seeds, run_in_folder(folder, load)
-
-
-def _prepare_samples(folder: Path) -> tuple[Sequence[bytes], Run]:
-    tokens = np.arange(48, dtype=np.int32).reshape(3, 16)
-    blocks = Blocks("legal", Split.ADMISSION, tokens, tokens * 0, tokens * 0)
-    path = folder / "sample.safetensors"
-    return [blocks.to_bytes()], _replacing(path, lambda: load_blocks(path, max_bytes=2**20))
-
-
-def _prepare_sample_folders(folder: Path) -> tuple[Sequence[bytes], Run]:
-    tokens = np.arange(48, dtype=np.int32).reshape(3, 16)
-    Blocks("legal", Split.ADMISSION, tokens, tokens, tokens).save(folder / "a.safetensors")
-    files = describe_files(folder)
-    files["a.safetensors"] |= {"size": 0}
-    return [encode_input(files)], run_in_folder(
-        folder, lambda place, value: load_blocks(place / "a.safetensors", max_bytes=2**20)
-    )
 
 
 def _prepare_charters(folder: Path) -> tuple[Sequence[bytes], Run]:
@@ -300,184 +89,9 @@ def _prepare_charters(folder: Path) -> tuple[Sequence[bytes], Run]:
     return seeds, lambda data: parse_charter(data.decode("utf-8", "replace")) and None
 
 
-def _prepare_base(file: str):
-    def prepare(folder: Path) -> tuple[Sequence[bytes], Run]:
-        base = build_tiny_checkpoint(folder / "base", "gpt_neox", 0)
-        path = base / file
-        return [path.read_bytes()], _replacing(path, lambda: load_base(base))
-
-    return prepare
-
-
-_CARD_NAMES = ("id", "revision", "weights", "tokenizer")
-_BASE_WORDS = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "config.json",
-    "tokenizer.json", "base.json", "weight_map", "model-00001-of-00002.safetensors", "tensors",
-    "_attn_implementation", "attn_implementation", "org/kernel", "sdpa", "F16", "I8", "link",
-    "folder", "size", "num_hidden_layers", "llama", "auto_map", "vocab_size",
-)  # fmt: skip
-
-
-def _prepare_bases(folder: Path) -> tuple[Sequence[bytes], Run]:
-    """Bases of a few numbers: one file behind a link, and several with an index and a card."""
-    characters = {letter: number for number, letter in enumerate("abcdefgh")}
-    tokens = Tokenizer(BPE(vocab={**characters, "<end>": 8}, merges=[]))
-    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    config = GPTNeoXConfig(**sizes, num_attention_heads=1, max_position_embeddings=16)
-    seeds = []
-    for shard in ("1GB", "1KB"):
-        saved, place = folder / f"saved-{shard}", folder / f"base-{shard}"
-        GPTNeoXForCausalLM(config).save_pretrained(saved, max_shard_size=shard)
-        PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>").save_pretrained(saved)
-        files = describe_files(saved)
-        if shard == "1GB":
-            files["files/weights"] = files.pop("model.safetensors")
-            files["model.safetensors"] = {"link": "files/weights"}
-        else:
-            write_files(files, place)
-            write_card(place, "tiny", "1", None)
-            files["base.json"] = describe_files(place)["base.json"]
-        files["config.json"] |= {"size": 0}
-        seeds.append(encode_input(files))
-    return seeds, run_in_folder(folder, lambda place, value: load_base(place))
-
-
-def _prepare_parquet(folder: Path) -> tuple[Sequence[bytes], Run]:
-    path = folder / "text.parquet"
-    seeds = []
-    for options in ({}, {"use_dictionary": False, "compression": "gzip"}, {"row_group_size": 1}):
-        table = pyarrow.table({"text": ["One document.", "Another, with ä and 数."]})
-        pyarrow.parquet.write_table(table, path, **options)
-        seeds.append(path.read_bytes())
-    return seeds, _replacing(path, lambda: _read_forked(path))
-
-
-def _prepare_tables(folder: Path) -> tuple[Sequence[bytes], Run]:
-    """Parquet files by what is in them: columns, how often they are repeated, how written."""
-    path = folder / "text.parquet"
-
-    def run(data: bytes) -> None:
-        value = read_input(data)
-        path.unlink(missing_ok=True)
-        # Whatever is no table that can be written; what can be read is not decided here.
-        with contextlib.suppress(Exception):
-            columns, options = value["columns"], value["options"]
-            times = min(value["times"], 2**24 // len(data))
-            table = {name: list(values) * times for name, values in columns.items()}
-            pyarrow.parquet.write_table(pyarrow.table(table), path, **options)
-        _read_forked(path)
-
-    texts = ["One document.", "Another, with ä and 数."]
-    seeds = [
-        {"columns": {"text": texts, "n": [1, None]}, "times": 2, "options": {"row_group_size": 2}},
-        {
-            "columns": {"text": ["x" * 5_000]},
-            "times": 2,
-            "options": {"use_dictionary": False, "compression": "gzip"},
-        },
-    ]
-    return [json.dumps(seed).encode() for seed in seeds], run
-
-
-def _read_forked(path: Path) -> None:
-    # As the product does, in another process: the library may end it. But without starting
-    # another interpreter for each file.
-    forked = SimpleNamespace(Popen=_Forked, DEVNULL=None, PIPE=None)
-    with patch("molora_fed.corpus.parquet.subprocess", forked):
-        list(read_documents([path]))
-
-
-class _Forked:
-    """Stands in for the process that reads a parquet file; its coverage counts."""
-
-    def __init__(self, command: Sequence[str], **_: object) -> None:
-        reading, writing = os.pipe()
-        self._child = os.fork()
-        if self._child == 0:
-            faulthandler.disable()  # that it ends by a signal is no news
-            with contextlib.suppress(BaseException), os.fdopen(writing, "wb") as stream:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                write_texts(Path(command[-2]), int(command[-1]), stream)
-            with contextlib.suppress(BaseException):
-                _save_coverage()
-            os._exit(0)
-        os.close(writing)
-        self.stdout = os.fdopen(reading, "rb")
-        self._status: int | None = None
-
-    def kill(self) -> None:
-        """As it reads to its end, or the pipe is closed to it, it ends by itself."""
-
-    def wait(self) -> int:
-        """Its exit status, or the signal that ended it, negative."""
-        if self._status is None:
-            self._status = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
-        return self._status
-
-
-def _save_coverage() -> None:
-    if "coverage" in sys.modules:
-        measured = sys.modules["coverage"].Coverage.current()
-        if measured is not None:
-            measured.stop()
-            measured.save()
-
-
-def _prepare_corpus(suffix: str):
-    def prepare(folder: Path) -> tuple[Sequence[bytes], Run]:
-        path = folder / f"text{suffix}"
-        texts = ["One document.", "Another, with ä and 数."]
-        if suffix == ".jsonl":
-            seeds = ["\n".join(json.dumps({"text": text}) for text in texts).encode()]
-        else:
-            seeds = [text.encode() for text in texts]
-        return seeds, _replacing(path, lambda: list(islice(read_documents([path]), 10_000)))
-
-    return prepare
-
-
-def _prepare_text_folders(folder: Path) -> tuple[Sequence[bytes], Run]:
-    def read(place: Path, value: dict[str, Any]) -> None:
-        names = value.get("paths")
-        paths = [find_place(name, place) for name in (names if isinstance(names, list) else ())]
-        list(islice(read_documents([path for path in paths if path is not None]), 10_000))
-
-    lines = [{"text": "One document.", "id": 1}, {"text": "Another."}, ""]
-    files = {
-        "texts/a.txt": "One document.", "texts/b/c.md": "# Another", "texts/b/.d.txt": "hidden",
-        "texts/.e/f.txt": "hidden", "texts/g.bin": {"base64": "AAAA"}, "h.jsonl": {"lines": lines},
-        "texts/i.txt": {"link": "a.txt"}, "j/a.txt": {"link": "../texts/a.txt"},
-        "k.txt": {"lines": ["a", ""], "size": 0}, "texts/l.jsonl": {"lines": lines},
-    }  # fmt: skip
-    seeds = [encode_input(files, paths=["texts", "h.jsonl"]), encode_input(files, paths=["k.txt"])]
-    return seeds, run_in_folder(folder, read)
-
-
-_TEXT_WORDS = (
-    "texts", "texts/a.txt", "j", "j/a.txt", "h.jsonl", "texts/g.bin", "link", "folder", "size",
-    "base64", "lines", "text", "/etc/hostname", "../j", "b", "missing.txt", "texts/m.parquet.txt",
-)  # fmt: skip
-
-
-def _prepare_traces(folder: Path) -> tuple[Sequence[bytes], Run]:
-    run_folder, exported = folder / "run", folder / "run.jsonl"
-    with TraceWriter(run_folder, key=TRACE_KEY, run_id="run", writer="main") as trace:
-        for number in range(4):
-            trace.append("decision", {"task": f"t{number}", "text": "ä" * number})
-        trace.seal()
-    export_run(run_folder, exported)
-    public = build_public_pem(TRACE_KEY)
-
-    def check() -> None:
-        verify(exported, public)
-        list(read_records(exported))
-
-    return [exported.read_bytes()], _replacing(exported, check)
-
-
 def _prepare_reports(folder: Path) -> tuple[Sequence[bytes], Run]:
     path = folder / "report.json"
-    return [(KEPT / "report.json").read_bytes()], _replacing(path, lambda: load_report(path))
+    return [(KEPT / "report.json").read_bytes()], replacing(path, lambda: load_report(path))
 
 
 def _prepare_pages(folder: Path) -> tuple[Sequence[bytes], Run]:
@@ -566,11 +180,11 @@ PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 TARGETS: tuple[Target, ...] = (
     *(
         Target(
-            f"mail-{sender}", "mail", mutate_json, _prepare_mail(sender, letters), fuzzed=100_000
+            f"mail-{sender}", "mail", mutate_json, prepare_mail(sender, letters), fuzzed=100_000
         )
-        for sender, letters in (("server", _FROM_SERVER), ("contributor", _FROM_CONTRIBUTOR))
+        for sender, letters in (("server", FROM_SERVER), ("contributor", FROM_CONTRIBUTOR))
     ),
-    Target("invitation", "invitations", mutate_json, _prepare_invitations, fuzzed=100_000),
+    Target("invitation", "invitations", mutate_json, prepare_invitations, fuzzed=100_000),
     Target(
         "manifest", "manifests",
         partial(mutate_json, words=(*(str(split) for split in Split), "base", *ADAPTER_FILES)),
@@ -579,7 +193,7 @@ TARGETS: tuple[Target, ...] = (
     *(
         Target(
             f"adapter-{kind}-{precision}-{name}", "adapters", mutate,
-            _prepare_adapter(kind, precision, file),
+            prepare_adapter(kind, precision, file),
         )
         for kind, precision in (("lora", "float32"), ("delta", "float32"), ("svd", "int4"))
         for name, file, mutate in (
@@ -589,43 +203,43 @@ TARGETS: tuple[Target, ...] = (
         )
     ),
     Target(
-        "adapter-folder", "adapters", partial(mutate_json, words=_ADAPTER_WORDS),
-        _prepare_adapters, fuzzed=20_000,
+        "adapter-folder", "adapters", partial(mutate_json, words=ADAPTER_WORDS),
+        prepare_adapters, fuzzed=20_000,
     ),
-    Target("samples", "samples", mutate_safetensors, _prepare_samples),
+    Target("samples", "samples", mutate_safetensors, prepare_samples),
     Target(
         "samples-folder", "samples",
         partial(mutate_json, words=("tokens", "documents", "clusters", "I32", "__metadata__")),
-        _prepare_sample_folders, fuzzed=20_000,
+        prepare_sample_folders, fuzzed=20_000,
     ),
     Target("charter", "charters", mutate_toml, _prepare_charters),
     Target(
-        "base-config", "base folders", mutate_json, _prepare_base("config.json"), inputs=12,
+        "base-config", "base folders", mutate_json, prepare_base("config.json"), inputs=12,
         fuzzed=20_000,
     ),
     Target(
-        "base-folder", "base folders", partial(mutate_json, words=_BASE_WORDS), _prepare_bases,
+        "base-folder", "base folders", partial(mutate_json, words=BASE_WORDS), prepare_bases,
         inputs=12, fuzzed=5_000,
     ),
     *(
         Target(
-            f"corpus-{suffix[1:]}", "corpora", mutate, _prepare_corpus(suffix), fuzzed=100_000
+            f"corpus-{suffix[1:]}", "corpora", mutate, prepare_corpus(suffix), fuzzed=100_000
         )
         for suffix, mutate in ((".txt", change_bytes), (".jsonl", mutate_lines))
     ),
     Target(
-        "corpus-parquet", "corpora", change_bytes, _prepare_parquet, inputs=30, fuzzed=20_000
+        "corpus-parquet", "corpora", change_bytes, prepare_parquet, inputs=30, fuzzed=20_000
     ),
     Target(
         "corpus-table", "corpora",
         partial(mutate_json, words=("text", "times", "compression", "use_dictionary", "snappy")),
-        _prepare_tables, inputs=30, fuzzed=2_000,
+        prepare_tables, inputs=30, fuzzed=2_000,
     ),
     Target(
-        "corpus-folder", "corpora", partial(mutate_json, words=_TEXT_WORDS), _prepare_text_folders,
+        "corpus-folder", "corpora", partial(mutate_json, words=TEXT_WORDS), prepare_text_folders,
         fuzzed=20_000,
     ),
-    Target("trace", "traces", mutate_lines, _prepare_traces),
+    Target("trace", "traces", mutate_lines, prepare_traces),
     Target(
         "trace-folder", "traces", partial(mutate_json, words=TRACE_WORDS), prepare_runs,
         inputs=50, fuzzed=20_000,

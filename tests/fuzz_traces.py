@@ -7,12 +7,13 @@ place, but for what it states itself. An attacker can chain; who has the key, si
 """
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from fuzz_folders import run_in_folder
+from fuzz_folders import Run, replacing, run_in_folder
 
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.tracing.merkle import MerkleTree, hash_leaf
@@ -28,23 +29,23 @@ from molora_fed.tracing.records import (
     sign_statement,
 )
 from molora_fed.tracing.segments import SEAL_FILE, Header, checkpoint_statement, parse_header
-from molora_fed.tracing.verifying import seal_run, verify
+from molora_fed.tracing.verifying import export_run, seal_run, verify
 from molora_fed.tracing.writing import TraceWriter
 
-__all__ = ["TRACE_KEY", "TRACE_WORDS", "prepare_runs"]
+__all__ = ["TRACE_WORDS", "prepare_runs", "prepare_traces"]
 
-TRACE_KEY = ec.derive_private_key(20_261_122, ec.SECP384R1())
+_KEY = ec.derive_private_key(20_261_122, ec.SECP384R1())
 TRACE_WORDS = (
     "good", "header", "checkpoint", "seal", "decision", "main-0000.jsonl", "main-0001.jsonl",
     "other-0000.jsonl", "seal.jsonl", "main-0000.jsonl.torn", "prev", "seq", "size", "torn", "main",
     "other", "verify", "file", "seal", "\n",
 )  # fmt: skip
-_PUBLIC = build_public_pem(TRACE_KEY)
+_PUBLIC = build_public_pem(_KEY)
 
 
 @lru_cache(maxsize=4_096)
 def _sign(purpose: str, statement: str) -> str:
-    return sign_statement(TRACE_KEY, purpose, json.loads(statement))
+    return sign_statement(_KEY, purpose, json.loads(statement))
 
 
 class _Builder:
@@ -145,13 +146,13 @@ def _write_lines(lines: list[bytes]) -> str:
 def _check(folder: Path, value: dict[str, Any]) -> None:
     path = folder / "run.jsonl" if value.get("single") else folder
     if value.get("then") == "seal" and path.is_dir():
-        seal_run(path, key=TRACE_KEY)
+        seal_run(path, key=_KEY)
     root = value.get("root")
     verify(path, _PUBLIC, root if isinstance(root, str) else None)
     list(read_records(path))
 
 
-def prepare_runs(folder: Path) -> tuple[list[bytes], Any]:
+def prepare_runs(folder: Path) -> tuple[Sequence[bytes], Run]:
     """Good runs, open and sealed, in a folder and in one file, and the function to call."""
     run_in = run_in_folder(folder, _check)
 
@@ -167,11 +168,11 @@ def prepare_runs(folder: Path) -> tuple[list[bytes], Any]:
 
     for number in range(2):
         for writer in ("main", "other"):
-            with TraceWriter(folder / "run", key=TRACE_KEY, run_id="run", writer=writer) as trace:
+            with TraceWriter(folder / "run", key=_KEY, run_id="run", writer=writer) as trace:
                 for step in range(2):
                     trace.append("decision", {"step": step, "text": "ä" * number})
     opened = _describe_segments(folder / "run")
-    seal_run(folder / "run", key=TRACE_KEY)
+    seal_run(folder / "run", key=_KEY)
     sealed = _describe_segments(folder / "run")
     seal = [{"kind": SEAL, "body": {"signature": "good"}}]
     torn = {"main-0001.jsonl.torn": "{", "note.txt": "text"}
@@ -194,3 +195,18 @@ def _describe_segments(folder: Path) -> dict[str, list[Any]]:
                 record["body"] = {"sealing": record["body"]["sealing"], "signature": "good"}
         found[path.name] = records
     return found
+
+
+def prepare_traces(folder: Path) -> tuple[Sequence[bytes], Run]:
+    run_folder, exported = folder / "run", folder / "run.jsonl"
+    with TraceWriter(run_folder, key=_KEY, run_id="run", writer="main") as trace:
+        for number in range(4):
+            trace.append("decision", {"task": f"t{number}", "text": "ä" * number})
+        trace.seal()
+    export_run(run_folder, exported)
+
+    def check() -> None:
+        verify(exported, _PUBLIC)
+        list(read_records(exported))
+
+    return [exported.read_bytes()], replacing(exported, check)
