@@ -155,6 +155,7 @@ def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
         shutil.copyfile(path, corpus / path.name)
     limit_memory()
     slowest, seen = 0.0, set[str]()
+    usual = 2 * max(len(seed) for seed in seeds)
 
     def call(data: bytes) -> None:
         nonlocal slowest
@@ -176,7 +177,8 @@ def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
 
     def change(data: bytes, max_size: int, seed: int) -> bytes:
         chance = random.Random(seed)
-        if chance.random() < 0.5:  # what reached new code is often too broken to reach more
+        # What reached new code is often too broken to reach more, and may have grown very long.
+        if chance.random() < (0.5 if len(data) <= usual else 0.95):
             data = chance.choice(seeds)
         if chance.random() >= 0.1:
             with contextlib.suppress(ValueError, RecursionError):  # changed so often: too deep

@@ -52,6 +52,15 @@ def _choose_value(chance: random.Random, words: tuple[str, ...]) -> Any:
     return _choose_scalar(chance, words)
 
 
+def _choose_like(value: Any, chance: random.Random, words: tuple[str, ...]) -> Any:
+    """Another number instead of a number, another text instead of a text."""
+    if isinstance(value, (int, float)):
+        return chance.choice(_NUMBERS)
+    if isinstance(value, str):
+        return chance.choice(words if words and chance.random() < 0.5 else _TEXTS)
+    return _choose_value(chance, words)
+
+
 def _list_places(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) of a JSON value."""
     places: list[tuple[Any, Any]] = []
@@ -84,8 +93,10 @@ def change_value(value: Any, chance: random.Random, words: tuple[str, ...] = ())
             return _choose_value(chance, words)
         holder, key = chance.choice(places)
         action = chance.randrange(10)
-        if action <= 2:
+        if action <= 1:
             holder[key] = _choose_value(chance, words)
+        elif action == 2:
+            holder[key] = _choose_like(holder[key], chance, words)
         elif action == 3:
             del holder[key]
         elif action == 4:

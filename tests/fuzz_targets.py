@@ -242,7 +242,7 @@ TARGETS: tuple[Target, ...] = (
     Target("trace", "traces", mutate_lines, prepare_traces),
     Target(
         "trace-folder", "traces", partial(mutate_json, words=TRACE_WORDS), prepare_runs,
-        inputs=50, fuzzed=20_000,
+        inputs=50, fuzzed=10_000,
     ),
     Target("report", "reports", mutate_json, _prepare_reports),
     Target("report-page", "reports", mutate_json, _prepare_pages, inputs=4, fuzzed=1_000),

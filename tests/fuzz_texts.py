@@ -74,7 +74,7 @@ def prepare_text_folders(folder: Path) -> tuple[Sequence[bytes], Run]:
 
 TEXT_WORDS = (
     "texts", "texts/a.txt", "j", "j/a.txt", "h.jsonl", "texts/g.bin", "link", "folder", "size",
-    "base64", "lines", "text", "/etc/hostname", "../j", "b", "missing.txt", "texts/m.parquet.txt",
+    "base64", "lines", "text", "/etc/hostname", "../j", "b", "missing.txt",
 )  # fmt: skip
 
 

@@ -166,11 +166,10 @@ def prepare_runs(folder: Path) -> tuple[Sequence[bytes], Run]:
             written = b""
         run_in(written)
 
-    for number in range(2):
-        for writer in ("main", "other"):
-            with TraceWriter(folder / "run", key=_KEY, run_id="run", writer=writer) as trace:
-                for step in range(2):
-                    trace.append("decision", {"step": step, "text": "ä" * number})
+    for writer in ("main", "other", "main"):
+        with TraceWriter(folder / "run", key=_KEY, run_id="run", writer=writer) as trace:
+            for step in range(2):
+                trace.append("decision", {"step": step, "text": "ä"})
     opened = _describe_segments(folder / "run")
     seal_run(folder / "run", key=_KEY)
     sealed = _describe_segments(folder / "run")
