@@ -178,7 +178,7 @@ def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
     def change(data: bytes, max_size: int, seed: int) -> bytes:
         chance = random.Random(seed)
         # What reached new code is often too broken to reach more, and may have grown very long.
-        if chance.random() < (0.5 if len(data) <= usual else 0.95):
+        if chance.random() < (target.fresh if len(data) <= usual else 0.95):
             data = chance.choice(seeds)
         if chance.random() >= 0.1:
             with contextlib.suppress(ValueError, RecursionError):  # changed so often: too deep

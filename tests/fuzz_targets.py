@@ -64,6 +64,8 @@ class Target:
         prepare: From an empty folder, good inputs and the function to call with others.
         inputs: Changed inputs that the tests try; as many as take about a second.
         fuzzed: Changed inputs that bench/fuzz.py tries.
+        fresh: Share of them that are changed from a good one, and not from one that reached new
+            code; less where what is good takes long.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Target:
     prepare: Callable[[Path], tuple[Sequence[bytes], Run]]
     inputs: int = 200
     fuzzed: int = 50_000
+    fresh: float = 0.5
 
 
 def _prepare_manifests(folder: Path) -> tuple[Sequence[bytes], Run]:
@@ -215,11 +218,11 @@ TARGETS: tuple[Target, ...] = (
     Target("charter", "charters", mutate_toml, _prepare_charters),
     Target(
         "base-config", "base folders", mutate_json, prepare_base("config.json"), inputs=12,
-        fuzzed=20_000,
+        fuzzed=15_000, fresh=0.1,
     ),
     Target(
         "base-folder", "base folders", partial(mutate_json, words=BASE_WORDS), prepare_bases,
-        inputs=12, fuzzed=5_000,
+        inputs=12, fuzzed=5_000, fresh=0.3,
     ),
     *(
         Target(
@@ -245,5 +248,7 @@ TARGETS: tuple[Target, ...] = (
         inputs=50, fuzzed=10_000,
     ),
     Target("report", "reports", mutate_json, _prepare_reports),
-    Target("report-page", "reports", mutate_json, _prepare_pages, inputs=4, fuzzed=1_000),
+    Target(
+        "report-page", "reports", mutate_json, _prepare_pages, inputs=4, fuzzed=1_000, fresh=0.1
+    ),
 )  # fmt: skip
