@@ -48,7 +48,7 @@ def limit_memory() -> None:
     """Let this process have so much more memory than it has now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def replacing(path: Path, call: Callable[[], object]) -> Run:

@@ -152,10 +152,11 @@ class _Reader:
         self._asked, asking = Pipe()
         self._child = os.fork()
         if not self._child:
-            self._asked.close()
-            with contextlib.suppress(EOFError):  # until nobody asks
-                self._serve(asking)
-            os._exit(0)
+            try:
+                self._asked.close()
+                self._serve(asking)  # until nobody asks
+            finally:
+                os._exit(1)
         asking.close()
 
     def _serve(self, asking: Connection) -> None:
