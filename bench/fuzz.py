@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -167,6 +168,8 @@ def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
             fault = "several-lines" if "\n" in str(error) else None
         except BaseException as error:
             fault = _name_fault(error)
+            if fault not in seen:
+                traceback.print_exception(error)
         if fault is not None and fault not in seen:
             seen.add(fault)
             (findings / f"{target.name}-{fault}").write_bytes(data)

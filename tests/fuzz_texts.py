@@ -138,6 +138,7 @@ class _Reader:
         """Stands in for a process: what it said is in a file, its status is known."""
         if not self._child:
             self._start()
+        self._answers.write_bytes(b"")
         status = 0
         try:
             self._asked.send((command[-2], command[-1]))

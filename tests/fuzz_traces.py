@@ -1,9 +1,10 @@
 """Runs of a trace as one JSON value: records that are chained, signed and written as described.
 
-`{"segments": {file: [record, ...], ...}, "seal": [record, ...], "files": {...}, ...}`. A record is
-a line as text, or `{"kind": ..., "body": {...}}` with the `prev` and `seq` that belong to its
-place, or its own. A body whose `signature` is "good" is signed, as far as the key would: for its
-place, but for what it states itself. An attacker can chain; who has the key, sign anything.
+`{"segments": {file: [record, ...], ...}, "seal": [record, ...], "files": {...}, ...}`; `ends` are
+bytes behind the last record of a file, torn off by whatever ended a writer. A record is a line as
+text, or `{"kind": ..., "body": {...}}` with the `prev` and `seq` that belong to its place, or its
+own. A body whose `signature` is "good" is signed, as far as the key would: for its place, but for
+what it states itself. An attacker can chain; who has the key, sign anything.
 """
 
 import json
@@ -131,6 +132,10 @@ def _build_files(value: dict[str, Any]) -> dict[str, Any]:
         whole = [line for lines in files.values() for line in lines]
         files = {"run.jsonl": whole}
     entries = {name: _write_lines(lines) for name, lines in files.items()}
+    ends = value.get("ends")
+    for name, end in ends.items() if isinstance(ends, dict) else ():
+        if name in entries:
+            entries[name] += str(end)
     more = value.get("files")
     for name, entry in more.items() if isinstance(more, dict) else ():
         if name in entries and isinstance(entry, dict) and entry.keys() == {"size"}:
@@ -171,14 +176,14 @@ def prepare_runs(folder: Path) -> tuple[Sequence[bytes], Run]:
             for step in range(2):
                 trace.append("decision", {"step": step, "text": "ä"})
     opened = _describe_segments(folder / "run")
-    seal_run(folder / "run", key=_KEY)
+    root = seal_run(folder / "run", key=_KEY)
     sealed = _describe_segments(folder / "run")
     seal = [{"kind": SEAL, "body": {"signature": "good"}}]
     torn = {"main-0001.jsonl.torn": "{", "note.txt": "text"}
     seeds = [
         {"segments": opened, "files": {}, "then": "seal"},
-        {"segments": opened, "files": torn, "then": "verify"},
-        {"segments": sealed, "seal": seal, "files": {}},
+        {"segments": opened, "files": torn, "ends": {"main-0001.jsonl": "{"}, "then": "verify"},
+        {"segments": sealed, "seal": seal, "files": {}, "root": root},
         {"segments": sealed, "seal": seal, "single": True},
     ]
     return [json.dumps(seed).encode() for seed in seeds], run
