@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from fuzz_folders import Run, encode_input, replacing, run_in_folder
+from fuzz_folders import Run, encode_input, run_in_folder
 from fuzz_mail import FROM_CONTRIBUTOR, FROM_SERVER, prepare_invitations, prepare_mail
 from fuzz_models import (
     ADAPTER_WORDS,
@@ -92,9 +92,13 @@ def _prepare_charters(folder: Path) -> tuple[Sequence[bytes], Run]:
     return seeds, lambda data: parse_charter(data.decode("utf-8", "replace")) and None
 
 
+def _describe_report() -> dict[str, Any]:
+    return {REPORT_JSON: {"json": json.loads((KEPT / "report.json").read_bytes()), "size": 0}}
+
+
 def _prepare_reports(folder: Path) -> tuple[Sequence[bytes], Run]:
-    path = folder / "report.json"
-    return [(KEPT / "report.json").read_bytes()], replacing(path, lambda: load_report(path))
+    run = run_in_folder(folder, lambda place, value: load_report(place / REPORT_JSON))
+    return [encode_input(_describe_report())], run
 
 
 def _prepare_pages(folder: Path) -> tuple[Sequence[bytes], Run]:
@@ -104,10 +108,7 @@ def _prepare_pages(folder: Path) -> tuple[Sequence[bytes], Run]:
         write_report(load_report(place / REPORT_JSON), read_metrics(place), folder / "report")
 
     rows = [{"step": step, "validation_loss": 2.5 / step} for step in (1, 2)]
-    files = {
-        REPORT_JSON: {"json": json.loads((KEPT / "report.json").read_bytes()), "size": 0},
-        "metrics/alice.jsonl": {"lines": rows},
-    }
+    files = {**_describe_report(), "metrics/alice.jsonl": {"lines": rows}}
     return [encode_input(files)], run_in_folder(folder, write)
 
 
