@@ -58,10 +58,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=(), metavar="TARGET")
     parser.add_argument("--work", type=Path, default=Path("fuzz"), help="corpora and results")
     parser.add_argument("--out", type=Path, help="page to write, e.g. docs/results/fuzz.md")
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=("fuzz", "cover"), help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_args()
     if arguments.child == "fuzz":
-        fuzz(arguments.only[0], arguments.work, rest)
+        fuzz(arguments.only[0], arguments.work, arguments.scratch, rest)
     elif arguments.child == "cover":
         print(json.dumps(cover(arguments.only[0], arguments.work)))
     else:
@@ -114,9 +115,12 @@ def run_target(target: Any, work: Path, inputs: int) -> dict[str, Any]:
     ]  # fmt: skip
     started = time.monotonic()
     log = work / "fuzz.log"
-    with log.open("wb") as file:
+    shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with log.open("wb") as file, tempfile.TemporaryDirectory(dir=shared) as scratch:
         ran = subprocess.run(
-            [*command, "--child", "fuzz", *options], stdout=file, stderr=subprocess.STDOUT
+            [*command, "--child", "fuzz", "--scratch", scratch, *options],
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
     text = log.read_text("utf-8", "replace")
     done = [line.split()[-1] for line in text.splitlines() if "number_of_executed_units" in line]
@@ -134,8 +138,8 @@ def run_target(target: Any, work: Path, inputs: int) -> dict[str, Any]:
     }
 
 
-def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
-    """The process of one target; does not return."""
+def fuzz(name: str, work: Path, scratch: Path, options: Sequence[str]) -> None:
+    """The process of one target; does not return, and leaves its scratch to who started it."""
     import atheris
 
     with atheris.instrument_imports(include=["molora_fed"]):
@@ -146,8 +150,7 @@ def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
 
     findings = work / "findings"
     findings.mkdir(exist_ok=True)
-    scratch = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
-    seeds, run = target.prepare(Path(scratch.name))
+    seeds, run = target.prepare(scratch)
     corpus = Path(options[-1])
     for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
