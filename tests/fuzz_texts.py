@@ -8,7 +8,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from itertools import islice
@@ -22,6 +21,7 @@ from unittest.mock import patch
 import pyarrow
 import pyarrow.parquet
 from fuzz_folders import (
+    MEMORY_BYTES,
     Run,
     encode_input,
     find_place,
@@ -80,13 +80,12 @@ TEXT_WORDS = (
 
 
 def prepare_parquet(folder: Path) -> tuple[Sequence[bytes], Run]:
-    path = folder / "text.parquet"
+    path, reader = folder / "text.parquet", _Reader(folder / "answers")
     seeds = []
     for options in ({}, {"use_dictionary": False, "compression": "gzip"}, {"row_group_size": 1}):
         table = pyarrow.table({"text": ["One document.", "Another, with ä and 数."]})
         pyarrow.parquet.write_table(table, path, **options)
         seeds.append(path.read_bytes())
-    reader = _Reader(folder / "answers")
     return seeds, replacing(path, lambda: reader.read(path))
 
 
@@ -120,14 +119,23 @@ def prepare_tables(folder: Path) -> tuple[Sequence[bytes], Run]:
 class _Reader:
     """Reads parquet files in another process, as `molora_fed.corpus.parquet` does.
 
+    Between it and here a third process starts it again: forked before anything has threads or locks
+    that a fork would miss. So make a reader before pyarrow is used for anything else.
+
     Args:
         answers: File for what that process answers.
     """
 
     def __init__(self, answers: Path) -> None:
         self._answers = answers
-        self._child = 0
-        self._asked: Connection
+        self._asked, asking = Pipe()
+        if not os.fork():
+            try:
+                self._asked.close()
+                _supervise(asking, answers)  # until nobody asks
+            finally:
+                os._exit(1)
+        asking.close()
 
     def read(self, path: Path) -> None:
         """Read all documents of a file."""
@@ -137,43 +145,46 @@ class _Reader:
 
     def _open(self, command: Sequence[str], **_: object) -> SimpleNamespace:
         """Stands in for a process: what it said is in a file, its status is known."""
-        if not self._child:
-            self._start()
-        self._answers.write_bytes(b"")
-        status = 0
-        try:
-            self._asked.send((command[-2], command[-1]))
-            self._asked.recv()
-        except (EOFError, OSError):
-            status = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
-            self._child = 0
+        self._asked.send((command[-2], command[-1]))
+        status = self._asked.recv()
         answers = self._answers.open("rb")
         return SimpleNamespace(stdout=answers, kill=lambda: None, wait=lambda: status)
 
-    def _start(self) -> None:
-        self._asked, asking = Pipe()
-        self._child = os.fork()
-        if not self._child:
-            try:
-                self._asked.close()
-                self._serve(asking)  # until nobody asks
-            finally:
-                os._exit(1)
-        asking.close()
 
-    def _serve(self, asking: Connection) -> None:
-        # That it ends by a signal is no news, for neither Python nor a fuzzer.
-        faulthandler.disable()
-        for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL):
-            signal.signal(number, signal.SIG_DFL)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        limit_memory()
-        while True:
-            path, most = asking.recv()
-            with contextlib.suppress(BaseException), self._answers.open("wb") as stream:
-                write_texts(Path(path), int(most), stream)
-            _save_coverage()
-            asking.send(True)
+def _supervise(asking: Connection, answers: Path) -> None:
+    """Pass on what is asked, and say with which status it was read."""
+    faulthandler.disable()  # that a reader ends by a signal is no news
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    limit_memory(4 * MEMORY_BYTES)  # pyarrow reserves addresses that it does not use
+    child = 0
+    while True:
+        question = asking.recv()
+        answers.write_bytes(b"")
+        if not child:
+            passed, passing = Pipe()
+            child = os.fork()
+            if not child:
+                asking.close()
+                passed.close()
+                _serve(passing, answers)
+            passing.close()
+        try:
+            passed.send(question)
+            passed.recv()
+            status = 0
+        except (EOFError, OSError):
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            child = 0
+        asking.send(status)
+
+
+def _serve(asking: Connection, answers: Path) -> None:
+    while True:
+        path, most = asking.recv()
+        with contextlib.suppress(BaseException), answers.open("wb") as stream:
+            write_texts(Path(path), int(most), stream)
+        _save_coverage()
+        asking.send(True)
 
 
 def _save_coverage() -> None:
