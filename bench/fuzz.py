@@ -14,14 +14,13 @@ afterwards by branch over the functions that read what comes through a door.
 import argparse
 import contextlib
 import json
-import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -32,8 +31,6 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 FOUND = REPOSITORY / "tests" / "data" / "fuzz"
 SECONDS = 5
-MEMORY_BYTES = 2**30
-"""What a target may need beyond what it has once everything is imported."""
 SEED = 11
 PAGE = """# Fuzzing the doors
 
@@ -61,10 +58,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=(), metavar="TARGET")
     parser.add_argument("--work", type=Path, default=Path("fuzz"), help="corpora and results")
     parser.add_argument("--out", type=Path, help="page to write, e.g. docs/results/fuzz.md")
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=("fuzz", "cover"), help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_args()
     if arguments.child == "fuzz":
-        fuzz(arguments.only[0], arguments.work, rest)
+        fuzz(arguments.only[0], arguments.work, arguments.scratch, rest)
     elif arguments.child == "cover":
         print(json.dumps(cover(arguments.only[0], arguments.work)))
     else:
@@ -91,11 +89,18 @@ def run_all(arguments: argparse.Namespace) -> None:
             work.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(run_target(target, work, inputs), indent=1))
         results[target.name] = json.loads(kept.read_bytes())
-        print(target.name, results[target.name], flush=True)
+        print(target.name, _count_lists(results[target.name]), flush=True)
     page = write_page(chosen, results)
     if arguments.out:
         arguments.out.write_text(page, encoding="utf-8")
     print(page)
+
+
+def _count_lists(found: dict[str, Any]) -> dict[str, Any]:
+    """A result for people: of branches only how many."""
+    return {
+        key: len(value) if key in ("reached", "missed") else value for key, value in found.items()
+    }
 
 
 def run_target(target: Any, work: Path, inputs: int) -> dict[str, Any]:
@@ -105,13 +110,17 @@ def run_target(target: Any, work: Path, inputs: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", target.name, "--work", str(work)]
     options = [
         f"-runs={inputs}", f"-timeout={SECONDS}", f"-seed={SEED}", "-rss_limit_mb=0",
-        "-max_len=65536", "-print_final_stats=1", f"-artifact_prefix={work}/", str(corpus),
+        "-max_len=65536", "-len_control=0", "-print_final_stats=1",
+        f"-artifact_prefix={work}/", str(corpus),
     ]  # fmt: skip
     started = time.monotonic()
     log = work / "fuzz.log"
-    with log.open("wb") as file:
+    shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with log.open("wb") as file, tempfile.TemporaryDirectory(dir=shared) as scratch:
         ran = subprocess.run(
-            [*command, "--child", "fuzz", *options], stdout=file, stderr=subprocess.STDOUT
+            [*command, "--child", "fuzz", "--scratch", scratch, *options],
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
     text = log.read_text("utf-8", "replace")
     done = [line.split()[-1] for line in text.splitlines() if "number_of_executed_units" in line]
@@ -129,25 +138,28 @@ def run_target(target: Any, work: Path, inputs: int) -> dict[str, Any]:
     }
 
 
-def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
-    """The process of one target; does not return."""
+def fuzz(name: str, work: Path, scratch: Path, options: Sequence[str]) -> None:
+    """The process of one target; does not return, and leaves its scratch to who started it."""
     import atheris
 
     with atheris.instrument_imports(include=["molora_fed"]):
         target = find_target(name)
+    from fuzz_folders import limit_memory
+
     from molora_fed.errors import MoloraError
 
     findings = work / "findings"
     findings.mkdir(exist_ok=True)
-    scratch = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
-    seeds, run = target.prepare(Path(scratch.name))
+    seeds, run = target.prepare(scratch)
     corpus = Path(options[-1])
     for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
         run(seed)
-    limit = _read_virtual_bytes() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for path in FOUND.glob(f"{name}-*"):
+        shutil.copyfile(path, corpus / path.name)
+    limit_memory()
     slowest, seen = 0.0, set[str]()
+    usual = 2 * max(len(seed) for seed in seeds)
 
     def call(data: bytes) -> None:
         nonlocal slowest
@@ -159,6 +171,8 @@ def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
             fault = "several-lines" if "\n" in str(error) else None
         except BaseException as error:
             fault = _name_fault(error)
+            if fault not in seen:
+                traceback.print_exception(error)
         if fault is not None and fault not in seen:
             seen.add(fault)
             (findings / f"{target.name}-{fault}").write_bytes(data)
@@ -169,6 +183,9 @@ def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
 
     def change(data: bytes, max_size: int, seed: int) -> bytes:
         chance = random.Random(seed)
+        # What reached new code is often too broken to reach more, and may have grown very long.
+        if chance.random() < (target.fresh if len(data) <= usual else 0.95):
+            data = chance.choice(seeds)
         if chance.random() >= 0.1:
             with contextlib.suppress(ValueError, RecursionError):  # changed so often: too deep
                 return bytes(target.mutate(bytes(data), chance)[:max_size])
@@ -176,11 +193,6 @@ def fuzz(name: str, work: Path, options: Sequence[str]) -> None:
 
     atheris.Setup([__file__, *options], call, custom_mutator=change)
     atheris.Fuzz()
-
-
-def _read_virtual_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _name_fault(error: BaseException) -> str:
@@ -230,6 +242,8 @@ def cover(name: str, work: Path) -> dict[str, list[str]]:
 
 def write_page(targets: Sequence[Any], results: dict[str, dict[str, Any]]) -> str:
     import importlib.metadata as metadata
+
+    from fuzz_folders import MEMORY_BYTES
 
     rows = []
     doors: dict[str, list[dict[str, Any]]] = {}

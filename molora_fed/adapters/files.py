@@ -5,6 +5,7 @@
 PEFT LoRA folder without it is read as kind "lora".
 """
 
+import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from molora_fed.storage.files import (
     canonical_json,
     hash_bytes,
     hash_file,
+    is_file,
+    is_folder,
     replace_folder,
     write_bytes,
     write_json,
@@ -281,7 +284,7 @@ def load_meta(folder: Path, name: str) -> AdapterMeta:
     Raises:
         AdapterError: If it is malformed or of another format version.
     """
-    if not (folder / META_FILE).exists():
+    if not os.path.exists(folder / META_FILE):
         return AdapterMeta(kind="lora", frozen_depth=0)
     return read_model(
         folder / META_FILE,
@@ -295,7 +298,7 @@ def load_meta(folder: Path, name: str) -> AdapterMeta:
 
 def hash_adapter_files(folder: Path) -> str:
     """SHA-256 over names and hashes of an adapter's files; other files beside them do not count."""
-    hashes = {n: hash_file(folder / n) for n in ADAPTER_FILES if (folder / n).exists()}
+    hashes = {n: hash_file(folder / n) for n in ADAPTER_FILES if is_file(folder / n)}
     return hash_bytes(canonical_json(hashes))
 
 
@@ -345,7 +348,7 @@ def load_adapter(
         UnknownNameError: If no plugin registers its kind.
     """
     name = str(folder) if name is None else name
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise describe_unreadable(
             name,
             expected=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}",

@@ -11,7 +11,7 @@ from molora_fed.corpus.parquet import UnreadableError, check_text, read_parquet_
 from molora_fed.errors import CorpusError
 from molora_fed.guard import guarded, one_line, refuse
 from molora_fed.plugins import Plugins
-from molora_fed.storage.files import resolve_inside
+from molora_fed.storage.files import is_file, is_folder, resolve_inside
 from molora_fed.storage.untrusted import clean
 from molora_fed.types import Document
 
@@ -87,7 +87,7 @@ def _list_files(path: Path, problems: list[str]) -> list[tuple[Path, str]]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
             file = Path(folder) / name
-            readable = file.suffix.lower() in _READERS and file.is_file()
+            readable = file.suffix.lower() in _READERS and is_file(file)
             if readable and not name.startswith("."):
                 shown = f"{path.name}/{file.relative_to(path).as_posix()}"
                 if resolve_inside(file, path) is None:
@@ -101,15 +101,19 @@ def _find_files(paths: Sequence[Path], problems: list[str]) -> list[tuple[Path, 
     """All files to read, with unique names and how; what is wrong with a path is a problem."""
     files: dict[Path, str] = {}
     for path in paths:
-        resolved = path.expanduser().resolve()
-        if resolved.is_dir():
+        try:
+            resolved = path.expanduser().resolve()
+        except (OSError, RuntimeError) as error:  # links in a circle, nobody's home
+            problems.append(f"'{path}': {error}")
+            continue
+        if is_folder(resolved):
             before = len(problems)
             inside = _list_files(resolved, problems)
             if not inside and len(problems) == before:
                 problems.append(f"'{path}': no {', '.join(SUFFIXES)} file in it")
             for file, name in inside:
                 files.setdefault(file.resolve(), name)
-        elif not resolved.is_file():
+        elif not is_file(resolved):
             problems.append(f"'{path}': no such file or folder")
         elif resolved.suffix.lower() not in _READERS:
             problems.append(f"'{path}': ending '{resolved.suffix}' is not read")

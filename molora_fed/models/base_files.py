@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from molora_fed.errors import BaseCheckpointError, describe_mismatch
-from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, resolve_inside
+from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, is_file, resolve_inside
 from molora_fed.storage.untrusted import clean
 from molora_fed.types import CONFIG_FILES, TOKENIZER_FILES, WEIGHTS_INDEX
 
@@ -84,7 +84,7 @@ def find_file(folder: Path, name: str) -> Path | None:
             f"Cannot read base checkpoint '{folder}': expected files of its own, got '{name}', a "
             "link that leads out of the folder. Put the file itself there."
         )
-    return path if path.is_file() else None
+    return path if is_file(path) else None
 
 
 def find_weight_files(folder: Path) -> list[Path]:
@@ -226,7 +226,7 @@ def list_checkpoint_files(folder: Path) -> list[Path]:
             is a link that leads out of the folder.
     """
     weights = find_weight_files(folder)
-    missing = [path.name for path in weights if not path.is_file()]
+    missing = [path.name for path in weights if not is_file(path)]
     if missing:
         raise BaseCheckpointError(
             f"Cannot read base checkpoint '{folder}': expected all files of its index, "

@@ -25,6 +25,8 @@ __all__ = [
     "canonical_json",
     "hash_bytes",
     "hash_file",
+    "is_file",
+    "is_folder",
     "make_folder",
     "make_home",
     "replace_folder",
@@ -58,6 +60,20 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, lower-case hex, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path leads to a regular file.
+
+    A link of others may lead to a name that is longer than any: over that, `Path.is_file` and its
+    like raise OSError.
+    """
+    return os.path.isfile(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path leads to a folder; never raises, see `is_file`."""
+    return os.path.isdir(path)
 
 
 def resolve_inside(path: Path, folder: Path) -> Path | None:

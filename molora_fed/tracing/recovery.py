@@ -111,7 +111,7 @@ def _refuse_edited(path: Path, byte: int, data: bytes) -> None:
 def _set_aside(path: Path, byte: int) -> Recovery:
     with storage_errors(path), path.open("r+b") as file:
         number = 0
-        while (aside := path.with_name(f"{path.name}{TORN_SUFFIX}{number or ''}")).exists():
+        while os.path.lexists(aside := path.with_name(f"{path.name}{TORN_SUFFIX}{number or ''}")):
             number += 1
         file.seek(byte)
         # On disk under its new name before it leaves the segment.

@@ -1,5 +1,6 @@
 """A whole run, line by line: each segment's chain, segments in order, the seal over them."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -8,6 +9,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from molora_fed.storage.files import is_folder
 from molora_fed.storage.keys import key_fingerprint
 from molora_fed.tracing.merkle import MerkleTree
 from molora_fed.tracing.records import (
@@ -382,9 +384,9 @@ def read_run_lines(path: Path) -> Iterator[tuple[str, int, Line]]:
     Args:
         path: A run's folder, or the one file of an exported run.
     """
-    if path.is_dir():
+    if is_folder(path):
         files = [path / name.file for name in list_segments(path)]
-        files += [path / SEAL_FILE] if (path / SEAL_FILE).exists() else []
+        files += [path / SEAL_FILE] if os.path.lexists(path / SEAL_FILE) else []
     else:
         files = [path]
     for file in files:

@@ -9,6 +9,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from molora_fed.errors import TraceError, describe_mismatch
+from molora_fed.storage.files import is_file, is_folder
 from molora_fed.tracing.records import FORMAT_VERSION, MAX_LINE_BYTES, is_hash, sign_statement
 
 __all__ = [
@@ -165,7 +166,7 @@ def list_segments(folder: Path) -> list[SegmentName]:
     Raises:
         TraceError: If it is no folder, or holds too many.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise TraceError(
             f"Cannot read trace '{folder}': expected the folder of a run, got nothing there. "
             "Check the path."
@@ -205,7 +206,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     Raises:
         TraceError: If it is no regular file or cannot be read.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise TraceError(
             f"Cannot read trace '{path}': expected a file, got something else or nothing there. "
             "Check the path."

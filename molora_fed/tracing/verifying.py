@@ -8,7 +8,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from molora_fed.errors import TraceError
-from molora_fed.storage.files import storage_errors, write_bytes, write_pieces
+from molora_fed.storage.files import is_folder, storage_errors, write_bytes, write_pieces
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.storage.untrusted import clean
 from molora_fed.tracing.locks import lock_run
@@ -92,7 +92,7 @@ def verify(path: Path, public_key: str, root: str | None = None) -> Report:
             report.
     """
     scan = RunScan(public_key)
-    if path.is_dir():
+    if is_folder(path):
         sealed, notes = _read_folder(scan, path)
     else:
         sealed, notes = _read_file(scan, path), []
@@ -116,7 +116,7 @@ def verify(path: Path, public_key: str, root: str | None = None) -> Report:
 
 def _read_folder(scan: RunScan, folder: Path) -> tuple[bool, list[str]]:
     notes = []
-    sealed = (folder / SEAL_FILE).exists()
+    sealed = os.path.lexists(folder / SEAL_FILE)
     names = list_segments(folder)
     last = {name.writer: name for name in names}
     for name in names:
@@ -230,7 +230,7 @@ def seal_run(folder: Path, *, key: ec.EllipticCurvePrivateKey) -> str:
     public = build_public_pem(key)
     lock = lock_run(folder, shared=False)
     try:
-        if (folder / SEAL_FILE).exists():
+        if os.path.lexists(folder / SEAL_FILE):
             return _check_sealed(folder, public)
         return _seal(folder, key, public)
     finally:

@@ -238,3 +238,11 @@ def test_a_record_that_cannot_be_signed_is_refused_in_one_line(tmp_path, content
     with pytest.raises(AdapterError) as caught:
         _read_record(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_link_to_a_name_that_no_disk_can_hold_is_a_missing_file(folder, name):
+    (folder / name).unlink()
+    (folder / name).symlink_to("x" * 300)
+    with pytest.raises(BaseCheckpointError, match="Cannot"):
+        load_base(folder)

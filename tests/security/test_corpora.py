@@ -47,6 +47,15 @@ def test_links_inside_and_links_that_people_name_are_read(tmp_path, folder):
     assert read(tmp_path / "named")
 
 
+def test_links_and_paths_that_no_disk_can_hold_are_passed_over_or_refused(tmp_path, folder):
+    (folder / "a.txt").symlink_to("x" * 300)
+    assert read(folder) == [("texts/own.txt", "my own text")]
+    (tmp_path / "circle.txt").symlink_to("circle.txt")
+    for path in (tmp_path / ("y" * 300), tmp_path / "circle.txt"):
+        with pytest.raises(CorpusError, match="Cannot read text"):
+            read(path)
+
+
 def test_a_snapshot_of_the_hub_is_read(tmp_path):
     snapshot = tmp_path / "datasets--a--b" / "snapshots" / "1234"
     snapshot.mkdir(parents=True)

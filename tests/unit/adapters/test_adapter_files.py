@@ -379,3 +379,11 @@ def test_writing_is_whole_or_not_at_all(tiny_model, tmp_path, monkeypatch):
         save_adapter(build_random_adapter(model, seed=2), model, tmp_path / "a")
     assert hash_adapter_files(tmp_path / "a") == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_to_a_name_that_no_disk_can_hold_is_a_missing_file(saved):
+    _, folder = saved
+    for file in (CONFIG_FILE, WEIGHTS_FILE, META_FILE):
+        (folder / file).unlink()
+        (folder / file).symlink_to("x" * 300)
+        refused(folder)

@@ -145,3 +145,11 @@ def test_empty_and_foreign_segments_are_found(tmp_path, public, write):
     (tmp_path / "main-0001.jsonl").touch()
     report = verify(tmp_path, public)
     assert report.problems[0].file == "main-0001.jsonl"
+
+
+@pytest.mark.parametrize("file", ["w-0000.jsonl", "seal.jsonl"])
+def test_a_link_to_a_name_that_no_disk_can_hold_is_no_file(tmp_path, public, file):
+    (tmp_path / "v-0000.jsonl").write_bytes(b"{}\n")
+    (tmp_path / file).symlink_to("x" * 300)
+    with pytest.raises(TraceError, match="expected a file"):
+        verify(tmp_path, public)
