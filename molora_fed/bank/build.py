@@ -1,7 +1,8 @@
 """Builds banks: announces their size, then one pass per expert, resumable after each."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -24,6 +25,8 @@ from molora_fed.bank.passes import ColumnMaker, Expert, Wanted, check_room, esti
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError
 from molora_fed.models.head import find_readout
+from molora_fed.models.layout import block_index, decoder_blocks
+from molora_fed.models.states import can_resume
 from molora_fed.types import Mixture, Progress, Reading, Split
 
 if TYPE_CHECKING:
@@ -147,6 +150,9 @@ def _build(
     readout = find_readout(model) if plan.mixture == "logit" else None
     hidden_size = base.hidden_size
     wanted = Wanted.of(plan.readings, plan.mixture)
+    # The frozen blocks run once for all experts, if there are several, now or later.
+    resumes = can_resume(model, plan.frozen_depth)
+    made = replace(wanted, prefix=wanted.prefix or resumes)
     num_bytes = estimate_bank_bytes(
         num_tokens=sum(part.tokens.size for part in blocks),
         num_experts=len(experts),
@@ -154,6 +160,7 @@ def _build(
         itemsize=model.dtype.itemsize,
         readings=plan.readings,
         mixture=plan.mixture,
+        keeps_prefix=resumes,
     )
     check_room(folder, num_bytes)
     makers = [
@@ -168,7 +175,7 @@ def _build(
         )
         for part, mask in chosen
     ]
-    order = _run_passes(makers, experts, wanted, num_bytes, progress)
+    order = _run_passes(makers, experts, made, num_bytes, progress, resumes=resumes)
     return kind(
         **describe_blocks(shown),
         **open_columns(folder, makers, order, wanted),
@@ -190,6 +197,8 @@ def _run_passes(
     wanted: Wanted,
     num_bytes: int,
     progress: Progress | None,
+    *,
+    resumes: bool,
 ) -> list[str]:
     """Make what is missing, one expert in memory at a time; returns the experts' hashes."""
     order = [_hash_of(expert) for expert in experts]
@@ -202,16 +211,28 @@ def _run_passes(
         progress(0, total, bank_bytes=num_bytes)
     for index, expert in passes:
         is_needed = any(maker.plan(order, index, wanted) for maker in makers)
-        with applied(makers[0].base.model, expert.load() if is_needed else None):
+        with _applied(makers[0], expert.load() if is_needed else None) as is_late:
             for maker in makers:
                 # Planned now: two contributors may have sent the very same blocks.
                 if work := maker.plan(order, index, wanted):
                     step = _shift(progress, done, total, expert.name)
-                    maker.run(expert.name, order, work, progress=step)
+                    maker.run(expert.name, order, work, resumes=resumes and is_late, progress=step)
                 done += len(maker.blocks)
         if progress is not None:
             progress(done, total, bank_bytes=num_bytes, expert=expert.name)
     return order
+
+
+@contextmanager
+def _applied(maker: ColumnMaker, adapter: "Adapter | None") -> Iterator[bool]:
+    """Apply an adapter; whether it leaves all frozen blocks as they are."""
+    is_late = False
+    if adapter is not None:
+        prefix, _ = decoder_blocks(maker.base.model)
+        places = [block_index(name, prefix) for name in adapter.updates]
+        is_late = all(place is not None and place >= maker.depth for place in places)
+    with applied(maker.base.model, adapter):
+        yield is_late
 
 
 def _hash_of(expert: Expert) -> str:
@@ -238,8 +259,11 @@ def _measure(
     order = [adapter.hash]
     wanted = Wanted(base=False, prefix=False, mean=False, experts=False)
     if any(maker.plan(order, 0, wanted) for maker in makers):
-        with applied(makers[0].base.model, adapter):
+        resumes = can_resume(makers[0].base.model, makers[0].depth)
+        with _applied(makers[0], adapter) as is_late:
             for maker in makers:
                 if work := maker.plan(order, 0, wanted):
-                    maker.run(adapter.name, order, work, progress=progress)
+                    maker.run(
+                        adapter.name, order, work, resumes=resumes and is_late, progress=progress
+                    )
     return -torch.cat([open_column_of(maker, "logprob", order) for maker in makers])[:, 1:]

@@ -22,7 +22,8 @@ from molora_fed.bank.columns import (
 )
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import ExpertError, StorageError
-from molora_fed.models.forward import Capture, Pass, run_blocks
+from molora_fed.models.forward import Pass, Resume, run_blocks
+from molora_fed.models.states import Capture
 from molora_fed.storage.files import make_folder, storage_errors, stream_bytes, write_json
 from molora_fed.types import Mixture, Progress, Reading
 
@@ -101,6 +102,7 @@ def estimate_bank_bytes(
     itemsize: int,
     readings: frozenset[Reading],
     mixture: Mixture = "probability",
+    keeps_prefix: bool = False,
 ) -> int:
     """Bytes on disk a bank takes at its largest, before it is built.
 
@@ -111,10 +113,12 @@ def estimate_bank_bytes(
         itemsize: Bytes per number of the model's dtype.
         readings: Columns that routers read.
         mixture: The logit mixture keeps every expert's state.
+        keeps_prefix: Whether the state after the frozen blocks is kept, so that these run once.
     """
     wanted = Wanted.of(readings, mixture)
+    prefix = wanted.prefix or keeps_prefix
     logprob = 4 * (2 * num_experts + 1)  # each column, and the copy with experts side by side
-    states = itemsize * (wanted.base + wanted.prefix + wanted.mean + wanted.experts * num_experts)
+    states = itemsize * (wanted.base + prefix + wanted.mean + wanted.experts * num_experts)
     sums = 2 * 8 * wanted.mean  # the old and the new running total of 64-bit integers
     return num_tokens * (logprob + hidden_size * (states + sums))
 
@@ -230,6 +234,7 @@ class ColumnMaker:
         order: Sequence[str],
         work: Work,
         *,
+        resumes: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Run the model once over the blocks and write the columns that are missing.
@@ -238,6 +243,8 @@ class ColumnMaker:
             what: Expert's name, for errors.
             order: Hashes of all experts, in canonical order.
             work: From `plan`.
+            resumes: Whether the frozen blocks need not run again: where `can_resume` holds, and
+                the adapter changes none of them.
             progress: Receives blocks done and blocks in all.
 
         Raises:
@@ -262,6 +269,7 @@ class ColumnMaker:
                 self.blocks.tokens,
                 batch=self.batch,
                 capture=capture,
+                resume=self._find_resume() if resumes and work.own else None,
                 progress=progress,
             )
             for step in steps:
@@ -270,6 +278,11 @@ class ColumnMaker:
                     write_rows(file, getattr(step, name))
                 if summing is not None and step.hidden is not None:
                     summing.write(step.start, step.hidden)
+
+    def _find_resume(self) -> Resume | None:
+        """What entered the first block that is not frozen, if the base's pass has left it."""
+        prefix = self.open("prefix", [""])
+        return prefix if prefix is None else Resume(self.depth, lambda a, b: prefix[a:b])
 
     def subtract(self, own: str, *, progress: Progress | None = None) -> None:
         """Take an expert out of every total it is in: one pass of the model, which is it now.

@@ -15,7 +15,7 @@ from molora_fed.bank.views import GateView
 from molora_fed.errors import RoutingError
 from molora_fed.inference.flops import TokenCost, count_evolved, count_fused, count_plain
 from molora_fed.models.base import Base
-from molora_fed.models.forward import Capture, capture_states, evaluating
+from molora_fed.models.states import Capture, capture_states, evaluating
 from molora_fed.population.bundle import EvolvedModel
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.mixture import Mixture

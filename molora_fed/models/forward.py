@@ -1,8 +1,7 @@
 """The one forward pass that every loss, bank column and reported figure comes from."""
 
-import contextlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from molora_fed.errors import RoutingError, ShapeError
+from molora_fed.errors import ShapeError
+from molora_fed.models.head import Head, find_head
+from molora_fed.models.states import Capture, capture_states, evaluating, resuming
 from molora_fed.types import Progress
 
-__all__ = [
-    "Capture",
-    "Pass",
-    "capture_states",
-    "compute_block_losses",
-    "evaluating",
-    "run_blocks",
-]
+__all__ = ["Pass", "Resume", "compute_block_losses", "run_blocks"]
 
-
-@dataclass(frozen=True)
-class Capture:
-    """Which hidden states a pass keeps beside the log-probabilities.
-
-    Attributes:
-        hidden: Keep the state that enters the output head.
-        prefix_depth: Keep the state that enters decoder block `prefix_depth`; None keeps none.
-    """
-
-    hidden: bool = False
-    prefix_depth: int | None = None
+_LOGITS_AT_ONCE = 2**26  # logits of whole blocks held at once
+_ROWS_AT_ONCE = 8  # of a processor: what becomes of their logits stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -54,12 +38,26 @@ class Pass:
     prefix: Tensor | None
 
 
+@dataclass(frozen=True)
+class Resume:
+    """Frozen blocks that were run before.
+
+    Attributes:
+        depth: Index of the first block that computes.
+        read: States that entered it, (B, T, D), for blocks `start` to `stop` of the tokens.
+    """
+
+    depth: int
+    read: Callable[[int, int], Tensor]
+
+
 def run_blocks(
     model: Any,
     tokens: NDArray[np.int32] | Tensor,
     *,
     batch: int = 16,
     capture: Capture | None = None,
+    resume: Resume | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Pass]:
     """Run a causal language model over blocks, without gradients and in evaluation mode.
@@ -71,6 +69,7 @@ def run_blocks(
         tokens: Token ids, (N, T), integer.
         batch: Blocks per forward pass; one value wherever figures are compared.
         capture: Hidden states to keep.
+        resume: Blocks not to run again; only where `can_resume` holds.
         progress: Receives blocks done and blocks in all.
 
     Yields:
@@ -84,11 +83,27 @@ def run_blocks(
     ids = torch.as_tensor(tokens)
     _check_tokens(model, ids)
     device = next(model.parameters()).device
+    head = find_head(model)
     for start in range(0, len(ids), batch):
         rows = ids[start : start + batch].to(device=device, dtype=torch.long)
-        with torch.inference_mode(), evaluating(model), capture_states(model, kept) as states:
-            logits = model(input_ids=rows, use_cache=False).logits
-            logprob = _target_logprob(logits, rows)
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(evaluating(model))
+            if resume is not None:
+                given = resume.read(start, start + len(rows)).to(device)
+                stack.enter_context(resuming(model, resume.depth, given))
+            if head is None:
+                states = stack.enter_context(capture_states(model, kept))
+                logits = model(input_ids=rows, use_cache=False).logits
+                logprob = _target_logprob(logits, rows)
+            else:
+                # The decoder's output is what enters the head.
+                only_prefix = Capture(prefix_depth=kept.prefix_depth)
+                states = stack.enter_context(capture_states(model, only_prefix))
+                hidden = head.decoder(input_ids=rows, use_cache=False).last_hidden_state
+                logprob = _read_logprob(head, hidden, rows)
+                if kept.hidden:
+                    states["hidden"] = hidden
         yield Pass(start, logprob, states.get("hidden"), states.get("prefix"))
         if progress is not None:
             progress(min(start + batch, len(ids)), len(ids))
@@ -108,70 +123,23 @@ def _check_tokens(model: Any, ids: Tensor) -> None:
         )
 
 
+def _read_logprob(head: Head, hidden: Tensor, rows: Tensor) -> Tensor:
+    """As `_target_logprob`, of states (B, T, D) and some blocks' logits at a time."""
+    size = rows.shape[1] * len(head.readout.weight)
+    count = max(1, _LOGITS_AT_ONCE // size)
+    parts = zip(hidden.split(count), rows.split(count), strict=True)
+    return torch.cat([_target_logprob(head.compute_logits(part), own) for part, own in parts])
+
+
 def _target_logprob(logits: Tensor, rows: Tensor) -> Tensor:
     """Log-probability of each token given those before it, (B, T) float32; 0 at t = 0."""
     logprob = torch.zeros(rows.shape, dtype=torch.float32, device=logits.device)
-    # One row at a time: the float32 copy over the vocabulary is then (T, V), not (B, T, V).
+    count = _ROWS_AT_ONCE if logits.device.type == "cpu" else rows.shape[1]
     for row, target, out in zip(logits, rows, logprob, strict=True):
-        out[1:] = -nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="none")
+        parts = zip(row[:-1].split(count), target[1:].split(count), strict=True)
+        losses = [nn.functional.cross_entropy(p.float(), t, reduction="none") for p, t in parts]
+        out[1:] = -torch.cat(losses)
     return logprob
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode is restored after."""
-    training = [module for module in model.modules() if module.training]
-    if not training:
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def capture_states(model: Any, capture: Capture) -> Iterator[dict[str, Tensor]]:
-    """Collect the states asked for while the model runs; hooks are gone after."""
-    states: dict[str, Tensor] = {}
-    with contextlib.ExitStack() as stack:
-        if capture.hidden:
-            stack.callback(_keep_input(_output_head(model), "hidden", states).remove)
-        if capture.prefix_depth is not None:
-            block = _decoder_block(model, capture.prefix_depth)
-            stack.callback(_keep_input(block, "prefix", states).remove)
-        yield states
-
-
-def _keep_input(module: nn.Module, name: str, states: dict[str, Tensor]) -> Any:
-    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states[name] = args[0] if args else kwargs["hidden_states"]
-
-    return module.register_forward_pre_hook(keep, with_kwargs=True)
-
-
-def _output_head(model: Any) -> nn.Module:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise RoutingError(
-            f"Cannot read hidden states of '{type(model).__name__}': expected an output head, "
-            "got none. Use a causal language model."
-        )
-    return head
-
-
-def _decoder_block(model: Any, depth: int) -> nn.Module:
-    from molora_fed.models.layout import decoder_blocks
-
-    _, blocks = decoder_blocks(model)
-    if not 0 <= depth < len(blocks):
-        raise RoutingError(
-            f"Cannot read prefix states of '{type(model).__name__}': expected a frozen depth "
-            f"below its {len(blocks)} blocks, got {depth}. Lower the frozen depth."
-        )
-    return blocks[depth]
 
 
 def compute_block_losses(

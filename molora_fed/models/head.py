@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from molora_fed.errors import RoutingError
-from molora_fed.models.forward import Capture, capture_states, evaluating
+from molora_fed.models.states import Capture, capture_states, evaluating, make_probe
 
 __all__ = ["Head", "Readout", "compute_head_losses", "find_head", "find_readout"]
 
 _LEAST = 1e-38  # smallest normal float32
 _LOGITS_AT_ONCE = 2**19  # logits held at once; two megabytes stay in a core's cache
 _LEAST_ROWS = 64  # fewer would starve the matrix product
-_PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,6 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return gradient * upstream[:, None].to(gradient.dtype), None, None
 
 
-def _make_probe(model: Any) -> Tensor:
-    """Token ids (1, 16) to compare numbers on."""
-    table = model.get_input_embeddings().weight
-    return (torch.arange(_PROBE_TOKENS, device=table.device) * 7919 % len(table))[None]
-
-
 @torch.no_grad()
 def find_readout(model: Any) -> Readout:
     """Find how a model's hidden states become its logits, by running it on a few tokens.
@@ -181,7 +175,7 @@ def find_readout(model: Any) -> Readout:
             configured soft-cap gives the model's logits; logits cannot be mixed then.
     """
     head = model.get_output_embeddings()
-    rows = _make_probe(model)
+    rows = make_probe(model)
     with capture_states(model, Capture(hidden=True)) as states:
         logits = model(input_ids=rows, use_cache=False).logits.double()
     if not bool(torch.isfinite(logits).all()):
@@ -226,6 +220,15 @@ class Head:
     module: nn.Module
     readout: Readout
 
+    def compute_logits(self, states: Tensor) -> Tensor:
+        """The model's logits of states, (..., D) to (..., V), in the head's dtype."""
+        logits: Tensor = self.module(states)
+        if self.readout.scale != 1.0:
+            logits = logits * self.readout.scale
+        if (cap := self.readout.softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
     def compute_losses(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """Loss of every predicted token, in nats.
 
@@ -252,15 +255,17 @@ class Head:
         return losses.view(len(tokens), -1)
 
     def _cross_entropy(self, states: Tensor, targets: Tensor) -> Tensor:
-        logits = self.module(states).float() * self.readout.scale
-        if (cap := self.readout.softcap) is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = self.compute_logits(states).float()
         return functional.cross_entropy(logits, targets, reduction="none")
 
 
-@torch.no_grad()
+_found: "WeakKeyDictionary[Any, tuple[int, Head | None]]" = WeakKeyDictionary()
+
+
 def find_head(model: Any) -> Head | None:
     """Split a model into decoder and head, if that computes what the whole does.
+
+    What was found is kept for as long as the model lives and has the same number of hooks.
 
     Args:
         model: A Hugging Face causal language model, or one that wraps it as PEFT does.
@@ -268,6 +273,15 @@ def find_head(model: Any) -> Head | None:
     Returns:
         The two parts; None where the model does anything beside, found by comparing numbers.
     """
+    hooks = len(model._forward_hooks) + len(model._forward_pre_hooks)
+    known = _found.get(model)
+    if known is None or known[0] != hooks:
+        known = _found[model] = (hooks, _find_head(model))
+    return known[1]
+
+
+@torch.no_grad()
+def _find_head(model: Any) -> Head | None:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     module = inner.get_output_embeddings()
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
@@ -279,7 +293,7 @@ def find_head(model: Any) -> Head | None:
         except RoutingError:
             return None
         with capture_states(model, Capture(hidden=True)) as states:
-            rows = _make_probe(model)
+            rows = make_probe(model)
             model(input_ids=rows, use_cache=False)
             found = decoder(input_ids=rows, use_cache=False).last_hidden_state
     entered = states["hidden"]

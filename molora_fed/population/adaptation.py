@@ -20,8 +20,8 @@ from molora_fed.bank.states import BaseStates, StateBatch, take_balanced
 from molora_fed.bank.views import GateView
 from molora_fed.errors import PopulationError, TrainingError
 from molora_fed.models.base import Base
-from molora_fed.models.forward import evaluating
 from molora_fed.models.runtime import describe_environment
+from molora_fed.models.states import evaluating
 from molora_fed.population.adaptation_config import AdaptationConfig
 from molora_fed.population.contract import AdapterRouter, Population
 from molora_fed.population.mixture import Mixture

@@ -17,7 +17,7 @@ from molora_fed.adapters.updates import Adapter
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.guard import guarded
-from molora_fed.models.forward import Capture, capture_states, evaluating
+from molora_fed.models.states import Capture, capture_states, evaluating
 from molora_fed.plugins import Entry
 from molora_fed.routing.contract import OutputRouter
 from molora_fed.types import Mixture, Reading

@@ -24,7 +24,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from molora_fed.bank.states import BaseStates, take_balanced
 from molora_fed.errors import PopulationError
 from molora_fed.models.base import Base
-from molora_fed.models.forward import evaluating
+from molora_fed.models.states import evaluating
 from molora_fed.population.adaptation import compute_loss
 from molora_fed.population.contract import AdapterRouter, Population
 from molora_fed.population.mixture import Mixture

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from molora_fed.models.forward import Capture, capture_states
+from molora_fed.models.states import Capture, capture_states
 from molora_fed.routing.causal import causal_mean, causal_sum
 
 __all__ = ["JointModel"]

@@ -19,7 +19,8 @@ from molora_fed.bank import (
 from molora_fed.bank.prune import prune_bank, subtract_expert
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError, StorageError
-from molora_fed.models.forward import Capture, compute_block_losses, run_blocks
+from molora_fed.models.forward import compute_block_losses, run_blocks
+from molora_fed.models.states import Capture
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import Split
 
@@ -55,8 +56,15 @@ def experts(base):
 
 
 def count_passes(model):
+    """One for each batch of blocks that the model runs from now on."""
     passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
+
+    def note(module, arguments, named, found):
+        tokens = arguments[0] if arguments else named["input_ids"]
+        if tokens.shape[1] == 12:  # and not the few tokens that a model is tried on
+            passes.append(1)
+
+    model.get_decoder().register_forward_hook(note, with_kwargs=True)
     return passes
 
 
@@ -391,3 +399,43 @@ def test_half_a_total_is_never_read(base, experts, tmp_path):
         )  # fmt: skip
     next((tmp_path / "halted").glob("total-*.json")).write_text("{")
     assert torch.equal(mean_of(tmp_path / "halted", base, experts, CALIBRATION), expected)
+
+
+def build_deep(model, experts, folder, **more):
+    blocks, readings = CALIBRATION, frozenset({"evidence"})
+    return build_calibration_bank(
+        folder, make_base(model), experts, blocks, readings=readings, batch=4, **more
+    )
+
+
+def test_frozen_blocks_run_once_for_all_experts_and_change_no_bit(tiny_model, tmp_path):
+    """Of three experts and a frozen block, only the base's pass runs that block."""
+    model = tiny_model("llama")
+    experts = [
+        Expert("base", None),
+        *(Expert(f"e{i}", build_random_adapter(model, seed=i, frozen_depth=1)) for i in (1, 2)),
+    ]
+    whole = build_deep(model, experts, tmp_path / "whole")
+    runs = {0: [], 1: []}
+    for depth, block in enumerate(model.model.layers[:2]):
+        block.self_attn.register_forward_hook(
+            lambda module, inputs, found, depth=depth: runs[depth].append(found[0].shape)
+        )
+    bank = build_deep(model, experts, tmp_path / "deep", frozen_depth=1)
+    assert torch.equal(bank.logprob, whole.logprob)
+    batches = 2 + 1 + 1  # of 5, 3 and 4 blocks
+    full = [shape for shape in runs[0] if shape[1] == 12]
+    assert len(full) == batches and len([s for s in runs[1] if s[1] == 12]) == 3 * batches
+    # A newcomer's pass begins after the frozen block, too.
+    runs[0].clear()
+    newcomer = Expert("e3", build_random_adapter(model, seed=3, frozen_depth=1))
+    build_deep(model, [*experts, newcomer], tmp_path / "deep", frozen_depth=1)
+    assert not [shape for shape in runs[0] if shape[1] == 12]
+
+
+def test_an_adapter_that_changes_a_frozen_block_is_run_whole(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    experts = [Expert("base", None), Expert("e1", build_random_adapter(model, seed=1))]
+    whole = build_deep(model, experts, tmp_path / "whole")
+    bank = build_deep(model, experts, tmp_path / "deep", frozen_depth=1)
+    assert torch.equal(bank.logprob, whole.logprob)

@@ -12,8 +12,9 @@ from molora_fed.bank.mixture import (
     compute_probability_nll,
 )
 from molora_fed.errors import RoutingError
-from molora_fed.models.forward import Capture, run_blocks
+from molora_fed.models.forward import run_blocks
 from molora_fed.models.head import Readout, find_readout
+from molora_fed.models.states import Capture
 from molora_fed.testing import build_random_adapter
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.models.forward import Capture, compute_block_losses, run_blocks
+from molora_fed.models import forward
+from molora_fed.models.forward import Resume, compute_block_losses, run_blocks
 from molora_fed.models.layout import decoder_blocks
+from molora_fed.models.states import Capture, can_resume
 
 
 def collect(model, tokens, batch, capture=None):
@@ -93,3 +95,48 @@ def test_wrong_tokens_are_refused(tiny_model, tokens, reason):
 def test_prefix_beyond_the_model_is_refused(tiny_model, tokens):
     with pytest.raises(RoutingError, match="below its 2 blocks, got 2"):
         collect(tiny_model(), tokens, 2, Capture(prefix_depth=2))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_pass_that_begins_after_the_frozen_blocks_gives_the_same_bits(model, depth):
+    tokens = torch.randint(0, 60, (5, 12), generator=torch.Generator().manual_seed(3))
+    depth = min(depth, model.config.get_text_config().num_hidden_layers - 1)
+    capture = Capture(hidden=True, prefix_depth=depth)
+    whole = list(run_blocks(model, tokens, batch=2, capture=capture))
+    prefix = torch.cat([step.prefix for step in whole])
+    assert can_resume(model, depth)
+    resume = Resume(depth, lambda start, stop: prefix[start:stop])
+    for one, other in zip(
+        whole,
+        run_blocks(model, tokens, batch=2, capture=Capture(hidden=True), resume=resume),
+        strict=True,
+    ):
+        assert torch.equal(one.logprob, other.logprob) and torch.equal(one.hidden, other.hidden)
+    assert torch.equal(
+        torch.cat([step.logprob for step in run_blocks(model, tokens, batch=2)]),
+        torch.cat([step.logprob for step in whole]),
+    )
+
+
+def test_where_later_blocks_use_more_of_earlier_ones_all_run(tiny_model):
+    model, kept = tiny_model("llama"), []
+    first, last = model.model.layers[0], model.model.layers[-1]
+    first.self_attn.register_forward_hook(lambda module, inputs, found: kept.append(found[0]))
+    last.register_forward_hook(lambda module, inputs, found: found + kept.pop())
+    assert not can_resume(model, 1) and not can_resume(model, 0)
+    assert all("forward" not in vars(block) for block in model.model.layers)
+
+
+def test_logits_of_all_blocks_never_exist_together(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    tokens = torch.randint(0, 60, (6, 12), generator=torch.Generator().manual_seed(3))
+    whole = compute_block_losses(model, tokens, batch=6)
+    monkeypatch.setattr(forward, "_LOGITS_AT_ONCE", 1)
+    sizes = []
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, found: sizes.append(found.shape[0])
+    )
+    parts = compute_block_losses(model, tokens, batch=6)
+    hook.remove()
+    assert max(sizes) == 1
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)

@@ -6,7 +6,8 @@ from molora_fed.adapters.compatibility import applied
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.models.base import load_base
-from molora_fed.models.forward import Capture, run_blocks
+from molora_fed.models.forward import run_blocks
+from molora_fed.models.states import Capture
 from molora_fed.routing.fused import FusedModel, mix_distributions
 from molora_fed.testing import ARCHITECTURES
 
