@@ -1,5 +1,6 @@
 """What a contributor joins with: checked before anything is started, then kept in its home."""
 
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,10 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.population.asked import begin_anew
 from molora_fed.storage.files import make_home, write_json
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
+from molora_fed.types import LossOn
 
 if TYPE_CHECKING:
+    from molora_fed.corpus.records import TextOptions
     from molora_fed.federation.homes import ContributorHome
 
 __all__ = ["JoinSettings", "prepare_home"]
@@ -29,6 +32,8 @@ class JoinSettings:
         adapter: Folder of an adapter trained earlier; None trains one.
         shard: (i, n): share i of n of the domain's documents, if n contributors split it.
         threads: Threads of training; kept in the training record.
+        text_field: Field of records that holds the text; empty finds it by name.
+        loss_on: Tokens that count in the training loss: "all" or "assistant".
     """
 
     name: str
@@ -37,6 +42,19 @@ class JoinSettings:
     adapter: Path | None = None
     shard: tuple[int, int] = (0, 1)
     threads: int = 1
+    text_field: str = ""
+    loss_on: LossOn = "all"
+
+    @property
+    def text(self) -> "TextOptions":
+        """How the text is read.
+
+        Raises:
+            ConfigError: If `loss_on` is another word.
+        """
+        from molora_fed.corpus.records import TextOptions
+
+        return TextOptions(self.text_field, self.loss_on)
 
     def check(self) -> None:
         """Look at names, text and adapter as far as that takes no time.
@@ -53,7 +71,9 @@ class JoinSettings:
         if self.data:
             from molora_fed.corpus.documents import read_documents
 
-            next(read_documents(self.data))
+            # To the end where only answers count: whether there are any is known only there.
+            documents = read_documents(self.data, self.text)
+            next(documents) if self.loss_on == "all" else deque(documents, maxlen=0)
         else:
             from molora_fed.plugins import get_plugins
 
@@ -69,10 +89,12 @@ class JoinSettings:
         return {
             "name": self.name,
             "domain": self.domain,
-            "data": [str(path.absolute()) for path in self.data],
+            "data": [_make_absolute(path) for path in self.data],
             "adapter": str(self.adapter.absolute()) if self.adapter else "",
             "shard": list(self.shard),
             "threads": self.threads,
+            "text_field": self.text_field,
+            "loss_on": self.loss_on,
         }
 
     def save(self, path: Path) -> None:
@@ -99,12 +121,21 @@ class JoinSettings:
                 adapter=Path(str(value["adapter"])) if value["adapter"] else None,
                 shard=(int(index), int(count)),
                 threads=int(value["threads"]),
+                # Missing in homes from before there were these.
+                text_field=str(value.get("text_field", "")),
+                loss_on=value.get("loss_on", "all"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FederationError(
                 f"Cannot read the settings of a contributor: expected join.json as written by "
                 f"`molora join`, got {error!r}. Run `molora join` again."
             ) from error
+
+
+def _make_absolute(path: Path) -> str:
+    from molora_fed.corpus.documents import is_data_set
+
+    return str(path if is_data_set(path) else path.absolute())
 
 
 def prepare_home(home: "ContributorHome", settings: JoinSettings) -> JoinSettings:

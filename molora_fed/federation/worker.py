@@ -141,6 +141,8 @@ class ContributorWorker:
     def _recipe(self, charter: Charter, amendment: int | None = None) -> str:
         """Hash of what a contribution is made from, under the charter's amendment or another."""
         kept = self._settings.to_json()
+        usual = {"text_field": "", "loss_on": "all"}
+        chosen = [name for name, value in usual.items() if kept[name] != value]
         return hash_bytes(
             canonical_json(
                 {
@@ -151,6 +153,8 @@ class ContributorWorker:
                     "data": kept["data"],
                     "adapter": kept["adapter"],
                     "shard": kept["shard"],
+                    # Left out where nothing is said: so are they in offers from before.
+                    **{name: kept[name] for name in chosen},
                 }
             )
         )
@@ -183,15 +187,22 @@ class ContributorWorker:
 
         self._state.enter("CORPUS", "clustering, splitting and packing the text")
         settings = self._settings
-        return prepare_domain(
+        corpus = prepare_domain(
             under,
             settings.domain,
             settings.data,
             self._home.root,
             shard=settings.shard,
+            text=settings.text,
             plugins=self._plugins,
             progress=self._state.progress,
         )
+        files = corpus.report.files
+        if files is not None and files["left_out"]:
+            # The state is sent: no names of files in it.
+            count = sum(row["files"] for row in files["left_out"])
+            self._state.enter("CORPUS", f"{count} files left out, see corpus/corpus.json")
+        return corpus
 
     def _make_contribution(self, under: "CharterAndBase", corpus: "Corpus") -> None:
         """Run the contributor's flow, with its phases in the worker's state and usage."""

@@ -6,7 +6,7 @@
   counts as step 0; elsewhere the last parameters are.
 - `train` builds the job of a language model on blocks of tokens: the built-in base, specialists and
   the pooled baseline. Every forward pass sees whole blocks; there is no padding and no masking of
-  documents.
+  documents; tokens that do not count in the loss are read like all others.
 """
 
 import math
@@ -56,6 +56,7 @@ __all__ = [
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 METRICS_NAME = "metrics.jsonl"
+_IGNORED = -100  # label of a token that does not count
 REPORT_EVERY = 5  # steps between two readings of the loss: a reading waits for the device
 
 
@@ -348,20 +349,36 @@ def compute_learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def _compute_loss(
-    model: Any, blocks: NDArray[np.int32], config: TrainConfig, device: torch.device, step: int
+    model: Any,
+    blocks: NDArray[np.int32],
+    targets: NDArray[np.bool_] | None,
+    config: TrainConfig,
+    device: torch.device,
+    step: int,
 ) -> Tensor:
-    """Mean loss of a step's batch (B, T) over its B * (T - 1) predicted tokens, nats."""
+    """Mean loss of a step's batch (B, T) over its B * (T - 1) predicted tokens that count, nats."""
     seed_step(config.seed, step + 1)
     rows = take_batch(blocks, step, batch=config.batch, seed=config.seed)
     tokens = torch.from_numpy(rows).long().to(device)
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # (B, T - 1, V)
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    labels = tokens[:, 1:].flatten()
+    if targets is None:
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels)
+    counts = take_batch(targets, step, batch=config.batch, seed=config.seed)
+    mask = torch.from_numpy(counts[:, 1:]).to(device).flatten()
+    total = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.masked_fill(~mask, _IGNORED),
+        ignore_index=_IGNORED, reduction="sum",
+    )  # fmt: skip
+    return total / mask.sum().clamp(min=1)  # 0 where no token of the batch counts
 
 
 def _check_inputs(
     parameters: Sequence[nn.Parameter],
     train_blocks: NDArray[np.int32],
     validation_blocks: NDArray[np.int32],
+    train_targets: NDArray[np.bool_] | None,
+    validation_targets: NDArray[np.bool_] | None,
     config: TrainConfig,
 ) -> None:
     problems = [
@@ -371,9 +388,14 @@ def _check_inputs(
     ]
     if not parameters:
         problems.append("no parameters to train")
-    for name, blocks in (("training", train_blocks), ("validation", validation_blocks)):
+    for name, blocks, targets in (
+        ("training", train_blocks, train_targets),
+        ("validation", validation_blocks, validation_targets),
+    ):
         if blocks.ndim != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
             problems.append(f"{name} blocks of shape {blocks.shape}")
+        elif targets is not None and (targets.shape != blocks.shape or not targets[:, 1:].any()):
+            problems.append(f"{name} blocks in which no token counts")
     if problems:
         raise TrainingError(
             "Cannot train: expected positive settings, parameters, and (N, T) blocks, "
@@ -389,6 +411,8 @@ def train(
     config: TrainConfig,
     folder: Path,
     *,
+    train_targets: NDArray[np.bool_] | None = None,
+    validation_targets: NDArray[np.bool_] | None = None,
     context: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
@@ -401,6 +425,8 @@ def train(
         validation_blocks: Tokens (N', T), never trained on.
         config: Settings.
         folder: Gets `checkpoint.safetensors` and `metrics.jsonl`.
+        train_targets: Which training tokens count in the loss, (N, T); None counts all.
+        validation_targets: Which validation tokens count, (N', T); None counts all.
         context: What else decides the result, e.g. the base's fingerprint; a checkpoint made
             under another context is refused.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
@@ -414,12 +440,15 @@ def train(
             hardware or dtype.
         StorageError: On I/O errors.
     """
-    _check_inputs(parameters, train_blocks, validation_blocks, config)
+    _check_inputs(
+        parameters, train_blocks, validation_blocks, train_targets, validation_targets, config
+    )
     device = Accelerator(mixed_precision="no").device
     environment = describe_environment(device.type)
     dtype = str(parameters[0].dtype).removeprefix("torch.")
     settings = {k: v for k, v in asdict(config).items() if k != "threads"}
-    data = b"".join(np.ascontiguousarray(b).tobytes() for b in (train_blocks, validation_blocks))
+    arrays = (train_blocks, validation_blocks, train_targets, validation_targets)
+    data = b"".join(np.ascontiguousarray(b).tobytes() for b in arrays if b is not None)
     model.to(device).train()
     optimizer = build_optimizer(
         parameters,
@@ -431,6 +460,8 @@ def train(
 
     def validate() -> float:
         losses = compute_block_losses(model, validation_blocks, batch=config.evaluation_batch)
+        if validation_targets is not None:
+            losses = losses[torch.from_numpy(validation_targets[:, 1:])]
         return float(losses.double().mean())
 
     def describe(step: int) -> dict[str, float | int]:
@@ -441,7 +472,7 @@ def train(
         parameters=[parameters],
         optimizer=optimizer,
         rates=lambda step: [compute_learning_rate(step, config)] * len(optimizer.param_groups),
-        loss=partial(_compute_loss, model, train_blocks, config, device),
+        loss=partial(_compute_loss, model, train_blocks, train_targets, config, device),
         validate=validate,
         steps=config.steps,
         save_every=config.validate_every,

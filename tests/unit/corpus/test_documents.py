@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from molora_fed.corpus.documents import choose_evenly, cut_long_documents, read_documents
+from molora_fed.corpus.documents import read_documents
+from molora_fed.corpus.sizes import choose_evenly, cut_long_documents
 from molora_fed.errors import CorpusError
 from molora_fed.types import Document
 
