@@ -1,6 +1,7 @@
 """Chats as text: through the base's own chat template, or plainly where it has none."""
 
 import datetime
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,13 @@ _ROLES = {
 }
 _TODAY = datetime.date(2024, 7, 26)
 """What templates that write a date get: the same text every day."""
+_FORMATS = ("%Y-%m-%d", "%d %b %Y", "%d %B %Y", "%B %d, %Y", "%d-%m-%Y", "%Y", "%B", "%b", "%d")
+_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ "
+    + json.dumps({form: _TODAY.strftime(form) for form in _FORMATS})
+    + f".get(format, '{_TODAY}') }}}}{{%- endmacro %}}"
+)
+"""Put before a template that asks for the time."""
 
 
 def list_messages(value: Sequence[Any], where: str) -> list[dict[str, Any]]:
@@ -139,12 +147,13 @@ def _render(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, *, ask: bool = False
 ) -> str:
     try:
+        template = tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(
             list(messages),
+            chat_template=_CLOCK + template if "strftime_now" in template else template,
             tokenize=False,
             add_generation_prompt=ask,
             date_string=f"{_TODAY:%d %b %Y}",
-            strftime_now=_TODAY.strftime,
         )
     except Exception as error:  # whatever a template of others does
         raise UnreadableError(f"{where}: the base's chat template: {clean(error, 120)}") from error
@@ -221,7 +230,7 @@ def _find_answers(
             continue
         before = _render(tokenizer, messages[:index], where, ask=True) if index else None
         after = _render(tokenizer, messages[: index + 1], where)
-        if before and after.startswith(before) and text.startswith(after):
+        if before and before != after and after.startswith(before) and text.startswith(after):
             spans.append((len(before), len(after.rstrip())))
             continue
         content = message["content"].strip()

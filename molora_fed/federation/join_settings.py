@@ -85,7 +85,12 @@ class JoinSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Content of `join.json`, with absolute paths."""
+        """Content of `join.json`, with absolute paths.
+
+        What is as usual is left out: a training in flight is known by a hash over these values.
+        """
+        chosen = {"text_field": self.text_field, "loss_on": self.loss_on}
+        usual = {"text_field": "", "loss_on": "all"}
         return {
             "name": self.name,
             "domain": self.domain,
@@ -93,8 +98,7 @@ class JoinSettings:
             "adapter": str(self.adapter.absolute()) if self.adapter else "",
             "shard": list(self.shard),
             "threads": self.threads,
-            "text_field": self.text_field,
-            "loss_on": self.loss_on,
+            **{name: value for name, value in chosen.items() if value != usual[name]},
         }
 
     def save(self, path: Path) -> None:

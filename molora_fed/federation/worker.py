@@ -141,8 +141,6 @@ class ContributorWorker:
     def _recipe(self, charter: Charter, amendment: int | None = None) -> str:
         """Hash of what a contribution is made from, under the charter's amendment or another."""
         kept = self._settings.to_json()
-        usual = {"text_field": "", "loss_on": "all"}
-        chosen = [name for name, value in usual.items() if kept[name] != value]
         return hash_bytes(
             canonical_json(
                 {
@@ -153,8 +151,7 @@ class ContributorWorker:
                     "data": kept["data"],
                     "adapter": kept["adapter"],
                     "shard": kept["shard"],
-                    # Left out where nothing is said: so are they in offers from before.
-                    **{name: kept[name] for name in chosen},
+                    **{name: kept[name] for name in ("text_field", "loss_on") if name in kept},
                 }
             )
         )

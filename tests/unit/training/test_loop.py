@@ -334,3 +334,63 @@ def test_a_parameter_without_a_gradient_is_trained_on(tmp_path):
         replace(job, parameters=[both], optimizer=optimizer, rates=rates), tmp_path
     )
     assert torch.equal(spare, torch.ones(2))
+
+
+TARGETS = np.random.default_rng(3).random(TRAIN.shape) < 0.3
+VALIDATION_TARGETS = np.random.default_rng(4).random(VALIDATION.shape) < 0.3
+
+
+def read_gradients(model, targets):
+    """Whether a token's prediction has a gradient at step 2, (B, T - 1); and the targets there."""
+    found = []
+
+    def keep(module, args, output):
+        output.logits.register_hook(lambda gradient: found.append(gradient.abs().sum(-1) > 0))
+
+    with model.register_forward_hook(keep):
+        loss = training._compute_loss(model, TRAIN, targets, CONFIG, torch.device("cpu"), 2)
+    loss.backward()
+    return found[0].numpy(), float(loss.detach())
+
+
+def test_only_targets_have_a_gradient(tiny_model):
+    gradients, loss = read_gradients(tiny_model().requires_grad_(True), TARGETS)
+    expected = take_batch(TARGETS, 2, batch=CONFIG.batch, seed=CONFIG.seed)[:, 1:]
+    assert np.array_equal(gradients, expected)
+    rows = take_batch(TRAIN, 2, batch=CONFIG.batch, seed=CONFIG.seed)
+    losses = training.compute_block_losses(tiny_model(), rows)
+    assert loss == pytest.approx(float(losses[torch.from_numpy(expected)].mean()), rel=1e-5)
+
+
+def test_all_targets_are_as_none(tiny_model):
+    _, every = read_gradients(tiny_model().requires_grad_(True), np.ones_like(TARGETS))
+    _, none = read_gradients(tiny_model().requires_grad_(True), None)
+    assert every == pytest.approx(none, rel=1e-6)
+
+
+def test_a_batch_without_a_target_changes_nothing(tiny_model):
+    gradients, loss = read_gradients(tiny_model().requires_grad_(True), np.zeros_like(TARGETS))
+    assert (loss, gradients.any()) == (0, False)
+
+
+def test_training_and_validation_honour_targets(tiny_model, tmp_path):
+    targets = {"train_targets": TARGETS, "validation_targets": VALIDATION_TARGETS}
+    model = tiny_model()
+    losses = training.compute_block_losses(model, VALIDATION)
+    expected = float(losses[torch.from_numpy(VALIDATION_TARGETS[:, 1:])].mean())
+    result = run(model, tmp_path / "a", **targets)
+    assert result.initial_loss == pytest.approx(expected, rel=1e-6)
+    assert result.loss < result.initial_loss
+    with pytest.raises(Stopped):
+        run(tiny_model(), tmp_path / "b", progress=stop_at(5), **targets)
+    with pytest.raises(TrainingError, match="blocks"):
+        run(tiny_model(), tmp_path / "b")  # a checkpoint of another loss
+    resumed = tiny_model()
+    run(resumed, tmp_path / "b", **targets)
+    assert_equal_weights(weights_of(resumed), weights_of(model))
+
+
+@pytest.mark.parametrize("targets", [np.zeros_like(TARGETS), TARGETS[1:]])
+def test_targets_that_do_not_fit_are_refused(tiny_model, tmp_path, targets):
+    with pytest.raises(TrainingError, match="training blocks in which no token counts"):
+        run(tiny_model(), tmp_path, train_targets=targets)
