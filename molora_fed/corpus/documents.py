@@ -17,7 +17,7 @@ from molora_fed.guard import guarded, one_line, refuse
 from molora_fed.plugins import Plugins
 from molora_fed.storage.files import resolve_inside
 from molora_fed.storage.untrusted import clean
-from molora_fed.types import Document
+from molora_fed.types import Document, Markup
 
 __all__ = [
     "is_data_set",
@@ -288,6 +288,8 @@ def _find_document_fault(document: Any) -> str | None:
         return type(document).__name__
     if not isinstance(document.name, str) or not isinstance(document.text, str):
         return "a Document whose name or text is no text"
+    if not isinstance(document.markup, Markup | None):
+        return f"a Document with {type(document.markup).__name__} for markup"
     try:
         f"{document.name}{document.text}".encode()
     except UnicodeEncodeError as error:

@@ -4,7 +4,7 @@ Over some malformed files the library that reads them (pyarrow 26) does not rais
 process. So the file is read elsewhere, and its rows come back through a pipe, each as JSON with
 the columns that text is made of:
 
-    python -P -m molora_fed.corpus.parquet SOURCE MOST_CHARACTERS [TEXT_FIELD]
+    python -P -m molora_fed.corpus.parquet SOURCE MOST_CHARACTERS TEXT_FIELD LOSS_ON
 """
 
 import json
@@ -14,16 +14,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from molora_fed.corpus.raw_text import SPARE, UNPACKED_RATIO, UnreadableError
-from molora_fed.corpus.records import check_text, choose_columns, parse_record
+from molora_fed.corpus.records import TextOptions, choose_columns, parse_record
 from molora_fed.storage.untrusted import clean
+from molora_fed.types import LossOn
 
 __all__ = [
     "DATASETS",
     "UnreadableError",
-    "check_text",
     "read_rows",
     "read_texts",
     "write_texts",
@@ -37,12 +37,12 @@ _HEAD = struct.Struct(">BQ")  # kind, bytes
 _TEXT, _REFUSED, _END = 0, 1, 2
 
 
-def read_rows(path: Path, text_field: str = "") -> Iterator[Any]:
+def read_rows(path: Path, options: TextOptions) -> Iterator[Any]:
     """The rows of a file or a data set, in order, with the columns that text is made of.
 
     Args:
         path: The file; or "datasets:ID".
-        text_field: Field that holds the text; empty takes every column that may.
+        options: Which field holds the text; without one, every column that may is taken.
 
     Raises:
         UnreadableError: If there is no such column, there is more text than a file of its size can
@@ -51,8 +51,9 @@ def read_rows(path: Path, text_field: str = "") -> Iterator[Any]:
     source, most = str(path), _MOST_OF_A_DATA_SET
     if not source.startswith(DATASETS):
         source, most = str(path.absolute()), SPARE + UNPACKED_RATIO * path.stat().st_size
+    arguments = (source, str(most), options.text_field, options.loss_on)
     child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "molora_fed.corpus.parquet", source, str(most), text_field],
+        [sys.executable, "-P", "-m", "molora_fed.corpus.parquet", *arguments],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert child.stdout is not None
@@ -97,20 +98,25 @@ def _read(stream: BinaryIO, num_bytes: int) -> bytes:
     return data
 
 
-def write_texts(path: Path, most: int, stream: BinaryIO, text_field: str = "") -> None:
+def write_texts(
+    path: Path, most: int, stream: BinaryIO, options: TextOptions | None = None
+) -> None:
     """Write the rows of a file as JSON, or why it cannot be read.
 
     Args:
         path: The file; or "datasets:ID".
         most: Characters of all rows together; what states more is refused before it is unpacked.
         stream: Where they are written.
-        text_field: Field that holds the text; empty takes every column that may.
+        options: Which field holds the text; without one, every column that may is taken.
     """
     characters = 0
     try:
-        for number, row in enumerate(_list_rows(path, most, text_field), start=1):
+        rows = _list_rows(path, most, options or TextOptions())
+        for number, row in enumerate(rows, start=1):
             text = _write_json(row, f"row {number}")
-            characters += len(text)
+            values = row.values()
+            is_flat = all(isinstance(value, str) for value in values)
+            characters += sum(map(len, values)) if is_flat else len(text)
             if characters > most:
                 raise UnreadableError(_describe_too_much(most))
             _write(stream, _TEXT, text)
@@ -142,17 +148,17 @@ def _describe_too_much(most: int) -> str:
     return f"more than {most:,} characters of text, {UNPACKED_RATIO} times its bytes and more"
 
 
-def _list_rows(path: Path, most: int, text_field: str) -> Iterator[dict[str, Any]]:
+def _list_rows(path: Path, most: int, options: TextOptions) -> Iterator[dict[str, Any]]:
     import pyarrow
 
     source = str(path)
     try:
         if source.startswith(DATASETS):
-            yield from _list_data_set(source.removeprefix(DATASETS), text_field)
+            yield from _list_data_set(source.removeprefix(DATASETS), options)
         elif _find_kind(path) == "arrow":
-            yield from _list_arrow(path, text_field)
+            yield from _list_arrow(path, options)
         else:
-            yield from _list_parquet(path, most, text_field)
+            yield from _list_parquet(path, most, options)
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         reason = clean(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise UnreadableError(f"no {_find_kind(path)} that can be read ({reason})") from error
@@ -167,13 +173,13 @@ def _find_kind(path: Path) -> str:
     return "arrow" if head == b"ARROW1" or head.startswith(b"\xff" * 4) else "parquet"
 
 
-def _list_parquet(path: Path, most: int, text_field: str) -> Iterator[dict[str, Any]]:
+def _list_parquet(path: Path, most: int, options: TextOptions) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     metadata = pyarrow.parquet.read_metadata(path)
     schema = metadata.schema.to_arrow_schema()
-    columns = choose_columns(schema.names, text_field)
+    columns = choose_columns(schema.names, options)
     if _count_unpacked(metadata, columns) > most:
         raise UnreadableError(_describe_too_much(most))
     # Values stay in their dictionary: a text that comes a million times is held once.
@@ -206,7 +212,7 @@ def _count_unpacked(metadata: Any, columns: list[str]) -> int:
     )
 
 
-def _list_arrow(path: Path, text_field: str) -> Iterator[dict[str, Any]]:
+def _list_arrow(path: Path, options: TextOptions) -> Iterator[dict[str, Any]]:
     """Rows of an arrow file in either form; `Dataset.save_to_disk` writes streams."""
     import pyarrow.ipc
 
@@ -215,7 +221,7 @@ def _list_arrow(path: Path, text_field: str) -> Iterator[dict[str, Any]]:
         file.seek(0)
         opened = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
         with opened as reader:
-            columns = choose_columns(reader.schema.names, text_field)
+            columns = choose_columns(reader.schema.names, options)
             batches = (
                 reader
                 if is_stream
@@ -225,7 +231,7 @@ def _list_arrow(path: Path, text_field: str) -> Iterator[dict[str, Any]]:
                 yield from _list_batch(batch, columns)
 
 
-def _list_data_set(given: str, text_field: str) -> Iterator[dict[str, Any]]:
+def _list_data_set(given: str, options: TextOptions) -> Iterator[dict[str, Any]]:
     """Rows of a data set of the Hub, from its cache where there is one."""
     try:
         import datasets  # type: ignore[import-not-found,unused-ignore]
@@ -239,7 +245,7 @@ def _list_data_set(given: str, text_field: str) -> Iterator[dict[str, Any]]:
     config = rest.pop() if rest else None
     try:
         found = datasets.load_dataset(name, config, split=split, revision=revision or None)
-        columns = choose_columns(found.column_names, text_field)
+        columns = choose_columns(found.column_names, options)
         yield from (dict(row) for row in found.select_columns(columns))
     except UnreadableError:
         raise
@@ -251,4 +257,6 @@ def _list_data_set(given: str, text_field: str) -> Iterator[dict[str, Any]]:
 if __name__ == "__main__":
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)  # whatever prints does not get between the rows
-        write_texts(Path(sys.argv[1]), int(sys.argv[2]), answers, *sys.argv[3:])
+        source, most, text_field, loss_on = sys.argv[1:]
+        chosen = TextOptions(text_field, cast(LossOn, loss_on))
+        write_texts(Path(source), int(most), answers, chosen)

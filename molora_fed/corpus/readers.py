@@ -161,7 +161,7 @@ def _read_html(file: SourceFile, records: RecordReader) -> Iterator[Document]:
 
 
 def _read_rows(file: SourceFile, records: RecordReader) -> Iterator[Document]:
-    for number, row in enumerate(read_rows(file.path, records.text_field), start=1):
+    for number, row in enumerate(read_rows(file.path, records.options), start=1):
         yield records.read(f"{file.name}:{number}", row, f"row {number}")
 
 

@@ -87,15 +87,17 @@ def _parse_number(digits: str) -> float | str:
     return float(digits) if len(digits) <= _MAX_DIGITS else digits
 
 
-def choose_columns(names: Iterable[str], text_field: str = "") -> list[str]:
-    """The columns of a table that its text is made of.
+def choose_columns(names: Iterable[str], options: TextOptions) -> list[str]:
+    """The columns of a table that its text is made of; no others are unpacked.
 
     Raises:
         UnreadableError: If there are none.
     """
-    names = list(names)
+    names, text_field = list(names), options.text_field
     if text_field:
         found = [name for name in names if name in (text_field, text_field.split(".")[0])]
+    elif options.loss_on == "all" and "text" in names:
+        found = ["text"]
     else:
         known = {*_TEXT, *_CHATS, *_PROMPTS, *_CONTEXTS, *_RESPONSES, *_TEXTS}
         found = [name for name in names if name in known]
@@ -119,14 +121,17 @@ class RecordReader:
     instruction or a question with its response; `content`, `body` and other names of text.
     Where only answers are learned, chats and instructions come first.
 
-    Args:
+    Attributes:
         options: Which field, and which tokens are learned.
+
+    Args:
+        options: See above.
         tokenizer: Hugging Face tokenizer of the base, whose chat template is used; None writes
             chats plainly.
     """
 
     def __init__(self, options: TextOptions, tokenizer: Any = None) -> None:
-        self.text_field = options.text_field
+        self.options = options
         self._answers = options.loss_on == "assistant"
         self._tokenizer = tokenizer
 
@@ -143,8 +148,8 @@ class RecordReader:
         """
         if not isinstance(record, dict):
             raise UnreadableError(f"{where}: no JSON object but {type(record).__name__}")
-        if self.text_field:
-            return self._read_field(name, self._find(record, where), where, self.text_field)
+        if self.options.text_field:
+            return self._read_field(name, self._find(record, where), where, self.options.text_field)
         structured = (self._read_chat, self._read_instruction)
         plain = (self._read_text,)
         for read in (*structured, *plain) if self._answers else (*plain, *structured):
@@ -158,13 +163,13 @@ class RecordReader:
 
     def _find(self, record: Mapping[str, Any], where: str) -> Any:
         """The value of the field that was named."""
-        if self.text_field in record:
-            return record[self.text_field]
+        if self.options.text_field in record:
+            return record[self.options.text_field]
         value: Any = record
-        for part in self.text_field.split("."):
+        for part in self.options.text_field.split("."):
             if not isinstance(value, dict) or part not in value:
                 raise UnreadableError(
-                    f"{where}: {_describe_missing('field', record, self.text_field)}"
+                    f"{where}: {_describe_missing('field', record, self.options.text_field)}"
                 )
             value = value[part]
         return value
