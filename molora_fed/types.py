@@ -21,11 +21,14 @@ __all__ = [
     "Forecast",
     "GainPredictor",
     "LossMatrix",
+    "LossOn",
+    "Markup",
     "Mixture",
     "Outcome",
     "Progress",
     "Reading",
     "Reference",
+    "Span",
     "Split",
     "Verdict",
 ]
@@ -75,6 +78,31 @@ class Split(StrEnum):
     HELD_OUT = "held-out"
 
 
+LossOn = Literal["all", "assistant"]
+"""Tokens that count in a training loss: all, or those of the assistant's messages and responses."""
+
+Span = tuple[int, int]
+"""A part of a text: its first character, and the first one after it."""
+
+
+@dataclass(frozen=True)
+class Markup:
+    """What the parts of a chat, or of an instruction with its response, are.
+
+    Attributes:
+        special: Parts that are special tokens of a chat template, one token each; the same
+            characters anywhere else are text.
+        frame: Parts that a template or a system message adds to every chat; they are not compared
+            when near-duplicates are searched.
+        answers: Parts that the assistant says; only their tokens count in a training loss. The
+            end-of-text token counts with a part that ends the text. None: all tokens count.
+    """
+
+    special: tuple[Span, ...] = ()
+    frame: tuple[Span, ...] = ()
+    answers: tuple[Span, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Document:
     """One text of a domain.
@@ -82,10 +110,23 @@ class Document:
     Attributes:
         name: Where it came from, relative to its source; unique within the domain.
         text: Decoded text.
+        markup: What its parts are; None for plain text.
     """
 
     name: str
     text: str
+    markup: Markup | None = None
+
+    @property
+    def compared(self) -> str:
+        """The text that is compared with others' to find near-duplicates: without any frame."""
+        if self.markup is None or not self.markup.frame:
+            return self.text
+        pieces, start = [], 0
+        for first, end in self.markup.frame:
+            pieces.append(self.text[start:first])
+            start = end
+        return "\n".join([*pieces, self.text[start:]])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ GROUPS = {
     ),
     "Contributor": (
         ("join", "join:join", "Train on your text, submit the adapter, receive the fused model"),
+        ("text", "text:app", "Look at what is read of text files, and what is left out"),
         ("train", "train:train", "Train a specialist and sign a contribution; nothing is sent"),
         (
             "contribute",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.output import build_corpus_table, show
+from molora_cli.output import build_corpus_table, build_text_tables, show
 from molora_cli.progress import reporting
 from molora_cli.shared_options import Device, Dtype, ask_compute
 
@@ -23,6 +23,10 @@ def contribute(
         typer.Option(help="Text of that domain that it was NOT trained on; repeatable."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for adapter, contribution and key.")],
+    text_field: Annotated[
+        str,
+        typer.Option(help="Field of records that holds the text, e.g. post.body; found by name."),
+    ] = "",
     kind: Annotated[
         str | None, typer.Option(help="Adapter kind; the charter's if not given.")
     ] = None,
@@ -52,6 +56,7 @@ def contribute(
         prepare_domain,
         sign_adapter,
     )
+    from molora_fed.corpus.records import TextOptions
     from molora_fed.reporting.summary import build_outgoing_table
     from molora_fed.storage.keys import load_or_make_key
 
@@ -61,7 +66,8 @@ def contribute(
         )
         check_choices(under, domain=domain, name=name, kind=kind)
         progress.phase("preparing the text")
-        corpus = prepare_domain(under, domain, data, out, progress=progress)
+        text = TextOptions(text_field)
+        corpus = prepare_domain(under, domain, data, out, text=text, progress=progress)
         progress.phase("comparing the checkpoint with the base")
         imported = import_checkpoint(
             under.base,
@@ -82,7 +88,7 @@ def contribute(
             key=load_or_make_key(key or out / "key.pem"),
             name=name,
         )
-    show(build_corpus_table(corpus.report))
+    show(*build_text_tables(corpus.report.files), build_corpus_table(corpus.report))
     specialist, manifest = imported.specialist, contribution.manifest
     print(
         f"Specialist '{manifest.contributor}' ({specialist.kind}): validation loss "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molora_cli.live import Board, watching
-from molora_cli.output import note, show
+from molora_cli.output import build_text_tables, note, show
 from molora_cli.shared_options import (
     Accumulation,
     Batch,
@@ -21,6 +21,7 @@ from molora_cli.shared_options import (
     ask_compute,
     ask_training,
 )
+from molora_fed.types import LossOn
 
 if TYPE_CHECKING:
     from molora_fed.charter import Charter
@@ -44,8 +45,18 @@ def join(
     ] = "",
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Text files or folders; repeatable. Without: the registered domain."),
+        typer.Option(
+            help="Text files, folders or datasets:ID; repeatable. Without: the registered domain."
+        ),
     ] = None,
+    text_field: Annotated[
+        str,
+        typer.Option(help="Field of records that holds the text, e.g. post.body; found by name."),
+    ] = "",
+    loss_on: Annotated[
+        LossOn,
+        typer.Option(help="assistant: only its replies, and responses, count in the training."),
+    ] = "all",
     adapter: Annotated[
         Path | None,
         typer.Option(help="Folder of an adapter trained earlier, e.g. by molora train."),
@@ -88,6 +99,7 @@ def join(
     yes: Annotated[bool, typer.Option("--yes", help="Agree to what will be sent.")] = False,
 ) -> None:
     """Train on your text, submit the adapter and the stated samples, receive the fused model."""
+    from molora_fed.corpus.prepare import load_report
     from molora_fed.errors import ConfigError
     from molora_fed.federation.acceptance import accept_invitation, follow_server, read_connection
     from molora_fed.federation.contributor import join as take_part
@@ -146,6 +158,8 @@ def join(
             accumulation=accumulation,
             checkpointing=checkpointing,
         ),
+        text_field=text_field,
+        loss_on=loss_on,
     )
     where = home or Path(f"contributor-{domain}")
     with watching(f"Contributor for '{domain}' in {where}, server {server}") as board:
@@ -158,6 +172,8 @@ def join(
             authority=authority,
             metrics_port=metrics_port,
         )
+    if data:
+        show(*build_text_tables(load_report(where / "corpus").files))
     print(f"{acknowledgement['state']}  contribution {acknowledgement['contribution_id']}")
     evolved = where / "result" / "evolved"
     if evolved.is_dir():

@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from molora_fed.storage.untrusted import clean
 
@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
     from molora_fed.corpus.report import CorpusReport
 
-__all__ = ["build_corpus_table", "format_time", "note", "print_columns", "show"]
+__all__ = [
+    "build_corpus_table",
+    "build_text_tables",
+    "format_time",
+    "note",
+    "print_columns",
+    "show",
+]
 
 MAX_LINE = 8_000
 """Characters of one line."""
@@ -79,3 +86,40 @@ def build_corpus_table(report: "CorpusReport") -> "RenderableType":
         counts = (split.documents, split.clusters, split.tokens, split.blocks)
         table.add_row(name, *(f"{count:,}" for count in counts), found)
     return table
+
+
+def build_text_tables(files: Mapping[str, Any] | None) -> "list[RenderableType]":
+    """What was read of a contributor's files, and what was left out and why.
+
+    Args:
+        files: Of a corpus report; None shows nothing.
+    """
+    from rich.table import Table
+
+    from molora_fed.reporting.cells import as_text
+
+    if files is None:
+        return []
+    read = Table(title="Text that was read", title_justify="left")
+    for name in ("kind", "files", "documents", "characters", "other than UTF-8", "first names"):
+        read.add_column(name, justify="right" if name in _COUNTS else "left")
+    for row in files["read"]:
+        # With a question mark: a guess.
+        encodings = ", ".join(f"{name}: {count:,}" for name, count in row["encodings"].items())
+        counts = (f"{row[name]:,}" for name in _COUNTS)
+        names = ", ".join(row["names"])
+        read.add_row(as_text(row["kind"]), *counts, as_text(encodings or "-"), as_text(names))
+    left_out = Table(title="Left out", title_justify="left")
+    for name in ("reason", "files", "first names"):
+        left_out.add_column(name, justify="right" if name in _COUNTS else "left")
+    for row in files["left_out"]:
+        names = ", ".join(row["names"])
+        left_out.add_row(as_text(row["reason"]), f"{row['files']:,}", as_text(names))
+    guessed = any(name.endswith("?") for row in files["read"] for name in row["encodings"])
+    if guessed:
+        read.caption = "A question mark: the encoding was guessed. Look at these texts."
+        read.caption_justify = "left"
+    return [read, *([left_out] if files["left_out"] else [])]
+
+
+_COUNTS = ("files", "documents", "characters")

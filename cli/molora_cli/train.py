@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.output import build_corpus_table, show
+from molora_cli.output import build_corpus_table, build_text_tables, show
 from molora_cli.progress import reporting
 from molora_cli.shared_options import (
     Accumulation,
@@ -19,6 +19,7 @@ from molora_cli.shared_options import (
     ask_compute,
     ask_training,
 )
+from molora_fed.types import LossOn
 
 
 def train(
@@ -29,8 +30,18 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for adapter, contribution and key.")],
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Text files or folders; repeatable. Without: the registered domain."),
+        typer.Option(
+            help="Text files, folders or datasets:ID; repeatable. Without: the registered domain."
+        ),
     ] = None,
+    text_field: Annotated[
+        str,
+        typer.Option(help="Field of records that holds the text, e.g. post.body; found by name."),
+    ] = "",
+    loss_on: Annotated[
+        LossOn,
+        typer.Option(help="assistant: only its replies, and responses, count in the training."),
+    ] = "all",
     kind: Annotated[
         str | None, typer.Option(help="Adapter kind; the charter's if not given.")
     ] = None,
@@ -71,6 +82,7 @@ def train(
         open_charter_and_base,
         prepare_domain,
     )
+    from molora_fed.corpus.records import TextOptions
     from molora_fed.reporting.summary import build_outgoing_table
     from molora_fed.storage.files import make_home
     from molora_fed.storage.keys import load_or_make_key
@@ -78,6 +90,7 @@ def train(
 
     share = parse_shard(shard)
     options = parse_options(option) if option else None
+    text = TextOptions(text_field, loss_on)
     with reporting("loading the base") as progress:
         under = open_charter_and_base(
             cooperative, base_folder=base, compute=ask_compute(device, dtype)
@@ -85,8 +98,10 @@ def train(
         check_choices(under, domain=domain, name=name, kind=kind)
         make_home(out)
         progress.phase("preparing the text")
-        corpus = prepare_domain(under, domain, data or (), out, shard=share, progress=progress)
-    show(build_corpus_table(corpus.report))
+        corpus = prepare_domain(
+            under, domain, data or (), out, shard=share, text=text, progress=progress
+        )
+    show(*build_text_tables(corpus.report.files), build_corpus_table(corpus.report))
     with reporting("training") as progress:
         made = make_contribution(
             under,

@@ -18,8 +18,10 @@ from molora_fed.contributions.build import build_contribution, measure_start_los
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.cooperative.cooperative import load_charter_base, open_cooperative
 from molora_fed.corpus.documents import open_domain, read_documents
+from molora_fed.corpus.inventory import Inventory
 from molora_fed.corpus.prepare import Corpus, prepare_corpus
-from molora_fed.errors import AdapterError, BaseCheckpointError, ConfigError
+from molora_fed.corpus.records import TextOptions
+from molora_fed.errors import AdapterError, BaseCheckpointError, ConfigError, CorpusError
 from molora_fed.models.base import Base
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
@@ -144,6 +146,7 @@ def prepare_domain(
     folder: Path,
     *,
     shard: tuple[int, int] = (0, 1),
+    text: TextOptions | None = None,
     plugins: Plugins | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
@@ -155,24 +158,42 @@ def prepare_domain(
         data: Files and folders of text; empty takes the registered domain of that name.
         folder: Gets `corpus/`.
         shard: (i, n): share i of n of the domain's documents.
+        text: How files are read, and which tokens count in the training loss.
         plugins: Where domains are registered; the installed plugins by default.
         progress: Receives documents compared of all.
+
+    Returns:
+        The corpus; its report says what was read of the files and what was left out.
 
     Raises:
         UnknownNameError: If there are no data and nobody registers the domain.
         CorpusError: If there is too little text, or it cannot be read.
     """
     plugins = plugins or get_plugins()
-    documents: Iterable[Document] = read_documents(data) if data else open_domain(domain, plugins)()
-    return prepare_corpus(
-        domain,
-        documents,
-        under.base.tokenizer,
-        rules=under.charter.identity.corpus,
-        folder=folder / "corpus",
-        shard=shard,
-        progress=progress,
-    )
+    inventory: Inventory | None = None
+    documents: Iterable[Document]
+    if not data:
+        documents = open_domain(domain, plugins)()
+    else:
+        inventory = Inventory()
+        tokenizer = under.base.tokenizer
+        documents = list(read_documents(data, text, tokenizer=tokenizer, inventory=inventory))
+    try:
+        return prepare_corpus(
+            domain,
+            documents,
+            under.base.tokenizer,
+            rules=under.charter.identity.corpus,
+            folder=folder / "corpus",
+            shard=shard,
+            inventory=inventory,
+            progress=progress,
+        )
+    except CorpusError as error:
+        left_out = inventory.describe_left_out() if inventory else ""
+        if not left_out:
+            raise
+        raise CorpusError(f"{error} Of the files, left out were: {left_out}.") from error
 
 
 def check_choices(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,17 +31,20 @@ def choose_rows(num_blocks: int, step: int, *, batch: int, seed: int) -> list[in
     return [int(_permutation(seed, p // num_blocks, num_blocks)[p % num_blocks]) for p in places]
 
 
-def take_batch(blocks: NDArray[np.int32], step: int, *, batch: int, seed: int) -> NDArray[np.int32]:
+_Value = TypeVar("_Value", bound=np.generic)
+
+
+def take_batch(blocks: NDArray[_Value], step: int, *, batch: int, seed: int) -> NDArray[_Value]:
     """The blocks of a step, see `choose_rows`.
 
     Args:
-        blocks: Training blocks (N, T).
+        blocks: Tokens of training blocks, or their targets, (N, T).
         step: Step from 0.
         batch: Blocks per step B.
         seed: Seed of the order.
 
     Returns:
-        Tokens (B, T).
+        The step's rows, (B, T).
     """
     return blocks[choose_rows(len(blocks), step, batch=batch, seed=seed)]
 

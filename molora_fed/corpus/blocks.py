@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,13 @@ __all__ = [
 
 
 _TENSORS = ("tokens", "documents", "clusters")
+_TARGETS = "targets"
 MAX_BLOCKS_BYTES = 4 * 2**30
+_DTYPES: dict[str, tuple[str, type]] = {
+    **dict.fromkeys(_TENSORS, ("I32", np.int32)),
+    _TARGETS: ("BOOL", np.bool_),
+}
+"""Of each tensor, as its file calls it and as numpy does."""
 _MAX_HEAD = 4_096  # characters of what a file says of its blocks
 
 
@@ -42,6 +49,8 @@ class Blocks:
         documents: Index of the document each token belongs to, (N, T) int32; a document's last
             token is the end-of-text token.
         clusters: Near-duplicate cluster of each token, (N, T) int32; the unit of bootstraps.
+        targets: Whether a token counts in a training loss, (N, T) bool; None if all do. What is
+            measured for others is measured over all tokens.
     """
 
     domain: str
@@ -49,14 +58,20 @@ class Blocks:
     tokens: NDArray[np.int32]
     documents: NDArray[np.int32]
     clusters: NDArray[np.int32]
+    targets: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
-        shapes = {name: getattr(self, name).shape for name in _TENSORS}
+        shapes = {name: array.shape for name, array in self._arrays().items()}
         if len(set(shapes.values())) != 1 or self.tokens.ndim != 2:
             raise CorpusError(
-                f"Cannot use blocks of domain '{self.domain}': expected three equal (N, T) "
+                f"Cannot use blocks of domain '{self.domain}': expected equal (N, T) "
                 f"arrays, got {shapes}. Prepare the corpus again."
             )
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        """All arrays that there are, by name."""
+        targets = {} if self.targets is None else {_TARGETS: self.targets}
+        return {**{name: getattr(self, name) for name in _TENSORS}, **targets}
 
     def __len__(self) -> int:
         """Number of blocks N."""
@@ -76,9 +91,9 @@ class Blocks:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over shape, tokens and documents; equal blocks have equal fingerprints."""
+        """SHA-256 over shape and arrays; equal blocks have equal fingerprints."""
         head = json.dumps([self.domain, self.split, list(self.tokens.shape)]).encode()
-        body = (np.ascontiguousarray(getattr(self, n)).tobytes() for n in _TENSORS)
+        body = (np.ascontiguousarray(array).tobytes() for array in self._arrays().values())
         return hash_bytes(head + b"".join(body))
 
     def take(self, count: int) -> "Blocks":
@@ -87,9 +102,12 @@ class Blocks:
 
     def select(self, rows: "NDArray[Any] | slice") -> "Blocks":
         """Some of the blocks: a slice, a mask (N,), or indices."""
-        return Blocks(
-            self.domain, self.split, self.tokens[rows], self.documents[rows], self.clusters[rows]
-        )
+        chosen = {name: array[rows] for name, array in self._arrays().items()}
+        return Blocks(self.domain, self.split, **chosen)
+
+    def without_targets(self) -> "Blocks":
+        """The same blocks, all of whose tokens count."""
+        return self if self.targets is None else replace(self, targets=None)
 
     def in_text_order(self) -> "Blocks | None":
         """The blocks of a whole split in the order of the text they were cut from.
@@ -104,7 +122,10 @@ class Blocks:
 
     def to_bytes(self) -> bytes:
         """The safetensors form that `load_blocks` reads."""
-        tensors = {n: np.ascontiguousarray(getattr(self, n), dtype=np.int32) for n in _TENSORS}
+        tensors: dict[str, NDArray[Any]] = {
+            name: np.ascontiguousarray(array, dtype=_DTYPES[name][1])
+            for name, array in self._arrays().items()
+        }
         head = {"domain": self.domain, "split": str(self.split)}
         # One entry only: safetensors writes several in an order that differs from call to call.
         return save(tensors, metadata={"blocks": canonical_json(head).decode()})
@@ -139,7 +160,7 @@ def load_blocks(path: Path, *, max_bytes: int = MAX_BLOCKS_BYTES) -> Blocks:
             head = parse_json((file.metadata() or {}).get("blocks", "{}"), max_bytes=_MAX_HEAD)
             names = set(file.keys())
             if (
-                names != set(_TENSORS)
+                names - {_TARGETS} != set(_TENSORS)
                 or not isinstance(head, dict)
                 or not {"domain", "split"} <= head.keys()
             ):
@@ -149,20 +170,21 @@ def load_blocks(path: Path, *, max_bytes: int = MAX_BLOCKS_BYTES) -> Blocks:
                     f"got {found}. Prepare the corpus again."
                 )
             # By the header, before numpy is asked for a type that it may not have.
-            parts = {name: file.get_slice(name) for name in _TENSORS}
+            parts = {name: file.get_slice(name) for name in sorted(names)}
             for name, part in parts.items():
-                if part.get_dtype() != "I32":
+                dtype, kind = _DTYPES[name]
+                if part.get_dtype() != dtype:
                     raise CorpusError(
-                        f"{what}: expected int32 in '{name}', got {part.get_dtype()}. "
+                        f"{what}: expected {kind.__name__} in '{name}', got {part.get_dtype()}. "
                         "Prepare the corpus again."
                     )
             shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
             if len(set(shapes.values())) != 1 or len(shapes["tokens"]) != 2:
                 raise CorpusError(
-                    f"{what}: expected three equal (N, T) arrays, got {clean(shapes)}. "
+                    f"{what}: expected equal (N, T) arrays, got {clean(shapes)}. "
                     "Prepare the corpus again."
                 )
-            arrays = {name: file.get_tensor(name) for name in _TENSORS}
+            arrays = {name: file.get_tensor(name) for name in sorted(names)}
         return Blocks(clean(head["domain"]), Split(head["split"]), **arrays)
     except CorpusError:
         raise
@@ -174,6 +196,7 @@ def load_blocks(path: Path, *, max_bytes: int = MAX_BLOCKS_BYTES) -> Blocks:
 
 
 _ORDER_SEED = 0
+_Value = TypeVar("_Value", bound=np.generic)
 
 
 def _draw_order(num_blocks: int) -> NDArray[np.int64]:
@@ -198,7 +221,8 @@ def tokenize_documents(documents: Sequence[Document], tokenizer: Any) -> list[ND
     """Token ids of each document, each ended by the end-of-text token.
 
     Args:
-        documents: N documents; special tokens spelled out in their text stay text.
+        documents: N documents; special tokens spelled out in their text stay text, but for those
+            that a chat template put there, as their markup says.
         tokenizer: Hugging Face tokenizer with an end-of-text token.
 
     Returns:
@@ -207,22 +231,90 @@ def tokenize_documents(documents: Sequence[Document], tokenizer: Any) -> list[ND
     Raises:
         CorpusError: If the tokenizer has no end-of-text token.
     """
+    return [tokens for tokens, _ in _tokenize(documents, tokenizer, with_targets=False)]
+
+
+_Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]
+
+
+def _tokenize(
+    documents: Sequence[Document], tokenizer: Any, *, with_targets: bool
+) -> list[_Tokens]:
+    """Ids of each document's tokens, and which count in a training loss: all without targets.
+
+    Raises:
+        CorpusError: If the tokenizer has no end-of-text token, or does not tell which characters a
+            token stands for where targets are wanted.
+    """
     end = tokenizer.eos_token_id
     if end is None:
         raise CorpusError(
             f"Cannot pack text with tokenizer '{tokenizer.name_or_path}': expected an end-of-text "
             "token, got none. Set eos_token in its tokenizer_config.json."
         )
-    if not documents:
+    if with_targets and not tokenizer.is_fast:
+        raise CorpusError(
+            f"Cannot count answers alone with tokenizer '{tokenizer.name_or_path}': expected one "
+            "that tells which characters a token stands for, got one without tokenizer.json. "
+            "Leave --loss-on out."
+        )
+    parts = [_list_parts(document) for document in documents]
+    texts = [text for some in parts for _, text, is_special in some if not is_special]
+    if not texts:
         return []
     encoded = tokenizer(
-        [document.text for document in documents],
+        texts,
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
+        return_offsets_mapping=with_targets,
         verbose=False,
-    )["input_ids"]
-    return [np.array([*ids, end], dtype=np.int32) for ids in encoded]
+    )
+    found = iter(
+        zip(
+            encoded["input_ids"],
+            encoded["offset_mapping"] if with_targets else repeat(()),
+            strict=False,
+        )
+    )
+    result = []
+    for document, some in zip(documents, parts, strict=True):
+        ids: list[int] = []
+        starts: list[int] = []  # of each token's characters; empty without targets
+        for place, text, is_special in some:
+            if is_special:
+                ids.append(tokenizer.convert_tokens_to_ids(text))
+                starts += [place] * with_targets
+            else:
+                own, offsets = next(found)
+                ids += own
+                starts += (place + first for first, _ in offsets)
+        tokens = np.array([*ids, end], dtype=np.int32)
+        result.append((tokens, _find_targets(document, starts, len(tokens))))
+    return result
+
+
+def _list_parts(document: Document) -> list[tuple[int, str, bool]]:
+    """Texts and special tokens of a document: first character, text, whether it is a token."""
+    text, parts, start = document.text, [], 0
+    for first, end in document.markup.special if document.markup else ():
+        parts += [(start, text[start:first], False)] if start < first else []
+        parts.append((first, text[first:end], True))
+        start = end
+    return [*parts, (start, text[start:], False)] if start < len(text) or not parts else parts
+
+
+def _find_targets(document: Document, starts: Sequence[int], num_tokens: int) -> NDArray[np.bool_]:
+    """Which tokens count: those that begin in an answer, and the end of a text that ends in one."""
+    answers = document.markup.answers if document.markup else None
+    if answers is None or not starts:
+        return np.ones(num_tokens, dtype=np.bool_)
+    targets = np.zeros(num_tokens, dtype=np.bool_)
+    places = np.array(starts, dtype=np.int64)
+    for first, end in answers:
+        targets[:-1] |= (places >= first) & (places < end)
+    targets[-1] = bool(answers) and answers[-1][1] == len(document.text)
+    return targets
 
 
 def pack_documents(
@@ -250,18 +342,30 @@ def pack_documents(
 
     Returns:
         Blocks whose `documents` are indices into `documents`; none if there are too few tokens.
+        They have targets if in any document not all tokens count.
 
     Raises:
-        CorpusError: If the tokenizer has no end-of-text token.
+        CorpusError: If the tokenizer has no end-of-text token, or does not tell which characters a
+            token stands for where targets are wanted.
     """
-    tokens = tokenize_documents(documents, tokenizer)
+    with_targets = any(d.markup is not None and d.markup.answers is not None for d in documents)
+    tokenized = _tokenize(documents, tokenizer, with_targets=with_targets)
+    tokens = [ids for ids, _ in tokenized]
     lengths = [len(ids) for ids in tokens]
     num_blocks = sum(lengths) // block_size
     owners = np.repeat(np.arange(len(documents), dtype=np.int32), lengths)
     flat = np.concatenate([np.empty(0, dtype=np.int32), *tokens])
     order = _draw_order(num_blocks)
 
-    def cut(row: NDArray[np.int32]) -> NDArray[np.int32]:
+    def cut(row: NDArray[_Value]) -> NDArray[_Value]:
         return row[: num_blocks * block_size].reshape(num_blocks, block_size)[order]
 
-    return Blocks(domain, split, cut(flat), cut(owners), cut(clusters.astype(np.int32)[owners]))
+    targets = np.concatenate([np.empty(0, dtype=np.bool_), *(counts for _, counts in tokenized)])
+    return Blocks(
+        domain,
+        split,
+        cut(flat),
+        cut(owners),
+        cut(clusters.astype(np.int32)[owners]),
+        cut(targets) if with_targets else None,
+    )

@@ -9,7 +9,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from molora_fed.corpus.documents import choose_evenly
+from molora_fed.corpus.sizes import choose_evenly
 from molora_fed.errors import CorpusError
 from molora_fed.types import Document
 

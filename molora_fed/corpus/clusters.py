@@ -129,7 +129,7 @@ def cluster_documents(
     total = len(documents)
     if total == 0:
         return np.empty(0, dtype=np.int32)
-    stripped = compute_shingles(strip_boilerplate(document.text) for document in documents)
+    stripped = compute_shingles(strip_boilerplate(document.compared) for document in documents)
     distinct = [_drop_repeats(np.sort(hashes)) for hashes in stripped]
     edges = np.concatenate(
         [_find_similar(distinct, seed, progress), _find_containing(distinct)], axis=1

@@ -1,242 +1,260 @@
-"""Reads a contributor's own text: .txt, .md, .jsonl and .parquet files, or folders of them."""
+"""Reads a contributor's own text: files of many kinds, and folders of them."""
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from molora_fed.corpus.parquet import UnreadableError, check_text, read_parquet_texts
+from molora_fed.corpus.inventory import Inventory
+from molora_fed.corpus.parquet import DATASETS
+from molora_fed.corpus.raw_text import UnreadableError
+from molora_fed.corpus.readers import DATA_SET, FileKind, SourceFile, find_kind
+from molora_fed.corpus.records import RecordReader, TextOptions
 from molora_fed.errors import CorpusError
 from molora_fed.guard import guarded, one_line, refuse
 from molora_fed.plugins import Plugins
 from molora_fed.storage.files import is_file, is_folder, resolve_inside
 from molora_fed.storage.untrusted import clean
-from molora_fed.types import Document
+from molora_fed.types import Document, Markup
 
-__all__ = ["SUFFIXES", "choose_evenly", "cut_long_documents", "open_domain", "read_documents"]
+__all__ = [
+    "is_data_set",
+    "open_domain",
+    "read_documents",
+]
 
-MAX_SHARE = 0.05
-PIECES = 250
-MIN_PIECE_CHARACTERS = 2_000
 _SHOWN_PROBLEMS = 3
+_SHOWN_PATHS = 5
+_EXAMPLES = (".txt", ".md", ".jsonl", ".csv", ".html", ".parquet", ".py")
+
+_DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")
+"""What `Dataset.save_to_disk` puts beside its data."""
 
 
-_Item = TypeVar("_Item")
+def is_data_set(path: Path) -> bool:
+    """Whether a path is no path but names a data set of the Hub, `datasets:ID`."""
+    return str(path).startswith(DATASETS)
 
 
-def _decode(data: bytes) -> str:
-    """UTF-8 text of a file, a byte-order mark removed.
+@dataclass(eq=False)
+class _Found:
+    """Files to read, and what is wrong with the paths they were looked for in."""
 
-    Raises:
-        UnreadableError: If it is binary or in another encoding.
-    """
-    if b"\0" in data:
-        raise UnreadableError("binary data")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UnreadableError(f"no UTF-8 at byte {error.start}") from error
+    files: dict[Path, SourceFile] = field(default_factory=dict)
+    folders: dict[Path, list[SourceFile]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
+    def add(self, path: Path, name: str, kind: FileKind, *, is_named: bool) -> SourceFile:
+        known = self.files.setdefault(path, SourceFile(path, name, kind, is_named))
+        known.is_named |= is_named
+        return known
 
-def _read_plain(path: Path, name: str) -> Iterator[Document]:
-    yield Document(name, _decode(path.read_bytes()))
-
-
-def _read_json_lines(path: Path, name: str) -> Iterator[Document]:
-    for number, line in enumerate(_decode(path.read_bytes()).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number}"
-        try:
-            # Beside the text anything may stand; digits without end take quadratic time to read.
-            record = json.loads(line, parse_int=str, parse_float=str)
-        except (ValueError, RecursionError) as error:
-            raise UnreadableError(f"{where}: no JSON object") from error
-        if not isinstance(record, dict):
-            raise UnreadableError(f"{where}: no JSON object but {type(record).__name__}")
-        yield Document(f"{name}:{number}", check_text(record.get("text"), where))
+    def name(self) -> list[SourceFile]:
+        """The files with unique names."""
+        seen: dict[str, int] = {}
+        for file in self.files.values():
+            seen[file.name] = seen.get(file.name, 0) + 1
+            if seen[file.name] > 1:
+                file.name = f"{file.name}~{seen[file.name]}"
+        return list(self.files.values())
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Document]:
-    for number, text in enumerate(read_parquet_texts(path), start=1):
-        yield Document(f"{name}:{number}", text)
+def _list_files(path: Path, inventory: Inventory) -> list[tuple[Path, str]]:
+    """All files of a folder that are not hidden with their names inside it, sorted."""
+    found = []
+
+    def show(inner: str) -> str:
+        return f"{path.name}/{Path(inner).relative_to(path).as_posix()}"
+
+    def fail(error: OSError) -> None:
+        inventory.leave_out(show(error.filename), error.strerror or "cannot be read")
+
+    for folder, subfolders, names in os.walk(path, onerror=fail):
+        subfolders.sort()
+        for name in list(subfolders):
+            if name.startswith("."):
+                subfolders.remove(name)
+                inventory.leave_out(show(f"{folder}/{name}"), "hidden")
+            elif os.path.islink(f"{folder}/{name}"):
+                inventory.leave_out(show(f"{folder}/{name}"), "a link to a folder")
+        found += [(Path(folder) / name, show(f"{folder}/{name}")) for name in names]
+    return sorted(found, key=lambda item: item[1])
 
 
-_Reader = Callable[[Path, str], Iterator[Document]]
-_READERS: dict[str, _Reader] = {
-    ".txt": _read_plain,
-    ".md": _read_plain,
-    ".jsonl": _read_json_lines,
-    ".parquet": _read_parquet,
-}
-
-SUFFIXES = tuple(_READERS)
-"""Endings of the files that can be read."""
-
-
-def _list_files(path: Path, problems: list[str]) -> list[tuple[Path, str]]:
-    """The readable files of a folder with their names inside it, hidden ones left out, sorted.
+def _find_inside(path: Path, found: _Found, inventory: Inventory) -> None:
+    """Find what can be read in a folder.
 
     A link that leads out of the folder is a problem: whoever made the folder could have any file
     of this user read.
     """
-    found = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            file = Path(folder) / name
-            readable = file.suffix.lower() in _READERS and is_file(file)
-            if readable and not name.startswith("."):
-                shown = f"{path.name}/{file.relative_to(path).as_posix()}"
-                if resolve_inside(file, path) is None:
-                    problems.append(f"'{shown}': a link that leads out of the folder")
-                else:
-                    found.append((file, shown))
-    return sorted(found, key=lambda item: item[1])
+    try:
+        files = _list_files(path, inventory)
+    except RecursionError:
+        found.problems.append(f"'{path}': folders nested too deep")
+        return
+    inside = found.folders[path] = []
+    for file, name in files:
+        kind = find_kind(file)
+        if file.name.startswith("."):
+            inventory.leave_out(name, "hidden")
+        elif kind is None:
+            inventory.leave_out(name, _describe_ending(file))
+        elif not is_file(file):
+            inventory.leave_out(name, "no file that can be opened")
+        elif resolve_inside(file, path) is None:
+            found.problems.append(f"'{name}': a link that leads out of the folder")
+        elif file.name in _DESCRIPTIONS:
+            inventory.leave_out(name, "describes a data set")
+        elif file.suffix == ".arrow" and file.name.startswith("cache-"):
+            inventory.leave_out(name, "cache of a data set")
+        else:
+            inside.append(found.add(file.resolve(), name, kind, is_named=False))
 
 
-def _find_files(paths: Sequence[Path], problems: list[str]) -> list[tuple[Path, str, _Reader]]:
-    """All files to read, with unique names and how; what is wrong with a path is a problem."""
-    files: dict[Path, str] = {}
+def _describe_ending(file: Path) -> str:
+    ending = "".join(file.suffixes[-2:]) if file.suffix.lower() == ".gz" else file.suffix
+    return f"ending '{ending}' is not read" if ending else "a name without an ending"
+
+
+def _find_files(paths: Sequence[Path], inventory: Inventory) -> _Found:
+    """All files to read; what is wrong with a path is a problem."""
+    found = _Found()
     for path in paths:
         try:
-            resolved = path.expanduser().resolve()
+            resolved = path if is_data_set(path) else path.expanduser().resolve()
         except (OSError, RuntimeError) as error:  # links in a circle, nobody's home
-            problems.append(f"'{path}': {error}")
+            found.problems.append(f"'{path}': {error}")
             continue
-        if is_folder(resolved):
-            before = len(problems)
-            inside = _list_files(resolved, problems)
-            if not inside and len(problems) == before:
-                problems.append(f"'{path}': no {', '.join(SUFFIXES)} file in it")
-            for file, name in inside:
-                files.setdefault(file.resolve(), name)
+        kind = find_kind(resolved)
+        if kind is DATA_SET:
+            found.add(path, str(path), DATA_SET, is_named=True)
+        elif is_folder(resolved):
+            _find_inside(resolved, found, inventory)
         elif not is_file(resolved):
-            problems.append(f"'{path}': no such file or folder")
-        elif resolved.suffix.lower() not in _READERS:
-            problems.append(f"'{path}': ending '{resolved.suffix}' is not read")
+            found.problems.append(f"'{path}': no such file or folder")
+        elif kind is None:
+            found.problems.append(f"'{path}': {_describe_ending(resolved)}")
         else:
-            files.setdefault(resolved, resolved.name)
-    seen: dict[str, int] = {}
-    named = []
-    for file, name in files.items():
-        seen[name] = seen.get(name, 0) + 1
-        # By the ending of the name: a link may lead to a file without one.
-        reader = _READERS[Path(name).suffix.lower()]
-        named.append((file, name if seen[name] == 1 else f"{name}~{seen[name]}", reader))
-    return named
+            found.add(resolved, resolved.name, kind, is_named=True)
+    return found
 
 
-def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
-    """Read text files and folders of them, in a fixed order.
+def read_documents(
+    paths: Sequence[Path],
+    options: TextOptions | None = None,
+    *,
+    tokenizer: Any = None,
+    inventory: Inventory | None = None,
+) -> Iterator[Document]:
+    """Read text files, folders of them and data sets, in a fixed order.
 
-    A .txt or .md file is one document; a .jsonl file holds one JSON object with a string "text"
-    per line; a .parquet file has a string column "text". Text is UTF-8. Folders are read with
-    their subfolders; files with other endings in them and hidden files are passed over, and so
-    are documents of white space only.
+    `molora_fed.corpus.readers.KINDS` lists the files that are read. One of text, source or HTML is
+    one document; of records and tables each is one, see `molora_fed.corpus.records.RecordReader`.
+    Folders are read with their subfolders. In a folder, hidden files, those of other kinds and
+    those that cannot be read are left out, which the inventory says; documents of white space
+    only are passed over.
 
     Args:
-        paths: Files and folders.
+        paths: Files, folders and `datasets:ID`.
+        options: Which fields hold text, and which tokens are learned.
+        tokenizer: Hugging Face tokenizer of the base, whose template chats are written by; None
+            writes them plainly.
+        inventory: Gets what was read, what was left out, and why.
 
     Yields:
         Documents with unique names, relative to the paths given.
 
     Raises:
-        CorpusError: If a path is missing or not readable, or nothing but white space was found;
-            all problems are collected into one message.
+        CorpusError: If a path is missing, a file that was named is not readable, a folder has a
+            link that leads out of it, or nothing with text was found; all problems are collected
+            into one message.
     """
-    problems: list[str] = []
-    files = _find_files(paths, problems)
-    num_documents = 0
-    for file, name, reader in files:
-        try:
-            for document in reader(file, name):
-                if document.text.strip():
-                    num_documents += 1
-                    # Nothing of a bad collection is used; reading on only completes the message.
-                    if not problems:
-                        yield document
-        except UnreadableError as error:
-            problems.append(f"'{name}': {error}")
-        except OSError as error:
-            problems.append(f"'{name}': {error.strerror or error}")
-    shown = ", ".join(f"'{path}'" for path in paths) or "(no path)"
+    options, inventory = options or TextOptions(), inventory or Inventory()
+    found = _find_files(paths, inventory)
+    files, problems = found.name(), found.problems
+    records = RecordReader(options, tokenizer)
+    num_documents = num_answers = 0
+    unread = set(files)
+    for file in files:
+        documents = _read_file(file, records, problems, inventory)
+        num_documents += len(documents)
+        if documents:
+            unread.discard(file)
+        num_answers += sum(d.markup is not None and bool(d.markup.answers) for d in documents)
+        # Nothing of a bad collection is used; reading on only completes the message.
+        if not problems:
+            yield from documents
+    if num_documents:
+        empty = [folder for folder, inside in found.folders.items() if unread.issuperset(inside)]
+        problems += (f"'{folder}': nothing in it that can be read" for folder in empty)
+    _check_read(paths, problems, inventory, len(files), num_documents)
+    if options.loss_on == "assistant" and num_answers == 0:
+        raise CorpusError(
+            f"Cannot put the loss on the assistant of {_show(paths)}: expected chats, or "
+            f"instructions with responses, got {num_documents} documents without any. Leave "
+            "--loss-on out."
+        )
+
+
+def _read_file(
+    file: SourceFile, records: RecordReader, problems: list[str], inventory: Inventory
+) -> list[Document]:
+    """The documents of a file that have text; all of a file or none."""
+    try:
+        documents = [document for document in file.read(records) if document.text.strip()]
+    except UnreadableError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    else:
+        if documents:
+            inventory.add(file.kind.label, file.name, documents, file.encoding)
+        else:
+            inventory.leave_out(file.name, "no text in it")
+        return documents
+    inventory.leave_out(file.name, reason)
+    if file.is_named:
+        problems.append(f"'{file.name}': {reason}")
+    return []
+
+
+def _show(paths: Sequence[Path]) -> str:
+    shown = [f"'{path}'" for path in paths[:_SHOWN_PATHS]]
+    more = [f"{len(paths) - _SHOWN_PATHS} more"] if len(paths) > _SHOWN_PATHS else []
+    return ", ".join([*shown, *more]) or "(no path)"
+
+
+def _check_read(
+    paths: Sequence[Path],
+    problems: Sequence[str],
+    inventory: Inventory,
+    num_files: int,
+    num_documents: int,
+) -> None:
+    """Refuse a collection with problems, or without text.
+
+    Raises:
+        CorpusError: Names the first problems, or the commonest reasons of what was left out.
+    """
+    shown = _show(paths)
     if problems:
         more = len(problems) - _SHOWN_PROBLEMS
         tail = f"; and {more} more" if more > 0 else ""
         raise CorpusError(
-            f"Cannot read text from {shown}: expected UTF-8 files {', '.join(SUFFIXES)}, got "
+            f"Cannot read text from {shown}: expected files that can be read, got "
             f"{'; '.join(clean(one, 300) for one in problems[:_SHOWN_PROBLEMS])}{tail}. "
             "Correct these or leave them out."
         )
-    if num_documents == 0:
-        raise CorpusError(
-            f"Cannot read text from {shown}: expected at least one document with text, got "
-            f"{len(files)} files without any. Add text."
-        )
-
-
-def cut_long_documents(documents: Sequence[Document]) -> list[Document]:
-    """Cut up documents that alone hold more than a twentieth of all text.
-
-    One large file could otherwise not be split at all. Its pieces, of about 1/250 of all text
-    each, end at blank lines where possible and are documents of their own from then on, so that
-    neighbouring pieces may lie in different splits. All other documents stay whole.
-
-    Args:
-        documents: All documents of a domain.
-
-    Returns:
-        The documents in the same order; pieces are named "<name>#1", "<name>#2", ...
-    """
-    total = sum(len(document.text) for document in documents)
-    piece = max(total // PIECES, MIN_PIECE_CHARACTERS)
-    result: list[Document] = []
-    for document in documents:
-        if len(document.text) > max(MAX_SHARE * total, piece):
-            parts = _cut(document.text, piece)
-            result += (Document(f"{document.name}#{n}", part) for n, part in enumerate(parts, 1))
-        else:
-            result.append(document)
-    return result
-
-
-def _cut(text: str, size: int) -> list[str]:
-    """Pieces of at least half of and at most `size` characters (the last may be shorter)."""
-    pieces, start = [], 0
-    while len(text) - start > size:
-        window = text[start + size // 2 : start + size]
-        cuts = [window.rfind("\n\n") + 2, window.rfind("\n") + 1, window.rfind(" ") + 1]
-        found = next((cut for cut, width in zip(cuts, (2, 1, 1), strict=True) if cut >= width), 0)
-        end = start + (size // 2 + found if found else size)
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]] if text[start:].strip() else pieces
-
-
-def choose_evenly(items: Sequence[_Item], sizes: Iterable[int], cap: int) -> list[_Item]:
-    """Keep every so-maniest item so that about `cap` characters remain.
-
-    Args:
-        items: Items in a fixed order.
-        sizes: Characters of each.
-        cap: Characters to keep.
-
-    Returns:
-        Items spread evenly over the whole sequence, in order; all of them if they fit.
-    """
-    total = sum(sizes)
-    if total <= cap:
-        return list(items)
-    share, due, kept = cap / total, 0.5, []
-    for item in items:
-        due += share
-        if due >= 1:
-            due -= 1
-            kept.append(item)
-    return kept
+    if num_documents:
+        return
+    left_out = inventory.describe_left_out()
+    raise CorpusError(
+        f"Cannot read text from {shown}: expected at least one document with text, got "
+        f"{num_files} files of kinds that are read ({', '.join(_EXAMPLES)} and others) without "
+        f"any{f' ({left_out})' if left_out else ''}. Add text."
+    )
 
 
 def open_domain(name: str, plugins: Plugins) -> Callable[[], Iterator[Document]]:
@@ -274,6 +292,8 @@ def _find_document_fault(document: Any) -> str | None:
         return type(document).__name__
     if not isinstance(document.name, str) or not isinstance(document.text, str):
         return "a Document whose name or text is no text"
+    if not isinstance(document.markup, Markup | None):
+        return f"a Document with {type(document.markup).__name__} for markup"
     try:
         f"{document.name}{document.text}".encode()
     except UnicodeEncodeError as error:

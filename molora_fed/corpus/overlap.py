@@ -111,10 +111,10 @@ def index_blocks(blocks: Blocks, tokenizer: Any) -> NDArray[np.uint64]:
     if ordered is None:
         return np.unique(_shingle_blocks(blocks, tokenizer).hashes)
     # One block as long as the text, so that no word and no 8-gram is cut within a document.
-    whole = [
+    tokens, documents, clusters = (
         array.reshape(1, -1) for array in (ordered.tokens, ordered.documents, ordered.clusters)
-    ]
-    joined = Blocks(blocks.domain, blocks.split, *whole)
+    )
+    joined = Blocks(blocks.domain, blocks.split, tokens, documents, clusters)
     return np.unique(_shingle_blocks(joined, tokenizer).hashes)
 
 

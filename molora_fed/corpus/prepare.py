@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from molora_fed.corpus.clusters import (
     compute_shingles,
     index_shingles,
 )
-from molora_fed.corpus.documents import cut_long_documents
+from molora_fed.corpus.inventory import Inventory
 from molora_fed.corpus.report import (
     CorpusReport,
     SplitReport,
     build_contamination_report,
     parse_report,
 )
+from molora_fed.corpus.sizes import cut_long_documents
 from molora_fed.corpus.splits import SPLIT_FRACTIONS, assign_shards, assign_splits
 from molora_fed.errors import CorpusError
 from molora_fed.storage.files import canonical_json, hash_bytes, replace_folder, write_json
@@ -37,11 +38,13 @@ __all__ = [
     "SplitReport",
     "build_contamination_report",
     "load_corpus",
+    "load_report",
     "prepare_corpus",
     "split_documents",
 ]
 
 FORMAT_VERSION = 1
+_STEERED = (Split.TRAIN, Split.VALIDATION)
 _REPORT_FILE = "corpus.json"
 _MAX_REPORT_BYTES = 1_000_000
 
@@ -120,7 +123,7 @@ def split_documents(
     distinct = cut_long_documents(distinct)
     sizes = np.array([len(document.text) for document in distinct], dtype=np.int64)
     clusters = cluster_documents(distinct, seed=seed, progress=progress)
-    overlap = compute_overlap(compute_shingles(d.text for d in distinct), clusters)
+    overlap = compute_overlap(compute_shingles(d.compared for d in distinct), clusters)
     splits = assign_splits(clusters, sizes, seed=seed, overlap=overlap)
     rows = {split: [n for n, s in enumerate(splits) if s is split] for split in SPLIT_FRACTIONS}
     return SplitDocuments(
@@ -151,7 +154,7 @@ def _build_report(
     block_size: int,
 ) -> CorpusReport:
     """Count everything and measure how much of each split occurs in the domain's train split."""
-    train = index_shingles(document.text for document in whole[Split.TRAIN])
+    train = index_shingles(document.compared for document in whole[Split.TRAIN])
     splits = {}
     for split, members in part.items():
         texts = [document.text for document in members]
@@ -161,7 +164,9 @@ def _build_report(
             characters=sum(map(len, texts)),
             tokens=int(blocks[split].tokens.size),
             blocks=len(blocks[split]),
-            contamination=0.0 if split is Split.TRAIN else compute_containment(train, texts),
+            contamination=0.0
+            if split is Split.TRAIN
+            else compute_containment(train, (document.compared for document in members)),
         )
     sizes = [len(document.text) for members in whole.values() for document in members]
     clusters = np.concatenate(list(whole.clusters.values()))
@@ -182,8 +187,8 @@ def _build_report(
 def _pack(
     domain: str, part: SplitDocuments, tokenizer: Any, block_size: int
 ) -> dict[Split, Blocks]:
-    """Blocks of every split."""
-    return {
+    """Blocks of every split; only what trains, and what training is steered by, has targets."""
+    packed = {
         split: pack_documents(
             members,
             part.clusters[split],
@@ -193,6 +198,10 @@ def _pack(
             block_size=block_size,
         )
         for split, members in part.items()
+    }
+    return {
+        split: blocks if split in _STEERED else blocks.without_targets()
+        for split, blocks in packed.items()
     }
 
 
@@ -233,6 +242,9 @@ def _compute_key(
         list(shard),
         [[document.name, hash_bytes(document.text.encode())] for document in documents],
     ]
+    markup = [asdict(document.markup) if document.markup else None for document in documents]
+    if any(markup):  # without any, the key is what it was before there was markup
+        parts.append(markup)
     return hash_bytes(canonical_json(parts))
 
 
@@ -244,6 +256,7 @@ def prepare_corpus(
     rules: CorpusRules,
     folder: Path | None = None,
     shard: tuple[int, int] = (0, 1),
+    inventory: Inventory | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
     """Turn a domain's documents into blocks, or load them if the same were prepared before.
@@ -256,6 +269,7 @@ def prepare_corpus(
         folder: Where to keep the blocks and the report; None keeps them in memory only.
         shard: Index of this contributor among those who share the domain, and their number;
             the shards are disjoint in every split.
+        inventory: What was read and left out, filled by the documents as they come; for the report.
         progress: Called with documents compared of all.
 
     Returns:
@@ -275,8 +289,9 @@ def prepare_corpus(
     characters = sum(len(document.text) for document in everything)
     key = _compute_key(domain, everything, tokenizer, rules, shard)
     found = _find_prepared(folder, key)
+    files = inventory.to_json() if inventory else None
     if found is not None:
-        return found
+        return replace(found, report=replace(found.report, files=files))
     try:
         whole = split_documents(everything, seed=rules.split_seed, progress=progress)
     except CorpusError as error:
@@ -287,6 +302,7 @@ def prepare_corpus(
     part = _take_shard(whole, shard)
     blocks = _pack(domain, part, tokenizer, rules.block_size)
     report = _build_report(domain, whole, part, blocks, shard, rules.block_size)
+    report = replace(report, files=files)
     _check_blocks(report)
     if folder is not None:
         with replace_folder(folder) as temporary:
@@ -318,19 +334,28 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header if isinstance(header, dict) else {}
 
 
+def load_report(folder: Path) -> CorpusReport:
+    """Read the report of a corpus that `prepare_corpus` kept.
+
+    Raises:
+        CorpusError: If the folder or the report is missing or malformed.
+    """
+    try:
+        return parse_report(_read_header(folder)["report"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorpusError(
+            f"Cannot load corpus '{folder}': expected a prepared corpus, got no valid "
+            f"{_REPORT_FILE}. Prepare it again."
+        ) from error
+
+
 def load_corpus(folder: Path) -> Corpus:
     """Read a corpus that `prepare_corpus` kept.
 
     Raises:
         CorpusError: If the folder is missing, incomplete or malformed.
     """
-    try:
-        report = parse_report(_read_header(folder)["report"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorpusError(
-            f"Cannot load corpus '{folder}': expected a prepared corpus, got no valid "
-            f"{_REPORT_FILE}. Prepare it again."
-        ) from error
+    report = load_report(folder)
     blocks = {split: load_blocks(folder / f"{split}.safetensors") for split in SPLIT_FRACTIONS}
     for split, packed in blocks.items():
         expected = report.splits[split].blocks

@@ -53,6 +53,8 @@ class CorpusReport:
         characters: Characters, all splits and shards.
         splits: What each split of this shard holds, by split name.
         block_size: T, tokens per block.
+        files: What was read of which files and what was left out, see
+            `molora_fed.corpus.inventory.Inventory.to_json`; None for text that is no files.
     """
 
     domain: str
@@ -64,6 +66,7 @@ class CorpusReport:
     characters: int
     splits: Mapping[str, SplitReport]
     block_size: int
+    files: Mapping[str, Any] | None = None
 
     @property
     def contamination(self) -> float:
@@ -78,7 +81,10 @@ class CorpusReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values, with `contamination` and `qualifies` written out."""
-        return asdict(self) | {
+        values = asdict(self)
+        if self.files is None:
+            del values["files"]
+        return values | {
             "splits": {str(name): asdict(split) for name, split in self.splits.items()},
             "shard": list(self.shard),
             "contamination": self.contamination,
@@ -94,13 +100,13 @@ def parse_report(value: Mapping[str, Any]) -> CorpusReport:
         TypeError: If a field has the wrong form.
         ValueError: If a split is unknown.
     """
-    fields = {name: value[name] for name in CorpusReport.__dataclass_fields__}
+    fields = {name: value[name] for name in CorpusReport.__dataclass_fields__ if name != "files"}
     index, num_shards = value["shard"]
     fields["shard"] = (index, num_shards)
     fields["splits"] = {
         str(Split(name)): SplitReport(**split) for name, split in value["splits"].items()
     }
-    return CorpusReport(**fields)
+    return CorpusReport(**fields, files=value.get("files"))
 
 
 def build_contamination_report(reports: Iterable[CorpusReport]) -> dict[str, dict[str, Any]]:

@@ -120,6 +120,7 @@ def complete_result(
         path = ContributorHome(member.home).corpus / "corpus.json"
         if path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))["report"]
+            report.pop("files", None)  # names of files are the contributor's own
             corpus[member.settings.name] = {
                 **corpus.get(member.settings.name, {}),
                 "report": report,

@@ -1,5 +1,6 @@
 """What a contributor joins with: checked before anything is started, then kept in its home."""
 
+from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,10 @@ from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import make_home, write_json
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
 from molora_fed.training.choices import TrainingChoices
+from molora_fed.types import LossOn
 
 if TYPE_CHECKING:
+    from molora_fed.corpus.records import TextOptions
     from molora_fed.federation.homes import ContributorHome
 
 __all__ = ["JoinSettings", "prepare_home"]
@@ -33,6 +36,8 @@ class JoinSettings:
         base: The contributor's own copy of the base: a folder, a GGUF file, or "ID@REVISION" on the
             Hub. Empty has the server send it.
         threads: Threads of training; kept in the training record.
+        text_field: Field of records that holds the text; empty finds it by name.
+        loss_on: Tokens that count in the training loss: "all" or "assistant".
         compute: Where models are to run, and in which dtype; the home's settings where it says
             nothing.
         training: What it trains otherwise than the charter says.
@@ -45,8 +50,21 @@ class JoinSettings:
     shard: tuple[int, int] = (0, 1)
     base: str = ""
     threads: int = 1
+    text_field: str = ""
+    loss_on: LossOn = "all"
     compute: Compute = field(default_factory=Compute)
     training: TrainingChoices = field(default_factory=TrainingChoices)
+
+    @property
+    def text(self) -> "TextOptions":
+        """How the text is read.
+
+        Raises:
+            ConfigError: If `loss_on` is another word.
+        """
+        from molora_fed.corpus.records import TextOptions
+
+        return TextOptions(self.text_field, self.loss_on)
 
     def check(self) -> None:
         """Look at names, text and adapter as far as that takes no time.
@@ -63,7 +81,9 @@ class JoinSettings:
         if self.data:
             from molora_fed.corpus.documents import read_documents
 
-            next(read_documents(self.data))
+            # To the end where only answers count: whether there are any is known only there.
+            documents = read_documents(self.data, self.text)
+            next(documents) if self.loss_on == "all" else deque(documents, maxlen=0)
         else:
             from molora_fed.plugins import get_plugins
 
@@ -75,17 +95,23 @@ class JoinSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Content of `join.json`, with absolute paths."""
+        """Content of `join.json`, with absolute paths.
+
+        What is as usual is left out: a training in flight is known by a hash over these values.
+        """
+        chosen = {"text_field": self.text_field, "loss_on": self.loss_on}
+        usual = {"text_field": "", "loss_on": "all"}
         return {
             "name": self.name,
             "domain": self.domain,
-            "data": [str(path.absolute()) for path in self.data],
+            "data": [_make_absolute(path) for path in self.data],
             "adapter": str(self.adapter.absolute()) if self.adapter else "",
             "shard": list(self.shard),
             "base": self.base,
             "threads": self.threads,
             "compute": self.compute.model_dump(),
             "training": self.training.model_dump(),
+            **{name: value for name, value in chosen.items() if value != usual[name]},
         }
 
     def save(self, path: Path) -> None:
@@ -116,12 +142,21 @@ class JoinSettings:
                 # Homes of earlier versions say nothing of these.
                 compute=Compute.model_validate(value.get("compute", {})),
                 training=TrainingChoices.model_validate(value.get("training", {})),
+                # Missing in homes from before there were these.
+                text_field=str(value.get("text_field", "")),
+                loss_on=value.get("loss_on", "all"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FederationError(
                 f"Cannot read the settings of a contributor: expected join.json as written by "
                 f"`molora join`, got {error!r}. Run `molora join` again."
             ) from error
+
+
+def _make_absolute(path: Path) -> str:
+    from molora_fed.corpus.documents import is_data_set
+
+    return str(path if is_data_set(path) else path.absolute())
 
 
 def prepare_home(home: "ContributorHome", settings: JoinSettings) -> JoinSettings:

@@ -153,6 +153,7 @@ class ContributorWorker:
                     "adapter": kept["adapter"],
                     "shard": kept["shard"],
                     **self._settings.training.describe(),
+                    **{name: kept[name] for name in ("text_field", "loss_on") if name in kept},
                 }
             )
         )
@@ -186,15 +187,22 @@ class ContributorWorker:
 
         self._state.enter("CORPUS", "clustering, splitting and packing the text")
         settings = self._settings
-        return prepare_domain(
+        corpus = prepare_domain(
             under,
             settings.domain,
             settings.data,
             self._home.root,
             shard=settings.shard,
+            text=settings.text,
             plugins=self._plugins,
             progress=self._state.progress,
         )
+        files = corpus.report.files
+        if files is not None and files["left_out"]:
+            # The state is sent: no names of files in it.
+            count = sum(row["files"] for row in files["left_out"])
+            self._state.enter("CORPUS", f"{count} files left out, see corpus/corpus.json")
+        return corpus
 
     def _make_contribution(self, under: "CharterAndBase", corpus: "Corpus") -> None:
         """Run the contributor's flow, with its phases in the worker's state and usage."""

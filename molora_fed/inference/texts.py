@@ -114,7 +114,7 @@ def _read_blocks(
     Raises:
         CorpusError: If it is shorter than one block.
     """
-    documents = list(read_documents(paths))
+    documents = list(read_documents(paths, tokenizer=base.tokenizer))
     packed = pack_documents(
         documents,
         cluster_documents(documents, seed=seed, progress=progress),

@@ -6,7 +6,7 @@
   counts as step 0; elsewhere the last parameters are.
 - `train` builds the job of a language model on blocks of tokens: the built-in base, specialists and
   the pooled baseline. Every forward pass sees whole blocks; there is no padding and no masking of
-  documents.
+  documents; tokens that do not count in the loss are read like all others.
 """
 
 import math
@@ -379,6 +379,7 @@ class _BlockLoss:
         model: The model; `head` is None where it is more than a decoder and an output head.
         head: Its two parts.
         blocks: Tokens to train on, (N, T).
+        targets: Which of them count in the loss, (N, T); None counts all.
         config: Settings.
         placement: Where, and in which dtype.
     """
@@ -386,28 +387,39 @@ class _BlockLoss:
     model: Any
     head: Head | None
     blocks: NDArray[np.int32]
+    targets: NDArray[np.bool_] | None
     config: TrainConfig
     placement: Placement
 
     def __call__(self, step: int) -> Iterator[Tensor]:
-        """Sums of losses over parts of the batch, divided by its B * (T - 1) predictions, nats."""
-        config = self.config
-        seed_step(config.seed, step + 1)
-        rows = take_batch(self.blocks, step, batch=config.batch, seed=config.seed)
+        """Sums of losses over parts of the batch, divided by its predictions that count, nats."""
+        seed_step(self.config.seed, step + 1)
+        rows, counts = self._take(self.blocks, step), None
         predictions = rows.shape[0] * (rows.shape[1] - 1)
-        for part in np.array_split(rows, min(config.accumulation, len(rows))):
-            tokens = torch.from_numpy(part).long().to(self.placement.device)
+        if self.targets is not None:
+            counts = self._take(self.targets, step)[:, 1:]
+            predictions = max(int(counts.sum()), 1)  # 0 where no token of the batch counts
+        parts = min(self.config.accumulation, len(rows))
+        for part in np.array_split(np.arange(len(rows)), parts):
+            tokens = torch.from_numpy(rows[part]).long().to(self.placement.device)
             with mixed_precision(self.placement):
                 losses = self._compute_losses(tokens)
+            if counts is not None:
+                losses = losses * torch.from_numpy(counts[part]).to(losses.device)
             yield losses.sum() / predictions
 
+    def _take(self, blocks: NDArray[Any], step: int) -> NDArray[Any]:
+        return take_batch(blocks, step, batch=self.config.batch, seed=self.config.seed)
+
     def _compute_losses(self, tokens: Tensor) -> Tensor:
+        """Of every predicted token, (B, T-1)."""
         if self.head is not None:
             return self.head.compute_losses(tokens)
         logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits  # (B, T - 1, V)
-        return nn.functional.cross_entropy(
+        losses = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
         )
+        return losses.view(len(tokens), -1)
 
 
 _POSITIVE = ("steps", "batch", "accumulation", "threads", "validate_every", "learning_rate")
@@ -417,6 +429,8 @@ def _check_inputs(
     parameters: Sequence[nn.Parameter],
     train_blocks: NDArray[np.int32],
     validation_blocks: NDArray[np.int32],
+    train_targets: NDArray[np.bool_] | None,
+    validation_targets: NDArray[np.bool_] | None,
     config: TrainConfig,
 ) -> None:
     problems = [
@@ -426,9 +440,14 @@ def _check_inputs(
     ]
     if not parameters:
         problems.append("no parameters to train")
-    for name, blocks in (("training", train_blocks), ("validation", validation_blocks)):
+    for name, blocks, targets in (
+        ("training", train_blocks, train_targets),
+        ("validation", validation_blocks, validation_targets),
+    ):
         if blocks.ndim != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
             problems.append(f"{name} blocks of shape {blocks.shape}")
+        elif targets is not None and (targets.shape != blocks.shape or not targets[:, 1:].any()):
+            problems.append(f"{name} blocks in which no token counts")
     if problems:
         raise TrainingError(
             "Cannot train: expected positive settings, parameters, and (N, T) blocks, "
@@ -444,6 +463,8 @@ def train(
     config: TrainConfig,
     folder: Path,
     *,
+    train_targets: NDArray[np.bool_] | None = None,
+    validation_targets: NDArray[np.bool_] | None = None,
     context: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
@@ -456,6 +477,8 @@ def train(
         validation_blocks: Tokens (N', T), never trained on.
         config: Settings.
         folder: Gets `checkpoint.safetensors` and `metrics.jsonl`.
+        train_targets: Which training tokens count in the loss, (N, T); None counts all.
+        validation_targets: Which validation tokens count, (N', T); None counts all.
         context: What else decides the result, e.g. the base's fingerprint; a checkpoint made
             under another context is refused.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
@@ -469,14 +492,17 @@ def train(
             hardware or dtype.
         StorageError: On I/O errors.
     """
-    _check_inputs(parameters, train_blocks, validation_blocks, config)
+    _check_inputs(
+        parameters, train_blocks, validation_blocks, train_targets, validation_targets, config
+    )
     weight = model.get_input_embeddings().weight
     placement = Placement(weight.device, weight.dtype)
     for parameter in parameters:  # small steps would be lost in a shorter dtype
         parameter.data = parameter.data.float()
     environment = describe_environment(placement.device.type)
     dtype = str(placement.dtype).removeprefix("torch.")
-    data = b"".join(np.ascontiguousarray(b).tobytes() for b in (train_blocks, validation_blocks))
+    arrays = (train_blocks, validation_blocks, train_targets, validation_targets)
+    data = b"".join(np.ascontiguousarray(b).tobytes() for b in arrays if b is not None)
     with mixed_precision(placement):
         head = find_head(model)
     if config.checkpointing:
@@ -493,6 +519,8 @@ def train(
     def validate() -> float:
         with mixed_precision(placement):
             losses = compute_block_losses(model, validation_blocks, batch=config.evaluation_batch)
+        if validation_targets is not None:
+            losses = losses[torch.from_numpy(validation_targets[:, 1:])]
         return float(losses.double().mean())
 
     def describe(step: int) -> dict[str, float | int]:
@@ -503,7 +531,7 @@ def train(
         parameters=[parameters],
         optimizer=optimizer,
         rates=lambda step: [compute_learning_rate(step, config)] * len(optimizer.param_groups),
-        loss=_BlockLoss(model, head, train_blocks, config, placement),
+        loss=_BlockLoss(model, head, train_blocks, train_targets, config, placement),
         validate=validate,
         steps=config.steps,
         save_every=config.validate_every,

@@ -91,6 +91,8 @@ class AdapterJob:
         rules: Limits of the adapter.
         config: Settings of the loop.
         options: Options of the kind.
+        train_targets: Which tokens to train on count in the loss, (N, T); None counts all.
+        watched_targets: Which tokens the best weights are chosen by, (N'', T); None counts all.
     """
 
     base: Base
@@ -103,6 +105,8 @@ class AdapterJob:
     rules: AdapterRules
     config: TrainConfig
     options: Mapping[str, Any] = field(default_factory=dict)
+    train_targets: NDArray[np.bool_] | None = None
+    watched_targets: NDArray[np.bool_] | None = None
 
     def describe(self) -> dict[str, Any]:
         """The inputs as JSON values."""
@@ -121,10 +125,21 @@ class AdapterJob:
             "settings": self.config.describe(),
             # Left out where empty: so are they in records from before there were any.
             **({"options": dict(self.options)} if self.options else {}),
+            **self._describe_targets(),
+        }
+
+    def _describe_targets(self) -> dict[str, Any]:
+        """Which tokens count, likewise left out where all do."""
+        if self.train_targets is None:
+            return {}
+        return {
+            "loss_on": "assistant",
+            "train_targets": _hash_tokens(self.train_targets),
+            "num_train_targets": int(self.train_targets.sum()),
         }
 
 
-def _hash_tokens(tokens: NDArray[np.int32]) -> str:
+def _hash_tokens(tokens: NDArray[Any]) -> str:
     head = canonical_json(list(tokens.shape))
     return hash_bytes(head + np.ascontiguousarray(tokens).tobytes())
 
@@ -231,6 +246,8 @@ def run_job(
         job.watched_tokens,
         job.config,
         folder,
+        train_targets=job.train_targets,
+        validation_targets=job.watched_targets,
         context={"job": hash_bytes(canonical_json(inputs))},
         progress=progress,
     )
@@ -352,17 +369,20 @@ def train_specialist(
         patience=training.patience,
     )
     config = replace(config, accumulation=chosen.accumulation, checkpointing=chosen.checkpointing)
+    watched = validation_blocks.take(WATCHED_BLOCKS)
     job = AdapterJob(
         base=base,
         domain=train_blocks.domain,
         train_tokens=train_blocks.tokens,
         validation_tokens=validation_blocks.tokens,
-        watched_tokens=validation_blocks.take(WATCHED_BLOCKS).tokens,
+        watched_tokens=watched.tokens,
         kind=kind,
         rank=training.rank,
         rules=rules,
         config=config,
         # Another kind than the one the rules speak of has options of its own: its defaults.
         options=training.options if kind == training.kind else {},
+        train_targets=train_blocks.targets,
+        watched_targets=watched.targets,
     )
     return run_job(job, folder, registered, progress)

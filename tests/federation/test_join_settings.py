@@ -59,3 +59,33 @@ def test_a_refused_contribution_is_asked_about_again(tmp_path, state, stays):
     keep_letter(home.acknowledgement_letter, kept)
     prepare_home(home, home.read_settings())
     assert (home.read_acknowledgement() == kept) is stays
+
+
+def test_how_text_is_read_is_kept(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"dialog": [{"from": "gpt", "value": "Hello."}]}')
+    home = ContributorHome(tmp_path / "home")
+    settings = JoinSettings(
+        "me", "mine", (tmp_path / "a.jsonl",), text_field="dialog", loss_on="assistant"
+    )
+    assert prepare_home(home, settings) == settings == home.read_settings()
+    assert (settings.text.text_field, settings.text.loss_on) == ("dialog", "assistant")
+
+
+@pytest.mark.parametrize(
+    ("error", "fields"),
+    [
+        (ConfigError, {"loss_on": "users"}),
+        (CorpusError, {"loss_on": "assistant"}),  # there is no answer in it
+        (CorpusError, {"text_field": "body"}),
+    ],
+)
+def test_a_wrong_way_to_read_text_is_said_before_anything_is_written(error, fields, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "plain"}')
+    home = ContributorHome(tmp_path / "home")
+    with pytest.raises(error):
+        prepare_home(home, JoinSettings("me", "mine", (tmp_path / "a.jsonl",), **fields))
+    assert not home.root.exists()
+
+
+def test_a_data_set_of_the_hub_is_no_path():
+    assert JoinSettings("me", "mine", (Path("datasets:a/b"),)).to_json()["data"] == ["datasets:a/b"]

@@ -133,6 +133,37 @@ class Stage:
         raise AssertionError(f"not ended: {self.failures}")
 
 
+def test_a_contributor_on_chats_trains_on_the_assistant_alone(tmp_path, tiny_checkpoint, texts):
+    draw = random.Random("chats")
+    (tmp_path / "texts" / "chats").mkdir(parents=True)
+    lines = []
+    for _ in range(120):
+        said = [" ".join(draw.choices(["aa1", "bb2", "cc3", "dd4"], k=40)) for _ in range(2)]
+        roles = zip(("human", "gpt"), said, strict=True)
+        lines.append({"dialog": [{"from": role, "value": text} for role, text in roles]})
+    data = "\n".join(map(json.dumps, lines))
+    (tmp_path / "texts" / "chats" / "a.jsonl").write_text(data)
+    (tmp_path / "texts" / "chats" / "b.txt").write_bytes(b"\0")
+    stage = Stage(tmp_path, tiny_checkpoint("gpt_neox"), expected=2)
+    home = stage.join(
+        "chats-1", "chats", tmp_path / "texts", text_field="dialog", loss_on="assistant"
+    )
+    stage.join("beta-1", "beta", texts)
+    stage.run()
+    assert stage.failures == {}
+    (training,) = home.training.iterdir()
+    assert read_json(training / "record.json")["loss_on"] == "assistant"
+    report = read_json(home.corpus / "corpus.json")["report"]
+    assert [row["documents"] for row in report["files"]["read"]] == [120]
+    assert [row["names"] for row in report["files"]["left_out"]] == [["chats/b.txt"]]
+    # Another way to read the same text is another recipe: an earlier offer is not taken for it.
+    charter, worker = stage.cooperative.charter, ContributorWorker(home, stage.plugins)
+    plain = JoinSettings("chats-1", "chats", (tmp_path / "texts" / "chats",))
+    recipe = worker._recipe(charter)
+    plain.save(home.settings_file)
+    assert ContributorWorker(home, stage.plugins)._recipe(charter) != recipe
+
+
 def test_a_later_contribution_grows_the_published_model(tmp_path, tiny_checkpoint, texts):
     stage = Stage(tmp_path, tiny_checkpoint("gpt_neox"), expected=2)
     alpha = stage.join("alpha-1", "alpha", texts)

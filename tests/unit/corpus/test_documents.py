@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from molora_fed.corpus.documents import choose_evenly, cut_long_documents, read_documents
+from molora_fed.corpus.documents import read_documents
+from molora_fed.corpus.inventory import Inventory
+from molora_fed.corpus.sizes import choose_evenly, cut_long_documents
 from molora_fed.errors import CorpusError
 from molora_fed.types import Document
 
@@ -78,7 +80,7 @@ def test_no_path():
 
 def test_empty_folder(tmp_path):
     (tmp_path / "x.png").write_bytes(b"1")
-    assert_refused([tmp_path], ".txt, .md, .jsonl, .parquet file in it")
+    assert_refused([tmp_path], "got 0 files of kinds that are read", "ending '.png' is not read: ")
 
 
 def test_white_space_only(tmp_path):
@@ -95,11 +97,13 @@ def test_other_ending(tmp_path):
     ("name", "data", "reason"),
     [
         ("a.txt", b"abc\0def", "binary data"),
-        ("a.txt", b"caf\xe9", "no UTF-8 at byte 3"),
-        ("a.md", "text".encode("utf-16"), "binary data"),
+        ("a.txt", b"caf\xe9\x01", "no UTF-8 at byte 3, and no other encoding that is known"),
+        ("a.md", "text".encode("utf-16-le"), "binary data"),
+        ("a.md", "text".encode("utf-16")[:-1], "no UTF-16 at byte 8"),
         ("a.jsonl", b'{"text": "x"}\nno\n', "line 2: no JSON object"),
         ("a.jsonl", b"[1]\n", "line 1: no JSON object but list"),
-        ("a.jsonl", b'{"body": "x"}\n', "line 1: no text in field 'text' but NoneType"),
+        ("a.jsonl", b'{"text": null}\n', "line 1: no text in field 'text' but NoneType"),
+        ("a.jsonl", b'{"id": "x"}\n', "line 1: no field of text among id; name it with --text"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: half a character"),
         ("a.jsonl", b"[" * 100_000, "line 1: no JSON object"),
         ("a.parquet", b"PAR1 is only the beginning", "no parquet that can be read"),
@@ -112,10 +116,49 @@ def test_unreadable_content(tmp_path, name, data, reason):
 
 
 def test_parquet_without_text(tmp_path):
-    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
-    assert_refused([tmp_path], "no column 'text' among body")
+    pq.write_table(pa.table({"id": ["x"]}), tmp_path / "a.parquet")
+    assert_refused([tmp_path], "no column of text among id; name it with --text-field")
     pq.write_table(pa.table({"text": [1]}), tmp_path / "a.parquet")
     assert_refused([tmp_path], "row 1: no text in field 'text' but int")
+
+
+def test_what_cannot_be_read_of_many_is_left_out_and_listed(tmp_path):
+    (tmp_path / "texts").mkdir()
+    files = {"a.txt": b"\0", "b.txt": b"good", "c.png": b"", ".d": b"", "e.txt": b""}
+    for name, data in files.items():
+        (tmp_path / "texts" / name).write_bytes(data)
+    inventory = Inventory()
+    documents = list(read_documents([tmp_path / "texts"], inventory=inventory))
+    assert [d.text for d in documents] == ["good"]
+    table = inventory.to_json()
+    assert [(row["kind"], row["files"], row["characters"]) for row in table["read"]] == [
+        ("text", 1, 4)
+    ]
+    assert {row["reason"]: row["names"] for row in table["left_out"]} == {
+        "binary data": ["texts/a.txt"],
+        "ending '.png' is not read": ["texts/c.png"],
+        "hidden": ["texts/.d"],
+        "no text in it": ["texts/e.txt"],
+    }
+
+
+def test_what_was_named_itself_has_to_be_read(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("good")
+    (tmp_path / "texts" / "b.txt").write_bytes(b"\0")
+    (tmp_path / "none").mkdir()
+    assert_refused([tmp_path / "texts", tmp_path / "texts" / "b.txt"], "b.txt': binary data")
+    assert_refused([tmp_path / "texts", tmp_path / "none"], "none': nothing in it that can be read")
+
+
+def test_the_table_is_bounded():
+    inventory = Inventory()
+    for number in range(1_000):
+        inventory.leave_out(f"{'n' * 9_999}{number}", f"{'r' * 500 if number % 2 else ''}{number}")
+    table = inventory.to_json()
+    assert len(table["left_out"]) == 31 and sum(r["files"] for r in table["left_out"]) == 1_000
+    assert len(json.dumps(table)) < 30_000
+    assert len(inventory.describe_left_out()) < 2_500
 
 
 def test_all_problems_are_told_at_once(tmp_path):

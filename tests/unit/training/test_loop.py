@@ -11,7 +11,8 @@ from training_helpers import build_tokens
 from molora_fed.corpus.batches import mix_domains, take_batch
 from molora_fed.errors import TrainingError
 from molora_fed.models import runtime
-from molora_fed.models.runtime import limit_threads
+from molora_fed.models.head import find_head
+from molora_fed.models.runtime import Placement, limit_threads
 from molora_fed.storage.locks import lock_folder
 from molora_fed.training import loop as training
 from molora_fed.training.loop import CHECKPOINT_NAME, METRICS_NAME, TrainConfig, train
@@ -377,3 +378,65 @@ def test_in_bfloat16_what_is_trained_stays_float32(tiny_model, tmp_path):
     assert model.get_input_embeddings().weight.dtype is torch.bfloat16
     assert result.loss < result.initial_loss and result.loss == pytest.approx(full.loss, abs=0.02)
     assert result.initial_loss == pytest.approx(full.initial_loss, abs=0.003)
+
+
+TARGETS = np.random.default_rng(3).random(TRAIN.shape) < 0.3
+VALIDATION_TARGETS = np.random.default_rng(4).random(VALIDATION.shape) < 0.3
+
+
+def read_gradients(model, targets):
+    """Whether a token's prediction has a gradient at step 2, (B, T - 1); and the targets there."""
+    found = []
+
+    def keep(module, args, output):
+        # A state is read by the head alone, so that only its own prediction moves it.
+        output.last_hidden_state.register_hook(lambda g: found.append(g.abs().sum(-1) > 0))
+
+    head = find_head(model)
+    with model.get_decoder().register_forward_hook(keep):
+        (loss,) = training._BlockLoss(model, head, TRAIN, targets, CONFIG, Placement())(2)
+    loss.backward()
+    return found[0].numpy(), float(loss.detach())
+
+
+def test_only_targets_have_a_gradient(tiny_model):
+    gradients, loss = read_gradients(tiny_model().requires_grad_(True), TARGETS)
+    expected = take_batch(TARGETS, 2, batch=CONFIG.batch, seed=CONFIG.seed)[:, 1:]
+    assert np.array_equal(gradients, expected)
+    rows = take_batch(TRAIN, 2, batch=CONFIG.batch, seed=CONFIG.seed)
+    losses = training.compute_block_losses(tiny_model(), rows)
+    assert loss == pytest.approx(float(losses[torch.from_numpy(expected)].mean()), rel=1e-5)
+
+
+def test_all_targets_are_as_none(tiny_model):
+    _, every = read_gradients(tiny_model().requires_grad_(True), np.ones_like(TARGETS))
+    _, none = read_gradients(tiny_model().requires_grad_(True), None)
+    assert every == pytest.approx(none, rel=1e-6)
+
+
+def test_a_batch_without_a_target_changes_nothing(tiny_model):
+    gradients, loss = read_gradients(tiny_model().requires_grad_(True), np.zeros_like(TARGETS))
+    assert (loss, gradients.any()) == (0, False)
+
+
+def test_training_and_validation_honour_targets(tiny_model, tmp_path):
+    targets = {"train_targets": TARGETS, "validation_targets": VALIDATION_TARGETS}
+    model = tiny_model()
+    losses = training.compute_block_losses(model, VALIDATION)
+    expected = float(losses[torch.from_numpy(VALIDATION_TARGETS[:, 1:])].mean())
+    result = run(model, tmp_path / "a", **targets)
+    assert result.initial_loss == pytest.approx(expected, rel=1e-6)
+    assert result.loss < result.initial_loss
+    with pytest.raises(Stopped):
+        run(tiny_model(), tmp_path / "b", progress=stop_at(5), **targets)
+    with pytest.raises(TrainingError, match="blocks"):
+        run(tiny_model(), tmp_path / "b")  # a checkpoint of another loss
+    resumed = tiny_model()
+    run(resumed, tmp_path / "b", **targets)
+    assert_equal_weights(weights_of(resumed), weights_of(model))
+
+
+@pytest.mark.parametrize("targets", [np.zeros_like(TARGETS), TARGETS[1:]])
+def test_targets_that_do_not_fit_are_refused(tiny_model, tmp_path, targets):
+    with pytest.raises(TrainingError, match="training blocks in which no token counts"):
+        run(tiny_model(), tmp_path, train_targets=targets)
