@@ -48,7 +48,6 @@ ROUTERS = RoutersOptions(
         label: {} if label == "uniform" else {"steps": 3}
         for label in ("uniform", "linear", "linear-noncausal", "mlp", "hard")
     },
-    tune_merges=True,
 )
 MONOLITHIC = MonolithicOptions(**SHARED, rivals=("base_continued", "monolithic"), shares=(0.5,))
 
