@@ -99,19 +99,21 @@ class JoinSettings:
 
         What is as usual is left out: a training in flight is known by a hash over these values.
         """
-        chosen = {"text_field": self.text_field, "loss_on": self.loss_on}
-        usual = {"text_field": "", "loss_on": "all"}
+        chosen = {
+            "base": self.base,
+            "compute": self.compute.model_dump(exclude_defaults=True),
+            "training": self.training.model_dump(exclude_defaults=True),
+            "text_field": self.text_field,
+            "loss_on": "" if self.loss_on == "all" else self.loss_on,
+        }
         return {
             "name": self.name,
             "domain": self.domain,
             "data": [_make_absolute(path) for path in self.data],
             "adapter": str(self.adapter.absolute()) if self.adapter else "",
             "shard": list(self.shard),
-            "base": self.base,
             "threads": self.threads,
-            "compute": self.compute.model_dump(),
-            "training": self.training.model_dump(),
-            **{name: value for name, value in chosen.items() if value != usual[name]},
+            **{name: value for name, value in chosen.items() if value},
         }
 
     def save(self, path: Path) -> None:
