@@ -33,6 +33,7 @@ from fuzz_folders import (
 
 from molora_fed.corpus.documents import read_documents
 from molora_fed.corpus.parquet import write_texts
+from molora_fed.corpus.records import TextOptions
 
 __all__ = [
     "TEXT_WORDS",
@@ -145,7 +146,7 @@ class _Reader:
 
     def _open(self, command: Sequence[str], **_: object) -> SimpleNamespace:
         """Stands in for a process: what it said is in a file, its status is known."""
-        self._asked.send((command[-2], command[-1]))
+        self._asked.send(tuple(command[-4:]))  # source, characters, field, tokens that count
         status = self._asked.recv()
         answers = self._answers.open("rb")
         return SimpleNamespace(stdout=answers, kill=lambda: None, wait=lambda: status)
@@ -180,9 +181,9 @@ def _supervise(asking: Connection, answers: Path) -> None:
 
 def _serve(asking: Connection, answers: Path) -> None:
     while True:
-        path, most = asking.recv()
+        path, most, *options = asking.recv()
         with contextlib.suppress(BaseException), answers.open("wb") as stream:
-            write_texts(Path(path), int(most), stream)
+            write_texts(Path(path), int(most), stream, TextOptions(*options))
         _save_coverage()
         asking.send(True)
 

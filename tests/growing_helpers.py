@@ -73,9 +73,9 @@ class Passes:
         self.done = []
         run, subtract = ColumnMaker.run, ColumnMaker.subtract
 
-        def count_run(maker, what, order, work, *, progress=None):
+        def count_run(maker, what, order, work, *, progress=None, **more):
             self.done.append((work.own, maker.blocks.fingerprint))
-            return run(maker, what, order, work, progress=progress)
+            return run(maker, what, order, work, progress=progress, **more)
 
         def count_subtract(maker, own, *, progress=None):
             self.done.append((own, maker.blocks.fingerprint))

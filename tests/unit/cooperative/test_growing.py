@@ -210,9 +210,10 @@ def test_nothing_of_the_withdrawn_is_left_but_what_the_ledger_proves(root):
     withdraw_contributor(cooperative, "law-2", reason="left the project")
     assert find_traces(cooperative.folder, gone) == []
     assert find_traces(cooperative.folder, kept)
-    # Losses of two experts and the base, and what is left of two totals, on samples of two.
+    # Losses of two experts and the base, what is left of two totals, and what leaves the frozen
+    # blocks, on samples of two.
     left = [path.suffix for path in (cooperative.folder / "bank").iterdir()]
-    assert (left.count(".bin"), left.count(".json")) == ((3 + 1) * 2 * 2, 2 * 2)
+    assert (left.count(".bin"), left.count(".json")) == ((3 + 1 + 1) * 2 * 2, 2 * 2)
     assert len(left) < columns
     with cooperative.read_ledger() as ledger:
         entry = ledger.find_contribution(gone.id)
