@@ -304,7 +304,12 @@ PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "invitations": {"molora_fed.federation.invitations": ("parse_invitation",)},
     "manifests": {
         "molora_fed.contributions.manifest": (
-            "parse_manifest", "_validate", "_check_", "Manifest.", "FileEntry.", "SampleEntry.",
+            "parse_manifest",
+            "_validate",
+            "_check_",
+            "Manifest.",
+            "FileEntry.",
+            "SampleEntry.",
         ),
     },
     "adapters": {
@@ -312,7 +317,14 @@ PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "molora_fed.adapters.low_rank_files": ("load_", "_check_", "_Pattern"),
         "molora_fed.adapters.delta_files": ("load_", "_check_"),
         "molora_fed.adapters.quantised_files": (
-            "load_", "_load_", "_check_", "_read", "_parts", "_expect_", "_Module", "is_quantised",
+            "load_",
+            "_load_",
+            "_check_",
+            "_read",
+            "_parts",
+            "_expect_",
+            "_Module",
+            "is_quantised",
         ),
     },
     "samples": {"molora_fed.corpus.blocks": ("load_blocks", "Blocks.__post_init__")},
@@ -324,7 +336,11 @@ PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "molora_fed.models.base": ("load_", "_load", "_read_"),
         "molora_fed.models.base_config": ("",),
         "molora_fed.models.base_files": (
-            "load_json_file", "find_", "count_tensors", "_find_tensors", "stage_checkpoint",
+            "load_json_file",
+            "find_",
+            "count_tensors",
+            "_find_tensors",
+            "stage_checkpoint",
         ),
     },
     "corpora": {

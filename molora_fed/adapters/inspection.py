@@ -89,11 +89,14 @@ class AdapterReport:
         }
 
 
-def inspect_folder(folder: Path, *, name: str | None = None) -> AdapterReport:
+def inspect_folder(
+    folder: Path, *, has_base: bool = False, name: str | None = None
+) -> AdapterReport:
     """Read config and headers of an adapter from anywhere.
 
     Args:
         folder: Its folder.
+        has_base: Whether whole weights in it will be compared with a base's later.
         name: Name for errors; the folder's path by default.
 
     Raises:
@@ -122,7 +125,7 @@ def inspect_folder(folder: Path, *, name: str | None = None) -> AdapterReport:
             is_normal=True,
         )
     source = open_lora_folder(folder, name)
-    check_plain(source, name, has_base=False)
+    check_plain(source, name, has_base=has_base)
     return _describe(folder, name, source)
 
 

@@ -123,6 +123,7 @@ def matches_target(name: str, targets: Collection[str]) -> bool:
 
 
 _PLAIN = re.compile(r"\^?[A-Za-z0-9_.]+")
+_WORD = re.compile(r"\^?[A-Za-z0-9_]+")
 _MAX_PATTERNS = 64
 """Keys of one pattern that are regular expressions."""
 _MAX_PATTERN = 2_048  # characters of one
@@ -135,8 +136,9 @@ class NamePatterns:
     """PEFT's `rank_pattern` or `alpha_pattern`: the first key that names a module decides.
 
     A key is a regular expression that the end of a module's name has to match, from a dot or the
-    start on. It is matched in linear time (RE2); what RE2 cannot express is refused. Names as
-    such are looked up, so that there may be thousands of them.
+    start on. It is matched in linear time (RE2); what RE2 cannot express is refused. Where there
+    are more keys than 64, as a tool writes them for every module, those that are names as such
+    are looked up: a dot is a dot there.
 
     Args:
         pattern: Values by key, in the config's order.
@@ -154,7 +156,8 @@ class NamePatterns:
         self._default = default
         self._places: dict[str, int] = {}
         self._patterns: list[tuple[int, Callable[[str], Any]]] = []
-        complex_keys = [key for key in pattern if not _PLAIN.fullmatch(key)]
+        is_name = _PLAIN if len(pattern) > _MAX_PATTERNS else _WORD
+        complex_keys = [key for key in pattern if not is_name.fullmatch(key)]
         if len(complex_keys) > _MAX_PATTERNS:
             raise describe_unreadable(
                 name,
@@ -163,7 +166,7 @@ class NamePatterns:
                 fix="Write the modules' names out.",
             )
         for place, key in enumerate(pattern):
-            if _PLAIN.fullmatch(key):
+            if is_name.fullmatch(key):
                 self._places.setdefault(key, place)
             else:
                 self._patterns.append((place, _compile(key, name, what)))
@@ -255,7 +258,7 @@ def read_settings(config: Mapping[str, Any], name: str) -> LoraSettings:
         alphas=NamePatterns(patterns[1], alpha, name=name, what="alpha_pattern"),
         use_rslora=config.get("use_rslora", False),
         targets=targets,
-        shown_targets=clean(", ".join(shown[:20]) if isinstance(shown, list) else shown),
+        shown_targets=_shorten(shown),
         uses_dora=bool(config.get("use_dora")),
         saved_modules=_list_texts(config.get("modules_to_save")),
         token_indices=_list_indices(config.get("trainable_token_indices")),
@@ -264,6 +267,13 @@ def read_settings(config: Mapping[str, Any], name: str) -> LoraSettings:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shorten(targets: Any) -> str:
+    """Targets for people: of full names the last part alone, each once."""
+    if not isinstance(targets, list):
+        return clean(targets) if targets is not None else ""
+    return clean(", ".join(sorted({str(each).rpartition(".")[2] for each in targets})))
 
 
 def _list_texts(value: Any) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ class JoinSettings:
         Raises:
             ConfigError: If a name is malformed or reserved, or there is no adapter where one is
                 said to be.
+            AdapterError: If the adapter cannot be used, as far as its config and headers tell.
             CorpusError: If there is no readable text at the paths.
             UnknownNameError: If there are no paths, and nobody registers the domain.
         """
@@ -62,6 +63,13 @@ class JoinSettings:
             raise ConfigError(
                 f"Cannot join with adapter '{self.adapter}': expected a folder, got nothing "
                 "there. Check the path."
+            )
+        if self.adapter:
+            from molora_fed.adapters.inspection import inspect_folder
+
+            inner = self.adapter / "adapter"
+            inspect_folder(
+                inner if inner.is_dir() else self.adapter, has_base=True, name=str(self.adapter)
             )
 
     def to_json(self) -> dict[str, Any]:
