@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.output import build_corpus_table, show
+from molora_cli.output import build_corpus_table, note, show
 from molora_cli.progress import reporting
 
 
@@ -45,6 +45,7 @@ def contribute(
     """Sign a contribution of a checkpoint or an adapter made elsewhere; nothing is sent."""
     from molora_fed.adapters.inspection import report_on_base
     from molora_fed.contributions.build import describe_outgoing
+    from molora_fed.cooperative.chat_tokens import find_chat_warnings
     from molora_fed.cooperative.checkpoints import import_checkpoint
     from molora_fed.cooperative.contribute import (
         MeasuredAdapter,
@@ -83,6 +84,8 @@ def contribute(
         progress.phase("preparing the text")
         corpus = prepare_domain(under, domain, data, out, progress=progress)
         if adapter is not None:
+            for text in find_chat_warnings(under.base, adapter):
+                note(text)
             progress.phase("measuring the adapter")
             measured = measure_given(under, corpus, adapter, out, progress=progress)
         elif checkpoint is not None:

@@ -250,6 +250,8 @@ def admit(
     rows = [(r.contributor, r.domain, str(r.state), r.contribution_id[:16]) for r in receipts]
     print_columns(("contributor", "domain", "state", "contribution"), rows)
     decisions = [receipt.decision for receipt in receipts if receipt.decision is not None]
+    for each in (text for decision in decisions for text in decision.notes):
+        note(each)
     if refusals := [refusal.message for decision in decisions for refusal in decision.refusals]:
         raise AdmissionError(" ".join(refusals))
 

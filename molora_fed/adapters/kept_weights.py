@@ -20,6 +20,10 @@ from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = ["check_kept_weights"]
 
+_FIX = (
+    "Leave it out with `molora adapter convert FOLDER OUT --base BASE --drop-saved` and see what "
+    "that costs, or train again with all but the factors frozen and no new tokens."
+)
 _ROWS = 4_096  # compared at a time
 _SHOWN = 8  # tokens named
 _MAX_TOKENIZER_BYTES = 64 * 2**20
@@ -64,10 +68,9 @@ def check_kept_weights(
                         name,
                         expected="embedding, head and all but the factors bit-identical to the "
                         "base",
-                        got=f"'{key}' ({describe_cause([by_key[key]], settings)}): {found}",
-                        fix="Train it again with these frozen and no new tokens, or leave them "
-                        "out with `molora adapter convert FOLDER OUT --base BASE --drop-saved` "
-                        "and see what that costs.",
+                        got=f"extra tensor '{key}' "
+                        f"({describe_cause([by_key[key]], settings)}): {found}",
+                        fix=_FIX,
                     )
 
 

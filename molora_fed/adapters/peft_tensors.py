@@ -318,7 +318,7 @@ def _read_kept(key: str, segments: Sequence[str], name: str) -> KeptTensor:
             path = [*path[:place], *path[place + 1 :][-1:]]
     found = _strip(path)
     owner = found[-2].split("_") if len(found) > 1 else [found[0]]
-    if owner[0] in _HEADS and not any("attn" in each or "mlp" in each for each in found):
+    if owner[0] in _HEADS and not any(each.isdecimal() for each in found):
         raise describe_unreadable(
             name,
             expected="an adapter of a causal language model",

@@ -5,19 +5,20 @@ anywhere and run again, it goes on and ends with the same bytes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from molora_fed.adapters.compatibility import applied, count_changed
+from molora_fed.adapters.compatibility import applied, check_effect, count_changed
 from molora_fed.adapters.convert import convert_adapter
 from molora_fed.adapters.files import META_FILE, check_adapter_fits, load_adapter
 from molora_fed.adapters.peft_folder import read_claims
 from molora_fed.charter import Charter, check_name, load_charter
 from molora_fed.contributions.build import build_contribution, measure_start_loss
 from molora_fed.contributions.manifest import Contribution, Origin
+from molora_fed.cooperative.chat_tokens import find_chat_warnings
 from molora_fed.cooperative.cooperative import load_charter_base, open_cooperative
 from molora_fed.corpus.documents import open_domain, read_documents
 from molora_fed.corpus.prepare import Corpus, prepare_corpus
@@ -225,6 +226,7 @@ def make_contribution(
     threads: int = 1,
     plugins: Plugins | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
+    on_warning: Callable[[str], None] = lambda text: None,
     progress: Progress | None = None,
 ) -> MadeContribution:
     """Train an adapter, or measure one trained earlier, and sign a contribution made of it.
@@ -244,6 +246,7 @@ def make_contribution(
         threads: Torch threads; kept in the training record.
         plugins: Where kinds are registered; the installed plugins by default.
         on_phase: Told what begins: "training" or "measuring", then "building".
+        on_warning: Told what to know of chat templates and their tokens, one line each.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
     Raises:
@@ -260,6 +263,8 @@ def make_contribution(
     check_choices(under, domain=corpus.domain, name=name, kind=kind)
     if charter.amendment.is_private:
         carve_own(corpus.blocks, charter)  # too little text is said before training
+    for text in find_chat_warnings(under.base, given):
+        on_warning(text)
     if given is not None:
         on_phase("measuring")
         adapter = measure_given(under, corpus, given, folder, plugins=plugins, progress=progress)
@@ -285,7 +290,7 @@ def make_contribution(
             evaluation_batch=charter.identity.corpus.evaluation_batch,
             progress=progress,
         )
-        adapter = MeasuredAdapter.of_specialist(specialist, _measure_start(under, corpus))
+        adapter = _count_changed(specialist, _measure_start(under, corpus), plugins)
     on_phase("building")
     contribution = sign_adapter(
         under,
@@ -297,6 +302,21 @@ def make_contribution(
         contamination=corpus.report.contamination,
     )
     return MadeContribution(adapter, contribution)
+
+
+def _count_changed(
+    specialist: Specialist, start_loss: float | None, plugins: Plugins
+) -> MeasuredAdapter:
+    """A specialist's adapter, which has to change something.
+
+    Raises:
+        AdapterError: If it changes nothing.
+    """
+    adapter = load_adapter(
+        specialist.adapter_folder, plugins=plugins, name=specialist.adapter_folder.parent.name
+    )
+    measured = MeasuredAdapter.of_specialist(specialist, start_loss)
+    return replace(measured, changed=check_effect(adapter), modules=len(adapter.updates))
 
 
 def measure_given(

@@ -59,6 +59,15 @@ class JoinSettings:
             from molora_fed.plugins import get_plugins
 
             get_plugins().domains.entry(self.domain)
+        self.check_adapter()
+
+    def check_adapter(self) -> None:
+        """Look at config and headers of the adapter, if there is one.
+
+        Raises:
+            ConfigError: If there is no folder.
+            AdapterError: If it cannot be used, as far as its config and headers tell.
+        """
         if self.adapter and not self.adapter.is_dir():
             raise ConfigError(
                 f"Cannot join with adapter '{self.adapter}': expected a folder, got nothing "
