@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from adapter_folders import CASES, TOLERANCE, edit, make, peft_logits, quiet
+from adapter_folders import CASES, TOLERANCE, edit, make, peft_logits, quiet, train_with_peft
 from safetensors.torch import load_file, save_file
 
 from molora_fed.adapters.compatibility import applied
@@ -126,22 +126,6 @@ def judge(cooperative):
         return admit(AdmissionCandidate(contribution, under.charter, under.base, load_plugins()))
 
     return run
-
-
-def train_with_peft(folder, model, texts_tokens, steps=30):
-    """A LoRA trained by PEFT on a model, as another program would."""
-    from peft import LoraConfig, get_peft_model
-
-    with quiet():
-        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-        wrapped = get_peft_model(model, config)
-        optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], 1e-2)
-        for step in range(steps):
-            batch = texts_tokens[(step * 8) % (len(texts_tokens) - 8) :][:8]
-            wrapped(input_ids=batch, labels=batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        wrapped.save_pretrained(folder)
 
 
 def train_tokens(corpus):
