@@ -74,8 +74,8 @@ def measure(case: Case, folder: Path) -> tuple[str, float | None, float]:
 
 def shorten(message: str) -> str:
     """What was got and what repairs it."""
-    text = message.partition(", got ")[2].replace("|", "\\|")
-    return text if len(text) <= 230 else f"{text[:229]}…"
+    text = message.partition(", got ")[2].replace("|", "\\|").replace("`", "")
+    return text if len(text) <= 320 else f"{text[:319]}…"
 
 
 def first_answer(folder: Path) -> float:

@@ -828,6 +828,19 @@ def _shared_expert(folder: Path) -> None:
     rename(folder, swap(".mlp.", ".mlp.shared_expert."))
 
 
+@refused("experts one by one", "transformers 4", "fuses experts", "dense layers", late=True)
+def _experts(folder: Path) -> None:
+    make(folder, targets=("up_proj",))
+    rename(folder, swap(".mlp.", ".mlp.experts.3."))
+
+
+@refused("a link into the Hub's cache", "huggingface_hub", "leads out of the folder", "cp -rL")
+def _hub_cache(folder: Path) -> None:
+    make(folder)
+    (folder / WEIGHTS).rename(folder.with_name("blob"))
+    (folder / WEIGHTS).symlink_to(folder.with_name("blob"))
+
+
 @refused("a wider model", "PEFT", "expected a change of shape", "training on this base", late=True)
 def _wider(folder: Path) -> None:
     make(folder)

@@ -36,7 +36,7 @@ def join(
     ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Folder of an adapter trained earlier, e.g. by molora train."),
+        typer.Option(help="Folder of an adapter trained earlier, here or by another program."),
     ] = None,
     name: Annotated[
         str, typer.Option(help="Name in reports; domain and start of the key if not given.")

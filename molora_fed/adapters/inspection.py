@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from molora_fed.adapters.headers import (
     CONFIG_FILE,
+    INDEX_FILE,
     META_FILE,
+    WEIGHTS_FILE,
     TensorHeader,
     describe_unreadable,
     load_json,
@@ -28,6 +30,7 @@ from molora_fed.adapters.peft_folder import (
     read_claims,
 )
 from molora_fed.adapters.peft_tensors import list_missing_targets
+from molora_fed.storage.files import resolve_inside
 
 if TYPE_CHECKING:
     from molora_fed.adapters.updates import Adapter
@@ -143,6 +146,14 @@ def check_folder(folder: Path, name: str) -> None:
             fix="Check the path.",
         )
     check_has_adapter(folder, name)
+    for file in (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, META_FILE):
+        if resolve_inside(folder / file, folder) is None:
+            raise describe_unreadable(
+                name,
+                expected="files of its own",
+                got=f"'{file}', a link that leads out of the folder, as in the Hub's cache",
+                fix="Copy the folder with `cp -rL` and use the copy.",
+            )
 
 
 def is_own_format(folder: Path, name: str) -> bool:

@@ -39,6 +39,7 @@ __all__ = [
 
 MAX_SHARDS = 1_000
 _MOST_ENTRIES = 1_000  # of one folder that are looked at
+_MOST_FOLDERS = 100  # whose folders are looked into
 _MOST_FOUND = 20  # adapters in subfolders that are listed
 _SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,150}\.safetensors")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -199,7 +200,7 @@ def find_adapters(folder: Path) -> list[str]:
                 continue
             below += inner
         found += [str(b.relative_to(folder)) for b in below if (b / CONFIG_FILE).is_file()]
-        level = below[:_MOST_ENTRIES]
+        level = below[:_MOST_FOLDERS]
     return sorted(found)
 
 

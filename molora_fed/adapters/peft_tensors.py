@@ -425,6 +425,15 @@ def _describe_foreign(
         )
     depth = 1 + max(int(n[len(base.blocks) + 1 :].partition(".")[0]) for n in base.shapes)
     unknown = next((f for f in factors if own(f.path) not in base.shapes), factors[0])
+    if any("experts" in factor.path for factor in factors) and not any(
+        ".experts." in module for module in base.shapes
+    ):
+        return describe_unreadable(
+            name,
+            expected="factors of layers that the base has one by one",
+            got=f"'{unknown.key}', of an expert: transformers 5 fuses experts into one weight",
+            fix="Train it again with target_modules that name attention and dense layers.",
+        )
     return describe_unreadable(
         name,
         expected=f"names of the base's linear layers, e.g. '{next(iter(base.shapes))}', in "

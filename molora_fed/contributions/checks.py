@@ -207,10 +207,10 @@ def check_own_domain_loss(candidate: AdmissionCandidate) -> Finding | None:
 
 MIN_UNPROVEN_GAIN = 0.01
 """Nats per token that an adapter without its base's fingerprint must be better than the base."""
-SHUFFLES = 4
+SHUFFLES = 8
 """Times that such an adapter's change is shuffled and measured."""
-SHUFFLED_SHARE = 0.5
-"""Largest share of its gain that a shuffled one may have; see docs/adapters.md for figures."""
+SHUFFLED_SHARE = 1 / 3
+"""Largest share of its gain that a shuffled one may have; see docs/results/wrong_base.md."""
 
 
 @needs(Stage.MODEL)

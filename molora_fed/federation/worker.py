@@ -208,7 +208,7 @@ class ContributorWorker:
                 )
                 self._state.enter(state, message)
 
-            make_contribution(
+            made = make_contribution(
                 under,
                 corpus,
                 home.root,
@@ -221,6 +221,12 @@ class ContributorWorker:
                 on_phase=enter,
                 on_warning=lambda text: log("chat template", "warning", reason=text),
                 progress=self._state.progress,
+            )
+            log(
+                "adapter measured",
+                changed=made.adapter.changed,
+                modules=made.adapter.modules,
+                loss_change=round(made.adapter.loss - made.adapter.base_loss, 4),
             )
 
     def _read_decision(self) -> bool | None:
