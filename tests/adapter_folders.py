@@ -862,6 +862,18 @@ def _other_rank(folder: Path) -> None:
     edit(folder, r=8)
 
 
+@refused("factors of blocks that the config leaves out", "by hand", "leave out", "target_modules")
+def _other_blocks(folder: Path) -> None:
+    make(folder)
+    edit(folder, layers_to_transform=[1])
+
+
+@refused("factors of modules that the config leaves out", "by hand", "leave out", "target_modules")
+def _other_modules(folder: Path) -> None:
+    make(folder)
+    edit(folder, target_modules=["q_proj"])
+
+
 @refused("a feature of tomorrow, switched on", "a newer PEFT", "use_tomorrow", "without these")
 def _tomorrow(folder: Path) -> None:
     make(folder)

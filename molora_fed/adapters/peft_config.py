@@ -85,6 +85,9 @@ class LoraSettings:
         use_rslora: Whether the scale is alpha / sqrt(R) instead of alpha / R.
         targets: Names or name endings that the config lists as changed; None where it says so
             otherwise (a pattern, "all-linear"), or restricts them further.
+        listed: Names or name endings that the config lists as changed, restricted or not; None
+            where it does not list them.
+        layers: Blocks that the config restricts the list to; None for all.
         shown_targets: What the config says of targets, for people.
         uses_dora: Whether a magnitude is trained beside: not a low-rank change.
         saved_modules: Further modules that the config says are trained whole.
@@ -97,6 +100,8 @@ class LoraSettings:
     alphas: "NamePatterns"
     use_rslora: bool
     targets: tuple[str, ...] | None
+    listed: tuple[str, ...] | None
+    layers: frozenset[int] | None
     shown_targets: str
     uses_dora: bool = False
     saved_modules: tuple[str, ...] = ()
@@ -249,7 +254,8 @@ def read_settings(config: Mapping[str, Any], name: str) -> LoraSettings:
             f"patterns {clean(patterns, 120)}",
             fix=f"Correct {CONFIG_FILE}.",
         )
-    targets = _read_targets(config, name)
+    listed = _read_targets(config, name)
+    restricted = any(config.get(key) not in (None, [], "") for key in _RESTRICTING_KEYS)
     shown = config.get("target_modules")
     return LoraSettings(
         rank=rank,
@@ -257,7 +263,9 @@ def read_settings(config: Mapping[str, Any], name: str) -> LoraSettings:
         ranks=NamePatterns(patterns[0], rank, name=name, what="rank_pattern"),
         alphas=NamePatterns(patterns[1], alpha, name=name, what="alpha_pattern"),
         use_rslora=config.get("use_rslora", False),
-        targets=targets,
+        targets=None if restricted else listed,
+        listed=listed,
+        layers=_read_layers(config.get("layers_to_transform")),
         shown_targets=_shorten(shown),
         uses_dora=bool(config.get("use_dora")),
         saved_modules=_list_texts(config.get("modules_to_save")),
@@ -307,8 +315,13 @@ def _read_targets(config: Mapping[str, Any], name: str) -> tuple[str, ...] | Non
             got=str(len(targets)),
             fix="Name endings instead of every module.",
         )
-    restricted = any(config.get(key) not in (None, [], "") for key in _RESTRICTING_KEYS)
-    return None if restricted else tuple(targets)
+    return tuple(targets)
+
+
+def _read_layers(value: Any) -> frozenset[int] | None:
+    """Blocks of `layers_to_transform`; None for all, as PEFT takes an empty list."""
+    found = [value] if type(value) is int else value if isinstance(value, list) else []
+    return frozenset(each for each in found if type(each) is int) or None
 
 
 def _check_type(config: Mapping[str, Any], name: str) -> None:

@@ -538,13 +538,14 @@ def _guess_slices(
 
 def _check_targets(pairs: Mapping[str, FactorPair], settings: LoraSettings, name: str) -> None:
     """Where the config lists names: refuse factors that PEFT would leave out."""
-    if settings.targets is None:
+    if settings.listed is None:
         return
-    targets = frozenset(settings.targets)
+    targets = frozenset(settings.listed)
     extra = [
         module
         for module, pair in pairs.items()
-        if not matches_target(module, targets) and not matches_target(pair.trained_as, targets)
+        if not (matches_target(module, targets) or matches_target(pair.trained_as, targets))
+        or (settings.layers is not None and _find_block(module) not in settings.layers)
     ]
     if extra:
         raise describe_unreadable(
@@ -553,6 +554,11 @@ def _check_targets(pairs: Mapping[str, FactorPair], settings: LoraSettings, name
             got=f"extra tensor '{pairs[extra[0]].a}', which PEFT would leave out",
             fix="Name the module among target_modules, or save the adapter again.",
         )
+
+
+def _find_block(module: str) -> int | None:
+    """The first number in a module's name, which PEFT takes for its block."""
+    return next((int(each) for each in module.split(".") if each.isdecimal()), None)
 
 
 def list_missing_targets(layout: LoraLayout, settings: LoraSettings) -> list[str]:
