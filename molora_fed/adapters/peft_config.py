@@ -327,7 +327,7 @@ def _read_layers(value: Any) -> frozenset[int] | None:
 def _check_type(config: Mapping[str, Any], name: str) -> None:
     """Refuse what is no LoRA, naming what it is."""
     found = config.get("peft_type")
-    kind = found.upper() if isinstance(found, str) else found
+    kind = found.upper() if isinstance(found, str) else None if found is None else "?"
     if kind == "LORA":
         return
     if kind is None and ("lora_parameters" in config or "fine_tune_type" in config):

@@ -316,7 +316,7 @@ def _read_kept(key: str, segments: Sequence[str], name: str) -> KeptTensor:
             place = path.index(marker)
             # What follows is an adapter's name, except for the parameter's own.
             path = [*path[:place], *path[place + 1 :][-1:]]
-    found = _strip(path)
+    found = _strip(path) or (key,)
     owner = found[-2].split("_") if len(found) > 1 else [found[0]]
     if owner[0] in _HEADS and not any(each.isdecimal() for each in found):
         raise describe_unreadable(

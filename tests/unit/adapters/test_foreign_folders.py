@@ -1,6 +1,8 @@
 """Folders of many tools: PEFT's logits, or a refusal with cause and repair; see adapter_folders."""
 
+import contextlib
 import json
+import random
 import time
 
 import pytest
@@ -256,3 +258,48 @@ def test_a_module_of_zeros_is_not_counted_as_changed(tmp_path):
     save_file({**tensors, key: tensors[key] * 0}, tmp_path / "a" / WEIGHTS_FILE)
     report, _ = report_on_base(tmp_path / "a", tiny_base("llama"))
     assert (report.changed, report.modules) == (3, 4)
+
+
+VALUES = (
+    None, True, 0, -1, 2**63, 1e308, "", "x", [], [1], [None], [{}], {}, {"a": 1}, {"q_proj": "x"},
+    {"(": 1}, {"a" * 500: 3}, [[1]], {"x": [1]}, {"q_proj": True},
+)  # fmt: skip
+PARTS = (
+    "base_model", "model", "layers", "0", "self_attn", "q_proj", "lora_A", "lora_B", "weight",
+    "default", "_orig_mod", "module", "lora_magnitude_vector", "lm_head", "modules_to_save", "bias",
+    "trainable_tokens_delta", "token_adapter", "score", "base_layer", "lora_embedding_A", "lora_E",
+    "embed_tokens", "norm", "9" * 20,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_config_and_names_say_it_is_read_or_refused_in_one_line(seed, tmp_path):
+    draw = random.Random(seed)
+    make(tmp_path / "a", modules_to_save=["lm_head"])
+    good = json.loads((tmp_path / "a" / CONFIG).read_text())
+    tensors = read(tmp_path / "a")
+    for _ in range(100):
+        config = {**good, **{draw.choice(list(good)): draw.choice(VALUES) for _ in range(2)}}
+        changed = dict(tensors)
+        for _ in range(draw.randrange(4)):
+            key = draw.choice(list(changed))
+            segments, tensor = key.split("."), changed.pop(key)
+            match draw.randrange(3):
+                case 0:
+                    segments[draw.randrange(len(segments))] = draw.choice(PARTS)
+                case 1:
+                    segments.insert(draw.randrange(len(segments) + 1), draw.choice(PARTS))
+                case _:
+                    shape = [draw.choice([0, 1, 4, 32]) for _ in range(draw.randrange(4))]
+                    tensor = torch.zeros(shape)
+                    segments = draw.choices(PARTS, k=draw.randrange(1, 7))
+            changed[".".join(segments)] = tensor
+        (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
+        save_file(changed, tmp_path / "a" / WEIGHTS_FILE)
+        for look in (inspect_folder, lambda folder: report_on_base(folder, tiny_base("llama"))):
+            with contextlib.suppress(AdapterError):
+                try:
+                    look(tmp_path / "a")
+                except AdapterError as error:
+                    assert "\n" not in str(error) and len(str(error)) < 4_000
+                    raise
