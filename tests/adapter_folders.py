@@ -874,6 +874,18 @@ def _other_modules(folder: Path) -> None:
     edit(folder, target_modules=["q_proj"])
 
 
+@refused("factors that a pattern leaves out", "by hand", "leave out", "target_modules")
+def _other_pattern(folder: Path) -> None:
+    make(folder)
+    edit(folder, target_modules=r".*\.q_proj")
+
+
+@refused("factors of excluded modules", "by hand", "leave out", "target_modules")
+def _excluded(folder: Path) -> None:
+    make(folder)
+    edit(folder, exclude_modules=["q_proj"])
+
+
 @refused("a feature of tomorrow, switched on", "a newer PEFT", "use_tomorrow", "without these")
 def _tomorrow(folder: Path) -> None:
     make(folder)

@@ -19,6 +19,7 @@ __all__ = [
     "DEFAULTS",
     "LoraSettings",
     "NamePatterns",
+    "compile_names",
     "list_endings",
     "matches_target",
     "read_settings",
@@ -88,6 +89,8 @@ class LoraSettings:
         listed: Names or name endings that the config lists as changed, restricted or not; None
             where it does not list them.
         layers: Blocks that the config restricts the list to; None for all.
+        pattern: Pattern of whole names that says what is changed; "" where it is none.
+        excluded: Names or endings, or a pattern, that the config leaves out.
         shown_targets: What the config says of targets, for people.
         uses_dora: Whether a magnitude is trained beside: not a low-rank change.
         saved_modules: Further modules that the config says are trained whole.
@@ -102,6 +105,8 @@ class LoraSettings:
     targets: tuple[str, ...] | None
     listed: tuple[str, ...] | None
     layers: frozenset[int] | None
+    pattern: str
+    excluded: tuple[str, ...] | str
     shown_targets: str
     uses_dora: bool = False
     saved_modules: tuple[str, ...] = ()
@@ -184,13 +189,34 @@ class NamePatterns:
         return self._values[min(places)] if places else self._default
 
 
-def _compile(key: str, name: str, what: str) -> Callable[[str], Any]:
+def compile_names(found: Collection[str] | str, name: str, what: str) -> Callable[[str], bool]:
+    """Whether a module is among names and endings, or matches a pattern of whole names.
+
+    Raises:
+        AdapterError: If a pattern cannot be matched in linear time.
+    """
+    if not isinstance(found, str):
+        names = frozenset(found)
+        return lambda module: matches_target(module, names)
+    if not found:
+        return lambda module: False
+    matches = _compile(found, name, what, whole=True)
+    return lambda module: bool(matches(module))
+
+
+def _compile(key: str, name: str, what: str, *, whole: bool = False) -> Callable[[str], Any]:
     """One key as PEFT puts it together, for RE2.
+
+    Args:
+        key: The regular expression.
+        name: The adapter's name, for errors.
+        what: Key of the config, for errors.
+        whole: Whether it has to match a whole name, not an ending of it.
 
     Raises:
         AdapterError: If Python or RE2 does not take it, or the two would read it differently.
     """
-    text = rf"(.*\.)?({key})$"
+    text = rf"({key})$" if whole else rf"(.*\.)?({key})$"
     reason = ""
     if len(key) > _MAX_PATTERN:
         reason = f"more than {_MAX_PATTERN} characters"
@@ -216,7 +242,7 @@ def _compile(key: str, name: str, what: str) -> Callable[[str], Any]:
             reason = f"what cannot be matched in linear time ({clean(found, 80)})"
     raise describe_unreadable(
         name,
-        expected=f"regular expressions without look-around and back-references as keys of {what}",
+        expected=f"regular expressions without look-around and back-references in {what}",
         got=f"'{clean(key, 120)}': {reason}",
         fix=f"Write the modules' names out in {what} of {CONFIG_FILE}.",
     )
@@ -266,6 +292,8 @@ def read_settings(config: Mapping[str, Any], name: str) -> LoraSettings:
         targets=None if restricted else listed,
         listed=listed,
         layers=_read_layers(config.get("layers_to_transform")),
+        pattern=shown if isinstance(shown, str) and shown.lower() != "all-linear" else "",
+        excluded=_read_excluded(config.get("exclude_modules")),
         shown_targets=_shorten(shown),
         uses_dora=bool(config.get("use_dora")),
         saved_modules=_list_texts(config.get("modules_to_save")),
@@ -316,6 +344,13 @@ def _read_targets(config: Mapping[str, Any], name: str) -> tuple[str, ...] | Non
             fix="Name endings instead of every module.",
         )
     return tuple(targets)
+
+
+def _read_excluded(value: Any) -> tuple[str, ...] | str:
+    """`exclude_modules`: a pattern, or names and endings."""
+    if isinstance(value, str):
+        return value
+    return tuple(each for each in value if isinstance(each, str)) if isinstance(value, list) else ()
 
 
 def _read_layers(value: Any) -> frozenset[int] | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from molora_fed.adapters.headers import CONFIG_FILE, TensorHeader, describe_unreadable
-from molora_fed.adapters.peft_config import MERGE, LoraSettings, list_endings, matches_target
+from molora_fed.adapters.peft_config import MERGE, LoraSettings, compile_names, list_endings
 from molora_fed.errors import AdapterError
 
 __all__ = [
@@ -537,16 +537,19 @@ def _guess_slices(
 
 
 def _check_targets(pairs: Mapping[str, FactorPair], settings: LoraSettings, name: str) -> None:
-    """Where the config lists names: refuse factors that PEFT would leave out."""
-    if settings.listed is None:
-        return
-    targets = frozenset(settings.listed)
-    extra = [
-        module
-        for module, pair in pairs.items()
-        if not (matches_target(module, targets) or matches_target(pair.trained_as, targets))
-        or (settings.layers is not None and _find_block(module) not in settings.layers)
-    ]
+    """Refuse factors that PEFT would leave out, by names or patterns of the config."""
+    is_excluded = compile_names(settings.excluded, name, "exclude_modules")
+    extra = [module for module, pair in pairs.items() if is_excluded(pair.trained_as)]
+    if settings.listed is not None:
+        is_target = compile_names(settings.listed, name, "target_modules")
+        extra += [
+            module
+            for module, pair in pairs.items()
+            if not (is_target(module) or is_target(pair.trained_as))
+            or (settings.layers is not None and _find_block(module) not in settings.layers)
+        ]
+    else:
+        extra += _list_unmatched(pairs, settings, name)
     if extra:
         raise describe_unreadable(
             name,
@@ -554,6 +557,22 @@ def _check_targets(pairs: Mapping[str, FactorPair], settings: LoraSettings, name
             got=f"extra tensor '{pairs[extra[0]].a}', which PEFT would leave out",
             fix="Name the module among target_modules, or save the adapter again.",
         )
+
+
+def _list_unmatched(
+    pairs: Mapping[str, FactorPair], settings: LoraSettings, name: str
+) -> list[str]:
+    """Modules that a pattern of targets leaves out, although it matches others of the file.
+
+    One that matches none was written for other names; one that is not read in linear time tells
+    nothing. The tensors say then what was changed.
+    """
+    try:
+        is_target = compile_names(settings.pattern, name, "target_modules")
+    except AdapterError:
+        return []
+    matched = [m for m, pair in pairs.items() if is_target(m) or is_target(pair.trained_as)]
+    return sorted(pairs.keys() - set(matched)) if matched else []
 
 
 def _find_block(module: str) -> int | None:
