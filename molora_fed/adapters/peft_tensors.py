@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from molora_fed.adapters.headers import CONFIG_FILE, TensorHeader, describe_unreadable
 from molora_fed.adapters.peft_config import MERGE, LoraSettings, compile_names, list_endings
-from molora_fed.errors import AdapterError
+from molora_fed.errors import AdapterError, IncompatibleAdapterError
 
 __all__ = [
     "BaseLayers",
@@ -141,6 +141,7 @@ def resolve_layout(
 
     Raises:
         AdapterError: Naming what does not fit, what causes it and what repairs it.
+        IncompatibleAdapterError: If names do not fit the base's layers.
     """
     _check_whole(headers, settings, name)
     factors, kept, notes = _read_keys(headers, name)
@@ -356,7 +357,7 @@ def _name_layers(
             got=f"{len(found)} that fit the base, e.g. of '{factors[0].key}'",
             fix="Save the adapter from the model without wrappers.",
         )
-    raise _describe_foreign(factors, name, base, listed)
+    raise IncompatibleAdapterError(str(_describe_foreign(factors, name, base, listed)))
 
 
 def _try_reading(
