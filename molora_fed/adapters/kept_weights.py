@@ -15,7 +15,7 @@ from molora_fed.adapters.headers import TensorHeader, describe_unreadable, opene
 from molora_fed.adapters.limits import BaseLimits
 from molora_fed.adapters.peft_config import LoraSettings
 from molora_fed.adapters.peft_folder import describe_cause
-from molora_fed.adapters.peft_tensors import KeptTensor
+from molora_fed.adapters.peft_keys import KeptTensor
 from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = ["check_kept_weights"]

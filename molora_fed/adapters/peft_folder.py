@@ -21,7 +21,8 @@ from molora_fed.adapters.headers import (
     read_headers,
 )
 from molora_fed.adapters.peft_config import LoraSettings, read_settings
-from molora_fed.adapters.peft_tensors import BaseLayers, KeptTensor, LoraLayout, resolve_layout
+from molora_fed.adapters.peft_keys import KeptTensor
+from molora_fed.adapters.peft_tensors import BaseLayers, LoraLayout, resolve_layout
 from molora_fed.storage.untrusted import clean
 
 __all__ = [
