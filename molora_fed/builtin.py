@@ -115,6 +115,8 @@ def register_admission_checks(register: Register) -> None:
         ("adapter-limits", "check_adapter_limits", "Kind, rank and bytes within the charter"),
         ("finite-values", "check_finite_values", "No NaN or infinity in any tensor"),
         ("own-domain-loss", "check_own_domain_loss", "Better than the base where it trained"),
+        ("claimed-base", "check_claimed_base", "Clearly better, where only its shapes fit"),
+        ("quantised-base", "check_quantised_base", "Says if it was trained on four bits"),
     ):
         register(name, f"{module}:{attribute}", summary=summary, source=_OWN)
     module = "molora_fed.contributions.comparison"

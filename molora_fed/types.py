@@ -275,12 +275,14 @@ class Finding:
         found: What the contribution has.
         fix: One thing the contributor can do, a full sentence.
         quarantine: True if a person should look at it, False if it is refused for good.
+        is_note: True if it is only said: the contribution is judged as if it were not there.
     """
 
     expected: str
     found: str
     fix: str
     quarantine: bool = False
+    is_note: bool = False
 
 
 class Progress(Protocol):

@@ -132,7 +132,11 @@ PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "adapters": {
         "molora_fed.adapters.files": _FILES_OF_ADAPTERS,
-        "molora_fed.adapters.low_rank_files": ("load_", "_check_", "_Pattern"),
+        "molora_fed.adapters.headers": (*_FILES_OF_ADAPTERS, "check_", "read_", "opened"),
+        "molora_fed.adapters.low_rank_files": ("load_", "read_"),
+        "molora_fed.adapters.peft_config": ("_check_", "read_", "_read_", "_compile", "Name"),
+        "molora_fed.adapters.peft_keys": ("read_keys", "_check_", "_read_", "_strip"),
+        "molora_fed.adapters.peft_tensors": ("resolve_", "_check_", "_name_", "_pair"),
         "molora_fed.adapters.delta_files": ("load_", "_check_"),
         "molora_fed.adapters.quantised_files": (
             "load_",

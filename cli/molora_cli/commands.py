@@ -19,8 +19,9 @@ GROUPS = {
         (
             "contribute",
             "contribute:contribute",
-            "Sign a contribution of another checkpoint",
+            "Sign a contribution of a checkpoint or an adapter made elsewhere",
         ),
+        ("adapter", "adapter:app", "Check or convert an adapter that another program made"),
     ),
     "Coordinator": (
         ("coop", "coop:app", "Create, inspect and amend cooperatives"),

@@ -3,7 +3,7 @@
 import math
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from molora_cli.output import MAX_LINE, format_time, note, print_columns
 from molora_cli.progress import reporting
 from molora_cli.shared_options import Device, Dtype, ask_compute
 from molora_fed.storage.untrusted import clean
+
+if TYPE_CHECKING:
+    from molora_fed.contributions.decision import AdmissionDecision
 
 app = typer.Typer(help="Cooperatives.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -252,11 +255,28 @@ def admit(
             contributions,
             progress=progress,
         )
-    rows = [(r.contributor, r.domain, str(r.state), r.contribution_id[:16]) for r in receipts]
-    print_columns(("contributor", "domain", "state", "contribution"), rows)
+    rows = [
+        (
+            r.contributor,
+            r.domain,
+            str(r.state),
+            r.contribution_id[:16],
+            _describe_change(r.decision),
+        )
+        for r in receipts
+    ]
+    print_columns(("contributor", "domain", "state", "contribution", "loss change"), rows)
     decisions = [receipt.decision for receipt in receipts if receipt.decision is not None]
+    for each in (text for decision in decisions for text in decision.notes):
+        note(each)
     if refusals := [refusal.message for decision in decisions for refusal in decision.refusals]:
         raise AdmissionError(" ".join(refusals))
+
+
+def _describe_change(decision: "AdmissionDecision | None") -> str:
+    """Loss on the admission sample against the base's, nats per token, if it was measured."""
+    losses = None if decision is None else decision.losses
+    return "-" if losses is None else f"{losses.specialist - losses.base:+.4f}"
 
 
 @app.command()

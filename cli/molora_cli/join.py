@@ -59,7 +59,7 @@ def join(
     ] = "all",
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Folder of an adapter trained earlier, e.g. by molora train."),
+        typer.Option(help="Folder of an adapter trained earlier, here or by another program."),
     ] = None,
     base: Annotated[
         str,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.output import build_corpus_table, build_text_tables, show
+from molora_cli.output import build_corpus_table, build_text_tables, note, show
 from molora_cli.progress import reporting
 from molora_cli.shared_options import (
     Accumulation,
@@ -121,12 +121,14 @@ def train(
             ),
             seed=seed,
             threads=threads or count_cores(),
+            on_warning=note,
             progress=progress,
         )
     adapter, manifest = made.adapter, made.contribution.manifest
     print(
         f"Specialist '{manifest.contributor}' ({adapter.kind}): validation loss "
-        f"{adapter.loss:.4f}, base {adapter.base_loss:.4f} nats per token"
+        f"{adapter.loss:.4f}, base {adapter.base_loss:.4f} nats per token; changes "
+        f"{adapter.changed} of {adapter.modules} modules"
     )
     print("Nothing was sent. If you submit it, this is what goes:")
     show(build_outgoing_table(describe_outgoing(manifest)))

@@ -1,15 +1,16 @@
 """Whether an adapter fits a base model, and the model with it applied."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from molora_fed.adapters.peft_config import matches_target
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.charter import AdapterRules
-from molora_fed.errors import IncompatibleAdapterError
+from molora_fed.errors import AdapterError, IncompatibleAdapterError
 from molora_fed.models.layout import (
     adaptable_modules,
     bias_of,
@@ -21,33 +22,14 @@ from molora_fed.models.layout import (
 __all__ = [
     "applied",
     "check_adapter_fits",
+    "check_effect",
+    "count_changed",
     "find_misfits",
     "find_non_finite",
-    "list_endings",
-    "matches_target",
 ]
 
 
 _SHOWN = 5
-
-
-def list_endings(name: str) -> Iterator[str]:
-    """A module's full name, and every ending of it that begins after a dot, longest first."""
-    yield name
-    start = name.find(".") + 1
-    while start:
-        yield name[start:]
-        start = name.find(".", start) + 1
-
-
-def matches_target(name: str, targets: Collection[str]) -> bool:
-    """Whether a module is named by full names or endings, as PEFT matches them.
-
-    Args:
-        name: Full module name.
-        targets: A set, where there may be many: each ending is looked up in it once.
-    """
-    return any(ending in targets for ending in list_endings(name))
 
 
 def find_non_finite(adapter: Adapter) -> list[str]:
@@ -58,6 +40,18 @@ def find_non_finite(adapter: Adapter) -> list[str]:
         for part, tensor in update.tensors().items()
         if not bool(torch.isfinite(tensor).all())
     ]
+
+
+def count_changed(adapter: Adapter) -> int:
+    """Number of modules whose change is not exactly zero: neither factor, or no difference is."""
+    return sum(_is_change(update) for update in adapter.updates.values())
+
+
+def _is_change(update: LinearUpdate) -> bool:
+    if update.bias is not None and bool(update.bias.any()):
+        return True
+    parts = [part for part in (update.a, update.b, update.dense) if part is not None]
+    return update.scale != 0 and all(bool(part.any()) for part in parts)
 
 
 def find_misfits(adapter: Adapter, model: Any, *, rules: AdapterRules | None = None) -> list[str]:
@@ -139,10 +133,12 @@ def check_adapter_fits(
         adapter: The adapter to check.
         model: The base model, as loaded.
         rules: The charter's rules, if a charter applies.
-        finite: Whether every number is read, too, to refuse NaN and infinity.
+        finite: Whether every number is read, too, to refuse NaN and infinity, and an adapter that
+            changes nothing.
 
     Raises:
         IncompatibleAdapterError: Naming the adapter and every offender, in one line.
+        AdapterError: If it changes nothing.
     """
     offenders = find_misfits(adapter, model, rules=rules)
     if finite:
@@ -157,6 +153,27 @@ def check_adapter_fits(
             f"Cannot use adapter '{adapter.name}' on base '{type(model).__name__}': {shown}. "
             "Export it again from training on this base."
         )
+    if finite:
+        check_effect(adapter)
+
+
+def check_effect(adapter: Adapter) -> int:
+    """Refuse an adapter that changes nothing.
+
+    Returns:
+        The number of modules that it changes.
+
+    Raises:
+        AdapterError: If every product is exactly zero.
+    """
+    changed = count_changed(adapter)
+    if changed:
+        return changed
+    raise AdapterError(
+        f"Cannot use adapter '{adapter.name}': expected a change of the base, got one that changes "
+        f"0 of {len(adapter.updates)} modules (lora_B or every difference is zero). It was saved "
+        "before training, or from another model than the one trained: save the trained one."
+    )
 
 
 @contextmanager

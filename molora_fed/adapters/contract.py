@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from molora_fed.adapters.compatibility import matches_target
+from molora_fed.adapters.peft_config import matches_target
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError

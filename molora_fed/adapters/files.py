@@ -5,20 +5,33 @@
 PEFT LoRA folder without it is read as kind "lora".
 """
 
-import os
-import re
-import stat
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from molora_fed.adapters.compatibility import check_adapter_fits, find_misfits, find_non_finite
+from molora_fed.adapters.headers import (
+    ADAPTER_DTYPES,
+    CONFIG_FILE,
+    MAX_JSON_BYTES,
+    MAX_TENSORS,
+    META_FILE,
+    WEIGHTS_FILE,
+    AdapterMeta,
+    TensorHeader,
+    check_frame,
+    check_joined,
+    check_total,
+    describe_unreadable,
+    load_json,
+    load_meta,
+    opened,
+    read_header,
+)
 from molora_fed.adapters.limits import BaseLimits
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import AdapterRules
@@ -35,13 +48,13 @@ from molora_fed.storage.files import (
     write_bytes,
     write_json,
 )
-from molora_fed.storage.settings import read_model
-from molora_fed.storage.untrusted import clean, parse_json
 from molora_fed.types import ADAPTER_FILES
 
 __all__ = [
     "ADAPTER_DTYPES",
     "CONFIG_FILE",
+    "MAX_JSON_BYTES",
+    "MAX_TENSORS",
     "META_FILE",
     "WEIGHTS_FILE",
     "AdapterMeta",
@@ -59,143 +72,23 @@ __all__ = [
 ]
 
 
-ADAPTER_DTYPES = ("F32", "F16", "BF16")
-"""Element types an adapter may have, as safetensors names them."""
-
-MAX_JSON_BYTES = 2**20
-MAX_HEADER_BYTES = 16 * 2**20
-MAX_TENSORS = 65_536
-"""Of one file; a mixture of experts with 20,000 linear layers has 40,000 factors."""
-_TENSOR_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,200}")
-_MAX_FOUND = 1_000  # characters of what an error quotes
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a safetensors header says of one tensor.
-
-    Attributes:
-        shape: Its dimensions.
-        dtype: Its element type as safetensors names it, e.g. "F32".
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def describe_unreadable(name: str, *, expected: str, got: str, fix: str) -> AdapterError:
-    """The one-line error of an adapter whose files cannot be read."""
-    found = clean(got, _MAX_FOUND)
-    return AdapterError(f"Cannot read adapter '{name}': expected {expected}, got {found}. {fix}")
-
-
-def _file_size(path: Path, name: str) -> int:
-    """Size of a regular file; a pipe or a device, which could never end, is refused."""
-    try:
-        info = path.stat()
-    except OSError as error:
-        raise describe_unreadable(
-            name,
-            expected=f"a file '{path.name}'",
-            got=error.strerror or "nothing",
-            fix="Check the folder's name, or export the adapter again.",
-        ) from error
-    if not stat.S_ISREG(info.st_mode):
-        raise describe_unreadable(
-            name,
-            expected=f"a regular file '{path.name}'",
-            got="a folder or a special file",
-            fix="Copy the file itself into the folder.",
-        )
-    return info.st_size
-
-
-def load_json(path: Path, name: str) -> dict[str, Any]:
-    """Read a small JSON object of an adapter.
-
-    Args:
-        path: The file.
-        name: The adapter's name, for errors.
-
-    Raises:
-        AdapterError: If it is missing, too large, or not a JSON object.
-    """
-    size = _file_size(path, name)
-    fix = "Export the adapter again."
-    if size > MAX_JSON_BYTES:
-        raise describe_unreadable(
-            name,
-            expected=f"at most {MAX_JSON_BYTES} bytes in '{path.name}'",
-            got=str(size),
-            fix=fix,
-        )
-    try:
-        value = parse_json(path.read_bytes(), max_bytes=MAX_JSON_BYTES)
-    except (OSError, ValueError) as error:
-        raise describe_unreadable(
-            name,
-            expected=f"JSON in '{path.name}'",
-            got=clean(error),
-            fix=fix,
-        ) from error
-    if not isinstance(value, dict):
-        raise describe_unreadable(
-            name,
-            expected=f"a JSON object in '{path.name}'",
-            got=type(value).__name__,
-            fix=fix,
-        )
-    return value
-
-
-def _check_frame(path: Path, name: str, max_bytes: int | None) -> None:
-    """Judge size, first bytes and header length, before the file is opened as safetensors."""
-    size = _file_size(path, name)
-    if max_bytes is not None and size > max_bytes:
-        raise describe_unreadable(
-            name,
-            expected=f"at most {max_bytes} bytes in '{path.name}'",
-            got=str(size),
-            fix="Lower the rank, or choose a smaller adapter kind.",
-        )
-    with path.open("rb") as file:
-        start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) == 8 and length <= size - 8 and length <= MAX_HEADER_BYTES:
-        return  # first of all: a header of 640 bytes, say, begins like a pickle of protocol 2
-    if start.startswith(_PICKLE_STARTS):
-        raise describe_unreadable(
-            name,
-            expected=f"safetensors in '{path.name}'",
-            got="a pickle, which could run code",
-            fix="Save the tensors with safetensors; renaming the file is not enough.",
-        )
-    raise describe_unreadable(
-        name,
-        expected=f"a whole safetensors file '{path.name}'",
-        got=f"{size} bytes with a header of {length}",
-        fix="It is truncated or something else; copy or export it again.",
-    )
-
-
 def load_tensors(
-    path: Path,
+    path: Path | Sequence[Path],
     name: str,
     *,
     max_bytes: int | None,
-    check: Callable[[Mapping[str, TensorHeader]], None],
+    check: Callable[[Mapping[str, TensorHeader]], Collection[str] | None],
     dtypes: tuple[str, ...] = ADAPTER_DTYPES,
 ) -> dict[str, Tensor]:
     """Read a safetensors file whose sender is not trusted.
 
     Args:
-        path: The file.
+        path: The file, or the shards that are one.
         name: The adapter's name, for errors.
         max_bytes: Refused above this size, before anything is allocated; None for no limit.
         check: Judges names, shapes and dtypes by the header, before anything is allocated; raises
-            AdapterError.
-        dtypes: Element types the file may have, as safetensors names them.
+            AdapterError. Gives back which tensors are read, None for all.
+        dtypes: Element types that what is read may have, as safetensors names them.
 
     Returns:
         The tensors by name, sorted, on the CPU, in the file's dtype.
@@ -204,101 +97,41 @@ def load_tensors(
         AdapterError: If the file is missing, too large, not safetensors, truncated, of a dtype
             that is not allowed, or refused by `check`.
     """
-    _check_frame(path, name, max_bytes)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            keys = sorted(file.keys())
-            _check_names(keys, name, path)
-            headers = {}
-            for key in keys:
-                part = file.get_slice(key)
-                headers[key] = TensorHeader(tuple(part.get_shape()), part.get_dtype())
-            wrong = [f"'{k}' {h.dtype}" for k, h in headers.items() if h.dtype not in dtypes]
-            if wrong:
-                raise describe_unreadable(
-                    name,
-                    expected=f"tensors of {', '.join(dtypes)}",
-                    got=", ".join(wrong[:5]),
-                    fix="Convert them before saving.",
-                )
-            check(headers)
-            # Copies: what safetensors returns is the mapped file, which may be cut short later.
-            return {key: file.get_tensor(key).clone() for key in headers}
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, AdapterError):
-            raise
-        raise describe_unreadable(
-            name,
-            expected=f"a whole safetensors file '{path.name}'",
-            got=clean(error),
-            fix="It is truncated or malformed; copy or export it again.",
-        ) from error
+    paths = [path] if isinstance(path, Path) else list(path)
+    headers: dict[str, TensorHeader] = {}
+    places: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for each in paths:
+            check_frame(each, name, max_bytes)
+            file = stack.enter_context(opened(each, name, framework="pt"))
+            found = read_header(file, each, name)
+            check_joined(headers, found, each, name)
+            headers |= found
+            places |= dict.fromkeys(found, file)
+        check_total(paths, name, max_bytes)
+        chosen = check(headers)
+        wanted = sorted(headers if chosen is None else chosen)
+        wrong = [f"'{k}' {headers[k].dtype}" for k in wanted if headers[k].dtype not in dtypes]
+        if wrong:
+            raise describe_unreadable(
+                name,
+                expected=f"tensors of {', '.join(dtypes)}",
+                got=", ".join(wrong[:5]),
+                fix="Convert them before saving: integers are of a quantised copy.",
+            )
+        # Copies: what safetensors returns is the mapped file, which may be cut short later.
+        return {key: places[key].get_tensor(key).clone() for key in wanted}
 
 
-def _check_names(keys: Sequence[str], name: str, path: Path) -> None:
-    """Refuse names that no layer has, and more of them than any base, before one is looked at."""
-    fix = "Export the adapter again from training on this base."
-    if len(keys) > MAX_TENSORS:
-        raise describe_unreadable(
-            name, expected=f"at most {MAX_TENSORS} tensors", got=str(len(keys)), fix=fix
-        )
-    strange = [clean(key) for key in keys if not _TENSOR_NAME.fullmatch(key)]
-    if strange:
-        raise describe_unreadable(
-            name,
-            expected=f"names of tensors in '{path.name}' of letters, digits and dots, 200 at most",
-            got=f"'{strange[0]}'" + (f" and {len(strange) - 1} more" if strange[1:] else ""),
-            fix=fix,
-        )
-
-
-CONFIG_FILE, WEIGHTS_FILE, META_FILE = ADAPTER_FILES
-FORMAT_VERSION = 1
-
-
-class AdapterMeta(BaseModel):
-    """Content of `molora_adapter.json`.
-
-    Attributes:
-        format_version: Version of the format; others are refused.
-        kind: Adapter kind.
-        frozen_depth: K; blocks below it are not changed.
-        base_weights: Fingerprint of the base it was trained on; empty if not stated.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    format_version: int = Field(default=FORMAT_VERSION, ge=FORMAT_VERSION, le=FORMAT_VERSION)
-    kind: str = Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$", max_length=64)
-    frozen_depth: int = Field(ge=0)
-    base_weights: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
-
-
-def load_meta(folder: Path, name: str) -> AdapterMeta:
-    """Read `molora_adapter.json`; where it is absent, the folder is a plain PEFT LoRA.
+def hash_adapter_files(folder: Path, weights: Sequence[Path] = ()) -> str:
+    """SHA-256 over names and hashes of an adapter's files; other files beside them do not count.
 
     Args:
         folder: The adapter's folder.
-        name: The adapter's name, for errors.
-
-    Raises:
-        AdapterError: If it is malformed or of another format version.
+        weights: Its weights files, where these are shards of another name.
     """
-    if not os.path.exists(folder / META_FILE):
-        return AdapterMeta(kind="lora", frozen_depth=0)
-    return read_model(
-        folder / META_FILE,
-        AdapterMeta,
-        what=f"Cannot read adapter '{name}'",
-        error=AdapterError,
-        fix="Export the adapter again with this version.",
-        max_bytes=MAX_JSON_BYTES,
-    )
-
-
-def hash_adapter_files(folder: Path) -> str:
-    """SHA-256 over names and hashes of an adapter's files; other files beside them do not count."""
-    hashes = {n: hash_file(folder / n) for n in ADAPTER_FILES if is_file(folder / n)}
+    names = sorted({*ADAPTER_FILES, *(path.name for path in weights)})
+    hashes = {n: hash_file(folder / n) for n in names if is_file(folder / n)}
     return hash_bytes(canonical_json(hashes))
 
 
@@ -328,6 +161,7 @@ def load_adapter(
     *,
     rules: AdapterRules | None = None,
     model: Any | None = None,
+    tokenizer: Any | None = None,
     plugins: Plugins | None = None,
     name: str | None = None,
 ) -> Adapter:
@@ -336,7 +170,9 @@ def load_adapter(
     Args:
         folder: Folder with the adapter's files.
         rules: Limits of the charter on kind, rank and bytes, checked before anything is allocated.
-        model: The base model; with the rules it bounds what is expanded (`BaseLimits`).
+        model: The base model; it bounds what is expanded (`BaseLimits`), and decides how names of
+            tensors are read that something was put around.
+        tokenizer: The base's tokenizer, to name tokens in errors.
         plugins: Where kinds are looked up; the installed plugins by default.
         name: Name for errors and reports; the folder's path by default.
 
@@ -365,7 +201,7 @@ def load_adapter(
         )
     kinds = (plugins or get_plugins()).adapter_kinds
     entry = kinds.entry(meta.kind)
-    limits = rules if rules is None or model is None else BaseLimits.of(rules, model)
+    limits = rules if model is None else BaseLimits.of(rules, model, tokenizer)
     with guarded(entry, "loading", passing=(AdapterError,)):
         adapter = kinds.resolve(meta.kind)().load(folder, limits, name=name)
     if not isinstance(adapter, Adapter):

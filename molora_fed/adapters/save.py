@@ -57,6 +57,7 @@ def write_updates(
     options: LinearOptions | None = None,
     transposed: bool = False,
     use_rslora: bool = False,
+    base_name: str | None = None,
 ) -> None:
     """Write updates in the format that their kind and the wanted precision ask for.
 
@@ -67,6 +68,7 @@ def write_updates(
         options: Precision and group; None keeps the numbers of factors as they are.
         transposed: Whether the modules are Conv1D, for PEFT.
         use_rslora: How PEFT's config states the scale, see `write_low_rank`.
+        base_name: Name of the base on the Hub, for PEFT.
 
     Raises:
         AdapterError: If numbers to be rounded are not finite.
@@ -81,7 +83,14 @@ def write_updates(
     else:
         if precision is not None:
             updates = {name: _cast(u, _DTYPES[precision]) for name, u in updates.items()}
-        write_low_rank(folder, updates, meta, transposed=transposed, use_rslora=use_rslora)
+        write_low_rank(
+            folder,
+            updates,
+            meta,
+            transposed=transposed,
+            use_rslora=use_rslora,
+            base_name=base_name,
+        )
 
 
 def _cast(update: LinearUpdate, dtype: torch.dtype) -> LinearUpdate:

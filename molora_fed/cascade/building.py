@@ -112,13 +112,20 @@ class _Loader:
         return self._bases[known]
 
     def _specialist(self, name: str, source: SpecialistSource) -> tuple[Any, Any]:
-        from molora_fed.adapters.files import load_adapter
+        from molora_fed.adapters.files import check_adapter_fits, load_adapter
 
         if source.path is not None and source.base is not None:
             folder = self._root / source.path
             inner = folder / "adapter"
-            adapter = load_adapter(inner if inner.is_dir() else folder, plugins=self._plugins)
-            return self._base(source.base), adapter
+            base = self._base(source.base)
+            adapter = load_adapter(
+                inner if inner.is_dir() else folder,
+                model=base.model,
+                tokenizer=base.tokenizer,
+                plugins=self._plugins,
+            )
+            check_adapter_fits(adapter, base.model)
+            return base, adapter
         return self._of_ledger(name, self._root / str(source.cooperative), str(source.contributor))
 
     def _of_ledger(self, name: str, folder: Path, contributor: str) -> tuple[Any, Any]:
@@ -141,8 +148,11 @@ class _Loader:
             )
         stored = cooperative.store.folder(list_stored_files(entries[0])) / "adapter"
         rules = cooperative.charter.identity.adapters
-        adapter = load_adapter(stored, rules=rules, plugins=self._plugins, name=contributor)
-        return self._base(folder), adapter
+        base = self._base(folder)
+        adapter = load_adapter(
+            stored, rules=rules, model=base.model, plugins=self._plugins, name=contributor
+        )
+        return base, adapter
 
 
 def build_policy(name: str, options: Mapping[str, Any], plugins: Plugins) -> EscalationPolicy:

@@ -52,11 +52,13 @@ MANDATORY = (
     "adapter-limits",
     "base-fingerprint",
     "charter-identity",
+    "claimed-base",
     "finite-values",
     "frozen-depth",
     "near-copy",
     "other-domains",
     "own-domain-loss",
+    "quantised-base",
     "required-samples",
     "shared-initialisation",
     "signature",
@@ -188,6 +190,7 @@ def admit(candidate: AdmissionCandidate, *, accepted: Collection[str] = ()) -> A
     registry = candidate.plugins.admission_checks
     core = {entry.name for entry in registry if entry.is_own}
     refusals: list[Refusal] = []
+    notes: list[str] = []
     checks: dict[str, Callable[[AdmissionCandidate], Finding | None]] = {}
     for name in sorted({*core, *MANDATORY, *candidate.charter.amendment.admission.checks}):
         try:
@@ -208,6 +211,9 @@ def admit(candidate: AdmissionCandidate, *, accepted: Collection[str] = ()) -> A
         for name in (name for name in sorted(checks) if stages[name] == stage):
             run.append(name)
             found = _run_check(checks[name], candidate, registry.entry(name))
+            if found is not None and found.is_note:
+                notes.append(f"{name}: expected {found.expected}, got {found.found}. {found.fix}")
+                continue
             if found is None or (found.quarantine and not found.failed and name in accepted):
                 continue
             refusals.append(found)
@@ -218,7 +224,7 @@ def admit(candidate: AdmissionCandidate, *, accepted: Collection[str] = ()) -> A
     else:
         state = ContributionState.QUARANTINED if refusals else ContributionState.ADMITTED
     measured = candidate.__dict__.get("losses")  # Only what a check asked for was measured.
-    return AdmissionDecision.of(state, refusals, run, measured)
+    return AdmissionDecision.of(state, refusals, run, measured, notes)
 
 
 _REFUSING = (AdapterError, CorpusError, RoutingError, SignatureError)

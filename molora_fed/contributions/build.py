@@ -20,6 +20,7 @@ from molora_fed.contributions.manifest import (
     Contribution,
     FileEntry,
     Manifest,
+    Origin,
     SampleEntry,
     load_contribution,
     parse_manifest,
@@ -147,6 +148,7 @@ def build_contribution(
     specialist_loss: float,
     contamination: float | None = None,
     start_loss: float | None = None,
+    origin: Origin | None = None,
 ) -> Contribution:
     """Make and sign the folder of a contribution, whole or not at all.
 
@@ -168,6 +170,7 @@ def build_contribution(
         contamination: Share of held-out word 8-grams that occur in train, in [0, 1].
         start_loss: Loss of the model that training started from on the admission sample, nats
             per token (`molora_fed.contributions.build.measure_start_loss`); None states nothing.
+        origin: What an adapter made elsewhere claims; None for one trained here.
 
     Raises:
         AdapterError: If an adapter file is missing, or a value cannot stand in a manifest.
@@ -192,6 +195,7 @@ def build_contribution(
             specialist_loss=specialist_loss,
             contamination=contamination,
             start_loss=start_loss,
+            origin=origin,
         )
         write_json(temporary / MANIFEST_FILE, manifest.model_dump(mode="json"))
         write_bytes(temporary / SIGNATURE_FILE, (sign(key, manifest.canonical) + "\n").encode())

@@ -1,23 +1,30 @@
 """The admission checks of one contribution alone that the core registers."""
 
 import math
+from dataclasses import replace
 
-from molora_fed.adapters.compatibility import applied
+import torch
+
+from molora_fed.adapters.compatibility import applied, count_changed
 from molora_fed.adapters.files import find_misfits, find_non_finite
+from molora_fed.adapters.updates import Adapter
 from molora_fed.contributions.admission import AdmissionCandidate, Stage, needs
 from molora_fed.contributions.build import count_samples
 from molora_fed.contributions.decision import list_quoted
 from molora_fed.models.frozen import fingerprint_frozen
 from molora_fed.storage.keys import verify
+from molora_fed.storage.untrusted import clean
 from molora_fed.types import Finding
 
 __all__ = [
     "check_adapter_limits",
     "check_base_fingerprint",
     "check_charter_identity",
+    "check_claimed_base",
     "check_finite_values",
     "check_frozen_depth",
     "check_own_domain_loss",
+    "check_quantised_base",
     "check_required_samples",
     "check_shared_initialisation",
     "check_signature",
@@ -140,7 +147,14 @@ def check_tensor_layout(candidate: AdmissionCandidate) -> Finding | None:
     )
     offenders = find_misfits(candidate.adapter, candidate.base.model, rules=own)
     if not offenders:
-        return None
+        if count_changed(candidate.adapter):
+            return None
+        return Finding(
+            "a change of the base",
+            f"one that changes 0 of {len(candidate.adapter.updates)} modules: every product is "
+            "exactly zero",
+            "Save the adapter after its training, from the model that was trained.",
+        )
     return Finding(
         f"linear layers of the base in blocks >= {rules.frozen_depth}",
         list_quoted(offenders),
@@ -189,6 +203,96 @@ def check_own_domain_loss(candidate: AdmissionCandidate) -> Finding | None:
             "Train on text like the admission sample, or lower the learning rate.",
         )
     return None
+
+
+MIN_UNPROVEN_GAIN = 0.01
+"""Nats per token that an adapter without its base's fingerprint must be better than the base."""
+SHUFFLES = 8
+"""Times that such an adapter's change is shuffled and measured."""
+SHUFFLED_SHARE = 1 / 3
+"""Largest share of its gain that a shuffled one may have; see docs/results/wrong_base.md."""
+
+
+@needs(Stage.MODEL)
+def check_claimed_base(candidate: AdmissionCandidate) -> Finding | None:
+    """Find an adapter made elsewhere of which nothing but shapes tells that it is of this base.
+
+    Its folder may name a base, which proves nothing, and another base of the same shapes takes it
+    as well. So it has to show two things more than others. It is better than the base by a margin,
+    as stated on the contributor's validation blocks and as measured on the admission sample. And
+    it started from this base: with the rows and columns of every change shuffled, which keeps
+    their sizes and nothing of the base's own coordinates, it gains much less.
+
+    Source: own definition.
+    """
+    manifest, adapter = candidate.contribution.manifest, candidate.adapter
+    origin = manifest.origin
+    if origin is None or adapter.base_weights:
+        return None
+    wrong = []
+    stated = manifest.base_loss - manifest.specialist_loss
+    if not stated >= MIN_UNPROVEN_GAIN:  # written so that NaN is found
+        wrong.append(f"{stated:.4f} nats by its own statement")
+    if candidate.has_admission_blocks:
+        base, gain = candidate.losses.base, candidate.losses.base - candidate.losses.specialist
+        if not gain >= MIN_UNPROVEN_GAIN:
+            wrong.append(f"{gain:.4f} nats on the admission sample")
+        shuffled = [
+            base - candidate.measure(_shuffle(adapter, seed), candidate.admission_blocks)
+            for seed in range(SHUFFLES)
+        ]
+        best = max((each for each in shuffled if math.isfinite(each)), default=0.0)
+        if not best <= SHUFFLED_SHARE * gain:
+            wrong.append(f"{gain:.4f} nats, and {best:.4f} with its change shuffled")
+    if not wrong:
+        return None
+    identity = candidate.charter.identity.base
+    claimed = " ".join(each for each in (origin.base, origin.revision) if each)
+    return Finding(
+        f"proof that it was trained on '{identity.id}', as only its shapes fit: at least "
+        f"{MIN_UNPROVEN_GAIN:g} nats below the base on its own text, and at most "
+        f"{SHUFFLED_SHARE:.0%} of that with its change shuffled",
+        f"a gain of {list_quoted(wrong)}; its folder names "
+        + (f"'{claimed}'" if claimed else "no base")
+        + (", in four bits" if origin.has_quantised_base else ""),
+        f"Train on '{identity.id}' itself, or longer; the coordinator admits it all the same with "
+        "`molora coop release`.",
+        quarantine=True,
+    )
+
+
+def _shuffle(adapter: Adapter, seed: int) -> Adapter:
+    """An adapter with the rows and columns of each change in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    updates = {}
+    for name, update in adapter.updates.items():
+        rows, columns = (torch.randperm(size, generator=generator) for size in update.shape)
+        updates[name] = replace(
+            update,
+            a=None if update.a is None else update.a[:, columns],
+            b=None if update.b is None else update.b[rows],
+            dense=None if update.dense is None else update.dense[rows][:, columns],
+            bias=None if update.bias is None else update.bias[rows],
+        )
+    return replace(adapter, updates=updates)
+
+
+@needs(Stage.MANIFEST)
+def check_quantised_base(candidate: AdmissionCandidate) -> Finding | None:
+    """Say that an adapter was trained on a copy of the base in four bits, by its folder's word.
+
+    It is judged by its loss as any other: what rounding the base cost, the whole base gives back
+    or takes away.
+    """
+    origin = candidate.contribution.manifest.origin
+    if origin is None or not origin.has_quantised_base:
+        return None
+    return Finding(
+        "an adapter trained on the whole base",
+        f"one whose folder names '{clean(origin.base, 100)}', a base in four bits",
+        "Look at its loss on the admission sample.",
+        is_note=True,
+    )
 
 
 @needs(Stage.MODEL)

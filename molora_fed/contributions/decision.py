@@ -27,6 +27,7 @@ _TEXTS = {"expected": 400, "found": 1_000, "fix": 300}  # characters of each tex
 _LEAST = 1_000  # characters that a refusal may need without what was found
 _NOTE = 40  # of them, to say how many are left out
 _SHOWN = 5
+_NOTE_CHARACTERS = 300
 
 
 def list_quoted(offenders: Sequence[str], *, shown: int = _SHOWN) -> str:
@@ -70,6 +71,7 @@ class Refusal:
         fix: Likewise.
         quarantine: True if a person should look at it.
         failed: True if the check itself failed, so that it has found nothing.
+        is_note: True if it is only said, and no refusal.
     """
 
     contributor: str
@@ -79,6 +81,7 @@ class Refusal:
     fix: str
     quarantine: bool = False
     failed: bool = False
+    is_note: bool = False
 
     @classmethod
     def of(
@@ -87,7 +90,12 @@ class Refusal:
         """A refusal whose texts may be shown, logged and sent."""
         texts = {name: clean(getattr(finding, name), limit) for name, limit in _TEXTS.items()}
         return cls(
-            contributor, clean(check, 80), **texts, quarantine=finding.quarantine, failed=failed
+            contributor,
+            clean(check, 80),
+            **texts,
+            quarantine=finding.quarantine,
+            failed=failed,
+            is_note=finding.is_note and not failed,
         )
 
     @property
@@ -102,7 +110,7 @@ class Refusal:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; `failed` is left out where nothing failed, as earlier versions wrote it."""
-        value = asdict(self)
+        value = {k: v for k, v in asdict(self).items() if k != "is_note"}  # a note is no refusal
         return value if self.failed else {k: v for k, v in value.items() if k != "failed"}
 
 
@@ -115,12 +123,14 @@ class AdmissionDecision:
         refusals: What was found wrong; empty if admitted.
         checks: Names of the checks that ran, in order.
         losses: What was measured on the admission sample; None if no check asked.
+        notes: What a check only says, one line each; it decides nothing.
     """
 
     state: ContributionState
     refusals: tuple[Refusal, ...] = ()
     checks: tuple[str, ...] = ()
     losses: AdmissionLosses | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -129,6 +139,7 @@ class AdmissionDecision:
         refusals: Sequence[Refusal],
         checks: Sequence[str] = (),
         losses: AdmissionLosses | None = None,
+        notes: Sequence[str] = (),
     ) -> "AdmissionDecision":
         """A decision whose refusals together are cut to `MAX_DECISION` characters.
 
@@ -144,16 +155,20 @@ class AdmissionDecision:
             room -= len(kept[-1].message) + 1
         if more := len(refusals) - len(kept):
             kept[-1] = replace(kept[-1], found=f"{kept[-1].found} (and {more} more findings)")
-        return cls(state, tuple(kept), tuple(clean(name, 80) for name in checks), losses)
+        names = tuple(clean(name, 80) for name in checks)
+        texts = tuple(clean(each, _NOTE_CHARACTERS) for each in notes[:_SHOWN])
+        return cls(state, tuple(kept), names, losses, texts)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values for the ledger; `from_json` reads them back."""
-        return {
+        value: dict[str, Any] = {
             "state": str(self.state),
             "refusals": [refusal.to_json() for refusal in self.refusals],
             "checks": list(self.checks),
             "losses": None if self.losses is None else self.losses.to_json(),
         }
+        # Left out where there are none, as earlier versions wrote it.
+        return {**value, "notes": list(self.notes)} if self.notes else value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "AdmissionDecision":
@@ -164,6 +179,7 @@ class AdmissionDecision:
             [Refusal(**refusal) for refusal in value["refusals"]],
             value["checks"],
             None if losses is None else AdmissionLosses.from_json(losses),
+            value.get("notes", ()),
         )
 
     def check_admitted(self) -> None:

@@ -12,13 +12,14 @@ manifest holds no time of day, so the same training gives the same id.
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError
 
+from molora_fed.adapters.peft_folder import Claims
 from molora_fed.contributions.figures import check_figures
 from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.errors import AdapterError, list_offenders
@@ -33,6 +34,7 @@ __all__ = [
     "Contribution",
     "FileEntry",
     "Manifest",
+    "Origin",
     "SampleEntry",
     "load_contribution",
     "parse_manifest",
@@ -89,6 +91,34 @@ class SampleEntry(FileEntry):
     tokens: int = Field(ge=1)
 
 
+class Origin(UntrustedModel):
+    """What the folder of an adapter that was made elsewhere claims, and what was verified.
+
+    Attributes:
+        base: Name of the base it says it was trained on; "" if it does not say.
+        revision: Revision of that base, or "".
+        peft_version: Version of PEFT that saved it, or "".
+        tool: Program that trained it, or "".
+        verified: "shapes": its names and shapes fit the cooperative's base, and no more is known.
+    """
+
+    base: str = Field(default="", max_length=160)
+    revision: str = Field(default="", max_length=64)
+    peft_version: str = Field(default="", max_length=32)
+    tool: str = Field(default="", max_length=32)
+    verified: Literal["shapes"] = "shapes"
+
+    @classmethod
+    def of_claims(cls, claims: Claims) -> "Origin":
+        """What a folder claims, nothing of it verified."""
+        return cls(**asdict(claims))
+
+    @property
+    def has_quantised_base(self) -> bool:
+        """Whether the base's name is that of a copy in four bits."""
+        return Claims(base=self.base).has_quantised_base
+
+
 class Manifest(UntrustedModel):
     """What a contributor signs.
 
@@ -111,6 +141,7 @@ class Manifest(UntrustedModel):
             the corpus was not prepared here.
         start_loss: Loss of the model that training started from on the admission sample, nats per
             token; None in manifests of earlier versions, which do not have the key.
+        origin: What an adapter made elsewhere claims; None, and no key, for one trained here.
     """
 
     format_version: Literal[1] = 1
@@ -130,6 +161,7 @@ class Manifest(UntrustedModel):
     contamination: float | None = Field(default=None, ge=0, le=1)
     # Left out where there is none, so that manifests signed before there was the key verify.
     start_loss: Loss | None = Field(default=None, exclude_if=lambda loss: loss is None)
+    origin: Origin | None = Field(default=None, exclude_if=lambda origin: origin is None)
 
     @property
     def canonical(self) -> bytes:

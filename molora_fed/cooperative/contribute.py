@@ -5,17 +5,20 @@ anywhere and run again, it goes on and ends with the same bytes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from molora_fed.adapters.compatibility import applied
-from molora_fed.adapters.files import check_adapter_fits, load_adapter
+from molora_fed.adapters.compatibility import applied, check_effect, count_changed
+from molora_fed.adapters.convert import convert_adapter
+from molora_fed.adapters.files import META_FILE, check_adapter_fits, load_adapter
+from molora_fed.adapters.peft_folder import read_claims
 from molora_fed.charter import Charter, check_name, load_charter
 from molora_fed.contributions.build import build_contribution, measure_start_loss
-from molora_fed.contributions.manifest import Contribution
+from molora_fed.contributions.manifest import Contribution, Origin
+from molora_fed.cooperative.chat_tokens import find_chat_warnings
 from molora_fed.cooperative.cooperative import load_charter_base, open_cooperative
 from molora_fed.corpus.documents import open_domain, read_documents
 from molora_fed.corpus.inventory import Inventory
@@ -27,7 +30,7 @@ from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.private_member import carve_own
 from molora_fed.storage.compute import Compute, read_compute
-from molora_fed.storage.files import resolve_inside
+from molora_fed.storage.files import is_file, is_folder, resolve_inside
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.storage.untrusted import clean, parse_json
 from molora_fed.training.choices import TrainingChoices
@@ -40,6 +43,7 @@ __all__ = [
     "MeasuredAdapter",
     "check_choices",
     "make_contribution",
+    "measure_given",
     "open_charter_and_base",
     "prepare_domain",
     "sign_adapter",
@@ -76,6 +80,9 @@ class MeasuredAdapter:
         record: How it was made, JSON values.
         start_loss: Loss of the model that training started from on the admission sample, nats per
             token; None states nothing.
+        origin: What the folder of one made elsewhere claims; None of one that was trained here.
+        changed: Modules whose change is not exactly zero; None if that was not counted.
+        modules: Modules that it has changes of; None likewise.
     """
 
     folder: Path
@@ -84,6 +91,9 @@ class MeasuredAdapter:
     loss: float
     record: Mapping[str, Any]
     start_loss: float | None = None
+    origin: Origin | None = None
+    changed: int | None = None
+    modules: int | None = None
 
     @classmethod
     def of_specialist(cls, specialist: Specialist, start_loss: float | None) -> "MeasuredAdapter":
@@ -243,6 +253,7 @@ def make_contribution(
     threads: int = 1,
     plugins: Plugins | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
+    on_warning: Callable[[str], None] = lambda text: None,
     progress: Progress | None = None,
 ) -> MadeContribution:
     """Train an adapter, or measure one trained earlier, and sign a contribution made of it.
@@ -262,6 +273,7 @@ def make_contribution(
         threads: Torch threads; kept in the training record.
         plugins: Where kinds are registered; the installed plugins by default.
         on_phase: Told what begins: "training" or "measuring", then "building".
+        on_warning: Told what to know of chat templates and their tokens, one line each.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
     Raises:
@@ -278,9 +290,11 @@ def make_contribution(
     check_choices(under, domain=corpus.domain, name=name, kind=kind)
     if charter.amendment.is_private:
         carve_own(corpus.blocks, charter)  # too little text is said before training
+    for text in find_chat_warnings(under.base, given):
+        on_warning(text)
     if given is not None:
         on_phase("measuring")
-        adapter = _measure_given(under, corpus, given, plugins, progress)
+        adapter = measure_given(under, corpus, given, folder, plugins=plugins, progress=progress)
     else:
         on_phase("training")
         rules = charter.amendment.training
@@ -302,7 +316,7 @@ def make_contribution(
             evaluation_batch=charter.identity.corpus.evaluation_batch,
             progress=progress,
         )
-        adapter = MeasuredAdapter.of_specialist(specialist, _measure_start(under, corpus))
+        adapter = _count_changed(specialist, _measure_start(under, corpus), plugins)
     on_phase("building")
     contribution = sign_adapter(
         under,
@@ -316,21 +330,67 @@ def make_contribution(
     return MadeContribution(adapter, contribution)
 
 
-def _measure_given(
+def _count_changed(
+    specialist: Specialist, start_loss: float | None, plugins: Plugins
+) -> MeasuredAdapter:
+    """A specialist's adapter, which has to change something.
+
+    Raises:
+        AdapterError: If it changes nothing.
+    """
+    adapter = load_adapter(
+        specialist.adapter_folder, plugins=plugins, name=specialist.adapter_folder.parent.name
+    )
+    measured = MeasuredAdapter.of_specialist(specialist, start_loss)
+    return replace(measured, changed=check_effect(adapter), modules=len(adapter.updates))
+
+
+def measure_given(
     under: CharterAndBase,
     corpus: Corpus,
     given: Path,
-    plugins: Plugins,
-    progress: Progress | None,
+    folder: Path,
+    *,
+    plugins: Plugins | None = None,
+    progress: Progress | None = None,
 ) -> MeasuredAdapter:
-    """Read an adapter trained earlier and measure it on this contributor's own text."""
+    """Read an adapter made earlier, here or elsewhere, and measure it on this contributor's text.
+
+    One that another program made is written anew in the normal form, bit for bit the same factors
+    (`molora_fed.adapters.convert`): that is what a contribution then holds.
+
+    Args:
+        under: Charter and base.
+        corpus: Prepared text of the domain.
+        given: The adapter's folder, or the folder of a training.
+        folder: Gets `adapter/` if it is written anew.
+        plugins: Where kinds are registered; the installed plugins by default.
+        progress: Receives blocks done while losses are measured.
+
+    Raises:
+        AdapterError: If it cannot be used, or changes nothing; names what repairs it.
+        StorageError: On I/O errors.
+    """
     charter, base = under.charter, under.base
-    folder = given / "adapter" if (given / "adapter").is_dir() else given
-    _check_links(given, folder)
+    plugins = plugins or get_plugins()
+    source = given / "adapter" if is_folder(given / "adapter") else given
+    _check_links(given, source)
+    record = _read_record(given)
+    place = source
+    if is_folder(source) and not is_file(source / META_FILE):
+        place = folder / "adapter"
+        convert_adapter(
+            source,
+            place,
+            model=base.model,
+            tokenizer=base.tokenizer,
+            replaces=True,
+            name=str(given),
+        )
     adapter = load_adapter(
-        folder, rules=charter.identity.adapters, plugins=plugins, name=str(given)
+        place, rules=charter.identity.adapters, model=base.model, plugins=plugins, name=str(given)
     )
-    check_adapter_fits(adapter, base.model)
+    check_adapter_fits(adapter, base.model, rules=charter.identity.adapters)
     losses = []
     for update in (None, adapter):
         with applied(base.model, update) as model:
@@ -345,7 +405,18 @@ def _measure_given(
     is_known = adapter.base_weights == base.weights
     start = _measure_start(under, corpus) if is_known else None
     base_loss, loss = losses
-    return MeasuredAdapter(folder, adapter.kind, base_loss, loss, _read_record(given), start)
+    return MeasuredAdapter(
+        place,
+        adapter.kind,
+        base_loss,
+        loss,
+        record,
+        start,
+        # Nothing tells that it was trained on this base.
+        origin=None if adapter.base_weights else Origin.of_claims(read_claims(source, str(given))),
+        changed=count_changed(adapter),
+        modules=len(adapter.updates),
+    )
 
 
 def _check_links(given: Path, folder: Path) -> None:
@@ -429,4 +500,5 @@ def sign_adapter(
         specialist_loss=adapter.loss,
         contamination=contamination,
         start_loss=adapter.start_loss,
+        origin=adapter.origin,
     )

@@ -72,6 +72,7 @@ class JoinSettings:
         Raises:
             ConfigError: If a name is malformed or reserved, or there is no adapter where one is
                 said to be.
+            AdapterError: If the adapter cannot be used, as far as its config and headers tell.
             CorpusError: If there is no readable text at the paths.
             UnknownNameError: If there are no paths, and nobody registers the domain.
         """
@@ -88,10 +89,26 @@ class JoinSettings:
             from molora_fed.plugins import get_plugins
 
             get_plugins().domains.entry(self.domain)
+        self.check_adapter()
+
+    def check_adapter(self) -> None:
+        """Look at config and headers of the adapter, if there is one.
+
+        Raises:
+            ConfigError: If there is no folder.
+            AdapterError: If it cannot be used, as far as its config and headers tell.
+        """
         if self.adapter and not self.adapter.is_dir():
             raise ConfigError(
                 f"Cannot join with adapter '{self.adapter}': expected a folder, got nothing "
                 "there. Check the path."
+            )
+        if self.adapter:
+            from molora_fed.adapters.inspection import inspect_folder
+
+            inner = self.adapter / "adapter"
+            inspect_folder(
+                inner if inner.is_dir() else self.adapter, has_base=True, name=str(self.adapter)
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -183,7 +183,9 @@ def _subtract(
     subtract_expert(
         bank,
         base,
-        load_adapter(stored, rules=rules, plugins=plugins, name=entry.contributor),
+        load_adapter(
+            stored, rules=rules, model=base.model, plugins=plugins, name=entry.contributor
+        ),
         _load_blocks(remaining),
         batch=charter.identity.corpus.evaluation_batch,
         progress=progress,

@@ -24,7 +24,7 @@ from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.kept import Offer
 from molora_fed.federation.letters import Acknowledgement
-from molora_fed.federation.logs import start_logging
+from molora_fed.federation.logs import log, start_logging
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.signing import build_acknowledgement_bytes
 from molora_fed.federation.status import StateFile, UsageFile
@@ -219,7 +219,7 @@ class ContributorWorker:
                 )
                 self._state.enter(state, message)
 
-            make_contribution(
+            made = make_contribution(
                 under,
                 corpus,
                 home.root,
@@ -231,7 +231,14 @@ class ContributorWorker:
                 choices=settings.training,
                 plugins=self._plugins,
                 on_phase=enter,
+                on_warning=lambda text: log("chat template", "warning", reason=text),
                 progress=self._state.progress,
+            )
+            log(
+                "adapter measured",
+                changed=made.adapter.changed,
+                modules=made.adapter.modules,
+                loss_change=round(made.adapter.loss - made.adapter.base_loss, 4),
             )
 
     def _read_decision(self) -> bool | None:

@@ -111,7 +111,14 @@ def plan_fusion(
     specialists = [
         Expert(
             c.contributor,
-            partial(load_adapter, c.adapter, rules=rules, plugins=plugins, name=c.contributor),
+            partial(
+                load_adapter,
+                c.adapter,
+                rules=rules,
+                model=base.model,
+                plugins=plugins,
+                name=c.contributor,
+            ),
         )
         for c in ordered
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from molora_fed.adapters.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from molora_fed.adapters.files import load_adapter
+from molora_fed.adapters.files import check_adapter_fits, load_adapter
 from molora_fed.errors import ConfigError
 from molora_fed.inference.engines import Model, PlainModel
 from molora_fed.models.base import load_base
@@ -95,4 +95,6 @@ def _load(
             "Say where the base is."
         )
     base = load_base(_find(base_folder, "base") or base_folder, choose_placement(compute))
-    return PlainModel(base, load_adapter(folder, plugins=plugins))
+    adapter = load_adapter(folder, model=base.model, tokenizer=base.tokenizer, plugins=plugins)
+    check_adapter_fits(adapter, base.model)
+    return PlainModel(base, adapter)

@@ -93,7 +93,13 @@ def build_start(
         (
             one.contributor,
             one.domain,
-            load_adapter(one.adapter, rules=limits, plugins=plugins, name=one.contributor),
+            load_adapter(
+                one.adapter,
+                rules=limits,
+                model=base.model,
+                plugins=plugins,
+                name=one.contributor,
+            ),
         )
         for one in contributions
     ]

@@ -345,7 +345,9 @@ def load_recorded_base(
 def _load_expert(folder: Path, entry: _ExpertEntry, base: Base, plugins: Plugins) -> FusedExpert:
     adapter = None
     if entry.adapter is not None:
-        adapter = load_adapter(folder / "adapters" / entry.name, plugins=plugins, name=entry.name)
+        adapter = load_adapter(
+            folder / "adapters" / entry.name, model=base.model, plugins=plugins, name=entry.name
+        )
         _check_hash(folder, f"adapter '{entry.name}'", expected=entry.adapter, got=adapter.hash)
         check_adapter_fits(adapter, base.model)
     return FusedExpert(entry.name, adapter, entry.domain, entry.contribution)

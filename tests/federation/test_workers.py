@@ -8,9 +8,12 @@ import shutil
 import threading
 
 import pytest
+import torch
+from adapter_folders import edit, rename, train_with_peft
 from safetensors.torch import load_file, save_file
 
 from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
+from molora_fed.contributions.manifest import load_contribution
 from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.contribute import MeasuredAdapter, sign_adapter
 from molora_fed.cooperative.cooperative import create_cooperative
@@ -27,6 +30,7 @@ from molora_fed.federation.worker_mail import give_consent
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.keys import load_or_make_key
+from molora_fed.testing.models import build_tiny_model, build_tiny_tokenizer
 
 MESSAGE_BYTES = 64 * 2**20
 STEPS = 30
@@ -192,6 +196,32 @@ def test_a_later_contribution_grows_the_published_model(tmp_path, tiny_checkpoin
     assert manifest["training"]["steps"] == json.loads(
         (training / "record.json").read_text()
     )["steps"]  # fmt: skip
+
+
+def test_an_adapter_of_another_program_takes_part(tmp_path, tiny_checkpoint, texts):
+    """Trained by PEFT alone, its keys as a state_dict has them, its targets a pattern."""
+    stage = Stage(tmp_path, tiny_checkpoint("gpt_neox"), expected=1)
+    text = " ".join(path.read_text() for path in sorted((texts / "alpha").iterdir()))
+    ids = torch.tensor(build_tiny_tokenizer()(text)["input_ids"])
+    blocks = ids[: len(ids) // 32 * 32].view(-1, 32)
+    train_with_peft(tmp_path / "peft", build_tiny_model("gpt_neox"), blocks)
+    rename(tmp_path / "peft", lambda key: key.replace(".weight", ".default.weight"))
+    edit(
+        tmp_path / "peft",
+        target_modules=r".*\.(query_key_value|dense.*)",
+        base_model_name_or_path="/home/alice/secret-project/base",
+    )
+    home = stage.join("alpha-1", "alpha", texts, adapter=tmp_path / "peft")
+    stage.run()
+    assert stage.failures == {}
+    with stage.cooperative.read_ledger() as ledger:
+        (entry,) = ledger.contributions()
+    assert entry.state == ContributionState.ADMITTED
+    manifest = (home.contribution / "manifest.json").read_text()
+    assert json.loads(manifest)["origin"]["base"] == "…/base"
+    sent = (home.contribution / "adapter" / "adapter_config.json").read_text()
+    assert "alice" not in manifest + sent and "secret" not in manifest + sent
+    assert load_contribution(home.contribution).manifest.start_loss is None
 
 
 def spoil(training, name, value):

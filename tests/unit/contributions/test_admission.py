@@ -27,17 +27,19 @@ ALL = {
     "adapter-limits",
     "base-fingerprint",
     "charter-identity",
+    "claimed-base",
     "finite-values",
     "frozen-depth",
     "near-copy",
     "other-domains",
     "own-domain-loss",
+    "quantised-base",
     "required-samples",
     "shared-initialisation",
     "signature",
     "tensor-layout",
 }
-MANIFEST_CHECKS = ("charter-identity", "required-samples", "signature")
+MANIFEST_CHECKS = ("charter-identity", "quantised-base", "required-samples", "signature")
 
 
 @pytest.fixture
