@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from molora_fed.errors import ShapeError
 from molora_fed.models.head import Head, find_head
@@ -137,9 +137,19 @@ def _target_logprob(logits: Tensor, rows: Tensor) -> Tensor:
     count = _ROWS_AT_ONCE if logits.device.type == "cpu" else rows.shape[1]
     for row, target, out in zip(logits, rows, logprob, strict=True):
         parts = zip(row[:-1].split(count), target[1:].split(count), strict=True)
-        losses = [nn.functional.cross_entropy(p.float(), t, reduction="none") for p, t in parts]
-        out[1:] = -torch.cat(losses)
+        out[1:] = torch.cat([_log_softmax_at(part, own) for part, own in parts])
     return logprob
+
+
+def _log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of targets (R,) under logits (R, V), which are overwritten if float32.
+
+    As `cross_entropy` says it, but without a distribution that is written and read once more.
+    """
+    values = logits.float()
+    values = values.sub_(values.amax(-1, keepdim=True))
+    chosen = values.gather(1, targets[:, None]).squeeze(1)
+    return chosen - values.exp_().sum(-1).log()
 
 
 def compute_block_losses(
