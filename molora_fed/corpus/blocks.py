@@ -170,7 +170,7 @@ def load_blocks(path: Path, *, max_bytes: int = MAX_BLOCKS_BYTES) -> Blocks:
                     f"got {found}. Prepare the corpus again."
                 )
             # By the header, before numpy is asked for a type that it may not have.
-            parts = {name: file.get_slice(name) for name in sorted(names)}
+            parts = {name: file.get_slice(name) for name in _DTYPES if name in names}
             for name, part in parts.items():
                 dtype, kind = _DTYPES[name]
                 if part.get_dtype() != dtype:

@@ -30,7 +30,7 @@ from molora_fed.federation.letters import (
     Task,
     Wait,
 )
-from molora_fed.federation.mailbox import read_parts, take_batch
+from molora_fed.federation.mailbox import read_json, read_parts, take_batch
 from molora_fed.federation.messages import Part, Shipment, list_describing, plan_parts
 from molora_fed.federation.signing import build_hello_bytes
 from molora_fed.federation.worker_mail import find_stranger, list_received
@@ -119,7 +119,7 @@ def _list_expected(home: ContributorHome) -> list[tuple[Shipment, int, bool]]:
     expected = []
     if charter is not None:
         # Of a base of one's own only the server's description is wanted.
-        is_own = bool(home.read_settings().base) and not _is_here(home, charter.base, home.base)
+        is_own = _brings_base(home) and not _is_here(home, charter.base, home.base)
         base = list_describing(charter.base) if is_own else charter.base
         expected.append((base, charter.part_bytes, home.base))
     if result is not None:
@@ -131,6 +131,12 @@ def _list_expected(home: ContributorHome) -> list[tuple[Shipment, int, bool]]:
         (shipment, part_bytes, _is_here(home, shipment, folder))
         for shipment, part_bytes, folder in expected
     ]
+
+
+def _brings_base(home: ContributorHome) -> bool:
+    """Whether `molora join` named a base; not so in homes of earlier versions."""
+    settings = read_json(home.settings_file)
+    return isinstance(settings, dict) and bool(settings.get("base"))
 
 
 def _is_here(home: ContributorHome, shipment: Shipment, folder: Path) -> bool:
@@ -180,7 +186,7 @@ def _build_state(home: ContributorHome) -> State:
         received=list(dict.fromkeys(whole)),
         held=sorted(home.parts.held())[:MAX_HELD],
         problem=home.board.read(),
-        own_base=True if home.read_settings().base else None,
+        own_base=_brings_base(home) or None,
     )
 
 

@@ -30,6 +30,7 @@ from molora_fed.models.base_files import (
     stage_checkpoint,
 )
 from molora_fed.models.gguf_files import GGUF_SUFFIX, convert_gguf
+from molora_fed.models.head import find_head
 from molora_fed.models.runtime import Placement, check_memory
 from molora_fed.storage.files import hash_file, replace_folder, write_json
 from molora_fed.storage.untrusted import clean
@@ -202,6 +203,7 @@ def load_base(folder: Path, placement: Placement | None = None) -> Base:
     )
     if card:
         check_base(base, _read_identity(card, folder))
+    find_head(model)  # kept for whatever runs this model later
     return base
 
 

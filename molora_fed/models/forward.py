@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from molora_fed.errors import ShapeError
 from molora_fed.models.head import Head, find_head
@@ -142,12 +142,12 @@ def _target_logprob(logits: Tensor, rows: Tensor) -> Tensor:
 
 
 def _log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of targets (R,) under logits (R, V), which are overwritten if float32.
-
-    As `cross_entropy` says it, but without a distribution that is written and read once more.
-    """
+    """Log-probabilities of targets (R,) under logits (R, V)."""
+    if logits.dtype is torch.float32:
+        return -nn.functional.cross_entropy(logits, targets, reduction="none")
+    # Of shorter logits there is a float32 copy to write over: no second one is made.
     values = logits.float()
-    values = values.sub_(values.amax(-1, keepdim=True))
+    values.sub_(values.amax(-1, keepdim=True))
     chosen = values.gather(1, targets[:, None]).squeeze(1)
     return chosen - values.exp_().sum(-1).log()
 

@@ -259,30 +259,37 @@ class Head:
         return functional.cross_entropy(logits, targets, reduction="none")
 
 
-_found: "WeakKeyDictionary[Any, tuple[int, Head | None]]" = WeakKeyDictionary()
+_found: "WeakKeyDictionary[Any, Head | None]" = WeakKeyDictionary()
 
 
 def find_head(model: Any) -> Head | None:
     """Split a model into decoder and head, if that computes what the whole does.
 
-    What was found is kept for as long as the model lives and has the same number of hooks.
+    What was found is kept for as long as the model lives: `load_base` asks first, when nothing
+    changes the model yet.
 
     Args:
         model: A Hugging Face causal language model, or one that wraps it as PEFT does.
 
     Returns:
-        The two parts; None where the model does anything beside, found by comparing numbers.
+        The two parts; None where the model does anything beside, found by comparing numbers, or
+        where others watch it by hooks.
     """
-    hooks = len(model._forward_hooks) + len(model._forward_pre_hooks)
-    known = _found.get(model)
-    if known is None or known[0] != hooks:
-        known = _found[model] = (hooks, _find_head(model))
-    return known[1]
+    if model._forward_hooks or model._forward_pre_hooks:
+        return None
+    if model not in _found:
+        try:
+            _found[model] = _find_head(model)
+        except Exception:  # in a place where it can run on no other tokens
+            return None
+    return _found[model]
 
 
 @torch.no_grad()
 def _find_head(model: Any) -> Head | None:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(inner, "get_output_embeddings"):
+        return None
     module = inner.get_output_embeddings()
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
     if module is None or decoder is None or decoder is inner:

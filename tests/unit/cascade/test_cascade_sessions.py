@@ -173,7 +173,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, key):
     [
         {"settings": CascadeSettings(max_new_tokens=9)},
         {"lineup": Lineup("probe", ("b", "a", "c"))},
-        {"environment": "elsewhere"},
+        {"environment": {"torch": "another"}},
     ],
 )
 def test_another_cascade_is_refused_in_its_folder(tmp_path, key, other):
