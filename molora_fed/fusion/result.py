@@ -103,6 +103,7 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
         },
         "seconds": dict(outcome.seconds),
         "threads": {"fuse": torch.get_num_threads()},
+        "measured_on": _describe_placement(fused.base.model),
         "fingerprints": {
             "base": fused.base.weights,
             "tokenizer": fused.base.tokenizer_fingerprint,
@@ -122,6 +123,11 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
             "python": platform.python_version(),
         },
     }
+
+
+def _describe_placement(model: Any) -> dict[str, str]:
+    """Device and dtype of the passes that every loss comes from; the losses are float32."""
+    return {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def _list_plugins(outcome: FusionOutcome, charter: Charter) -> dict[str, list[dict[str, str]]]:
