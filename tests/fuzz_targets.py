@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from fuzz_adapters import FOREIGN_WORDS, prepare_foreign
 from fuzz_folders import Run, encode_input, run_in_folder
 from fuzz_mail import FROM_CONTRIBUTOR, FROM_SERVER, prepare_invitations, prepare_mail
 from fuzz_models import (
@@ -112,7 +113,6 @@ def _prepare_pages(folder: Path) -> tuple[Sequence[bytes], Run]:
     return [encode_input(files)], run_in_folder(folder, write)
 
 
-_FILES_OF_ADAPTERS = ("_file_size", "load_", "_check_")
 PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "mail": {
         "molora_fed.federation.wire": ("unpack_envelope",),
@@ -131,12 +131,16 @@ PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
     "adapters": {
-        "molora_fed.adapters.files": _FILES_OF_ADAPTERS,
-        "molora_fed.adapters.headers": (*_FILES_OF_ADAPTERS, "check_", "read_", "opened"),
+        "molora_fed.adapters.files": ("load_",),
+        "molora_fed.adapters.headers": ("_file_size", "load_", "check_", "read_", "opened"),
         "molora_fed.adapters.low_rank_files": ("load_", "read_"),
-        "molora_fed.adapters.peft_config": ("_check_", "read_", "_read_", "_compile", "Name"),
-        "molora_fed.adapters.peft_keys": ("read_keys", "_check_", "_read_", "_strip"),
-        "molora_fed.adapters.peft_tensors": ("resolve_", "_check_", "_name_", "_pair"),
+        "molora_fed.adapters.peft_config": ("",),
+        "molora_fed.adapters.peft_keys": ("",),
+        "molora_fed.adapters.peft_tensors": ("",),
+        "molora_fed.adapters.peft_folder": ("",),
+        "molora_fed.adapters.kept_weights": ("",),
+        "molora_fed.adapters.inspection": ("",),
+        "molora_fed.adapters.convert": ("",),
         "molora_fed.adapters.delta_files": ("load_", "_check_"),
         "molora_fed.adapters.quantised_files": (
             "load_",
@@ -213,6 +217,10 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "adapter-folder", "adapters", partial(mutate_json, words=ADAPTER_WORDS),
         prepare_adapters, fuzzed=20_000,
+    ),
+    Target(
+        "adapter-foreign", "adapters", partial(mutate_json, words=FOREIGN_WORDS),
+        prepare_foreign, inputs=60, fuzzed=20_000,
     ),
     Target("samples", "samples", mutate_safetensors, prepare_samples),
     Target(
