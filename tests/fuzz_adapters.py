@@ -360,4 +360,11 @@ def _list_refused() -> list[bytes]:
         _describe(factors(rename=_swap("layers.", "language.layers.")),
                   alpha_pattern={"model.layers.0.self_attn.q_proj": 3}),
         _describe({**plain, "a b": tensor(1)}),
+        # Found by hand while the seeds were written, and mended.
+        *(_describe({**plain, f"{first}.lora_magnitude_vector": tensor(*shape)}, use_dora=True,
+                    beside={"kind": "delta"}) for shape in ((), (3,), (32, 2))),
+        _describe({**plain, f"{_PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta":
+                   tensor()}, trainable_token_indices=[3]),
+        _describe({**plain, f"{_PREFIX}lm_head.weight": tensor(259, 32)},
+                  files={"tokenizer.json": {"json": {"added_tokens": 5}}}),
     ]  # fmt: skip
