@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_folders import Run, encode_input, run_in_folder
+from fuzz_folders import Run, describe_files, encode_input, run_in_folder
 
+from molora_fed.adapters.contract import LinearOptions
 from molora_fed.adapters.convert import convert_adapter
 from molora_fed.adapters.files import CONFIG_FILE, META_FILE, WEIGHTS_FILE, load_adapter
 from molora_fed.adapters.headers import INDEX_FILE
 from molora_fed.adapters.inspection import inspect_folder, report_on_base
+from molora_fed.adapters.save import save_adapter
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import MoloraError
+from molora_fed.testing import build_random_adapter
 from molora_fed.testing.models import build_tiny_model, build_tiny_tokenizer
 
 __all__ = ["FOREIGN_WORDS", "prepare_foreign"]
@@ -27,6 +30,7 @@ _FILL = 61
 _NUMBER = struct.unpack("<f", bytes([_FILL]) * 4)[0]
 _PREFIX = "base_model.model."
 _RULES = AdapterRules(max_rank=8, max_bytes=2**20)
+_TIGHT_RULES = AdapterRules(kinds=("lora", "delta"), max_rank=2, max_bytes=4_000)
 _LINEAR = {
     "llama": {
         f"model.layers.{n}.self_attn.{name}": shape
@@ -62,12 +66,14 @@ def prepare_foreign(folder: Path) -> tuple[Sequence[bytes], Run]:
     def read(place: Path, value: dict[str, Any]) -> None:
         base = bases.get(str(value.get("base")))
         kind, rank, out = value.get("kind"), value.get("rank"), folder / "out"
-        kind = kind if kind in ("svd", "delta") else None
+        kind = kind if isinstance(kind, str) else None
+        rules = _TIGHT_RULES if value.get("rules") == "tight" else _RULES
         rank = min(max(rank, 1), 64) if isinstance(rank, int) else None
         has_base = base is not None
 
         def convert() -> None:
-            shutil.rmtree(out, ignore_errors=True)
+            if not value.get("again"):
+                shutil.rmtree(out, ignore_errors=True)
             convert_adapter(
                 place, out, model=base, tokenizer=tokenizer, kind=kind, rank=rank,
                 drop_saved=bool(value.get("drop_saved")),
@@ -75,7 +81,7 @@ def prepare_foreign(folder: Path) -> tuple[Sequence[bytes], Run]:
 
         calls: dict[str, Callable[[], object]] = {
             "check": lambda: inspect_folder(place, has_base=has_base).to_json(),
-            "load": lambda: load_adapter(place, rules=_RULES, model=base, tokenizer=tokenizer),
+            "load": lambda: load_adapter(place, rules=rules, model=base, tokenizer=tokenizer),
             "report": lambda: has_base and report_on_base(place, base, tokenizer=tokenizer),
             "convert": convert,
         }
@@ -83,7 +89,8 @@ def prepare_foreign(folder: Path) -> tuple[Sequence[bytes], Run]:
         for call in [calls[wanted]] if wanted in calls else calls.values():
             _refuse_in_one_line(call)
 
-    return _describe_folders(), run_in_folder(folder, read, most=2**21)
+    seeds = [*_describe_folders(), *_list_own(folder / "own", bases["llama"])]
+    return seeds, run_in_folder(folder, read, most=2**21)
 
 
 
@@ -199,6 +206,7 @@ def _list_read() -> list[bytes]:
                   alpha_pattern={"^model.layers.0.self_attn.q_proj": 3, "v_proj": 5}),
         _describe(plain, target_modules="(?=x)", alpha_pattern={f"m{n}.x": 2 for n in range(66)}),
         _describe(plain, layers_to_transform=[0, 1], exclude_modules=["k_proj"]),
+        _describe(plain, target_modules=["q_proj", "v_proj", "gate_up_proj"], fine_tune_type=""),
         _describe(plain, layers_to_transform=0, exclude_modules=r".*\.k_proj",
                   target_modules=["q_proj", "v_proj", "gate_up_proj"]),
         _describe(factors(dtype="F16"), lora_bias=False, use_next_thing=False),
@@ -224,6 +232,19 @@ def _list_read() -> list[bytes]:
         _describe(shell),
         _describe(factors(rename=_swap(".lora_", ".linear.lora_")), target_modules=["linear"]),
     ]  # fmt: skip
+
+
+def _list_own(folder: Path, model: Any) -> list[bytes]:
+    """Adapters in this library's own form."""
+    found = []
+    for kind, precision in (("lora", "float32"), ("delta", "float32"), ("svd", "int4")):
+        adapter = build_random_adapter(model, kind=kind, strength=1e-3)
+        options = LinearOptions(precision=precision, group=8) if precision != "float32" else None
+        save_adapter(adapter, model, folder / kind, options=options)
+        files = describe_files(folder / kind)
+        found += [encode_input(files, base=base) for base in ("llama", "none")]
+        found.append(encode_input(files, base="llama", rules="tight"))
+    return found
 
 
 def _list_saved_along() -> list[bytes]:
@@ -337,6 +358,7 @@ def _list_refused() -> list[bytes]:
         _describe(plain, alpha_pattern={"x" * 3_000 + "*": 3}),
         _describe(plain, alpha_pattern={f"m{n}.x*": 2 for n in range(66)}),
         _describe(plain, exclude_modules="(?!x)"),
+        _describe(plain, exclude_modules="x" * 3_000 + "*"),
         *(_describe({**plain, key: entry}) for key, entry in layers.items()),
         _describe({**plain, f"{first}.lora_B.bias": tensor(32)}),
         _describe({**plain, f"{_PREFIX}score.weight": tensor(2, 32)}),
@@ -360,6 +382,15 @@ def _list_refused() -> list[bytes]:
         _describe(factors(rename=_swap("layers.", "language.layers.")),
                   alpha_pattern={"model.layers.0.self_attn.q_proj": 3}),
         _describe({**plain, "a b": tensor(1)}),
+        _describe(plain, beside={"again": True}),
+        _describe(plain, beside={"kind": "other"}),
+        _describe(plain, beside={"kind": "svd", "base": "none"}),
+        _describe(plain, beside={"rules": "tight"}),
+        _describe(files=_shard(), beside={"rules": "tight"}),
+        _describe(plain, files={CONFIG_FILE: {**_write_config(), "size": 2**20 + 1}}),
+        _describe(files={WEIGHTS_FILE: {"folder": 1}}),
+        _describe(factors(rename=_swap(".self_attn.", ".")), target_modules="all-linear"),
+        _describe(factors(rename=_swap(".self_attn.", ".1.self_attn."))),
         # Found by hand while the seeds were written, and mended.
         *(_describe({**plain, f"{first}.lora_magnitude_vector": tensor(*shape)}, use_dora=True,
                     beside={"kind": "delta"}) for shape in ((), (3,), (32, 2))),
