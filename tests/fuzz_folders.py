@@ -29,6 +29,8 @@ from typing import Any
 
 from fuzz_mutators import lay_out
 
+from molora_fed.errors import MoloraError
+
 __all__ = [
     "Run",
     "describe_files",
@@ -36,6 +38,7 @@ __all__ = [
     "find_place",
     "limit_memory",
     "read_input",
+    "refuse_in_one_line",
     "replacing",
     "run_in_folder",
     "write_files",
@@ -65,6 +68,19 @@ def replacing(path: Path, call: Callable[[], object]) -> Run:
         call()
 
     return run
+
+
+def refuse_in_one_line(call: Callable[[], object]) -> None:
+    """Call what may refuse an input; for targets whose seeds are refused, too.
+
+    Raises:
+        AssertionError: If it refuses in more than a line.
+    """
+    try:
+        call()
+    except MoloraError as error:
+        if "\n" in str(error) or len(str(error)) > 5_000:
+            raise AssertionError(f"refused in more than a line: {error}") from error
 
 
 def encode_input(files: Mapping[str, Any], **beside: Any) -> bytes:

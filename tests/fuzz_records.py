@@ -26,7 +26,9 @@ def _say(*contents: Any) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[n % 2], "content": c} for n, c in enumerate(contents)]
 
 
-_CHAT = {"messages": [{"role": "system", "content": "Be kind."}, *_say("Hi?", "Hello.", "A?", "B.")]}
+_CHAT = {
+    "messages": [{"role": "system", "content": "Be kind."}, *_say("Hi?", "Hello.", "A?", "B.")]
+}
 _SHARED = {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]}
 _PARTS = {"messages": _say([{"type": "text", "text": "Hi"}, "?"], "", "<|im_end|> is", " <|end|>")}
 _TOOLS = {"messages": [*_say("Hi?"), {"role": "assistant", "content": None, "tool_calls": [1]},
@@ -77,6 +79,7 @@ def _list_layouts() -> list[bytes]:
         encode_input(files, paths=["j", "missing", "texts/n", "texts/g.bin", "~nobody/x"]),
         encode_input(files, paths=["h.jsonl"] * 7, text_field="id"),
         encode_input({"a/b.txt": "x", "c/b.txt": "x", "d/e.bin": ""}, paths=["a", "c/b.txt", "d"]),
+        encode_input({"a/b.txt": "x", "c/b.txt": "x"}, paths=["a/b.txt", "c/b.txt"]),
         encode_input({"a": {"folder": 1}}, paths=["a"]),
         encode_input({"a.txt": " ", "b.py": ""}, paths=["a.txt", "b.py"]),
         encode_input({"l": {"link": "l"}, "l.txt": {"link": "l.txt"}}, paths=["l", "l.txt"]),
@@ -95,8 +98,9 @@ def _list_layouts() -> list[bytes]:
 def _list_records() -> list[bytes]:
     """Records of every form, in JSON lines, JSON and tables, with every template."""
     found = []
+    special = {"messages": _say("<|im_end|> ab", "c<|end|>")}
     for tokenizer in ("none", "plain", "chatml", "clock", "last", "upper", "fails", "much"):
-        for record in (_CHAT, _PARTS):
+        for record in (_CHAT, _PARTS, special):
             lines = {"lines": [record, _SHARED]}
             found.append(
                 encode_input({"a.jsonl": lines}, paths=["a.jsonl"], loss_on="assistant",
@@ -106,7 +110,8 @@ def _list_records() -> list[bytes]:
         {"messages": []}, {"messages": [1]}, {"messages": [{"content": "a"}]},
         {"messages": [{"role": "user", "content": 1}]}, {"messages": [{"role": "u\ud800"}]},
         {"messages": [{"role": "u\ud800", "content": "a"}]}, {"messages": _say([{"a": 1}])},
-        {"text": 1}, {"text": "\ud800"}, {"id": 1}, 1, {"output": "a"}, {"prompt": 1, "output": "a"},
+        {"text": 1}, {"text": "\ud800"}, {"id": 1}, 1, {"output": "a"},
+        {"prompt": 1, "output": "a"},
     )  # fmt: skip
     found += [encode_input({"a.json": {"json": [one]}}, paths=["a.json"]) for one in broken]
     for record in (*_INSTRUCTIONS, _TOOLS, {"content": "a"}, {"body": _say("a", "b")}):
@@ -139,8 +144,8 @@ def _list_pages() -> list[bytes]:
     """Tables, pages and encodings."""
     page = (
         "<!DOCTYPE html><meta charset=koi8-r><title>A &amp; B</title><!-- x --><!--><p id='a>b' "
-        "c\"d>One<br>two</p><pre>\n a\n\n  b</pre><script>a < b</script ><td>1<td>2<td></ ><?x?>"
-        "<![CDATA[x]]>1 < 2<p a=\"x\" b='y<textarea><b></textareas></textarea>\u0130<svg>"
+        'c"d>One<br>two</p><pre>\n a\n\n  b</pre><script>a < b</script ><td>1<td>2<td></ ><?x?>'
+        '<![CDATA[x]]>1 < 2<p a="x" b=\'y<textarea><b></textareas></textarea>\u0130<svg>'
     )
     tables = {
         "a.csv": 'text;b\n"One ""x"".";1\n"Two\nlines";2\n\n', "b.csv": "text,text\n1,2",
@@ -161,7 +166,9 @@ def _list_pages() -> list[bytes]:
         "l.html": {"text": page.replace("koi8-r", "utf-7") + "é", "encoding": "cp1252"},
         "m.html": page, "n.html": page.replace("\u0130", "") + "<b x='", "o.html": "<pre>a",
         "p.txt": {"text": "Grüße\n", "encoding": "cp1252", "times": 20_000},
-        "q.txt": {"base64": "YQphYf9h"}, "r.txt": {"base64": "AABhYQ=="},
+        "q.txt": {"base64": "YQphYf9h"}, "s.txt": {"text": "a" * 300, "times": 6_000},
+        "t.txt": {"gzip": {"base64": "AAA="}}, "u.html": "<script>a</scripts>b</script>c<p></p> ",
+        "r.txt": {"base64": "AABhYQ=="},
     }  # fmt: skip
     return [
         *(encode_input({name: entry}, paths=[name]) for name, entry in tables.items()),

@@ -28,6 +28,7 @@ from fuzz_folders import (
     find_place,
     limit_memory,
     read_input,
+    refuse_in_one_line,
     replacing,
     run_in_folder,
 )
@@ -40,7 +41,6 @@ from molora_fed.corpus.documents import read_documents
 from molora_fed.corpus.inventory import Inventory
 from molora_fed.corpus.parquet import write_texts
 from molora_fed.corpus.records import TextOptions
-from molora_fed.errors import MoloraError
 from molora_fed.types import Markup
 
 __all__ = [
@@ -125,10 +125,8 @@ def prepare_text_folders(folder: Path) -> tuple[Sequence[bytes], Run]:
         options = TextOptions(text_field, loss_on)
         tokenizer = tokenizers.get(str(value.get("tokenizer")))
         with reader.standing_in():
-            try:
-                read_all([path for path in paths if path is not None], options, tokenizer)
-            except MoloraError as error:
-                assert "\n" not in str(error) and len(str(error)) < 5_000, "more than a line"
+            found = [path for path in paths if path is not None]
+            refuse_in_one_line(lambda: read_all(found, options, tokenizer))
 
     return list_folders(), run_in_folder(folder, read, most=2**23)
 
@@ -198,15 +196,16 @@ def prepare_tables(folder: Path) -> tuple[Sequence[bytes], Run]:
         path.unlink(missing_ok=True)
         # Whatever is no table that can be written; what can be read is not decided here.
         with contextlib.suppress(Exception):
-            columns, options = value["columns"], value["options"]
+            columns, written = value["columns"], value["options"]
             times = min(value["times"], 2_000, 2**24 // len(data))
             table = pyarrow.table({n: list(values) * times for n, values in columns.items()})
             if value.get("form") in ("stream", "file"):
                 _write_arrow(table.slice(0, 500), path, value["form"])
             else:
-                pyarrow.parquet.write_table(table, path, **options)
+                pyarrow.parquet.write_table(table, path, **written)
         loss_on = "assistant" if value.get("loss_on") == "assistant" else "all"
-        reader.read(path, TextOptions(str(value.get("text_field") or ""), loss_on))
+        options = TextOptions(str(value.get("text_field") or ""), loss_on)
+        refuse_in_one_line(lambda: reader.read(path, options))
 
     chats = [[{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]] * 2
     seeds: list[dict[str, Any]] = [
@@ -218,6 +217,8 @@ def prepare_tables(folder: Path) -> tuple[Sequence[bytes], Run]:
         },
         {"columns": {"messages": chats, "id": [1, 2]}, "times": 1, "loss_on": "assistant"},
         {"columns": {"text": _TEXTS, "n": [1, 2]}, "times": 1, "form": "file"},
+        {"columns": {"text": ["x" * 1_000] * 20}, "times": 600, "form": "parquet"},
+        {"columns": {"content": _TEXTS, "prompt": _TEXTS}, "times": 1},
         {"columns": {"a": [{"b": "One."}, {"b": "Two."}]}, "times": 1, "form": "stream",
          "text_field": "a.b"},
     ]  # fmt: skip

@@ -150,6 +150,12 @@ def test_rows_without_dimensions_and_a_tokenizer_without_a_list_are_refused(tmp_
         load_adapter(tmp_path / "a", model=tiny_base("llama"))
 
 
+def test_a_folder_with_a_line_break_in_its_name_is_refused_in_one_line(tmp_path):
+    with pytest.raises(AdapterError) as caught:
+        inspect_folder(tmp_path / "a\nb")
+    assert "\n" not in str(caught.value)
+
+
 def test_saved_embeddings_are_left_out_on_demand(tmp_path, tokens):
     base = tiny_base("llama")
     case = next(case for case in CASES if case.name == "embeddings trained")
