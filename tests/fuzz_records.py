@@ -17,7 +17,8 @@ TEXT_WORDS = (
     "a.html", "a.py", "a.txt.gz", "a.arrow", "a.parquet", "datasets:x", "~nobody", "messages",
     "conversations", "role", "content", "from", "value", "user", "assistant", "system", "gpt",
     "prompt", "instruction", "input", "output", "completion", "chosen", "a.b", "tool_calls",
-    "chatml", "clock", "last", "upper", "fails", "much", "plain", "all", "<|im_end|>", "<|end|>",
+    "chatml", "names", "name", "clock", "last", "upper", "fails", "much", "plain", "all",
+    "<|im_end|>", "<|end|>",
     "<p>", "<pre>", "<!--", "</script>", "<script>", "charset=koi8-r", ",", ";", "\t", '"', "\r\n",
 )  # fmt: skip
 
@@ -98,22 +99,40 @@ def _list_layouts() -> list[bytes]:
 def _list_records() -> list[bytes]:
     """Records of every form, in JSON lines, JSON and tables, with every template."""
     found = []
+    tools = [{"function": {"name": "<|end|>"}}]
     special = {"messages": _say("<|im_end|> ab", "c<|end|>")}
-    for tokenizer in ("none", "plain", "chatml", "clock", "last", "upper", "fails", "much"):
-        for record in (_CHAT, _PARTS, special):
+    named = {"messages": [{**one, "name": "\ud800"} for one in _say("a", "b")]}
+    for tokenizer in (
+        "none",
+        "names",
+        "plain",
+        "chatml",
+        "names",
+        "name",
+        "clock",
+        "last",
+        "upper",
+        "fails",
+        "much",
+    ):
+        for record in (_CHAT, _PARTS, special, named):
             lines = {"lines": [record, _SHARED]}
             found.append(
                 encode_input({"a.jsonl": lines}, paths=["a.jsonl"], loss_on="assistant",
                              tokenizer=tokenizer)
             )  # fmt: skip
     broken: tuple[Any, ...] = (
-        {"messages": []}, {"messages": [1]}, {"messages": [{"content": "a"}]},
+        {"messages": []}, {"messages": [{**_say("a")[0], "tool_calls": tools}]},
+        {"messages": [1]}, {"messages": [{"content": "a"}]},
         {"messages": [{"role": "user", "content": 1}]}, {"messages": [{"role": "u\ud800"}]},
         {"messages": [{"role": "u\ud800", "content": "a"}]}, {"messages": _say([{"a": 1}])},
         {"text": 1}, {"text": "\ud800"}, {"id": 1}, 1, {"output": "a"},
         {"prompt": 1, "output": "a"},
     )  # fmt: skip
-    found += [encode_input({"a.json": {"json": [one]}}, paths=["a.json"]) for one in broken]
+    found += [
+        encode_input({"a.json": {"json": [one]}}, paths=["a.json"], tokenizer="names")
+        for one in broken
+    ]
     for record in (*_INSTRUCTIONS, _TOOLS, {"content": "a"}, {"body": _say("a", "b")}):
         for loss_on in ("all", "assistant"):
             found.append(

@@ -148,6 +148,8 @@ _TEMPLATES: dict[str, str | None] = {
     "last": "{% for m in messages %}{% if loop.last %}[last]{% endif %}{{ m['role'] }}: "
     "{{ m['content'] }}\n{% endfor %}",
     "upper": "{% for m in messages %}{{ m['content'] | upper }}<|end|>{% endfor %}",
+    "names": "{% for m in messages %}{{ m['role'] }} {{ m['name'] }} {{ m | tojson }}: "
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}",
     "fails": "{{ raise_exception('no such role') }}",
     "much": "{% for n in range(2000) %}{{ messages[0]['role'] * 1000 }}{% endfor %}",
 }
