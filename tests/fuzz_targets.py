@@ -251,7 +251,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "adapter-foreign", "adapters", partial(mutate_json, words=FOREIGN_WORDS),
-        prepare_foreign, inputs=60, fuzzed=20_000,
+        prepare_foreign, inputs=20, fuzzed=20_000,
     ),
     Target("samples", "samples", mutate_safetensors, prepare_samples),
     Target(
