@@ -5,8 +5,11 @@ the file's text, or an object with one of
 
     json      a JSON value
     lines     texts or JSON values, a line each; the last one without newline
-    tensors   the header of a safetensors file without places; its numbers are zeros
+    tensors   the header of a safetensors file without places; its numbers are zeros, or of the byte
+              `fill`
     base64    bytes
+    gzip      an entry whose bytes are packed
+    text      a text, perhaps in an `encoding` and repeated `times`
     link      where a link leads
     folder    any value: an empty folder
 
@@ -15,6 +18,7 @@ and perhaps `size`: bytes to which the file is lengthened, as a hole that takes 
 
 import base64
 import contextlib
+import gzip
 import json
 import os
 import resource
@@ -25,6 +29,8 @@ from typing import Any
 
 from fuzz_mutators import lay_out
 
+from molora_fed.errors import MoloraError
+
 __all__ = [
     "Run",
     "describe_files",
@@ -32,6 +38,7 @@ __all__ = [
     "find_place",
     "limit_memory",
     "read_input",
+    "refuse_in_one_line",
     "replacing",
     "run_in_folder",
     "write_files",
@@ -42,6 +49,8 @@ MEMORY_BYTES = 2**30
 """What a process may need beyond what it has once everything is imported."""
 MOST_BYTES = 68 * 2**20
 """Longest file: a little beyond the largest of the limits that is met by a file's size."""
+MOST_REPEATED = 6 * 2**20
+"""Bytes of a text that is repeated: beyond what a small packed file may hold."""
 
 
 def limit_memory(more: int = MEMORY_BYTES) -> None:
@@ -59,6 +68,19 @@ def replacing(path: Path, call: Callable[[], object]) -> Run:
         call()
 
     return run
+
+
+def refuse_in_one_line(call: Callable[[], object]) -> None:
+    """Call what may refuse an input; for targets whose seeds are refused, too.
+
+    Raises:
+        AssertionError: If it refuses in more than a line.
+    """
+    try:
+        call()
+    except MoloraError as error:
+        if "\n" in str(error) or len(str(error)) > 5_000:
+            raise AssertionError(f"refused in more than a line: {error}") from error
 
 
 def encode_input(files: Mapping[str, Any], **beside: Any) -> bytes:
@@ -149,13 +171,30 @@ def _build(entry: Any) -> bytes | None:
     if "json" in entry:
         return json.dumps(entry["json"]).encode()
     if "tensors" in entry:
-        return lay_out(entry["tensors"])
+        fill = entry.get("fill")
+        body = bytes([fill % 256]) * 2**20 if isinstance(fill, int) else b""
+        return lay_out(entry["tensors"], body)
+    if "gzip" in entry:
+        return gzip.compress(_build(entry["gzip"]) or b"", mtime=0)
+    if "text" in entry:
+        return _build_text(entry)
     if "base64" in entry:
         return base64.b64decode(str(entry["base64"]))
     if isinstance(entry.get("lines"), list):
         lines = (line if isinstance(line, str) else json.dumps(line) for line in entry["lines"])
         return "\n".join(lines).encode("utf-8", "surrogatepass")
     return None if "size" in entry else b""
+
+
+def _build_text(entry: dict[str, Any]) -> bytes:
+    text, encoding, times = str(entry["text"]), entry.get("encoding"), entry.get("times")
+    try:
+        data = text.encode(str(encoding or "utf-8"), "replace")
+    except (LookupError, UnicodeError):  # no encoding
+        data = text.encode("utf-8", "surrogatepass")
+    if isinstance(times, int) and times > 0 and data:
+        data *= min(times, 1 + MOST_REPEATED // len(data))
+    return data
 
 
 def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from fuzz_adapters import FOREIGN_WORDS, prepare_foreign
 from fuzz_folders import Run, encode_input, run_in_folder
 from fuzz_mail import FROM_CONTRIBUTOR, FROM_SERVER, prepare_invitations, prepare_mail
 from fuzz_models import (
@@ -112,7 +113,6 @@ def _prepare_pages(folder: Path) -> tuple[Sequence[bytes], Run]:
     return [encode_input(files)], run_in_folder(folder, write)
 
 
-_FILES_OF_ADAPTERS = ("_file_size", "load_", "_check_")
 PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "mail": {
         "molora_fed.federation.wire": ("unpack_envelope",),
@@ -131,12 +131,16 @@ PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
     "adapters": {
-        "molora_fed.adapters.files": _FILES_OF_ADAPTERS,
-        "molora_fed.adapters.headers": (*_FILES_OF_ADAPTERS, "check_", "read_", "opened"),
+        "molora_fed.adapters.files": ("load_",),
+        "molora_fed.adapters.headers": ("_file_size", "load_", "check_", "read_", "opened"),
         "molora_fed.adapters.low_rank_files": ("load_", "read_"),
-        "molora_fed.adapters.peft_config": ("_check_", "read_", "_read_", "_compile", "Name"),
-        "molora_fed.adapters.peft_keys": ("read_keys", "_check_", "_read_", "_strip"),
-        "molora_fed.adapters.peft_tensors": ("resolve_", "_check_", "_name_", "_pair"),
+        "molora_fed.adapters.peft_config": ("",),
+        "molora_fed.adapters.peft_keys": ("",),
+        "molora_fed.adapters.peft_tensors": ("",),
+        "molora_fed.adapters.peft_folder": ("",),
+        "molora_fed.adapters.kept_weights": ("",),
+        "molora_fed.adapters.inspection": ("",),
+        "molora_fed.adapters.convert": ("",),
         "molora_fed.adapters.delta_files": ("load_", "_check_"),
         "molora_fed.adapters.quantised_files": (
             "load_",
@@ -168,12 +172,43 @@ PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "corpora": {
         "molora_fed.corpus.documents": (
             "read_documents",
+            "_Found",
             "_read_",
-            "_decode",
             "_list_",
+            "_find_inside",
             "_find_files",
+            "_describe_",
+            "_show",
+            "_check_read",
         ),
-        "molora_fed.corpus.parquet": ("",),
+        "molora_fed.corpus.inventory": ("",),
+        "molora_fed.corpus.raw_text": ("",),
+        "molora_fed.corpus.readers": ("",),
+        "molora_fed.corpus.records": (
+            "RecordReader",
+            "check_text",
+            "parse_record",
+            "_parse_",
+            "choose_columns",
+            "_describe_",
+            "_join",
+        ),
+        "molora_fed.corpus.html_text": ("",),
+        "molora_fed.corpus.chats": ("",),
+        # All but data sets of the Hub: the library `datasets` reads what comes over the network.
+        "molora_fed.corpus.parquet": (
+            "read_",
+            "_read",
+            "write_",
+            "_write",
+            "_describe_",
+            "_list_rows",
+            "_list_parquet",
+            "_list_batch",
+            "_list_arrow",
+            "_find_kind",
+            "_count_",
+        ),
     },
     "traces": {
         "molora_fed.tracing.verifying": ("verify", "_read_", "_is_kind", "_check_root", "_list_"),
@@ -214,6 +249,10 @@ TARGETS: tuple[Target, ...] = (
         "adapter-folder", "adapters", partial(mutate_json, words=ADAPTER_WORDS),
         prepare_adapters, fuzzed=20_000,
     ),
+    Target(
+        "adapter-foreign", "adapters", partial(mutate_json, words=FOREIGN_WORDS),
+        prepare_foreign, inputs=20, fuzzed=20_000,
+    ),
     Target("samples", "samples", mutate_safetensors, prepare_samples),
     Target(
         "samples-folder", "samples",
@@ -231,21 +270,33 @@ TARGETS: tuple[Target, ...] = (
     ),
     *(
         Target(
-            f"corpus-{suffix[1:]}", "corpora", mutate, prepare_corpus(suffix), fuzzed=100_000
+            f"corpus-{suffix[1:].replace('.', '-')}", "corpora", mutate, prepare_corpus(suffix),
+            inputs=inputs, fuzzed=fuzzed,
         )
-        for suffix, mutate in ((".txt", change_bytes), (".jsonl", mutate_lines))
+        for suffix, mutate, inputs, fuzzed in (
+            (".txt", change_bytes, 50, 20_000),  # encodings are guessed
+            (".jsonl", mutate_lines, 200, 100_000),
+            (".json", mutate_json, 200, 50_000),
+            (".csv", change_bytes, 200, 50_000),
+            (".tsv", change_bytes, 200, 50_000),
+            (".html", change_bytes, 200, 50_000),
+            (".txt.gz", change_bytes, 200, 50_000),
+        )
     ),
     Target(
         "corpus-parquet", "corpora", change_bytes, prepare_parquet, inputs=30, fuzzed=20_000
     ),
     Target(
         "corpus-table", "corpora",
-        partial(mutate_json, words=("text", "times", "compression", "use_dictionary", "snappy")),
+        partial(mutate_json, words=(
+            "text", "times", "compression", "use_dictionary", "snappy", "form", "stream", "file",
+            "text_field", "loss_on", "assistant", "messages", "a.b", "content", "prompt", "output",
+        )),
         prepare_tables, inputs=30, fuzzed=2_000,
     ),
     Target(
         "corpus-folder", "corpora", partial(mutate_json, words=TEXT_WORDS), prepare_text_folders,
-        fuzzed=20_000,
+        inputs=100, fuzzed=20_000,
     ),
     Target("trace", "traces", mutate_lines, prepare_traces),
     Target(

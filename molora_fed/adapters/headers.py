@@ -72,7 +72,7 @@ class TensorHeader:
 
 def describe_unreadable(name: str, *, expected: str, got: str, fix: str) -> AdapterError:
     """The one-line error of an adapter whose files cannot be read."""
-    found = clean(got, _MAX_FOUND)
+    found, name = clean(got, _MAX_FOUND), clean(name, _MAX_FOUND)
     return AdapterError(f"Cannot read adapter '{name}': expected {expected}, got {found}. {fix}")
 
 

@@ -103,7 +103,9 @@ def _find_difference(
     if header.dtype not in ("F32", "F16", "BF16"):
         return f"numbers of type {header.dtype}"
     rows = list(settings.token_indices) if kept.is_rows else None
-    if rows is not None and (len(rows) != header.shape[0] or not _are_within(rows, own.shape[0])):
+    if rows is not None and (
+        header.shape[:1] != (len(rows),) or not _are_within(rows, own.shape[0])
+    ):
         return f"rows of tokens {_name_tokens(rows, folder, tokenizer)}"
     if len(header.shape) != own.ndim or tuple(header.shape[1:]) != tuple(own.shape[1:]):
         return f"shape {header.shape} instead of {tuple(own.shape)}"
@@ -154,10 +156,10 @@ def _read_added_tokens(folder: Path) -> dict[int, str]:
         if not is_file(path) or path.stat().st_size > _MAX_TOKENIZER_BYTES:
             return {}
         content = parse_json(path.read_bytes(), max_bytes=_MAX_TOKENIZER_BYTES)
-        added = content.get("added_tokens", []) if isinstance(content, dict) else []
+        added = content.get("added_tokens") if isinstance(content, dict) else None
         return {
             each["id"]: str(each["content"])
-            for each in added
+            for each in (added if isinstance(added, list) else ())
             if isinstance(each, dict) and type(each.get("id")) is int and "content" in each
         }
     except (OSError, ValueError):

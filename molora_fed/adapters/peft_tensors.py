@@ -309,13 +309,17 @@ def _pair(
             offenders.append(f"'{module}' of rank {found[0]} and {found[1]} instead of {rank}")
         elif max_rank is not None and rank > max_rank:
             offenders.append(f"'{module}' of rank {rank} above the charter's {max_rank}")
+        magnitude = parts.get("lora_magnitude_vector", "")
+        if magnitude and headers[magnitude].shape != b[:1]:
+            shape_of = headers[magnitude].shape
+            offenders.append(f"'{magnitude}' of shape {shape_of} instead of {b[:1]}")
         pairs[module] = FactorPair(
             parts["lora_A"],
             parts["lora_B"],
             a[0],
             alpha,
             raw[module],
-            parts.get("lora_magnitude_vector", ""),
+            magnitude,
         )
     processes = next(iter(slices)) if len(slices) == 1 else 0
     if processes > 1 and slices[processes] == len(pairs) and len(pairs) == len(grouped):

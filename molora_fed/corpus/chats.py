@@ -3,7 +3,7 @@
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from molora_fed.corpus.raw_text import UnreadableError
@@ -160,6 +160,10 @@ def _render(
     most = _MAX_RENDERED + 10 * sum(len(message["content"]) for message in messages)
     if not isinstance(text, str) or len(text) > most:
         raise UnreadableError(f"{where}: the base's chat template makes too much text of it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # of a field beside role and content
+        raise UnreadableError(f"{where}: half a character (surrogate)") from error
     return text
 
 
@@ -187,7 +191,12 @@ def _invert(spans: Sequence[Span], size: int) -> tuple[Span, ...]:
 def _find_special(
     text: str, messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str
 ) -> tuple[Span, ...]:
-    """Where the template put special tokens; those that messages spell out are text."""
+    """Where the template put special tokens; those that contents spell out are text.
+
+    Raises:
+        UnreadableError: If a message spells one out elsewhere, where it would look like the
+            template's, or the template changes a content that does.
+    """
     tokens = sorted(
         (token.content for token in tokenizer.added_tokens_decoder.values() if token.special),
         key=lambda token: (-len(token), token),
@@ -197,6 +206,8 @@ def _find_special(
     pattern = re.compile("|".join(map(re.escape, tokens)))
     quoted, cursor = [], 0
     for message in messages:
+        if any(pattern.search(text) for text in _list_other_texts(message)):
+            raise UnreadableError(f"{where}: a special token beside a message's content")
         content = message["content"].strip()
         if pattern.search(content):
             start = text.find(content, cursor)
@@ -208,6 +219,19 @@ def _find_special(
     return tuple(
         (start, end) for start, end in found if not any(a < end and start < b for a, b in quoted)
     )
+
+
+def _list_other_texts(message: Mapping[str, Any]) -> Iterator[str]:
+    """Every text of a message but its content: role, names, what tools are asked."""
+    level: list[Any] = [message[key] for key in message if key != "content"]
+    while level:
+        value = level.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            level += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            level += value
 
 
 def _find_answers(

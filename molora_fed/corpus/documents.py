@@ -221,7 +221,7 @@ def _read_file(
 
 
 def _show(paths: Sequence[Path]) -> str:
-    shown = [f"'{path}'" for path in paths[:_SHOWN_PATHS]]
+    shown = [f"'{clean(str(path), 500)}'" for path in paths[:_SHOWN_PATHS]]
     more = [f"{len(paths) - _SHOWN_PATHS} more"] if len(paths) > _SHOWN_PATHS else []
     return ", ".join([*shown, *more]) or "(no path)"
 

@@ -130,6 +130,32 @@ def test_the_exact_difference_of_dora_is_peft_s(tmp_path, tokens):
     assert 0.01 < short.loss_fraction < 0.5 and short.adapter.max_rank == 4
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (32, 2)])
+def test_magnitudes_of_another_size_are_refused(tmp_path, shape):
+    make(tmp_path / "a", use_dora=True)
+    tensors = read(tmp_path / "a")
+    key = next(key for key in sorted(tensors) if "magnitude" in key)
+    save_file({**tensors, key: torch.ones(shape)}, tmp_path / "a" / WEIGHTS_FILE)
+    with pytest.raises(AdapterError, match=r"magnitude_vector' of shape .* instead of \(32,\)"):
+        convert_adapter(tmp_path / "a", tmp_path / "b", model=tiny_base("llama"), kind="delta")
+
+
+def test_rows_without_dimensions_and_a_tokenizer_without_a_list_are_refused(tmp_path):
+    make(tmp_path / "a", trainable_token_indices=[3])
+    tensors = read(tmp_path / "a")
+    key = next(key for key in tensors if "trainable_tokens" in key)
+    save_file({**tensors, key: torch.tensor(1.0)}, tmp_path / "a" / WEIGHTS_FILE)
+    (tmp_path / "a" / "tokenizer.json").write_text('{"added_tokens": 5}')
+    with pytest.raises(AdapterError, match="rows of tokens token 3"):
+        load_adapter(tmp_path / "a", model=tiny_base("llama"))
+
+
+def test_a_folder_with_a_line_break_in_its_name_is_refused_in_one_line(tmp_path):
+    with pytest.raises(AdapterError) as caught:
+        inspect_folder(tmp_path / "a\nb")
+    assert "\n" not in str(caught.value)
+
+
 def test_saved_embeddings_are_left_out_on_demand(tmp_path, tokens):
     base = tiny_base("llama")
     case = next(case for case in CASES if case.name == "embeddings trained")

@@ -88,6 +88,26 @@ def test_special_tokens_that_a_message_spells_out_stay_text(tmp_path):
     assert tokenizer.decode(tokens).count("<|im_end|>") == 4
 
 
+NAMES = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['name'] }}\n{{ m['content'] }}"
+    "<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        ({"name": "x<|im_end|>"}, "a special token beside a message's content"),
+        ({"role": "<|im_start|>"}, "a special token beside a message's content"),
+        ({"tool_calls": [{"<|end|>": 1}]}, "a special token beside a message's content"),
+        ({"name": "\ud800"}, "half a character"),
+    ],
+)
+def test_what_stands_beside_a_content_becomes_no_special_token(tmp_path, beside, reason):
+    with pytest.raises(CorpusError, match=reason):
+        read(tmp_path, [{**chat("Hi?")[0], **beside}], build_tokenizer(NAMES))
+
+
 def test_plain_text_never_becomes_special_tokens(tmp_path):
     tokenizer = build_tokenizer(CHATML)
     (tmp_path / "a.txt").write_text("<|im_start|>user")

@@ -216,3 +216,9 @@ def test_choosing_is_even():
     assert {b - a for a, b in pairwise(kept)} == {4}
     assert choose_evenly(items, [10] * 1_000, 10_000) == items
     assert choose_evenly([], [], 10) == []
+
+
+def test_a_path_with_a_line_break_is_refused_in_one_line(tmp_path):
+    with pytest.raises(CorpusError, match="a b': no such file") as caught:
+        list(read_documents([tmp_path / "a\nb"]))
+    assert "\n" not in str(caught.value)
