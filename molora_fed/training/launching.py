@@ -170,9 +170,9 @@ def _find_error(place: Path, code: int, shown: str) -> MoloraError:
     for path in sorted(place.glob("error-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         kind = getattr(errors, found["type"], None)
-        if kind is errors.UnknownNameError:  # made of parts, of which the message is one
-            kind = TrainingError
         if isinstance(kind, type) and issubclass(kind, MoloraError):
+            if kind.__init__ is not MoloraError.__init__:
+                kind = TrainingError  # takes other arguments than a message
             error: MoloraError = kind(found["message"])
             return error
         met = met or f"{found['type']}: {found['message']}"
