@@ -15,6 +15,7 @@ from molora_cli.shared_options import (
     Checkpointing,
     Device,
     Dtype,
+    Launcher,
     LearningRate,
     Steps,
     ValidateEvery,
@@ -83,6 +84,7 @@ def join(
     validate_every: ValidateEvery = None,
     accumulation: Accumulation = 1,
     checkpointing: Checkpointing = False,
+    launcher: Launcher = "",
     device: Device = None,
     dtype: Dtype = None,
     shard: Annotated[
@@ -157,6 +159,7 @@ def join(
             validate_every=validate_every,
             accumulation=accumulation,
             checkpointing=checkpointing,
+            launcher=launcher,
         ),
         text_field=text_field,
         loss_on=loss_on,

@@ -14,6 +14,7 @@ __all__ = [
     "Checkpointing",
     "Device",
     "Dtype",
+    "Launcher",
     "LearningRate",
     "Steps",
     "ValidateEvery",
@@ -53,6 +54,12 @@ Checkpointing = Annotated[
         help="Compute activations again instead of keeping them: less memory, more time.",
     ),
 ]
+Launcher = Annotated[
+    str,
+    typer.Option(
+        help="Command that starts the training's processes, e.g. 'accelerate launch --multi_gpu'."
+    ),
+]
 
 
 def ask_compute(device: str | None, dtype: str | None) -> "Compute":
@@ -74,17 +81,18 @@ def ask_training(
     validate_every: int | None,
     accumulation: int,
     checkpointing: bool,
+    launcher: str,
 ) -> "TrainingChoices":
     """What the options of a training ask for.
 
     Raises:
-        ConfigError: If a value is out of range.
+        ConfigError: If a value is out of range, or there is no such launcher.
     """
     from molora_fed.errors import ConfigError
     from molora_fed.storage.settings import check_options
     from molora_fed.training.choices import TrainingChoices
 
-    return check_options(
+    chosen = check_options(
         TrainingChoices,
         {
             "steps": steps,
@@ -93,8 +101,11 @@ def ask_training(
             "validate_every": validate_every,
             "accumulation": accumulation,
             "checkpointing": checkpointing,
+            "launcher": launcher,
         },
         what="Cannot train",
         error=ConfigError,
         fix="Correct these options.",
     )
+    chosen.split_launcher()
+    return chosen

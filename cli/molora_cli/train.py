@@ -13,6 +13,7 @@ from molora_cli.shared_options import (
     Checkpointing,
     Device,
     Dtype,
+    Launcher,
     LearningRate,
     Steps,
     ValidateEvery,
@@ -55,6 +56,7 @@ def train(
     validate_every: ValidateEvery = None,
     accumulation: Accumulation = 1,
     checkpointing: Checkpointing = False,
+    launcher: Launcher = "",
     seed: Annotated[int | None, typer.Option(help="Seed; the charter's if not given.")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Torch threads; all cores if not given.")
@@ -91,6 +93,15 @@ def train(
     share = parse_shard(shard)
     options = parse_options(option) if option else None
     text = TextOptions(text_field, loss_on)
+    choices = ask_training(
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        validate_every=validate_every,
+        accumulation=accumulation,
+        checkpointing=checkpointing,
+        launcher=launcher,
+    )
     with reporting("loading the base") as progress:
         under = open_charter_and_base(
             cooperative, base_folder=base, compute=ask_compute(device, dtype)
@@ -111,14 +122,7 @@ def train(
             name=name,
             kind=kind,
             options=options,
-            choices=ask_training(
-                steps=steps,
-                batch=batch,
-                learning_rate=learning_rate,
-                validate_every=validate_every,
-                accumulation=accumulation,
-                checkpointing=checkpointing,
-            ),
+            choices=choices,
             seed=seed,
             threads=threads or count_cores(),
             on_warning=note,

@@ -70,8 +70,8 @@ class JoinSettings:
         """Look at names, text and adapter as far as that takes no time.
 
         Raises:
-            ConfigError: If a name is malformed or reserved, or there is no adapter where one is
-                said to be.
+            ConfigError: If a name is malformed or reserved, there is no adapter where one is said
+                to be, or no such launcher.
             AdapterError: If the adapter cannot be used, as far as its config and headers tell.
             CorpusError: If there is no readable text at the paths.
             UnknownNameError: If there are no paths, and nobody registers the domain.
@@ -90,6 +90,7 @@ class JoinSettings:
 
             get_plugins().domains.entry(self.domain)
         self.check_adapter()
+        self.training.split_launcher()
 
     def check_adapter(self) -> None:
         """Look at config and headers of the adapter, if there is one.

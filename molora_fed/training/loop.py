@@ -11,6 +11,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from molora_fed.training.checkpoints import (
     set_values,
     write_tensors,
 )
+from molora_fed.training.team import ALONE, Team
 from molora_fed.types import Progress
 
 __all__ = [
@@ -72,9 +74,9 @@ class TrainingJob:
         parameters: What is trained; each group's gradient is clipped by itself.
         optimizer: AdamW over all of them.
         rates: Learning rates of the optimiser's groups at a step.
-        loss: Parts of a step's loss, whose sum is the mean over its batch, nats per token; a
-            function of the step and the parameters alone. A part's gradient is taken before the
-            next part is made.
+        loss: Parts of a step's loss, whose sum, over all processes, is the mean over its batch,
+            nats per token; a function of the step and the parameters alone. A part's gradient is
+            taken before the next part is made.
         validate: Validation loss with the parameters as they are, nats per token; None if nothing
             is chosen by it.
         steps: Optimiser steps at most.
@@ -91,6 +93,7 @@ class TrainingJob:
         advice: What to do if its loss is not finite.
         checkpoint_name: File of the checkpoint.
         metrics_name: File of the metrics.
+        team: The processes that take each step together; the first of them writes.
     """
 
     parameters: Sequence[Sequence[nn.Parameter]]
@@ -111,6 +114,7 @@ class TrainingJob:
     advice: str = "Lower the learning rate, or check the base and the text."
     checkpoint_name: str = CHECKPOINT_NAME
     metrics_name: str = METRICS_NAME
+    team: Team = ALONE
 
     @property
     def flat(self) -> list[nn.Parameter]:
@@ -118,9 +122,9 @@ class TrainingJob:
         return [parameter for group in self.parameters for parameter in group]
 
 
-def seed_step(seed: int, number: int) -> None:
-    """Seed torch for one step, whatever ran before it."""
-    torch.manual_seed(derive_seed(seed, number))
+def seed_step(seed: int, number: int, *more: int) -> None:
+    """Seed torch for one step, or a place in it, whatever ran before it."""
+    torch.manual_seed(derive_seed(seed, number, *more))
 
 
 def build_optimizer(
@@ -170,9 +174,11 @@ def run_training(
     """
     parameters = job.flat
     device = parameters[0].device
-    with lock_folder(folder):
+    with lock_folder(folder) if job.team.is_first else nullcontext():
         store = CheckpointStore(folder / job.checkpoint_name, job.identity)
         found = store.load(parameters)
+        job.team.check_same(found[0].step if found else 0, f"the checkpoint in '{folder}'")
+        job.team.share_first([parameter.data for parameter in parameters])
         threads = job.threads if found is None else found[0].threads
         devices = [device] if device.type == "cuda" else []
         with (
@@ -234,27 +240,30 @@ def _take_steps(
             else:
                 counters = _judge(counters, done, validation_loss, job.patience)
                 best = copy_values(parameters) if counters.best_step == done else best
-            metrics.save()
-            store.save(counters, read_tensors(parameters, job.optimizer, best))
+            if job.team.is_first:
+                metrics.save()
+                store.save(counters, read_tensors(parameters, job.optimizer, best))
     return counters, best
 
 
 def _take_step(job: TrainingJob, step: int) -> Tensor:
-    """One optimiser step; returns the loss before it."""
+    """One optimiser step of all processes; returns the loss before it."""
     for settings, rate in zip(job.optimizer.param_groups, job.rates(step), strict=True):
         settings["lr"] = rate
     losses = []
     for part in job.loss(step):
         part.backward()
         losses.append(part.detach())
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    for parameter in job.flat:
+        if parameter.grad is None:  # took no part in this batch
+            parameter.grad = torch.zeros_like(parameter)
+    job.team.add_up([*(parameter.grad for parameter in job.flat), loss])
     for group in job.parameters:
-        for parameter in group:
-            if parameter.grad is None:  # took no part in this batch
-                parameter.grad = torch.zeros_like(parameter)
         nn.utils.clip_grad_norm_(group, job.clip_norm)
     job.optimizer.step()
     job.optimizer.zero_grad()
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return loss
 
 
 def _validate(job: TrainingJob) -> float:
@@ -382,6 +391,7 @@ class _BlockLoss:
         targets: Which of them count in the loss, (N, T); None counts all.
         config: Settings.
         placement: Where, and in which dtype.
+        team: The processes that each take a share of the batch.
     """
 
     model: Any
@@ -390,17 +400,20 @@ class _BlockLoss:
     targets: NDArray[np.bool_] | None
     config: TrainConfig
     placement: Placement
+    team: Team = ALONE
 
     def __call__(self, step: int) -> Iterator[Tensor]:
         """Sums of losses over parts of the batch, divided by its predictions that count, nats."""
-        seed_step(self.config.seed, step + 1)
+        # What is drawn at random, e.g. dropout, is another in each share.
+        place = () if self.team.is_first else (self.team.rank,)
+        seed_step(self.config.seed, step + 1, *place)
         rows, counts = self._take(self.blocks, step), None
         predictions = rows.shape[0] * (rows.shape[1] - 1)
         if self.targets is not None:
             counts = self._take(self.targets, step)[:, 1:]
             predictions = max(int(counts.sum()), 1)  # 0 where no token of the batch counts
-        parts = min(self.config.accumulation, len(rows))
-        for part in np.array_split(np.arange(len(rows)), parts):
+        share = self.team.take_share(np.arange(len(rows)))
+        for part in np.array_split(share, min(self.config.accumulation, len(share))):
             tokens = torch.from_numpy(rows[part]).long().to(self.placement.device)
             with mixed_precision(self.placement):
                 losses = self._compute_losses(tokens)
@@ -432,6 +445,7 @@ def _check_inputs(
     train_targets: NDArray[np.bool_] | None,
     validation_targets: NDArray[np.bool_] | None,
     config: TrainConfig,
+    team: Team,
 ) -> None:
     problems = [
         f"{name} {value}"
@@ -440,6 +454,8 @@ def _check_inputs(
     ]
     if not parameters:
         problems.append("no parameters to train")
+    if config.batch < team.size:
+        problems.append(f"a batch of {config.batch} for {team.size} processes")
     for name, blocks, targets in (
         ("training", train_blocks, train_targets),
         ("validation", validation_blocks, validation_targets),
@@ -466,6 +482,7 @@ def train(
     train_targets: NDArray[np.bool_] | None = None,
     validation_targets: NDArray[np.bool_] | None = None,
     context: Mapping[str, str] | None = None,
+    team: Team = ALONE,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train, or resume a run that was stopped in the same folder.
@@ -481,6 +498,8 @@ def train(
         validation_targets: Which validation tokens count, (N', T); None counts all.
         context: What else decides the result, e.g. the base's fingerprint; a checkpoint made
             under another context is refused.
+        team: The processes that train together: each calls this with the same arguments, and all
+            end with the same parameters.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
     Returns:
@@ -493,7 +512,7 @@ def train(
         StorageError: On I/O errors.
     """
     _check_inputs(
-        parameters, train_blocks, validation_blocks, train_targets, validation_targets, config
+        parameters, train_blocks, validation_blocks, train_targets, validation_targets, config, team
     )
     weight = model.get_input_embeddings().weight
     placement = Placement(weight.device, weight.dtype)
@@ -517,11 +536,16 @@ def train(
     step_tokens = config.batch * int(train_blocks.shape[1])
 
     def validate() -> float:
+        share = team.take_share(np.arange(len(validation_blocks)))
         with mixed_precision(placement):
-            losses = compute_block_losses(model, validation_blocks, batch=config.evaluation_batch)
+            losses = compute_block_losses(
+                model, validation_blocks[share], batch=config.evaluation_batch
+            )
         if validation_targets is not None:
-            losses = losses[torch.from_numpy(validation_targets[:, 1:])]
-        return float(losses.double().mean())
+            losses = losses[torch.from_numpy(validation_targets[share, 1:])]
+        both = torch.tensor([float(losses.double().sum()), losses.numel()], dtype=torch.float64)
+        team.add_up([both := both.to(placement.device)])
+        return float(both[0] / both[1])
 
     def describe(step: int) -> dict[str, float | int]:
         rate = compute_learning_rate(step - 1, config) if step else 0.0
@@ -531,7 +555,7 @@ def train(
         parameters=[parameters],
         optimizer=optimizer,
         rates=lambda step: [compute_learning_rate(step, config)] * len(optimizer.param_groups),
-        loss=_BlockLoss(model, head, train_blocks, train_targets, config, placement),
+        loss=_BlockLoss(model, head, train_blocks, train_targets, config, placement, team),
         validate=validate,
         steps=config.steps,
         save_every=config.validate_every,
@@ -539,6 +563,7 @@ def train(
             **environment,
             **config.describe(),
             **(context or {}),
+            **team.describe(),
             "dtype": dtype,
             "blocks": hash_bytes(data),
         },
@@ -547,6 +572,7 @@ def train(
         clip_norm=config.clip_norm,
         patience=config.patience,
         step_tokens=step_tokens,
+        team=team,
     )
     counters, seconds = run_training(job, folder, progress)
     if config.checkpointing:

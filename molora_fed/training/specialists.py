@@ -24,15 +24,19 @@ from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.training.choices import TrainingChoices
-from molora_fed.training.loop import CHECKPOINT_NAME, METRICS_NAME, TrainConfig, train
+from molora_fed.training.launching import launch
+from molora_fed.training.loop import CHECKPOINT_NAME, METRICS_NAME, TrainConfig, TrainResult, train
+from molora_fed.training.team import ALONE, Team
 from molora_fed.types import Progress
 
 __all__ = [
     "AdapterJob",
     "Specialist",
     "build_config",
+    "finish_job",
     "load_specialist",
     "run_job",
+    "train_job",
     "train_specialist",
 ]
 
@@ -93,6 +97,7 @@ class AdapterJob:
         options: Options of the kind.
         train_targets: Which tokens to train on count in the loss, (N, T); None counts all.
         watched_targets: Which tokens the best weights are chosen by, (N'', T); None counts all.
+        team: The processes that train it together.
     """
 
     base: Base
@@ -107,6 +112,7 @@ class AdapterJob:
     options: Mapping[str, Any] = field(default_factory=dict)
     train_targets: NDArray[np.bool_] | None = None
     watched_targets: NDArray[np.bool_] | None = None
+    team: Team = ALONE
 
     def describe(self) -> dict[str, Any]:
         """The inputs as JSON values."""
@@ -126,6 +132,7 @@ class AdapterJob:
             # Left out where empty: so are they in records from before there were any.
             **({"options": dict(self.options)} if self.options else {}),
             **self._describe_targets(),
+            **self.team.describe(),
         }
 
     def _describe_targets(self) -> dict[str, Any]:
@@ -178,7 +185,7 @@ def _find_finished(job: AdapterJob, folder: Path, plugins: Plugins) -> Specialis
     if not (folder / _RECORD).exists():
         return None
     specialist = load_specialist(folder)
-    wanted = job.describe()
+    wanted = replace(job, team=ALONE).describe()  # by however many processes
     differing = [n for n, value in wanted.items() if specialist.record.get(n) != value]
     what = f"Cannot train in '{folder}'"
     if differing:
@@ -232,13 +239,20 @@ def run_job(
     finished = _find_finished(job, folder, plugins)
     if finished is not None:
         return finished
-    for left_over in folder.glob(f".{_ADAPTER_FOLDER}.*"):
-        shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed
+    return finish_job(job, *train_job(job, folder, plugins, progress), folder, plugins)
+
+
+def train_job(
+    job: AdapterJob, folder: Path, plugins: Plugins, progress: Progress | None
+) -> tuple[Any, TrainResult]:
+    """Train, by every process of the job's team; returns the trained model and how it ended.
+
+    Raises:
+        MoloraError: As `run_job` says.
+    """
     kind = open_kind(job.kind, job.options, plugins)
-    entry = plugins.adapter_kinds.entry(job.kind)
-    with guarded(entry, "preparing"):
+    with guarded(plugins.adapter_kinds.entry(job.kind), "preparing"):
         model, parameters = kind.prepare(job.base.model, job.rules, job.rank, seed=job.config.seed)
-    inputs = job.describe()
     result = train(
         model,
         parameters,
@@ -248,11 +262,26 @@ def run_job(
         folder,
         train_targets=job.train_targets,
         validation_targets=job.watched_targets,
-        context={"job": hash_bytes(canonical_json(inputs))},
+        context={"job": hash_bytes(canonical_json(job.describe()))},
+        team=job.team,
         progress=progress,
     )
+    return model, result
+
+
+def finish_job(
+    job: AdapterJob, model: Any, result: TrainResult, folder: Path, plugins: Plugins
+) -> Specialist:
+    """Export what was trained, read it back, measure it, and write the record last.
+
+    Raises:
+        MoloraError: As `run_job` says.
+    """
+    for left_over in folder.glob(f".{_ADAPTER_FOLDER}.*"):
+        shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed
+    kind = open_kind(job.kind, job.options, plugins)
     with limit_threads(result.threads):
-        with guarded(entry, "exporting"):
+        with guarded(plugins.adapter_kinds.entry(job.kind), "exporting"):
             kind.export(
                 model,
                 job.base.model,
@@ -265,7 +294,7 @@ def run_job(
             folder / _ADAPTER_FOLDER, rules=job.rules, plugins=plugins, name=folder.name
         )
         record = {
-            **inputs,
+            **job.describe(),
             **result.to_record(),
             "watched_loss": result.loss,
             "base_loss": _compute_mean_loss(job, None),
@@ -334,8 +363,10 @@ def train_specialist(
         seed: Seed of initial factors and data order.
         threads: Torch threads; a resumed run keeps those it began with.
         folder: Gets `adapter/`, `record.json` and `metrics.jsonl`.
-        choices: What this contributor chooses otherwise than the charter.
-        plugins: Where the kind is looked up; the installed plugins by default.
+        choices: What this contributor chooses otherwise than the charter; with a launcher it
+            trains in the processes that this one starts.
+        plugins: Where the kind is looked up; the installed plugins by default, and always in
+            launched processes.
         evaluation_batch: Blocks per forward pass when a loss is measured, from the charter.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
@@ -385,4 +416,10 @@ def train_specialist(
         train_targets=train_blocks.targets,
         watched_targets=watched.targets,
     )
-    return run_job(job, folder, registered, progress)
+    if not chosen.launcher:
+        return run_job(job, folder, registered, progress)
+    finished = _find_finished(job, folder, registered)
+    if finished is None:
+        launch(job, folder, chosen.split_launcher(), progress)
+        finished = _find_finished(job, folder, registered)
+    return finished or load_specialist(folder)

@@ -33,6 +33,13 @@ WRONG = {
         13, "train --cooperative {coop} --base {missing} --domain abc --data {data} --out {out}",
     ),
     "train-shard": (10, "train --cooperative {coop} --domain abc --out {out} --shard 3/2"),
+    "train-launcher": (10, "train --cooperative {coop} --domain abc --out {out} --launcher nix"),
+    "train-launcher-quote": (
+        10, "train --cooperative {coop} --domain abc --out {out} --launcher 'nix",
+    ),
+    "join-launcher": (
+        10, "join --server 127.0.0.1:1 --domain abc --home {out} --yes --launcher nix",
+    ),
     "join-shard": (10, "join --server 127.0.0.1:1 --domain abc --home {out} --yes --shard a"),
     "fuse-missing": (20, "fuse --cooperative {coop} {missing} --out {out}"),
     "fuse-none": (10, "fuse --cooperative {coop} --out {out}"),

@@ -7,6 +7,7 @@ import sys
 
 import psutil
 import pytest
+from process_helpers import find_processes, wait_until
 
 from molora_fed.federation.addresses import find_free_port
 
@@ -41,6 +42,22 @@ def test_training_stops_with_one_line(setup, tmp_path, number, code):
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == code
     assert err.splitlines() == ["error: stopped. Run the same command again to resume."]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_launched_training_stops_with_one_line_and_leaves_no_process(setup, tmp_path, number, code):
+    process = start(
+        "train", "--cooperative", setup.cooperative, "--domain", "abc", "--data",
+        setup.texts["abc"], "--out", tmp_path / "t", "--steps", 100_000, "--threads", 2,
+        "--launcher", "accelerate launch --multi_gpu --num_processes 2 --main_process_port 0",
+    )  # fmt: skip
+    kept = tmp_path / "t" / "checkpoint.safetensors"
+    wait_until(lambda: kept.exists() or process.poll() is not None, what="a checkpoint")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=SECONDS)
+    assert err.splitlines() == ["error: stopped. Run the same command again to resume."]
+    assert process.returncode == code and kept.exists()
+    wait_until(lambda: not find_processes(tmp_path / "t"), seconds=10, what="the end of all")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

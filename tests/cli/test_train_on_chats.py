@@ -123,3 +123,19 @@ def test_text_check_shows_the_same_without_training(molora, chats):
         assert shown in ran.out
     refused = molora("text", "check", chats / "broken.txt")
     assert refused.code == 12 and refused.err.count("\n") == 1
+
+
+@pytest.mark.processes
+def test_two_launched_processes_make_the_contribution_that_one_makes(train, tmp_path):
+    launcher = "accelerate launch --multi_gpu --num_processes 2 --main_process_port 0"
+    more = ("--loss-on", "assistant", "--device", "cpu")
+    ran = train(*more, "--launcher", launcher)
+    assert ran.code == 0, ran.err
+    assert train(*more, out="one").code == 0
+    two, one = (
+        load_contribution(tmp_path / out / "contribution").manifest for out in ("out", "one")
+    )
+    assert two.training["processes"] == 2 and "processes" not in one.training
+    assert two.training["train_targets"] == one.training["train_targets"]
+    assert two.specialist_loss == pytest.approx(one.specialist_loss, abs=1e-4)
+    assert "launcher" not in json.dumps(two.training)

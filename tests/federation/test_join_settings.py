@@ -9,6 +9,7 @@ from molora_fed.federation.envelopes import keep_letter
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.letters import Acknowledgement
+from molora_fed.training.choices import TrainingChoices
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,16 @@ def test_a_wrong_way_to_read_text_is_said_before_anything_is_written(error, fiel
 
 def test_a_data_set_of_the_hub_is_no_path():
     assert JoinSettings("me", "mine", (Path("datasets:a/b"),)).to_json()["data"] == ["datasets:a/b"]
+
+
+def test_a_launcher_is_kept_and_checked_before_anything_is_written(tmp_path):
+    home = ContributorHome(tmp_path / "home")
+    training = TrainingChoices(launcher="no-such-launcher --now")
+    with pytest.raises(ConfigError, match="Cannot train with the launcher 'no-such-launcher'"):
+        prepare_home(home, JoinSettings(name="", domain="python", training=training))
+    assert not home.root.exists()
+    training = TrainingChoices(launcher="accelerate launch --multi_gpu")
+    settings = prepare_home(home, JoinSettings(name="", domain="python", training=training))
+    assert settings.training == training == home.read_settings().training
+    assert settings.to_json()["training"] == {"launcher": training.launcher}
+    assert "training" not in JoinSettings(name="", domain="python").to_json()
