@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -171,7 +172,7 @@ def _find_error(place: Path, code: int, shown: str) -> MoloraError:
         found = json.loads(path.read_text(encoding="utf-8"))
         kind = getattr(errors, found["type"], None)
         if isinstance(kind, type) and issubclass(kind, MoloraError):
-            if kind.__init__ is not MoloraError.__init__:
+            if isinstance(kind.__init__, FunctionType):
                 kind = TrainingError  # takes other arguments than a message
             error: MoloraError = kind(found["message"])
             return error
