@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import psutil
@@ -334,7 +335,7 @@ def raise_recorded(path: Path, *, otherwise: str, code: int = 1) -> None:
     kind = getattr(errors, str(record["type"]), MoloraError)
     if not (isinstance(kind, type) and issubclass(kind, MoloraError)):
         kind = MoloraError
-    if kind.__init__ is not MoloraError.__init__:
+    if isinstance(kind.__init__, FunctionType):
         kind = MoloraError  # takes other arguments than a message
     error = kind(record["message"])
     error.exit_code = int(record["code"])

@@ -208,13 +208,18 @@ def test_a_home_keeps_its_domain_and_is_used_once_at_a_time(tmp_path):
 
 def test_a_workers_error_reaches_its_supervisor_with_type_and_exit_code(tmp_path):
     path = tmp_path / "error.json"
-    for error in (AdmissionError("No. Try again."), UnknownNameError("router", "x", ["y"])):
+    for error, kind in (
+        (AdmissionError("No. Try again."), AdmissionError),
+        (UnknownNameError("router", "x", ["y"]), MoloraError),
+    ):
         with pytest.raises(SystemExit) as ended, record_errors(path):
             raise error
         assert ended.value.code == error.exit_code
         with pytest.raises(MoloraError) as caught:
             raise_recorded(path, otherwise="nothing")
         assert str(caught.value) == str(error) and caught.value.exit_code == error.exit_code
+        # An error that takes more than a message comes as the plainest one.
+        assert type(caught.value) is kind
     assert AdmissionError("x").exit_code == 22
     with record_errors(path):
         pass
