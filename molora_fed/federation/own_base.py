@@ -1,10 +1,11 @@
 """A contributor's own copy of the base: taken instead of the server's, once it proves the same."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from molora_fed.charter import BaseIdentity, load_charter
+from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import BaseCheckpointError, describe_mismatch
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.letters import CharterLetter
@@ -48,10 +49,13 @@ def take_own_base(home: ContributorHome, letter: CharterLetter, source: str) -> 
             write_bytes(target / entry.name, (description / entry.name).read_bytes())
     write_bytes(marker, home.base.name.encode())
     home.parts.discard(describing, part_bytes=letter.part_bytes)
+    shutil.rmtree(description, ignore_errors=True)
     return True
 
 
-def _check_same(folder: Path, source: str, description: Path, base: Shipment, charter: Any) -> None:
+def _check_same(
+    folder: Path, source: str, description: Path, base: Shipment, charter: Charter
+) -> None:
     """Hold a copy against the charter and the server's list of files.
 
     Raises:
@@ -60,7 +64,7 @@ def _check_same(folder: Path, source: str, description: Path, base: Shipment, ch
     from molora_fed.models.base import read_card
     from molora_fed.models.base_files import fingerprint_tensors
 
-    identity: BaseIdentity = charter.identity.base
+    identity = charter.identity.base
     what = f"Cannot use '{source}' as the base of cooperative '{charter.identity.name}'"
     fix = "Leave --base out to have it sent, or fetch the cooperative's base."
     weights, tensors = fingerprint_tensors(folder)

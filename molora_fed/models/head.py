@@ -272,8 +272,8 @@ def find_head(model: Any) -> Head | None:
         model: A Hugging Face causal language model, or one that wraps it as PEFT does.
 
     Returns:
-        The two parts; None where the model does anything beside, found by comparing numbers, or
-        where others watch it by hooks.
+        The two parts; None where they do not give the model's logits to the bit, or where others
+        watch it by hooks.
     """
     if model._forward_hooks or model._forward_pre_hooks:
         return None
@@ -301,7 +301,8 @@ def _find_head(model: Any) -> Head | None:
             return None
         with capture_states(model, Capture(hidden=True)) as states:
             rows = make_probe(model)
-            model(input_ids=rows, use_cache=False)
+            logits = model(input_ids=rows, use_cache=False).logits
             found = decoder(input_ids=rows, use_cache=False).last_hidden_state
-    entered = states["hidden"]
-    return head if entered.shape == found.shape and torch.equal(entered, found) else None
+        # To the bit: a readout is found within a tolerance, and losses are reported.
+        same = (states["hidden"], found), (logits, head.compute_logits(found))
+    return head if all(torch.equal(one, other) for one, other in same) else None
