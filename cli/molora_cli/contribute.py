@@ -7,7 +7,7 @@ import typer
 
 from molora_cli.output import build_corpus_table, build_text_tables, note, show
 from molora_cli.progress import reporting
-from molora_cli.shared_options import Device, Dtype, ask_compute
+from molora_cli.shared_options import Device, Dtype, TextField, ask_compute
 
 
 def contribute(
@@ -26,10 +26,7 @@ def contribute(
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of an adapter, e.g. as PEFT saved it.")
     ] = None,
-    text_field: Annotated[
-        str,
-        typer.Option(help="Field of records that holds the text, e.g. post.body; found by name."),
-    ] = "",
+    text_field: TextField = "",
     kind: Annotated[
         str | None, typer.Option(help="Adapter kind of a checkpoint; the charter's if not given.")
     ] = None,

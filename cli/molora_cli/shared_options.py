@@ -1,8 +1,10 @@
-"""Options that several commands have: where models run, and how a contributor trains."""
+"""Options that several commands have: text, where models run, how a contributor trains."""
 
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from molora_fed.types import LossOn
 
 if TYPE_CHECKING:
     from molora_fed.storage.compute import Compute
@@ -12,16 +14,26 @@ __all__ = [
     "Accumulation",
     "Batch",
     "Checkpointing",
+    "CountedTokens",
     "Device",
     "Dtype",
     "Launcher",
     "LearningRate",
     "Steps",
+    "TextField",
     "ValidateEvery",
     "ask_compute",
     "ask_training",
 ]
 
+TextField = Annotated[
+    str,
+    typer.Option(help="Field of records that holds the text, e.g. post.body; found by name."),
+]
+CountedTokens = Annotated[
+    LossOn,
+    typer.Option(help="assistant: only its replies, and responses, count in the training."),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="auto, cpu, cuda or cuda:N; the home's settings if not given."),

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from molora_cli.output import build_text_tables, show
-from molora_fed.types import LossOn
+from molora_cli.shared_options import CountedTokens, TextField
 
 app = typer.Typer(help="Look at text.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -21,14 +21,8 @@ def _group() -> None:
 @app.command("check")
 def check(
     paths: Annotated[list[Path], typer.Argument(help="Text files, folders or datasets:ID.")],
-    text_field: Annotated[
-        str,
-        typer.Option(help="Field of records that holds the text, e.g. post.body; found by name."),
-    ] = "",
-    loss_on: Annotated[
-        LossOn,
-        typer.Option(help="assistant: only its replies, and responses, count in the training."),
-    ] = "all",
+    text_field: TextField = "",
+    loss_on: CountedTokens = "all",
 ) -> None:
     """Show what is read of files and what is left out, and how the first document begins.
 

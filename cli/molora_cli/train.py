@@ -11,16 +11,17 @@ from molora_cli.shared_options import (
     Accumulation,
     Batch,
     Checkpointing,
+    CountedTokens,
     Device,
     Dtype,
     Launcher,
     LearningRate,
     Steps,
+    TextField,
     ValidateEvery,
     ask_compute,
     ask_training,
 )
-from molora_fed.types import LossOn
 
 
 def train(
@@ -35,14 +36,8 @@ def train(
             help="Text files, folders or datasets:ID; repeatable. Without: the registered domain."
         ),
     ] = None,
-    text_field: Annotated[
-        str,
-        typer.Option(help="Field of records that holds the text, e.g. post.body; found by name."),
-    ] = "",
-    loss_on: Annotated[
-        LossOn,
-        typer.Option(help="assistant: only its replies, and responses, count in the training."),
-    ] = "all",
+    text_field: TextField = "",
+    loss_on: CountedTokens = "all",
     kind: Annotated[
         str | None, typer.Option(help="Adapter kind; the charter's if not given.")
     ] = None,
