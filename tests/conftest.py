@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from molora_fed.storage.keys import load_or_make_key
 from molora_fed.testing.models import ARCHITECTURES, build_tiny_checkpoint, build_tiny_model
@@ -61,6 +63,17 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
         return build_tiny_checkpoint(root / f"{architecture}-{seed}", architecture, seed)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer without merges, 257 ids, end-of-text id 256."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)} | {"<|end|>": 256}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ __all__ = [
     "copy_index",
     "find_base_index",
     "index_blocks",
+    "list_shingles",
     "load_index",
     "measure_overlap",
     "save_index",
@@ -100,6 +101,16 @@ def _decode(tokens: NDArray[np.int32], tokenizer: Any) -> str:
     )
 
 
+def list_shingles(blocks: Blocks, tokenizer: Any) -> NDArray[np.uint64]:
+    """The word 8-grams that shares are counted of, each once, sorted; none lies in two blocks.
+
+    Args:
+        blocks: N blocks.
+        tokenizer: Hugging Face tokenizer they were made with.
+    """
+    return np.unique(_shingle_blocks(blocks, tokenizer).hashes)
+
+
 def index_blocks(blocks: Blocks, tokenizer: Any) -> NDArray[np.uint64]:
     """The word 8-grams of blocks, each once, sorted.
 
@@ -109,13 +120,13 @@ def index_blocks(blocks: Blocks, tokenizer: Any) -> NDArray[np.uint64]:
     """
     ordered = blocks.in_text_order()
     if ordered is None:
-        return np.unique(_shingle_blocks(blocks, tokenizer).hashes)
+        return list_shingles(blocks, tokenizer)
     # One block as long as the text, so that no word and no 8-gram is cut within a document.
     tokens, documents, clusters = (
         array.reshape(1, -1) for array in (ordered.tokens, ordered.documents, ordered.clusters)
     )
     joined = Blocks(blocks.domain, blocks.split, tokens, documents, clusters)
-    return np.unique(_shingle_blocks(joined, tokenizer).hashes)
+    return list_shingles(joined, tokenizer)
 
 
 def compute_block_shares(

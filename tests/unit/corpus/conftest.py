@@ -1,23 +1,10 @@
-"""Small made-up text and a byte-level tokenizer, for the whole room."""
+"""Small made-up text, for the whole room."""
 
 import random
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from molora_fed.types import Document
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    """Byte-level tokenizer without merges, 257 ids, end-of-text id 256."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate(alphabet)} | {"<|end|>": 256}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
 @pytest.fixture(scope="session")

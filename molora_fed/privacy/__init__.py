@@ -1,0 +1,1 @@
+"""What contributors find out together about texts that none of them shows."""
