@@ -27,9 +27,7 @@ def add(left, right):
     if x1 == x2 and (y1 + y2) % P == 0:
         return None
     slope = (
-        (3 * x1 * x1 - 3) * pow(2 * y1, -1, P)
-        if left == right
-        else (y2 - y1) * pow(x2 - x1, -1, P)
+        (3 * x1 * x1 - 3) * pow(2 * y1, -1, P) if left == right else (y2 - y1) * pow(x2 - x1, -1, P)
     )
     x3 = (slope * slope - x1 - x2) % P
     return x3, (slope * (x1 - x3) - y1) % P
@@ -101,7 +99,7 @@ def test_tags_are_the_stated_hash():
     "bad", [encode(P), encode(P + 1), b"\xff" * 32, b"", encode(G[0])[:31], encode(G[0]) + b"\0"]
 )
 def test_what_is_no_point_is_refused_by_number(bad):
-    with pytest.raises(ValueError, match="^element 1 is no point of P-256$"):
+    with pytest.raises(ValueError, match=r"^element 1 is no point of P-256$"):
         Key(5).multiply([encode(G[0]), bad])
 
 
