@@ -25,6 +25,7 @@ __all__ = [
     "MAX_BLOCK_OVERLAP",
     "KnownText",
     "Overlap",
+    "Shingles",
     "compute_block_shares",
     "copy_index",
     "find_base_index",
@@ -33,6 +34,7 @@ __all__ = [
     "load_index",
     "measure_overlap",
     "save_index",
+    "shingle_blocks",
     "summarise_overlap",
 ]
 
@@ -53,7 +55,7 @@ def _list_runs(blocks: Blocks) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Shingles:
+class Shingles:
     """Word 8-grams of blocks.
 
     Attributes:
@@ -72,10 +74,14 @@ class _Shingles:
         return np.bincount(rows, minlength=self.num_blocks)
 
 
-def _shingle_blocks(blocks: Blocks, tokenizer: Any) -> _Shingles:
+def shingle_blocks(blocks: Blocks, tokenizer: Any) -> Shingles:
     """The 8-grams that lie in one document and one block.
 
     A word that the block's edge may have cut is dropped: half a word is in no other text.
+
+    Args:
+        blocks: N blocks.
+        tokenizer: Hugging Face tokenizer they were made with.
     """
     tokens, size = blocks.tokens.reshape(-1), blocks.block_size
     rows, texts = [], []
@@ -90,7 +96,7 @@ def _shingle_blocks(blocks: Blocks, tokenizer: Any) -> _Shingles:
     shingles = compute_shingles(texts)
     counts = [len(hashes) for hashes in shingles]
     hashes = np.concatenate([np.empty(0, dtype=np.uint64), *shingles])
-    return _Shingles(hashes, np.repeat(np.array(rows, dtype=np.int64), counts), len(blocks))
+    return Shingles(hashes, np.repeat(np.array(rows, dtype=np.int64), counts), len(blocks))
 
 
 def _decode(tokens: NDArray[np.int32], tokenizer: Any) -> str:
@@ -108,7 +114,7 @@ def list_shingles(blocks: Blocks, tokenizer: Any) -> NDArray[np.uint64]:
         blocks: N blocks.
         tokenizer: Hugging Face tokenizer they were made with.
     """
-    return np.unique(_shingle_blocks(blocks, tokenizer).hashes)
+    return np.unique(shingle_blocks(blocks, tokenizer).hashes)
 
 
 def index_blocks(blocks: Blocks, tokenizer: Any) -> NDArray[np.uint64]:
@@ -142,7 +148,7 @@ def compute_block_shares(
     Returns:
         A fraction in [0, 1] per block, (N,); 0 for a block without any run of 8 words.
     """
-    shingles = _shingle_blocks(blocks, tokenizer)
+    shingles = shingle_blocks(blocks, tokenizer)
     return _divide(shingles.count(find_shingles(index, shingles.hashes)), shingles.count())
 
 
@@ -210,7 +216,7 @@ def measure_overlap(
     Returns:
         By contributor; blocks with more than `MAX_BLOCK_OVERLAP` in known text are not kept.
     """
-    shingles = {name: _shingle_blocks(blocks, tokenizer) for name, blocks in held_out.items()}
+    shingles = {name: shingle_blocks(blocks, tokenizer) for name, blocks in held_out.items()}
     found = {
         name: {
             kind: np.zeros(own.hashes.shape, dtype=np.bool_) for kind in ("own", "union", "base")
@@ -232,7 +238,7 @@ def measure_overlap(
 
 def _describe(
     domain: str,
-    shingles: _Shingles,
+    shingles: Shingles,
     own: NDArray[np.bool_],
     union: NDArray[np.bool_],
     base: NDArray[np.bool_],
