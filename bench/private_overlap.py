@@ -1,43 +1,58 @@
 """What it costs to compare held-out text with train text that nobody shows, and what sampling does.
 
-    python bench/private_overlap.py
+    molora demo --out FOLDER
+    python bench/private_overlap.py --demo FOLDER
 
-Costs are of random 8-grams, in processor seconds of one core and bytes of whole messages: a set of
-tags, a query, a reply and its opening are measured once each, and counted as often as a fusion of
-`--members` needs them. Then the built-in cooperatives: how many 8-grams their texts have, and which
-blocks are left out if only 8-grams whose hash is below a fraction of all hashes are compared. Where
-`openmined-psi` can be imported (it cannot be installed beside flwr), its times stand beside. The
-page is written to `--out`; corpora are kept in the cache folder.
+Costs are of random 8-grams, in processor seconds of one core and bytes of whole messages: tags, a
+query, a reply and its opening are measured once each, and counted as often as a fusion of
+`--members` needs them; tags take as long whatever the text, so those of the larger text are
+reckoned from the smaller. Then the demo: all its held-out blocks compared privately, every message
+as bytes, and with all texts in one place; and which blocks are left out if only 8-grams whose hash
+is below a fraction of all hashes are compared. Where `openmined-psi` can be imported (it cannot be
+installed beside flwr), its times stand beside.
 """
 
 import argparse
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from contamination import Cooperative, Texts, list_cooperatives, read_domain
 from cryptography.hazmat.backends.openssl import backend
 from numpy.typing import NDArray
 
-from molora_fed.corpus.clusters import find_shingles, index_shingles
-from molora_fed.corpus.overlap import MAX_BLOCK_OVERLAP, list_shingles, shingle_blocks
-from molora_fed.privacy.intersection import Receiver, Sender
+from molora_fed.charter import load_charter
+from molora_fed.cooperative.known_text import read_known_text
+from molora_fed.corpus.blocks import Blocks, load_blocks
+from molora_fed.corpus.clusters import find_shingles
+from molora_fed.corpus.overlap import (
+    MAX_BLOCK_OVERLAP,
+    KnownText,
+    Overlap,
+    find_base_index,
+    index_blocks,
+    list_shingles,
+    load_index,
+    measure_overlap,
+    shingle_blocks,
+)
+from molora_fed.models.base import load_base
+from molora_fed.privacy.intersection import Receiver, Sealing, Sender
 from molora_fed.privacy.messages import Query, Reply, TagSet
-from molora_fed.storage.values import find_cache_folder
-from molora_fed.training.builtin_base import BuiltinBaseConfig, split_domains, train_tokenizer
+from molora_fed.privacy.overlap import OverlapCounts, measure_private_overlap
 from molora_fed.types import Split
 
 KNOWN = (100_000, 1_000_000)
 HELD_OUT = (5_000, 20_000)
 ONE_IN = (2, 4, 8, 16)
 RIVAL_ITEMS = 20_000
-COOPERATIVES = ("the demo", "own text (docs/results/own_text.md)", "study twenty")
+MEASURED = 100_000  # 8-grams whose tags are made
 MB = 1e6
 
 Made = TypeVar("Made")
@@ -78,8 +93,10 @@ def seal(size: int, held_out: NDArray[np.uint64]) -> Sealed:
     """A set that holds every tenth of the held-out 8-grams."""
     known = np.union1d(draw(size - held_out.size // 10, seed=size), held_out[::10])
     sender = Sender(known, secret=b"s" * 32, fusion="bench")
-    seconds, tags = clock(lambda: sender.finish(sender.advance(sender.begin(), sender.total)))
-    return Sealed(size, sender, tags, seconds)
+    seconds, sealing = clock(lambda: sender.advance(sender.begin(), MEASURED))
+    rest = draw(size - sealing.tags.size, seed=size + 1)
+    filled = Sealing(sealing.key_id, np.concatenate([sealing.tags, rest]))
+    return Sealed(size, sender, sender.finish(filled), seconds * size / sealing.tags.size)
 
 
 def ask(size: int, items: NDArray[np.uint64]) -> Asked:
@@ -123,9 +140,8 @@ def describe_pair(sealed: Sealed, asked: Asked, members: int, others: int) -> st
             Reply.read(reply, "bob", query),
         )
     )
-    expected = int(found.hits.size) // 10
-    if int(found.hits.sum()) != expected:
-        raise SystemExit(f"expected {expected} 8-grams in common, got {int(found.hits.sum())}")
+    if sealed.size <= MEASURED and int(found.hits.sum()) != asked.size // 10:
+        raise SystemExit(f"expected {asked.size // 10} 8-grams in common, got {found.hits.sum()}")
     checking, _ = clock(lambda: (Query.read(sent[0], "ann"), TagSet.read(sent[1], "bob")))
     sizes = [len(sent[1]) / MB, len(sent[0]) / MB, len(reply) / MB]
     total = sealed.seconds + asked.seconds + others * (answering + opening)
@@ -167,7 +183,7 @@ def describe_rival() -> Iterator[str]:
     yield "| library | a tag, µs | of a query, µs | of a reply, µs | of its opening, µs | bytes |"
     yield "|---|---:|---:|---:|---:|---|"
     for name, *seconds, size in rows:
-        cells = " | ".join(f"{1e6 * value:.0f}" for value in seconds)  # type: ignore[str-bytes-safe]
+        cells = " | ".join(f"{1e6 * value:.0f}" for value in seconds)
         yield f"| {name} | {cells} | {size} |"
 
 
@@ -188,81 +204,130 @@ def time_rival(items: Sequence[str]) -> tuple[str, float, float, float, float, s
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """Decisions about blocks, from all 8-grams and from some.
+class Demo:
+    """The texts of a finished demo.
 
     Attributes:
-        totals: 8-grams of each block, by position, (N,).
-        shares: Of them in known text, (N,).
-        sampled: By denominator of the fraction, the same of sampled 8-grams, (N,).
-        empty: By denominator, blocks with 8-grams of which none is sampled.
+        held_out: All held-out blocks of each contributor.
+        home: Known text of each: train text, and samples.
+        base: Known text of the base.
+        tokenizer: The base's.
     """
 
-    totals: NDArray[np.int64]
-    shares: NDArray[np.float64]
-    sampled: dict[int, NDArray[np.float64]]
-    empty: dict[int, int]
+    held_out: Mapping[str, Blocks]
+    home: Mapping[str, Sequence[KnownText]]
+    base: KnownText
+    tokenizer: Any
+
+    @property
+    def known(self) -> list[KnownText]:
+        """All of it."""
+        return [text for texts in self.home.values() for text in texts] + [self.base]
 
 
-def sample_domain(
-    texts: Texts, cooperative: Cooperative, domain: str, known: NDArray[np.uint64]
-) -> Sampled:
-    blocks = texts.corpus(domain).blocks[Split.HELD_OUT].take(cooperative.samples.held_out)
-    shingles = shingle_blocks(blocks, texts.tokenizer)
-    hits = find_shingles(known, shingles.hashes)
-    totals = shingles.count()
-    sampled, empty = {}, {}
-    for one_in in ONE_IN:
-        chosen = shingles.hashes < np.uint64(2**64 // one_in)
-        left = shingles.count(chosen)
-        sampled[one_in] = shingles.count(chosen & hits) / np.maximum(left, 1)
-        empty[one_in] = int(((left == 0) & (totals > 0)).sum())
-    return Sampled(totals, shingles.count(hits) / np.maximum(totals, 1), sampled, empty)
+def read_demo(folder: Path) -> Demo:
+    cooperative = folder / "cooperative"
+    base = load_base(cooperative / "base")
+    index = load_index(find_base_index(base.folder), str((base.training or {})["recipe"]))
+    if index is None:
+        raise SystemExit(f"no index of the base's text beside '{base.folder}'")
+    samples = load_charter(cooperative / "cooperative.toml").amendment.samples
+    held_out, home = {}, {}
+    for name, corpus in read_known_text(cooperative).items():
+        held_out[name] = load_blocks(corpus / f"{Split.HELD_OUT}.safetensors")
+        parts = {
+            split: load_blocks(corpus / f"{split}.safetensors")
+            for split in (Split.TRAIN, Split.CALIBRATION, Split.ADMISSION)
+        }
+        parts[Split.CALIBRATION] = parts[Split.CALIBRATION].take(samples.calibration)
+        parts[Split.ADMISSION] = parts[Split.ADMISSION].take(samples.admission)
+        indices = {s: index_blocks(blocks, base.tokenizer) for s, blocks in parts.items()}
+        home[name] = [
+            KnownText("train" if s == Split.TRAIN else "sample", name, partial(indices.get, s))
+            for s in parts
+        ]
+    return Demo(held_out, home, KnownText("base", "", lambda: index), base.tokenizer)
 
 
-def describe_sampling() -> Iterator[str]:
-    config = BuiltinBaseConfig()
-    domains = ("cpp", "python", "readme", "science")
-    splits = split_domains({domain: read_domain(domain) for domain in domains}, config)
-    base = index_shingles(d.text for split in splits.values() for d in split[Split.TRAIN])
-    texts = Texts(train_tokenizer(splits, config), find_cache_folder() / "contamination")
-    yield (
-        "| cooperative | blocks | left out | train 8-grams a member | held-out 8-grams a member "
-        "| one in | wrongly kept | wrongly left out | blocks without any |"
-    )
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
-    for cooperative in list_cooperatives():
-        if cooperative.title in COOPERATIVES:
-            yield from describe_cooperative(texts, cooperative, base)
-
-
-def describe_cooperative(
-    texts: Texts, cooperative: Cooperative, base: NDArray[np.uint64]
-) -> Iterator[str]:
-    loaded = {(k.kind, k.owner): k.load() for k in texts.list_known(cooperative, base)}
-    known = np.unique(np.concatenate(list(loaded.values())))
-    found = [sample_domain(texts, cooperative, domain, known) for domain in cooperative.domains]
-    train = [loaded["train", domain].size for domain in cooperative.domains]
-    held_out = [
-        list_shingles(
-            texts.corpus(domain).blocks[Split.HELD_OUT].take(cooperative.samples.held_out),
-            texts.tokenizer,
-        ).size
-        for domain in cooperative.domains
-    ]
-    exact = np.concatenate([one.shares for one in found]) > MAX_BLOCK_OVERLAP
-    sizes = [f"{min(part):,} to {max(part):,}" for part in (train, held_out)]
-    for one_in in ONE_IN:
-        left_out = np.concatenate([one.sampled[one_in] for one in found]) > MAX_BLOCK_OVERLAP
-        cells = (
-            (exact & ~left_out).sum(),
-            (left_out & ~exact).sum(),
-            sum(one.empty[one_in] for one in found),
-        )
+def describe_demo(demo: Demo) -> Iterator[str]:
+    pooled = measure_overlap(demo.held_out, demo.known, demo.tokenizer)
+    seconds, private = clock(lambda: compare_privately(demo))
+    yield "| contributor | train 8-grams | held-out 8-grams | blocks | left out, pooled | private |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for name, found in private.items():
+        if not np.array_equal(found.known, pooled[name].known):
+            raise SystemExit(f"8-grams of {name} in known text differ")
+        counts, wanted = OverlapCounts.count(found), OverlapCounts.count(pooled[name])
+        train = np.unique(np.concatenate([text.load() for text in demo.home[name]])).size
+        held_out = list_shingles(demo.held_out[name], demo.tokenizer).size
         yield (
-            f"| {cooperative.title} | {exact.size} | {exact.sum()} | {sizes[0]} | {sizes[1]} "
-            f"| {one_in} | " + " | ".join(str(cell) for cell in cells) + " |"
+            f"| {name} | {train:,} | {held_out:,} | {counts.blocks} | {wanted.left_out} "
+            f"| {counts.left_out} |"
         )
+    yield ""
+    yield f"The 8-grams found in known text are the same in every block. {seconds:.0f} s in all."
+
+
+def compare_privately(demo: Demo) -> dict[str, Overlap]:
+    """Every member with every other, each message as bytes."""
+    senders, receivers, sets, found = {}, {}, {}, {}
+    for name, texts in demo.home.items():
+        secret = name.encode().ljust(32)
+        known = np.unique(np.concatenate([text.load() for text in texts]))
+        senders[name] = sender = Sender(known, secret=secret, fusion="demo")
+        sets[name] = sender.finish(sender.advance(sender.begin(), sender.total)).to_bytes()
+        items = list_shingles(demo.held_out[name], demo.tokenizer)
+        receivers[name] = Receiver(items, secret=secret, purpose="demo")
+    for name, receiver in receivers.items():
+        state, query = receiver.begin(), receiver.query
+        for other, sender in senders.items():
+            if other != name:
+                reply = sender.answer(
+                    Query.read(query.to_bytes(), name),
+                    name,
+                    committed=query.commitment,
+                    admit=lambda place, question: None,
+                ).to_bytes()
+                tags = TagSet.read(sets[other], other)
+                state = receiver.open(state, other, tags, Reply.read(reply, other, query))
+        found[name] = measure_private_overlap(
+            demo.held_out[name],
+            others=receiver.list_known(state),
+            home=[*demo.home[name], demo.base],
+            owner=name,
+            tokenizer=demo.tokenizer,
+        )
+    return found
+
+
+def describe_sampling(demo: Demo) -> Iterator[str]:
+    index = np.unique(np.concatenate([text.load() for text in demo.known]))
+    shingles = [shingle_blocks(blocks, demo.tokenizer) for blocks in demo.held_out.values()]
+    hits = [find_shingles(index, one.hashes) for one in shingles]
+    totals = np.concatenate([one.count() for one in shingles])
+    exact = _exceed(
+        np.concatenate([one.count(h) for one, h in zip(shingles, hits, strict=True)]), totals
+    )
+    yield (
+        "| one in | blocks | left out from all 8-grams | wrongly kept | wrongly left out "
+        "| blocks without any |"
+    )
+    yield "|---:|---:|---:|---:|---:|---:|"
+    for one_in in ONE_IN:
+        chosen = [one.hashes < np.uint64(2**64 // one_in) for one in shingles]
+        left = np.concatenate([one.count(c) for one, c in zip(shingles, chosen, strict=True)])
+        known = [one.count(c & h) for one, c, h in zip(shingles, chosen, hits, strict=True)]
+        sampled = _exceed(np.concatenate(known), left)
+        cells = (exact & ~sampled, sampled & ~exact, (left == 0) & (totals > 0))
+        yield (
+            f"| {one_in} | {exact.size} | {exact.sum()} | "
+            + " | ".join(str(int(cell.sum())) for cell in cells)
+            + " |"
+        )
+
+
+def _exceed(known: NDArray[np.int64], totals: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return known / np.maximum(totals, 1) > MAX_BLOCK_OVERLAP
 
 
 def describe_versions() -> str:
@@ -277,17 +342,20 @@ def describe_versions() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--members", type=int, default=20)
+    parser.add_argument("--demo", type=Path, required=True, help="folder of `molora demo`")
     parser.add_argument("--out", type=Path, default=Path("docs/results/private_overlap.md"))
     args = parser.parse_args()
-    lines: list[Any] = ["# Comparing held-out text with train text that nobody shows", ""]
-    lines += [f"`python bench/private_overlap.py`; {describe_versions()}", ""]
-    for title, describe in (
-        (f"## A fusion of {args.members} members", lambda: describe_cost(args.members)),
-        ("## An 8-gram", describe_rival),
-        ("## Sampling 8-grams by hash", describe_sampling),
+    demo = read_demo(args.demo)
+    lines = ["# Comparing held-out text with train text that nobody shows", ""]
+    lines += [f"`python bench/private_overlap.py --demo FOLDER`; {describe_versions()}", ""]
+    for title, rows in (
+        (f"## A fusion of {args.members} members", describe_cost(args.members)),
+        ("## Microseconds an 8-gram", describe_rival()),
+        ("## Sampling 8-grams by hash", describe_sampling(demo)),
+        ("## The demo, privately and pooled", describe_demo(demo)),
     ):
         lines += [title, ""]
-        for line in describe():
+        for line in rows:
             print(line, flush=True)
             lines.append(line)
         lines.append("")
