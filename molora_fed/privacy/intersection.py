@@ -32,6 +32,7 @@ from molora_fed.privacy.messages import (
 )
 from molora_fed.privacy.oprf import Key, compute_tags, derive_bytes
 from molora_fed.storage.untrusted import clean
+from molora_fed.types import Progress
 
 __all__ = ["Found", "Receiver", "Sealing", "Sender", "limit_queries"]
 
@@ -103,7 +104,7 @@ class Receiver:
         *,
         secret: bytes,
         purpose: str,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         fix = "Send fewer held-out blocks."
         _check_set(items, MAX_QUERY_BATCHES * BATCH, "held-out blocks", fix)
