@@ -262,10 +262,12 @@ def admit(
             str(r.state),
             r.contribution_id[:16],
             _describe_change(r.decision),
+            _describe_effect(r.decision),
         )
         for r in receipts
     ]
-    print_columns(("contributor", "domain", "state", "contribution", "loss change"), rows)
+    header = ("contributor", "domain", "state", "contribution", "loss change", "effect")
+    print_columns(header, rows)
     decisions = [receipt.decision for receipt in receipts if receipt.decision is not None]
     for each in (text for decision in decisions for text in decision.notes):
         note(each)
@@ -277,6 +279,12 @@ def _describe_change(decision: "AdmissionDecision | None") -> str:
     """Loss on the admission sample against the base's, nats per token, if it was measured."""
     losses = None if decision is None else decision.losses
     return "-" if losses is None else f"{losses.specialist - losses.base:+.4f}"
+
+
+def _describe_effect(decision: "AdmissionDecision | None") -> str:
+    """How many of its modules the adapter changes, if they were counted."""
+    effect = None if decision is None else decision.effect
+    return "-" if effect is None else str(effect)
 
 
 @app.command()

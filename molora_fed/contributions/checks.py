@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from molora_fed.adapters.compatibility import applied, count_changed
+from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import find_misfits, find_non_finite
 from molora_fed.adapters.updates import Adapter
 from molora_fed.contributions.admission import AdmissionCandidate, Stage, needs
@@ -147,11 +147,11 @@ def check_tensor_layout(candidate: AdmissionCandidate) -> Finding | None:
     )
     offenders = find_misfits(candidate.adapter, candidate.base.model, rules=own)
     if not offenders:
-        if count_changed(candidate.adapter):
+        if candidate.effect.changed:
             return None
         return Finding(
             "a change of the base",
-            f"one that changes 0 of {len(candidate.adapter.updates)} modules: every product is "
+            f"one that changes 0 of {candidate.effect.modules} modules: every product is "
             "exactly zero",
             "Save the adapter after its training, from the model that was trained.",
         )

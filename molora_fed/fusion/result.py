@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from molora_fed.adapters.compatibility import count_changed
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Contributed
@@ -156,6 +157,8 @@ def _describe_expert(expert: FusedExpert) -> dict[str, Any]:
         "kind": None if adapter is None else adapter.kind,
         "rank": None if adapter is None else adapter.max_rank or None,
         "bytes": 0 if adapter is None else adapter.num_bytes,
+        "changed": 0 if adapter is None else count_changed(adapter),
+        "modules": 0 if adapter is None else len(adapter.updates),
     }
 
 

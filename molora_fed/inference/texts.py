@@ -8,6 +8,7 @@ from molora_fed.bank import Expert, build_held_out_bank
 from molora_fed.corpus.blocks import Blocks, pack_documents
 from molora_fed.corpus.clusters import cluster_documents
 from molora_fed.corpus.documents import read_documents
+from molora_fed.corpus.records import TextOptions
 from molora_fed.errors import ConfigError, CorpusError
 from molora_fed.evaluation.evaluate import Evaluation, evaluate
 from molora_fed.inference.engines import Model, PlainModel
@@ -24,6 +25,7 @@ def evaluate_texts(
     data: Mapping[str, Sequence[Path]],
     *,
     block_size: int = 128,
+    text: TextOptions | None = None,
     batch: int = 16,
     seed: int = 42,
     on_phase: Callable[[str], None] = lambda phase: None,
@@ -37,6 +39,7 @@ def evaluate_texts(
         model: The fused or evolved model.
         data: Files and folders by a name of the text.
         block_size: T, tokens per block.
+        text: How files are read.
         batch: Blocks per forward pass.
         seed: Of clusters and bootstraps.
         on_phase: Told what begins.
@@ -53,7 +56,7 @@ def evaluate_texts(
             f"Cannot evaluate '{model.base.folder}': expected a fused or evolved model, got a base "
             "or a specialist alone. Fuse it, or evolve it."
         )
-    blocks = _read_all(model.base, data, block_size, seed, on_phase, progress)
+    blocks = _read_all(model.base, data, block_size, text, seed, on_phase, progress)
     on_phase("measuring")
     with tempfile.TemporaryDirectory(prefix="molora-texts-") as temporary:
         if isinstance(model, EvolvedModel):
@@ -78,6 +81,7 @@ def _read_all(
     base: Base,
     data: Mapping[str, Sequence[Path]],
     block_size: int,
+    text: TextOptions | None,
     seed: int,
     on_phase: Callable[[str], None],
     progress: Progress | None,
@@ -97,7 +101,7 @@ def _read_all(
     blocks = []
     for name, paths in data.items():
         on_phase(f"reading {name}")
-        blocks.append(_read_blocks(base, name, paths, block_size, seed, progress))
+        blocks.append(_read_blocks(base, name, paths, block_size, text, seed, progress))
     return blocks
 
 
@@ -106,6 +110,7 @@ def _read_blocks(
     name: str,
     paths: Sequence[Path],
     block_size: int,
+    text: TextOptions | None,
     seed: int,
     progress: Progress | None,
 ) -> Blocks:
@@ -114,7 +119,7 @@ def _read_blocks(
     Raises:
         CorpusError: If it is shorter than one block.
     """
-    documents = list(read_documents(paths, tokenizer=base.tokenizer))
+    documents = list(read_documents(paths, text, tokenizer=base.tokenizer))
     packed = pack_documents(
         documents,
         cluster_documents(documents, seed=seed, progress=progress),

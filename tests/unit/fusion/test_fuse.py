@@ -118,6 +118,7 @@ def test_result_has_every_method(fusion, cooperative):
     assert result["seconds"].keys() == set(PHASES)
     ids = [c.id for c in sorted(contributions, key=lambda c: c.id)]
     assert [e["contribution"] for e in result["experts"]] == [None, *ids]
+    assert all(e["changed"] == e["modules"] > 0 for e in result["experts"][1:])
 
 
 def test_fusion_is_better_than_anyone_alone(fusion):
