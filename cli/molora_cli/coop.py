@@ -94,6 +94,7 @@ def create(
     )
     from molora_fed.cooperative.create import found_cooperative
     from molora_fed.errors import ConfigError
+    from molora_fed.models.batches import choose_batch
     from molora_fed.models.layout import decoder_blocks
     from molora_fed.storage.files import make_home
     from molora_fed.storage.values import find_cache_folder, parse_names
@@ -124,7 +125,7 @@ def create(
             name,
             source=base,
             adapters=AdapterRules(frozen_depth=frozen_depth, max_rank=max(64, rank)),
-            corpus=CorpusRules(block_size=block_size),
+            corpus=CorpusRules(block_size=block_size, evaluation_batch=choose_batch(block_size)),
             amendment=amendment,
             base_steps=base_steps,
             cache=find_cache_folder(),

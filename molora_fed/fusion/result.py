@@ -104,7 +104,7 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
         },
         "seconds": dict(outcome.seconds),
         "threads": {"fuse": torch.get_num_threads()},
-        "measured_on": _describe_placement(fused.base.model),
+        "measured_on": _describe_placement(fused.base.model, plan.bank["batch"]),
         "fingerprints": {
             "base": fused.base.weights,
             "tokenizer": fused.base.tokenizer_fingerprint,
@@ -126,9 +126,10 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
     }
 
 
-def _describe_placement(model: Any) -> dict[str, str]:
-    """Device and dtype of the passes that every loss comes from; the losses are float32."""
-    return {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+def _describe_placement(model: Any, batch: int) -> dict[str, str | int]:
+    """Device, dtype and blocks of the passes that every loss comes from; losses are float32."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"device": model.device.type, "dtype": dtype, "blocks_per_pass": batch}
 
 
 def _list_plugins(outcome: FusionOutcome, charter: Charter) -> dict[str, list[dict[str, str]]]:

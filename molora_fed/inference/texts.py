@@ -13,6 +13,7 @@ from molora_fed.errors import ConfigError, CorpusError
 from molora_fed.evaluation.evaluate import Evaluation, evaluate
 from molora_fed.inference.engines import Model, PlainModel
 from molora_fed.models.base import Base
+from molora_fed.models.batches import fit_batch
 from molora_fed.population.bundle import EvolvedModel
 from molora_fed.population.losses import evaluate_population
 from molora_fed.types import Progress, Split
@@ -26,7 +27,7 @@ def evaluate_texts(
     *,
     block_size: int = 128,
     text: TextOptions | None = None,
-    batch: int = 16,
+    batch: int | None = None,
     seed: int = 42,
     on_phase: Callable[[str], None] = lambda phase: None,
     progress: Progress | None = None,
@@ -40,7 +41,7 @@ def evaluate_texts(
         data: Files and folders by a name of the text.
         block_size: T, tokens per block.
         text: How files are read.
-        batch: Blocks per forward pass.
+        batch: Blocks per forward pass; by tokens if None.
         seed: Of clusters and bootstraps.
         on_phase: Told what begins.
         progress: Receives progress within a phase.
@@ -56,6 +57,7 @@ def evaluate_texts(
             f"Cannot evaluate '{model.base.folder}': expected a fused or evolved model, got a base "
             "or a specialist alone. Fuse it, or evolve it."
         )
+    batch = fit_batch(model.base.model, block_size, batch)
     blocks = _read_all(model.base, data, block_size, text, seed, on_phase, progress)
     on_phase("measuring")
     with tempfile.TemporaryDirectory(prefix="molora-texts-") as temporary:
