@@ -19,6 +19,7 @@ from molora_fed.bank import (
 from molora_fed.bank.prune import prune_bank, subtract_expert
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError, StorageError
+from molora_fed.models.batches import choose_batch
 from molora_fed.models.forward import compute_block_losses, run_blocks
 from molora_fed.models.states import Capture
 from molora_fed.testing import build_random_adapter
@@ -346,7 +347,7 @@ def prune(folder, base, experts):
         base=base.weights,
         adapters=[expert.adapter.hash for expert in experts if expert.adapter],
         blocks=[part.fingerprint for part in CALIBRATION],
-        batch=64,
+        batch=choose_batch(CALIBRATION[0].block_size),
         frozen_depth=0,
     )
 
