@@ -143,13 +143,12 @@ def _target_logprob(logits: Tensor, rows: Tensor) -> Tensor:
 
 def _log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities of targets (R,) under logits (R, V)."""
-    if logits.dtype is torch.float32:
-        return -nn.functional.cross_entropy(logits, targets, reduction="none")
+    if logits.dtype is torch.float32 or logits.device.type != "cpu":
+        return -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     # Of shorter logits there is a float32 copy to write over: no second one is made.
     values = logits.float()
-    values.sub_(values.amax(-1, keepdim=True))
-    chosen = values.gather(1, targets[:, None]).squeeze(1)
-    return chosen - values.exp_().sum(-1).log()
+    torch.log_softmax(values, -1, out=values)
+    return values.gather(1, targets[:, None]).squeeze(1)
 
 
 def compute_block_losses(
