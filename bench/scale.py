@@ -297,19 +297,22 @@ def measure_dtype(arguments: argparse.Namespace) -> dict[str, Any]:
     bases = {name: open_base(arguments, name) for name in ("bfloat16", "float32")}
     blocks = read_blocks(bases["float32"], arguments)
     adapter = build_random_adapter(bases["float32"].model, rank=RANK, seed=1, strength=0.05)
-    losses: dict[str, list[float]] = {name: [] for name in bases}
-    for name, base in bases.items():
+    losses: dict[str, list[float]] = {}
+
+    def run(name: str) -> None:
+        losses[name] = []
         for each in (None, adapter):
-            with applied(base.model, each) as model:
-                found = compute_block_losses(model, blocks.tokens, batch=len(blocks))
+            with applied(bases[name].model, each) as model:
+                found = compute_block_losses(
+                    model, blocks.tokens, batch=choose_batch(arguments.tokens)
+                )
             losses[name].append(float(found.double().mean()))
+
+    speed = compare(arguments.rounds, lambda: run("bfloat16"), lambda: run("float32"))
     apart = [one - other for one, other in zip(losses["bfloat16"], losses["float32"], strict=True)]
-    run = {
-        name: lambda base=base: compute_block_losses(base.model, blocks.tokens, batch=len(blocks))
-        for name, base in bases.items()
-    }
     return {
-        **compare(arguments.rounds, run["bfloat16"], run["float32"]),
+        **speed,
+        "blocks": len(blocks),
         "losses_nats": losses,
         "largest_difference_of_a_loss_nats": max(map(abs, apart)),
         "difference_of_a_difference_nats": abs(apart[1] - apart[0]),
