@@ -24,17 +24,20 @@ _LOG = logging.getLogger(__name__)
 TOKENS_A_PASS = 2_048
 """Tokens of a forward pass where nobody says otherwise; more gain nothing, as measured in
 docs/results/scale.md, and cost memory."""
+_MOST_BLOCKS = 16
 _STEP = 2**28  # memory is rounded down to it: a kernel's own share differs a little
 _SHARE = 0.5  # of what the weights leave, for a pass; the rest is for columns and for others
 
 
 def choose_batch(block_size: int) -> int:
-    """Blocks of a forward pass of `TOKENS_A_PASS` tokens, at least one.
+    """Blocks of a forward pass of at most `TOKENS_A_PASS` tokens: from 1 to 16.
+
+    Shorter blocks than 128 tokens have 16, too: so it always was, and a charter binds the number.
 
     Args:
         block_size: T, tokens per block.
     """
-    return max(1, TOKENS_A_PASS // block_size)
+    return min(_MOST_BLOCKS, max(1, TOKENS_A_PASS // block_size))
 
 
 def list_batches(batch: int) -> list[int]:

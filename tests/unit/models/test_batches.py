@@ -40,8 +40,8 @@ def give_memory(monkeypatch, base, batch):
     monkeypatch.setattr(batches, "find_memory_bytes", lambda device: memory)
 
 
-def test_a_pass_is_of_as_many_tokens_whatever_the_block_size():
-    assert [choose_batch(size) for size in (32, 128, 512, 2_048, 4_096)] == [64, 16, 4, 1, 1]
+def test_a_pass_is_of_as_many_tokens_however_long_the_blocks_are():
+    assert [choose_batch(size) for size in (32, 128, 512, 2_048, 4_096)] == [16, 16, 4, 1, 1]
 
 
 def test_fewer_blocks_where_memory_does_not_suffice():

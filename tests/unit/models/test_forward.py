@@ -131,7 +131,7 @@ def test_logits_of_all_blocks_never_exist_together(tiny_model, monkeypatch):
     model = tiny_model("llama")
     tokens = torch.randint(0, 60, (6, 12), generator=torch.Generator().manual_seed(3))
     whole = compute_block_losses(model, tokens, batch=6)
-    monkeypatch.setattr(forward, "_LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 1)
     sizes = []
     hook = model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, found: sizes.append(found.shape[0])
