@@ -94,6 +94,7 @@ def create(
     )
     from molora_fed.cooperative.create import found_cooperative
     from molora_fed.errors import ConfigError
+    from molora_fed.models.batches import choose_batch
     from molora_fed.models.layout import decoder_blocks
     from molora_fed.storage.files import make_home
     from molora_fed.storage.values import find_cache_folder, parse_names
@@ -124,7 +125,7 @@ def create(
             name,
             source=base,
             adapters=AdapterRules(frozen_depth=frozen_depth, max_rank=max(64, rank)),
-            corpus=CorpusRules(block_size=block_size),
+            corpus=CorpusRules(block_size=block_size, evaluation_batch=choose_batch(block_size)),
             amendment=amendment,
             base_steps=base_steps,
             cache=find_cache_folder(),
@@ -262,10 +263,12 @@ def admit(
             str(r.state),
             r.contribution_id[:16],
             _describe_change(r.decision),
+            _describe_effect(r.decision),
         )
         for r in receipts
     ]
-    print_columns(("contributor", "domain", "state", "contribution", "loss change"), rows)
+    header = ("contributor", "domain", "state", "contribution", "loss change", "effect")
+    print_columns(header, rows)
     decisions = [receipt.decision for receipt in receipts if receipt.decision is not None]
     for each in (text for decision in decisions for text in decision.notes):
         note(each)
@@ -277,6 +280,12 @@ def _describe_change(decision: "AdmissionDecision | None") -> str:
     """Loss on the admission sample against the base's, nats per token, if it was measured."""
     losses = None if decision is None else decision.losses
     return "-" if losses is None else f"{losses.specialist - losses.base:+.4f}"
+
+
+def _describe_effect(decision: "AdmissionDecision | None") -> str:
+    """How many of its modules the adapter changes, if they were counted."""
+    effect = None if decision is None else decision.effect
+    return "-" if effect is None else str(effect)
 
 
 @app.command()

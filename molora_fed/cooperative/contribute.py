@@ -16,7 +16,11 @@ from molora_fed.adapters.convert import convert_adapter
 from molora_fed.adapters.files import META_FILE, check_adapter_fits, load_adapter
 from molora_fed.adapters.peft_folder import read_claims
 from molora_fed.charter import Charter, check_name, load_charter
-from molora_fed.contributions.build import build_contribution, measure_start_loss
+from molora_fed.contributions.build import (
+    build_contribution,
+    measure_start_loss,
+    state_loss_dtype,
+)
 from molora_fed.contributions.manifest import Contribution, Origin
 from molora_fed.cooperative.chat_tokens import find_chat_warnings
 from molora_fed.cooperative.cooperative import load_charter_base, open_cooperative
@@ -410,7 +414,7 @@ def measure_given(
         adapter.kind,
         base_loss,
         loss,
-        record,
+        state_loss_dtype(record, base.model),
         start,
         # Nothing tells that it was trained on this base.
         origin=None if adapter.base_weights else Origin.of_claims(read_claims(source, str(given))),

@@ -43,7 +43,7 @@ from molora_fed.federation.worker_mail import (
 )
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.compute import read_compute
-from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.keys import load_key, verify
 
 if TYPE_CHECKING:
@@ -209,6 +209,14 @@ class ContributorWorker:
         from molora_fed.cooperative.contribute import make_contribution
 
         home, settings = self._home, self._settings
+        warnings: list[str] = []
+        write_json(home.warnings_file, warnings)
+
+        def warn(text: str) -> None:
+            log("chat template", "warning", reason=text)
+            warnings.append(text)
+            write_json(home.warnings_file, warnings)
+
         with ExitStack() as stage:
 
             def enter(phase: str) -> None:
@@ -231,7 +239,7 @@ class ContributorWorker:
                 choices=settings.training,
                 plugins=self._plugins,
                 on_phase=enter,
-                on_warning=lambda text: log("chat template", "warning", reason=text),
+                on_warning=warn,
                 progress=self._state.progress,
             )
             log(

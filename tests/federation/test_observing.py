@@ -19,9 +19,11 @@ from molora_fed.errors import ConfigError, PortTakenError
 from molora_fed.federation import certificates, doctor
 from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.certificates import ServerCertificate
+from molora_fed.federation.contributor import ContributorSupervisor
 from molora_fed.federation.doctor import examine
 from molora_fed.federation.envelopes import keep_letter
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.kept import HelloRecord
 from molora_fed.federation.letters import Refusal, ShownState
 from molora_fed.federation.logs import EventLog, LogLimit, log, shorten_log
@@ -251,6 +253,28 @@ def test_a_contributor_is_shown_with_what_it_waits_for(tmp_path):
     assert len(read_contributor(home).problems) == 1
     (home.result / "fused").mkdir(parents=True)
     assert read_contributor(home).list_awaited() == []
+
+
+def test_warnings_of_chat_templates_reach_board_and_status(tmp_path, capsys):
+    home = ContributorHome(tmp_path / "alice")
+    home.mail.mkdir(parents=True)
+    write_json(home.settings_file, JoinSettings(name="alice", domain="legal").to_json())
+    write_json(home.state_file, {"phase": "TRAINING"})
+    write_json(home.warnings_file, ["another template " + HOSTILE])
+    events = []
+    supervisor = ContributorSupervisor(
+        "127.0.0.1:1", home.root, home.read_settings(), events.append, consent=lambda charter: True
+    )
+    supervisor._report()
+    supervisor._report()
+    (warning,) = [event for event in events if event.problem]
+    assert warning.message.startswith("another template") and "\x1b" not in warning.message
+    assert run(["status", str(home.root)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search("^warning +another template", shown, re.M) and "\x1b" not in shown
+    for malformed in ("{", '{"a": 1}'):
+        home.warnings_file.write_text(malformed)
+        assert home.read_warnings() == ()
 
 
 def test_status_shows_either_side_and_refuses_any_other_folder(home, tmp_path, capsys):
