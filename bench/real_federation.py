@@ -243,6 +243,8 @@ def read_peaks(host: Host) -> dict[str, int]:
     for pid in pids.stdout.split():
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
         status = Path(f"/proc/{pid}/status").read_text()
+        if "VmHWM" not in status:  # it has just ended
+            continue
         module = next((word for word in words if word.startswith("molora_fed.")), "molora serve")
         peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
         found[module] = max(found.get(module, 0), peak)
@@ -286,14 +288,14 @@ def run(base: Path, gguf: Path | None) -> dict[str, Any]:
         for name, one in joined.items():
             print(name, one.process.returncode, one.read_log("err"), flush=True)
             federation.wire[name] = one.host.read_wire()
-        found |= look_at_result(federation, list(joined.values()))
-        found |= measure_bytes(federation, joined)
         found["peaks"] = read_peaks(server)
         serving.terminate()
         found["codes"] = {
             **{name: one.process.returncode for name, one in joined.items()},
-            "serve": serving.wait(timeout=120),
+            "serve": serving.wait(timeout=LIMIT_SECONDS),
         }
+        found |= look_at_result(federation, list(joined.values()))
+        found |= measure_bytes(federation, joined)
         found |= {"steps": federation.steps, "wire": federation.wire, "changed": changed}
         del found["refused"]
         return found

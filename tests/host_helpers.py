@@ -71,7 +71,7 @@ class Host:
             return become
         return [*become[:4], "sh", "-c", _REMAP, str(prefix), str(closed), *become[4:]]
 
-    def run(self, *command: object, timeout: float = 240.0) -> str:
+    def run(self, *command: object, timeout: float = 1_800.0) -> str:
         """Run a command in the home, and give its standard output.
 
         Raises:
