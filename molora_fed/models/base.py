@@ -233,6 +233,7 @@ def load_model(folder: Path, placement: Placement | None = None) -> Any:
 def _read_fitting(stage: Path, folder: Path, placement: Placement) -> tuple[Any, str]:
     """Config of a model that memory is there for, and its fingerprint; no weights are read."""
     what = f"Cannot load checkpoint '{folder}'"
+    half = "--dtype bfloat16, " if placement.dtype is torch.float32 else ""
     with _loading(what, stage, folder):
         config = read_config(stage, count_tensors(folder), what)
         numbers = check_size(config, find_weight_files(folder), what)
@@ -240,7 +241,7 @@ def _read_fitting(stage: Path, folder: Path, placement: Placement) -> tuple[Any,
             numbers * placement.dtype.itemsize,
             placement.device,
             what=what,
-            fix="Use --dtype bfloat16, another --device, or a machine with more memory.",
+            fix=f"Use {half}another --device, or a machine with more memory.",
         )
         # Now: loading writes into a config.
         return config, fingerprint_config(config)

@@ -1,5 +1,9 @@
 """Where models are put, and what a machine refuses before it starts."""
 
+import json
+import os
+import struct
+
 import pytest
 import torch
 
@@ -7,6 +11,7 @@ from molora_fed.errors import ComputeError
 from molora_fed.models import base as base_module
 from molora_fed.models import runtime
 from molora_fed.models.base import fetch_base, load_base
+from molora_fed.models.base_files import count_tensors
 from molora_fed.models.runtime import Placement, check_memory, choose_placement, format_bytes
 from molora_fed.storage.compute import Compute
 
@@ -67,9 +72,22 @@ def test_a_base_larger_than_the_memory_is_refused_before_it_is_read(
         with pytest.raises(ComputeError, match="needs about"):
             refused()
     assert not (tmp_path / "base").exists()
+    monkeypatch.setattr(runtime, "find_free_bytes", lambda device: needed // 4)
+    with pytest.raises(ComputeError, match=r"free\. Use another --device"):
+        load_base(folder, Placement(dtype=torch.bfloat16))
     monkeypatch.undo()
     monkeypatch.setattr(runtime, "find_free_bytes", lambda device: int(needed * 0.6))
     assert load_base(folder, Placement(dtype=torch.bfloat16)).model.dtype is torch.bfloat16
+
+
+def test_tensors_of_a_file_larger_than_any_memory_are_counted(tmp_path):
+    """Before it is known whether the model fits; the file is one hole, and takes no disk."""
+    size = 2**42
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}})
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    os.truncate(path, 8 + len(header) + size)
+    assert count_tensors(tmp_path) == 1
 
 
 def test_what_fits_is_let_through():
