@@ -34,7 +34,8 @@ class MixtureChoice(StrEnum):
 def create(
     name: Annotated[str, typer.Argument(help="Lower-case letters, digits and dashes.")],
     base: Annotated[
-        str, typer.Option(help="builtin, ID@REVISION of the Hugging Face Hub, or a folder.")
+        str,
+        typer.Option(help="builtin, a folder, a .gguf file, or ID@REVISION of the Hub."),
     ] = "builtin",
     domains: Annotated[
         str, typer.Option(help="Domains to ask for, separated by commas; any if not given.")
@@ -83,6 +84,8 @@ def create(
         int | None, typer.Option(min=1, help="Training steps of the built-in base.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of base, training, routers and bootstraps.")] = 42,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Create a cooperative: its charter, base checkpoint, key and ledger."""
     from molora_fed.charter import (
@@ -96,6 +99,8 @@ def create(
     from molora_fed.errors import ConfigError
     from molora_fed.models.batches import choose_batch
     from molora_fed.models.layout import decoder_blocks
+    from molora_fed.models.runtime import choose_placement
+    from molora_fed.storage.compute import read_compute
     from molora_fed.storage.files import make_home
     from molora_fed.storage.values import find_cache_folder, parse_names
     from molora_fed.training.freezing import recommend_frozen_depth
@@ -119,15 +124,17 @@ def create(
         training=TrainingRules(kind=kind, rank=rank, steps=steps),
         fusion=FusionRules.model_validate({"mixture": mixture.value, **chosen}),
     )
+    home = folder or Path(name)
     with reporting() as progress:
         cooperative, made = found_cooperative(
-            folder or Path(name),
+            home,
             name,
             source=base,
             adapters=AdapterRules(frozen_depth=frozen_depth, max_rank=max(64, rank)),
             corpus=CorpusRules(block_size=block_size, evaluation_batch=choose_batch(block_size)),
             amendment=amendment,
             base_steps=base_steps,
+            placement=choose_placement(read_compute(home, ask_compute(device, dtype))),
             cache=find_cache_folder(),
             on_phase=progress.phase,
             progress=progress,

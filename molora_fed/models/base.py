@@ -172,10 +172,12 @@ def load_base(folder: Path, placement: Placement | None = None) -> Base:
         ComputeError: If it is larger than the memory there is.
     """
     what = f"Cannot load base checkpoint '{folder}'"
-    weights = fingerprint_weights(folder)
-    tokenizer_fingerprint = fingerprint_tokenizer(folder)
+    placement = placement or Placement()
     with stage_checkpoint(folder) as stage:
-        model, config = _load_staged(stage, folder, placement or Placement())
+        settings, config = _read_fitting(stage, folder, placement)
+        weights = fingerprint_weights(folder)
+        tokenizer_fingerprint = fingerprint_tokenizer(folder)
+        model = _load_staged(stage, folder, settings, placement)
         with _loading(what, stage, folder), quiet_transformers():
             files = hash_checkpoint_files(folder)
             tokenizer = AutoTokenizer.from_pretrained(
@@ -222,13 +224,16 @@ def load_model(folder: Path, placement: Placement | None = None) -> Any:
             cover all of the model's parameters.
         ComputeError: If it is larger than the memory there is.
     """
+    placement = placement or Placement()
     with stage_checkpoint(folder) as stage:
-        return _load_staged(stage, folder, placement or Placement())[0]
+        config, _ = _read_fitting(stage, folder, placement)
+        return _load_staged(stage, folder, config, placement)
 
 
-def _load_staged(stage: Path, folder: Path, placement: Placement) -> tuple[Any, str]:
-    """A model, and the fingerprint of its effective config, from a folder with nothing else."""
+def _read_fitting(stage: Path, folder: Path, placement: Placement) -> tuple[Any, str]:
+    """Config of a model that memory is there for, and its fingerprint; no weights are read."""
     what = f"Cannot load checkpoint '{folder}'"
+    half = "--dtype bfloat16, " if placement.dtype is torch.float32 else ""
     with _loading(what, stage, folder):
         config = read_config(stage, count_tensors(folder), what)
         numbers = check_size(config, find_weight_files(folder), what)
@@ -236,22 +241,28 @@ def _load_staged(stage: Path, folder: Path, placement: Placement) -> tuple[Any, 
             numbers * placement.dtype.itemsize,
             placement.device,
             what=what,
-            fix="Use --dtype bfloat16, another --device, or a machine with more memory.",
+            fix=f"Use {half}another --device, or a machine with more memory.",
         )
-        fingerprint = fingerprint_config(config)
-        with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                str(stage),
-                config=config,
-                dtype=placement.dtype,
-                # Straight to an accelerator, a file at a time.
-                device_map=None if placement.device.type == "cpu" else {"": placement.device},
-                trust_remote_code=False,
-                use_safetensors=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                output_loading_info=True,
-            )
+        # Now: loading writes into a config.
+        return config, fingerprint_config(config)
+
+
+def _load_staged(stage: Path, folder: Path, config: Any, placement: Placement) -> Any:
+    """A model from a folder with nothing else."""
+    what = f"Cannot load checkpoint '{folder}'"
+    with _loading(what, stage, folder), quiet_transformers():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(stage),
+            config=config,
+            dtype=placement.dtype,
+            # Straight to an accelerator, a file at a time.
+            device_map=None if placement.device.type == "cpu" else {"": placement.device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+        )
     model.name_or_path = model.config._name_or_path = str(folder)
     missing = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
     if missing:
@@ -259,7 +270,7 @@ def _load_staged(stage: Path, folder: Path, placement: Placement) -> tuple[Any, 
             f"{what}: expected all parameters of {type(model).__name__}, got none or another "
             f"shape for {', '.join(missing[:5])} ({len(missing)} in all). Fetch it again."
         )
-    return model.eval().requires_grad_(False), fingerprint
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
@@ -350,6 +361,9 @@ def fetch_base(source: str, folder: Path, placement: Placement | None = None) ->
         ):
             return base
     check_free(folder)
+    if local.is_dir():  # before it is copied
+        with stage_checkpoint(local) as stage:
+            _read_fitting(stage, local, placement or Placement())
     with replace_folder(folder) as target:
         done = copy_base(source, target)
         write_card(target, name, ", ".join(filter(None, (revision, done))), card.get("training"))

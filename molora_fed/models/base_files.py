@@ -136,7 +136,8 @@ def _find_tensors(folder: Path) -> dict[str, Path]:
     places: dict[str, Path] = {}
     try:
         for path in find_weight_files(folder):
-            with safe_open(path, framework="pt") as file:
+            # Not torch's: it maps a file to write, which fails where it is larger than memory.
+            with safe_open(path, framework="np") as file:
                 names = list(file.keys())
             twice = places.keys() & set(names)
             if twice:

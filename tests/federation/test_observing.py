@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from molora_cli.main import run
@@ -31,6 +32,7 @@ from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.members import Members, Redemption, build_redemption_bytes
 from molora_fed.federation.metrics import serve_metrics
 from molora_fed.federation.overview import read_contributor, read_server
+from molora_fed.federation.server_app import MailRelay
 from molora_fed.federation.status import FederationEvent
 from molora_fed.federation.traffic import SERVER, Traffic, read_traffic
 from molora_fed.plugins import get_plugins
@@ -166,6 +168,21 @@ def test_traffic_adds_up_over_restarts_and_a_damaged_file_counts_as_none(tmp_pat
     for damage in (b"{", b'{"keys": {"a": {"last": -1}}}', b'{"keys": 3}', b"[" * 100_000):
         path.write_bytes(damage)
         assert read_traffic(path) == {}
+
+
+def test_what_was_counted_is_written_when_a_member_goes_and_when_the_server_ends(home):
+    nodes = [SimpleNamespace(node_id=1, last_activated_at="", public_key=b"")]
+    relay = MailRelay(home, SimpleNamespace(get_nodes=lambda: nodes), run_id=1)
+    relay._round()
+    for step, go in enumerate((nodes.clear, home.stop_file.touch), 1):
+        relay._traffic.note("a", sent=10)
+        relay._traffic.note("a", sent=10)  # sooner than anything is written again
+        go()
+        if step == 1:
+            relay._round()
+        else:
+            relay.carry()
+        assert read_traffic(home.traffic_file)["a"].sent == 20 * step
 
 
 def test_a_server_is_shown_with_its_members_and_whom_it_waits_for(home):
