@@ -46,7 +46,7 @@ from molora_fed.models.layout import decoder_blocks
 from molora_fed.models.runtime import Placement, describe_environment, mixed_precision
 from molora_fed.storage.files import write_json
 from molora_fed.testing import build_random_adapter
-from molora_fed.training.loop import TrainConfig, train
+from molora_fed.training.language_model import TrainConfig, train
 from molora_fed.types import Split
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -16,6 +16,7 @@ from molora_cli.shared_options import (
     Dtype,
     Launcher,
     LearningRate,
+    ResetDocuments,
     Steps,
     TextField,
     ValidateEvery,
@@ -51,6 +52,7 @@ def train(
     validate_every: ValidateEvery = None,
     accumulation: Accumulation = 1,
     checkpointing: Checkpointing = False,
+    reset_documents: ResetDocuments = False,
     launcher: Launcher = "",
     seed: Annotated[int | None, typer.Option(help="Seed; the charter's if not given.")] = None,
     threads: Annotated[
@@ -95,6 +97,7 @@ def train(
         validate_every=validate_every,
         accumulation=accumulation,
         checkpointing=checkpointing,
+        reset_documents=reset_documents,
         launcher=launcher,
     )
     with reporting("loading the base") as progress:

@@ -33,8 +33,9 @@ from molora_fed.storage.compute import Compute, read_compute
 from molora_fed.storage.files import is_file, is_folder, resolve_inside
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.storage.untrusted import clean, parse_json
+from molora_fed.training.adapter_job import Specialist
 from molora_fed.training.choices import TrainingChoices
-from molora_fed.training.specialists import Specialist, train_specialist
+from molora_fed.training.specialists import train_specialist
 from molora_fed.types import Document, Progress, Split
 
 __all__ = [
