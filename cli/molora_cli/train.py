@@ -82,6 +82,7 @@ def train(
         prepare_domain,
     )
     from molora_fed.corpus.records import TextOptions
+    from molora_fed.models.runtime import format_bytes
     from molora_fed.reporting.summary import build_outgoing_table
     from molora_fed.storage.files import make_home
     from molora_fed.storage.keys import load_or_make_key
@@ -102,7 +103,10 @@ def train(
     )
     with reporting("loading the base") as progress:
         under = open_charter_and_base(
-            cooperative, base_folder=base, compute=ask_compute(device, dtype)
+            cooperative,
+            base_folder=base,
+            compute=ask_compute(device, dtype),
+            progress=progress,
         )
         check_choices(under, domain=domain, name=name, kind=kind)
         make_home(out)
@@ -124,6 +128,10 @@ def train(
             seed=seed,
             threads=threads or count_cores(),
             on_warning=note,
+            on_memory=lambda needed, free: note(
+                f"Training needs about {format_bytes(needed)} of memory beside the base, "
+                f"{format_bytes(free)} are free"
+            ),
             progress=progress,
         )
     adapter, manifest = made.adapter, made.contribution.manifest

@@ -98,7 +98,7 @@ def found_cooperative(
         )
     else:
         on_phase(f"fetching base {source}")
-        base = fetch_base(source, folder / "base")
+        base = fetch_base(source, folder / "base", progress=progress)
         copy_index(Path(source), folder / "base")
     try:
         cooperative = create_cooperative(

@@ -25,7 +25,7 @@ from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.training.language_model import TrainConfig, TrainResult, train
 from molora_fed.training.loop import CHECKPOINT_NAME, METRICS_NAME
 from molora_fed.training.team import ALONE, Team
-from molora_fed.types import Progress
+from molora_fed.types import OnMemory, Progress
 
 __all__ = [
     "AdapterJob",
@@ -241,7 +241,11 @@ def _compute_mean_loss(job: AdapterJob, adapter: Adapter | None) -> float:
 
 
 def run_job(
-    job: AdapterJob, folder: Path, plugins: Plugins, progress: Progress | None
+    job: AdapterJob,
+    folder: Path,
+    plugins: Plugins,
+    progress: Progress | None,
+    on_memory: OnMemory | None = None,
 ) -> Specialist:
     """Train, export, read back, measure, and write the record last.
 
@@ -250,8 +254,10 @@ def run_job(
         folder: Gets `adapter/`, `record.json` and `metrics.jsonl`; a finished job is loaded.
         plugins: Where the kind is looked up.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
+        on_memory: See `molora_fed.training.language_model.train`.
 
     Raises:
+        ComputeError: If it needs more memory than is free.
         TrainingError: If the folder holds another job, or see
             `molora_fed.training.language_model.train`.
         AdapterError: If the adapter breaks the job's rules.
@@ -261,11 +267,15 @@ def run_job(
     finished = find_finished(job, folder, plugins)
     if finished is not None:
         return finished
-    return finish_job(job, *train_job(job, folder, plugins, progress), folder, plugins)
+    return finish_job(job, *train_job(job, folder, plugins, progress, on_memory), folder, plugins)
 
 
 def train_job(
-    job: AdapterJob, folder: Path, plugins: Plugins, progress: Progress | None
+    job: AdapterJob,
+    folder: Path,
+    plugins: Plugins,
+    progress: Progress | None,
+    on_memory: OnMemory | None = None,
 ) -> tuple[Any, TrainResult]:
     """Train, by every process of the job's team; returns the trained model and how it ended.
 
@@ -287,6 +297,7 @@ def train_job(
         train_starts=job.train_starts,
         context={"job": hash_bytes(canonical_json(job.describe()))},
         team=job.team,
+        on_memory=on_memory,
         progress=progress,
     )
     return model, result

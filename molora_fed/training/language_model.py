@@ -24,8 +24,9 @@ from molora_fed.models.runtime import Placement, describe_environment, mixed_pre
 from molora_fed.models.states import can_reset, compute_positions
 from molora_fed.storage.files import hash_bytes
 from molora_fed.training.loop import TrainingJob, build_optimizer, run_training, seed_step
+from molora_fed.training.memory import TrainingSize, check_training
 from molora_fed.training.team import ALONE, Team
-from molora_fed.types import Progress
+from molora_fed.types import OnMemory, Progress
 
 __all__ = ["TrainConfig", "TrainResult", "compute_learning_rate", "train"]
 
@@ -244,6 +245,7 @@ def train(
     train_starts: NDArray[np.bool_] | None = None,
     context: Mapping[str, str] | None = None,
     team: Team = ALONE,
+    on_memory: OnMemory | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train, or resume a run that was stopped in the same folder.
@@ -264,12 +266,15 @@ def train(
             under another context is refused.
         team: The processes that train together: each calls this with the same arguments, and all
             end with the same parameters.
+        on_memory: Told, before the first step, the bytes that the training needs beside what is
+            loaded, about, and the bytes that are free.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
     Returns:
         How it ended.
 
     Raises:
+        ComputeError: If it needs more memory than is free.
         TrainingError: If settings or blocks cannot be trained on, documents cannot be read alone
             by this model, the loss is not finite, another process trains in the folder, or its
             checkpoint was made from other inputs, versions, hardware or dtype.
@@ -301,6 +306,17 @@ def train(
                 "expected attention that restarts where positions do, got one document in the "
                 "states of the next. Leave --reset-documents out, or use another base."
             )
+        rows = len(team.take_share(np.arange(config.batch)))
+        size = TrainingSize(
+            rows=rows,
+            parts=config.accumulation,
+            length=int(train_blocks.shape[1]),
+            validation_rows=min(config.evaluation_batch, len(validation_blocks)),
+            checkpointing=config.checkpointing,
+        )
+        needed, free = check_training(model, head, parameters, size, placement)
+    if on_memory is not None:
+        on_memory(needed, free)
     if config.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()

@@ -18,7 +18,7 @@ from molora_fed.training.adapter_job import (
 from molora_fed.training.choices import TrainingChoices
 from molora_fed.training.language_model import TrainConfig
 from molora_fed.training.launching import launch
-from molora_fed.types import Progress
+from molora_fed.types import OnMemory, Progress
 
 __all__ = ["build_config", "train_specialist"]
 
@@ -67,6 +67,7 @@ def train_specialist(
     choices: TrainingChoices | None = None,
     plugins: Plugins | None = None,
     evaluation_batch: int = 16,
+    on_memory: OnMemory | None = None,
     progress: Progress | None = None,
 ) -> Specialist:
     """Train a specialist, or resume a run that was stopped; a finished one is loaded.
@@ -86,9 +87,12 @@ def train_specialist(
         plugins: Where the kind is looked up; the installed plugins by default, and always in
             launched processes.
         evaluation_batch: Blocks per forward pass when a loss is measured, from the charter.
+        on_memory: Told the bytes that the training needs beside the base, about, and those that
+            are free, before its first step; in launched processes nobody is told.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
     Raises:
+        ComputeError: If the training needs more memory than is free.
         TrainingError: If the rules refuse the kind, the folder holds another training, or see
             `molora_fed.training.language_model.train`.
         AdapterError: If the adapter breaks the charter's limits.
@@ -136,7 +140,7 @@ def train_specialist(
         train_starts=train_blocks.document_starts if chosen.reset_documents else None,
     )
     if not chosen.launcher:
-        return run_job(job, folder, registered, progress)
+        return run_job(job, folder, registered, progress, on_memory)
     finished = find_finished(job, folder, registered)
     if finished is None:
         launch(job, folder, chosen.split_launcher(), progress)
