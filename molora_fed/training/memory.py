@@ -24,6 +24,12 @@ __all__ = ["Activations", "TrainingSize", "check_training", "count_activations",
 _FLOAT32 = 4
 _PROBE_TOKENS = 32
 _BYTES_OF_A_LOGIT = 12  # itself, its softmax and its gradient
+_HOLES = 0.6
+"""Of what a graph keeps, or would without checkpointing: holes that a processor's heap has between.
+
+The C library does not give the room of one block's temporaries to the next one's, see
+docs/results/scale.md.
+"""
 _SAVED_TWICE = 2  # a checkpoint's tensors as bytes, and the file's bytes
 
 
@@ -45,19 +51,20 @@ class Activations:
     block: float
     border: float
 
-    def count(self, rows: int, length: int, *, checkpointing: bool) -> float:
+    def count(self, rows: int, length: int, *, checkpointing: bool, holes: float = 0.0) -> float:
         """Bytes at the moment of a step that takes most.
 
         Args:
             rows: Blocks at once.
             length: Their tokens.
             checkpointing: Whether all but the borders of decoder blocks are computed again.
+            holes: Share of what is kept, or would be, that is lost between.
         """
         kept = self.fixed + rows * length * (self.linear + self.square * length)
         one = kept * self.block  # the block at work: its gradients, too
         if checkpointing:
-            return rows * length * self.border / self.block + 2 * one
-        return kept + one
+            return rows * length * self.border / self.block + 2 * one + holes * kept
+        return kept + one + holes * kept
 
 
 @dataclass(frozen=True)
@@ -154,15 +161,20 @@ def estimate_bytes(
     packed = 0
     if head is not None and head.readout.is_packed and not weight.requires_grad:
         packed = 2 * weight.numel() * _FLOAT32
-    step = activations.count(size.rows_at_once, size.length, checkpointing=size.checkpointing)
+    is_cpu = placement.device.type == "cpu"
+    step = activations.count(
+        size.rows_at_once,
+        size.length,
+        checkpointing=size.checkpointing,
+        holes=_HOLES if is_cpu else 0.0,
+    )
     one = activations.count(size.validation_rows, size.length, checkpointing=False)
     logits = size.validation_rows * size.length * len(weight)
     if head is not None:
         logits = count_logits(size.validation_rows, size.length, len(weight))
     validation = one * activations.block + logits * weight.element_size()
-    saving = 0
-    if placement.device.type == "cpu":
-        saving = _SAVED_TWICE * 4 * _FLOAT32 * trained  # beside moments and best, the values
+    # Beside moments and best values, the values.
+    saving = _SAVED_TWICE * 4 * _FLOAT32 * trained if is_cpu else 0
     return int(state + packed + max(step, validation, saving))
 
 
