@@ -104,6 +104,16 @@ def test_another_loss_is_another_training(train):
     assert again.code and "differs in loss_on, train_targets, num_train_targets" in again.err
 
 
+def test_documents_apart_are_in_the_record_and_the_memory_is_said(train, tmp_path):
+    ran = train("--reset-documents")
+    assert ran.code == 0, ran.err
+    assert "Training needs about" in ran.err and "are free" in ran.err
+    record = load_contribution(tmp_path / "out" / "contribution").manifest.training
+    assert record["reset_documents"] is True
+    again = train()
+    assert again.code and "differs in reset_documents, train_starts" in again.err
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
