@@ -20,6 +20,8 @@ and the largest of single rounds.
 - `training`: a LoRA training against transformers' Trainer with PEFT.
 - `memory`: a step of 4 x 512 tokens with losses in parts and activations made again against a step
   with all logits and all activations, each in a process of its own.
+- `estimate`: the peak of LoRA trainings of 2 and 4 blocks a step, with and without --checkpointing,
+  each in a process of its own, against the bytes that the training said it needs.
 """
 
 import argparse
@@ -31,7 +33,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ from molora_fed.models.layout import decoder_blocks
 from molora_fed.models.runtime import Placement, describe_environment, mixed_precision
 from molora_fed.storage.files import write_json
 from molora_fed.testing import build_random_adapter
-from molora_fed.training.loop import TrainConfig, train
+from molora_fed.training.language_model import TrainConfig, train
 from molora_fed.types import Split
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -72,6 +73,7 @@ BARS = {
     "frozen": "at least 0.9 of the limit",
     "training": "tokens/s of the Trainer, at least 1",
     "memory": "at most 0.4 of the peak at most 1.3 times the time",
+    "estimate": "within a factor of 1.5 of the peak",
 }
 
 
@@ -84,9 +86,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a block")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--out", type=Path, help="JSON of the figures")
-    parser.add_argument("--child", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("plain", "ours", "estimate"), help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.child == "estimate":
+        print(json.dumps(measure_training_peak(arguments)))
+        return
     if arguments.child:
         print(json.dumps(measure_step(arguments, arguments.child == "ours")))
         return
@@ -398,17 +404,71 @@ def run_trainer(base_model: Any, blocks: Any, steps: int, batch: int, dtype: str
 def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for child in ("ours", "plain"):
-        command = [
-            sys.executable, __file__, "--base", str(arguments.base), "--dtype", arguments.dtype,
-            "--child", child,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, check=True, text=True)
-        found[child] = json.loads(done.stdout.splitlines()[-1])
+        found[child] = run_child(arguments, "--child", child)
     return {
         **found,
         "peak": round(found["ours"]["peak_bytes"] / found["plain"]["peak_bytes"], 3),
         "time": round(found["ours"]["seconds"] / found["plain"]["seconds"], 3),
     }
+
+
+def run_child(arguments: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """What a process of its own finds."""
+    command = [
+        sys.executable, __file__, "--base", str(arguments.base), "--dtype", arguments.dtype, *more,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure_estimate(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = {}
+    for blocks in (2, 4):
+        for checkpointing in (False, True):
+            more = ["--checkpointing"] if checkpointing else []
+            one = run_child(arguments, "--child", "estimate", "--blocks", str(blocks), *more)
+            one["ratio"] = round(one["needed_bytes"] / one["peak_bytes"], 2)
+            found[" ".join([f"{blocks} blocks", *more])] = one
+    return found
+
+
+def measure_training_peak(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peak of a training's resident bytes above those of before, and what it said it needs."""
+    base = open_base(arguments)
+    blocks = read_blocks(base, arguments).tokens
+    model, parameters = LoraKind().prepare(base.model, AdapterRules(max_rank=RANK), RANK, seed=0)
+    config = TrainConfig(
+        steps=2, batch=len(blocks), learning_rate=1e-3, seed=0, threads=1, validate_every=2,
+        evaluation_batch=2, checkpointing=arguments.checkpointing,
+    )  # fmt: skip
+    told = []
+    with tempfile.TemporaryDirectory() as folder, watching_peak() as peak:
+        train(
+            model, parameters, blocks, blocks, config, Path(folder),
+            on_memory=lambda *counts: told.extend(counts),
+        )  # fmt: skip
+    return {"needed_bytes": told[0], "peak_bytes": peak()}
+
+
+@contextmanager
+def watching_peak() -> Iterator[Callable[[], int]]:
+    """The most resident bytes inside, above those of before."""
+    process, is_over = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not is_over.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: peak - before
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 def measure_step(arguments: argparse.Namespace, is_ours: bool) -> dict[str, Any]:
@@ -436,21 +496,9 @@ def measure_step(arguments: argparse.Namespace, is_ours: bool) -> dict[str, Any]
                 )
         losses.mean().backward()
 
-    process, peak, is_over = psutil.Process(), 0, threading.Event()
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not is_over.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    seconds = spend(take_step)
-    is_over.set()
-    watcher.join()
-    return {"peak_bytes": peak - before, "seconds": round(seconds, 2)}
+    with watching_peak() as peak:
+        seconds = spend(take_step)
+    return {"peak_bytes": peak(), "seconds": round(seconds, 2)}
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -462,6 +510,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "frozen": measure_frozen,
     "training": measure_training,
     "memory": measure_memory,
+    "estimate": measure_estimate,
 }
 
 

@@ -30,7 +30,7 @@ from molora_fed.models.frozen import find_changed_frozen
 from molora_fed.models.runtime import Placement
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import write_json
-from molora_fed.training.specialists import Specialist, load_specialist
+from molora_fed.training.adapter_job import Specialist, load_specialist
 from molora_fed.types import Progress, Split
 
 __all__ = ["Imported", "import_checkpoint"]

@@ -105,7 +105,7 @@ def found_cooperative(
     else:
         on_phase(f"fetching base {source}")
         try:
-            base = fetch_base(source, folder / "base", placement)
+            base = fetch_base(source, folder / "base", placement, progress)
         except MoloraError:
             if is_new:
                 with suppress(OSError):

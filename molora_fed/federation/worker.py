@@ -180,7 +180,8 @@ class ContributorWorker:
 
         self._state.enter("CORPUS", "loading the base")
         compute = read_compute(self._home.root, self._settings.compute)
-        return CharterAndBase(charter, load_charter_base(charter, self._home.base, compute))
+        base = load_charter_base(charter, self._home.base, compute, self._state.progress)
+        return CharterAndBase(charter, base)
 
     def _prepare_corpus(self, under: "CharterAndBase") -> "Corpus":
         from molora_fed.cooperative.contribute import prepare_domain
@@ -207,6 +208,7 @@ class ContributorWorker:
     def _make_contribution(self, under: "CharterAndBase", corpus: "Corpus") -> None:
         """Run the contributor's flow, with its phases in the worker's state and usage."""
         from molora_fed.cooperative.contribute import make_contribution
+        from molora_fed.models.runtime import format_bytes
 
         home, settings = self._home, self._settings
         warnings: list[str] = []
@@ -227,6 +229,11 @@ class ContributorWorker:
                 )
                 self._state.enter(state, message)
 
+            def tell(needed: int, free: int) -> None:
+                # The state is sent: what is free here is nobody else's business.
+                self._state.enter("TRAINING", f"needs about {format_bytes(needed)} of memory")
+                log("training starts", needs_bytes=needed, free_bytes=free)
+
             made = make_contribution(
                 under,
                 corpus,
@@ -239,6 +246,7 @@ class ContributorWorker:
                 choices=settings.training,
                 plugins=self._plugins,
                 on_phase=enter,
+                on_memory=tell,
                 on_warning=warn,
                 progress=self._state.progress,
             )

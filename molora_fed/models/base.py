@@ -17,23 +17,26 @@ from molora_fed.errors import BaseCheckpointError, ComputeError, describe_mismat
 from molora_fed.models.base_config import check_size, fingerprint_config, read_config
 from molora_fed.models.base_files import (
     copy_checkpoint,
-    count_tensors,
     download_checkpoint,
     find_file,
     find_weight_files,
-    fingerprint_tensors,
-    fingerprint_tokenizer,
-    fingerprint_weights,
-    hash_checkpoint_files,
     load_json_file,
     quiet_transformers,
     stage_checkpoint,
+)
+from molora_fed.models.fingerprints import (
+    count_tensors,
+    fingerprint_checkpoint,
+    fingerprint_tensors,
+    fingerprint_tokenizer,
+    fingerprint_weights,
 )
 from molora_fed.models.gguf_files import GGUF_SUFFIX, convert_gguf
 from molora_fed.models.head import find_head
 from molora_fed.models.runtime import Placement, check_memory
 from molora_fed.storage.files import hash_file, replace_folder, write_json
 from molora_fed.storage.untrusted import clean
+from molora_fed.types import Progress
 
 __all__ = [
     "Base",
@@ -158,13 +161,16 @@ def _list(fingerprints: Mapping[str, str]) -> str:
     return " and ".join(shown[:_SHOWN_PARTS]) + (f" and {more} more" if more > 0 else "")
 
 
-def load_base(folder: Path, placement: Placement | None = None) -> Base:
+def load_base(
+    folder: Path, placement: Placement | None = None, progress: Progress | None = None
+) -> Base:
     """Load a checkpoint from a folder: safetensors only, none of its own code.
 
     Args:
         folder: Hugging Face checkpoint with its tokenizer, optionally with `base.json`.
         placement: Device and dtype of the model in memory; the CPU and float32 if None.
             Fingerprints are over the files.
+        progress: Told the megabytes read of all while fingerprints of a large base are computed.
 
     Raises:
         BaseCheckpointError: If anything is missing, malformed, needs code of its own, does not
@@ -175,11 +181,10 @@ def load_base(folder: Path, placement: Placement | None = None) -> Base:
     placement = placement or Placement()
     with stage_checkpoint(folder) as stage:
         settings, config = _read_fitting(stage, folder, placement)
-        weights = fingerprint_weights(folder)
+        known = fingerprint_checkpoint(folder, progress)
         tokenizer_fingerprint = fingerprint_tokenizer(folder)
         model = _load_staged(stage, folder, settings, placement)
         with _loading(what, stage, folder), quiet_transformers():
-            files = hash_checkpoint_files(folder)
             tokenizer = AutoTokenizer.from_pretrained(
                 str(stage), trust_remote_code=False, local_files_only=True
             )
@@ -195,10 +200,10 @@ def load_base(folder: Path, placement: Placement | None = None) -> Base:
         folder=folder,
         model=model,
         tokenizer=tokenizer,
-        weights=weights,
+        weights=known.weights,
         tokenizer_fingerprint=tokenizer_fingerprint,
         config=config,
-        files=files,
+        files=known.files,
         id=str(card.get("id", folder.resolve().name)),
         revision=str(card.get("revision", "")),
         training=card.get("training"),
@@ -306,7 +311,13 @@ def _read_identity(card: Mapping[str, Any], folder: Path) -> BaseIdentity:
         ) from error
 
 
-def write_card(folder: Path, name: str, revision: str, training: Mapping[str, Any] | None) -> None:
+def write_card(
+    folder: Path,
+    name: str,
+    revision: str,
+    training: Mapping[str, Any] | None,
+    progress: Progress | None = None,
+) -> None:
     """Write down what a base is: id, revision, fingerprints of its files, how it was trained.
 
     Args:
@@ -314,11 +325,12 @@ def write_card(folder: Path, name: str, revision: str, training: Mapping[str, An
         name: Its id.
         revision: Its revision.
         training: Record of its training; None if it was not trained here.
+        progress: See `load_base`.
 
     Raises:
         StorageError: On I/O errors.
     """
-    weights, tensors = fingerprint_tensors(folder)
+    weights, tensors = fingerprint_tensors(folder, progress)
     card = {
         "format_version": FORMAT_VERSION,
         "id": name,
@@ -332,7 +344,12 @@ def write_card(folder: Path, name: str, revision: str, training: Mapping[str, An
     write_json(folder / CARD_FILE, card)
 
 
-def fetch_base(source: str, folder: Path, placement: Placement | None = None) -> Base:
+def fetch_base(
+    source: str,
+    folder: Path,
+    placement: Placement | None = None,
+    progress: Progress | None = None,
+) -> Base:
     """Copy a base into a folder: from another, a GGUF file or the Hugging Face Hub; and load it.
 
     Files are copied byte by byte, so everyone who fetches the same source has the same
@@ -342,6 +359,7 @@ def fetch_base(source: str, folder: Path, placement: Placement | None = None) ->
         source: A local folder, a GGUF file, or "ID@REVISION" on the Hub.
         folder: Target; absent, empty, or holding the same base.
         placement: Device and dtype of the model in memory; the CPU and float32 if None.
+        progress: See `load_base`.
 
     Raises:
         BaseCheckpointError: If there is no such source, it cannot be loaded, or the target holds
@@ -351,13 +369,13 @@ def fetch_base(source: str, folder: Path, placement: Placement | None = None) ->
     card: Mapping[str, Any] = {}
     if (local := Path(source)).is_dir():
         if local.resolve() == folder.resolve():
-            return load_base(folder, placement)
+            return load_base(folder, placement, progress)
         card = read_card(local)
     name, revision = _name_source(source, card)
     if (folder / CARD_FILE).exists():
-        base = load_base(folder, placement)
+        base = load_base(folder, placement, progress)
         if (base.id, base.revision.partition(", ")[0]) == (name, revision) and (
-            not local.is_dir() or fingerprint_weights(local) == base.weights
+            not local.is_dir() or fingerprint_weights(local, progress) == base.weights
         ):
             return base
     check_free(folder)
@@ -366,8 +384,9 @@ def fetch_base(source: str, folder: Path, placement: Placement | None = None) ->
             _read_fitting(stage, local, placement or Placement())
     with replace_folder(folder) as target:
         done = copy_base(source, target)
-        write_card(target, name, ", ".join(filter(None, (revision, done))), card.get("training"))
-        base = load_base(target, placement)
+        full = ", ".join(filter(None, (revision, done)))
+        write_card(target, name, full, card.get("training"), progress)
+        base = load_base(target, placement, progress)
     return replace(base, folder=folder)
 
 

@@ -15,7 +15,14 @@ from molora_fed.models.head import Head, find_head
 from molora_fed.models.states import Capture, capture_states, evaluating, resuming
 from molora_fed.types import Progress
 
-__all__ = ["LOGITS_AT_ONCE", "Pass", "Resume", "compute_block_losses", "run_blocks"]
+__all__ = [
+    "LOGITS_AT_ONCE",
+    "Pass",
+    "Resume",
+    "compute_block_losses",
+    "count_logits",
+    "run_blocks",
+]
 
 LOGITS_AT_ONCE = 2**26  # logits of whole blocks held at once
 _ROWS_AT_ONCE = 8  # of a processor: what becomes of their logits stays in a core's cache
@@ -121,6 +128,17 @@ def _check_tokens(model: Any, ids: Tensor) -> None:
             f"Cannot run blocks: expected token ids from 0 to {vocabulary - 1}, got "
             f"{int(ids.min())} to {int(ids.max())}. Tokenize with the base's own tokenizer."
         )
+
+
+def count_logits(rows: int, length: int, vocabulary: int) -> int:
+    """Logits that exist at once while the losses of blocks are read from a head.
+
+    Args:
+        rows: Blocks of a forward pass.
+        length: T.
+        vocabulary: V.
+    """
+    return min(rows, max(1, LOGITS_AT_ONCE // (length * vocabulary))) * length * vocabulary
 
 
 def _read_logprob(head: Head, hidden: Tensor, rows: Tensor) -> Tensor:

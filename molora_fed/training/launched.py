@@ -30,6 +30,8 @@ from molora_fed.models.runtime import Placement
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_json
 from molora_fed.storage.untrusted import clean
+from molora_fed.training.adapter_job import AdapterJob, finish_job, train_job
+from molora_fed.training.language_model import TrainConfig
 from molora_fed.training.launching import (
     ARRAYS,
     ARRAYS_FILE,
@@ -37,8 +39,6 @@ from molora_fed.training.launching import (
     PROCESS_LOG,
     PROGRESS_FILE,
 )
-from molora_fed.training.loop import TrainConfig
-from molora_fed.training.specialists import AdapterJob, finish_job, train_job
 from molora_fed.training.team import Team
 
 __all__ = ["main"]

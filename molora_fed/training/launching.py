@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import psutil
@@ -30,10 +30,8 @@ from molora_fed.models.runtime import Placement
 from molora_fed.storage.files import make_folder, storage_errors, write_bytes, write_json
 from molora_fed.storage.locks import hold_lock
 from molora_fed.storage.untrusted import clean
+from molora_fed.training.adapter_job import AdapterJob
 from molora_fed.types import Progress
-
-if TYPE_CHECKING:
-    from molora_fed.training.specialists import AdapterJob
 
 __all__ = [
     "ARRAYS",
@@ -57,8 +55,9 @@ ARRAYS = (
     "watched_tokens",
     "train_targets",
     "watched_targets",
+    "train_starts",
 )
-"""Arrays of a job, the last two only where not all tokens count."""
+"""Arrays of a job, the last three only where it has them."""
 _LOG_FILE = "launcher.log"
 _MODULE = "molora_fed.training.launched"
 _LOOK_SECONDS = 0.2
@@ -70,7 +69,7 @@ _FAULT = re.compile(r"^Fatal Python error: .*$", re.MULTILINE)
 
 
 def launch(
-    job: "AdapterJob", folder: Path, launcher: Sequence[str], progress: Progress | None
+    job: AdapterJob, folder: Path, launcher: Sequence[str], progress: Progress | None
 ) -> None:
     """Run a job in the processes of a launcher, to the end; its record is in the folder then.
 
@@ -105,7 +104,7 @@ def launch(
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _write_job(job: "AdapterJob", folder: Path, place: Path) -> None:
+def _write_job(job: AdapterJob, folder: Path, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
     with storage_errors(place):
         make_folder(place)

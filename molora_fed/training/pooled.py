@@ -32,14 +32,10 @@ from molora_fed.storage.files import (
     storage_errors,
     write_json,
 )
-from molora_fed.training.loop import CHECKPOINT_NAME, train
-from molora_fed.training.specialists import (
-    WATCHED_BLOCKS,
-    AdapterJob,
-    Specialist,
-    build_config,
-    run_job,
-)
+from molora_fed.training.adapter_job import AdapterJob, Specialist, run_job
+from molora_fed.training.language_model import train
+from molora_fed.training.loop import CHECKPOINT_NAME
+from molora_fed.training.specialists import WATCHED_BLOCKS, build_config
 from molora_fed.types import Progress
 
 __all__ = [
@@ -138,7 +134,7 @@ def train_monolithic(
 
     Raises:
         TrainingError: If there are no blocks, the folder holds another training, or see
-            `molora_fed.training.loop.train`.
+            `molora_fed.training.language_model.train`.
         StorageError: On I/O errors.
     """
     registered = plugins or get_plugins()
@@ -246,7 +242,7 @@ def continue_base(
 
     Raises:
         TrainingError: If there are no blocks, the folder holds another training, or see
-            `molora_fed.training.loop.train`.
+            `molora_fed.training.language_model.train`.
         StorageError: On I/O errors.
     """
     pool = _Pool.build(train_blocks, validation_blocks, rows=steps * training.batch, seed=seed)

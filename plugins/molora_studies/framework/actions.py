@@ -11,9 +11,10 @@ from molora_fed.models.base import Base, fetch_base, load_base
 from molora_fed.models.base_files import copy_checkpoint, quiet_transformers
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import replace_folder, storage_errors
+from molora_fed.training.adapter_job import Specialist
 from molora_fed.training.builtin_base import BuiltinBaseConfig, create_builtin_base
 from molora_fed.training.pooled import train_monolithic
-from molora_fed.training.specialists import Specialist, train_specialist
+from molora_fed.training.specialists import train_specialist
 from molora_fed.types import Document, Split
 from molora_studies.framework.contract import Done, TaskContext
 from molora_studies.framework.substrate import BaseSettings, SpecialistSettings

@@ -26,7 +26,8 @@ from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_bytes
-from molora_fed.training.loop import CHECKPOINT_NAME, TrainConfig, TrainResult, train
+from molora_fed.training.language_model import TrainConfig, TrainResult, train
+from molora_fed.training.loop import CHECKPOINT_NAME
 from molora_fed.training.pooled import continue_base
 from molora_fed.types import Split
 from molora_studies.framework.actions import open_base, open_corpus

@@ -11,7 +11,7 @@ from molora_fed.errors import ComputeError
 from molora_fed.models import base as base_module
 from molora_fed.models import runtime
 from molora_fed.models.base import fetch_base, load_base
-from molora_fed.models.base_files import count_tensors
+from molora_fed.models.fingerprints import count_tensors
 from molora_fed.models.runtime import Placement, check_memory, choose_placement, format_bytes
 from molora_fed.storage.compute import Compute
 

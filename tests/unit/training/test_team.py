@@ -12,9 +12,9 @@ from molora_fed.models.base import load_base
 from molora_fed.models.head import find_head
 from molora_fed.models.runtime import Placement
 from molora_fed.storage.settings import check_options
+from molora_fed.training.adapter_job import load_specialist
 from molora_fed.training.choices import TrainingChoices
-from molora_fed.training.loop import TrainConfig, _BlockLoss
-from molora_fed.training.specialists import load_specialist
+from molora_fed.training.language_model import TrainConfig, _BlockLoss
 from molora_fed.training.team import ALONE, Team
 
 CONFIG = TrainConfig(
