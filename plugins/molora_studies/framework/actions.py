@@ -46,7 +46,7 @@ def make_base(settings: Mapping[str, Any], context: TaskContext) -> dict[str, An
         base = fetch_base(chosen.source, context.folder / "base")
     else:
         config = BuiltinBaseConfig(
-            **chosen.model_dump(exclude={"source", "domains"}),
+            **chosen.model_dump(exclude={"source", "domains", "device", "dtype"}),
             # A given number of threads, so that every machine and cooperative finds the same base.
         )
         base = create_builtin_base(

@@ -1,15 +1,12 @@
 """The substrate's tasks, run one after the other in this process on the smallest models."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from molora_studies.framework.action_ids import load_action
-from molora_studies.framework.contract import Done, Task, TaskContext
+from molora_studies.framework.contract import Done, Task
 from molora_studies.framework.fusions import _read_losses
 from molora_studies.framework.substrate import (
     BaseSettings,
@@ -55,25 +52,6 @@ def plan_two(seed: int, **settings: Any) -> Task:
     )
     pooled = plan_pooled(BASE, CORPORA, recipe)
     return plan_fusion(f"two, seed {seed}", BASE, members, chosen, baselines={"control": pooled})
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    root: Path = tmp_path_factory.mktemp("tasks")
-    finished: dict[str, Done] = {}
-
-    def run_task(task: Task) -> Done:
-        if task.key not in finished:
-            needs = tuple(run_task(other) for other in task.needs)
-            folder = root / task.key
-            folder.mkdir()
-            context = TaskContext(folder, needs, 1, root / "cache")
-            settings = json.loads(json.dumps(task.settings))
-            result = json.loads(json.dumps(load_action(task.action)(settings, context)))
-            finished[task.key] = Done(task, folder, result)
-        return finished[task.key]
-
-    return run_task
 
 
 def test_equal_settings_are_one_task():
