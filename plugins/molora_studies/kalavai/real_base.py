@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from molora_fed.forecasting.pilots import MAX_SHARE
 from molora_studies.framework.contract import Cell, Study, StudyOptions, Summary, Task
@@ -61,12 +61,15 @@ class Recipe(StudyOptions):
     rate: float = Field(gt=0)
 
 
+USUAL_BASE = BaseSettings(source="bases/smollm2", block_size=512, dtype="bfloat16")
+
+
 class RealBaseOptions(StudyOptions):
     """Options.
 
     Attributes:
-        base: The base, a folder or ID@REVISION; `make smollm2` makes the usual one. Of the numbers
-            only `block_size`, `device` and `dtype` count.
+        base: The base, a folder, a GGUF file or ID@REVISION; `make smollm2` makes the usual one.
+            Beside `source`, `block_size`, `device` and `dtype` count, as usual where left out.
         known: Domains whose text the base has read much of, one contributor each.
         foreign: Domains whose text it has hardly read.
         steps: Steps of a specialist; rivals take as many as all specialists together.
@@ -84,7 +87,7 @@ class RealBaseOptions(StudyOptions):
         held_out: Held-out blocks of each domain.
     """
 
-    base: BaseSettings = BaseSettings(source="bases/smollm2", block_size=512, dtype="bfloat16")
+    base: BaseSettings = USUAL_BASE
     known: tuple[str, ...] = ("python", "science")
     foreign: tuple[str, ...] = ("man-pl", "man-tr")
     steps: int = Field(default=40, ge=1)
@@ -100,6 +103,11 @@ class RealBaseOptions(StudyOptions):
     validation: int = Field(default=8, ge=1)
     calibration: int = Field(default=38, ge=1)
     held_out: int = Field(default=40, ge=1)
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _fill_in(cls, value: Any) -> Any:
+        return {**USUAL_BASE.model_dump(), **value} if isinstance(value, Mapping) else value
 
     @property
     def domains(self) -> tuple[str, ...]:
