@@ -34,7 +34,7 @@ real-base: smollm2  ## By hand, hours: the study of a pretrained base, on Debian
 	mkdir -p bases/manuals
 	cd bases/manuals && apt-get download manpages-pl=1:4.18.1-1 manpages-tr=2.0.6-2
 	for package in bases/manuals/*.deb; do dpkg -x $$package bases/manuals; done
-	MANPATH=bases/manuals/usr/share/man $(BIN)/molora study real-base --out docs/results/real_base
+	MANPATH=bases/manuals/usr/share/man $(BIN)/molora study real-base --out docs/results/kalavai
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
