@@ -162,7 +162,7 @@ def _claim(
         Claim(
             "The fused model is better than the base continued with all its parameters on "
             "everybody's text",
-            "monolithic training: +6.7 % beside +7.70 %",
+            "+7.72 % beside +7.28 % of monolithic training",
             differences["base_continued"].show("nats", 4),
             judge_below(differences["base_continued"].spans),
             differences["base_continued"].unit,
