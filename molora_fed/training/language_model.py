@@ -251,7 +251,8 @@ def train(
     """Train, or resume a run that was stopped in the same folder.
 
     Args:
-        model: A Hugging Face causal LM; left in eval mode with the best parameters.
+        model: A Hugging Face causal LM, or a module that is called as one and has its embeddings;
+            left in eval mode with the best parameters.
         parameters: The ones to train; all others stay as they are.
         train_blocks: Tokens (N, T).
         validation_blocks: Tokens (N', T), never trained on.
@@ -306,17 +307,17 @@ def train(
                 "expected attention that restarts where positions do, got one document in the "
                 "states of the next. Leave --reset-documents out, or use another base."
             )
-        rows = len(team.take_share(np.arange(config.batch)))
-        size = TrainingSize(
-            rows=rows,
-            parts=config.accumulation,
-            length=int(train_blocks.shape[1]),
-            validation_rows=min(config.evaluation_batch, len(validation_blocks)),
-            checkpointing=config.checkpointing,
-        )
-        needed, free = check_training(model, head, parameters, size, placement)
-    if on_memory is not None:
-        on_memory(needed, free)
+        if hasattr(model, "config"):  # what several models need together is not foreseen
+            size = TrainingSize(
+                rows=len(team.take_share(np.arange(config.batch))),
+                parts=config.accumulation,
+                length=int(train_blocks.shape[1]),
+                validation_rows=min(config.evaluation_batch, len(validation_blocks)),
+                checkpointing=config.checkpointing,
+            )
+            needed, free = check_training(model, head, parameters, size, placement)
+            if on_memory is not None:
+                on_memory(needed, free)
     if config.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
