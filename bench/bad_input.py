@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bad_input_files import find_free_port, run_adapter_cases, run_other_cases
+from bad_input_models import run_joining_cases, run_model_cases
 from bad_input_processes import run_killed_training, run_upload_cases
 from bad_input_stage import Outcome, Stage, wait_until
 
@@ -28,6 +29,7 @@ _SHOWN_FILES = 6
 def run_cases(stage: Stage) -> Iterator[Outcome]:
     """Run every case on a prepared stage."""
     yield from run_other_cases(stage)
+    yield from run_model_cases(stage)
     port = find_free_port()
     stage.copy("coop", "serving")
     server = stage.start(f"serve serving --insecure --port {port} --threads 1", log="serving")
@@ -37,6 +39,7 @@ def run_cases(stage: Stage) -> Iterator[Outcome]:
         f"join --server 127.0.0.1:{port} --domain abc --data texts-abc --home joined --yes "
         "--threads 1 --name abc-1",
     )
+    yield from run_joining_cases(stage, f"127.0.0.1:{port}")
     server.terminate()
     server.wait(timeout=60)
     create = f"coop create long --base base --folder uploading --kind delta --steps {LONG_STEPS}"

@@ -19,8 +19,9 @@ from molora_fed.charter import AdapterRules, TrainingRules
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.models.base import Base, load_base
 from molora_fed.models.runtime import Placement
+from molora_fed.training.adapter_job import Specialist
 from molora_fed.training.choices import TrainingChoices
-from molora_fed.training.specialists import Specialist, train_specialist
+from molora_fed.training.specialists import train_specialist
 from molora_fed.types import Split
 
 REPOSITORY = Path(__file__).parents[1]

@@ -9,44 +9,55 @@ thread, which others on the machine disturb least; a ratio is that of the median
 and the largest of single rounds.
 
 - `bank`: a bank of two experts against plain batched forwards of the same models.
+- `batch`: tokens per second by the blocks of a pass, 1, 2, 4, ... up to `--blocks`.
+- `applying`: a LoRA added into the weights (merged, as a bank does it) against its two thin
+  products beside each of them, on `--blocks` blocks; other numbers follow from these times.
 - `dtype`: a pass in bfloat16 against float32, and how far losses and their differences are apart.
+- `verdicts`: two small LoRAs, trained here, and what admission and guard compare with thresholds,
+  in bfloat16 and in float32.
 - `frozen`: banks of 4 and 8 experts with half of the blocks frozen against none, beside the limit
   that arithmetic sets.
 - `training`: a LoRA training against transformers' Trainer with PEFT.
 - `memory`: a step of 4 x 512 tokens with losses in parts and activations made again against a step
   with all logits and all activations, each in a process of its own.
+- `estimate`: the peak of LoRA trainings of 2 and 4 blocks a step, with and without --checkpointing,
+  each in a process of its own, against the bytes that the training said it needs.
 """
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from torch.nn.functional import linear
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.kinds import LoraKind
+from molora_fed.adapters.updates import Adapter
 from molora_fed.bank import Expert, build_calibration_bank
 from molora_fed.charter import AdapterRules
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.models.base import load_base
+from molora_fed.models.batches import choose_batch
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.head import find_head
 from molora_fed.models.layout import decoder_blocks
 from molora_fed.models.runtime import Placement, describe_environment, mixed_precision
 from molora_fed.storage.files import write_json
 from molora_fed.testing import build_random_adapter
-from molora_fed.training.loop import TrainConfig, train
+from molora_fed.training.language_model import TrainConfig, train
 from molora_fed.types import Split
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -54,11 +65,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANK = 16
 BARS = {
     "bank": "tokens/s of a plain forward, at least 0.95",
+    "batch": "nothing is gained above 2,048 tokens a pass",
+    "applying": "none: the faster one is to be known",
+    "verdicts": "none: how far what is compared with a threshold moves is to be known",
     "dtype": "at least 2.5 where the processor has AVX512-BF16; losses within 0.003 nats, "
     "differences within 0.0005",
     "frozen": "at least 0.9 of the limit",
     "training": "tokens/s of the Trainer, at least 1",
     "memory": "at most 0.4 of the peak at most 1.3 times the time",
+    "estimate": "within a factor of 1.5 of the peak",
 }
 
 
@@ -71,9 +86,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a block")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--out", type=Path, help="JSON of the figures")
-    parser.add_argument("--child", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("plain", "ours", "estimate"), help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.child == "estimate":
+        print(json.dumps(measure_training_peak(arguments)))
+        return
     if arguments.child:
         print(json.dumps(measure_step(arguments, arguments.child == "ours")))
         return
@@ -166,23 +185,140 @@ def measure_bank(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**found, "tokens": 2 * blocks.tokens.size}
 
 
+def measure_batch(arguments: argparse.Namespace) -> dict[str, Any]:
+    base = open_base(arguments)
+    tokens = read_blocks(base, arguments).tokens
+    sizes = [2**power for power in range(arguments.blocks.bit_length())]
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    compute_block_losses(base.model, tokens[:1], batch=1)
+    for _ in range(arguments.rounds):
+        for size in sizes:
+            seconds[size].append(
+                spend(lambda size=size: compute_block_losses(base.model, tokens, batch=size))
+            )
+    speeds = {
+        size * arguments.tokens: round(tokens.size / statistics.median(each))
+        for size, each in seconds.items()
+    }
+    return {"tokens_per_second_by_tokens_of_a_pass": speeds}
+
+
+@contextmanager
+def thin_products(model: Any, adapter: Adapter) -> Iterator[Any]:
+    """Leave the weights alone; each adapted layer adds its two thin products."""
+    with ExitStack() as stack:
+        for name, update in adapter.updates.items():
+            module = model.get_submodule(name)
+            a, b = (factor.to(module.weight.dtype) for factor in (update.a, update.b))
+
+            def add(_: Any, x: Any, out: Any, a: Any = a, b: Any = b, s: Any = update.scale) -> Any:
+                return out.add_(linear(linear(x[0], a), b), alpha=s)
+
+            stack.callback(module.register_forward_hook(add).remove)
+        yield model
+
+
+def measure_applying(arguments: argparse.Namespace) -> dict[str, Any]:
+    base = open_base(arguments)
+    tokens = read_blocks(base, arguments).tokens
+    adapter = build_random_adapter(base.model, rank=RANK, seed=1, strength=0.01)
+    losses, seconds = {}, {"apply": [], "merged": [], "beside": []}
+
+    def run(name: str) -> None:
+        found = compute_block_losses(base.model, tokens, batch=choose_batch(arguments.tokens))
+        losses[name] = float(found.double().mean())
+
+    def apply() -> None:
+        with applied(base.model, adapter):
+            pass
+
+    for _ in range(arguments.rounds):
+        seconds["apply"].append(spend(apply))
+        with applied(base.model, adapter):
+            seconds["merged"].append(spend(lambda: run("merged")))
+        with thin_products(base.model, adapter):
+            seconds["beside"].append(spend(lambda: run("beside")))
+    once, merged, beside = (statistics.median(each) for each in seconds.values())
+    count = arguments.blocks
+    by_blocks = {
+        str(blocks): round((once + merged / count * blocks) / (beside / count * blocks), 3)
+        for blocks in (8, 40, 312)
+    }
+    return {
+        "seconds": {name: [round(one, 3) for one in each] for name, each in seconds.items()},
+        "merged_over_beside_by_blocks": by_blocks,
+        "equal_at_blocks": round(once / max(beside - merged, 1e-9) * count, 2),
+        "losses_nats": losses,
+    }
+
+
+def measure_verdicts(arguments: argparse.Namespace) -> dict[str, Any]:
+    base = open_base(arguments, "bfloat16")
+    blocks = read_blocks(base, arguments)
+    half = len(blocks) // 2
+    folders = tempfile.TemporaryDirectory()
+    adapters = []
+    for seed, part in enumerate((blocks.tokens[:half], blocks.tokens[half:])):
+        kind = LoraKind()
+        model, parameters = kind.prepare(base.model, AdapterRules(max_rank=RANK), RANK, seed=seed)
+        config = TrainConfig(
+            steps=4, batch=1, learning_rate=1e-3, seed=seed, threads=1, validate_every=4,
+            evaluation_batch=1,
+        )  # fmt: skip
+        train(model, parameters, part, part[:1, :32], config, Path(folders.name) / f"t{seed}")
+        folder = Path(folders.name) / f"a{seed}"
+        kind.export(model, base.model, folder, RANK, AdapterRules(max_rank=RANK))
+        adapters.append(kind.load(folder, None, name=folder.name))
+    found = {}
+    for name in ("bfloat16", "float32"):
+        own = base if name == "bfloat16" else open_base(arguments, name)
+        columns = []
+        for each in (None, *adapters):
+            with applied(own.model, each) as model:
+                columns.append(compute_block_losses(model, blocks.tokens, batch=4).double())
+        found[name] = compare_with_thresholds(columns, half)
+    apart = {k: round(v - found["float32"][k], 6) for k, v in found["bfloat16"].items()}
+    folders.cleanup()
+    return {"nats": found, "bfloat16_less_float32": apart}
+
+
+def compare_with_thresholds(columns: Sequence[torch.Tensor], half: int) -> dict[str, float]:
+    """What is compared with thresholds, nats: of base, first and second adapter, (N, T-1) each."""
+    base, *adapters = columns
+    mixed = math.log(len(columns)) - torch.logsumexp(torch.stack([-each for each in columns]), 0)
+    texts = (slice(0, half), slice(half, None))
+    figures = {"start, the base alone": float(base.mean())}
+    for index, own in enumerate(adapters):
+        for text, rows in enumerate(texts):
+            change = float((own - base)[rows].mean())
+            figures[f"adapter {index} less base on text {text}"] = change
+    for text, rows in enumerate(texts):
+        best = min(float(each[rows].mean()) for each in columns)
+        excess = float(mixed[rows].mean()) - best
+        figures[f"equal mixture less best expert on text {text}"] = excess
+    return figures
+
+
 def measure_dtype(arguments: argparse.Namespace) -> dict[str, Any]:
     bases = {name: open_base(arguments, name) for name in ("bfloat16", "float32")}
     blocks = read_blocks(bases["float32"], arguments)
     adapter = build_random_adapter(bases["float32"].model, rank=RANK, seed=1, strength=0.05)
-    losses: dict[str, list[float]] = {name: [] for name in bases}
-    for name, base in bases.items():
+    losses: dict[str, list[float]] = {}
+
+    def run(name: str) -> None:
+        losses[name] = []
         for each in (None, adapter):
-            with applied(base.model, each) as model:
-                found = compute_block_losses(model, blocks.tokens, batch=len(blocks))
+            with applied(bases[name].model, each) as model:
+                found = compute_block_losses(
+                    model, blocks.tokens, batch=choose_batch(arguments.tokens)
+                )
             losses[name].append(float(found.double().mean()))
+
+    speed = compare(arguments.rounds, lambda: run("bfloat16"), lambda: run("float32"))
     apart = [one - other for one, other in zip(losses["bfloat16"], losses["float32"], strict=True)]
-    run = {
-        name: lambda base=base: compute_block_losses(base.model, blocks.tokens, batch=len(blocks))
-        for name, base in bases.items()
-    }
     return {
-        **compare(arguments.rounds, run["bfloat16"], run["float32"]),
+        **speed,
+        "blocks": len(blocks),
         "losses_nats": losses,
         "largest_difference_of_a_loss_nats": max(map(abs, apart)),
         "difference_of_a_difference_nats": abs(apart[1] - apart[0]),
@@ -268,17 +404,71 @@ def run_trainer(base_model: Any, blocks: Any, steps: int, batch: int, dtype: str
 def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for child in ("ours", "plain"):
-        command = [
-            sys.executable, __file__, "--base", str(arguments.base), "--dtype", arguments.dtype,
-            "--child", child,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, check=True, text=True)
-        found[child] = json.loads(done.stdout.splitlines()[-1])
+        found[child] = run_child(arguments, "--child", child)
     return {
         **found,
         "peak": round(found["ours"]["peak_bytes"] / found["plain"]["peak_bytes"], 3),
         "time": round(found["ours"]["seconds"] / found["plain"]["seconds"], 3),
     }
+
+
+def run_child(arguments: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """What a process of its own finds."""
+    command = [
+        sys.executable, __file__, "--base", str(arguments.base), "--dtype", arguments.dtype, *more,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure_estimate(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = {}
+    for blocks in (2, 4):
+        for checkpointing in (False, True):
+            more = ["--checkpointing"] if checkpointing else []
+            one = run_child(arguments, "--child", "estimate", "--blocks", str(blocks), *more)
+            one["ratio"] = round(one["needed_bytes"] / one["peak_bytes"], 2)
+            found[" ".join([f"{blocks} blocks", *more])] = one
+    return found
+
+
+def measure_training_peak(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peak of a training's resident bytes above those of before, and what it said it needs."""
+    base = open_base(arguments)
+    blocks = read_blocks(base, arguments).tokens
+    model, parameters = LoraKind().prepare(base.model, AdapterRules(max_rank=RANK), RANK, seed=0)
+    config = TrainConfig(
+        steps=2, batch=len(blocks), learning_rate=1e-3, seed=0, threads=1, validate_every=2,
+        evaluation_batch=2, checkpointing=arguments.checkpointing,
+    )  # fmt: skip
+    told = []
+    with tempfile.TemporaryDirectory() as folder, watching_peak() as peak:
+        train(
+            model, parameters, blocks, blocks, config, Path(folder),
+            on_memory=lambda *counts: told.extend(counts),
+        )  # fmt: skip
+    return {"needed_bytes": told[0], "peak_bytes": peak()}
+
+
+@contextmanager
+def watching_peak() -> Iterator[Callable[[], int]]:
+    """The most resident bytes inside, above those of before."""
+    process, is_over = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not is_over.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: peak - before
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 def measure_step(arguments: argparse.Namespace, is_ours: bool) -> dict[str, Any]:
@@ -306,29 +496,21 @@ def measure_step(arguments: argparse.Namespace, is_ours: bool) -> dict[str, Any]
                 )
         losses.mean().backward()
 
-    process, peak, is_over = psutil.Process(), 0, threading.Event()
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not is_over.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    seconds = spend(take_step)
-    is_over.set()
-    watcher.join()
-    return {"peak_bytes": peak - before, "seconds": round(seconds, 2)}
+    with watching_peak() as peak:
+        seconds = spend(take_step)
+    return {"peak_bytes": peak(), "seconds": round(seconds, 2)}
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "bank": measure_bank,
+    "batch": measure_batch,
+    "applying": measure_applying,
+    "verdicts": measure_verdicts,
     "dtype": measure_dtype,
     "frozen": measure_frozen,
     "training": measure_training,
     "memory": measure_memory,
+    "estimate": measure_estimate,
 }
 
 

@@ -214,7 +214,8 @@ class CorpusRules(StrictModel):
     Attributes:
         block_size: T, tokens per block.
         split_seed: Seed of the assignment of clusters to splits.
-        evaluation_batch: Blocks per forward pass wherever a loss is reported.
+        evaluation_batch: Blocks per forward pass wherever a loss is reported; a bank takes fewer
+            where the device's memory does not suffice.
     """
 
     block_size: int = Field(default=128, ge=8)

@@ -24,6 +24,7 @@ __all__ = [
     "LossOn",
     "Markup",
     "Mixture",
+    "OnMemory",
     "Outcome",
     "Progress",
     "Reading",
@@ -283,6 +284,10 @@ class Finding:
     fix: str
     quarantine: bool = False
     is_note: bool = False
+
+
+OnMemory = Callable[[int, int], None]
+"""Told the bytes that work needs, about, and the bytes that are free, before it starts."""
 
 
 class Progress(Protocol):

@@ -77,7 +77,10 @@ def contribute(
     made_of = ""
     with reporting("loading the base") as progress:
         under = open_charter_and_base(
-            cooperative, base_folder=base, compute=ask_compute(device, dtype)
+            cooperative,
+            base_folder=base,
+            compute=ask_compute(device, dtype),
+            progress=progress,
         )
         check_choices(under, domain=domain, name=name, kind=kind)
         if adapter is not None:  # takes seconds: before the text

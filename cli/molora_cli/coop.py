@@ -34,7 +34,8 @@ class MixtureChoice(StrEnum):
 def create(
     name: Annotated[str, typer.Argument(help="Lower-case letters, digits and dashes.")],
     base: Annotated[
-        str, typer.Option(help="builtin, ID@REVISION of the Hugging Face Hub, or a folder.")
+        str,
+        typer.Option(help="builtin, a folder, a .gguf file, or ID@REVISION of the Hub."),
     ] = "builtin",
     domains: Annotated[
         str, typer.Option(help="Domains to ask for, separated by commas; any if not given.")
@@ -83,6 +84,8 @@ def create(
         int | None, typer.Option(min=1, help="Training steps of the built-in base.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of base, training, routers and bootstraps.")] = 42,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Create a cooperative: its charter, base checkpoint, key and ledger."""
     from molora_fed.charter import (
@@ -94,7 +97,10 @@ def create(
     )
     from molora_fed.cooperative.create import found_cooperative
     from molora_fed.errors import ConfigError
+    from molora_fed.models.batches import choose_batch
     from molora_fed.models.layout import decoder_blocks
+    from molora_fed.models.runtime import choose_placement
+    from molora_fed.storage.compute import read_compute
     from molora_fed.storage.files import make_home
     from molora_fed.storage.values import find_cache_folder, parse_names
     from molora_fed.training.freezing import recommend_frozen_depth
@@ -118,15 +124,17 @@ def create(
         training=TrainingRules(kind=kind, rank=rank, steps=steps),
         fusion=FusionRules.model_validate({"mixture": mixture.value, **chosen}),
     )
+    home = folder or Path(name)
     with reporting() as progress:
         cooperative, made = found_cooperative(
-            folder or Path(name),
+            home,
             name,
             source=base,
             adapters=AdapterRules(frozen_depth=frozen_depth, max_rank=max(64, rank)),
-            corpus=CorpusRules(block_size=block_size),
+            corpus=CorpusRules(block_size=block_size, evaluation_batch=choose_batch(block_size)),
             amendment=amendment,
             base_steps=base_steps,
+            placement=choose_placement(read_compute(home, ask_compute(device, dtype))),
             cache=find_cache_folder(),
             on_phase=progress.phase,
             progress=progress,
@@ -262,10 +270,12 @@ def admit(
             str(r.state),
             r.contribution_id[:16],
             _describe_change(r.decision),
+            _describe_effect(r.decision),
         )
         for r in receipts
     ]
-    print_columns(("contributor", "domain", "state", "contribution", "loss change"), rows)
+    header = ("contributor", "domain", "state", "contribution", "loss change", "effect")
+    print_columns(header, rows)
     decisions = [receipt.decision for receipt in receipts if receipt.decision is not None]
     for each in (text for decision in decisions for text in decision.notes):
         note(each)
@@ -277,6 +287,12 @@ def _describe_change(decision: "AdmissionDecision | None") -> str:
     """Loss on the admission sample against the base's, nats per token, if it was measured."""
     losses = None if decision is None else decision.losses
     return "-" if losses is None else f"{losses.specialist - losses.base:+.4f}"
+
+
+def _describe_effect(decision: "AdmissionDecision | None") -> str:
+    """How many of its modules the adapter changes, if they were counted."""
+    effect = None if decision is None else decision.effect
+    return "-" if effect is None else str(effect)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import typer
 
 from molora_cli.output import show
 from molora_cli.progress import reporting
-from molora_cli.shared_options import Device, Dtype, ask_compute
+from molora_cli.shared_options import Device, Dtype, TextField, ask_compute
 
 
 def evaluate(
@@ -15,6 +15,7 @@ def evaluate(
     data: Annotated[
         list[str], typer.Option(help="NAME=PATH of text no one trained on; repeatable.")
     ],
+    text_field: TextField = "",
     block_size: Annotated[int, typer.Option(min=8, help="Tokens per block.")] = 128,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
@@ -24,6 +25,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 42,
 ) -> None:
     """Measure base, specialists or slots, and the model on your own text."""
+    from molora_fed.corpus.records import TextOptions
     from molora_fed.inference.opening import open_model
     from molora_fed.inference.texts import evaluate_texts
     from molora_fed.reporting.summary import build_loss_table
@@ -41,6 +43,7 @@ def evaluate(
             model,
             texts,
             block_size=block_size,
+            text=TextOptions(text_field),
             seed=seed,
             on_phase=progress.phase,
             progress=progress,

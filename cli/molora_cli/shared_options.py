@@ -19,6 +19,7 @@ __all__ = [
     "Dtype",
     "Launcher",
     "LearningRate",
+    "ResetDocuments",
     "Steps",
     "TextField",
     "ValidateEvery",
@@ -66,6 +67,13 @@ Checkpointing = Annotated[
         help="Compute activations again instead of keeping them: less memory, more time.",
     ),
 ]
+ResetDocuments = Annotated[
+    bool,
+    typer.Option(
+        "--reset-documents",
+        help="Train on each document of a block alone: it sees no other, positions start at 0.",
+    ),
+]
 Launcher = Annotated[
     str,
     typer.Option(
@@ -93,6 +101,7 @@ def ask_training(
     validate_every: int | None,
     accumulation: int,
     checkpointing: bool,
+    reset_documents: bool,
     launcher: str,
 ) -> "TrainingChoices":
     """What the options of a training ask for.
@@ -113,6 +122,7 @@ def ask_training(
             "validate_every": validate_every,
             "accumulation": accumulation,
             "checkpointing": checkpointing,
+            "reset_documents": reset_documents,
             "launcher": launcher,
         },
         what="Cannot train",

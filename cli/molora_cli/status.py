@@ -111,6 +111,7 @@ def _show_contributor(overview: "ContributorOverview") -> None:
     _show_line("disk", f"{overview.free_bytes / 1e9:.1f} GB free")
     if overview.result is not None:
         _show_line("result", str(overview.result))
+    _show_list("warning", overview.warnings)
 
 
 def _format_bytes(count: int) -> str:

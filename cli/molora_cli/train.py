@@ -16,6 +16,7 @@ from molora_cli.shared_options import (
     Dtype,
     Launcher,
     LearningRate,
+    ResetDocuments,
     Steps,
     TextField,
     ValidateEvery,
@@ -51,6 +52,7 @@ def train(
     validate_every: ValidateEvery = None,
     accumulation: Accumulation = 1,
     checkpointing: Checkpointing = False,
+    reset_documents: ResetDocuments = False,
     launcher: Launcher = "",
     seed: Annotated[int | None, typer.Option(help="Seed; the charter's if not given.")] = None,
     threads: Annotated[
@@ -80,6 +82,7 @@ def train(
         prepare_domain,
     )
     from molora_fed.corpus.records import TextOptions
+    from molora_fed.models.runtime import format_bytes
     from molora_fed.reporting.summary import build_outgoing_table
     from molora_fed.storage.files import make_home
     from molora_fed.storage.keys import load_or_make_key
@@ -95,11 +98,15 @@ def train(
         validate_every=validate_every,
         accumulation=accumulation,
         checkpointing=checkpointing,
+        reset_documents=reset_documents,
         launcher=launcher,
     )
     with reporting("loading the base") as progress:
         under = open_charter_and_base(
-            cooperative, base_folder=base, compute=ask_compute(device, dtype)
+            cooperative,
+            base_folder=base,
+            compute=ask_compute(device, dtype),
+            progress=progress,
         )
         check_choices(under, domain=domain, name=name, kind=kind)
         make_home(out)
@@ -121,6 +128,10 @@ def train(
             seed=seed,
             threads=threads or count_cores(),
             on_warning=note,
+            on_memory=lambda needed, free: note(
+                f"Training needs about {format_bytes(needed)} of memory beside the base, "
+                f"{format_bytes(free)} are free"
+            ),
             progress=progress,
         )
     adapter, manifest = made.adapter, made.contribution.manifest

@@ -25,6 +25,7 @@ from molora_fed.adapters.updates import Adapter, LinearUpdate, Spectrum, decompo
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
 from molora_fed.models.layout import bias_of, is_transposed, weight_of
+from molora_fed.models.runtime import check_memory
 
 __all__ = ["AdapterKind", "DeltaKind", "LoraKind", "SvdKind"]
 
@@ -37,9 +38,25 @@ _COSTS: Mapping[str, Callable[[int], PackingCost]] = {
 }
 
 
+_TRAINED_BYTES = 16
+"""Of a number that is trained, at least: itself, its gradient and AdamW's moments in float32."""
+
+
 def _copy_sharing(model: Any, own: Iterable[nn.Parameter]) -> Any:
-    """Copy a model; parameters outside `own` share memory with the original, frozen."""
-    owned = {id(parameter) for parameter in own}
+    """Copy a model; parameters outside `own` share memory with the original, frozen.
+
+    Raises:
+        ComputeError: If there is no memory to train `own`.
+    """
+    kept = list(own)
+    owned = {id(parameter) for parameter in kept}
+    if kept:
+        check_memory(
+            _TRAINED_BYTES * sum(parameter.numel() for parameter in kept),
+            kept[0].device,
+            what="Cannot train whole linear layers",
+            fix="Use the kind lora, fewer targets, or a machine with more memory.",
+        )
     # A new Parameter around the same memory: freezing it must not touch the base's flags.
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)

@@ -24,6 +24,7 @@ from molora_fed.bank.bank import Bank, CalibrationBank, HeldOutBank
 from molora_fed.bank.passes import ColumnMaker, Expert, Wanted, check_room, estimate_bank_bytes
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError
+from molora_fed.models.batches import fit_batch
 from molora_fed.models.head import find_readout
 from molora_fed.models.layout import block_index, decoder_blocks
 from molora_fed.models.states import can_resume
@@ -45,13 +46,13 @@ class BankPlan:
     Attributes:
         readings: Columns that routers read.
         mixture: How the bank's `nll` mixes.
-        batch: Blocks per forward pass.
+        batch: Blocks per forward pass that are wanted; by tokens if None.
         frozen_depth: K, for `prefix_hidden`.
     """
 
     readings: frozenset[Reading]
     mixture: Mixture
-    batch: int
+    batch: int | None
     frozen_depth: int
 
 
@@ -63,7 +64,7 @@ def build_calibration_bank(
     *,
     readings: frozenset[Reading] = frozenset({"evidence"}),
     mixture: Mixture = "probability",
-    batch: int = 16,
+    batch: int | None = None,
     frozen_depth: int = 0,
     progress: Progress | None = None,
 ) -> CalibrationBank:
@@ -76,7 +77,8 @@ def build_calibration_bank(
         blocks: Blocks of any split but held-out, of equal block size.
         readings: Columns that routers read; others are not made.
         mixture: How the bank's `nll` mixes; the logit mixture keeps every expert's state.
-        batch: Blocks per forward pass.
+        batch: Blocks per forward pass, by tokens if None; fewer where the device's memory does not
+            suffice (`molora_fed.models.batches`).
         frozen_depth: K, for `prefix_hidden`.
         progress: Receives blocks done and in all over all passes, with `bank_bytes` and `expert`.
 
@@ -106,7 +108,7 @@ def build_held_out_bank(
     *,
     readings: frozenset[Reading] = frozenset({"evidence"}),
     mixture: Mixture = "probability",
-    batch: int = 16,
+    batch: int | None = None,
     frozen_depth: int = 0,
     kept: Sequence[NDArray[np.bool_]] | None = None,
     progress: Progress | None = None,
@@ -147,6 +149,7 @@ def _build(
     blocks, shown = [part for part, _ in chosen], [part.select(mask) for part, mask in chosen]
     check_blocks(blocks)
     model = base.model
+    batch = fit_batch(model, blocks[0].block_size, plan.batch)
     readout = find_readout(model) if plan.mixture == "logit" else None
     hidden_size = base.hidden_size
     wanted = Wanted.of(plan.readings, plan.mixture)
@@ -168,7 +171,7 @@ def _build(
             folder,
             base,
             part,
-            plan.batch,
+            batch,
             plan.frozen_depth,
             hidden_size,
             None if mask.all() else torch.from_numpy(np.flatnonzero(mask)),

@@ -12,6 +12,7 @@ from molora_fed.adapters.compatibility import applied
 from molora_fed.bank.columns import build_key, column_path
 from molora_fed.bank.passes import ColumnMaker, list_totals
 from molora_fed.corpus.blocks import Blocks
+from molora_fed.models.batches import fit_batch, list_batches
 from molora_fed.storage.files import storage_errors
 from molora_fed.types import Progress
 
@@ -31,7 +32,7 @@ def subtract_expert(
     adapter: "Adapter",
     blocks: Sequence[Blocks],
     *,
-    batch: int,
+    batch: int | None = None,
     progress: Progress | None = None,
 ) -> bool:
     """Take an expert out of the totals on these blocks, with one pass of it at most.
@@ -41,7 +42,7 @@ def subtract_expert(
         base: The base checkpoint.
         adapter: The expert that leaves.
         blocks: Blocks that stay, of any split.
-        batch: Blocks per forward pass.
+        batch: Blocks per forward pass, as of the bank.
         progress: Receives blocks done and in all of one list of blocks after the other.
 
     Returns:
@@ -58,7 +59,8 @@ def subtract_expert(
     with applied(base.model, adapter):
         for part in concerned:
             # No total depends on the frozen depth.
-            maker = ColumnMaker(folder, base, part, batch, -1, base.hidden_size)
+            own = fit_batch(base.model, part.block_size, batch)
+            maker = ColumnMaker(folder, base, part, own, -1, base.hidden_size)
             maker.subtract(adapter.hash, progress=progress)
     return True
 
@@ -79,7 +81,7 @@ def prune_bank(
         base: Fingerprint of the base's weights; the base's own columns are kept.
         adapters: Hashes of the adapters whose columns are kept.
         blocks: Fingerprints of the blocks that columns are kept of.
-        batch: Blocks per forward pass.
+        batch: Blocks per forward pass that were wanted; columns of passes of fewer are kept, too.
         frozen_depth: K.
 
     Returns:
@@ -93,10 +95,12 @@ def prune_bank(
         column_path(
             folder,
             build_key(
-                name, [own], base=base, blocks=part, dtype=dtype, batch=batch, depth=frozen_depth
+                name, [own], base=base, blocks=part, dtype=dtype, batch=size, depth=frozen_depth
             ),
         )
-        for name, own, part, dtype in product(_OWN_COLUMNS, experts, parts, _DTYPES)
+        for name, own, part, dtype, size in product(
+            _OWN_COLUMNS, experts, parts, _DTYPES, list_batches(batch)
+        )
     }
     for total in list_totals(folder):
         if total.blocks in parts and not Counter(total.adapters) - Counter(experts):

@@ -18,6 +18,7 @@ from molora_fed.corpus.batches import choose_rows
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
 from molora_fed.models.base import Base
+from molora_fed.models.batches import fit_batch
 from molora_fed.storage.seeds import derive_seed
 from molora_fed.types import Progress
 
@@ -99,7 +100,7 @@ def build_states(
     readings: frozenset[GateReading],
     folder: Path,
     *,
-    batch: int = 16,
+    batch: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[BaseStates, ...]:
     """Run the base once over blocks, or find what an earlier run, or a bank, left on disk.
@@ -109,7 +110,7 @@ def build_states(
         blocks: Blocks of each domain.
         readings: What routers read.
         folder: Where columns lie; a bank's folder will do.
-        batch: Blocks per forward pass; one value wherever figures are compared.
+        batch: Blocks per forward pass, as of a bank.
         progress: Told the blocks done and in all, of each domain in turn.
 
     Returns:
@@ -121,8 +122,15 @@ def build_states(
     """
     wanted = Wanted(base="base_hidden" in readings, prefix=False, mean=False, experts=False)
     makers = [
-        ColumnMaker(folder, base, domain_blocks, batch, 0, base.hidden_size)
-        for domain_blocks in blocks
+        ColumnMaker(
+            folder,
+            base,
+            part,
+            fit_batch(base.model, part.block_size, batch),
+            0,
+            base.hidden_size,
+        )
+        for part in blocks
     ]
     work = [(maker, maker.plan([], -1, wanted)) for maker in makers]
     needed = 0

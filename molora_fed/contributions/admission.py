@@ -11,11 +11,16 @@ from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
-from molora_fed.adapters.compatibility import applied
+from molora_fed.adapters.compatibility import applied, count_changed
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import Amendment, Charter
-from molora_fed.contributions.decision import AdmissionDecision, AdmissionLosses, Refusal
+from molora_fed.contributions.decision import (
+    AdmissionDecision,
+    AdmissionLosses,
+    ChangedModules,
+    Refusal,
+)
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.contributions.states import ContributionState
 from molora_fed.corpus.blocks import Blocks
@@ -130,6 +135,15 @@ class AdmissionCandidate:
             name=self.contribution.manifest.contributor,
         )
 
+    @cached_property
+    def effect(self) -> ChangedModules:
+        """How many of its modules the adapter changes, counted once.
+
+        Raises:
+            AdapterError: As of `adapter`.
+        """
+        return ChangedModules(count_changed(self.adapter), len(self.adapter.updates))
+
     @property
     def has_admission_blocks(self) -> bool:
         """Whether there is an admission sample; none is sent where texts are private."""
@@ -223,8 +237,10 @@ def admit(candidate: AdmissionCandidate, *, accepted: Collection[str] = ()) -> A
         state = ContributionState.REJECTED
     else:
         state = ContributionState.QUARANTINED if refusals else ContributionState.ADMITTED
-    measured = candidate.__dict__.get("losses")  # Only what a check asked for was measured.
-    return AdmissionDecision.of(state, refusals, run, measured, notes)
+    known = vars(candidate)  # only what a check asked for was measured
+    return AdmissionDecision.of(
+        state, refusals, run, known.get("losses"), notes, known.get("effect")
+    )
 
 
 _REFUSING = (AdapterError, CorpusError, RoutingError, SignatureError)

@@ -40,7 +40,9 @@ __all__ = [
     "compute_sample_bytes",
     "count_samples",
     "describe_outgoing",
+    "find_loss_dtype",
     "measure_start_loss",
+    "state_loss_dtype",
 ]
 
 
@@ -279,6 +281,25 @@ def _copy_adapter(source: Path, target: Path) -> dict[AdapterFile, FileEntry]:
 
 def _describe(path: Path) -> dict[str, Any]:
     return {"sha256": hash_file(path), "bytes": path.stat().st_size}
+
+
+def state_loss_dtype(record: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """A training record that says in which dtype its losses were measured, if it was another.
+
+    Args:
+        record: How an adapter was trained; its `dtype` is float32 if it says none.
+        model: What its losses were measured with.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    if find_loss_dtype(record) == dtype:
+        return dict(record)
+    return {**record, "losses_in": dtype}
+
+
+def find_loss_dtype(record: Mapping[str, Any]) -> str:
+    """The dtype in which a training record's losses were measured, e.g. "bfloat16"; a claim."""
+    found = record.get("losses_in", record.get("dtype"))
+    return found if found in ("float32", "bfloat16") else "float32"
 
 
 def measure_start_loss(

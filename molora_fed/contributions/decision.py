@@ -17,6 +17,7 @@ __all__ = [
     "MAX_DECISION",
     "AdmissionDecision",
     "AdmissionLosses",
+    "ChangedModules",
     "Refusal",
     "list_quoted",
 ]
@@ -57,6 +58,18 @@ class AdmissionLosses:
     def from_json(cls, value: Mapping[str, float | None]) -> "AdmissionLosses":
         """The losses that `to_json` wrote."""
         return cls(**{name: math.nan if x is None else x for name, x in value.items()})
+
+
+@dataclass(frozen=True)
+class ChangedModules:
+    """Modules whose change is not exactly zero, of those that an adapter is made for."""
+
+    changed: int
+    modules: int
+
+    def __str__(self) -> str:
+        """The phrase that people see."""
+        return f"changed {self.changed} of {self.modules} modules"
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,7 @@ class AdmissionDecision:
         checks: Names of the checks that ran, in order.
         losses: What was measured on the admission sample; None if no check asked.
         notes: What a check only says, one line each; it decides nothing.
+        effect: Modules that the adapter changes; None if its files were not read that far.
     """
 
     state: ContributionState
@@ -131,6 +145,7 @@ class AdmissionDecision:
     checks: tuple[str, ...] = ()
     losses: AdmissionLosses | None = None
     notes: tuple[str, ...] = ()
+    effect: ChangedModules | None = None
 
     @classmethod
     def of(
@@ -140,6 +155,7 @@ class AdmissionDecision:
         checks: Sequence[str] = (),
         losses: AdmissionLosses | None = None,
         notes: Sequence[str] = (),
+        effect: ChangedModules | None = None,
     ) -> "AdmissionDecision":
         """A decision whose refusals together are cut to `MAX_DECISION` characters.
 
@@ -157,7 +173,7 @@ class AdmissionDecision:
             kept[-1] = replace(kept[-1], found=f"{kept[-1].found} (and {more} more findings)")
         names = tuple(clean(name, 80) for name in checks)
         texts = tuple(clean(each, _NOTE_CHARACTERS) for each in notes[:_SHOWN])
-        return cls(state, tuple(kept), names, losses, texts)
+        return cls(state, tuple(kept), names, losses, texts, effect)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values for the ledger; `from_json` reads them back."""
@@ -168,18 +184,23 @@ class AdmissionDecision:
             "losses": None if self.losses is None else self.losses.to_json(),
         }
         # Left out where there are none, as earlier versions wrote it.
-        return {**value, "notes": list(self.notes)} if self.notes else value
+        if self.notes:
+            value["notes"] = list(self.notes)
+        if self.effect is not None:
+            value["effect"] = asdict(self.effect)
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "AdmissionDecision":
         """The decision that `to_json` wrote; longer texts of an earlier version are cut."""
-        losses = value["losses"]
+        losses, effect = value["losses"], value.get("effect")
         return cls.of(
             ContributionState(value["state"]),
             [Refusal(**refusal) for refusal in value["refusals"]],
             value["checks"],
             None if losses is None else AdmissionLosses.from_json(losses),
             value.get("notes", ()),
+            None if effect is None else ChangedModules(**effect),
         )
 
     def check_admitted(self) -> None:

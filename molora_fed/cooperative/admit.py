@@ -47,7 +47,7 @@ def admit_contributions(
     """
     sources = [find_contribution(folder) for folder in folders]
     with cooperative.open_ledger() as ledger:
-        base = cooperative.load_base()
+        base = cooperative.load_base(progress)
         return receive_folders(
             ledger, cooperative, base, sources, actor=ACTOR, plugins=plugins, progress=progress
         )

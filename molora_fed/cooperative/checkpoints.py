@@ -16,7 +16,7 @@ from molora_fed.adapters.contract import AdapterKind, open_kind
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import Charter, TrainingRules
-from molora_fed.contributions.build import measure_start_loss
+from molora_fed.contributions.build import measure_start_loss, state_loss_dtype
 from molora_fed.corpus.prepare import Corpus
 from molora_fed.errors import (
     AdapterError,
@@ -30,7 +30,7 @@ from molora_fed.models.frozen import find_changed_frozen
 from molora_fed.models.runtime import Placement
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import write_json
-from molora_fed.training.specialists import Specialist, load_specialist
+from molora_fed.training.adapter_job import Specialist, load_specialist
 from molora_fed.types import Progress, Split
 
 __all__ = ["Imported", "import_checkpoint"]
@@ -123,6 +123,7 @@ def import_checkpoint(
         "adapter_hash": adapter.hash,
         "adapter_bytes": adapter.num_bytes,
     }
+    record = state_loss_dtype(record, base.model)
     write_json(folder / "record.json", record)
     return Imported(
         load_specialist(folder),

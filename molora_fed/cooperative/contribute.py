@@ -16,7 +16,11 @@ from molora_fed.adapters.convert import convert_adapter
 from molora_fed.adapters.files import META_FILE, check_adapter_fits, load_adapter
 from molora_fed.adapters.peft_folder import read_claims
 from molora_fed.charter import Charter, check_name, load_charter
-from molora_fed.contributions.build import build_contribution, measure_start_loss
+from molora_fed.contributions.build import (
+    build_contribution,
+    measure_start_loss,
+    state_loss_dtype,
+)
 from molora_fed.contributions.manifest import Contribution, Origin
 from molora_fed.cooperative.chat_tokens import find_chat_warnings
 from molora_fed.cooperative.cooperative import load_charter_base, open_cooperative
@@ -33,9 +37,10 @@ from molora_fed.storage.compute import Compute, read_compute
 from molora_fed.storage.files import is_file, is_folder, resolve_inside
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.storage.untrusted import clean, parse_json
+from molora_fed.training.adapter_job import Specialist
 from molora_fed.training.choices import TrainingChoices
-from molora_fed.training.specialists import Specialist, train_specialist
-from molora_fed.types import Document, Progress, Split
+from molora_fed.training.specialists import train_specialist
+from molora_fed.types import Document, OnMemory, Progress, Split
 
 __all__ = [
     "CharterAndBase",
@@ -117,7 +122,11 @@ class MadeContribution:
 
 
 def open_charter_and_base(
-    source: Path, *, base_folder: Path | None = None, compute: Compute | None = None
+    source: Path,
+    *,
+    base_folder: Path | None = None,
+    compute: Compute | None = None,
+    progress: Progress | None = None,
 ) -> CharterAndBase:
     """Read a charter and load its base.
 
@@ -125,6 +134,7 @@ def open_charter_and_base(
         source: A cooperative's folder, a contributor's home, or a `cooperative.toml`.
         base_folder: Where the base is; `base/` of the folder if None.
         compute: Where models are to run; the home's settings where it says nothing.
+        progress: See `molora_fed.models.base.load_base`.
 
     Raises:
         CharterError: If there is no charter, or it is malformed.
@@ -146,7 +156,8 @@ def open_charter_and_base(
             f"{identity.id} with weights {identity.weights[:12]} in '{where}', got no such folder. "
             "Say where the base is."
         )
-    return CharterAndBase(charter, load_charter_base(charter, where, read_compute(folder, compute)))
+    chosen = read_compute(folder, compute)
+    return CharterAndBase(charter, load_charter_base(charter, where, chosen, progress))
 
 
 def prepare_domain(
@@ -254,6 +265,7 @@ def make_contribution(
     plugins: Plugins | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
     on_warning: Callable[[str], None] = lambda text: None,
+    on_memory: OnMemory | None = None,
     progress: Progress | None = None,
 ) -> MadeContribution:
     """Train an adapter, or measure one trained earlier, and sign a contribution made of it.
@@ -274,6 +286,8 @@ def make_contribution(
         plugins: Where kinds are registered; the installed plugins by default.
         on_phase: Told what begins: "training" or "measuring", then "building".
         on_warning: Told what to know of chat templates and their tokens, one line each.
+        on_memory: Told the bytes that the training needs beside the base, about, and those that
+            are free, before its first step; in launched processes nobody is told.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
     Raises:
@@ -314,6 +328,7 @@ def make_contribution(
             choices=choices,
             plugins=plugins,
             evaluation_batch=charter.identity.corpus.evaluation_batch,
+            on_memory=on_memory,
             progress=progress,
         )
         adapter = _count_changed(specialist, _measure_start(under, corpus), plugins)
@@ -410,7 +425,7 @@ def measure_given(
         adapter.kind,
         base_loss,
         loss,
-        record,
+        state_loss_dtype(record, base.model),
         start,
         # Nothing tells that it was trained on this base.
         origin=None if adapter.base_weights else Origin.of_claims(read_claims(source, str(given))),

@@ -22,6 +22,7 @@ from molora_fed.fusion.fuse import Control
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.storage.files import write_json
+from molora_fed.training.adapter_job import Specialist, load_specialist
 from molora_fed.training.pooled import (
     CONTROL_KIND,
     ContinuedBase,
@@ -30,7 +31,6 @@ from molora_fed.training.pooled import (
     load_continued,
     train_monolithic,
 )
-from molora_fed.training.specialists import Specialist, load_specialist
 from molora_fed.types import Progress, Split
 
 __all__ = ["CONTROLS", "ControlName", "PooledTraining", "find_control_adapter", "load_controls"]

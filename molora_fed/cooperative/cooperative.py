@@ -29,6 +29,7 @@ from molora_fed.plugins import Plugins, Registry, get_plugins
 from molora_fed.storage.compute import Compute, read_compute
 from molora_fed.storage.files import make_home
 from molora_fed.storage.keys import build_public_pem, load_key, load_or_make_key
+from molora_fed.types import Progress
 
 if TYPE_CHECKING:
     from molora_fed.models.base import Base
@@ -92,23 +93,32 @@ class Cooperative:
         """Open the ledger for reading, also while another process writes it."""
         return LedgerReader(self.ledger_path)
 
-    def load_base(self) -> "Base":
+    def load_base(self, progress: Progress | None = None) -> "Base":
         """Load the base checkpoint.
+
+        Args:
+            progress: See `molora_fed.models.base.load_base`.
 
         Raises:
             BaseCheckpointError: If it is missing or another one.
             ComputeError: If this machine lacks device, dtype or memory.
         """
-        return load_charter_base(self.charter, self.base_folder, self.compute)
+        return load_charter_base(self.charter, self.base_folder, self.compute, progress)
 
 
-def load_charter_base(charter: Charter, folder: Path, compute: Compute | None = None) -> "Base":
+def load_charter_base(
+    charter: Charter,
+    folder: Path,
+    compute: Compute | None = None,
+    progress: Progress | None = None,
+) -> "Base":
     """Load a base checkpoint and check that it is the charter's.
 
     Args:
         charter: Names the base, and the dtype that losses are reported in.
         folder: The checkpoint.
         compute: Where to run, and in which dtype; the charter's where it says none.
+        progress: See `molora_fed.models.base.load_base`.
 
     Raises:
         BaseCheckpointError: If it is missing or another one.
@@ -117,7 +127,8 @@ def load_charter_base(charter: Charter, folder: Path, compute: Compute | None = 
     from molora_fed.models.base import check_base, load_base
     from molora_fed.models.runtime import choose_placement
 
-    base = load_base(folder, choose_placement(compute or Compute(), charter.amendment.dtype))
+    placement = choose_placement(compute or Compute(), charter.amendment.dtype)
+    base = load_base(folder, placement, progress)
     check_base(base, charter.identity.base)
     return base
 

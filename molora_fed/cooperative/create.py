@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from molora_fed.cooperative.cooperative import (
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.corpus.documents import open_domain
 from molora_fed.corpus.overlap import copy_index
-from molora_fed.errors import CharterError
+from molora_fed.errors import CharterError, MoloraError
 from molora_fed.models.base import Base, fetch_base
+from molora_fed.models.runtime import Placement
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import make_home
 from molora_fed.training.builtin_base import BuiltinBaseConfig, create_builtin_base
@@ -38,6 +40,7 @@ def found_cooperative(
     corpus: CorpusRules | None = None,
     amendment: Amendment | None = None,
     base_steps: int | None = None,
+    placement: Placement | None = None,
     cache: Path | None = None,
     plugins: Plugins | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
@@ -53,6 +56,8 @@ def found_cooperative(
         corpus: How text becomes blocks.
         amendment: What may change later; number 0.
         base_steps: Training steps of the built-in base; its default if None.
+        placement: Device and dtype of a fetched base in memory; the CPU and float32 if None. The
+            charter is the same.
         cache: Folder in which built-in bases are kept for other cooperatives.
         plugins: Where names are looked up; the installed plugins by default.
         on_phase: Told what begins, for people.
@@ -66,6 +71,7 @@ def found_cooperative(
             cooperative.
         UnknownNameError: If a router, kind or check is registered by nobody.
         BaseCheckpointError: If the base cannot be made or fetched.
+        ComputeError: If it is larger than the memory there is.
         CorpusError: If a domain of the built-in base has too little text.
         StorageError: On I/O errors.
     """
@@ -98,7 +104,13 @@ def found_cooperative(
         )
     else:
         on_phase(f"fetching base {source}")
-        base = fetch_base(source, folder / "base")
+        try:
+            base = fetch_base(source, folder / "base", placement, progress)
+        except MoloraError:
+            if is_new:
+                with suppress(OSError):
+                    folder.rmdir()  # nothing of a base that was refused is there
+            raise
         copy_index(Path(source), folder / "base")
     try:
         cooperative = create_cooperative(

@@ -363,7 +363,7 @@ def evolve_cooperative(
         )
     with cooperative.open_ledger() as ledger:
         on_phase("base")
-        base = cooperative.load_base()
+        base = cooperative.load_base(progress)
         admitted = load_admitted(ledger, cooperative.store)
         contributed = [collect_contributed(one) for one in admitted]
         return evolve_admitted(

@@ -146,7 +146,7 @@ def forecast_from_pilots(
     charter = cooperative.charter
     pilots = _load(cooperative, folders)
     share = _compute_share(pilots, charter.amendment.training.steps)
-    base = cooperative.load_base()
+    base = cooperative.load_base(progress)
     plan = plan_fusion(base, charter, [collect_contributed(one) for one in pilots], plugins)
     with tempfile.TemporaryDirectory() as folder:
         bank = build_calibration_bank(

@@ -90,7 +90,7 @@ def fuse_contributions(
     given = {load_contribution(source).id: source for source in sources}
     with cooperative.open_ledger() as ledger:
         on_phase("base")
-        base = cooperative.load_base()
+        base = cooperative.load_base(progress)
         on_phase("admission")
         check_all_admitted(
             receive_folders(

@@ -148,7 +148,7 @@ def release(
             ledger,
             cooperative.store,
             cooperative.charter,
-            cooperative.load_base(),
+            cooperative.load_base(progress),
             plugins or get_plugins(),
             actor,
             progress,

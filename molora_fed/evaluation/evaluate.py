@@ -110,16 +110,20 @@ def _find_impossible(bank: "Bank", nll: Tensor, rows: slice) -> str | None:
     )
 
 
-def compute_domain_losses(bank: "Bank", nll: Tensor) -> dict[str, float]:
+def compute_domain_losses(
+    bank: "Bank", nll: Tensor, rows: NDArray[np.int64] | None = None
+) -> dict[str, float]:
     """Mean loss of each domain, nats per token.
 
     Args:
         bank: The bank that `nll` was computed on.
         nll: Loss of every predicted token, (N, T-1) nats.
+        rows: Which of the bank's blocks these are, (N,), some of every domain; None means all.
     """
     per_block = nll.double().mean(dim=1).cpu().numpy()
+    domain_of = bank.domain_of if rows is None else bank.domain_of[rows]
     return {
-        domain: float(per_block[bank.domain_of == index].mean())
+        domain: float(per_block[domain_of == index].mean())
         for index, domain in enumerate(bank.domains)
     }
 

@@ -150,6 +150,7 @@ class ContributorSupervisor:
         self._quiet_since = 0.0
         self._shown: FederationEvent | None = None
         self._problem = ""
+        self._warned: set[str] = set()
 
     @property
     def acknowledgement(self) -> dict[str, Any]:
@@ -368,6 +369,10 @@ class ContributorSupervisor:
         state = self.home.read_state()
         if not state:
             return
+        for text in self.home.read_warnings():
+            if text not in self._warned:
+                self._warned.add(text)
+                self._warn(text)
         ledger_state = str(self.acknowledgement.get("state", ""))
         event = FederationEvent(**state, state=ledger_state)
         if event != self._shown:

@@ -14,6 +14,7 @@ from molora_fed.federation.letters import MAX_TASKS, Acknowledgement, Refusal, T
 from molora_fed.federation.mailbox import Board, PartStore, read_json
 from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.status import read_worker_state
+from molora_fed.storage.untrusted import clean
 
 __all__ = [
     "COORDINATOR_HOME",
@@ -34,6 +35,8 @@ HOLD_SECONDS = "MOLORA_HOLD_SECONDS"
 """Environment variable of the server: how long contributors hold an answer back without news."""
 
 _LONGEST_HOLD_SECONDS = 25
+_MOST_WARNINGS = 8
+_MOST_CHARACTERS = 500  # of each
 _LEFTOVER = ".*.tmp"  # the temporary names of `molora_fed.storage.files`
 
 
@@ -207,6 +210,7 @@ class ContributorHome(_Home):
         self.key = self.root / "key.pem"
         self.settings_file = self.root / "join.json"
         self.consent_file = self.root / "consent.json"
+        self.warnings_file = self.root / "warnings.json"
         self.charter = self.root / "charter"
         self.corpus = self.root / "corpus"
         self.training = self.root / "training"
@@ -239,6 +243,15 @@ class ContributorHome(_Home):
             return read_letter(self.acknowledgement_letter, Acknowledgement)
         except FederationError:
             return None
+
+    def read_warnings(self) -> tuple[str, ...]:
+        """What to know of chat templates; what cannot be read is left out."""
+        try:
+            value = read_json(self.warnings_file)
+        except FederationError:
+            return ()
+        lines = value if isinstance(value, list) else []
+        return tuple(clean(each, _MOST_CHARACTERS) for each in lines[:_MOST_WARNINGS])
 
     def check_refusal(self) -> None:
         """Raise the server's refusal if there is one.

@@ -142,6 +142,7 @@ class ContributorOverview:
         state: Phase, progress and message of its worker, and the ledger's state.
         contribution: Id of its contribution in the ledger; empty before.
         problem: What is wrong on this disk, or why it was refused; empty if nothing is.
+        warnings: What to know of chat templates and their tokens; work goes on.
         seen: When the server was last heard of, and the bytes of files that went each way.
         has_consented: Whether what the charter asks for may be sent.
         result: Folder of the fused or evolved model; None before it is here.
@@ -156,6 +157,7 @@ class ContributorOverview:
     state: FederationEvent
     contribution: str
     problem: str
+    warnings: tuple[str, ...]
     seen: Seen
     has_consented: bool
     result: Path | None
@@ -253,6 +255,7 @@ def read_contributor(home: ContributorHome) -> ContributorOverview:
         state=replace(_read_state(home.read_state(), "JOINING"), state=state),
         contribution="" if acknowledgement is None else acknowledgement.contribution_id,
         problem=problem,
+        warnings=home.read_warnings(),
         seen=read_traffic(home.traffic_file).get(SERVER, Seen(last=0.0)),
         has_consented=charter is not None and has_consent(home, charter),
         result=next((folder for folder in results if folder.is_dir()), None),

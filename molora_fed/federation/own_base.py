@@ -62,7 +62,7 @@ def _check_same(
         BaseCheckpointError: Naming the first tensor, or the files, that differ.
     """
     from molora_fed.models.base import read_card
-    from molora_fed.models.base_files import fingerprint_tensors
+    from molora_fed.models.fingerprints import fingerprint_tensors
 
     identity = charter.identity.base
     what = f"Cannot use '{source}' as the base of cooperative '{charter.identity.name}'"

@@ -138,6 +138,7 @@ def _answer_all(home: ContributorHome, busy: Board) -> None:
         try:
             envelope = read_envelope(asked, sender="server")
         except EOFError:
+            traffic.write()
             return
         if envelope is None:
             busy.post("")

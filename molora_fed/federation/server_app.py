@@ -160,12 +160,14 @@ class MailRelay:
                     raise
                 time.sleep(1.0)
             time.sleep(LOOP_SECONDS)
+        self._traffic.write()
 
     def _round(self) -> None:
         self._collect()
         online = {node.node_id: node for node in self._grid.get_nodes()}
         for node_id in set(self._nodes) - set(online):
             del self._nodes[node_id]
+            self._traffic.write()  # nothing may be noted of anybody for a long time now
         for node_id, info in online.items():
             since = info.last_activated_at or ""
             if node_id not in self._nodes or self._nodes[node_id].since != since:

@@ -43,7 +43,7 @@ from molora_fed.federation.worker_mail import (
 )
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.compute import read_compute
-from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.keys import load_key, verify
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ class ContributorWorker:
 
         self._state.enter("CORPUS", "loading the base")
         compute = read_compute(self._home.root, self._settings.compute)
-        return CharterAndBase(charter, load_charter_base(charter, self._home.base, compute))
+        base = load_charter_base(charter, self._home.base, compute, self._state.progress)
+        return CharterAndBase(charter, base)
 
     def _prepare_corpus(self, under: "CharterAndBase") -> "Corpus":
         from molora_fed.cooperative.contribute import prepare_domain
@@ -207,8 +208,17 @@ class ContributorWorker:
     def _make_contribution(self, under: "CharterAndBase", corpus: "Corpus") -> None:
         """Run the contributor's flow, with its phases in the worker's state and usage."""
         from molora_fed.cooperative.contribute import make_contribution
+        from molora_fed.models.runtime import format_bytes
 
         home, settings = self._home, self._settings
+        warnings: list[str] = []
+        write_json(home.warnings_file, warnings)
+
+        def warn(text: str) -> None:
+            log("chat template", "warning", reason=text)
+            warnings.append(text)
+            write_json(home.warnings_file, warnings)
+
         with ExitStack() as stage:
 
             def enter(phase: str) -> None:
@@ -218,6 +228,11 @@ class ContributorWorker:
                     self._usage.stage("building" if phase == "building" else "training")
                 )
                 self._state.enter(state, message)
+
+            def tell(needed: int, free: int) -> None:
+                # The state is sent: what is free here is nobody else's business.
+                self._state.enter("TRAINING", f"needs about {format_bytes(needed)} of memory")
+                log("training starts", needs_bytes=needed, free_bytes=free)
 
             made = make_contribution(
                 under,
@@ -231,7 +246,8 @@ class ContributorWorker:
                 choices=settings.training,
                 plugins=self._plugins,
                 on_phase=enter,
-                on_warning=lambda text: log("chat template", "warning", reason=text),
+                on_memory=tell,
+                on_warning=warn,
                 progress=self._state.progress,
             )
             log(

@@ -17,6 +17,7 @@ from molora_fed.errors import CharterError, ConfigError, PluginError
 from molora_fed.forecasting.records import FAILED
 from molora_fed.guard import guarded, refuse
 from molora_fed.models.base import Base, check_base
+from molora_fed.models.batches import fit_batch
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.top_k import limit_experts
@@ -131,7 +132,11 @@ def plan_fusion(
         bank={
             "readings": readings,
             "mixture": fusion.mixture,
-            "batch": charter.identity.corpus.evaluation_batch,
+            "batch": fit_batch(
+                base.model,
+                charter.identity.corpus.block_size,
+                charter.identity.corpus.evaluation_batch,
+            ),
             "frozen_depth": rules.frozen_depth,
         },
         is_pooled=is_pooled,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from molora_fed.adapters.compatibility import count_changed
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Contributed
@@ -103,7 +104,7 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
         },
         "seconds": dict(outcome.seconds),
         "threads": {"fuse": torch.get_num_threads()},
-        "measured_on": _describe_placement(fused.base.model),
+        "measured_on": _describe_placement(fused.base.model, plan.bank["batch"]),
         "fingerprints": {
             "base": fused.base.weights,
             "tokenizer": fused.base.tokenizer_fingerprint,
@@ -125,9 +126,10 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
     }
 
 
-def _describe_placement(model: Any) -> dict[str, str]:
-    """Device and dtype of the passes that every loss comes from; the losses are float32."""
-    return {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+def _describe_placement(model: Any, batch: int) -> dict[str, str | int]:
+    """Device, dtype and blocks of the passes that every loss comes from; losses are float32."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"device": model.device.type, "dtype": dtype, "blocks_per_pass": batch}
 
 
 def _list_plugins(outcome: FusionOutcome, charter: Charter) -> dict[str, list[dict[str, str]]]:
@@ -156,6 +158,8 @@ def _describe_expert(expert: FusedExpert) -> dict[str, Any]:
         "kind": None if adapter is None else adapter.kind,
         "rank": None if adapter is None else adapter.max_rank or None,
         "bytes": 0 if adapter is None else adapter.num_bytes,
+        "changed": 0 if adapter is None else count_changed(adapter),
+        "modules": 0 if adapter is None else len(adapter.updates),
     }
 
 

@@ -8,10 +8,12 @@ from molora_fed.bank import Expert, build_held_out_bank
 from molora_fed.corpus.blocks import Blocks, pack_documents
 from molora_fed.corpus.clusters import cluster_documents
 from molora_fed.corpus.documents import read_documents
+from molora_fed.corpus.records import TextOptions
 from molora_fed.errors import ConfigError, CorpusError
 from molora_fed.evaluation.evaluate import Evaluation, evaluate
 from molora_fed.inference.engines import Model, PlainModel
 from molora_fed.models.base import Base
+from molora_fed.models.batches import fit_batch
 from molora_fed.population.bundle import EvolvedModel
 from molora_fed.population.losses import evaluate_population
 from molora_fed.types import Progress, Split
@@ -24,7 +26,8 @@ def evaluate_texts(
     data: Mapping[str, Sequence[Path]],
     *,
     block_size: int = 128,
-    batch: int = 16,
+    text: TextOptions | None = None,
+    batch: int | None = None,
     seed: int = 42,
     on_phase: Callable[[str], None] = lambda phase: None,
     progress: Progress | None = None,
@@ -37,7 +40,8 @@ def evaluate_texts(
         model: The fused or evolved model.
         data: Files and folders by a name of the text.
         block_size: T, tokens per block.
-        batch: Blocks per forward pass.
+        text: How files are read.
+        batch: Blocks per forward pass; by tokens if None.
         seed: Of clusters and bootstraps.
         on_phase: Told what begins.
         progress: Receives progress within a phase.
@@ -53,7 +57,8 @@ def evaluate_texts(
             f"Cannot evaluate '{model.base.folder}': expected a fused or evolved model, got a base "
             "or a specialist alone. Fuse it, or evolve it."
         )
-    blocks = _read_all(model.base, data, block_size, seed, on_phase, progress)
+    batch = fit_batch(model.base.model, block_size, batch)
+    blocks = _read_all(model.base, data, block_size, text, seed, on_phase, progress)
     on_phase("measuring")
     with tempfile.TemporaryDirectory(prefix="molora-texts-") as temporary:
         if isinstance(model, EvolvedModel):
@@ -78,6 +83,7 @@ def _read_all(
     base: Base,
     data: Mapping[str, Sequence[Path]],
     block_size: int,
+    text: TextOptions | None,
     seed: int,
     on_phase: Callable[[str], None],
     progress: Progress | None,
@@ -97,7 +103,7 @@ def _read_all(
     blocks = []
     for name, paths in data.items():
         on_phase(f"reading {name}")
-        blocks.append(_read_blocks(base, name, paths, block_size, seed, progress))
+        blocks.append(_read_blocks(base, name, paths, block_size, text, seed, progress))
     return blocks
 
 
@@ -106,6 +112,7 @@ def _read_blocks(
     name: str,
     paths: Sequence[Path],
     block_size: int,
+    text: TextOptions | None,
     seed: int,
     progress: Progress | None,
 ) -> Blocks:
@@ -114,7 +121,7 @@ def _read_blocks(
     Raises:
         CorpusError: If it is shorter than one block.
     """
-    documents = list(read_documents(paths, tokenizer=base.tokenizer))
+    documents = list(read_documents(paths, text, tokenizer=base.tokenizer))
     packed = pack_documents(
         documents,
         cluster_documents(documents, seed=seed, progress=progress),

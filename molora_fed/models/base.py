@@ -17,23 +17,26 @@ from molora_fed.errors import BaseCheckpointError, ComputeError, describe_mismat
 from molora_fed.models.base_config import check_size, fingerprint_config, read_config
 from molora_fed.models.base_files import (
     copy_checkpoint,
-    count_tensors,
     download_checkpoint,
     find_file,
     find_weight_files,
-    fingerprint_tensors,
-    fingerprint_tokenizer,
-    fingerprint_weights,
-    hash_checkpoint_files,
     load_json_file,
     quiet_transformers,
     stage_checkpoint,
+)
+from molora_fed.models.fingerprints import (
+    count_tensors,
+    fingerprint_checkpoint,
+    fingerprint_tensors,
+    fingerprint_tokenizer,
+    fingerprint_weights,
 )
 from molora_fed.models.gguf_files import GGUF_SUFFIX, convert_gguf
 from molora_fed.models.head import find_head
 from molora_fed.models.runtime import Placement, check_memory
 from molora_fed.storage.files import hash_file, replace_folder, write_json
 from molora_fed.storage.untrusted import clean
+from molora_fed.types import Progress
 
 __all__ = [
     "Base",
@@ -158,13 +161,16 @@ def _list(fingerprints: Mapping[str, str]) -> str:
     return " and ".join(shown[:_SHOWN_PARTS]) + (f" and {more} more" if more > 0 else "")
 
 
-def load_base(folder: Path, placement: Placement | None = None) -> Base:
+def load_base(
+    folder: Path, placement: Placement | None = None, progress: Progress | None = None
+) -> Base:
     """Load a checkpoint from a folder: safetensors only, none of its own code.
 
     Args:
         folder: Hugging Face checkpoint with its tokenizer, optionally with `base.json`.
         placement: Device and dtype of the model in memory; the CPU and float32 if None.
             Fingerprints are over the files.
+        progress: Told the megabytes read of all while fingerprints of a large base are computed.
 
     Raises:
         BaseCheckpointError: If anything is missing, malformed, needs code of its own, does not
@@ -172,12 +178,13 @@ def load_base(folder: Path, placement: Placement | None = None) -> Base:
         ComputeError: If it is larger than the memory there is.
     """
     what = f"Cannot load base checkpoint '{folder}'"
-    weights = fingerprint_weights(folder)
-    tokenizer_fingerprint = fingerprint_tokenizer(folder)
+    placement = placement or Placement()
     with stage_checkpoint(folder) as stage:
-        model, config = _load_staged(stage, folder, placement or Placement())
+        settings, config = _read_fitting(stage, folder, placement)
+        known = fingerprint_checkpoint(folder, progress)
+        tokenizer_fingerprint = fingerprint_tokenizer(folder)
+        model = _load_staged(stage, folder, settings, placement)
         with _loading(what, stage, folder), quiet_transformers():
-            files = hash_checkpoint_files(folder)
             tokenizer = AutoTokenizer.from_pretrained(
                 str(stage), trust_remote_code=False, local_files_only=True
             )
@@ -193,10 +200,10 @@ def load_base(folder: Path, placement: Placement | None = None) -> Base:
         folder=folder,
         model=model,
         tokenizer=tokenizer,
-        weights=weights,
+        weights=known.weights,
         tokenizer_fingerprint=tokenizer_fingerprint,
         config=config,
-        files=files,
+        files=known.files,
         id=str(card.get("id", folder.resolve().name)),
         revision=str(card.get("revision", "")),
         training=card.get("training"),
@@ -222,13 +229,16 @@ def load_model(folder: Path, placement: Placement | None = None) -> Any:
             cover all of the model's parameters.
         ComputeError: If it is larger than the memory there is.
     """
+    placement = placement or Placement()
     with stage_checkpoint(folder) as stage:
-        return _load_staged(stage, folder, placement or Placement())[0]
+        config, _ = _read_fitting(stage, folder, placement)
+        return _load_staged(stage, folder, config, placement)
 
 
-def _load_staged(stage: Path, folder: Path, placement: Placement) -> tuple[Any, str]:
-    """A model, and the fingerprint of its effective config, from a folder with nothing else."""
+def _read_fitting(stage: Path, folder: Path, placement: Placement) -> tuple[Any, str]:
+    """Config of a model that memory is there for, and its fingerprint; no weights are read."""
     what = f"Cannot load checkpoint '{folder}'"
+    half = "--dtype bfloat16, " if placement.dtype is torch.float32 else ""
     with _loading(what, stage, folder):
         config = read_config(stage, count_tensors(folder), what)
         numbers = check_size(config, find_weight_files(folder), what)
@@ -236,22 +246,28 @@ def _load_staged(stage: Path, folder: Path, placement: Placement) -> tuple[Any, 
             numbers * placement.dtype.itemsize,
             placement.device,
             what=what,
-            fix="Use --dtype bfloat16, another --device, or a machine with more memory.",
+            fix=f"Use {half}another --device, or a machine with more memory.",
         )
-        fingerprint = fingerprint_config(config)
-        with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                str(stage),
-                config=config,
-                dtype=placement.dtype,
-                # Straight to an accelerator, a file at a time.
-                device_map=None if placement.device.type == "cpu" else {"": placement.device},
-                trust_remote_code=False,
-                use_safetensors=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                output_loading_info=True,
-            )
+        # Now: loading writes into a config.
+        return config, fingerprint_config(config)
+
+
+def _load_staged(stage: Path, folder: Path, config: Any, placement: Placement) -> Any:
+    """A model from a folder with nothing else."""
+    what = f"Cannot load checkpoint '{folder}'"
+    with _loading(what, stage, folder), quiet_transformers():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(stage),
+            config=config,
+            dtype=placement.dtype,
+            # Straight to an accelerator, a file at a time.
+            device_map=None if placement.device.type == "cpu" else {"": placement.device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+        )
     model.name_or_path = model.config._name_or_path = str(folder)
     missing = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
     if missing:
@@ -259,7 +275,7 @@ def _load_staged(stage: Path, folder: Path, placement: Placement) -> tuple[Any, 
             f"{what}: expected all parameters of {type(model).__name__}, got none or another "
             f"shape for {', '.join(missing[:5])} ({len(missing)} in all). Fetch it again."
         )
-    return model.eval().requires_grad_(False), fingerprint
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
@@ -295,7 +311,13 @@ def _read_identity(card: Mapping[str, Any], folder: Path) -> BaseIdentity:
         ) from error
 
 
-def write_card(folder: Path, name: str, revision: str, training: Mapping[str, Any] | None) -> None:
+def write_card(
+    folder: Path,
+    name: str,
+    revision: str,
+    training: Mapping[str, Any] | None,
+    progress: Progress | None = None,
+) -> None:
     """Write down what a base is: id, revision, fingerprints of its files, how it was trained.
 
     Args:
@@ -303,11 +325,12 @@ def write_card(folder: Path, name: str, revision: str, training: Mapping[str, An
         name: Its id.
         revision: Its revision.
         training: Record of its training; None if it was not trained here.
+        progress: See `load_base`.
 
     Raises:
         StorageError: On I/O errors.
     """
-    weights, tensors = fingerprint_tensors(folder)
+    weights, tensors = fingerprint_tensors(folder, progress)
     card = {
         "format_version": FORMAT_VERSION,
         "id": name,
@@ -321,7 +344,12 @@ def write_card(folder: Path, name: str, revision: str, training: Mapping[str, An
     write_json(folder / CARD_FILE, card)
 
 
-def fetch_base(source: str, folder: Path, placement: Placement | None = None) -> Base:
+def fetch_base(
+    source: str,
+    folder: Path,
+    placement: Placement | None = None,
+    progress: Progress | None = None,
+) -> Base:
     """Copy a base into a folder: from another, a GGUF file or the Hugging Face Hub; and load it.
 
     Files are copied byte by byte, so everyone who fetches the same source has the same
@@ -331,6 +359,7 @@ def fetch_base(source: str, folder: Path, placement: Placement | None = None) ->
         source: A local folder, a GGUF file, or "ID@REVISION" on the Hub.
         folder: Target; absent, empty, or holding the same base.
         placement: Device and dtype of the model in memory; the CPU and float32 if None.
+        progress: See `load_base`.
 
     Raises:
         BaseCheckpointError: If there is no such source, it cannot be loaded, or the target holds
@@ -340,20 +369,24 @@ def fetch_base(source: str, folder: Path, placement: Placement | None = None) ->
     card: Mapping[str, Any] = {}
     if (local := Path(source)).is_dir():
         if local.resolve() == folder.resolve():
-            return load_base(folder, placement)
+            return load_base(folder, placement, progress)
         card = read_card(local)
     name, revision = _name_source(source, card)
     if (folder / CARD_FILE).exists():
-        base = load_base(folder, placement)
+        base = load_base(folder, placement, progress)
         if (base.id, base.revision.partition(", ")[0]) == (name, revision) and (
-            not local.is_dir() or fingerprint_weights(local) == base.weights
+            not local.is_dir() or fingerprint_weights(local, progress) == base.weights
         ):
             return base
     check_free(folder)
+    if local.is_dir():  # before it is copied
+        with stage_checkpoint(local) as stage:
+            _read_fitting(stage, local, placement or Placement())
     with replace_folder(folder) as target:
         done = copy_base(source, target)
-        write_card(target, name, ", ".join(filter(None, (revision, done))), card.get("training"))
-        base = load_base(target, placement)
+        full = ", ".join(filter(None, (revision, done)))
+        write_card(target, name, full, card.get("training"), progress)
+        base = load_base(target, placement, progress)
     return replace(base, folder=folder)
 
 

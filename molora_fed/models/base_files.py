@@ -1,37 +1,29 @@
-"""The files of a base checkpoint: which ones count, their fingerprints, copying and downloading.
+"""The files of a base checkpoint: which ones count, copying and downloading.
 
 Only safetensors weights are ever read, and no code that comes with a checkpoint runs.
 """
 
-import hashlib
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from molora_fed.errors import BaseCheckpointError, describe_mismatch
-from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, is_file, resolve_inside
+from molora_fed.storage.files import is_file, resolve_inside
 from molora_fed.storage.untrusted import clean
 from molora_fed.types import CONFIG_FILES, TOKENIZER_FILES, WEIGHTS_INDEX
 
 __all__ = [
     "copy_checkpoint",
-    "count_tensors",
     "download_checkpoint",
     "find_file",
     "find_weight_files",
-    "fingerprint_tensors",
-    "fingerprint_tokenizer",
-    "fingerprint_weights",
-    "hash_checkpoint_files",
     "list_checkpoint_files",
     "load_json_file",
     "quiet_transformers",
@@ -122,102 +114,6 @@ def find_weight_files(folder: Path) -> list[Path]:
     )
 
 
-def count_tensors(folder: Path) -> int:
-    """How many tensors the weights of a checkpoint are.
-
-    Raises:
-        BaseCheckpointError: If the weights are missing or malformed.
-    """
-    return len(_find_tensors(folder))
-
-
-def _find_tensors(folder: Path) -> dict[str, Path]:
-    """The file of each tensor by name."""
-    places: dict[str, Path] = {}
-    try:
-        for path in find_weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-            twice = places.keys() & set(names)
-            if twice:
-                raise BaseCheckpointError(
-                    f"Cannot read base checkpoint '{folder}': expected each tensor once, got "
-                    f"'{clean(min(twice))}' in two files. Fetch the base again."
-                )
-            places.update(dict.fromkeys(names, path))
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(folder, error) from error
-    return places
-
-
-def _unreadable(folder: Path, error: Exception) -> BaseCheckpointError:
-    return BaseCheckpointError(
-        f"Cannot read base checkpoint '{folder}': expected whole safetensors files, "
-        f"got {clean(error)}. Fetch the base again."
-    )
-
-
-def fingerprint_weights(folder: Path) -> str:
-    """SHA-256 over sorted tensor names, dtypes, shapes and bytes of a checkpoint's safetensors.
-
-    How the tensors are spread over files does not matter.
-
-    Args:
-        folder: Checkpoint folder.
-
-    Returns:
-        Lower-case hex.
-
-    Raises:
-        BaseCheckpointError: If the weights are missing, malformed, or a name occurs twice.
-    """
-    return fingerprint_tensors(folder)[0]
-
-
-def fingerprint_tensors(folder: Path) -> tuple[str, dict[str, str]]:
-    """The fingerprint of a checkpoint's weights, and of each of its tensors by name.
-
-    Args:
-        folder: Checkpoint folder.
-
-    Returns:
-        As `fingerprint_weights`, and SHA-256 over dtype, shape and bytes of each tensor.
-
-    Raises:
-        BaseCheckpointError: If the weights are missing, malformed, or a name occurs twice.
-    """
-    whole, tensors = hashlib.sha256(), {}
-    try:
-        places = _find_tensors(folder)
-        for name in sorted(places):
-            with safe_open(places[name], framework="pt") as file:
-                dtype = file.get_slice(name).get_dtype()
-                tensor = file.get_tensor(name)
-            head = canonical_json([name, str(dtype), list(tensor.shape)]) + b"\n"
-            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-            whole.update(head)
-            whole.update(data)
-            tensors[name] = hashlib.sha256(head + bytes(hashlib.sha256(data).digest())).hexdigest()
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(folder, error) from error
-    return whole.hexdigest(), tensors
-
-
-def fingerprint_tokenizer(folder: Path) -> str:
-    """SHA-256 over the names and hashes of a checkpoint's tokenizer files, lower-case hex.
-
-    Raises:
-        BaseCheckpointError: If the folder holds no tokenizer.
-    """
-    hashes = {n: hash_file(folder / n) for n in TOKENIZER_FILES if find_file(folder, n)}
-    if not hashes:
-        raise BaseCheckpointError(
-            f"Cannot read base checkpoint '{folder}': expected a tokenizer, got none of "
-            f"{', '.join(TOKENIZER_FILES)}. Save the tokenizer beside the weights."
-        )
-    return hash_bytes(canonical_json(hashes))
-
-
 def list_checkpoint_files(folder: Path) -> list[Path]:
     """The files that make up a checkpoint; whatever else lies beside them is no part of it.
 
@@ -234,16 +130,6 @@ def list_checkpoint_files(folder: Path) -> list[Path]:
         )
     names = [*CONFIG_FILES, *TOKENIZER_FILES, WEIGHTS_INDEX]
     return [*(folder / name for name in names if find_file(folder, name)), *weights]
-
-
-def hash_checkpoint_files(folder: Path) -> Mapping[str, str]:
-    """SHA-256 of every file of a checkpoint by name, lower-case hex; see `list_checkpoint_files`.
-
-    Raises:
-        BaseCheckpointError: As `list_checkpoint_files`.
-        OSError: On I/O errors.
-    """
-    return {path.name: hash_file(path) for path in list_checkpoint_files(folder)}
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:

@@ -15,9 +15,16 @@ from molora_fed.models.head import Head, find_head
 from molora_fed.models.states import Capture, capture_states, evaluating, resuming
 from molora_fed.types import Progress
 
-__all__ = ["Pass", "Resume", "compute_block_losses", "run_blocks"]
+__all__ = [
+    "LOGITS_AT_ONCE",
+    "Pass",
+    "Resume",
+    "compute_block_losses",
+    "count_logits",
+    "run_blocks",
+]
 
-_LOGITS_AT_ONCE = 2**26  # logits of whole blocks held at once
+LOGITS_AT_ONCE = 2**26  # logits of whole blocks held at once
 _ROWS_AT_ONCE = 8  # of a processor: what becomes of their logits stays in a core's cache
 
 
@@ -123,10 +130,21 @@ def _check_tokens(model: Any, ids: Tensor) -> None:
         )
 
 
+def count_logits(rows: int, length: int, vocabulary: int) -> int:
+    """Logits that exist at once while the losses of blocks are read from a head.
+
+    Args:
+        rows: Blocks of a forward pass.
+        length: T.
+        vocabulary: V.
+    """
+    return min(rows, max(1, LOGITS_AT_ONCE // (length * vocabulary))) * length * vocabulary
+
+
 def _read_logprob(head: Head, hidden: Tensor, rows: Tensor) -> Tensor:
     """As `_target_logprob`, of states (B, T, D) and some blocks' logits at a time."""
     size = rows.shape[1] * len(head.readout.weight)
-    count = max(1, _LOGITS_AT_ONCE // size)
+    count = max(1, LOGITS_AT_ONCE // size)
     parts = zip(hidden.split(count), rows.split(count), strict=True)
     return torch.cat([_target_logprob(head.compute_logits(part), own) for part, own in parts])
 
@@ -143,13 +161,12 @@ def _target_logprob(logits: Tensor, rows: Tensor) -> Tensor:
 
 def _log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities of targets (R,) under logits (R, V)."""
-    if logits.dtype is torch.float32:
-        return -nn.functional.cross_entropy(logits, targets, reduction="none")
+    if logits.dtype is torch.float32 or logits.device.type != "cpu":
+        return -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     # Of shorter logits there is a float32 copy to write over: no second one is made.
     values = logits.float()
-    values.sub_(values.amax(-1, keepdim=True))
-    chosen = values.gather(1, targets[:, None]).squeeze(1)
-    return chosen - values.exp_().sum(-1).log()
+    torch.log_softmax(values, -1, out=values)
+    return values.gather(1, targets[:, None]).squeeze(1)
 
 
 def compute_block_losses(

@@ -47,6 +47,12 @@ class Readout:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether losses of a frozen head take two more copies of its weight."""
+        is_plain = self.bias is None and self.weight.dtype == torch.float32
+        return is_plain and self.weight.device.type == "cpu" and mkldnn.is_available()
+
     @cached_property
     def _packed(self) -> tuple[Tensor, Tensor] | None:
         """The head, (V, D), and its transpose as oneDNN tensors, where that is the faster way.
@@ -54,8 +60,7 @@ class Readout:
         In float32 on a processor, oneDNN multiplies as exactly as the default library and more
         than twice as fast on processors that library was not written for.
         """
-        is_plain = self.bias is None and self.weight.dtype == torch.float32
-        if not (is_plain and self.weight.device.type == "cpu" and mkldnn.is_available()):
+        if not self.is_packed:
             return None
         weight = self.weight.detach()
         return weight.to_mkldnn(), weight.t().contiguous().to_mkldnn()

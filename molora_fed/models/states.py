@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from molora_fed.errors import RoutingError
 from molora_fed.models.layout import decoder_blocks
 
-__all__ = ["Capture", "can_resume", "capture_states", "evaluating", "make_probe", "resuming"]
+__all__ = [
+    "Capture",
+    "can_reset",
+    "can_resume",
+    "capture_states",
+    "compute_positions",
+    "evaluating",
+    "make_probe",
+    "resuming",
+]
 
 _PROBE_TOKENS = 16
 
@@ -129,6 +138,50 @@ def can_resume(model: Any, depth: int) -> bool:
             return torch.equal(model(input_ids=rows, use_cache=False).logits, whole)
     except Exception:  # blocks that return something else break the model around them
         return False
+
+
+def compute_positions(starts: Tensor) -> Tensor:
+    """Positions that begin at 0 wherever a document does.
+
+    Given these and no mask, transformers has every token attend to its own document alone.
+
+    Args:
+        starts: True at the first token of each document, (B, T) bool; at 0 it counts as one.
+
+    Returns:
+        Tokens since the last start, (B, T) int64.
+    """
+    places = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
+    return places - torch.where(starts, places, 0).cummax(dim=1).values
+
+
+@torch.no_grad()
+def can_reset(model: Any) -> bool:
+    """Whether a model keeps documents of one block apart by their positions; found by trying it.
+
+    Not so where anything but attention carries state from token to token, or where positions
+    cannot be given.
+
+    Args:
+        model: A causal language model; in the dtype in which it computes.
+    """
+    rows = make_probe(model)
+    first = rows.shape[1] // 3
+    starts = torch.zeros_like(rows, dtype=torch.bool)
+    starts[:, first] = True
+    with evaluating(model):
+        together = model(input_ids=rows, use_cache=False).logits[:, first:]
+        dtype, together = together.dtype, together.float()
+        alone = model(input_ids=rows[:, first:], use_cache=False).logits.float()
+        try:
+            found = model(
+                input_ids=rows, position_ids=compute_positions(starts), use_cache=False
+            ).logits[:, first:]
+        except (TypeError, ValueError):  # it takes no positions
+            return False
+    # Of the first document's effect on the second, rounding alone may be left.
+    bound = 1e-3 if dtype in (torch.float32, torch.float64) else 0.05
+    return bool((found.float() - alone).norm() <= bound * (together - alone).norm())
 
 
 def make_probe(model: Any) -> Tensor:

@@ -41,7 +41,8 @@ from molora_fed.storage.files import (
     replace_folder,
     storage_errors,
 )
-from molora_fed.training.loop import METRICS_NAME, TrainConfig, train
+from molora_fed.training.language_model import TrainConfig, train
+from molora_fed.training.loop import METRICS_NAME
 from molora_fed.types import Document, Progress, Split
 
 __all__ = [
@@ -259,7 +260,7 @@ def train_builtin_base(
 
     Raises:
         CorpusError: If a domain has too little text for one block.
-        TrainingError: See `molora_fed.training.loop.train`.
+        TrainingError: See `molora_fed.training.language_model.train`.
         StorageError: On I/O errors.
     """
     tokenizer = train_tokenizer(splits, config)
@@ -332,7 +333,7 @@ def create_builtin_base(
     Raises:
         BaseCheckpointError: If the target holds something else.
         CorpusError: If a domain has too little text.
-        TrainingError: See `molora_fed.training.loop.train`.
+        TrainingError: See `molora_fed.training.language_model.train`.
         StorageError: On I/O errors.
     """
     settings = config or BuiltinBaseConfig()

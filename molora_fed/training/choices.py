@@ -4,6 +4,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -31,6 +32,8 @@ class TrainingChoices(StrictModel):
             for rounding.
         checkpointing: Whether activations are computed again for the gradient instead of kept:
             much less memory, a third more time, the same result.
+        reset_documents: Whether each document of a block is trained on as if it stood alone: its
+            tokens see no other, and its positions start at 0.
         launcher: Command that starts the training's processes, e.g. "accelerate launch
             --multi_gpu"; empty trains in this one.
     """
@@ -41,6 +44,7 @@ class TrainingChoices(StrictModel):
     validate_every: int | None = Field(default=None, ge=1)
     accumulation: int = Field(default=1, ge=1, le=MAX_ACCUMULATION)
     checkpointing: bool = False
+    reset_documents: bool = False
     launcher: str = ""
 
     @field_validator("launcher")
@@ -70,16 +74,15 @@ class TrainingChoices(StrictModel):
             )
         return [found, *words[1:]]
 
-    def describe(self) -> dict[str, float]:
+    def describe(self) -> dict[str, Any]:
         """What is chosen, as far as it changes the result; empty where nothing is."""
         chosen = self.model_dump(exclude={"checkpointing", "launcher"}, exclude_none=True)
-        if self.accumulation == 1:
-            del chosen["accumulation"]
+        for name, usual in (("accumulation", 1), ("reset_documents", False)):
+            if chosen[name] == usual:
+                del chosen[name]
         return chosen
 
     def over(self, rules: TrainingRules) -> TrainingRules:
         """A charter's rules with what is chosen here in their place."""
-        chosen = self.model_dump(
-            exclude={"accumulation", "checkpointing", "launcher"}, exclude_none=True
-        )
+        chosen = self.model_dump(include=set(TrainingRules.model_fields), exclude_none=True)
         return rules.model_copy(update=chosen)

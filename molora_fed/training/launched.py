@@ -5,15 +5,18 @@ JOB and runs this. Every process takes its share of each step's batch; the first
 in any of them and started again, the training ends with the same bytes.
 """
 
+import contextlib
+import faulthandler
 import json
 import os
 import platform
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -27,9 +30,15 @@ from molora_fed.models.runtime import Placement
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_json
 from molora_fed.storage.untrusted import clean
-from molora_fed.training.launching import ARRAYS, ARRAYS_FILE, JOB_FILE, PROGRESS_FILE
-from molora_fed.training.loop import TrainConfig
-from molora_fed.training.specialists import AdapterJob, finish_job, train_job
+from molora_fed.training.adapter_job import AdapterJob, finish_job, train_job
+from molora_fed.training.language_model import TrainConfig
+from molora_fed.training.launching import (
+    ARRAYS,
+    ARRAYS_FILE,
+    JOB_FILE,
+    PROCESS_LOG,
+    PROGRESS_FILE,
+)
 from molora_fed.training.team import Team
 
 __all__ = ["main"]
@@ -62,6 +71,7 @@ def run(place: Path) -> None:
 
         model, result = train_job(job, folder, plugins, tell if team.is_first else None)
     if team.size > 1:
+        team.meet()  # nobody takes its connections down while another one still reads from them
         torch.distributed.destroy_process_group()
     if team.is_first:
         finish_job(job, model, result, folder, plugins)
@@ -139,22 +149,48 @@ def _watch(described: Mapping[str, Any]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main(arguments: list[str]) -> None:
-    """Take part in the job of a file; an error is left beside it.
+def _keep_words(place: Path, rank: str) -> None:
+    """Send what this process says on standard error to a file of its own, faults included."""
+    with (place / PROCESS_LOG.format(rank)).open("wb") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())  # C++ writes there without asking Python
+    faulthandler.enable()
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without finalising the interpreter; what has to last is on the disk.
+
+    A thread of gloo lets go of the tensors of the last sum when it gets to it, on a busy machine
+    long after the sum is there, and it may outlive `destroy_process_group`. Letting go takes the
+    interpreter's lock. Python before 3.14 ends a thread that asks for it while the interpreter is
+    finalised, by unwinding its stack, which holds destructors of C++ that must not be unwound: the
+    process is aborted ("terminate called without an active exception") after all its work is done.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if torch.distributed.is_mpi_available():
+        raise SystemExit(code)  # MPI counts a process that ends without finalising it as failed
+    os._exit(code)
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Take part in the job of a file, and end the process; an error is left beside the file.
 
     Raises:
-        SystemExit: With the exit code of what was refused.
+        SystemExit: Where torch was built with MPI, with the exit code of what was refused.
     """
     place = Path(arguments[0]).parent
+    rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
+    _keep_words(place, rank)
+    code = 0
     try:
         run(place)
     except Exception as error:
-        rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
+        traceback.print_exc()
         found = {"type": type(error).__name__, "message": clean(error, _MAX_MESSAGE)}
         write_json(place / f"error-{rank}.json", found)
-        if not isinstance(error, MoloraError):
-            raise
-        raise SystemExit(error.exit_code) from error
+        code = error.exit_code if isinstance(error, MoloraError) else 1
+    _leave(code)
 
 
 if __name__ == "__main__":

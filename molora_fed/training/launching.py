@@ -8,6 +8,7 @@ progress on, and ends them with itself.
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import psutil
@@ -29,34 +30,46 @@ from molora_fed.models.runtime import Placement
 from molora_fed.storage.files import make_folder, storage_errors, write_bytes, write_json
 from molora_fed.storage.locks import hold_lock
 from molora_fed.storage.untrusted import clean
+from molora_fed.training.adapter_job import AdapterJob
 from molora_fed.types import Progress
 
-if TYPE_CHECKING:
-    from molora_fed.training.specialists import AdapterJob
-
-__all__ = ["ARRAYS", "ARRAYS_FILE", "JOB_FILE", "LAUNCH_FOLDER", "PROGRESS_FILE", "launch"]
+__all__ = [
+    "ARRAYS",
+    "ARRAYS_FILE",
+    "JOB_FILE",
+    "LAUNCH_FOLDER",
+    "PROCESS_LOG",
+    "PROGRESS_FILE",
+    "launch",
+]
 
 LAUNCH_FOLDER = "launch"
 JOB_FILE = "job.json"
 ARRAYS_FILE = "blocks.safetensors"
 PROGRESS_FILE = "progress.jsonl"
+PROCESS_LOG = "process-{}.log"
+"""What one process says, by its number."""
 ARRAYS = (
     "train_tokens",
     "validation_tokens",
     "watched_tokens",
     "train_targets",
     "watched_targets",
+    "train_starts",
 )
-"""Arrays of a job, the last two only where not all tokens count."""
+"""Arrays of a job, the last three only where it has them."""
 _LOG_FILE = "launcher.log"
 _MODULE = "molora_fed.training.launched"
 _LOOK_SECONDS = 0.2
 _END_SECONDS = 10.0  # a launcher has to end its processes once it was asked to
-_SHOWN = 300  # characters of what a launcher said last
+_SHOWN = 300  # characters of what a launcher or a process said last
+_WORDS = 3  # lines of a process, the last of which names the fault that ended it
+# What Python says of an abort or a forbidden access; the stacks of all threads follow.
+_FAULT = re.compile(r"^Fatal Python error: .*$", re.MULTILINE)
 
 
 def launch(
-    job: "AdapterJob", folder: Path, launcher: Sequence[str], progress: Progress | None
+    job: AdapterJob, folder: Path, launcher: Sequence[str], progress: Progress | None
 ) -> None:
     """Run a job in the processes of a launcher, to the end; its record is in the folder then.
 
@@ -91,7 +104,7 @@ def launch(
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _write_job(job: "AdapterJob", folder: Path, place: Path) -> None:
+def _write_job(job: AdapterJob, folder: Path, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
     with storage_errors(place):
         make_folder(place)
@@ -177,11 +190,32 @@ def _find_error(place: Path, code: int, shown: str) -> MoloraError:
             error: MoloraError = kind(found["message"])
             return error
         met = met or f"{found['type']}: {found['message']}"
-    lines = (place / _LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if any(character.isalpha() for character in line)]
-    reason = met or (said[-1] if said else "")
+    # One that met an error may have met it because another one was gone.
+    reason = _find_fault(place) or met or " ".join(_read_words(_read(place / _LOG_FILE))[-1:])
     got = f"exit code {code}" + (f": {clean(reason, _SHOWN)}" if reason else "")
     return TrainingError(
         f"Cannot train with the launcher '{shown}': expected all its processes to end well, got "
-        f"{got.rstrip('.')}. See '{place / _LOG_FILE}'."
+        f"{got.rstrip('.')}. See '{place}'."
     )
+
+
+def _find_fault(place: Path) -> str:
+    """The last words of a process that a fault below Python ended; empty if none did."""
+    for path in sorted(place.glob(PROCESS_LOG.format("*"))):
+        said = _read(path)
+        fault = _FAULT.search(said)
+        if fault is not None:
+            words = _read_words(said[: fault.end()])[-_WORDS:]
+            number = path.stem.rpartition("-")[2]
+            return f"process {number}: {'; '.join(clean(w, _SHOWN // _WORDS) for w in words)}"
+    return ""
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _read_words(said: str) -> list[str]:
+    """Lines that say something."""
+    lines = map(str.strip, said.splitlines())
+    return [line for line in lines if any(character.isalpha() for character in line)]

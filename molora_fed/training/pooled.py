@@ -1,8 +1,8 @@
 """What contributors could have had by pooling their text instead of fusing.
 
-Both rivals train on all domains' text together: `train_monolithic` one adapter of the linear layers
-of the blocks that are not frozen, as specialists do; `continue_base` all parameters of the base,
-embedding, output head and norms too.
+Both rivals train on all domains' text together: `train_monolithic` one adapter, of the linear
+layers of the blocks that are not frozen unless another kind is asked for, as specialists do;
+`continue_base` all parameters of the base, embedding, output head and norms too.
 """
 
 import copy
@@ -23,7 +23,7 @@ from molora_fed.errors import TrainingError, describe_mismatch
 from molora_fed.models.base import Base, load_base
 from molora_fed.models.base_files import copy_checkpoint, quiet_transformers
 from molora_fed.models.forward import compute_block_losses
-from molora_fed.models.runtime import limit_threads
+from molora_fed.models.runtime import Placement, limit_threads
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import (
     canonical_json,
@@ -32,14 +32,10 @@ from molora_fed.storage.files import (
     storage_errors,
     write_json,
 )
-from molora_fed.training.loop import CHECKPOINT_NAME, train
-from molora_fed.training.specialists import (
-    WATCHED_BLOCKS,
-    AdapterJob,
-    Specialist,
-    build_config,
-    run_job,
-)
+from molora_fed.training.adapter_job import AdapterJob, Specialist, run_job
+from molora_fed.training.language_model import train
+from molora_fed.training.loop import CHECKPOINT_NAME
+from molora_fed.training.specialists import WATCHED_BLOCKS, build_config
 from molora_fed.types import Progress
 
 __all__ = [
@@ -113,11 +109,12 @@ def train_monolithic(
     seed: int,
     threads: int,
     folder: Path,
+    kind: str = CONTROL_KIND,
     plugins: Plugins | None = None,
     evaluation_batch: int = 16,
     progress: Progress | None = None,
 ) -> Specialist:
-    """Train one adapter of the linear layers on all domains' text together.
+    """Train one adapter on all domains' text together.
 
     It is no contribution: the charter's limits on kind and bytes do not bind it, and it takes
     part in the bank only as a column that is not an expert.
@@ -132,19 +129,20 @@ def train_monolithic(
         seed: Seed of the data order.
         threads: Torch threads; a resumed run keeps those it began with.
         folder: Gets `adapter/`, `record.json` and `metrics.jsonl`.
+        kind: Of the adapter; all linear layers are trained by default.
         plugins: Where the kind is looked up; the installed plugins by default.
         evaluation_batch: Blocks per forward pass when a loss is measured, from the charter.
         progress: Told the step with loss, validation_loss, tokens_per_second and eta_seconds.
 
     Raises:
         TrainingError: If there are no blocks, the folder holds another training, or see
-            `molora_fed.training.loop.train`.
+            `molora_fed.training.language_model.train`.
         StorageError: On I/O errors.
     """
     registered = plugins or get_plugins()
     pool = _Pool.build(train_blocks, validation_blocks, rows=steps * training.batch, seed=seed)
     config = build_config(
-        CONTROL_KIND,
+        kind,
         training,
         registered,
         hidden_size=base.hidden_size,
@@ -160,10 +158,10 @@ def train_monolithic(
         train_tokens=pool.train,
         validation_tokens=pool.validation,
         watched_tokens=pool.watched,
-        kind=CONTROL_KIND,
+        kind=kind,
         rank=training.rank,
         rules=AdapterRules(
-            kinds=(CONTROL_KIND,),
+            kinds=(kind,),
             max_rank=rules.max_rank,
             max_bytes=2**62,
             frozen_depth=rules.frozen_depth,
@@ -190,13 +188,16 @@ class ContinuedBase:
     loss: float
     record: Mapping[str, Any]
 
-    def load(self) -> Base:
+    def load(self, placement: Placement | None = None) -> Base:
         """The trained checkpoint.
+
+        Args:
+            placement: Where, and in which dtype; the CPU and float32 if None.
 
         Raises:
             BaseCheckpointError: If a file is missing or malformed.
         """
-        return load_base(self.folder / _BASE_FOLDER)
+        return load_base(self.folder / _BASE_FOLDER, placement)
 
 
 def load_continued(folder: Path) -> ContinuedBase:
@@ -246,7 +247,7 @@ def continue_base(
 
     Raises:
         TrainingError: If there are no blocks, the folder holds another training, or see
-            `molora_fed.training.loop.train`.
+            `molora_fed.training.language_model.train`.
         StorageError: On I/O errors.
     """
     pool = _Pool.build(train_blocks, validation_blocks, rows=steps * training.batch, seed=seed)
@@ -302,7 +303,7 @@ def continue_base(
             float(
                 compute_block_losses(each, pool.validation, batch=evaluation_batch).double().mean()
             )
-            for each in (base.model, load_base(target).model)
+            for each in (base.model, load_base(target, Placement.of(base.model)).model)
         )
     record = {
         **inputs,

@@ -65,6 +65,12 @@ class Team:
                 distributed.broadcast(flat, src=0)
                 _spread(flat, group)
 
+    def meet(self) -> None:
+        """Wait until all processes are here."""
+        mark = torch.zeros(1, device=self.device)
+        self.add_up([mark])
+        mark.item()  # a device is asked, not waited for, until its number is read
+
     def check_same(self, number: int, what: str) -> None:
         """Check that all processes read the same number.
 

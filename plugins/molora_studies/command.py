@@ -3,14 +3,16 @@
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from molora_cli.output import print_columns, show
+from molora_cli.shared_options import Device, Dtype, ask_compute
 
 from molora_studies.board import format_minutes, watching_study
 
 if TYPE_CHECKING:
+    from molora_fed.storage.compute import Compute
     from molora_studies.framework.results import PlannedStudy, StudyPlan, Written
     from molora_studies.framework.runner import State
 
@@ -28,6 +30,8 @@ def study(
         int | None, typer.Option(min=1, help="Tasks at once; as many as cores if not given.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "",
+    device: Device = None,
+    dtype: Dtype = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what it would do, and stop.")] = False,
     summary: Annotated[
         bool, typer.Option("--summary", help="Write the result of finished tasks; run nothing.")
@@ -58,7 +62,9 @@ def study(
             "Cannot run a study: expected its name, got none. `molora study --list` shows all."
         )
     else:
-        planned = _plan(name, config, seeds)
+        planned = _plan(
+            name, config, seeds, ask_compute(device, dtype) if device or dtype else None
+        )
         if summary:
             _print_result(planned.write(out or DEFAULT_OUT))
             return
@@ -105,13 +111,13 @@ def _rejudge(folder: Path, out: Path | None) -> None:
             print(f"  {change.before or 'new'} -> {change.after or 'gone'}: {change.claim}")
 
 
-def _plan(name: str, config: Path | None, seeds: str) -> "PlannedStudy":
+def _plan(name: str, config: Path | None, seeds: str, compute: "Compute | None") -> "PlannedStudy":
     from molora_fed.errors import ConfigError
     from molora_fed.storage.values import find_cache_folder, parse_names
     from molora_studies.framework.registry import get_studies
     from molora_studies.framework.results import plan_study
 
-    changes = {}
+    changes: dict[str, Any] = {}
     if seeds:
         try:
             changes["seeds"] = [int(seed) for seed in parse_names(seeds)]
@@ -122,7 +128,8 @@ def _plan(name: str, config: Path | None, seeds: str) -> "PlannedStudy":
                 f"Cannot use seeds '{seeds}': expected whole numbers separated by commas, got "
                 "something else. Write them like 42,137."
             ) from error
-    return plan_study(name, get_studies().registry, find_cache_folder(), config=config, **changes)
+    registry, cache = get_studies().registry, find_cache_folder()
+    return plan_study(name, registry, cache, config=config, compute=compute, **changes)
 
 
 def _print_plan(planned: "PlannedStudy", survey: "StudyPlan") -> None:

@@ -1,6 +1,7 @@
 """Changing who and what: admit, contribute, withdraw, amend, recommend."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -23,6 +24,7 @@ def test_admit_withdraw_and_fuse_again(molora, setup, tiny):
     ran = molora("coop", "admit", tiny, *setup.trained.values())
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.count("ADMITTED") == 2
+    assert len(re.findall(r"changed (\d+) of \1 modules", ran.out)) == 2
     assert "abc-1" in ran.out and "xyz-1" in ran.out
     assert molora("fuse", "--cooperative", tiny).code == 0
     assert (tiny / "fused" / "fused.json").is_file()

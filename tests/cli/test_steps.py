@@ -146,6 +146,14 @@ def test_evaluate_prints_all_methods(molora, setup, fused):
         assert word in ran.out
 
 
+def test_evaluate_reads_the_field_that_is_asked_for(molora, fused, tmp_path):
+    records = tmp_path / "records.jsonl"
+    records.write_text(json.dumps({"post": {"body": "abc dab " * 40}}) + "\n")
+    options = ("evaluate", fused / "out", "--data", f"mine={records}", "--block-size", 32)
+    assert molora(*options).code != 0
+    assert molora(*options, "--text-field", "post.body").code == 0
+
+
 def test_generate_continues_the_prompt_and_repeats_itself(molora, fused):
     options = ("--prompt", "abc dab", "--max-new-tokens", 8)
     first, again = (molora("generate", fused / "out", *options) for _ in range(2))

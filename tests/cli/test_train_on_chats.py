@@ -10,7 +10,7 @@ from molora_fed.contributions.manifest import load_contribution
 from molora_fed.corpus.batches import take_batch
 from molora_fed.corpus.prepare import load_corpus
 from molora_fed.models.base import load_base
-from molora_fed.training import loop
+from molora_fed.training import language_model
 from molora_fed.types import Split
 
 
@@ -53,7 +53,7 @@ def train(molora, setup, tmp_path, chats):
 def test_with_the_loss_on_the_assistant_no_token_of_the_user_has_a_gradient(
     train, tmp_path, setup, monkeypatch
 ):
-    gradients, compute = {}, loop._BlockLoss.__call__
+    gradients, compute = {}, language_model._BlockLoss.__call__
 
     def watch(losses, step):
         def keep(module, args, output):
@@ -63,7 +63,7 @@ def test_with_the_loss_on_the_assistant_no_token_of_the_user_has_a_gradient(
         with losses.head.decoder.register_forward_hook(keep):
             yield from compute(losses, step)
 
-    monkeypatch.setattr(loop._BlockLoss, "__call__", watch)
+    monkeypatch.setattr(language_model._BlockLoss, "__call__", watch)
     ran = train("--loss-on", "assistant")
     assert (ran.code, ran.err.count("error")) == (0, 0), ran.err
     blocks = load_corpus(tmp_path / "out" / "corpus").blocks[Split.TRAIN]
@@ -102,6 +102,16 @@ def test_another_loss_is_another_training(train):
     assert train().code == 0
     again = train("--loss-on", "assistant")
     assert again.code and "differs in loss_on, train_targets, num_train_targets" in again.err
+
+
+def test_documents_apart_are_in_the_record_and_the_memory_is_said(train, tmp_path):
+    ran = train("--reset-documents")
+    assert ran.code == 0, ran.err
+    assert "Training needs about" in ran.err and "are free" in ran.err
+    record = load_contribution(tmp_path / "out" / "contribution").manifest.training
+    assert record["reset_documents"] is True
+    again = train()
+    assert again.code and "differs in reset_documents, train_starts" in again.err
 
 
 @pytest.mark.parametrize(

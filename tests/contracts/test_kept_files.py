@@ -116,6 +116,8 @@ def keep_known(value, known):
     """JSON without keys that came with later versions."""
     if isinstance(value, dict) and isinstance(known, dict):
         return {name: keep_known(value[name], known[name]) for name in known if name in value}
+    if isinstance(value, list) and isinstance(known, list) and len(value) == len(known):
+        return [keep_known(one, other) for one, other in zip(value, known, strict=True)]
     return value
 
 

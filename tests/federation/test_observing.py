@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from molora_cli.main import run
@@ -19,9 +20,11 @@ from molora_fed.errors import ConfigError, PortTakenError
 from molora_fed.federation import certificates, doctor
 from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.certificates import ServerCertificate
+from molora_fed.federation.contributor import ContributorSupervisor
 from molora_fed.federation.doctor import examine
 from molora_fed.federation.envelopes import keep_letter
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.kept import HelloRecord
 from molora_fed.federation.letters import Refusal, ShownState
 from molora_fed.federation.logs import EventLog, LogLimit, log, shorten_log
@@ -29,6 +32,7 @@ from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.members import Members, Redemption, build_redemption_bytes
 from molora_fed.federation.metrics import serve_metrics
 from molora_fed.federation.overview import read_contributor, read_server
+from molora_fed.federation.server_app import MailRelay
 from molora_fed.federation.status import FederationEvent
 from molora_fed.federation.traffic import SERVER, Traffic, read_traffic
 from molora_fed.plugins import get_plugins
@@ -166,6 +170,21 @@ def test_traffic_adds_up_over_restarts_and_a_damaged_file_counts_as_none(tmp_pat
         assert read_traffic(path) == {}
 
 
+def test_what_was_counted_is_written_when_a_member_goes_and_when_the_server_ends(home):
+    nodes = [SimpleNamespace(node_id=1, last_activated_at="", public_key=b"")]
+    relay = MailRelay(home, SimpleNamespace(get_nodes=lambda: nodes), run_id=1)
+    relay._round()
+    for step, go in enumerate((nodes.clear, home.stop_file.touch), 1):
+        relay._traffic.note("a", sent=10)
+        relay._traffic.note("a", sent=10)  # sooner than anything is written again
+        go()
+        if step == 1:
+            relay._round()
+        else:
+            relay.carry()
+        assert read_traffic(home.traffic_file)["a"].sent == 20 * step
+
+
 def test_a_server_is_shown_with_its_members_and_whom_it_waits_for(home):
     stopped = read_server(home)
     assert not stopped.is_running and stopped.list_awaited() == [
@@ -251,6 +270,28 @@ def test_a_contributor_is_shown_with_what_it_waits_for(tmp_path):
     assert len(read_contributor(home).problems) == 1
     (home.result / "fused").mkdir(parents=True)
     assert read_contributor(home).list_awaited() == []
+
+
+def test_warnings_of_chat_templates_reach_board_and_status(tmp_path, capsys):
+    home = ContributorHome(tmp_path / "alice")
+    home.mail.mkdir(parents=True)
+    write_json(home.settings_file, JoinSettings(name="alice", domain="legal").to_json())
+    write_json(home.state_file, {"phase": "TRAINING"})
+    write_json(home.warnings_file, ["another template " + HOSTILE])
+    events = []
+    supervisor = ContributorSupervisor(
+        "127.0.0.1:1", home.root, home.read_settings(), events.append, consent=lambda charter: True
+    )
+    supervisor._report()
+    supervisor._report()
+    (warning,) = [event for event in events if event.problem]
+    assert warning.message.startswith("another template") and "\x1b" not in warning.message
+    assert run(["status", str(home.root)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search("^warning +another template", shown, re.M) and "\x1b" not in shown
+    for malformed in ("{", '{"a": 1}'):
+        home.warnings_file.write_text(malformed)
+        assert home.read_warnings() == ()
 
 
 def test_status_shows_either_side_and_refuses_any_other_folder(home, tmp_path, capsys):

@@ -17,7 +17,8 @@ from molora_fed.federation.local import LocalContributor, run_local
 from molora_fed.federation.messages import describe_folder
 from molora_fed.models.base import load_base
 from molora_fed.routing.bundle import load_fused
-from molora_fed.training.specialists import load_specialist, train_specialist
+from molora_fed.training.adapter_job import load_specialist
+from molora_fed.training.specialists import train_specialist
 from molora_fed.types import Split
 
 pytestmark = pytest.mark.processes

@@ -211,12 +211,16 @@ def test_an_adapter_of_another_program_takes_part(tmp_path, tiny_checkpoint, tex
         target_modules=r".*\.(query_key_value|dense.*)",
         base_model_name_or_path="/home/alice/secret-project/base",
     )
+    (tmp_path / "peft" / "chat_template.jinja").write_text("<|im_start|>{{ x }}")
     home = stage.join("alpha-1", "alpha", texts, adapter=tmp_path / "peft")
     stage.run()
     assert stage.failures == {}
+    (warning,) = home.read_warnings()
+    assert "a chat template, the base none" in warning
     with stage.cooperative.read_ledger() as ledger:
         (entry,) = ledger.contributions()
     assert entry.state == ContributionState.ADMITTED
+    assert entry.decision["effect"] == {"changed": 8, "modules": 8}
     manifest = (home.contribution / "manifest.json").read_text()
     assert json.loads(manifest)["origin"]["base"] == "…/base"
     sent = (home.contribution / "adapter" / "adapter_config.json").read_text()

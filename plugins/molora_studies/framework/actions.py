@@ -6,16 +6,20 @@ from typing import Any
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.charter import AdapterRules, CorpusRules, TrainingRules
+from molora_fed.corpus.blocks import Blocks
 from molora_fed.corpus.prepare import Corpus, load_corpus, prepare_corpus
 from molora_fed.models.base import Base, fetch_base, load_base
 from molora_fed.models.base_files import copy_checkpoint, quiet_transformers
+from molora_fed.models.runtime import Placement, choose_placement
 from molora_fed.plugins import get_plugins
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import replace_folder, storage_errors
+from molora_fed.training.adapter_job import Specialist
 from molora_fed.training.builtin_base import BuiltinBaseConfig, create_builtin_base
 from molora_fed.training.pooled import train_monolithic
-from molora_fed.training.specialists import Specialist, train_specialist
+from molora_fed.training.specialists import train_specialist
 from molora_fed.types import Document, Split
-from molora_studies.framework.contract import Done, TaskContext
+from molora_studies.framework.contract import Done, Task, TaskContext
 from molora_studies.framework.substrate import BaseSettings, SpecialistSettings
 
 __all__ = [
@@ -43,7 +47,7 @@ def make_base(settings: Mapping[str, Any], context: TaskContext) -> dict[str, An
         base = fetch_base(chosen.source, context.folder / "base")
     else:
         config = BuiltinBaseConfig(
-            **chosen.model_dump(exclude={"source", "domains"}),
+            **chosen.model_dump(exclude={"source", "domains", "device", "dtype"}),
             # A given number of threads, so that every machine and cooperative finds the same base.
         )
         base = create_builtin_base(
@@ -64,8 +68,14 @@ def make_base(settings: Mapping[str, Any], context: TaskContext) -> dict[str, An
 
 
 def open_base(done: Done) -> Base:
-    """The base of a finished `plan_base` or `plan_continued_base`."""
-    return load_base(done.folder / "base")
+    """The base of a finished `plan_base` or `plan_continued_base`, where its settings put it."""
+    return load_base(done.folder / "base", _choose_placement(done.task))
+
+
+def _choose_placement(base: Task) -> Placement:
+    """Device and dtype of a base's settings; one that was continued has those of the first."""
+    settings = next(task.settings for task in base.walk() if task.action == "make-base")
+    return choose_placement(Compute.parse(settings.get("device", "cpu"), settings.get("dtype")))
 
 
 def open_corpus(done: Done) -> Corpus:
@@ -94,7 +104,7 @@ def train_domain(settings: Mapping[str, Any], context: TaskContext) -> dict[str,
     specialist = train_specialist(
         base,
         corpus.blocks[Split.TRAIN],
-        corpus.blocks[Split.VALIDATION],
+        _take_validation(corpus, chosen),
         kind=chosen.kind,
         rules=_build_rules(chosen),
         training=_build_training(chosen),
@@ -114,7 +124,8 @@ def train_pooled(settings: Mapping[str, Any], context: TaskContext) -> dict[str,
     specialist = train_monolithic(
         base,
         [corpus.blocks[Split.TRAIN] for corpus in corpora],
-        [corpus.blocks[Split.VALIDATION] for corpus in corpora],
+        [_take_validation(corpus, chosen) for corpus in corpora],
+        kind=chosen.kind,
         steps=chosen.steps,
         rules=_build_rules(chosen),
         training=_build_training(chosen),
@@ -139,12 +150,17 @@ def apply_to_base(settings: Mapping[str, Any], context: TaskContext) -> dict[str
     ):
         copy_checkpoint(base.folder, folder)  # the tokenizer's files stay byte for byte
         model.save_pretrained(folder)
-    made = load_base(target)
+    made = load_base(target, _choose_placement(context.needs[0].task))
     return {
         "weights": made.weights,
         "hidden_size": made.hidden_size,
         "steps": trained.result["steps"],
     }
+
+
+def _take_validation(corpus: Corpus, chosen: SpecialistSettings) -> Blocks:
+    blocks = corpus.blocks[Split.VALIDATION]
+    return blocks if chosen.validation is None else blocks.take(chosen.validation)
 
 
 def _build_rules(chosen: SpecialistSettings) -> AdapterRules:

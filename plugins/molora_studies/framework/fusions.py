@@ -239,6 +239,7 @@ def fuse_members(settings: Mapping[str, Any], context: TaskContext) -> dict[str,
     return {
         "overlap": summarise_overlap(fusion.overlaps),
         "evaluation": evaluation.to_json(),
+        "clusters": _count_clusters(evaluation),
         "calibration": _matrix_to_json(calibration),
         "held_out": {**_matrix_to_json(matrix), "fused": fused},
         "gains": {label: dict(compute_gains(matrix, losses)) for label, losses in fused.items()},
@@ -306,6 +307,12 @@ def _read_matrix(
         evaluation.domains, evaluation.losses("base"), specialists, dict(own_domain)
     )
     return matrix, {label: evaluation.losses(f"fused:{label}") for label in evaluation.gates}
+
+
+def _count_clusters(evaluation: Evaluation) -> dict[str, int]:
+    """Clusters of held-out documents by domain: what intervals are made from."""
+    counts = np.bincount(evaluation.clusters.domain_of, minlength=len(evaluation.domains))
+    return {domain: int(n) for domain, n in zip(evaluation.domains, counts, strict=True)}
 
 
 def _matrix_to_json(matrix: LossMatrix) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from pydantic import ValidationError
 
 from molora_fed import __version__
 from molora_fed.errors import ConfigError, StudyError
+from molora_fed.models.runtime import choose_placement
 from molora_fed.plugins import Registry
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import canonical_json, hash_bytes, hash_file, write_bytes, write_json
 from molora_fed.storage.settings import describe_offenders
 from molora_fed.storage.toml import parse_toml
@@ -20,6 +22,7 @@ from molora_studies.framework.render import draw_figure, render_study
 from molora_studies.framework.runner import Listener, State, run_tasks
 from molora_studies.framework.schedule import collect_tasks, estimate_seconds, find_missing
 from molora_studies.framework.store import TaskStore
+from molora_studies.framework.substrate import BaseSettings
 
 __all__ = [
     "FORMAT_VERSION",
@@ -331,8 +334,29 @@ def hash_code(study: type[Study]) -> dict[str, str]:
     return {name: found for name in dict.fromkeys(packages) if (found := _hash_package(name))}
 
 
+def _place_base(options: StudyOptions, name: str, compute: Compute) -> StudyOptions:
+    base = getattr(options, "base", None)
+    if not isinstance(base, BaseSettings):
+        raise ConfigError(
+            f"Cannot choose where study '{name}' runs: expected options with a base, got none. "
+            "Leave out --device and --dtype."
+        )
+    placement = choose_placement(compute, base.dtype)
+    chosen = {
+        "device": str(placement.device),
+        "dtype": str(placement.dtype).removeprefix("torch."),
+    }
+    return options.model_copy(update={"base": base.model_copy(update=chosen)})
+
+
 def plan_study(
-    name: str, studies: Registry, cache: Path, *, config: Path | None = None, **changes: Any
+    name: str,
+    studies: Registry,
+    cache: Path,
+    *,
+    config: Path | None = None,
+    compute: Compute | None = None,
+    **changes: Any,
 ) -> PlannedStudy:
     """Read a study's options and plan its cells; nothing runs.
 
@@ -341,15 +365,19 @@ def plan_study(
         studies: What is registered.
         cache: Folder of everything that is kept between runs.
         config: TOML file of options.
+        compute: Where its base and all that rests on it run; None leaves it to the options.
         **changes: Options that replace the file's.
 
     Raises:
         UnknownNameError: If nobody registered it.
-        ConfigError: If its options are wrong.
+        ConfigError: If its options are wrong, or it has no base to run elsewhere.
+        ComputeError: If this machine lacks the device, or the device the dtype.
         StudyError: If two cells have one name.
     """
     study = studies.resolve(name)
     options = read_options(study, name, config, **changes)
+    if compute is not None:
+        options = _place_base(options, name, compute)
     cells = tuple(study.plan(options))
     names = [cell.name for cell in cells]
     twice = sorted({each for each in names if names.count(each) > 1})

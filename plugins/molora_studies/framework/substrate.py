@@ -5,7 +5,7 @@ Nothing is computed here: these functions plan, `molora_studies.framework.action
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 DEFAULT_DOMAINS = ("cpp", "python", "readme", "science")
+_FETCH_SECONDS = 30.0
 _FLOPS = 5e10  # a quiet core's float operations a second in training, for estimates only
 
 
@@ -52,6 +53,9 @@ class BaseSettings(_Settings):
         seed: Of weights and data order.
         block_size: T.
         threads: Torch threads, which decide the last bits; one is fastest where cores are busy.
+        device: Where all that rests on it runs: "cpu", "cuda" or "cuda:N".
+        dtype: Dtype of its weights and of matrix products in all that rests on it; losses and
+            what is trained are float32 whatever it is.
     """
 
     source: str = "builtin"
@@ -68,6 +72,10 @@ class BaseSettings(_Settings):
     block_size: int = 128
     # Left out where usual: keys of bases from before there was a choice do not know of it.
     threads: int = Field(default=2, ge=1, exclude_if=lambda threads: threads == 2)
+    device: str = Field(default="cpu", exclude_if=lambda device: device == "cpu")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", exclude_if=lambda dtype: dtype == "float32"
+    )
 
 
 class SpecialistSettings(_Settings):
@@ -84,6 +92,7 @@ class SpecialistSettings(_Settings):
         patience: Validations without improvement before stopping; None never stops early.
         seed: Of initial factors and data order.
         options: Options of the kind, e.g. {"targets": "attention"}.
+        validation: Validation blocks of each domain that are looked at; None takes all.
     """
 
     kind: str = "delta"
@@ -97,6 +106,7 @@ class SpecialistSettings(_Settings):
     seed: int = 42
     # Left out where empty: keys of tasks without options do not know of them.
     options: Mapping[str, Any] = Field(default={}, exclude_if=lambda options: not options)
+    validation: int | None = Field(default=None, ge=1, exclude_if=lambda count: count is None)
 
 
 class FusionSettings(_Settings):
@@ -151,12 +161,11 @@ def plan_base(settings: BaseSettings | None = None) -> Task:
     """A base; the task's folder holds the checkpoint in `base/`."""
     chosen = settings or BaseSettings()
     values = chosen.model_dump(mode="json")
-    return Task(
-        name=f"base {chosen.source} D={chosen.hidden} steps={chosen.steps} seed={chosen.seed}",
-        action="make-base",
-        settings=values,
-        seconds=_estimate_training(values, chosen.steps, chosen.batch),
-    )
+    name, seconds = f"base {chosen.source}", _FETCH_SECONDS
+    if chosen.source == "builtin":
+        name += f" D={chosen.hidden} steps={chosen.steps} seed={chosen.seed}"
+        seconds = _estimate_training(values, chosen.steps, chosen.batch)
+    return Task(name=name, action="make-base", settings=values, seconds=seconds)
 
 
 def plan_continued_base(base: Task, corpora: Sequence[Task], *, steps: int, seed: int = 42) -> Task:
@@ -228,8 +237,8 @@ def plan_fusion(
 
     The result holds `evaluation` (as `Evaluation.to_json`), `calibration` (the loss matrix that
     forecasts are made from), `gains` (by router label and reference), `routers` (guard, seconds),
-    `members` (domain, record losses, adapter bytes), `overlap` (as `summarise_overlap`). The folder
-    keeps the bank's columns.
+    `members` (domain, record losses, adapter bytes), `overlap` (as `summarise_overlap`), `clusters`
+    (of held-out documents, by domain). The folder keeps the bank's columns.
 
     Args:
         name: For people.

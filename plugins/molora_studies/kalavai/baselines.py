@@ -23,10 +23,11 @@ from molora_fed.corpus.prepare import Corpus
 from molora_fed.errors import ConfigError
 from molora_fed.models.base import Base
 from molora_fed.models.forward import compute_block_losses
-from molora_fed.models.runtime import limit_threads
+from molora_fed.models.runtime import Placement, limit_threads
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_bytes
-from molora_fed.training.loop import CHECKPOINT_NAME, TrainConfig, TrainResult, train
+from molora_fed.training.language_model import TrainConfig, TrainResult, train
+from molora_fed.training.loop import CHECKPOINT_NAME
 from molora_fed.training.pooled import continue_base
 from molora_fed.types import Split
 from molora_studies.framework.actions import open_base, open_corpus
@@ -111,7 +112,14 @@ def plan_wider(
 
 
 def plan_whole(
-    base: Task, corpora: Sequence[Task], *, steps: int, seed: int, held_out: int, batch: int = 4
+    base: Task,
+    corpora: Sequence[Task],
+    *,
+    steps: int,
+    seed: int,
+    held_out: int,
+    batch: int = 4,
+    **recipe: float | int,
 ) -> Task:
     """The base continued on the pooled domains with all its parameters, embedding and head too.
 
@@ -122,12 +130,13 @@ def plan_whole(
         seed: Of data order.
         held_out: Held-out blocks of each domain.
         batch: Blocks per step.
+        **recipe: `learning_rate` and `validation` as in `SpecialistSettings`, where not usual.
     """
     one = plan_pooled(base, corpora, SpecialistSettings(steps=steps, seed=seed, batch=batch))
     return Task(
         name=f"{base.name} continued whole {steps} steps seed={seed}",
         action="continue-whole",
-        settings={"steps": steps, "batch": batch, "seed": seed, "held_out": held_out},
+        settings={"steps": steps, "batch": batch, "seed": seed, "held_out": held_out, **recipe},
         needs=(base, *corpora),
         seconds=one.seconds,
     )
@@ -193,21 +202,26 @@ def measure_model(settings: Mapping[str, Any], context: TaskContext) -> dict[str
 def continue_whole(settings: Mapping[str, Any], context: TaskContext) -> dict[str, Any]:
     """Train all parameters of the base on the pooled domains; see `plan_whole`."""
     base, corpora = open_base(context.needs[0]), _open_corpora(context.needs[1:])
-    steps = settings["steps"]
+    steps, count = settings["steps"], settings.get("validation")
+    validation = [corpus.blocks[Split.VALIDATION] for corpus in corpora]
     continued = continue_base(
         base,
         [corpus.blocks[Split.TRAIN] for corpus in corpora],
-        [corpus.blocks[Split.VALIDATION] for corpus in corpora],
+        [blocks if count is None else blocks.take(count) for blocks in validation],
         steps=steps,
         training=TrainingRules(
-            steps=steps, batch=settings["batch"], validate_every=max(1, -(-steps // _VALIDATIONS))
+            steps=steps,
+            batch=settings["batch"],
+            learning_rate=settings.get("learning_rate"),
+            validate_every=max(1, -(-steps // _VALIDATIONS)),
         ),
         seed=settings["seed"],
         threads=context.threads,
         folder=context.folder / "continued",
         progress=context.progress,
     )
-    losses = _measure(continued.load().model, corpora, settings["held_out"], context)
+    model = continued.load(Placement.of(base.model)).model
+    losses = _measure(model, corpora, settings["held_out"], context)
     shutil.rmtree(continued.folder)
     kept = ("steps", "tokens", "best_step", "initial_loss")
     return {

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.updates import Adapter
 from molora_fed.bank import Bank
@@ -34,7 +37,7 @@ _READINGS: frozenset[Reading] = frozenset({"evidence"})
 _BLOCKS_A_SECOND = 150  # of one model on one quiet core at D = 128, T = 128
 
 
-def plan_tuned_merges(name: str, fusion: Task) -> Task:
+def plan_tuned_merges(name: str, fusion: Task, *, blocks: int | None = None) -> Task:
     """Choose every merge's settings on a fusion's calibration blocks, then measure it once.
 
     The result holds `merges`: by name `tries` (settings and equal-weight calibration loss, nats),
@@ -44,18 +47,20 @@ def plan_tuned_merges(name: str, fusion: Task) -> Task:
     Args:
         name: For people.
         fusion: From `plan_fusion`, with a router labelled `evidence`.
+        blocks: Calibration blocks of each domain that tries are measured on; None takes all.
     """
     settings = fusion.settings["fusion"]
     domains = len(fusion.settings["members"])
-    blocks = domains * (
-        settings["calibration"] * sum(map(len, TRIES.values())) + settings["held_out"] * len(TRIES)
-    )
+    tried = settings["calibration"] if blocks is None else blocks
+    passes = domains * (tried * sum(map(len, TRIES.values())) + settings["held_out"] * len(TRIES))
+    tries = {merge: [dict(one) for one in tries] for merge, tries in TRIES.items()}
     return Task(
         name=name,
         action=f"{__name__}:tune_merges",
-        settings={"tries": {merge: [dict(one) for one in tries] for merge, tries in TRIES.items()}},
+        # Left out where usual: keys of tasks from before there was a choice do not know of it.
+        settings={"tries": tries} | ({} if blocks is None else {"blocks": blocks}),
         needs=(fusion, *fusion.needs),
-        seconds=20 + blocks / _BLOCKS_A_SECOND,
+        seconds=20 + passes / _BLOCKS_A_SECOND,
     )
 
 
@@ -68,6 +73,7 @@ def tune_merges(settings: Mapping[str, Any], context: TaskContext) -> dict[str, 
     held_out = fusion.build_held_out_bank(_READINGS)
     index = ClusterIndex.build(held_out.clusters, held_out.domain_of)
     evaluation, adapters = load_evaluation(done.folder), fusion.load_adapters()
+    rows = _choose_rows(calibration, settings.get("blocks"))
     registry, found = get_plugins().merges, {}
     with limit_threads(context.threads):
         for number, (name, tries) in enumerate(settings["tries"].items()):
@@ -77,7 +83,7 @@ def tune_merges(settings: Mapping[str, Any], context: TaskContext) -> dict[str, 
                 made: Adapter = merge(adapters, name=name, seed=fusion.settings.seed, **chosen)
                 return made
 
-            losses = [_measure(fusion.base, calibration, build(one)) for one in tries]
+            losses = [_measure(fusion.base, calibration, build(one), rows) for one in tries]
             chosen = tries[losses.index(min(losses))]
             with applied(fusion.base.model, build(chosen)) as model:
                 sums = index.sum(compute_block_losses(model, held_out.tokens).numpy())
@@ -94,10 +100,18 @@ def tune_merges(settings: Mapping[str, Any], context: TaskContext) -> dict[str, 
     return {"merges": found}
 
 
-def _measure(base: Base, bank: Bank, adapter: Adapter) -> float:
-    """Equal-weight loss of the base with an adapter on a bank's blocks, nats."""
+def _choose_rows(bank: Bank, count: int | None) -> NDArray[np.int64]:
+    """Places of the first blocks of each domain, in the bank's order."""
+    own = [np.flatnonzero(bank.domain_of == number) for number in range(len(bank.domains))]
+    return np.concatenate([places[:count] for places in own])
+
+
+def _measure(base: Base, bank: Bank, adapter: Adapter, rows: NDArray[np.int64]) -> float:
+    """Equal-weight loss of the base with an adapter on rows of a bank, nats."""
     with applied(base.model, adapter) as model:
-        by_domain = compute_domain_losses(bank, compute_block_losses(model, bank.tokens))
+        by_domain = compute_domain_losses(
+            bank, compute_block_losses(model, bank.tokens[rows]), rows
+        )
     return sum(by_domain.values()) / len(by_domain)
 
 

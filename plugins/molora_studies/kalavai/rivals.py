@@ -38,6 +38,7 @@ and specialists together; `joint`: specialists and a router trained on together.
 TRAINED: Mapping[str, str] = {
     "monolithic": "linear layers, pooled text",
     "base_continued": "all parameters, pooled text",
+    "pooled_lora": "one LoRA adapter, pooled text",
     "wider": "linear layers of a wider base, pooled text",
     "joint": "experts and router, pooled text",
 }

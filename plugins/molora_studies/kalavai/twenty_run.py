@@ -24,7 +24,7 @@ from molora_fed.federation.simulation import SimulationSupervisor
 from molora_fed.federation.status import FederationEvent
 from molora_fed.federation.supervise import sigterm_as_interrupt
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes, write_json
-from molora_fed.training.specialists import load_specialist
+from molora_fed.training.adapter_job import load_specialist
 from molora_fed.types import Split
 from molora_studies.framework.actions import open_base, open_corpus
 from molora_studies.framework.contract import TaskContext

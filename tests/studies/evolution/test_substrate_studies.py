@@ -17,7 +17,7 @@ from molora_studies.evolution.substrate_actions import evolve_population
 from molora_studies.framework.contract import Cell, Summary, Task, TaskContext
 from study_tasks import DOMAINS, Run, running
 
-from molora_fed.models.base_files import fingerprint_tokenizer
+from molora_fed.models.fingerprints import fingerprint_tokenizer
 
 TINY = FactorialOptions(
     seeds=(1, 2),

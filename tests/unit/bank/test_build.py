@@ -19,6 +19,7 @@ from molora_fed.bank import (
 from molora_fed.bank.prune import prune_bank, subtract_expert
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BankError, StorageError
+from molora_fed.models.batches import choose_batch
 from molora_fed.models.forward import compute_block_losses, run_blocks
 from molora_fed.models.states import Capture
 from molora_fed.testing import build_random_adapter
@@ -331,10 +332,10 @@ def test_one_who_leaves_is_taken_out_by_one_pass_of_its_own(base, four, tmp_path
     mean_of(tmp_path / "left", base, four, CALIBRATION)
     passes = count_passes(base.model)
     leaver = four[2].adapter
-    assert subtract_expert(tmp_path / "left", base, leaver, CALIBRATION, batch=16)
+    assert subtract_expert(tmp_path / "left", base, leaver, CALIBRATION)
     assert len(passes) == 3
     assert torch.equal(mean_of(tmp_path / "left", base, without, CALIBRATION), expected)
-    assert not subtract_expert(tmp_path / "left", base, leaver, CALIBRATION, batch=16)
+    assert not subtract_expert(tmp_path / "left", base, leaver, CALIBRATION)
     assert len(passes) == 3
     prune(tmp_path / "left", base, without)
     assert hash_folder(tmp_path / "left") == hash_folder(tmp_path / "fresh")
@@ -346,7 +347,7 @@ def prune(folder, base, experts):
         base=base.weights,
         adapters=[expert.adapter.hash for expert in experts if expert.adapter],
         blocks=[part.fingerprint for part in CALIBRATION],
-        batch=16,
+        batch=choose_batch(CALIBRATION[0].block_size),
         frozen_depth=0,
     )
 
@@ -368,7 +369,7 @@ def test_pruning_keeps_what_is_needed(base, experts, tmp_path):
 def test_the_last_one_out_leaves_no_total(base, experts, tmp_path):
     mean_of(tmp_path, base, experts[1:2], CALIBRATION)
     passes = count_passes(base.model)
-    assert subtract_expert(tmp_path, base, experts[1].adapter, CALIBRATION, batch=16)
+    assert subtract_expert(tmp_path, base, experts[1].adapter, CALIBRATION)
     assert not list(tmp_path.glob("total-*")) and not passes
 
 

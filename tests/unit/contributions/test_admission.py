@@ -133,6 +133,20 @@ def test_decision_survives_the_ledger(judge, contribute):
     assert AdmissionDecision.from_json(refused.to_json()) == refused
 
 
+def test_decision_says_how_many_modules_are_changed(judge, contribute, write_adapter):
+    decision = judge(contribute())
+    assert str(decision.effect) == "changed 8 of 8 modules"
+
+    def zero(tensors):
+        tensors[min(name for name in tensors if "lora_B" in name)].zero_()
+
+    fewer = judge(contribute("c2", adapter=write_adapter(change=edit_tensors(zero))))
+    assert str(fewer.effect) == "changed 7 of 8 modules"
+    assert fewer.to_json()["effect"] == {"changed": 7, "modules": 8}
+    earlier = {name: value for name, value in fewer.to_json().items() if name != "effect"}
+    assert AdmissionDecision.from_json(earlier).effect is None
+
+
 def test_charter_identity(judge, contribute, charter):
     contribution = contribute()
     other = charter.model_copy(

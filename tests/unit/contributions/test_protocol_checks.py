@@ -9,20 +9,22 @@ import torch
 from molora_fed.charter import AdapterRules, AdmissionRules
 from molora_fed.contributions.admission import AdmissionCandidate, admit
 from molora_fed.contributions.build import measure_start_loss
+from molora_fed.contributions.checks import DTYPE_ALLOWANCE
 from molora_fed.contributions.manifest import load_contribution, parse_manifest
 from molora_fed.contributions.states import ContributionState
 from molora_fed.errors import CorpusError
 from molora_fed.models.base import load_base
 from molora_fed.models.frozen import find_changed_frozen, fingerprint_frozen, list_frozen
 from molora_fed.models.layout import adaptable_modules
+from molora_fed.models.runtime import Placement
 from molora_fed.storage.files import canonical_json
 from molora_fed.types import Split
 
 
 @pytest.fixture
 def judge(base, plugins):
-    def run(contribution, charter):
-        return admit(AdmissionCandidate(contribution, charter, base, plugins))
+    def run(contribution, charter, own=base):
+        return admit(AdmissionCandidate(contribution, charter, own, plugins))
 
     return run
 
@@ -145,6 +147,46 @@ def test_a_start_from_another_checkpoint_is_quarantined(
     gap = abs(start - decision.losses.base)
     lenient = amend(charter, max_start_gap=gap * 1.01)
     assert judge(contribution, lenient).state == ContributionState.ADMITTED
+
+
+def test_a_start_in_another_dtype_may_be_a_little_further_off(
+    judge, contribute, charter, base, samples
+):
+    start = measure_start_loss(base.model, samples, charter, domain="legal")
+
+    def decide(off, **training):
+        contribution = contribute(
+            f"c{off}-{len(training)}", samples=samples, start_loss=start + off, training=training
+        )
+        return judge(contribution, charter)
+
+    assert decide(0.0049, dtype="float32").state == ContributionState.ADMITTED
+    assert decide(0.0079, dtype="bfloat16").state == ContributionState.ADMITTED
+    for given in (
+        {"dtype": "float32"},
+        {"dtype": "bfloat16", "losses_in": "float32"},
+        {"dtype": 3},
+    ):
+        assert decide(0.0078, **given).state == ContributionState.QUARANTINED
+    (refusal,) = decide(0.0081, dtype="bfloat16").refusals
+    assert "(within 0.008) on the admission sample in float32" in refusal.expected
+    assert refusal.found.endswith("nats in bfloat16")
+
+
+@pytest.mark.parametrize("strength", [0.001, 0.03, 0.1, 0.3])
+def test_a_verdict_is_the_same_in_both_dtypes_unless_it_is_close(
+    judge, contribute, charter, base, write_adapter, tiny_checkpoint, strength
+):
+    """Thresholds count in whichever dtype the coordinator measures."""
+    contribution = contribute(adapter=write_adapter(strength=strength))
+    half = load_base(tiny_checkpoint(), Placement(dtype=torch.bfloat16))
+    decisions = [judge(contribution, charter, one) for one in (base, half)]
+    rises = [one.losses.specialist - one.losses.base for one in decisions]
+    assert abs(rises[0] - rises[1]) <= DTYPE_ALLOWANCE
+    threshold = charter.amendment.admission.max_loss_rise
+    if abs(rises[0] - threshold) > DTYPE_ALLOWANCE:
+        assert decisions[0].state == decisions[1].state
+        assert (decisions[0].state == ContributionState.ADMITTED) == (rises[0] <= threshold)
 
 
 def test_an_earlier_manifest_states_no_start_and_passes(judge, contribute, charter):

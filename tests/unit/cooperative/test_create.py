@@ -83,6 +83,9 @@ def test_base_that_does_not_suit_leaves_nothing(tmp_path, tiny_checkpoint):
             tmp_path / "c", "one", source=str(tiny_checkpoint()), corpus=CorpusRules(block_size=512)
         )
     assert not (tmp_path / "c").exists()
+    with pytest.raises(BaseCheckpointError, match="none of these"):
+        found_cooperative(tmp_path / "c", "one", source=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "c").exists()
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "mine.txt").write_text("kept")
     with pytest.raises(CharterError, match="block size"):

@@ -6,8 +6,8 @@ import pytest
 from growing_helpers import NAMES, Passes, contribute, found
 
 import molora_fed.federation.withdrawal
-import molora_fed.training.loop
-import molora_fed.training.specialists
+import molora_fed.training.adapter_job
+import molora_fed.training.language_model
 from molora_fed.adapters.files import hash_adapter_files
 from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.manifest import load_contribution
@@ -53,8 +53,8 @@ def root(whole, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("somebody trained")
 
-    monkeypatch.setattr(molora_fed.training.specialists, "train", refuse)
-    monkeypatch.setattr(molora_fed.training.loop, "train", refuse)
+    monkeypatch.setattr(molora_fed.training.adapter_job, "train", refuse)
+    monkeypatch.setattr(molora_fed.training.language_model, "train", refuse)
     return tmp_path / "copy"
 
 

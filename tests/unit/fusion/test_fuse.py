@@ -110,6 +110,8 @@ def test_result_has_every_method(fusion, cooperative):
     for name in ("gain_percent", "oracle_gap_nats", "guard", "gates"):
         assert result[name].keys() == losses["fused"].keys()
     assert result["own_domain"]["law-2"] == "law"
+    measured_on = {"device": "cpu", "dtype": "float32", "blocks_per_pass": 8}
+    assert result["measured_on"] == measured_on
     assert result["contamination"] == {"art": 0.01, "law": 0.01}
     assert result["fingerprints"]["base"] == base.weights
     assert result["bytes"]["adapters"].keys() == losses["specialists"].keys()
@@ -118,6 +120,7 @@ def test_result_has_every_method(fusion, cooperative):
     assert result["seconds"].keys() == set(PHASES)
     ids = [c.id for c in sorted(contributions, key=lambda c: c.id)]
     assert [e["contribution"] for e in result["experts"]] == [None, *ids]
+    assert all(e["changed"] == e["modules"] > 0 for e in result["experts"][1:])
 
 
 def test_fusion_is_better_than_anyone_alone(fusion):

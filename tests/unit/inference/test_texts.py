@@ -1,7 +1,10 @@
+import json
+
 import pytest
 import torch
 from fusion_helpers import build_charter, build_cooperative
 
+from molora_fed.corpus.records import TextOptions
 from molora_fed.errors import ConfigError, CorpusError
 from molora_fed.fusion.fuse import fuse
 from molora_fed.inference.texts import evaluate_texts
@@ -32,6 +35,15 @@ def test_base_loss_is_that_of_the_one_evaluator(fused, text):
     assert found.losses("base")["mine"] == pytest.approx(expected, rel=1e-6)
     assert f"fused:{fused.router_name}" in found.sums
     assert phases == ["reading mine", "measuring"]
+
+
+def test_text_of_records_is_found_in_the_field_asked_for(fused, text):
+    records = text.with_name("records.jsonl")
+    line = {"text": "Not this.", "post": {"body": text.read_text()}}
+    records.write_text(json.dumps(line) + "\n")
+    found = evaluate_texts(fused, {"mine": [records]}, block_size=32, text=TextOptions("post.body"))
+    plain = evaluate_texts(fused, {"mine": [text]}, block_size=32)
+    assert found.losses("base") == plain.losses("base")
 
 
 def test_too_little_text_and_too_long_blocks_are_refused(fused, text):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.models import forward
@@ -131,7 +132,7 @@ def test_logits_of_all_blocks_never_exist_together(tiny_model, monkeypatch):
     model = tiny_model("llama")
     tokens = torch.randint(0, 60, (6, 12), generator=torch.Generator().manual_seed(3))
     whole = compute_block_losses(model, tokens, batch=6)
-    monkeypatch.setattr(forward, "_LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 1)
     sizes = []
     hook = model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, found: sizes.append(found.shape[0])
@@ -140,3 +141,16 @@ def test_logits_of_all_blocks_never_exist_together(tiny_model, monkeypatch):
     hook.remove()
     assert max(sizes) == 1
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_shorter_logits_give_the_losses_of_the_same_numbers_in_float32(tiny_model):
+    """Of a large loss, too: no probability is lost to a range."""
+    tokens = torch.randint(0, 60, (3, 40), generator=torch.Generator().manual_seed(3))
+    model = tiny_model("llama").bfloat16()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2_000)
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+    found = compute_block_losses(model, tokens).flatten()
+    expected = functional.cross_entropy(logits.double(), tokens[:, 1:].flatten(), reduction="none")
+    assert logits.dtype is torch.bfloat16 and float(expected.max()) > 100
+    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)

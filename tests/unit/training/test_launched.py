@@ -47,6 +47,13 @@ def train_until_killed(checkpoint, folder):
     train_in_two(load_base(checkpoint), folder, training=LONG, progress=end)
 
 
+def signal_rank_1(folder, number):
+    for process in find_processes(folder):
+        with contextlib.suppress(Exception):
+            if process.environ().get("RANK") == "1":
+                process.send_signal(number)
+
+
 @pytest.mark.parametrize("kind", ["lora", "delta"])
 def test_two_processes_train_to_the_loss_of_one(base, tmp_path, kind):
     training = TRAINING.model_copy(update={"batch": 3})  # shares of two blocks and of one
@@ -75,10 +82,8 @@ def test_killed_in_any_process_and_resumed_it_ends_with_the_same_bytes(base, tmp
     broken = tmp_path / "broken"
 
     def kill_a_rank(done, total, **fields):
-        for process in find_processes(broken) if done >= 40 else ():
-            with contextlib.suppress(Exception):
-                if process.environ().get("RANK") == "1":
-                    process.kill()
+        if done >= 40:
+            signal_rank_1(broken, signal.SIGKILL)
 
     with pytest.raises(TrainingError, match="expected all its processes to end well") as error:
         train_in_two(base, broken, training=LONG, progress=kill_a_rank)
@@ -111,6 +116,25 @@ def test_they_end_with_the_process_that_asked_for_them(tiny_checkpoint, tmp_path
     wait_until(
         lambda: not find_processes(tmp_path / "out"), seconds=30, what="the end of all processes"
     )
+
+
+def test_what_ends_an_interpreter_badly_fails_no_training(base, tmp_path, monkeypatch):
+    hook = 'import atexit, os\nif "RANK" in os.environ:\n    atexit.register(os.abort)\n'
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    short = TRAINING.model_copy(update={"steps": 4})
+    assert train_in_two(base, tmp_path / "out", training=short).record["processes"] == 2
+
+
+def test_the_last_words_of_a_process_that_aborts_are_in_the_error(base, tmp_path):
+    def abort_a_rank(done, total, **fields):
+        signal_rank_1(tmp_path, signal.SIGABRT)
+
+    with pytest.raises(
+        TrainingError, match=r"process 1: .*Fatal Python error: Aborted\. See"
+    ) as error:
+        train_in_two(base, tmp_path, training=LONG, progress=abort_a_rank)
+    assert "\n" not in str(error.value)
 
 
 def test_what_the_processes_refuse_is_one_line(base, tmp_path):

@@ -13,8 +13,8 @@ from molora_fed.charter import AdapterRules, TrainingRules
 from molora_fed.errors import AdapterError, TrainingError, UnknownNameError
 from molora_fed.models.base import load_base
 from molora_fed.models.forward import compute_block_losses
+from molora_fed.training.adapter_job import load_specialist
 from molora_fed.training.loop import CHECKPOINT_NAME
-from molora_fed.training.specialists import load_specialist
 from molora_fed.types import ADAPTER_FILES, Split
 
 KINDS = ("lora", "svd", "delta")

@@ -12,9 +12,9 @@ from molora_fed.models.base import load_base
 from molora_fed.models.head import find_head
 from molora_fed.models.runtime import Placement
 from molora_fed.storage.settings import check_options
+from molora_fed.training.adapter_job import load_specialist
 from molora_fed.training.choices import TrainingChoices
-from molora_fed.training.loop import TrainConfig, _BlockLoss
-from molora_fed.training.specialists import load_specialist
+from molora_fed.training.language_model import TrainConfig, _BlockLoss
 from molora_fed.training.team import ALONE, Team
 
 CONFIG = TrainConfig(
@@ -86,6 +86,31 @@ def test_a_launcher_that_fails_is_one_line(base, tmp_path, launcher, said):
         train_counting(base, tmp_path, choices=TrainingChoices(launcher=launcher))
     assert said in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / "launch" / "launcher.log").exists()
+
+
+CRASH = r"""cd $(dirname $3)
+printf "a warning\n\nterminate called after throwing an instance of gloo::EnforceNotMet\n" \
+    > process-1.log
+printf "  what():  \033[1mtoo short\nFatal Python error: Aborted\n\nThread 0x1:\n  <no frame>\n" \
+    >> process-1.log
+echo "Lowering the number of threads" > process-0.log
+echo '{"type": "RuntimeError", "message": "Connection closed by peer"}' > error-0.json
+echo "Signal 6 received"
+exit 1
+"""
+
+
+def test_the_last_words_of_a_process_that_crashed_are_in_the_error(base, tmp_path):
+    (tmp_path / "crash.sh").write_text(CRASH)
+    choices = TrainingChoices(launcher=f"sh {tmp_path / 'crash.sh'}")
+    with pytest.raises(TrainingError) as error:
+        train_counting(base, tmp_path, choices=choices)
+    assert (
+        "got exit code 1: process 1: terminate called after throwing an instance of "
+        "gloo::EnforceNotMet; what(): \N{REPLACEMENT CHARACTER}[1mtoo short; "
+        f"Fatal Python error: Aborted. See '{tmp_path / 'launch'}'." in str(error.value)
+    )
+    assert "\n" not in str(error.value)
 
 
 def test_a_launcher_that_starts_nothing_is_said(base, tmp_path):
