@@ -15,7 +15,7 @@ PACKAGES = {
 
 _MEASURING = "corpus models adapters bank routing evaluation"
 _BELOW_COOPERATIVE = (
-    f"{_MEASURING} tracing training contributions forecasting fusion population reporting"
+    f"{_MEASURING} sums tracing training contributions forecasting fusion population reporting"
 )
 
 # What a place may import besides the root's modules and storage, lowest place first.
@@ -25,6 +25,7 @@ ALLOWED: dict[str, str] = {
     "corpus": "",
     "models": "",
     "tracing": "",
+    "sums": "",
     "adapters": "models",
     "training": "corpus models adapters",
     "contributions": "corpus models adapters",
