@@ -3,7 +3,7 @@
 In one total a lying member cannot be seen: its vector lies within its bounds, and the total shows
 nobody's share. What can be seen is that the total is bad, by whatever the caller judges it with
 (held-out loss of the router it gives). Then the same question is summed over halves, and the halves
-of bad halves, never over fewer than three members.
+of bad halves (`division`), never over fewer than three members.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from molora_fed.errors import SumError
-from molora_fed.sums.messages import MIN_MEMBERS
+from molora_fed.sums.division import divide
 from molora_fed.sums.vectors import Total
 
 __all__ = ["Narrowed", "narrow_down"]
@@ -48,7 +48,7 @@ def narrow_down(
     Args:
         whole: Total that was opened, with `encoded`.
         open_total: Sums the same question over these members, an attempt of its own each. Asked
-            again, it returns the same. Members may be missing in its total.
+            again, it returns the same.
         is_good: Judges a total, for instance by the held-out loss of what is fitted on it.
 
     Returns:
@@ -62,42 +62,38 @@ def narrow_down(
         group = pending.pop(0)
         if is_good(group):
             good.append(group)
-        elif len(group.members) < 2 * MIN_MEMBERS:
+        elif (halves := divide(group.members)) is None:
             suspects.append(group.members)
         else:
             try:
-                pending[:0] = _divide(group, open_total)
+                pending[:0] = _divide(group, halves, open_total)
             except SumError as error:
                 suspects.append(group.members)
                 notes.append(str(error))
     return Narrowed(tuple(suspects), tuple(good), tuple(notes))
 
 
-def _divide(group: Total, open_total: Callable[[Sequence[str]], Total]) -> list[Total]:
-    """Totals of two halves; who is missing in the first has to be in the second."""
-    names = group.members
-    first = open_total(names[: (len(names) + 1) // 2])
-    rest = tuple(name for name in names if name not in first.members)
-    what = f"Cannot divide the total of {len(names)} members"
-    if len(rest) < MIN_MEMBERS or not set(first.members) <= set(names):
+def _divide(
+    group: Total,
+    halves: tuple[tuple[str, ...], ...],
+    open_total: Callable[[Sequence[str]], Total],
+) -> list[Total]:
+    """Totals of both halves."""
+    totals = [open_total(half) for half in halves]
+    what = f"Cannot divide the total of {len(group.members)} members"
+    missing = sorted(set(group.members).difference(*(total.members for total in totals)))
+    if missing or [total.members for total in totals] != list(halves):
         raise SumError(
-            f"{what}: expected {MIN_MEMBERS} members or more in each half, got "
-            f"{len(first.members)} and {len(rest)}. Judge the group as a whole."
-        )
-    second = open_total(rest)
-    if second.members != rest:
-        missing = sorted(set(rest) - set(second.members))
-        raise SumError(
-            f"{what}: expected all {len(rest)} members in its second half, got it without "
+            f"{what}: expected all members of each half, got them without "
             f"{', '.join(missing[:5])}. Repeat it when they are connected."
         )
-    if any(total.encoded is None for total in (group, first, second)) or not np.array_equal(
-        first.encoded + second.encoded,  # type: ignore[operator]
+    if any(total.encoded is None for total in (group, *totals)) or not np.array_equal(
+        totals[0].encoded + totals[1].encoded,  # type: ignore[operator]
         group.encoded,  # type: ignore[arg-type]
     ):
         raise SumError(
             f"{what}: expected halves that add up to it to the last bit, got others, so that one "
-            f"of {', '.join(names[:5])}{' …' if len(names) > 5 else ''} gave another vector than "
-            "before. Leave the group out."
+            f"of {', '.join(group.members[:5])}{' …' if len(group.members) > 5 else ''} gave "
+            "another vector than before. Leave the group out."
         )
-    return [first, second]
+    return totals

@@ -93,9 +93,10 @@ class Coordinator:
         return cls(CoordinatorState(terms=terms))
 
     def to_bytes(self) -> bytes:
-        """All that is known: a line of JSON, then the running sum."""
+        """All that is known: a line of JSON, then the running sum; before both their hash."""
         line = canonical_json(self.state.model_dump(mode="json"))
-        return line + b"\n" + self.running.tobytes()
+        known = line + b"\n" + self.running.tobytes()
+        return hash_bytes(known).encode() + b"\n" + known
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Coordinator":
@@ -104,9 +105,12 @@ class Coordinator:
         Raises:
             SumError: If it is something else.
         """
-        line, _, words = data.partition(b"\n")
+        digest, _, known = data.partition(b"\n")
+        line, _, words = known.partition(b"\n")
         size = len(_PHASES) * 2 * MAX_MEMBERS * max_message_bytes(MAX_MEMBERS)
         try:
+            if hash_bytes(known).encode() != digest:
+                raise ValueError("bytes of another hash")
             state = CoordinatorState.model_validate(parse_json(line, max_bytes=size))
             running = np.frombuffer(words, dtype=word_type(state.terms.bits)).copy()
             if len(running) != state.terms.length:

@@ -6,8 +6,8 @@ again, and no mask ever lies over two vectors, not even where the state was lost
 
 Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning",
 CCS 2017, figure 4, with the round of consistency checks. Beside it: the masks are bound to the list
-of participants, shares are committed to, and sums that tell fewer than three members apart are
-refused.
+of participants, shares are committed to, and of the same vectors only totals that keep three
+members together are opened.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from molora_fed.errors import SumError, SumRefusedError
 from molora_fed.storage.files import hash_bytes
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.storage.untrusted import clean, parse_json
+from molora_fed.sums.division import check_division
 from molora_fed.sums.masks import (
     add_own_mask,
     add_pairwise_mask,
@@ -29,7 +30,7 @@ from molora_fed.sums.masks import (
     hash_names,
     hash_words,
 )
-from molora_fed.sums.member_state import PHASES, MemberState, check_told_apart
+from molora_fed.sums.member_state import PHASES, MemberState
 from molora_fed.sums.messages import (
     Agreement,
     Deliver,
@@ -123,7 +124,7 @@ class Member:
         *,
         secret: bytes,
         key: ec.EllipticCurvePrivateKey,
-        opened: Sequence[Sequence[str]] = (),
+        whole: Sequence[str] = (),
     ) -> "Member":
         """Take part in a sum.
 
@@ -136,14 +137,14 @@ class Member:
             vector: Encoded vector, (N,).
             secret: See `Member`.
             key: See `Member`.
-            opened: `list_opened` of the last attempt at the same question.
+            whole: `find_whole` of the last attempt at the same question.
 
         Raises:
             SumRefusedError: If the terms do not hold this member with this key.
             SumError: If the vector is of another length or modulus than the terms say.
         """
         digest = hash_words(vector, terms)
-        state = MemberState(terms=terms, vector=digest, opened=[list(names) for names in opened])
+        state = MemberState(terms=terms, vector=digest, whole=list(whole))
         return cls(name, state, vector, secret=secret, key=key)
 
     def send_keys(self) -> bytes:
@@ -261,8 +262,7 @@ class Member:
         """Sign the list of survivors, once it is one that may be opened."""
         message = self._read(data, Survivors)
         self._check_survivors(message.survivors, message.dropped, "survivors")
-        what = "Cannot agree to the survivors of a masked sum"
-        check_told_apart([*self.state.opened, message.survivors], what=what)
+        check_division(self.state.whole or message.survivors, message.survivors)
         return self._sign(Agreement(member=self.name, survivors=message.digest)).to_bytes()
 
     def _reveal(self, data: bytes) -> bytes:
