@@ -1,7 +1,7 @@
 """Where an absurd vector came from: a masked sum repeated among halves.
 
-In one total a lying member cannot be seen: its vector lies within its bounds, and the total shows
-nobody's share. What can be seen is that the total is bad, by whatever the caller judges it with
+In one total a lying member cannot be seen: nobody sees its vector, and the total shows nobody's
+share. What can be seen is that the total is bad, by whatever the caller judges it with
 (held-out loss of the router it gives). Then the same question is summed over halves, and the halves
 of bad halves (`division`), never over fewer than three members.
 """
