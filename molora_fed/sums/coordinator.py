@@ -85,6 +85,7 @@ class Coordinator:
         self.state = state
         dtype = word_type(terms.bits)
         self.running = np.zeros(terms.length, dtype=dtype) if running is None else running
+        self._context, self._places = terms.context, terms.places
         self._parsed: dict[tuple[str, str], Any] = {}
 
     @classmethod
@@ -178,7 +179,7 @@ class Coordinator:
             )
         if bool(newline) != isinstance(message, Masked):
             raise SumError(f"{what}: expected words after a masked vector only. Leave it out.")
-        message.check_signature(terms)
+        message.check_signature(terms, self._context)
         self._check(message, payload, what)
         if isinstance(message, Masked):
             words = np.frombuffer(payload, dtype=self.running.dtype)
@@ -234,7 +235,6 @@ class Coordinator:
                 "Go on to that phase first."
             )
         self._check_threshold()
-        terms = self.state.terms
         participants, survivors = self.participants, self.survivors
         digest = hash_names(participants)
         # First all secrets, so that nothing is computed where one is missing.
@@ -242,12 +242,14 @@ class Coordinator:
         dropped = {n: self._combine(n, "mask") for n in participants if n not in survivors}
         total = self.running.copy()
         for name, seed in seeds.items():
-            add_own_mask(total, seed, terms, digest, owner=name, sign=-1)
+            add_own_mask(total, seed, self._context, digest, owner=name, sign=-1)
         keys = {name: self._message("keys", name).mask_key for name in survivors}
         for gone, private in dropped.items():
             for name in survivors:
                 secret = agree_secret(private, bytes.fromhex(keys[name]))
-                add_pairwise_mask(total, secret, terms, digest, owner=name, other=gone, sign=-1)
+                add_pairwise_mask(
+                    total, secret, self._context, digest, owner=name, other=gone, sign=-1
+                )
         return total
 
     def _check(self, message: MemberMessage, payload: bytes, what: str) -> None:
@@ -321,9 +323,7 @@ class Coordinator:
                 )
             for owner, share in shares.items():
                 expected = getattr(self._message("shares", owner), f"{kind}_commitments")
-                own = commit(
-                    self.state.terms.context, kind, owner, message.member, bytes.fromhex(share)
-                )
+                own = commit(self._context, kind, owner, message.member, bytes.fromhex(share))
                 if own != expected[message.member]:
                     raise SumError(
                         f"{what}: expected the share of '{owner}' that it was given, got an "
@@ -337,7 +337,7 @@ class Coordinator:
         for holder in sorted(self._said("revealed")):
             own = getattr(self._message("revealed", holder), f"{kind}_shares")
             if owner in own and len(shares) < terms.threshold:
-                shares[terms.place_of(holder)] = bytes.fromhex(own[owner])
+                shares[self._places[holder]] = bytes.fromhex(own[owner])
         what = f"Cannot open a masked sum: member '{owner}' shared its secrets in phase 'shares'"
         if len(shares) < terms.threshold:
             raise SumError(
@@ -347,7 +347,7 @@ class Coordinator:
         try:
             secret = combine_shares(shares)
             if kind == "self":
-                seed = commit(terms.context, "seed", owner, owner, secret)
+                seed = commit(self._context, "seed", owner, owner, secret)
                 is_right = seed == self._message("shares", owner).seed_commitment
             else:
                 is_right = compute_public(secret).hex() == self._message("keys", owner).mask_key

@@ -21,7 +21,7 @@ __all__ = ["add_own_mask", "add_pairwise_mask", "commit", "hash_names", "hash_wo
 def add_own_mask(
     words: NDArray[np.unsignedinteger],
     seed: bytes,
-    terms: Terms,
+    context: str,
     participants: str,
     *,
     owner: str,
@@ -32,18 +32,18 @@ def add_own_mask(
     Args:
         words: (N,) modulo 2^k.
         seed: The owner's.
-        terms: The sum's.
+        context: `Terms.context`.
         participants: `hash_names` of the participants: other participants, another mask.
         owner: Whose vector it is.
         sign: -1 takes the mask away.
     """
-    add_stream(words, derive_key(seed, terms.context, "own", owner, participants), sign=sign)
+    add_stream(words, derive_key(seed, context, "own", owner, participants), sign=sign)
 
 
 def add_pairwise_mask(
     words: NDArray[np.unsignedinteger],
     secret: bytes,
-    terms: Terms,
+    context: str,
     participants: str,
     *,
     owner: str,
@@ -57,14 +57,14 @@ def add_pairwise_mask(
     Args:
         words: (N,) modulo 2^k.
         secret: What both share.
-        terms: The sum's.
+        context: `Terms.context`.
         participants: `hash_names` of the participants.
         owner: Whose vector it is.
         other: The other member.
         sign: -1 takes the mask away.
     """
     first, second = sorted((owner, other))
-    key = derive_key(secret, terms.context, "pairwise", first, second, participants)
+    key = derive_key(secret, context, "pairwise", first, second, participants)
     add_stream(words, key, sign=sign if owner == first else -sign)
 
 

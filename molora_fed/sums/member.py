@@ -11,7 +11,6 @@ members together are opened.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -109,10 +108,11 @@ class Member:
                 "secret of 32 bytes, got others. Ask the coordinator for another attempt."
             )
         self.vector = vector
-        root = derive_key(secret, terms.context, "root", name, state.vector)
-        self._mask_key = derive_key(root, terms.context, "mask-key")
-        self._share_key = derive_key(root, terms.context, "share-key")
-        self._seed = derive_key(root, terms.context, "own-mask")
+        self._context = terms.context
+        root = derive_key(secret, self._context, "root", name, state.vector)
+        self._mask_key = derive_key(root, self._context, "mask-key")
+        self._share_key = derive_key(root, self._context, "share-key")
+        self._seed = derive_key(root, self._context, "own-mask")
         self._root = root
 
     @classmethod
@@ -194,7 +194,8 @@ class Member:
         message = self._read(data, KeysList)
         self._check_keys(message)
         context, names = self._context, [each.member for each in message.keys]
-        places = {name: self._terms.place_of(name) for name in names}
+        all_places = self._terms.places
+        places = {name: all_places[name] for name in names}
         shares = {
             kind: split_secret(
                 secret,
@@ -243,11 +244,11 @@ class Member:
             )
         digest = hash_names(participants)
         words = self.vector.copy()
-        add_own_mask(words, self._seed, self._terms, digest, owner=self.name)
+        add_own_mask(words, self._seed, self._context, digest, owner=self.name)
         for name in participants:
             if name != self.name:
                 secret = agree_secret(self._mask_key, bytes.fromhex(keys[name].mask_key))
-                add_pairwise_mask(words, secret, self._terms, digest, owner=self.name, other=name)
+                add_pairwise_mask(words, secret, self._context, digest, owner=self.name, other=name)
         payload = words.tobytes()
         usable = self._open_shares(message)
         answer = Masked(
@@ -286,7 +287,7 @@ class Member:
                 "for more members to agree."
             )
         for each in message.agreements:
-            each.check_signature(self._terms)
+            each.check_signature(self._terms, self._context)
         usable = self._open_shares(self._deliver)
         answer = Revealed(
             member=self.name,
@@ -304,7 +305,7 @@ class Member:
                 f"by name, got {len(names)}. Wait for more members."
             )
         for each in message.keys:
-            each.check_signature(self._terms)
+            each.check_signature(self._terms, self._context)
             if each.member == self.name:
                 continue
             try:
@@ -371,7 +372,7 @@ class Member:
 
     @property
     def _own_shares(self) -> tuple[bytes, bytes]:
-        place = self._terms.place_of(self.name)
+        place = self._terms.places[self.name]
         mask, own = (
             split_secret(
                 secret,
@@ -395,10 +396,6 @@ class Member:
     @property
     def _terms(self) -> Terms:
         return self.state.terms
-
-    @cached_property
-    def _context(self) -> str:
-        return self.state.terms.context
 
     @property
     def _keys_list(self) -> KeysList:

@@ -196,9 +196,10 @@ class Terms(UntrustedModel):
         """Hash of all of it; keys and signatures are bound to this."""
         return hash_bytes(canonical_json([_PURPOSE, self.model_dump(mode="json")]))
 
-    def place_of(self, name: str) -> int:
-        """Where a member's shares lie on the polynomials, from 1."""
-        return self.names.index(name) + 1
+    @property
+    def places(self) -> dict[str, int]:
+        """Where each member's shares lie on the polynomials, from 1."""
+        return {name: place for place, name in enumerate(self.names, start=1)}
 
 
 class Message(UntrustedModel):
@@ -236,8 +237,12 @@ class MemberMessage(Message):
         """The same message with its signature."""
         return self.model_copy(update={"signature": sign(key, self.build_signed_bytes(context))})
 
-    def check_signature(self, terms: Terms) -> None:
+    def check_signature(self, terms: Terms, context: str) -> None:
         """Refuse what the named member did not sign in this sum.
+
+        Args:
+            terms: The sum's.
+            context: `terms.context`, which takes a while where members are many.
 
         Raises:
             SumError: If it did not, or has no part in the sum.
@@ -250,7 +255,7 @@ class MemberMessage(Message):
             )
         public = terms.members[names.index(self.member)].public_key
         try:
-            verify(public, self.build_signed_bytes(terms.context), self.signature)
+            verify(public, self.build_signed_bytes(context), self.signature)
         except MoloraError as error:
             raise SumError(
                 f"{describe_sender(self.member, self.phase)}: expected that member's signature "

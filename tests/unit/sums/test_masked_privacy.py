@@ -31,7 +31,7 @@ def take_off(words, members, names, terms, *, secrets):
     for name in names:
         secret = agree_secret(secrets[name], bytes.fromhex(target.mask_key))
         digest = hash_names(sorted(members))
-        add_pairwise_mask(rest, secret, terms, digest, owner=TARGET, other=name, sign=-1)
+        add_pairwise_mask(rest, secret, terms.context, digest, owner=TARGET, other=name, sign=-1)
     return rest
 
 
@@ -67,7 +67,7 @@ def test_the_same_test_finds_a_vector_whose_masks_are_known():
     rest = take_off(masked, members, names, terms, secrets=secrets)
     assert chisquare(np.bincount(rest, minlength=256)).pvalue > 1e-4  # its own mask is left
     digest = hash_names(sorted(members))
-    add_own_mask(rest, members[TARGET]._seed, terms, digest, owner=TARGET, sign=-1)
+    add_own_mask(rest, members[TARGET]._seed, terms.context, digest, owner=TARGET, sign=-1)
     assert (rest == words[0]).all()
     assert chisquare(np.bincount(rest, minlength=256)).pvalue < 1e-100
 
@@ -80,7 +80,7 @@ def test_what_threshold_less_one_members_hold_gives_neither_secret():
     for name in list_names(COUNT)[1:]:
         delivered = Deliver.model_validate_json(members[name].state.accepted[1])
         shares = members[name]._open_shares(delivered)
-        held[coordinator.state.terms.place_of(name)] = shares[TARGET]
+        held[coordinator.state.terms.places[name]] = shares[TARGET]
     for number, secret in ((0, members[TARGET]._mask_key), (1, members[TARGET]._seed)):
         own = {place: shares[number] for place, shares in held.items()}
         assert combine_shares(own) == secret
@@ -134,8 +134,8 @@ def test_totals_alike_give_transcripts_alike(monkeypatch):
 
     honest = module.add_pairwise_mask
 
-    def add_shifted(target, secret, terms, digest, *, owner, other, sign=1):
-        honest(target, secret, terms, digest, owner=owner, other=other, sign=sign)
+    def add_shifted(target, secret, context, digest, *, owner, other, sign=1):
+        honest(target, secret, context, digest, owner=owner, other=other, sign=sign)
         if {owner, other} == {"member-01", "member-02"}:
             (np.subtract if owner == "member-01" else np.add)(target, shift, out=target)
 
@@ -192,7 +192,9 @@ def test_who_drops_out_after_all_keeps_its_own_mask():
         keys = Keys.model_validate_json(members[name].send_keys())
         secret = agree_secret(private, bytes.fromhex(keys.mask_key))
         terms, digest = coordinator.state.terms, hash_names(sorted(members))
-        masks.add_pairwise_mask(rest, secret, terms, digest, owner=TARGET, other=name, sign=-1)
+        masks.add_pairwise_mask(
+            rest, secret, terms.context, digest, owner=TARGET, other=name, sign=-1
+        )
     assert chisquare(np.bincount(rest, minlength=256)).pvalue > 1e-4
     again = Coordinator.from_bytes(coordinator.to_bytes())
     assert (again.open_total() == coordinator.open_total()).all()
