@@ -412,3 +412,11 @@ def test_a_total_is_opened_in_the_last_phase_only():
     for name, answer in go_to(coordinator, members, "revealed").items():
         coordinator.receive(name, answer)
     refuse("a phase after 'revealed'", coordinator.advance, kind=SumError)
+
+
+def test_a_share_that_is_not_the_one_committed_to_is_called_unusable():
+    _, members, _, asked = ask("shares", count=3)
+    sealed = Deliver.model_validate_json(asked["member-00"]).sealed
+    changed = [sealed[0].model_copy(update={"self_commitment": "0" * 64}), sealed[1]]
+    answer = members["member-00"].answer(Deliver(sealed=changed).to_bytes())
+    assert b'"unusable":["member-01"]' in answer.partition(b"\n")[0]
