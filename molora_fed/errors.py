@@ -33,6 +33,8 @@ __all__ = [
     "SignatureError",
     "StorageError",
     "StudyError",
+    "SumError",
+    "SumRefusedError",
     "TraceError",
     "TrainingError",
     "UnknownNameError",
@@ -183,6 +185,18 @@ class ExpertError(BankError):
     def __init__(self, message: str, expert: str) -> None:
         super().__init__(message)
         self.expert = expert
+
+
+class SumError(MoloraError, ValueError):
+    """A sum over members cannot be made, or a member's part of it cannot be used."""
+
+    exit_code = 34
+
+
+class SumRefusedError(SumError):
+    """A coordinator asks members for more than a sum may show."""
+
+    exit_code = 35
 
 
 class CascadeError(MoloraError, ValueError):

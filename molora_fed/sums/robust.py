@@ -1,0 +1,80 @@
+"""Sums by coordinate that a few absurd members cannot move: trimmed mean times n.
+
+The coordinator sees every member's vector. Source: Yin et al., "Byzantine-Robust Distributed
+Learning", arXiv 1803.01498, definition 2; times n, because callers expect sums.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molora_fed.errors import SumError
+from molora_fed.sums.vectors import Total, VectorLayout
+
+__all__ = ["MAX_TRIM_SHARE", "count_trimmed", "sum_robustly"]
+
+MAX_TRIM_SHARE = 0.4
+_COLUMNS = 2**16  # sorted at a time
+
+
+def count_trimmed(members: int, trim_share: float) -> int:
+    """Values cut at each end of every coordinate: the share of the members, rounded down.
+
+    Raises:
+        SumError: If the share is not above 0 and at most 0.4.
+    """
+    if not 0 < trim_share <= MAX_TRIM_SHARE:
+        raise SumError(
+            f"Cannot trim sums: expected a share above 0 and at most {MAX_TRIM_SHARE}, got "
+            f"{trim_share}. Amend the charter."
+        )
+    # A share of 0.3 times 10 members is below 3 in float64.
+    return math.floor(members * trim_share + 1e-9)
+
+
+def sum_robustly(
+    vectors: Mapping[str, NDArray[np.float64]], layout: VectorLayout, *, trim_share: float
+) -> Total:
+    """Sum members' vectors by trimmed mean.
+
+    Each vector is clipped to the layout's bounds. In every coordinate the lowest and the highest
+    values, a share of the members at each end, are left out, and the mean of the rest is taken
+    times the number of members. With too few members to leave one out at each end the clipped
+    values are summed plainly, and the total's notes say so.
+
+    Args:
+        vectors: (N,) float64 by member; their order does not matter.
+        layout: Parts with bounds.
+        trim_share: Share that is cut at each end, above 0, at most 0.4.
+
+    Raises:
+        SumError: If there is no vector, or one has another length or is not finite; it is named.
+    """
+    members = tuple(sorted(vectors))
+    cut = count_trimmed(len(members), trim_share)
+    if not members:
+        raise SumError(
+            "Cannot sum robustly: expected at least one member's vector, got none. Wait for the "
+            "members to connect."
+        )
+    notes: list[str] = []
+    stacked = np.empty((len(members), layout.length))  # (M, N)
+    for row, name in enumerate(members):
+        stacked[row], beyond = layout.clip(vectors[name], who=name)
+        if beyond:
+            notes.append(f"{beyond:,} entries of '{name}' lay beyond their bound and were clipped.")
+    if not cut:
+        notes.append(
+            f"Nothing was trimmed: {len(members)} members are fewer than the "
+            f"{math.ceil(1 / trim_share - 1e-9)} that a share of {trim_share:g} needs; this is "
+            "the plain sum of clipped values."
+        )
+    total = np.empty(layout.length)
+    for start in range(0, layout.length, _COLUMNS):
+        # Sorted also where nothing is cut: the sum does not depend on the members' order.
+        columns = np.sort(stacked[:, start : start + _COLUMNS], axis=0)
+        kept = columns[cut : len(members) - cut]
+        total[start : start + _COLUMNS] = kept.sum(axis=0) * (len(members) / len(kept))
+    return Total(layout.unflatten(total), members, tuple(notes))
