@@ -26,7 +26,7 @@ def read(total):
 def test_it_is_the_trimmed_mean_times_the_members(members, share, seed):
     vectors = draw(members, seed)
     total = sum_robustly(vectors, LAYOUT, trim_share=share)
-    # The share that is cut, a little above: a share just below a whole member counts as that member.
+    # What is cut, and a little: a share just below a whole member counts as that member.
     cut = count_trimmed(members, share) / members + 1e-9
     expected = trim_mean(np.stack(list(vectors.values())), cut, axis=0) * members
     np.testing.assert_allclose(read(total), expected, rtol=1e-12, atol=1e-12)
