@@ -34,6 +34,20 @@ __all__ = [
 
 _LARGEST_LEAD = 500.0  # nats of evidence; an expert further behind counts as this far
 
+_STARTS = (
+    (1.0, 0.0, 0.0),
+    (4.0, 0.0, 0.0),
+    (0.3, 0.0, 0.0),
+    (0.1, 0.0, 0.0),
+    (0.0, 40.0, 0.0),
+    (0.0, 10.0, 0.0),
+    (0.0, 1.0, 0.0),
+    (0.0, 0.3, 0.0),
+    (0.0, 0.0, 1.0),
+    (0.0, 0.0, 0.5),
+)
+"""First points of a fit by sums: the first decay's weight, one shared by all, the last one's."""
+
 
 class ZeroOptions(RouterOptions):
     """The zero-training evidence router has no options."""
@@ -190,16 +204,21 @@ class EvidenceRouter(EvidenceGates[EvidenceOptions]):
 
 
 class EvidenceSums(SecondOrderFit[EvidenceOptions]):
-    """Weights, then the prior, fitted by sums from the zero form."""
+    """Weights, then the prior, fitted by sums; never worse than the zero form."""
 
-    gradient_bound: ClassVar[float] = _LARGEST_LEAD
-    hessian_bound: ClassVar[float] = _LARGEST_LEAD**2
+    slope_bound: ClassVar[float] = _LARGEST_LEAD
 
     @override
     def begin(self) -> Tensor:
-        theta = torch.zeros(self._num_weights + self.setting.num_experts, dtype=torch.float64)
-        theta[0] = 1.0
-        return theta
+        """The zero form, and evidence that counts for more, for less, or fades."""
+        points = torch.zeros(
+            len(_STARTS), self._num_weights + self.setting.num_experts, dtype=torch.float64
+        )
+        for point, (oldest, each, newest) in zip(points, _STARTS, strict=True):
+            point[: self._num_weights] = each / self._num_weights
+            point[0] += oldest
+            point[self._num_weights - 1] += newest
+        return points
 
     @override
     def directions(self) -> Tensor:

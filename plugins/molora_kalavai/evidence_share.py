@@ -25,6 +25,8 @@ _NAMES = ("rate", "power", "log_prior")
 _START_RATE = -5.0  # log-odds: a switch every 150 tokens
 _START_POWER = 2.0  # log-odds: evidence counts 0.88 of its face value
 _NEVER = 40.0  # log-odds of what always holds, in sums
+_STARTS = ((_START_RATE, _START_POWER), (-5.0, 0.0), (-3.0, 2.0), (-3.0, 0.0), (-8.0, 2.0))
+"""Log-odds of rate and power at the first points of a fit by sums."""
 
 
 class ShareOptions(RouterOptions):
@@ -145,20 +147,14 @@ class FixedShareRouter(OutputRouter[ShareOptions]):
 class ShareSums(SecondOrderFit[ShareOptions]):
     """Log-odds of rate and power, then the prior, fitted by sums; the zero form if it is better."""
 
-    gradient_bound: ClassVar[float] = 1e4
-    hessian_bound: ClassVar[float] = 1e7
+    slope_bound: ClassVar[float] = 1e4
 
     @override
     def begin(self) -> Tensor:
-        return self._make_theta(_START_RATE, _START_POWER)
-
-    @override
-    def fall_back(self) -> Tensor:
-        return self._make_theta(-_NEVER, _NEVER)
-
-    def _make_theta(self, rate: float, power: float) -> Tensor:
-        numbers = torch.tensor([rate, power], dtype=torch.float64)
-        return torch.cat([numbers, numbers.new_zeros(self.setting.num_experts)])
+        """The zero form, and some rates and powers."""
+        size = self.setting.num_experts
+        points = [(-_NEVER, _NEVER), *_STARTS]
+        return torch.tensor([(*point, *([0.0] * size)) for point in points], dtype=torch.float64)
 
     @override
     def directions(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""Few numbers fitted by sums: damped Newton steps over members' losses, gradients and Hessians.
+"""Few numbers fitted by sums: second-order steps over members' losses, gradients and curvatures.
 
-The coordinator proposes points, members answer with loss, gradient and Hessian at each, and the
-next points are steps of several dampings from the best one seen; see docs/routers.md.
+The coordinator proposes points, members answer with loss, gradient and curvature at each, and the
+next points are steps of several kinds from the best one seen; see docs/routers.md.
 """
 
 import abc
@@ -26,38 +26,49 @@ from molora_fed.routing.summed import (
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
 
-__all__ = ["SecondOrderFit", "spread_evenly"]
+__all__ = ["LEAST_LOGPROB", "SecondOrderFit", "compute_token_losses", "spread_evenly"]
 
 LEAST_LOGPROB = -100.0
 """Nats; what an expert gives a token less than counts as this much, so that sums are bounded."""
 
-_TRIED = ((1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (8.0, 0.0), (1.0, 0.01), (1.0, 0.1), (1.0, 1.0))
-"""Length and damping, the latter of the Hessian's diagonal, of the steps that are tried."""
-_HARDER = 100.0  # times the damping where no step was an improvement
+_TRIED = (
+    (0.0, 2.0),
+    (0.5, 2.0),
+    (0.8, 2.0),
+    (0.9, 2.0),
+    (0.9, 1.0),
+    (0.95, 1.0),
+    (1.0, 1.0),
+    (1.0, 2.0),
+    (1.0, 4.0),
+    (1.0, 8.0),
+)
+"""Of the steps that are tried: the share of R in C - share * R, and their length.
+
+Share 0 is a step of EM, whose curvature is never negative, share 1 one of Newton's.
+"""
+_SHORTER = 0.2  # all lengths are times this where no step was an improvement
 _CLOSE_NATS = 1e-7  # a step that promises less is not asked for
 _CHUNK_NUMBERS = 2**19  # numbers of scores handled at once
 
 
 class SecondOrderFit(SummedFit[OptionsT]):
-    """Fits numbers theta (P,) that scores are differentiable in; never worse than where it starts.
+    """Fits numbers theta (P,) that scores are differentiable in; never worse than the fallback.
 
-    Sums are of the probability mixture's loss, its gradient and Hessian along the directions that
-    change gates. Where the fused model mixes logits, the last round compares what was found with
-    the fallback under that mixture, as the pooled fit does.
+    With g the gates, r the experts' responsibilities for the next token and J the derivatives of
+    scores, members send sums over tokens of the probability mixture's loss, of its gradient
+    J^T (g - r), and of the covariances of J under g and under r, C and R; the Hessian is C - R,
+    exactly where scores are linear. Where the fused model mixes logits, the last round compares
+    what was found with the fallback under that mixture, as the pooled fit does.
     """
 
-    rounds: ClassVar[int] = 5
-    gradient_bound: ClassVar[float]
-    """Of a token's gradient along any of the directions."""
-    hessian_bound: ClassVar[float]
+    rounds: int = 5
+    slope_bound: ClassVar[float]
+    """Of the differences of two experts' derivatives, along any of the directions."""
 
     @abc.abstractmethod
     def begin(self) -> Tensor:
-        """Where it starts, (P,) float64."""
-
-    def fall_back(self) -> Tensor:
-        """What is kept if it is better than anything found, (P,) float64; where it starts."""
-        return self.begin()
+        """Points of the first round, (M, P) float64; the first is the fallback."""
 
     @abc.abstractmethod
     def directions(self) -> Tensor:
@@ -78,9 +89,8 @@ class SecondOrderFit(SummedFit[OptionsT]):
     @override
     def start(self) -> SummedState | Finished:
         if self.setting.num_experts == 1:  # no number changes its gates
-            return Finished(self.tensors(self.begin()))
-        points = torch.stack([self.begin(), self.fall_back()])
-        return {"points": points[:1] if torch.equal(points[0], points[1]) else points}
+            return Finished(self.tensors(self.begin()[0]))
+        return {"points": self.begin()}
 
     @override
     def send(self, state: SummedState) -> SummedState:
@@ -95,8 +105,9 @@ class SecondOrderFit(SummedFit[OptionsT]):
         half = width * (width + 1) // 2
         return {
             "loss": loss,
-            "gradient": SumEntry((count, width), self.gradient_bound),
-            "hessian": SumEntry((count, half), self.hessian_bound),
+            "gradient": SumEntry((count, width), self.slope_bound),
+            "gates_curvature": SumEntry((count, half), self.slope_bound**2),
+            "text_curvature": SumEntry((count, half), self.slope_bound**2),
         }
 
     @override
@@ -106,7 +117,7 @@ class SecondOrderFit(SummedFit[OptionsT]):
         domains, features = self.setting.domains, self.features(bank)
         by_block = torch.tensor([weights.get(d, 0.0) for d in domains], dtype=torch.float64)
         by_block = by_block[locate_domains(bank, domains)].to(bank.device)
-        per_block = bank.block_size * bank.num_experts
+        per_block = bank.block_size * bank.num_experts * self.directions().shape[1]
         chunk = max(1, _CHUNK_NUMBERS // per_block)
         totals: dict[str, Tensor] = {}
         with limit_threads(1):  # the same sums whatever the machine has
@@ -131,31 +142,36 @@ class SecondOrderFit(SummedFit[OptionsT]):
     ) -> dict[str, Tensor]:
         """The loss under the bank's own mixture, ()."""
         with torch.no_grad():
-            losses = bank.score_nll(self.score(part, theta).float(), rows).double()
-        return {"own_loss": losses.clamp(0.0, -LEAST_LOGPROB).sum(dim=1) @ weights}
+            losses = compute_token_losses(bank, self.score(part, theta), rows)
+        return {"own_loss": losses.sum(dim=1) @ weights}
 
+    @torch.no_grad()
     def _differentiate(
         self, bank: "CalibrationBank", rows: slice, part: Tensor, theta: Tensor, weights: Tensor
     ) -> dict[str, Tensor]:
-        """Loss (), gradient (p,) and the upper half of the Hessian, all of weighted sums."""
+        """Weighted sums over some blocks: loss (), gradient (p,), upper halves of C and R."""
         basis = self.directions().to(theta.device)
-        logprob = bank.logprob[rows].to(theta.device).double().clamp_min(LEAST_LOGPROB)
-        along = torch.zeros(
-            basis.shape[1], dtype=torch.float64, device=theta.device, requires_grad=True
-        )
-        scores = self.score(part, theta + basis @ along)
-        losses = compute_probability_nll(torch.log_softmax(scores, dim=-1), logprob)
-        loss = losses.sum(dim=1) @ weights
-        (gradient,) = torch.autograd.grad(loss, along, create_graph=True)
-        hessian = torch.stack(
-            [torch.autograd.grad(g, along, retain_graph=True)[0] for g in gradient.unbind()]
-        )
-        row, column = torch.triu_indices(len(along), len(along))
-        return {
-            "loss": loss.detach(),
-            "gradient": gradient.detach(),
-            "hessian": hessian.detach()[row, column],
-        }
+        origin = torch.zeros(basis.shape[1], dtype=torch.float64, device=theta.device)
+
+        def score(along: Tensor) -> tuple[Tensor, Tensor]:
+            found = self.score(part, theta + basis @ along)[:, :-1]
+            return found, found
+
+        slopes, scores = torch.func.jacfwd(score, has_aux=True)(origin)  # (B, T-1, E, p)
+        log_gates = torch.log_softmax(scores, dim=-1)
+        logprob = bank.logprob[rows, 1:].to(theta.device).double().clamp_min(LEAST_LOGPROB)
+        joint = log_gates + logprob
+        weight = weights.view(-1, 1, 1)
+        found = {"loss": -(torch.logsumexp(joint, dim=-1).sum(dim=1) @ weights)}
+        gates, text = log_gates.exp(), torch.softmax(joint, dim=-1)
+        row, column = torch.triu_indices(len(origin), len(origin))
+        for name, share in (("gates_curvature", gates), ("text_curvature", text)):
+            mean = torch.einsum("bte,btep->btp", share, slopes)
+            around = (slopes - mean.unsqueeze(2)) * (share * weight).sqrt().unsqueeze(-1)
+            flat = around.flatten(0, 2)
+            found[name] = (flat.T @ flat)[row, column]
+        found["gradient"] = torch.einsum("bte,btep->p", (gates - text) * weight, slopes)
+        return found
 
     @override
     def advance(self, state: SummedState, totals: Mapping[str, Tensor]) -> SummedState | Finished:
@@ -163,42 +179,44 @@ class SecondOrderFit(SummedFit[OptionsT]):
             better = int(totals["own_loss"].argmin())  # the fallback is the first of two
             return Finished(self.tensors(state["points"][better]))
         best = self._choose(state, totals)
-        width = len(best["gradient"])
-        hessian = torch.zeros(width, width, dtype=torch.float64)
-        row, column = torch.triu_indices(width, width)
-        hessian[row, column] = hessian[column, row] = best["hessian"]
-        steps, promised = _propose(best["gradient"], hessian, float(best["harder"]))
+        steps, promised = _propose(
+            best["gradient"], best["gates_curvature"], best["text_curvature"], float(best["reach"])
+        )
         last = self.rounds - (1 if self.setting.mixture != "probability" else 0)
-        if int(best["round"]) >= last or promised < _CLOSE_NATS:
-            return self._end(best)
-        return {**best, "points": best["theta"] + steps @ self.directions().T}
-
-    def _choose(self, state: SummedState, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The best point so far with what is known there."""
-        losses = totals["loss"]
-        is_first = "round" not in state
-        index = 0 if is_first else int(losses.argmin())
-        found = {
-            "theta": state["points"][index],
-            "loss": losses[index],
-            "gradient": totals["gradient"][index],
-            "hessian": totals["hessian"][index],
-            "harder": torch.ones((), dtype=torch.float64),
-        }
-        if is_first:
-            return {**found, "fallback_loss": losses[-1], "round": torch.ones(())}
-        if float(losses[index]) >= float(state["loss"]):
-            found = {name: state[name] for name in found}
-            found["harder"] = state["harder"] * _HARDER
-        after = {"fallback_loss": state["fallback_loss"], "round": state["round"] + 1}
-        return {**found, **after}
-
-    def _end(self, best: Mapping[str, Tensor]) -> SummedState | Finished:
-        fallback = self.fall_back()
+        if int(best["round"]) < last and promised > _CLOSE_NATS:
+            return {**best, "points": best["theta"] + steps @ self.directions().T}
+        points = torch.stack([self.begin()[0], best["theta"]])
         if self.setting.mixture != "probability":
-            return {"points": torch.stack([fallback, best["theta"]]), "compare": torch.ones(())}
-        is_better = float(best["loss"]) < float(best["fallback_loss"])
-        return Finished(self.tensors(best["theta"] if is_better else fallback))
+            return {"points": points, "compare": torch.ones(())}
+        return Finished(self.tensors(best["theta"]))
+
+    @staticmethod
+    def _choose(state: SummedState, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The best point so far, what is known there, and how many rounds were answered."""
+        index = int(totals["loss"].argmin())
+        known = {"theta": state["points"], **totals}
+        found = {name: values[index] for name, values in known.items()}
+        reach = torch.ones((), dtype=torch.float64)
+        if "loss" in state and float(found["loss"]) >= float(state["loss"]):
+            found, reach = {name: state[name] for name in found}, state["reach"] * _SHORTER
+        return {**found, "reach": reach, "round": state.get("round", torch.zeros(())) + 1}
+
+
+def compute_token_losses(bank: "CalibrationBank", scores: Tensor, rows: slice) -> Tensor:
+    """Losses of the gates softmax(scores) under the bank's mixture, bounded by -LEAST_LOGPROB.
+
+    Args:
+        bank: Its `score_nll` mixes logits; distributions are mixed in float64 here.
+        scores: Of some blocks, (B, T, E) float64.
+        rows: The blocks.
+
+    Returns:
+        Loss of x_1 .. x_{T-1} in nats, (B, T-1) float64; differentiable in `scores`.
+    """
+    if bank.readout is not None:
+        return bank.score_nll(scores.float(), rows).double().clamp(0.0, -LEAST_LOGPROB)
+    logprob = bank.logprob[rows].to(scores.device).double().clamp_min(LEAST_LOGPROB)
+    return compute_probability_nll(torch.log_softmax(scores, dim=-1), logprob)
 
 
 def spread_evenly(count: int) -> Tensor:
@@ -215,18 +233,30 @@ def _compares(state: SummedState) -> bool:
     return "compare" in state
 
 
-def _propose(gradient: Tensor, hessian: Tensor, harder: float) -> tuple[Tensor, float]:
-    """Steps (M, p), one a damping, and by how much the model says the first lowers the loss, nats.
+def _propose(
+    gradient: Tensor, gates_curvature: Tensor, text_curvature: Tensor, reach: float
+) -> tuple[Tensor, float]:
+    """Steps (M, p), and by how much the model says that Newton's lowers the loss, nats.
 
     Curvature counts by its size: along directions where the loss curves down a step still lowers
-    it. Every axis is in units of its own curvature, so that dampings mean the same for all.
+    it. Every axis is in units of the gates' curvature along it.
     """
-    scale = hessian.diagonal().abs().clamp_min(1e-12).sqrt()
-    values, vectors = torch.linalg.eigh(hessian / torch.outer(scale, scale))
-    along = vectors.T @ (gradient / scale)
-    curvature = values.abs().clamp_min(1e-8)
-    steps = [
-        -length * (vectors @ (along / (curvature + damping * harder))) / scale
-        for length, damping in _TRIED
-    ]
-    return torch.stack(steps), float((along**2 / curvature).sum()) / 2
+    width = len(gradient)
+    row, column = torch.triu_indices(width, width)
+
+    def unfold(half: Tensor) -> Tensor:
+        whole = torch.zeros(width, width, dtype=torch.float64)
+        whole[row, column] = whole[column, row] = half
+        return whole
+
+    gates, text = unfold(gates_curvature), unfold(text_curvature)
+    scale = gates.diagonal().clamp_min(1e-12).sqrt()
+    units = torch.outer(scale, scale)
+    steps, promised = [], 0.0
+    for share, length in _TRIED:
+        values, vectors = torch.linalg.eigh((gates - share * text) / units)
+        along = vectors.T @ (gradient / scale)
+        curvature = values.abs().clamp_min(1e-6)
+        steps.append(-length * reach * (vectors @ (along / curvature)) / scale)
+        promised = float((along**2 / curvature).sum()) / 2
+    return torch.stack(steps), promised
