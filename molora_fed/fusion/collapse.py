@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,16 +11,18 @@ from typing_extensions import override
 from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.summed import (
-    AddUp,
     Finished,
     FitSetting,
     SumEntry,
     SummedFit,
     SummedState,
-    add_plainly,
-    collect_setting,
     locate_domains,
     plan_summed_fit,
+)
+from molora_fed.routing.summed_run import (
+    AddUp,
+    add_plainly,
+    collect_setting,
     run_rounds,
     weigh_domains,
 )
@@ -150,7 +152,7 @@ class SummedJudgement(SummedFit[RouterOptions]):
         tensors: What it learned.
     """
 
-    rounds: ClassVar[int] = 1
+    rounds = 1
 
     def __init__(
         self, setting: FitSetting, router: type[OutputRouter], tensors: Mapping[str, Tensor]

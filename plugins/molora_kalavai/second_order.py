@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from molora_fed.bank.mixture import compute_probability_nll
 from molora_fed.models.runtime import limit_threads
+from molora_fed.routing.contract import OptionsT
 from molora_fed.routing.summed import (
     Finished,
-    OptionsT,
     SumEntry,
     SummedFit,
     SummedState,
@@ -62,7 +62,7 @@ class SecondOrderFit(SummedFit[OptionsT]):
     what was found with the fallback under that mixture, as the pooled fit does.
     """
 
-    rounds: int = 5
+    rounds = 5
     slope_bound: ClassVar[float]
     """Of the differences of two experts' derivatives, along any of the directions."""
 

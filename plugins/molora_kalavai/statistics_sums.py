@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import numpy as np
@@ -54,7 +54,7 @@ class StatisticsSums(SummedFit[RouterOptions]):
     out of fold, and for the last constant gates.
     """
 
-    rounds: ClassVar[int] = 4
+    rounds = 4
 
     def __init__(
         self, setting: FitSetting, options: RouterOptions, name: Reading, folds: int, label: str
