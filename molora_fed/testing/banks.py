@@ -108,7 +108,7 @@ def take_blocks(bank: Bank, rows: Sequence[int] | NDArray[np.int64]) -> Any:
     """The bank of some of the blocks, in this order, as one member of several would have it.
 
     Args:
-        bank: Of the probability mixture.
+        bank: Any bank.
         rows: Indices of its blocks, one at least.
 
     Returns:
@@ -133,6 +133,7 @@ def take_blocks(bank: Bank, rows: Sequence[int] | NDArray[np.int64]) -> Any:
         logprob=bank.logprob[index],
         experts_hidden=None if experts is None else tuple(column[index] for column in experts),
         folder=None,
+        measure=None,
         _derived={},
         **columns,
     )
