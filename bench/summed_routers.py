@@ -3,6 +3,7 @@
     molora demo                                  # makes its folder, `demo`
     python bench/summed_routers.py demo          # a line a router
     python bench/summed_routers.py demo --local  # and federated averaging with local steps
+    python bench/summed_routers.py demo --bits   # and sums in fixed point
 
 Every member has its own domain's calibration blocks. Losses are equal-weight means over domains in
 nats, calibration and held-out; "numbers" is what a member answers with in all rounds together, and
@@ -13,6 +14,7 @@ import argparse
 import itertools
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +42,7 @@ from molora_fed.models.base import load_base
 from molora_fed.plugins import get_plugins
 from molora_fed.routing.contract import OutputRouter
 from molora_fed.routing.fitting import draw_batches
-from molora_fed.routing.summed_run import fit_by_sums
+from molora_fed.routing.summed_run import Vector, add_plainly, fit_by_sums
 from molora_fed.testing import take_blocks
 from molora_fed.types import BASE_EXPERT, Reading
 
@@ -49,12 +51,15 @@ LOCAL_STEPS = (1, 4, 16)
 LOCAL_REACHES = (1.0, 4.0)
 LOCAL_ROUNDS = 12
 SERVER_MOMENTUM = 0.5
+ROUNDED = ("evidence", "statistics", "linear")
+BITS = (20, 24, 28, 32, 40)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path, help="folder of `molora demo`")
     parser.add_argument("--local", action="store_true", help="try local steps, too")
+    parser.add_argument("--bits", action="store_true", help="round sums to steps, too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,6 +79,9 @@ def main() -> None:
             options = router.Options()
             for seed in SEEDS if isinstance(options, HiddenOptions) else SEEDS[:1]:
                 print(compare(name, router, seed, bank, held_out, members), flush=True)
+        if arguments.bits:
+            for name, bits in itertools.product(ROUNDED, BITS):
+                print(compare_rounded(name, bits, held_out, members), flush=True)
         if arguments.local:
             for steps, reach in itertools.product(LOCAL_STEPS, LOCAL_REACHES):
                 print(average_locally(steps, reach, members, bank, held_out), flush=True)
@@ -136,6 +144,24 @@ def compare(
         f"| {name} | {seed} | {' | '.join(cells)} | {result.rounds} | {result.answer_numbers} "
         f"| {between - start:.2f} | {spent:.2f} |"
     )
+
+
+def compare_rounded(
+    name: str, bits: int, held_out: HeldOutBank, members: list[CalibrationBank]
+) -> str:
+    """What rounding every member's numbers to a step below their bounds costs."""
+    router = get_plugins().routers.resolve(name)
+
+    def add(vectors: Sequence[Vector], bounds: Vector) -> Vector:
+        steps = np.sum([np.round(vector / bounds * 2.0**bits) for vector in vectors], axis=0)
+        return np.asarray(steps * bounds / 2.0**bits)
+
+    exact, rounded = (
+        fit_by_sums(router, members, router.Options(), SEEDS[0], add=how)[0]
+        for how in (add_plainly, add)
+    )
+    difference = compute_loss(held_out, rounded) - compute_loss(held_out, exact)
+    return f"{name}, rounded to 2^-{bits} of the bounds: held-out {difference:+.5f}"
 
 
 def average_locally(
