@@ -19,6 +19,7 @@ from molora_fed.routing.summed import (
     SumEntry,
     SummedFit,
     SummedState,
+    locate_domains,
     plan_summed_fit,
 )
 from molora_fed.types import Progress
@@ -98,7 +99,7 @@ def weigh_domains(banks: Sequence["CalibrationBank"]) -> dict[str, float]:
         blocks = np.bincount(bank.domain_of, minlength=len(bank.domains))
         for domain, count in zip(bank.domains, blocks.tolist(), strict=True):
             tokens[domain] = tokens.get(domain, 0) + count * (bank.block_size - 1)
-    return {domain: 1 / (len(tokens) * count) for domain, count in tokens.items() if count}
+    return {domain: 1 / (len(tokens) * count) for domain, count in tokens.items()}
 
 
 def count_entries(entries: Mapping[str, SumEntry]) -> int:
@@ -179,16 +180,24 @@ def answer_round(
         fit: From `plan_summed_fit`.
         bank: The member's own.
         state: As it was sent.
-        weights: Weight of a predicted token by domain.
+        weights: Weight of a predicted token by domain, of each of the bank's.
 
     Raises:
-        RoutingError: If the bank is of other experts or domains, or the router breaks its word.
+        RoutingError: If the bank is of other experts or domains, a weight is missing, or the router
+            breaks its word.
     """
     check_calibration(bank)
     if bank.expert_names != fit.setting.expert_names:
         raise RoutingError(
             f"Cannot fit by sums: expected experts {', '.join(fit.setting.expert_names)}, got "
             f"{', '.join(bank.expert_names)}. Build the bank from the admitted experts."
+        )
+    locate_domains(bank, fit.setting.domains)
+    missing = sorted(set(bank.domains) - weights.keys())
+    if missing:
+        raise RoutingError(
+            f"Cannot fit by sums: expected a weight for each of the bank's domains, got none for "
+            f"{', '.join(missing)}. Ask the coordinator for all of them."
         )
     sums = fit.measure(bank, state, weights)
     return pack_sums(sums, fit.entries(state), who=type(fit).__name__)

@@ -145,6 +145,8 @@ def test_domains_and_experts_that_nobody_agreed_on_are_refused(bank):
     state, weights = fit.start(), weigh_domains([bank])
     with pytest.raises(RoutingError, match="some of domain-x"):
         answer_round(fit, replace(bank, domains=("domain-0", "domain-1", "domain-x")), state, {})
+    with pytest.raises(RoutingError, match="got none for domain-1, domain-2"):
+        answer_round(fit, bank, state, {"domain-0": 0.1})
     with pytest.raises(RoutingError, match="experts expert-0, expert-1, expert-2, got a, b, c"):
         answer_round(fit, replace(bank, expert_names=("a", "b", "c")), state, weights)
     with pytest.raises(RoutingError, match="got HeldOutBank"):
