@@ -1,13 +1,31 @@
 """The collapse guard: a router that loses a domain is refitted from another start, or replaced."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
+from typing_extensions import override
 
 from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses
 from molora_fed.routing.contract import OutputRouter, RouterOptions
+from molora_fed.routing.summed import (
+    Finished,
+    FitSetting,
+    SumEntry,
+    SummedFit,
+    SummedState,
+    locate_domains,
+    plan_summed_fit,
+)
+from molora_fed.routing.summed_run import (
+    AddUp,
+    add_plainly,
+    collect_setting,
+    run_rounds,
+    weigh_domains,
+)
 from molora_fed.types import Progress
 
 if TYPE_CHECKING:
@@ -16,10 +34,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Attempt",
     "GuardedRouter",
+    "SummedJudgement",
     "choose_published",
     "compute_best_expert_losses",
     "fit_guarded",
+    "fit_guarded_by_sums",
 ]
+
+_LARGEST_LOSS = 100.0  # nats; in sums a token that costs more counts as this much
 
 Router = TypeVar("Router", bound=OutputRouter)
 
@@ -121,6 +143,110 @@ def fit_guarded(
     return GuardedRouter(fits[kept], tuple(attempts), kept)
 
 
+class SummedJudgement(SummedFit[RouterOptions]):
+    """One round that judges a fitted router: losses by domain, its own and every expert's.
+
+    Args:
+        setting: What all agree on.
+        router: Class of the router.
+        tensors: What it learned.
+    """
+
+    rounds = 1
+
+    def __init__(
+        self, setting: FitSetting, router: type[OutputRouter], tensors: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(setting, router.narrow(setting.options))
+        self._router = router
+        self._tensors = tensors
+
+    @override
+    def start(self) -> SummedState:
+        return self._tensors
+
+    @override
+    def entries(self, state: SummedState) -> dict[str, SumEntry]:
+        domains = len(self.setting.domains)
+        return {
+            "router": SumEntry((domains,), _LARGEST_LOSS),
+            "experts": SumEntry((domains, self.setting.num_experts), _LARGEST_LOSS),
+        }
+
+    @override
+    def measure(
+        self, bank: "CalibrationBank", state: SummedState, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        router = self._router(self.setting.num_experts, self.options, state)
+        domains = self.setting.domains
+        by_domain = torch.tensor([weights.get(d, 0.0) for d in domains], dtype=torch.float64)
+        domain_of = locate_domains(bank, domains)
+
+        def add(nll: Tensor) -> Tensor:
+            per_block = nll.double().cpu().clamp(0.0, _LARGEST_LOSS).sum(dim=1)
+            total = torch.zeros(len(domains), dtype=torch.float64)
+            return total.index_add_(0, domain_of, per_block) * by_domain * len(domains)
+
+        experts = [add(bank.expert_nll(expert)) for expert in range(bank.num_experts)]
+        return {
+            "router": add(compute_router_losses(bank, router).nll),
+            "experts": torch.stack(experts, dim=1),
+        }
+
+    @override
+    def advance(self, state: SummedState, totals: Mapping[str, Tensor]) -> Finished:
+        return Finished(totals)
+
+
+def fit_guarded_by_sums(
+    router: type[Router],
+    banks: Sequence["CalibrationBank"],
+    options: RouterOptions,
+    seed: int,
+    *,
+    collapse_nats: float = 0.05,
+    restarts: int = 3,
+    add: AddUp = add_plainly,
+    progress: Progress | None = None,
+) -> GuardedRouter[Router]:
+    """`fit_guarded` on the banks of several members without putting them together.
+
+    Args:
+        router: Class of the router.
+        banks: One of each member, in a fixed order.
+        options: Its options.
+        seed: Of the first fit; each later one adds 1.
+        collapse_nats: A domain whose loss is this far above its best expert's is lost.
+        restarts: Largest number of further fits; a router whose fit does not depend on the seed is
+            fitted once.
+        add: How members' vectors are added up.
+        progress: Receives rounds done and at most of each fit.
+
+    Returns:
+        The best of the fits; it may still lose a domain, which the caller reports.
+
+    Raises:
+        RoutingError: If the router cannot be fitted by sums, or banks do not fit together.
+    """
+    weights = weigh_domains(banks)
+    fits: list[Router] = []
+    attempts: list[Attempt] = []
+    for number in range(restarts + 1):
+        setting = collect_setting(banks, options, seed + number)
+        fit = plan_summed_fit(router, setting)
+        found = run_rounds(fit, banks, weights, add=add, progress=progress)
+        judgement = SummedJudgement(setting, router, found.tensors)
+        figures = run_rounds(judgement, banks, weights, add=add).tensors
+        best = dict(zip(setting.domains, figures["experts"].amin(dim=1).tolist(), strict=True))
+        losses = dict(zip(setting.domains, figures["router"].tolist(), strict=True))
+        fits.append(router(setting.num_experts, options, found.tensors))
+        attempts.append(_compare(losses, seed + number, best, collapse_nats))
+        if not attempts[-1].collapsed or not fit.uses_seed:
+            break
+    kept = min(range(len(attempts)), key=lambda index: _rank(attempts[index]))
+    return GuardedRouter(fits[kept], tuple(attempts), kept)
+
+
 def choose_published(guarded: Mapping[str, GuardedRouter[Any]], router: str, fallback: str) -> str:
     """Name of the router to publish: the chosen one, or the last resort if that collapsed.
 
@@ -146,6 +272,15 @@ def _judge(
     collapse_nats: float,
 ) -> Attempt:
     losses = compute_domain_losses(bank, compute_router_losses(bank, router).nll)
+    return _compare(losses, seed, best_expert, collapse_nats)
+
+
+def _compare(
+    losses: Mapping[str, float],
+    seed: int,
+    best_expert: Mapping[str, float],
+    collapse_nats: float,
+) -> Attempt:
     excess = {domain: loss - best_expert[domain] for domain, loss in losses.items()}
     collapsed = tuple(domain for domain, nats in excess.items() if nats > collapse_nats)
     return Attempt(seed, sum(losses.values()) / len(losses), excess, collapsed)

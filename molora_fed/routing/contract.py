@@ -20,6 +20,7 @@ from molora_fed.types import Progress, Reading
 
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
+    from molora_fed.routing.summed import FitSetting, SummedFit
 
 __all__ = ["OutputRouter", "RouterOptions", "RouterState"]
 
@@ -146,6 +147,18 @@ class OutputRouter(nn.Module, abc.ABC, Generic[OptionsT]):
     ) -> Self:
         """What `fit` does once its arguments are checked; by default there is nothing to learn."""
         return cls(bank.num_experts, options)
+
+    @classmethod
+    def by_sums(cls, setting: "FitSetting") -> "SummedFit | None":
+        """How it is fitted where text stays with its owners, by sums over members' own tokens.
+
+        Args:
+            setting: What all members agree on, this router's options among it.
+
+        Returns:
+            None where it cannot be; a router that learns nothing needs none.
+        """
+        return None
 
     @abc.abstractmethod
     def scores(self, view: RouterView) -> Tensor:

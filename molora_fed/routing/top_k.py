@@ -14,6 +14,7 @@ from typing_extensions import override
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
+from molora_fed.routing.summed import FitSetting, SummedFit, plan_summed_fit
 from molora_fed.types import Progress, Reading
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class TopKRouter(OutputRouter):
     ) -> Self:
         inner = cls.inner_class.fit(bank, options, seed, progress)
         return cls(inner.num_experts, inner.options, inner.state_tensors())
+
+    @classmethod
+    @override
+    def by_sums(cls, setting: FitSetting) -> SummedFit:
+        return plan_summed_fit(cls.inner_class, setting)
 
     @override
     def scores(self, view: RouterView) -> Tensor:

@@ -23,6 +23,7 @@ _HOMES = {
     "find_tokens": "traffic",
     "permute_experts": "banks",
     "serve_faults": "endpoints",
+    "take_blocks": "banks",
 }
 
 __all__ = sorted(_HOMES)

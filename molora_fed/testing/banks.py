@@ -1,10 +1,12 @@
 """Banks and views of made-up numbers: what routers are tested on without any model."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from molora_fed.bank import Bank, CalibrationBank
@@ -14,6 +16,7 @@ __all__ = [
     "ALL_READINGS",
     "build_synthetic_bank",
     "permute_experts",
+    "take_blocks",
 ]
 
 
@@ -98,4 +101,39 @@ def permute_experts(bank: Bank, order: list[int]) -> Any:
         logprob=bank.logprob[..., order],
         experts_hidden=None if experts is None else tuple(experts[index] for index in order),
         _derived={},
+    )
+
+
+def take_blocks(bank: Bank, rows: Sequence[int] | NDArray[np.int64]) -> Any:
+    """The bank of some of the blocks, in this order, as one member of several would have it.
+
+    Args:
+        bank: Any bank.
+        rows: Indices of its blocks, one at least.
+
+    Returns:
+        A bank of the same kind in memory; its domains are those of the blocks.
+    """
+    index = torch.tensor(list(rows))
+    kept, domain_of = np.unique(bank.domain_of[index.numpy()], return_inverse=True)
+    columns: dict[str, Any] = {
+        name: None if column is None else column[index]
+        for name in ("base_hidden", "prefix_hidden", "mean_hidden")
+        for column in (getattr(bank, name),)
+    }
+    experts = bank.experts_hidden
+    return replace(
+        bank,
+        tokens=bank.tokens[index],
+        document_starts=bank.document_starts[index],
+        clusters=bank.clusters[index.numpy()],
+        domains=tuple(bank.domains[domain] for domain in kept),
+        domain_of=domain_of.astype(np.int64),
+        base_logprob=bank.base_logprob[index],
+        logprob=bank.logprob[index],
+        experts_hidden=None if experts is None else tuple(column[index] for column in experts),
+        folder=None,
+        measure=None,
+        _derived={},
+        **columns,
     )

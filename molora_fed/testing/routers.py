@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -19,10 +20,20 @@ from molora_fed.evaluation.evaluate import compute_router_losses, evaluate
 from molora_fed.guard import one_line
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.probes import find_leak, same_views, step_through, take_rows
+from molora_fed.routing.summed import Finished, SummedFit, plan_summed_fit
+from molora_fed.routing.summed_run import (
+    add_plainly,
+    answer_round,
+    collect_setting,
+    fit_by_sums,
+    unpack_sums,
+    weigh_domains,
+)
 from molora_fed.testing.banks import (
     ALL_READINGS,
     build_synthetic_bank,
     permute_experts,
+    take_blocks,
 )
 from molora_fed.testing.findings import run_checks
 
@@ -30,6 +41,8 @@ __all__ = ["check_router_conformance"]
 
 STEP_TOLERANCE = 1e-4
 ORDER_TOLERANCE_NATS = 0.02
+SUM_TOLERANCE = 1e-5  # of the largest number of a tensor of sums
+SPLIT_TOLERANCE = 1e-3
 
 
 def check_router_conformance(
@@ -198,6 +211,50 @@ def _keeps_its_promise(case: _Case) -> str | None:
     return None
 
 
+def _plan_sums(case: _Case) -> tuple[SummedFit, dict[str, float]] | None:
+    """How the case's router is fitted by sums; None where it is on pooled text only."""
+    try:
+        fit = plan_summed_fit(case.router, collect_setting([case.bank], case.options, 0))
+    except RoutingError:
+        return None
+    return fit, weigh_domains([case.bank])
+
+
+def _sums_add_up(case: _Case) -> str | None:
+    plan = _plan_sums(case)
+    if plan is None:
+        return None
+    fit, weights = plan
+    parts = [take_blocks(case.bank, range(first, case.bank.num_blocks, 2)) for first in range(2)]
+    state = fit.start()
+    while not isinstance(state, Finished):
+        sent = fit.send(state)
+        entries = fit.entries(sent)
+        # Packing refuses sums that are not as declared, or beyond their bounds.
+        whole = answer_round(fit, case.bank, sent, weights)
+        added = add_plainly([answer_round(fit, part, sent, weights) for part in parts], whole)
+        totals, expected = (unpack_sums(vector, entries) for vector in (added, whole))
+        for name, total in totals.items():
+            allowed = SUM_TOLERANCE * max(1e-3, float(expected[name].abs().max()))
+            if not _close(total, expected[name], allowed):
+                return f"expected sums '{name}' of two halves to add up to the whole, got others"
+        state = fit.advance(state, expected)
+    return None
+
+
+def _fits_by_sums_whoever_has_the_text(case: _Case) -> str | None:
+    if _plan_sums(case) is None:
+        return None
+    domains = case.bank.domain_of
+    members = [take_blocks(case.bank, np.flatnonzero(domains == d)) for d in np.unique(domains)]
+    one, other = (
+        fit_by_sums(case.router, banks, case.options, 0)[0] for banks in ([case.bank], members)
+    )
+    if _close(one.gates(case.view), other.gates(case.view), SPLIT_TOLERANCE):
+        return None
+    return "expected a fit by sums to give the same router however text is shared out, got another"
+
+
 _ALWAYS: tuple[_Check, ...] = (
     _gates_are_distributions,
     _fit_is_deterministic,
@@ -207,6 +264,8 @@ _ALWAYS: tuple[_Check, ...] = (
     _does_not_prefer_places,
     _gives_a_lone_expert_everything,
     _keeps_its_promise,
+    _sums_add_up,
+    _fits_by_sums_whoever_has_the_text,
 )
 _CAUSAL: tuple[_Check, ...] = (_sees_no_future, _steps_like_the_full_form, _reorders_state)
 

@@ -1,6 +1,7 @@
 """A linear discriminant of domains on a running mean, in closed form; see docs/routers.md."""
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,24 @@ from molora_kalavai.moments import ClassMoments, assign_folds, collect_moments
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
 
-__all__ = ["Discriminant", "FittedDiscriminant", "fit_discriminant"]
+__all__ = [
+    "CONSTANTS",
+    "SAMPLED_TOKENS",
+    "Discriminant",
+    "FittedDiscriminant",
+    "Sample",
+    "diagonalise",
+    "fit_discriminant",
+    "try_constants",
+]
 
 _SHRINKAGES = (0.1, 0.5, 0.9)
 _CORRELATIONS = (1.0, 3.0, 10.0, 30.0)
 _TEMPERATURES = (2.0, 1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.0)
-_SAMPLED_TOKENS = 16_384  # on which shrinkage and temperature are chosen
+CONSTANTS = tuple(itertools.product(_SHRINKAGES, _CORRELATIONS, _TEMPERATURES))
+"""Shrinkage, correlation and temperature that are tried."""
+SAMPLED_TOKENS = 16_384
+"""About as many positions constants are chosen on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +72,7 @@ class Discriminant:
             moments: Of calibration blocks.
             shrinkage: In [0, 1]; at 1 documents spread alike along all axes.
         """
-        return _diagonalise(moments).shrink(shrinkage)
+        return diagonalise(moments).shrink(shrinkage)
 
     def shrink(self, shrinkage: float) -> "Discriminant":
         """With every variance of documents' means moved towards their mean over axes."""
@@ -158,22 +171,22 @@ def fit_discriminant(
     others = [whole - part for part in parts] if len(parts) > 1 else [whole]
     mixtures = fit_mixtures(bank)
     # The decomposition is shared by all constants, so it is done once for each fold.
-    plain = [_diagonalise(moments) for moments in others]
-    sample = _Sample.draw(bank, name, fold_of, label)
+    plain = [diagonalise(moments) for moments in others]
+    sample = Sample.draw(bank, name, fold_of, label)
     shrinkage, correlation, temperature = _choose_constants(sample, plain, mixtures)
 
     def finish(found: Discriminant) -> Discriminant:
         return found.shrink(shrinkage).weigh(correlation, temperature)
 
     return FittedDiscriminant(
-        finish(_diagonalise(whole)),
+        finish(diagonalise(whole)),
         mixtures,
         tuple(finish(found) for found in plain),
         torch.from_numpy(fold_of),
     )
 
 
-def _diagonalise(moments: ClassMoments) -> Discriminant:
+def diagonalise(moments: ClassMoments) -> Discriminant:
     """Coordinates in which both covariances are diagonal, nothing shrunk but what rank demands."""
     means, within = moments.means(), moments.within()
     width, count = len(within), float(moments.tokens.sum())
@@ -196,15 +209,16 @@ def _diagonalise(moments: ClassMoments) -> Discriminant:
 
 
 @dataclass(frozen=True, eq=False)
-class _Sample:
+class Sample:
     """Positions spread over the bank, on which constants are chosen.
 
     Attributes:
         mean: Running means, (M, D).
         count: Tokens they are over, (M,).
         logprob: Of the token after each position, (M, E).
-        weight: Of each position, (M,); every domain's sum to the same, all of them to 1.
+        weight: Of each position, (M,).
         fold: Fold of each position, (M,).
+        domain: Domain of each position, (M,).
     """
 
     mean: Tensor
@@ -212,39 +226,73 @@ class _Sample:
     logprob: Tensor
     weight: Tensor
     fold: Tensor
+    domain: Tensor
 
     @staticmethod
     def draw(
         bank: "CalibrationBank", name: Reading, fold_of: NDArray[np.int64], label: str
-    ) -> "_Sample":
+    ) -> "Sample":
+        """Every so many positions of each block, beginning at its number."""
+        stride = max(1, bank.num_blocks * (bank.block_size - 1) // SAMPLED_TOKENS)
+        begins = torch.arange(bank.num_blocks)
+        domains = torch.from_numpy(bank.domain_of)
+        taken = Sample.take(bank, name, fold_of, domains, stride, begins, label)
+        per_domain = torch.bincount(taken.domain, minlength=len(bank.domains)).clamp_min(1)
+        weight = 1.0 / (per_domain[taken.domain] * len(bank.domains))
+        return replace(taken, weight=weight.float())
+
+    @staticmethod
+    def take(
+        bank: "CalibrationBank",
+        name: Reading,
+        fold_of: NDArray[np.int64],
+        domain_of: Tensor,
+        stride: int,
+        begins: Tensor,
+        label: str,
+    ) -> "Sample":
+        """Positions t of each block for which t + its `begins`, (N,), is a multiple of `stride`."""
         length = bank.block_size - 1  # the last position predicts nothing
-        stride = max(1, bank.num_blocks * length // _SAMPLED_TOKENS)
         parts = []
         for rows in bank.chunks():
             mean, count = _read_means(bank.view(rows), name, label)
-            block = torch.arange(bank.num_blocks)[rows]
-            taken = (torch.arange(length) + block.unsqueeze(1)) % stride == 0  # (B, T-1)
+            taken = (torch.arange(length) + begins[rows].unsqueeze(1)) % stride == 0  # (B, T-1)
             row, at = taken.nonzero(as_tuple=True)
             fold = torch.from_numpy(fold_of[rows])[row, at]
-            domain = torch.from_numpy(bank.domain_of)[rows][row]
+            domain = domain_of[rows][row]
             logprob = bank.logprob[rows][row, at + 1]
             parts.append((mean[row, at], count[row, at], logprob, domain, fold))
         mean, count, logprob, domain, fold = (torch.cat(list(p)) for p in zip(*parts, strict=True))
-        per_domain = torch.bincount(domain, minlength=len(bank.domains)).clamp_min(1)
-        weight = 1.0 / (per_domain[domain] * len(bank.domains))
-        return _Sample(mean, count, logprob, weight.float(), fold)
+        return Sample(mean, count, logprob, torch.ones(len(mean)), fold, domain)
 
 
 def _choose_constants(
-    sample: _Sample, plain: list[Discriminant], mixtures: Tensor
+    sample: Sample, plain: list[Discriminant], mixtures: Tensor
 ) -> tuple[float, float, float]:
     """Shrinkage, correlation and temperature of the lowest loss, all positions out of fold."""
+    best, chosen = float("inf"), CONSTANTS[0]
+    for constants, likelihood in try_constants(sample, plain, mixtures):
+        loss = -float(likelihood @ sample.weight)
+        if loss < best:
+            best, chosen = loss, constants
+    return chosen
+
+
+def try_constants(
+    sample: Sample, plain: Sequence[Discriminant], mixtures: Tensor
+) -> Iterator[tuple[tuple[float, float, float], Tensor]]:
+    """Each of `CONSTANTS`, and the log-likelihood of every position's next token, (M,) nats.
+
+    Args:
+        sample: Positions.
+        plain: Discriminants of all text but each fold, nothing shrunk.
+        mixtures: Weight of each expert in each domain, (C, E).
+    """
     placed = torch.empty_like(sample.mean)
     members = [sample.fold == index for index in range(len(plain))]
     for mine, found in zip(members, plain, strict=True):
         placed[mine] = found.place(sample.mean[mine])
     log_mixture_odds = torch.empty(len(sample.mean), len(mixtures))
-    best, chosen = float("inf"), (_SHRINKAGES[0], _CORRELATIONS[0], 1.0)
     for shrinkage, correlation in itertools.product(_SHRINKAGES, _CORRELATIONS):
         for mine, found in zip(members, plain, strict=True):
             form = found.shrink(shrinkage).weigh(correlation, 1.0)
@@ -252,10 +300,7 @@ def _choose_constants(
         for temperature in _TEMPERATURES:
             posterior = torch.log_softmax(log_mixture_odds * temperature, dim=-1)
             likelihood = torch.logsumexp(mix_log(posterior, mixtures) + sample.logprob, dim=-1)
-            loss = -float(likelihood @ sample.weight)
-            if loss < best:
-                best, chosen = loss, (shrinkage, correlation, temperature)
-    return chosen
+            yield (shrinkage, correlation, temperature), likelihood
 
 
 def _read_means(view: RouterView, name: Reading, label: str) -> tuple[Tensor, Tensor]:

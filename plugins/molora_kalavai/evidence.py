@@ -14,7 +14,9 @@ from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.routing.causal import causal_sum
 from molora_fed.routing.contract import OptionsT, OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.fitting import compute_score_loss, fit_on_whole
+from molora_fed.routing.summed import FitSetting
 from molora_fed.types import Progress, Reading
+from molora_kalavai.second_order import SecondOrderFit, spread_evenly
 
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
@@ -28,6 +30,23 @@ __all__ = [
     "check_evidence",
     "read_relative_evidence",
 ]
+
+
+_LARGEST_LEAD = 500.0  # nats of evidence; an expert further behind counts as this far
+
+_STARTS = (
+    (1.0, 0.0, 0.0),
+    (4.0, 0.0, 0.0),
+    (0.3, 0.0, 0.0),
+    (0.1, 0.0, 0.0),
+    (0.0, 40.0, 0.0),
+    (0.0, 10.0, 0.0),
+    (0.0, 1.0, 0.0),
+    (0.0, 0.3, 0.0),
+    (0.0, 0.0, 1.0),
+    (0.0, 0.0, 0.5),
+)
+"""First points of a fit by sums: the first decay's weight, one shared by all, the last one's."""
 
 
 class ZeroOptions(RouterOptions):
@@ -177,6 +196,58 @@ class EvidenceRouter(EvidenceGates[EvidenceOptions]):
         if bank.mixture != "probability":
             _keep_better(bank, sums, router, parameters, start)
         return router
+
+    @classmethod
+    @override
+    def by_sums(cls, setting: FitSetting) -> "EvidenceSums":
+        return EvidenceSums(setting, cls.narrow(setting.options))
+
+
+class EvidenceSums(SecondOrderFit[EvidenceOptions]):
+    """Weights, then the prior, fitted by sums; never worse than the zero form."""
+
+    slope_bound: ClassVar[float] = _LARGEST_LEAD
+
+    @override
+    def begin(self) -> Tensor:
+        """The zero form, and evidence that counts for more, for less, or fades."""
+        points = torch.zeros(
+            len(_STARTS), self._num_weights + self.setting.num_experts, dtype=torch.float64
+        )
+        for point, (oldest, each, newest) in zip(points, _STARTS, strict=True):
+            point[: self._num_weights] = each / self._num_weights
+            point[0] += oldest
+            point[self._num_weights - 1] += newest
+        return points
+
+    @override
+    def directions(self) -> Tensor:
+        weights = torch.eye(self._num_weights, dtype=torch.float64)
+        size = self.setting.num_experts
+        prior = spread_evenly(size)[:, : None if self.options.prior else 0]
+        return torch.block_diag(weights, prior)
+
+    @override
+    def features(self, bank: "CalibrationBank") -> Tensor:
+        decays = self.options.decays
+        return bank.derive(f"evidence:{decays}", lambda view: accumulate_evidence(view, decays))
+
+    @override
+    def score(self, features: Tensor, theta: Tensor) -> Tensor:
+        # Softmax does not see what all experts share: how far each is behind the best one is
+        # bounded, and with it every sum.
+        behind = features - features.amax(dim=-2, keepdim=True)
+        weights, prior = theta[: self._num_weights], theta[self._num_weights :]
+        return behind.clamp_min(-_LARGEST_LEAD) @ weights + prior
+
+    @override
+    def tensors(self, theta: Tensor) -> dict[str, Tensor]:
+        weights, prior = theta.float().split([self._num_weights, self.setting.num_experts])
+        return {"weights": weights.clone(), "prior": prior.clone()}
+
+    @property
+    def _num_weights(self) -> int:
+        return len(self.options.decays)
 
 
 def check_evidence(view: RouterView, num_experts: int) -> None:

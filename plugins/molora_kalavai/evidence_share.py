@@ -11,8 +11,10 @@ from typing_extensions import override
 from molora_fed.bank.views import RouterView
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.fitting import compute_score_loss, fit_on_whole
+from molora_fed.routing.summed import FitSetting
 from molora_fed.types import Progress, Reading
 from molora_kalavai.evidence import check_evidence, read_relative_evidence
+from molora_kalavai.second_order import SecondOrderFit, spread_evenly
 
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
@@ -22,6 +24,9 @@ __all__ = ["FixedShareRouter", "ShareOptions"]
 _NAMES = ("rate", "power", "log_prior")
 _START_RATE = -5.0  # log-odds: a switch every 150 tokens
 _START_POWER = 2.0  # log-odds: evidence counts 0.88 of its face value
+_NEVER = 40.0  # log-odds of what always holds, in sums
+_STARTS = ((_START_RATE, _START_POWER), (-5.0, 0.0), (-3.0, 2.0), (-3.0, 0.0), (-8.0, 2.0))
+"""Log-odds of rate and power at the first points of a fit by sums."""
 
 
 class ShareOptions(RouterOptions):
@@ -95,6 +100,11 @@ class FixedShareRouter(OutputRouter[ShareOptions]):
         return min((fitted, zero), key=lambda r: compute_score_loss(bank, features, r.score_packed))
 
     @classmethod
+    @override
+    def by_sums(cls, setting: FitSetting) -> "ShareSums":
+        return ShareSums(setting, cls.narrow(setting.options))
+
+    @classmethod
     def _zero(cls, num_experts: int, options: ShareOptions, device: torch.device) -> Self:
         """No switches, evidence at face value, all experts equal."""
         rate, power = torch.zeros((), device=device), torch.ones((), device=device)
@@ -132,6 +142,47 @@ class FixedShareRouter(OutputRouter[ShareOptions]):
             evidence, view.document_starts, state["belief"].to(evidence.device)
         )
         return torch.softmax(scores, dim=-1), {"belief": belief}
+
+
+class ShareSums(SecondOrderFit[ShareOptions]):
+    """Log-odds of rate and power, then the prior, fitted by sums; the zero form if it is better."""
+
+    slope_bound: ClassVar[float] = 1e4
+
+    @override
+    def begin(self) -> Tensor:
+        """The zero form, and some rates and powers."""
+        size = self.setting.num_experts
+        points = [(-_NEVER, _NEVER), *_STARTS]
+        return torch.tensor([(*point, *([0.0] * size)) for point in points], dtype=torch.float64)
+
+    @override
+    def directions(self) -> Tensor:
+        prior = spread_evenly(self.setting.num_experts)[:, : None if self.options.prior else 0]
+        return torch.block_diag(torch.eye(2, dtype=torch.float64), prior)
+
+    @override
+    def features(self, bank: "CalibrationBank") -> Tensor:
+        return bank.derive(FixedShareRouter.name, _pack)
+
+    @override
+    def score(self, features: Tensor, theta: Tensor) -> Tensor:
+        rate, power, prior = theta[0], theta[1], theta[2:]
+        return _share(
+            *_unpack(features),
+            functional.logsigmoid(rate),
+            functional.logsigmoid(-rate),
+            torch.sigmoid(power),
+            torch.log_softmax(prior, dim=-1),
+        )[0]
+
+    @override
+    def tensors(self, theta: Tensor) -> dict[str, Tensor]:
+        rate, power = torch.sigmoid(theta[:2]).float()
+        if float(theta[0]) <= -_NEVER:  # the zero form, exactly
+            rate, power = torch.zeros(()), torch.ones(())
+        log_prior = torch.log_softmax(theta[2:], dim=-1).float()
+        return dict(zip(_NAMES, (rate.clone(), power.clone(), log_prior), strict=True))
 
 
 def _share(

@@ -2,8 +2,8 @@
 
 import abc
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field
@@ -16,8 +16,10 @@ from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router
 from molora_fed.routing.causal import causal_mean, causal_sum, count_since_start
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.fitting import fit_on_batches
+from molora_fed.routing.summed import FitSetting
 from molora_fed.storage.seeds import derive_seed
 from molora_fed.types import Progress, Reading
+from molora_kalavai.hidden_sums import GradientSums
 
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
@@ -63,8 +65,15 @@ class HiddenRouter(OutputRouter[HiddenOptionsT]):
 
     @classmethod
     @abc.abstractmethod
-    def draw(cls, bank: "CalibrationBank", options: HiddenOptionsT, seed: int) -> Self:
-        """The router before its first step; the order of experts must not matter."""
+    def draw(cls, names: Sequence[str], width: int, options: HiddenOptionsT, seed: int) -> Self:
+        """The router before its first step, on the CPU; the order of experts must not matter.
+
+        Args:
+            names: The experts'.
+            width: D.
+            options: Its options.
+            seed: Of what is drawn.
+        """
 
     @property
     @abc.abstractmethod
@@ -105,15 +114,10 @@ class HiddenRouter(OutputRouter[HiddenOptionsT]):
     def _fit_once(
         cls, bank: "CalibrationBank", options: HiddenOptionsT, seed: int, progress: Progress | None
     ) -> Self:
-        name: Reading = options.input
-        features = bank.derive(
-            f"{cls.pooling}:{name}",
-            lambda view: cls.pool(read_hidden(view, name, cls.name), view),
-        )
-        router = cls.draw(bank, options, seed)
+        router = cls.draw(bank.expert_names, bank.hidden_size, options, seed).to(bank.device)
         fit_on_batches(
             bank,
-            features,
+            cls.derive_pooled(bank, options),
             list(router.parameters()),
             router.scorer(bank.device),
             steps=options.steps,
@@ -124,6 +128,20 @@ class HiddenRouter(OutputRouter[HiddenOptionsT]):
             progress=progress,
         )
         return router
+
+    @classmethod
+    def derive_pooled(cls, bank: "CalibrationBank", options: HiddenOptionsT) -> Tensor:
+        """m_t of every position of a bank, (N, T, D) float32."""
+        name: Reading = options.input
+        return bank.derive(
+            f"{cls.pooling}:{name}",
+            lambda view: cls.pool(read_hidden(view, name, cls.name), view),
+        )
+
+    @classmethod
+    @override
+    def by_sums(cls, setting: FitSetting) -> "HiddenSums":
+        return HiddenSums(setting, cls.narrow(setting.options), cls)
 
     @staticmethod
     def pool(hidden: Tensor, view: RouterView) -> Tensor:
@@ -159,6 +177,41 @@ class HiddenRouter(OutputRouter[HiddenOptionsT]):
         hidden = read_hidden(view, self.options.input, self.name, self.width)
         mean, state = pool_causally(hidden, view, state)
         return self.to_gates(self.scorer(hidden.device)(mean)), state
+
+
+class HiddenSums(GradientSums):
+    """A router on running means, fitted by sums.
+
+    Args:
+        setting: What all members agree on.
+        options: The router's.
+        router: Its class.
+    """
+
+    def __init__(
+        self, setting: FitSetting, options: HiddenOptions, router: type[HiddenRouter]
+    ) -> None:
+        distance = options.learning_rate * options.steps
+        super().__init__(setting, options, distance=distance, restarts=options.restarts)
+        self._router = router
+        self._options = options
+
+    @override
+    def draw(self, seed: int) -> dict[str, Tensor]:
+        names, width = self.setting.expert_names, self.setting.hidden_size
+        return self._router.draw(names, width, self._options, seed).state_tensors()
+
+    @override
+    def features(self, bank: "CalibrationBank") -> Tensor:
+        return self._router.derive_pooled(bank, self._options)
+
+    @override
+    def make(self, tensors: Mapping[str, Tensor]) -> HiddenRouter:
+        return self._router(self.setting.num_experts, self._options, tensors)
+
+    @override
+    def score(self, router: OutputRouter, features: Tensor) -> Tensor:
+        return cast(HiddenRouter, router).scorer(features.device)(features)
 
 
 def pool_causally(

@@ -11,11 +11,13 @@ from typing_extensions import TypeVar, override
 from molora_fed.bank.views import RouterView
 from molora_fed.routing.causal import causal_mean, count_since_start
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
+from molora_fed.routing.summed import FitSetting
 from molora_fed.types import Progress, Reading
 from molora_kalavai.discriminant import Discriminant, fit_discriminant
 from molora_kalavai.evidence_fit import EvidenceHiddenOptions
 from molora_kalavai.hidden import pool_causally, read_hidden
 from molora_kalavai.mixtures import mix_log
+from molora_kalavai.statistics_sums import StatisticsSums
 
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
@@ -120,6 +122,12 @@ class StatisticsRouter(DiscriminantRouter[StatisticsOptions]):
         tensors = {**found.discriminant.tensors(), "mixtures": found.mixtures}
         on_device = {name: tensor.to(bank.device) for name, tensor in tensors.items()}
         return cls(bank.num_experts, options, on_device)
+
+    @classmethod
+    @override
+    def by_sums(cls, setting: FitSetting) -> StatisticsSums:
+        options = cls.narrow(setting.options)
+        return StatisticsSums(setting, options, options.input, options.folds, cls.name)
 
     @override
     def scores(self, view: RouterView) -> Tensor:

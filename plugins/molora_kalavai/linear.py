@@ -1,8 +1,8 @@
 """KALAVAI's linear router on a causal running mean of hidden states, and its published form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from typing_extensions import override
 
 from molora_fed.bank.views import RouterView
 from molora_kalavai.hidden import HiddenOptions, HiddenRouter, draw_rows
-
-if TYPE_CHECKING:
-    from molora_fed.bank import CalibrationBank
 
 __all__ = ["LinearOptions", "LinearRouter", "NoncausalLinearRouter"]
 
@@ -38,9 +35,8 @@ class LinearRouter(HiddenRouter[LinearOptions]):
 
     @classmethod
     @override
-    def draw(cls, bank: "CalibrationBank", options: LinearOptions, seed: int) -> Self:
-        weight = draw_rows(bank.expert_names, bank.hidden_size, seed).to(bank.device)
-        return cls(bank.num_experts, options, {"weight": weight})
+    def draw(cls, names: Sequence[str], width: int, options: LinearOptions, seed: int) -> Self:
+        return cls(len(names), options, {"weight": draw_rows(names, width, seed)})
 
     @property
     @override

@@ -1,7 +1,7 @@
 """KALAVAI's two-layer router on a causal running mean of hidden states."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Self
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -9,9 +9,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from molora_kalavai.hidden import HiddenOptions, HiddenRouter, draw_rows
-
-if TYPE_CHECKING:
-    from molora_fed.bank import CalibrationBank
 
 __all__ = ["MlpOptions", "MlpRouter"]
 
@@ -41,12 +38,11 @@ class MlpRouter(HiddenRouter[MlpOptions]):
 
     @classmethod
     @override
-    def draw(cls, bank: "CalibrationBank", options: MlpOptions, seed: int) -> Self:
+    def draw(cls, names: Sequence[str], width: int, options: MlpOptions, seed: int) -> Self:
         """U by number of the unit and V by name of the expert, uniform in +-inputs^-1/2."""
         units = [f"unit {unit}" for unit in range(options.units)]
-        inner = draw_rows(units, bank.hidden_size, seed).to(bank.device)
-        outer = draw_rows(bank.expert_names, options.units, seed).to(bank.device)
-        return cls(bank.num_experts, options, {"inner": inner, "outer": outer})
+        inner, outer = draw_rows(units, width, seed), draw_rows(names, options.units, seed)
+        return cls(len(names), options, {"inner": inner, "outer": outer})
 
     @property
     @override

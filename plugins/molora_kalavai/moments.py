@@ -17,7 +17,7 @@ from molora_kalavai.hidden import read_hidden
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
 
-__all__ = ["ClassMoments", "assign_folds", "collect_moments"]
+__all__ = ["ClassMoments", "add_up_moments", "assign_folds", "collect_moments"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,13 +185,61 @@ def collect_moments(
         if not folds:
             shift = hidden.double().mean(dim=(0, 1))
             folds = [ClassMoments.zeros(len(bank.domains), shift) for _ in range(count)]
-        starts = view.document_starts.cpu().clone()
-        starts[:, 0] = True  # what came before a block is not known in it
-        segment_of = starts.flatten().cumsum(0)
-        domain_of = domains[rows].repeat_interleave(hidden.shape[1])
         states = hidden.flatten(0, 1) - shift.float()
-        fold = torch.from_numpy(fold_of[rows]).flatten()
-        for index, moments in enumerate(folds):
-            mine = fold == index
-            moments.add_block_states(states[mine], segment_of[mine], domain_of[mine])
+        _add_states(folds, states, view.document_starts, domains[rows], fold_of[rows])
     return folds
+
+
+def add_up_moments(
+    bank: "CalibrationBank",
+    name: Reading,
+    domain_of: Tensor,
+    num_domains: int,
+    folds: int,
+    *,
+    largest: float,
+    label: str,
+) -> list[ClassMoments]:
+    """Moments of each fold that add up over banks: about 0, all in float64.
+
+    A token's fold follows from its cluster's number alone, so that whoever holds a document deals
+    it alike. Where a domain has one cluster, a fold may be left without that domain.
+
+    Args:
+        bank: One member's.
+        name: Hidden column to read.
+        domain_of: Domain of each block, (N,) int64, among all members' domains.
+        num_domains: C.
+        folds: Number of folds.
+        largest: States are clipped to this size, which bounds the sums.
+        label: The router's name, for errors.
+
+    Raises:
+        RoutingError: If the bank lacks the column.
+    """
+    shift = torch.zeros(bank.hidden_size, dtype=torch.float64)
+    parts = [ClassMoments.zeros(num_domains, shift) for _ in range(folds)]
+    for rows in bank.chunks():
+        view = bank.view(rows)
+        states = read_hidden(view, name, label).double().cpu().clamp(-largest, largest)
+        fold_of = bank.clusters[rows] % folds
+        _add_states(parts, states.flatten(0, 1), view.document_starts, domain_of[rows], fold_of)
+    return parts
+
+
+def _add_states(
+    folds: list[ClassMoments],
+    states: Tensor,
+    document_starts: Tensor,
+    domain_of: Tensor,
+    fold_of: NDArray[np.int64],
+) -> None:
+    """Add the states (B * T, D) of some blocks to the folds that their tokens are in."""
+    starts = document_starts.cpu().clone()
+    starts[:, 0] = True  # what came before a block is not known in it
+    segment_of = starts.flatten().cumsum(0)
+    domain_of = domain_of.repeat_interleave(starts.shape[1])
+    fold = torch.from_numpy(np.ascontiguousarray(fold_of)).flatten()
+    for index, moments in enumerate(folds):
+        mine = fold == index
+        moments.add_block_states(states[mine], segment_of[mine], domain_of[mine])

@@ -1,13 +1,16 @@
 """Every registered router, built in or installed, keeps the contract; broken ones are caught."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from molora_kalavai.evidence import EvidenceOptions, ZeroTrainingEvidenceRouter
+from molora_kalavai.hidden import HiddenSums as LinearSums
 from molora_kalavai.linear import LinearOptions, LinearRouter, NoncausalLinearRouter
 
 from molora_fed.errors import PluginError
 from molora_fed.plugins import load_plugins
-from molora_fed.testing import check_router_conformance
+from molora_fed.testing import check_router_conformance, take_blocks
 
 ROUTERS = load_plugins().routers
 
@@ -61,6 +64,32 @@ class ForgetsTheDocument(LinearRouter):
         return super().step(view, self.init_state(len(view.document_starts)))
 
 
+class _HalfSums(LinearSums):
+    """Counts a member's first block alone."""
+
+    def measure(self, bank, state, weights):
+        return super().measure(take_blocks(bank, [0]), state, weights)
+
+
+class AnswersForOneBlock(LinearRouter):
+    @classmethod
+    def by_sums(cls, setting):
+        return _HalfSums(setting, setting.options, cls)
+
+
+class _WildSums(LinearSums):
+    """Declares a range that its sums leave."""
+
+    def entries(self, state):
+        return {name: replace(e, bound=1e-9) for name, e in super().entries(state).items()}
+
+
+class LeavesItsBounds(LinearRouter):
+    @classmethod
+    def by_sums(cls, setting):
+        return _WildSums(setting, setting.options, cls)
+
+
 class TakesAnyBank(ZeroTrainingEvidenceRouter):
     @classmethod
     def fit(cls, bank, options, seed, progress=None):
@@ -77,6 +106,8 @@ class TakesAnyBank(ZeroTrainingEvidenceRouter):
         (PrefersTheFirst, "order does not change"),
         (ForgetsTheDocument, "step to give"),
         (TakesAnyBank, "HeldOutBank"),
+        (AnswersForOneBlock, "two halves to add up"),
+        (LeavesItsBounds, "within their bounds"),
     ],
 )
 def test_broken_router_is_caught(router, reason):

@@ -115,10 +115,11 @@ class Unlucky(LinearRouter):
     starts: ClassVar = []
 
     @classmethod
-    def draw(cls, bank, options, seed):
-        router = super().draw(bank, options, seed)
+    def draw(cls, names, width, options, seed):
+        router = super().draw(names, width, options, seed)
         cls.starts.append(seed)
         if seed == 5:
+            bank = build_synthetic_bank()
             router.weight.copy_(-4 * bank.mean_hidden.mean(1).reshape(3, 8, 16).mean(1))
         return router
 
