@@ -27,7 +27,7 @@ from molora_fed.population.evolution import POPULATION_FOLDER, ROUTER_FILE, Bran
 from molora_fed.population.files import load_population, save_population
 from molora_fed.population.guard import Comparison, compare_branches
 from molora_fed.population.lifecycle import compute_fitness
-from molora_fed.population.moments import Moments, build_stand_ins
+from molora_fed.evaluation.moments import Moments, build_stand_ins
 from molora_fed.population.questions import Answer, Ask, Question
 from molora_fed.population.rounds import PlannedRound, split_rounds
 from molora_fed.population.router_files import load_router, save_router

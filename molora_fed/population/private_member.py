@@ -33,7 +33,7 @@ from molora_fed.population.losses import (
     measure_population,
     sum_clusters,
 )
-from molora_fed.population.moments import MIN_CLUSTERS, Moments, measure_moments
+from molora_fed.evaluation.moments import MIN_CLUSTERS, Moments, measure_moments
 from molora_fed.population.pooled import select_clusters
 from molora_fed.population.private import name_slot
 from molora_fed.population.questions import Answer, Question

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molora_fed.errors import PopulationError
+from molora_fed.errors import SumError
 from molora_fed.population.contract import LossTable
 from molora_fed.population.fitness import compute_effects
 from molora_fed.population.guard import compare_branches
-from molora_fed.population.moments import (
+from molora_fed.evaluation.moments import (
     MIN_CLUSTERS,
     Moments,
     build_stand_ins,
@@ -101,7 +101,7 @@ def test_contributors_add_up(first, second, seed):
 
 def test_sums_over_so_few_clusters_that_they_tell_them_are_refused():
     few = np.array([3.0, 5.0, 7.0])
-    with pytest.raises(PopulationError, match="4 document clusters at least"):
+    with pytest.raises(SumError, match="4 document clusters at least"):
         measure_moments(few, {"x": few})
 
 
@@ -122,7 +122,7 @@ GOOD = measure_moments(np.array([3.0, 5.0, 7.0, 9.0]), {"x": np.array([1.0, 2.0,
 )  # fmt: skip
 def test_figures_that_no_clusters_could_have_are_refused_in_one_line(change):
     value = {**GOOD.to_json(), **change}
-    with pytest.raises(PopulationError, match="figures of 'mallory'") as caught:
+    with pytest.raises(SumError, match="figures of 'mallory'") as caught:
         Moments.from_json(value, ["x"], who="mallory")
     assert "\n" not in str(caught.value)
     assert Moments.from_json(GOOD.to_json(), ["x"], who="anna") == GOOD
@@ -130,5 +130,5 @@ def test_figures_that_no_clusters_could_have_are_refused_in_one_line(change):
 
 @pytest.mark.parametrize("value", [None, [], "x", 3])
 def test_figures_of_another_form_are_refused(value):
-    with pytest.raises(PopulationError, match="figures of 'mallory'"):
+    with pytest.raises(SumError, match="figures of 'mallory'"):
         Moments.from_json(value, ["x"], who="mallory")

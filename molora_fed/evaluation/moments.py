@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from molora_fed.errors import PopulationError
+from molora_fed.errors import SumError
 
 __all__ = ["MIN_CLUSTERS", "Moments", "StandIns", "build_stand_ins", "measure_moments"]
 
@@ -87,7 +87,7 @@ class Moments:
             who: The contributor, for errors.
 
         Raises:
-            PopulationError: If it is malformed, or no clusters could have these sums.
+            SumError: If it is malformed, or no clusters could have these sums.
         """
         try:
             found = cls(
@@ -124,8 +124,8 @@ class Moments:
         return faults
 
 
-def _refuse(who: str, got: str) -> PopulationError:
-    return PopulationError(
+def _refuse(who: str, got: str) -> SumError:
+    return SumError(
         f"Cannot use the figures of '{who}': expected finite sums of at least {MIN_CLUSTERS} "
         f"document clusters in each column, got {got}. Ask that contributor to run the same "
         "molora-fed version, or withdraw it."
@@ -153,10 +153,10 @@ def measure_moments(
         columns: Sums of a figure per cluster by name, (C,) nats.
 
     Raises:
-        PopulationError: If there are too few clusters to say sums of.
+        SumError: If there are too few clusters to say sums of.
     """
     if len(counts) < MIN_CLUSTERS:
-        raise PopulationError(
+        raise SumError(
             f"Cannot say sums over documents: expected {MIN_CLUSTERS} document clusters at least, "
             f"so that none can be told from them, got {len(counts)}. Use more text, or fewer "
             "guard samples."
