@@ -8,15 +8,30 @@ with the same sums take their place.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from molora_fed.errors import SumError
+from molora_fed.evaluation.bootstrap import LEVEL
 
-__all__ = ["MIN_CLUSTERS", "Moments", "StandIns", "build_stand_ins", "measure_moments"]
+__all__ = [
+    "INTERVAL_METHOD",
+    "MIN_CLUSTERS",
+    "Moments",
+    "StandIns",
+    "add_by_domain",
+    "build_stand_ins",
+    "check_clusters",
+    "estimate",
+    "measure_moments",
+]
+
+INTERVAL_METHOD = "Student's t by document cluster, the reference's loss taken as known"
+"""How `estimate` finds an interval, in the words of a report."""
 
 MIN_CLUSTERS = 4
 """Clusters that sums may be said of: of two, the sums tell each one's loss."""
@@ -53,6 +68,15 @@ class Moments:
             self.squares + other.squares,
             columns,  # type: ignore[arg-type]
         )
+
+    def rename(self, names: Mapping[str, str]) -> "Moments":
+        """The same clusters with some of the columns under other names.
+
+        Args:
+            names: The column's present name by its new one.
+        """
+        columns = {new: self.columns[old] for new, old in names.items()}
+        return replace(self, columns=columns)
 
     def mean(self, name: str) -> float:
         """A column's sum by token, nats."""
@@ -167,6 +191,64 @@ def measure_moments(
         squares=float(counts @ counts),
         columns={n: (float(x.sum()), float(x @ x), float(x @ counts)) for n, x in columns.items()},
     )
+
+
+def check_clusters(clusters: int, *, who: str) -> None:
+    """Refuse text of which no sums may be said, before anything is measured on it.
+
+    Args:
+        clusters: Document clusters of the text.
+        who: Whose text it is, for errors.
+
+    Raises:
+        SumError: If there are too few.
+    """
+    if clusters < MIN_CLUSTERS:
+        raise SumError(
+            f"Cannot say sums over documents of '{who}': expected {MIN_CLUSTERS} document clusters "
+            f"at least, so that none can be told from them, got {clusters}. Use more text."
+        )
+
+
+def add_by_domain(parts: Sequence[tuple[str, Moments]]) -> dict[str, Moments]:
+    """Moments of each domain, its contributors' added up in the order given.
+
+    Args:
+        parts: Domain and moments of each contributor, of equal columns.
+
+    Returns:
+        By domain, sorted.
+    """
+    totals: dict[str, Moments] = {}
+    for domain, own in parts:
+        totals[domain] = totals[domain].add(own) if domain in totals else own
+    return dict(sorted(totals.items()))
+
+
+def estimate(
+    domains: Sequence[Moments], names: Sequence[str], factor: float = 1.0
+) -> dict[str, float]:
+    """Plain mean over domains of a column of each, times a factor, with its interval.
+
+    Args:
+        domains: Moments of each domain.
+        names: The column that is taken of each.
+        factor: What point and ends are multiplied by.
+
+    Returns:
+        `point`, and `low` and `high` of the interval by document cluster.
+
+    Source: Cochran, Sampling Techniques, 3rd ed., sections 6.4 and 5.4, as in population/guard.py.
+    """
+    pairs = list(zip(domains, names, strict=True))
+    spread = np.array([own.variance(name) for own, name in pairs])
+    freedom = np.array([own.clusters - 1.0 for own in domains])
+    squares = float((spread**2 / freedom).sum())
+    degrees = float(spread.sum()) ** 2 / squares if squares > 0 else float(freedom.sum())
+    error = float(np.sqrt(spread.sum())) / len(pairs)
+    point = factor * float(np.mean([own.mean(name) for own, name in pairs]))
+    width = abs(factor) * float(stats.t.ppf(0.5 + LEVEL / 2, degrees)) * error
+    return {"point": point, "low": point - width, "high": point + width}
 
 
 @dataclass(frozen=True, eq=False)
