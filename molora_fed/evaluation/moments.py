@@ -30,7 +30,7 @@ __all__ = [
     "measure_moments",
 ]
 
-INTERVAL_METHOD = "Student's t by document cluster, the reference's loss taken as known"
+INTERVAL_METHOD = "Student's t by document cluster"
 """How `estimate` finds an interval, in the words of a report."""
 
 MIN_CLUSTERS = 4
@@ -77,6 +77,25 @@ class Moments:
         """
         columns = {new: self.columns[old] for new, old in names.items()}
         return replace(self, columns=columns)
+
+    def take_residual(self, one: str, other: str, difference: str, share: float) -> "Moments":
+        """The same clusters with the one column (one - other) - share * one, named "residual".
+
+        It is what a reduction by `share` leaves: its variance is that of the reduction. The sum of
+        products of two columns follows from the squares of both and of their difference.
+
+        Args:
+            one: Column of a reference.
+            other: Column of what is compared with it.
+            difference: Column of one less the other, or of the other less the one.
+            share: Of the reference, by which the other is lower.
+        """
+        a, b = self.columns[one], self.columns[other]
+        apart = self.columns[difference][1]
+        common = (a[1] - b[1] + apart) / 2  # of the difference and the reference
+        squares = apart - 2 * share * common + share**2 * a[1]
+        total, products = ((1 - share) * a[i] - b[i] for i in (0, 2))
+        return replace(self, columns={"residual": (total, squares, products)})
 
     def mean(self, name: str) -> float:
         """A column's sum by token, nats."""

@@ -128,17 +128,17 @@ class MemberSums:
             SumError: If it is malformed, or no text could have these sums.
         """
         try:
-            held, said = value["moments"], value["gates"]
-            gates = {name: _read_gates(said[name], len(compared.experts)) for name in said}
-            if gates.keys() != set(compared.routers):
-                raise ValueError(f"gates of {len(gates)} other routers")
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            held, said = value["moments"], dict(value["gates"])
+            if said.keys() != set(compared.routers):
+                raise ValueError(f"gates of {len(said)} routers, of others than asked for")
+            gates = {n: _read_gates(said[n], len(compared.experts)) for n in compared.routers}
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise _refuse(who, f"'{str(error)[:80]}'") from error
         moments = Moments.from_json(held, compared.columns, who=who)
         faults = [*_find_wrong_losses(moments, compared), *_find_wrong_gates(moments, gates)]
         if faults:
             raise _refuse(who, "; ".join(faults[:5]))
-        return cls(domain, moments, {name: gates[name] for name in compared.routers})
+        return cls(domain, moments, gates)
 
 
 def _read_gates(value: Any, count: int) -> tuple[float, ...]:

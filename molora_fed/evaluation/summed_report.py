@@ -16,6 +16,7 @@ from molora_fed.evaluation.composition import (
 )
 from molora_fed.evaluation.moments import INTERVAL_METHOD, Moments, add_by_domain, estimate
 from molora_fed.evaluation.summed import Compared, MemberSums, name_difference
+from molora_fed.forecasting.divergence import reduce_percent
 from molora_fed.types import LossMatrix
 
 __all__ = ["SummedEvaluation", "compose_loss_matrix", "compose_summed"]
@@ -56,25 +57,41 @@ class _StudentIntervals:
         return _ends(estimate(self._moments, self._spread(method)))
 
     def of_difference(self, method: str, other: str) -> dict[str, float]:
-        return self._estimate(method, other, 1.0)
+        columns, sign = self._find(method, other)
+        return _ends(estimate(self._moments, columns, sign))
 
     def of_gain(self, reference: str, method: str) -> dict[str, float]:
         if reference == method:
             return {"low": 0.0, "high": 0.0}
-        loss = np.mean([own.mean(reference) for own in self._moments])
-        return self._estimate(reference, method, 100.0 / float(loss))
+        columns, _ = self._find(reference, method)
+        losses = [self._average(name) for name in (reference, method)]
+        gain = reduce_percent(*losses)
+        rest = [
+            own.take_residual(one, other, column, gain / 100.0)
+            for own, one, other, column in zip(
+                self._moments, self._spread(reference), self._spread(method), columns, strict=True
+            )
+        ]
+        found = estimate(rest, ["residual"] * len(rest), 100.0 / losses[0])
+        width = found["high"] - found["point"]
+        return {"low": gain - width, "high": gain + width}
 
     def _spread(self, method: str) -> list[str]:
         """The method's column in each domain."""
         is_oracle = method == "domain_oracle"
         return list(self.best.values()) if is_oracle else [method] * len(self._moments)
 
-    def _estimate(self, method: str, other: str, factor: float) -> dict[str, float]:
+    def _average(self, method: str) -> float:
+        chosen = zip(self._moments, self._spread(method), strict=True)
+        return float(np.mean([own.mean(name) for own, name in chosen]))
+
+    def _find(self, method: str, other: str) -> tuple[list[str], float]:
+        """The columns of their difference in each domain, and the sign they stand with."""
         for one, two, sign in ((method, other, 1.0), (other, method, -1.0)):
             chosen = zip(self._spread(one), self._spread(two), strict=True)
             names = [name_difference(*pair) for pair in chosen]
             if all(n in m.columns for n, m in zip(names, self._moments, strict=True)):
-                return _ends(estimate(self._moments, names, sign * factor))
+                return names, sign
         raise SumError(
             f"Cannot compare '{method}' with '{other}': expected sums of their difference, got "
             "none. Compare methods that `Compared.pairs` has."

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molora_fed.errors import SumError
-from molora_fed.population.contract import LossTable
-from molora_fed.population.fitness import compute_effects
-from molora_fed.population.guard import compare_branches
 from molora_fed.evaluation.moments import (
     MIN_CLUSTERS,
     Moments,
     build_stand_ins,
     measure_moments,
 )
+from molora_fed.population.contract import LossTable
+from molora_fed.population.fitness import compute_effects
+from molora_fed.population.guard import compare_branches
 
 sizes = st.lists(st.integers(1, 5_000), min_size=MIN_CLUSTERS, max_size=12)
 draws = st.integers(0, 2**32 - 1)
