@@ -212,20 +212,22 @@ def measure_moments(
     )
 
 
-def check_clusters(clusters: int, *, who: str) -> None:
+def check_clusters(clusters: int, *, least: int = MIN_CLUSTERS, who: str) -> None:
     """Refuse text of which no sums may be said, before anything is measured on it.
 
     Args:
         clusters: Document clusters of the text.
+        least: How many there must be.
         who: Whose text it is, for errors.
 
     Raises:
         SumError: If there are too few.
     """
-    if clusters < MIN_CLUSTERS:
+    if clusters < least:
         raise SumError(
-            f"Cannot say sums over documents of '{who}': expected {MIN_CLUSTERS} document clusters "
-            f"at least, so that none can be told from them, got {clusters}. Use more text."
+            f"Cannot say sums over documents of '{who}': expected {least} document clusters at "
+            f"least, so that none can be told from them, got {clusters}. Use more text, or compare "
+            "fewer routers and baselines."
         )
 
 

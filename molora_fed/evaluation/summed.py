@@ -18,7 +18,12 @@ from molora_fed.errors import BankError, PluginError, RoutingError, SumError
 from molora_fed.evaluation.bootstrap import ClusterIndex
 from molora_fed.evaluation.composition import name_fused, name_specialist
 from molora_fed.evaluation.evaluate import evaluate
-from molora_fed.evaluation.moments import Moments, check_clusters, measure_moments
+from molora_fed.evaluation.moments import (
+    MIN_CLUSTERS,
+    Moments,
+    check_clusters,
+    measure_moments,
+)
 from molora_fed.types import BASE_EXPERT, Progress
 
 if TYPE_CHECKING:
@@ -62,10 +67,25 @@ class Compared:
         return _list_alone(self.experts)
 
     @property
+    def others(self) -> tuple[str, ...]:
+        """Methods that are compared with each of `alone`."""
+        fused = map(name_fused, self.routers)
+        return (*self.baselines, "token_oracle", "uniform", *fused)
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """All methods with a column of their own."""
-        fused = map(name_fused, self.routers)
-        return (*self.alone, *self.baselines, "token_oracle", "uniform", *fused)
+        return (*self.alone, *self.others)
+
+    @property
+    def min_clusters(self) -> int:
+        """Document clusters that a member must have at least.
+
+        The products of `alone` with `others` follow from the sums. With fewer clusters than columns
+        of others (the sizes and the constant are two more), they show a combination of losses that
+        is 0 for each of the member's documents: a text could be tested for being one of them.
+        """
+        return max(MIN_CLUSTERS, len(self.others) + 3)
 
     @cached_property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -75,8 +95,7 @@ class Compared:
         specialists are not paired with one another.
         """
         fused = [name_fused(name) for name in self.routers]
-        others = [*self.baselines, "token_oracle", "uniform", *fused]
-        pairs = [(one, other) for one in self.alone for other in others]
+        pairs = [(one, other) for one in self.alone for other in self.others]
         pairs += [("base", specialist) for specialist in self.alone[1:]]
         pairs += [(one, other) for one in self.baselines for other in fused]
         return tuple(pairs)
@@ -125,7 +144,8 @@ class MemberSums:
             who: The member, for errors.
 
         Raises:
-            SumError: If it is malformed, or no text could have these sums.
+            SumError: If it is malformed, no text could have these sums, or they are of too few
+                document clusters.
         """
         try:
             held, said = value["moments"], dict(value["gates"])
@@ -135,6 +155,7 @@ class MemberSums:
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise _refuse(who, f"'{str(error)[:80]}'") from error
         moments = Moments.from_json(held, compared.columns, who=who)
+        check_clusters(moments.clusters, least=compared.min_clusters, who=who)
         faults = [*_find_wrong_losses(moments, compared), *_find_wrong_gates(moments, gates)]
         if faults:
             raise _refuse(who, "; ".join(faults[:5]))
@@ -209,7 +230,7 @@ def measure_sums(
     """
     baselines = baselines or {}
     compared = Compared(bank.expert_names, tuple(routers), tuple(baselines))
-    (domain,) = _check_own(bank, who)
+    (domain,) = _check_own(bank, compared.min_clusters, who)
     running = ""
 
     @contextmanager
@@ -239,9 +260,9 @@ def measure_sums(
     return MemberSums(domain, moments, gates)
 
 
-def _check_own(bank: "Bank", who: str) -> tuple[str, ...]:
+def _check_own(bank: "Bank", least: int, who: str) -> tuple[str, ...]:
     """The bank's one domain, if sums may be said of it."""
-    check_clusters(len(np.unique(bank.clusters[:, 1:])), who=who)
+    check_clusters(len(np.unique(bank.clusters[:, 1:])), least=least, who=who)
     if len(bank.domains) != 1:
         raise SumError(
             f"Cannot say sums over documents of '{who}': expected blocks of one domain, got "
@@ -260,7 +281,7 @@ def measure_alone(bank: "Bank", *, who: str) -> Moments:
     Raises:
         SumError: If there are too few document clusters, or several domains.
     """
-    _check_own(bank, who)
+    _check_own(bank, MIN_CLUSTERS, who)
     index = ClusterIndex.build(bank.clusters, bank.domain_of)
     columns = {"base": index.sum(bank.base_nll().numpy())}
     for expert, name in enumerate(bank.expert_names):

@@ -15,7 +15,12 @@ from molora_kalavai.linear import LinearOptions, LinearRouter
 from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.errors import BankError, MoloraError, RoutingError, SumError
 from molora_fed.evaluation.evaluate import evaluate
-from molora_fed.evaluation.moments import MIN_CLUSTERS, Moments, add_by_domain
+from molora_fed.evaluation.moments import (
+    MIN_CLUSTERS,
+    Moments,
+    add_by_domain,
+    measure_moments,
+)
 from molora_fed.evaluation.summed import Compared, MemberSums, measure_alone, measure_sums
 from molora_fed.evaluation.summed_report import SummedEvaluation, compose_loss_matrix
 from molora_fed.fusion.fuse import measure_loss_matrix
@@ -230,22 +235,90 @@ def test_no_figure_of_a_document_or_token_leaves(bank, answers):
         assert said.isdisjoint(nll.double().flatten().tolist())
 
 
+def measure_few(clusters, experts=8):
+    """Blocks of one domain with so many clusters, what is compared on them, and its sums."""
+    bank = build_synthetic_bank(HeldOutBank, num_experts=experts, blocks_per_domain=36, seed=3)
+    own = take_blocks(bank, range(36))
+    drawn = np.random.default_rng(1).integers(clusters, size=36 - clusters)  # of several sizes
+    owners = np.concatenate([np.arange(clusters), drawn])[:, None].repeat(24, axis=1)
+    own = replace(own, clusters=owners, _derived={})
+    generator = torch.Generator().manual_seed(1)
+    baselines = {n: 3 + torch.rand((36, 23), generator=generator) for n in ("one", "two", "three")}
+    routers = {"evidence-zero": ZeroTrainingEvidenceRouter(experts)}
+    return own, routers, baselines, Compared(own.expert_names, tuple(routers), tuple(baselines))
+
+
+def find_relation(moments, compared):
+    """Weights of 1, n and the other methods whose sum is 0 for each document, and how nearly.
+
+    What an attacker makes of the sums alone: products of columns, and their null space.
+    """
+
+    def multiply(one, other):
+        a, b, apart = (moments.columns[n][1] for n in (one, other, f"{one} less {other}"))
+        return (a + b - apart) / 2
+
+    sums = [moments.columns[other] for other in compared.others]
+    rows = [
+        [moments.clusters, moments.tokens, *(total for total, _, _ in sums)],
+        [moments.tokens, moments.squares, *(products for _, _, products in sums)],
+    ]
+    for one in compared.alone:
+        total, _, products = moments.columns[one]
+        rows.append([total, products, *(multiply(one, other) for other in compared.others)])
+    table = np.array(rows)
+    scale = np.linalg.norm(table, axis=0)
+    _, singular, right = np.linalg.svd(table / scale)
+    return right[-1] / scale, singular[-1] / singular[0]
+
+
+def measure_relation(moments_of, relation, compared):
+    counts, losses = moments_of
+    columns = np.stack([np.ones_like(counts), counts, *(losses[o] for o in compared.others)])
+    return np.abs(relation @ columns) / (np.abs(relation) @ np.abs(columns))
+
+
+def test_fewer_documents_than_methods_could_be_tested_for_and_are_refused():
+    own, routers, baselines, compared = measure_few(7)
+    assert compared.min_clusters == len(compared.others) + 3 == 9
+    found = evaluate(own, routers, baselines)
+    losses = {name: found.sums[name] for name in compared.methods}
+    more = {f"{a} less {b}": losses[a] - losses[b] for a, b in compared.pairs}
+    moments = measure_moments(found.clusters.counts, {**losses, **more})
+    relation, smallest = find_relation(moments, compared)
+    assert smallest < 1e-10
+    own_documents = measure_relation((found.clusters.counts, losses), relation, compared)
+    others, _, their_baselines, _ = measure_few(9)
+    other = evaluate(others, routers, their_baselines)
+    strangers = measure_relation((other.clusters.counts, other.sums), relation, compared)
+    assert own_documents.max() < 1e-6 < strangers.min()  # the attack works
+    with pytest.raises(SumError, match="'anna': expected 9 document clusters at least"):
+        measure_sums(own, routers, baselines, who="anna")
+    with pytest.raises(SumError, match="'anna': expected 9 document clusters at least"):
+        value = MemberSums("domain-0", moments, {"evidence-zero": (36 * 23.0, *[0.0] * 7)})
+        MemberSums.from_json(value.to_json(), compared, domain="domain-0", who="anna")
+
+
+def test_as_many_documents_as_are_asked_for_show_no_relation():
+    own, routers, baselines, compared = measure_few(9)
+    said = measure_sums(own, routers, baselines, who="anna")
+    assert said.moments.clusters == compared.min_clusters
+    assert find_relation(said.moments, compared)[1] > 1e-8
+
+
 class Untouched(ZeroTrainingEvidenceRouter):
     def gates(self, view):
         raise AssertionError("measured")
 
 
 def test_too_few_documents_are_refused_by_name_before_anything_is_measured(bank):
-    rows = range(36)
-    few = take_blocks(bank, rows)
+    few = take_blocks(bank, range(36))
     clusters = np.arange(36)[:, None].repeat(24, axis=1) % (MIN_CLUSTERS - 1)
     few = replace(few, clusters=clusters, _derived={})
-    for measure in (
-        lambda: measure_sums(few, {"x": Untouched(3)}, who="anna"),
-        lambda: measure_alone(few, who="anna"),
-    ):
-        with pytest.raises(SumError, match="'anna': expected 4 document clusters at least"):
-            measure()
+    with pytest.raises(SumError, match="'anna': expected 6 document clusters at least"):
+        measure_sums(few, {"x": Untouched(3)}, who="anna")
+    with pytest.raises(SumError, match="'anna': expected 4 document clusters at least"):
+        measure_alone(few, who="anna")
 
 
 def test_blocks_of_several_domains_are_refused(bank, routers):
