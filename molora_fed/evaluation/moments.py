@@ -38,6 +38,7 @@ MIN_CLUSTERS = 4
 
 MAX_CLUSTERS = 1_000_000  # stand-ins take memory for each
 _TOLERANCE = 1e-9
+_LARGEST = 1e100  # of a sum: what is below can be squared and added up
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Moments:
 
     def _list_faults(self) -> list[str]:
         sums = [self.tokens, self.squares, *(x for own in self.columns.values() for x in own)]
-        if not all(map(math.isfinite, sums)):
+        if not all(abs(one) <= _LARGEST for one in sums):  # NaN is not
             return ["a sum that is not finite"]
         if not MIN_CLUSTERS <= self.clusters <= MAX_CLUSTERS or self.tokens < self.clusters:
             return [f"{self.clusters} clusters of {self.tokens} tokens"]

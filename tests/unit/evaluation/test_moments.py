@@ -118,6 +118,8 @@ GOOD = measure_moments(np.array([3.0, 5.0, 7.0, 9.0]), {"x": np.array([1.0, 2.0,
         {"columns": {"x": [1.0, 2.0]}}, {"columns": {"x": [10.0, 1.0, 60.0]}},
         {"columns": {"x": [10.0, 30.0, 1e6]}}, {"columns": {"x": ["a", 1, 2]}},
         {"columns": {"x": [10.0, float("inf"), 60.0]}},
+        {"columns": {"x": [1e200, 30.0, 60.0]}}, {"columns": {"x": [10.0, 1e300, 1e200]}},
+        {"tokens": 1e200}, {"tokens": 1e160, "squares": 1e308},
     ],
 )  # fmt: skip
 def test_figures_that_no_clusters_could_have_are_refused_in_one_line(change):
