@@ -14,10 +14,17 @@ from torch import Tensor
 
 from molora_fed.errors import BankError, RoutingError
 from molora_fed.evaluation.bootstrap import (
-    LEVEL,
     ClusterIndex,
     compute_interval,
     resample_domain_means,
+)
+from molora_fed.evaluation.composition import (
+    RESERVED_NAMES,
+    MethodLosses,
+    compose_baseline_gains,
+    compose_report,
+    name_fused,
+    name_specialist,
 )
 from molora_fed.forecasting.divergence import reduce_percent
 from molora_fed.routing.probes import find_distribution_fault
@@ -43,10 +50,6 @@ BASELINE_NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 
 _ROUNDING_NATS = 2e-2  # what gates that sum to 1 within their dtype's rounding may gain
 _ROUNDING_NATS = 0.01  # of float32 sums over a block
-_BEFORE = ("base", "uniform")
-_AFTER = ("domain_oracle", "token_oracle")
-_GROUPS = (("specialists", "specialist:"), ("fused", "fused:"))
-_TAKEN = frozenset((*_BEFORE, *_AFTER, *(key for key, _ in _GROUPS)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,17 +200,11 @@ class Evaluation:
         Raises:
             BankError: If the bank has no specialist.
         """
-        names = [method for method in self.sums if method.startswith("specialist:")]
-        if not names:
-            raise BankError(
-                "Cannot compare with the best specialist: expected one at least, got none. "
-                "Fuse at least one contribution."
-            )
-        return min(names, key=self.equal_weight)
+        return self._tabulate().best_specialist()
 
     def best_alone(self) -> str:
         """The better of the base and the best specialist, as a method name."""
-        return min(("base", self.best_specialist()), key=self.equal_weight)
+        return self._tabulate().best_alone()
 
     def to_json(self) -> dict[str, Any]:
         """The parts of report.json that come from held-out losses, intervals included.
@@ -218,42 +215,10 @@ class Evaluation:
             `baseline_gain_percent`, as docs/report.schema.json says. Intervals are the 95 %
             percentile bootstrap by document cluster.
         """
-        names = list(self.sums)
-        means = resample_domain_means(self.clusters, list(self.sums.values()), seed=self.seed)
-        resampled = dict(zip(names, means.mean(axis=2).T, strict=True))  # equal weight, (R,) each
-        alone, specialist = self.best_alone(), self.best_specialist()
-        references = {"vs_best_alone": alone, "vs_best_specialist": specialist}
-        routers = {name: f"fused:{name}" for name in self.gates}
+        losses = self._tabulate()
+        intervals = self._resample(list(self.sums))
         return {
-            "losses": self._losses_json(),
-            "equal_weight": {
-                name: {"point": self.equal_weight(name), **_interval(resampled[name])}
-                for name in names
-            },
-            "best_alone": self._named(alone),
-            "best_specialist": self._named(specialist),
-            "gain_percent": {
-                router: {
-                    label: reduce_percent(self.equal_weight(reference), self.equal_weight(method))
-                    for label, reference in references.items()
-                }
-                for router, method in routers.items()
-            },
-            "gain_interval_percent": {
-                router: {
-                    label: _interval(reduce_percent(resampled[reference], resampled[method]))
-                    for label, reference in references.items()
-                }
-                for router, method in routers.items()
-            },
-            "oracle_gap_nats": {
-                router: {
-                    "point": self.equal_weight(method) - self.equal_weight("domain_oracle"),
-                    **_interval(resampled[method] - resampled["domain_oracle"]),
-                    "level": LEVEL,
-                }
-                for router, method in routers.items()
-            },
+            **compose_report(losses, self.gates, intervals),
             "excess_nats": {
                 router: {
                     "largest": float(excess.max()) if len(excess) else None,
@@ -262,19 +227,7 @@ class Evaluation:
                 }
                 for router, excess in self.excess.items()
             },
-            "gates": {router: dict(by_domain) for router, by_domain in self.gates.items()},
-            "baseline_gain_percent": {
-                method: {
-                    label: {
-                        "point": reduce_percent(
-                            self.equal_weight(reference), self.equal_weight(method)
-                        ),
-                        **_interval(reduce_percent(resampled[reference], resampled[method])),
-                    }
-                    for label, reference in references.items()
-                }
-                for method in self._plain_methods()
-            },
+            "baseline_gain_percent": compose_baseline_gains(losses, losses.list_plain(), intervals),
         }
 
     def difference(self, method: str, other: str) -> dict[str, float]:
@@ -288,30 +241,38 @@ class Evaluation:
             `point`, and `low` and `high` of the 95 % interval by document cluster; both losses are
             resampled together.
         """
-        pair = [self.sums[method], self.sums[other]]
-        means = resample_domain_means(self.clusters, pair, seed=self.seed).mean(axis=2)
         return {
             "point": self.equal_weight(method) - self.equal_weight(other),
-            **_interval(means[:, 0] - means[:, 1]),
+            **self._resample([method, other]).of_difference(method, other),
         }
 
-    def _plain_methods(self) -> list[str]:
-        """Base, uniform gates, baselines by name, oracles: what is neither specialist nor fused."""
-        baselines = (name for name in self.sums if name not in _TAKEN and ":" not in name)
-        return [m for m in (*_BEFORE, *sorted(baselines), *_AFTER) if m in self.sums]
+    def _tabulate(self) -> MethodLosses:
+        return MethodLosses({method: self.losses(method) for method in self.sums})
 
-    def _losses_json(self) -> dict[str, Any]:
-        losses: dict[str, Any] = {method: self.losses(method) for method in self._plain_methods()}
-        for key, prefix in _GROUPS:
-            losses[key] = {
-                method.removeprefix(prefix): self.losses(method)
-                for method in self.sums
-                if method.startswith(prefix)
-            }
-        return losses
+    def _resample(self, methods: list[str]) -> "_Resampled":
+        sums = [self.sums[method] for method in methods]
+        means = resample_domain_means(self.clusters, sums, seed=self.seed)
+        return _Resampled(dict(zip(methods, means.mean(axis=2).T, strict=True)))
 
-    def _named(self, method: str) -> dict[str, Any]:
-        return {"name": method.removeprefix("specialist:"), "loss": self.equal_weight(method)}
+
+@dataclass(frozen=True, eq=False)
+class _Resampled:
+    """Percentile intervals; all methods are of the same resamples.
+
+    Attributes:
+        equal_weight: Equal-weight loss of each resample by method, (R,) nats per token.
+    """
+
+    equal_weight: Mapping[str, NDArray[np.float64]]
+
+    def of_loss(self, method: str) -> dict[str, float]:
+        return _interval(self.equal_weight[method])
+
+    def of_difference(self, method: str, other: str) -> dict[str, float]:
+        return _interval(self.equal_weight[method] - self.equal_weight[other])
+
+    def of_gain(self, reference: str, method: str) -> dict[str, float]:
+        return _interval(reduce_percent(self.equal_weight[reference], self.equal_weight[method]))
 
 
 def evaluate(
@@ -349,7 +310,7 @@ def evaluate(
     sums: dict[str, NDArray[np.float64]] = {"base": index.sum(bank.base_nll().numpy())}
     first = int(bank.has_base_expert)
     for expert in range(first, bank.num_experts):
-        name = f"specialist:{bank.expert_names[expert]}"
+        name = name_specialist(bank.expert_names[expert])
         sums[name] = index.sum(bank.expert_nll(expert).numpy())
     alone = list(sums.values())
     for name, nll in others.items():
@@ -369,7 +330,7 @@ def evaluate(
             if bound is not None:
                 _check_bound(name, bound, excess[name])
                 bounds[name] = bound
-        sums[f"fused:{name}"] = index.sum(found.nll.numpy())
+        sums[name_fused(name)] = index.sum(found.nll.numpy())
         gates[name] = {
             domain: dict(zip(bank.expert_names, map(float, row), strict=True))
             for domain, row in zip(bank.domains, found.gates, strict=True)
@@ -427,12 +388,12 @@ def _check_evaluation(bank: object, baselines: Mapping[str, Tensor]) -> None:
     wrong = sorted(
         f"{name} {tuple(nll.shape)}"
         for name, nll in baselines.items()
-        if name in _TAKEN or not BASELINE_NAME.fullmatch(name) or tuple(nll.shape) != shape
+        if name in RESERVED_NAMES or not BASELINE_NAME.fullmatch(name) or tuple(nll.shape) != shape
     )
     if wrong:
         raise BankError(
             f"Cannot evaluate baselines: expected names in lower case, none of "
-            f"{', '.join(sorted(_TAKEN))}, with losses {shape}, got {', '.join(wrong)}. "
+            f"{', '.join(sorted(RESERVED_NAMES))}, with losses {shape}, got {', '.join(wrong)}. "
             "Rename them, or measure them on this bank's blocks."
         )
 

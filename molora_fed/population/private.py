@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.errors import PopulationError
-from molora_fed.evaluation.bootstrap import LEVEL
+from molora_fed.evaluation.composition import name_fused, name_specialist
+from molora_fed.evaluation.moments import Moments, add_by_domain, build_stand_ins
+from molora_fed.evaluation.summed import name_difference
+from molora_fed.evaluation.summed_report import compose_summed
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation import Factor
 from molora_fed.population.adaptation_config import AdaptationConfig
@@ -27,7 +29,6 @@ from molora_fed.population.evolution import POPULATION_FOLDER, ROUTER_FILE, Bran
 from molora_fed.population.files import load_population, save_population
 from molora_fed.population.guard import Comparison, compare_branches
 from molora_fed.population.lifecycle import compute_fitness
-from molora_fed.population.moments import Moments, build_stand_ins
 from molora_fed.population.questions import Answer, Ask, Question
 from molora_fed.population.rounds import PlannedRound, split_rounds
 from molora_fed.population.router_files import load_router, save_router
@@ -35,7 +36,6 @@ from molora_fed.storage.files import write_json
 from molora_fed.types import Progress
 
 __all__ = [
-    "INTERVAL_METHOD",
     "Member",
     "PrivateData",
     "average_branches",
@@ -311,17 +311,8 @@ class PrivateData:
             return Moments.from_json(answer.figures, names, who=answer.contributor)
 
         found = self._ask(question, read)
-        by_domain: list[Moments] = []
-        for domain in self.domains:
-            own = [a for m, a in zip(self._members, found, strict=True) if m.domain == domain]
-            total = own[0]
-            for one in own[1:]:
-                total = total.add(one)
-            by_domain.append(total)
-        return by_domain
-
-
-INTERVAL_METHOD = "Student's t by document cluster, the reference's loss taken as known"
+        parts = [(m.domain, own) for m, own in zip(self._members, found, strict=True)]
+        return list(add_by_domain(parts).values())
 
 
 def evaluate_privately(
@@ -346,76 +337,18 @@ def evaluate_privately(
     Returns:
         The figures of `Evaluation.to_json` that sums can give, with `interval_method`.
     """
-    alone = ["base", *(name_slot(index) for index in range(len(specialists)))]
     slots = [name_slot(index) for index in range(start.population.num_slots)]
     columns = ["base", *slots, "uniform"]
     names = [*columns, "fused", *(f"{name}-less-fused" for name in columns)]
     moments = data.ask_moments(Question("held-out", {}, (last, start)), names)
-    labels = {"base": "base", "uniform": "uniform", "fused": f"fused:{router_name}"}
-    labels |= {name_slot(i): f"specialist:{name}" for i, name in enumerate(specialists)}
-
-    def losses(name: str) -> dict[str, float]:
-        return {d: own.mean(name) for d, own in zip(data.domains, moments, strict=True)}
-
-    def average(name: str) -> float:
-        return float(np.mean([own.mean(name) for own in moments]))
-
-    best = [min(alone, key=own.mean) for own in moments]  # the oracle's choice in each domain
-    specialist = min(alone[1:], key=average)
-    references = {
-        "vs_best_alone": min(alone, key=average),
-        "vs_best_specialist": specialist,
+    found = {name_specialist(name): name_slot(i) for i, name in enumerate(specialists)}
+    alone = {"base": "base", **found}
+    methods = {**alone, "uniform": "uniform"}
+    fused = name_fused(router_name)
+    more = {name_difference(name, fused): f"{old}-less-fused" for name, old in methods.items()}
+    methods[fused] = "fused"
+    by_domain = {
+        domain: own.rename({**methods, **more})
+        for domain, own in zip(data.domains, moments, strict=True)
     }
-    gains = {
-        label: _estimate(moments, [f"{name}-less-fused"] * len(moments), 100.0 / average(name))
-        for label, name in references.items()
-    }
-    oracle = {d: own.mean(n) for d, own, n in zip(data.domains, moments, best, strict=True)}
-    gap = _estimate(moments, [f"{name}-less-fused" for name in best], -1.0)
-    spread = {label: [name] * len(moments) for name, label in labels.items()}
-    spread["domain_oracle"] = best
-    return {
-        "interval_method": INTERVAL_METHOD,
-        "losses": {
-            "base": losses("base"),
-            "uniform": losses("uniform"),
-            "domain_oracle": oracle,
-            "specialists": {name: losses(name_slot(i)) for i, name in enumerate(specialists)},
-            "fused": {router_name: losses("fused")},
-        },
-        "equal_weight": {label: _estimate(moments, chosen) for label, chosen in spread.items()},
-        **{
-            key: {
-                "name": labels[name].removeprefix("specialist:"),
-                "loss": average(name),
-            }
-            for key, name in (
-                ("best_alone", references["vs_best_alone"]),
-                ("best_specialist", specialist),
-            )
-        },
-        "gain_percent": {router_name: {label: g["point"] for label, g in gains.items()}},
-        "gain_interval_percent": {
-            router_name: {label: {"low": g["low"], "high": g["high"]} for label, g in gains.items()}
-        },
-        "oracle_gap_nats": {router_name: {**gap, "level": LEVEL}},
-        "gates": {router_name: {domain: dict(row) for domain, row in gates.items()}},
-    }
-
-
-def _estimate(
-    moments: Sequence[Moments], names: Sequence[str], factor: float = 1.0
-) -> dict[str, float]:
-    """Mean over domains of a column of each, times a factor, with its interval.
-
-    Source: Cochran, Sampling Techniques, 3rd ed., sections 6.4 and 5.4, as in `guard`.
-    """
-    pairs = list(zip(moments, names, strict=True))
-    spread = np.array([own.variance(name) for own, name in pairs])
-    freedom = np.array([own.clusters - 1.0 for own in moments])
-    squares = float((spread**2 / freedom).sum())
-    degrees = float(spread.sum()) ** 2 / squares if squares > 0 else float(freedom.sum())
-    error = float(np.sqrt(spread.sum())) / len(pairs)
-    point = factor * float(np.mean([own.mean(name) for own, name in pairs]))
-    width = abs(factor) * float(stats.t.ppf(0.5 + LEVEL / 2, degrees)) * error
-    return {"point": point, "low": point - width, "high": point + width}
+    return compose_summed(by_domain, list(alone), list(methods), {router_name: gates})

@@ -19,6 +19,7 @@ from molora_fed.bank.states import BaseStates, build_states
 from molora_fed.charter import Charter
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError, QuestionRefusedError
+from molora_fed.evaluation.moments import MIN_CLUSTERS, Moments, measure_moments
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation import adapt
@@ -33,7 +34,6 @@ from molora_fed.population.losses import (
     measure_population,
     sum_clusters,
 )
-from molora_fed.population.moments import MIN_CLUSTERS, Moments, measure_moments
 from molora_fed.population.pooled import select_clusters
 from molora_fed.population.private import name_slot
 from molora_fed.population.questions import Answer, Question

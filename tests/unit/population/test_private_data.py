@@ -188,6 +188,9 @@ def test_a_whole_evolution_and_its_held_out_figures(tmp_path, base):
     gain = result["gain_percent"][RULES.router]["vs_best_alone"]
     alone = result["best_alone"]["loss"]
     assert gain == pytest.approx(100 * (alone - mean) / alone)
+    interval = result["gain_interval_percent"][RULES.router]["vs_best_alone"]
+    assert interval["low"] < gain < interval["high"]
+    assert result["interval_method"] == "Student's t by document cluster"
     # What contributors say of their texts: counts, sums and means, whatever was asked.
     for answer in stage.answers:
         assert answer.figures.keys() <= {

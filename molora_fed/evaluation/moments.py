@@ -8,21 +8,37 @@ with the same sums take their place.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-from molora_fed.errors import PopulationError
+from molora_fed.errors import SumError
+from molora_fed.evaluation.bootstrap import LEVEL
 
-__all__ = ["MIN_CLUSTERS", "Moments", "StandIns", "build_stand_ins", "measure_moments"]
+__all__ = [
+    "INTERVAL_METHOD",
+    "MIN_CLUSTERS",
+    "Moments",
+    "StandIns",
+    "add_by_domain",
+    "build_stand_ins",
+    "check_clusters",
+    "estimate",
+    "measure_moments",
+]
+
+INTERVAL_METHOD = "Student's t by document cluster"
+"""How `estimate` finds an interval, in the words of a report."""
 
 MIN_CLUSTERS = 4
 """Clusters that sums may be said of: of two, the sums tell each one's loss."""
 
 MAX_CLUSTERS = 1_000_000  # stand-ins take memory for each
 _TOLERANCE = 1e-9
+_LARGEST = 1e100  # of a sum: what is below can be squared and added up
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,34 @@ class Moments:
             self.squares + other.squares,
             columns,  # type: ignore[arg-type]
         )
+
+    def rename(self, names: Mapping[str, str]) -> "Moments":
+        """The same clusters with some of the columns under other names.
+
+        Args:
+            names: The column's present name by its new one.
+        """
+        columns = {new: self.columns[old] for new, old in names.items()}
+        return replace(self, columns=columns)
+
+    def take_residual(self, one: str, other: str, difference: str, share: float) -> "Moments":
+        """The same clusters with the one column (one - other) - share * one, named "residual".
+
+        It is what a reduction by `share` leaves: its variance is that of the reduction. The sum of
+        products of two columns follows from the squares of both and of their difference.
+
+        Args:
+            one: Column of a reference.
+            other: Column of what is compared with it.
+            difference: Column of one less the other, or of the other less the one.
+            share: Of the reference, by which the other is lower.
+        """
+        a, b = self.columns[one], self.columns[other]
+        apart = self.columns[difference][1]
+        common = (a[1] - b[1] + apart) / 2  # of the difference and the reference
+        squares = apart - 2 * share * common + share**2 * a[1]
+        total, products = ((1 - share) * a[i] - b[i] for i in (0, 2))
+        return replace(self, columns={"residual": (total, squares, products)})
 
     def mean(self, name: str) -> float:
         """A column's sum by token, nats."""
@@ -87,7 +131,7 @@ class Moments:
             who: The contributor, for errors.
 
         Raises:
-            PopulationError: If it is malformed, or no clusters could have these sums.
+            SumError: If it is malformed, or no clusters could have these sums.
         """
         try:
             found = cls(
@@ -105,7 +149,7 @@ class Moments:
 
     def _list_faults(self) -> list[str]:
         sums = [self.tokens, self.squares, *(x for own in self.columns.values() for x in own)]
-        if not all(map(math.isfinite, sums)):
+        if not all(abs(one) <= _LARGEST for one in sums):  # NaN is not
             return ["a sum that is not finite"]
         if not MIN_CLUSTERS <= self.clusters <= MAX_CLUSTERS or self.tokens < self.clusters:
             return [f"{self.clusters} clusters of {self.tokens} tokens"]
@@ -124,8 +168,8 @@ class Moments:
         return faults
 
 
-def _refuse(who: str, got: str) -> PopulationError:
-    return PopulationError(
+def _refuse(who: str, got: str) -> SumError:
+    return SumError(
         f"Cannot use the figures of '{who}': expected finite sums of at least {MIN_CLUSTERS} "
         f"document clusters in each column, got {got}. Ask that contributor to run the same "
         "molora-fed version, or withdraw it."
@@ -153,10 +197,10 @@ def measure_moments(
         columns: Sums of a figure per cluster by name, (C,) nats.
 
     Raises:
-        PopulationError: If there are too few clusters to say sums of.
+        SumError: If there are too few clusters to say sums of.
     """
     if len(counts) < MIN_CLUSTERS:
-        raise PopulationError(
+        raise SumError(
             f"Cannot say sums over documents: expected {MIN_CLUSTERS} document clusters at least, "
             f"so that none can be told from them, got {len(counts)}. Use more text, or fewer "
             "guard samples."
@@ -167,6 +211,66 @@ def measure_moments(
         squares=float(counts @ counts),
         columns={n: (float(x.sum()), float(x @ x), float(x @ counts)) for n, x in columns.items()},
     )
+
+
+def check_clusters(clusters: int, *, least: int = MIN_CLUSTERS, who: str) -> None:
+    """Refuse text of which no sums may be said, before anything is measured on it.
+
+    Args:
+        clusters: Document clusters of the text.
+        least: How many there must be.
+        who: Whose text it is, for errors.
+
+    Raises:
+        SumError: If there are too few.
+    """
+    if clusters < least:
+        raise SumError(
+            f"Cannot say sums over documents of '{who}': expected {least} document clusters at "
+            f"least, so that none can be told from them, got {clusters}. Use more text, or compare "
+            "fewer routers and baselines."
+        )
+
+
+def add_by_domain(parts: Sequence[tuple[str, Moments]]) -> dict[str, Moments]:
+    """Moments of each domain, its contributors' added up in the order given.
+
+    Args:
+        parts: Domain and moments of each contributor, of equal columns.
+
+    Returns:
+        By domain, sorted.
+    """
+    totals: dict[str, Moments] = {}
+    for domain, own in parts:
+        totals[domain] = totals[domain].add(own) if domain in totals else own
+    return dict(sorted(totals.items()))
+
+
+def estimate(
+    domains: Sequence[Moments], names: Sequence[str], factor: float = 1.0
+) -> dict[str, float]:
+    """Plain mean over domains of a column of each, times a factor, with its interval.
+
+    Args:
+        domains: Moments of each domain.
+        names: The column that is taken of each.
+        factor: What point and ends are multiplied by.
+
+    Returns:
+        `point`, and `low` and `high` of the interval by document cluster.
+
+    Source: Cochran, Sampling Techniques, 3rd ed., sections 6.4 and 5.4, as in population/guard.py.
+    """
+    pairs = list(zip(domains, names, strict=True))
+    spread = np.array([own.variance(name) for own, name in pairs])
+    freedom = np.array([own.clusters - 1.0 for own in domains])
+    squares = float((spread**2 / freedom).sum())
+    degrees = float(spread.sum()) ** 2 / squares if squares > 0 else float(freedom.sum())
+    error = float(np.sqrt(spread.sum())) / len(pairs)
+    point = factor * float(np.mean([own.mean(name) for own, name in pairs]))
+    width = abs(factor) * float(stats.t.ppf(0.5 + LEVEL / 2, degrees)) * error
+    return {"point": point, "low": point - width, "high": point + width}
 
 
 @dataclass(frozen=True, eq=False)

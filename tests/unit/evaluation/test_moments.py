@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molora_fed.errors import PopulationError
-from molora_fed.population.contract import LossTable
-from molora_fed.population.fitness import compute_effects
-from molora_fed.population.guard import compare_branches
-from molora_fed.population.moments import (
+from molora_fed.errors import SumError
+from molora_fed.evaluation.moments import (
     MIN_CLUSTERS,
     Moments,
     build_stand_ins,
     measure_moments,
 )
+from molora_fed.population.contract import LossTable
+from molora_fed.population.fitness import compute_effects
+from molora_fed.population.guard import compare_branches
 
 sizes = st.lists(st.integers(1, 5_000), min_size=MIN_CLUSTERS, max_size=12)
 draws = st.integers(0, 2**32 - 1)
@@ -101,7 +101,7 @@ def test_contributors_add_up(first, second, seed):
 
 def test_sums_over_so_few_clusters_that_they_tell_them_are_refused():
     few = np.array([3.0, 5.0, 7.0])
-    with pytest.raises(PopulationError, match="4 document clusters at least"):
+    with pytest.raises(SumError, match="4 document clusters at least"):
         measure_moments(few, {"x": few})
 
 
@@ -118,11 +118,13 @@ GOOD = measure_moments(np.array([3.0, 5.0, 7.0, 9.0]), {"x": np.array([1.0, 2.0,
         {"columns": {"x": [1.0, 2.0]}}, {"columns": {"x": [10.0, 1.0, 60.0]}},
         {"columns": {"x": [10.0, 30.0, 1e6]}}, {"columns": {"x": ["a", 1, 2]}},
         {"columns": {"x": [10.0, float("inf"), 60.0]}},
+        {"columns": {"x": [1e200, 30.0, 60.0]}}, {"columns": {"x": [10.0, 1e300, 1e200]}},
+        {"tokens": 1e200}, {"tokens": 1e160, "squares": 1e308},
     ],
 )  # fmt: skip
 def test_figures_that_no_clusters_could_have_are_refused_in_one_line(change):
     value = {**GOOD.to_json(), **change}
-    with pytest.raises(PopulationError, match="figures of 'mallory'") as caught:
+    with pytest.raises(SumError, match="figures of 'mallory'") as caught:
         Moments.from_json(value, ["x"], who="mallory")
     assert "\n" not in str(caught.value)
     assert Moments.from_json(GOOD.to_json(), ["x"], who="anna") == GOOD
@@ -130,5 +132,5 @@ def test_figures_that_no_clusters_could_have_are_refused_in_one_line(change):
 
 @pytest.mark.parametrize("value", [None, [], "x", 3])
 def test_figures_of_another_form_are_refused(value):
-    with pytest.raises(PopulationError, match="figures of 'mallory'"):
+    with pytest.raises(SumError, match="figures of 'mallory'"):
         Moments.from_json(value, ["x"], who="mallory")
