@@ -48,8 +48,8 @@ __all__ = [
 BASELINE_NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 """What a non-expert model may be called in reports, e.g. "weight_average"."""
 
-_ROUNDING_NATS = 2e-2  # what gates that sum to 1 within their dtype's rounding may gain
-_ROUNDING_NATS = 0.01  # of float32 sums over a block
+_GATES_NATS = 2e-2  # what gates that sum to 1 within their dtype's rounding may gain
+_SUMS_NATS = 0.01  # rounding of float32 sums over a block
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ def _check_router(router: "OutputRouter", fault: str | None) -> None:
 def _find_impossible(bank: "Bank", nll: Tensor, rows: slice) -> str | None:
     """Describe losses below the token oracle, or return None."""
     below = -bank.logprob[rows, 1:].amax(dim=-1) - nll
-    if not bool((below > _ROUNDING_NATS).any()):
+    if not bool((below > _GATES_NATS).any()):
         return None
     return (
         "expected no loss below that of the best expert at a token, got one lower by "
@@ -353,7 +353,7 @@ def _check_bound(name: str, bound: Any, excess: Tensor) -> None:
     """
     largest = max(excess.tolist(), default=-math.inf)
     is_number = isinstance(bound, float | int) and math.isfinite(bound)
-    if not is_number or largest > bound + _ROUNDING_NATS:
+    if not is_number or largest > bound + _SUMS_NATS:
         promised = f"at most {bound:.3f}" if is_number else "a finite number of"
         got = f"{largest:.3f}" if is_number else repr(bound)
         raise RoutingError(
