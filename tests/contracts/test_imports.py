@@ -91,3 +91,12 @@ def test_a_name_of_the_face_is_placed_where_it_lives():
     assert (
         find_place("molora_fed.hookimpl") == find_place("molora_fed.errors.MoloraError") == "root"
     )
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """Two of one name cannot be collected in one run, though each passes alone."""
+    files = sorted(path for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    by_name: dict[str, list[str]] = {}
+    for path in files:
+        by_name.setdefault(path.name, []).append(str(path.relative_to(REPOSITORY)))
+    assert [same for same in by_name.values() if len(same) > 1] == []
