@@ -96,7 +96,7 @@ class RealBaseOptions(StudyOptions):
     lora: Recipe = Recipe(rates=(1e-3, 2e-3, 4e-3), rate=2e-3)
     svd: Recipe = Recipe(rates=(1e-4,), rate=1e-4)
     pooled_lora: Recipe = Recipe(rates=(1e-3, 2e-3, 4e-3), rate=2e-3)
-    base_continued: Recipe = Recipe(rates=(5e-5, 1e-4, 2e-4), rate=1e-4)
+    base_continued: Recipe = Recipe(rates=(1e-4, 2e-4, 4e-4), rate=2e-4)
     pilot_share: float = Field(default=MAX_SHARE, gt=0, le=MAX_SHARE)
     pilot_blocks: int = Field(default=8, ge=1)
     merge_blocks: int = Field(default=6, ge=1)
