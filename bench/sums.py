@@ -22,14 +22,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from molora_fed.privacy.sums.coordinator import Coordinator
+from molora_fed.privacy.sums.fixed_point import FixedPoint
+from molora_fed.privacy.sums.member import Member
+from molora_fed.privacy.sums.messages import Terms
+from molora_fed.privacy.sums.robust import sum_robustly
+from molora_fed.privacy.sums.vectors import Part, VectorLayout
 from molora_fed.storage.files import write_bytes
 from molora_fed.storage.keys import build_public_pem
-from molora_fed.sums.coordinator import Coordinator
-from molora_fed.sums.fixed_point import FixedPoint
-from molora_fed.sums.member import Member
-from molora_fed.sums.messages import Terms
-from molora_fed.sums.robust import sum_robustly
-from molora_fed.sums.vectors import Part, VectorLayout
 
 TRIM_SHARE = 0.1
 

@@ -15,8 +15,7 @@ PACKAGES = {
 
 _MEASURING = "corpus models adapters bank routing evaluation"
 _BELOW_COOPERATIVE = (
-    f"{_MEASURING} privacy sums tracing training contributions forecasting fusion population "
-    "reporting"
+    f"{_MEASURING} tracing privacy training contributions forecasting fusion population reporting"
 )
 
 # What a place may import besides the root's modules and storage, lowest place first.
@@ -26,7 +25,6 @@ ALLOWED: dict[str, str] = {
     "corpus": "",
     "models": "",
     "tracing": "",
-    "sums": "",
     "privacy": "corpus",
     "adapters": "models",
     "training": "corpus models adapters",

@@ -5,12 +5,12 @@ from functools import cache
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from molora_fed.privacy.sums.coordinator import Coordinator
+from molora_fed.privacy.sums.fixed_point import FixedPoint, word_type
+from molora_fed.privacy.sums.member import Member
+from molora_fed.privacy.sums.messages import Terms
+from molora_fed.privacy.sums.vectors import Part, VectorLayout
 from molora_fed.storage.keys import build_public_pem
-from molora_fed.sums.coordinator import Coordinator
-from molora_fed.sums.fixed_point import FixedPoint, word_type
-from molora_fed.sums.member import Member
-from molora_fed.sums.messages import Terms
-from molora_fed.sums.vectors import Part, VectorLayout
 
 PHASES = ("keys", "shares", "masked", "agreement", "revealed")
 

@@ -1,4 +1,4 @@
-"""Which held-out blocks count where train text stays with its contributors, and what is told of it.
+"""Which held-out blocks count where train text stays with its contributors; what is sent of it.
 
 A contributor compares its held-out blocks at home: with its own text and the base's directly, with
 others' by private set intersection. Blocks are left out as `molora_fed.corpus.overlap` leaves them
@@ -33,7 +33,7 @@ _MAX_BLOCKS = 2**31
 
 @dataclass(frozen=True)
 class OverlapCounts:
-    """What is told of a comparison.
+    """Counts of one comparison; nothing else is sent.
 
     Attributes:
         blocks: Held-out blocks that were compared.

@@ -170,17 +170,17 @@ class _NothingToFit(SummedFit[RouterOptions]):
 
     @override
     def entries(self, state: SummedState) -> Mapping[str, SumEntry]:
-        raise NotImplementedError
+        return {}
 
     @override
     def measure(
         self, bank: "CalibrationBank", state: SummedState, weights: Mapping[str, float]
     ) -> Mapping[str, Tensor]:
-        raise NotImplementedError
+        return {}
 
     @override
     def advance(self, state: SummedState, totals: Mapping[str, Tensor]) -> Finished:
-        raise NotImplementedError
+        return Finished({})
 
 
 def plan_summed_fit(router: type[OutputRouter], setting: FitSetting) -> SummedFit:

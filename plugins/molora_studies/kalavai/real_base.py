@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from molora_fed.forecasting.pilots import MAX_SHARE
 from molora_studies.framework.contract import Cell, Study, StudyOptions, Summary, Task
@@ -49,13 +49,15 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
 """Every router of this project, its default first."""
 
 
-class Recipe(StudyOptions):
+class Recipe(BaseModel):
     """How one sort of model is trained.
 
     Attributes:
         rates: Peaks of AdamW's rate that were tried, at the first seed, for as many steps.
         rate: The one of the lowest validation loss, taken at every seed.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rates: tuple[float, ...] = Field(min_length=1)
     rate: float = Field(gt=0)

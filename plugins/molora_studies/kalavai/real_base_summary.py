@@ -77,7 +77,7 @@ def summarise_real_base(options: Any, results: Results) -> Summary:
             "svd": _describe_svd(svd),
             "tuned_merges": [each["merges"] for each in tuned],
         },
-        claims=[*_claim(options, results, runs, forecasts), *claim_merges(tuned)],
+        claims=[*_claim(results, runs, rates, forecasts), *claim_merges(tuned)],
         tables=[
             tabulate(
                 f"Every router and rival, mean of {count} trainings, 95 % intervals by document "
@@ -110,7 +110,10 @@ def summarise_real_base(options: Any, results: Results) -> Summary:
 
 
 def _claim(
-    options: Any, results: Results, runs: Sequence[Mapping[str, Any]], forecasts: Sequence[Any]
+    results: Results,
+    runs: Sequence[Mapping[str, Any]],
+    rates: Sequence[Mapping[str, Any]],
+    forecasts: Sequence[Mapping[str, Any]],
 ) -> list[Claim]:
     evaluations = [run["evaluation"] for run in runs]
     differences = {
@@ -153,21 +156,14 @@ def _claim(
             "The fused model is better than one LoRA adapter trained on everybody's text",
             "ours",
             differences["pooled_lora"].show("nats", 4),
-            judge_below(differences["pooled_lora"].spans),
-            differences["pooled_lora"].unit,
-            f"as many steps as all specialists together, the rate the best of "
-            f"{len(options.pooled_lora.rates)} by validation loss, as for the specialists; by the "
-            "sign of all intervals",
+            *_judge_rival(differences["pooled_lora"], rates, "pooled_lora"),
         ),
         Claim(
             "The fused model is better than the base continued with all its parameters on "
             "everybody's text",
             "+7.72 % beside +7.28 % of monolithic training",
             differences["base_continued"].show("nats", 4),
-            judge_below(differences["base_continued"].spans),
-            differences["base_continued"].unit,
-            f"as many steps as all specialists together, the rate the best of "
-            f"{len(options.base_continued.rates)} by validation loss; by the sign of all intervals",
+            *_judge_rival(differences["base_continued"], rates, "base_continued"),
         ),
         Claim(
             "Averaging weights loses against the best specialist",
@@ -179,6 +175,20 @@ def _claim(
         ),
         _claim_forecasts(forecasts),
     ]
+
+
+def _judge_rival(
+    difference: Replicated, rates: Sequence[Mapping[str, Any]], recipe: str
+) -> tuple[Verdict, str, str]:
+    """Verdict, unit and reason of a claim against a rival; none is judged with a worse rate."""
+    tried = [line for line in rates if line["recipe"] == recipe]
+    best = min(tried, key=lambda line: fmean(line["losses"].values()))
+    steps = "as many steps as all specialists together"
+    if not best["is_chosen"]:
+        reason = f"{steps}, at another rate than {best['rate']:g}, the best of {len(tried)}"
+        return "not tuned", difference.unit, reason
+    reason = f"{steps}, at the best of {len(tried)} rates by validation loss"
+    return judge_below(difference.spans), difference.unit, f"{reason}; by the sign of all intervals"
 
 
 def _judge_size(figure: Replicated, published: float) -> Verdict:
@@ -431,10 +441,9 @@ def _describe(options: Any) -> list[str]:
         f"A specialist takes {options.steps} steps of {options.batch} blocks of "
         f"{options.base.block_size} tokens, {tokens:,} tokens; a rival "
         f"{tokens * len(options.domains):,}, as many as all specialists together.",
-        "`python` and `science` (docstrings of scientific packages) come from the Python "
-        "installation, `man-pl` and `man-tr` from Debian's manpages-pl 4.18.1 and manpages-tr "
-        "2.0.6 beside the machine's own pages; what the base has read of them nobody knows, so "
-        "contamination is measured against the contributors' text only.",
+        "What the base has read of the domains nobody knows, so contamination is measured against "
+        "the contributors' text only. `python` and `science` are of the Python installation, "
+        "`man-...` the manual pages of the machine and of MANPATH.",
         f"The first {options.held_out} held-out blocks of each domain; the same at all seeds: a "
         "seed is another training of the specialists and rivals, and another fit of the routers.",
         "The domain oracle takes each domain's own specialist; the token oracle each token's best "

@@ -77,8 +77,15 @@ def test_the_page_states_verdict_unit_and_rival(results):
     summary = RealBaseStudy.summarise(TINY, results)
     texts = {claim.claim: claim for claim in summary.claims}
     assert all("training seed (2)" in c.unit or "condition (1)" in c.unit for c in texts.values())
-    rivals = [text for text in texts if "everybody's text" in text]
+    rivals = [claim for text, claim in texts.items() if "everybody's text" in text]
     assert len(rivals) == 2
+    assert all("at the best of 1 rates" in claim.reason for claim in rivals)
+    # Nothing is judged against a rival whose rate is not the best of those that were tried.
+    better = {**results, "pooled_lora everybody's text at 0.5": {"loss": 0.0}}
+    pooled = {**TINY.pooled_lora.model_dump(), "rates": (3e-3, 0.5)}
+    other = RealBaseOptions.model_validate({**TINY.model_dump(), "pooled_lora": pooled})
+    found = [c.verdict for c in RealBaseStudy.summarise(other, better).claims if "LoRA" in c.claim]
+    assert found == ["not tuned"]
     stages = {line["stage"] for line in summary.findings["forecasts"]}
     assert stages == {"pilots", "before fusing"}
     assert set(summary.findings["bytes"]) == set(DOMAINS[:2])

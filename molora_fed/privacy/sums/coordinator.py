@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from molora_fed.errors import SumError
-from molora_fed.storage.files import canonical_json, hash_bytes
-from molora_fed.storage.settings import UntrustedModel, describe_offenders
-from molora_fed.storage.untrusted import clean, parse_json
-from molora_fed.sums.fixed_point import word_type
-from molora_fed.sums.masks import add_own_mask, add_pairwise_mask, commit, hash_names
-from molora_fed.sums.messages import (
+from molora_fed.privacy.sums.fixed_point import word_type
+from molora_fed.privacy.sums.masks import add_own_mask, add_pairwise_mask, commit, hash_names
+from molora_fed.privacy.sums.messages import (
     MAX_MEMBERS,
     Agreement,
     Deliver,
@@ -35,11 +32,14 @@ from molora_fed.sums.messages import (
     max_message_bytes,
     read_message,
 )
-from molora_fed.sums.primitives import (
+from molora_fed.privacy.sums.primitives import (
     agree_secret,
     combine_shares,
     compute_public,
 )
+from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.settings import UntrustedModel, describe_offenders
+from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = ["Coordinator", "CoordinatorState"]
 
@@ -372,21 +372,22 @@ class Coordinator:
                 "or begin another attempt."
             )
 
-    def _find_phase(self, sender: str, line: bytes) -> str:
+    def _find_phase(self, sender: str, line: bytes) -> Phase:
         what = describe_sender(sender, self.state.phase)
         limit = max_message_bytes(len(self.state.terms.members))
         try:
             value = parse_json(line, max_bytes=limit)
             phase = value.get("phase") if isinstance(value, dict) else None
-            if not isinstance(phase, str) or phase not in _MODELS:
+            found = next((known for known in _PHASES if known == phase), None)
+            if found is None:
                 raise ValueError(f"phase '{clean(phase, 40)}'")
-            return phase
+            return found
         except ValueError as error:
             raise SumError(
                 f"{what}: expected a message of a known phase, got {clean(error, 100)}. {_WITHOUT}"
             ) from error
 
-    def _list_askable(self, phase: str) -> list[str]:
+    def _list_askable(self, phase: Phase) -> list[str]:
         """Who may say something in a phase: all, then those that did in the one before."""
         if phase == "keys":
             return self.state.terms.names
@@ -394,10 +395,10 @@ class Coordinator:
             return self.survivors
         return sorted(self._said(_PHASES[_PHASES.index(phase) - 1]))
 
-    def _said(self, phase: str) -> dict[str, str]:
-        return self.state.received.get(phase, {})  # type: ignore[call-overload]
+    def _said(self, phase: Phase) -> dict[str, str]:
+        return self.state.received.get(phase, {})
 
-    def _message(self, phase: str, name: str) -> Any:
+    def _message(self, phase: Phase, name: str) -> Any:
         """What a member said; read once."""
         if (phase, name) not in self._parsed:
             self._parsed[phase, name] = read_message(

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import trim_mean
 
 from molora_fed.errors import SumError
-from molora_fed.sums.robust import count_trimmed, sum_robustly
-from molora_fed.sums.vectors import Part, VectorLayout
+from molora_fed.privacy.sums.robust import count_trimmed, sum_robustly
+from molora_fed.privacy.sums.vectors import Part, VectorLayout
 
 LAYOUT = VectorLayout((Part("a", (2, 2), 10.0), Part("b", (), 3.0)))
 

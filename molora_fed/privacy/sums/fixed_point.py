@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molora_fed.errors import SumError
+from molora_fed.privacy.sums.vectors import Part, VectorLayout
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.untrusted import clean
-from molora_fed.sums.vectors import Part, VectorLayout
 
 __all__ = ["Bits", "FixedPoint", "word_type"]
 

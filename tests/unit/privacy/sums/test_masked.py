@@ -18,13 +18,13 @@ from sums_helpers import (
 )
 
 from molora_fed.errors import SumError
-from molora_fed.sums.coordinator import Coordinator
-from molora_fed.sums.fixed_point import FixedPoint
-from molora_fed.sums.local import LocalMaskedSum, LocalRobustSum, run_masked_sum
-from molora_fed.sums.member import Member
-from molora_fed.sums.member_state import MemberState
-from molora_fed.sums.messages import Terms, compute_threshold
-from molora_fed.sums.vectors import Part, VectorLayout
+from molora_fed.privacy.sums.coordinator import Coordinator
+from molora_fed.privacy.sums.fixed_point import FixedPoint
+from molora_fed.privacy.sums.local import LocalMaskedSum, LocalRobustSum, run_masked_sum
+from molora_fed.privacy.sums.member import Member
+from molora_fed.privacy.sums.member_state import MemberState
+from molora_fed.privacy.sums.messages import Terms, compute_threshold
+from molora_fed.privacy.sums.vectors import Part, VectorLayout
 
 
 @settings(max_examples=40)

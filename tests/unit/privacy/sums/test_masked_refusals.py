@@ -16,12 +16,12 @@ from sums_helpers import (
 )
 
 from molora_fed.errors import SumError, SumRefusedError
-from molora_fed.sums import member as module
-from molora_fed.sums import messages
-from molora_fed.sums.division import check_division, divide
-from molora_fed.sums.local import run_masked_sum
-from molora_fed.sums.member import Member
-from molora_fed.sums.messages import Agreement, Deliver, KeysList, Opening, Survivors
+from molora_fed.privacy.sums import member as module
+from molora_fed.privacy.sums import messages
+from molora_fed.privacy.sums.division import check_division, divide
+from molora_fed.privacy.sums.local import run_masked_sum
+from molora_fed.privacy.sums.member import Member
+from molora_fed.privacy.sums.messages import Agreement, Deliver, KeysList, Opening, Survivors
 
 
 def refuse(match, call, *values, kind=SumRefusedError):

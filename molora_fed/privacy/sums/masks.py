@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molora_fed.errors import SumError
+from molora_fed.privacy.sums.fixed_point import word_type
+from molora_fed.privacy.sums.messages import Terms
+from molora_fed.privacy.sums.primitives import add_stream, derive_key
 from molora_fed.storage.files import canonical_json, hash_bytes
-from molora_fed.sums.fixed_point import word_type
-from molora_fed.sums.messages import Terms
-from molora_fed.sums.primitives import add_stream, derive_key
 
 __all__ = ["add_own_mask", "add_pairwise_mask", "commit", "hash_names", "hash_words"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molora_fed.errors import SumError
-from molora_fed.sums.vectors import Total, VectorLayout
+from molora_fed.privacy.sums.vectors import Total, VectorLayout
 
 __all__ = ["MAX_TRIM_SHARE", "count_trimmed", "sum_robustly"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from molora_fed.errors import SumError
-from molora_fed.sums.division import divide
-from molora_fed.sums.vectors import Total
+from molora_fed.privacy.sums.division import divide
+from molora_fed.privacy.sums.vectors import Total
 
 __all__ = ["Narrowed", "narrow_down"]
 
@@ -87,10 +87,8 @@ def _divide(
             f"{what}: expected all members of each half, got them without "
             f"{', '.join(missing[:5])}. Repeat it when they are connected."
         )
-    if any(total.encoded is None for total in (group, *totals)) or not np.array_equal(
-        totals[0].encoded + totals[1].encoded,  # type: ignore[operator]
-        group.encoded,  # type: ignore[arg-type]
-    ):
+    first, second, both = totals[0].encoded, totals[1].encoded, group.encoded
+    if first is None or second is None or both is None or not np.array_equal(first + second, both):
         raise SumError(
             f"{what}: expected halves that add up to it to the last bit, got others, so that one "
             f"of {', '.join(group.members[:5])}{' …' if len(group.members) > 5 else ''} gave "

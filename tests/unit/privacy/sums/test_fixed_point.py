@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molora_fed.errors import SumError
-from molora_fed.sums.fixed_point import FixedPoint
-from molora_fed.sums.vectors import Part, VectorLayout
+from molora_fed.privacy.sums.fixed_point import FixedPoint
+from molora_fed.privacy.sums.vectors import Part, VectorLayout
 
 BOUNDS = st.floats(1e-200, 1e200)
 

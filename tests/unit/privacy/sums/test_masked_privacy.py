@@ -9,12 +9,12 @@ from scipy.stats import chisquare
 from sums_helpers import add_words, begin, find_key, find_secret, go_to, list_names
 
 from molora_fed.errors import SumError
-from molora_fed.sums import masks
-from molora_fed.sums import member as module
-from molora_fed.sums.coordinator import Coordinator
-from molora_fed.sums.masks import add_own_mask, add_pairwise_mask, hash_names
-from molora_fed.sums.messages import Deliver, Keys
-from molora_fed.sums.primitives import agree_secret, combine_shares
+from molora_fed.privacy.sums import masks
+from molora_fed.privacy.sums import member as module
+from molora_fed.privacy.sums.coordinator import Coordinator
+from molora_fed.privacy.sums.masks import add_own_mask, add_pairwise_mask, hash_names
+from molora_fed.privacy.sums.messages import Deliver, Keys
+from molora_fed.privacy.sums.primitives import agree_secret, combine_shares
 
 COUNT, LENGTH = 5, 60_000  # the threshold is four
 TARGET = "member-00"

@@ -8,9 +8,9 @@ from fuzz_mutators import mutate_json
 from sums_helpers import begin, go_to
 
 from molora_fed.errors import SumError
-from molora_fed.sums.coordinator import Coordinator
-from molora_fed.sums.member import Member
-from molora_fed.sums.member_state import MemberState
+from molora_fed.privacy.sums.coordinator import Coordinator
+from molora_fed.privacy.sums.member import Member
+from molora_fed.privacy.sums.member_state import MemberState
 
 INPUTS = 350  # changed messages of each phase and side
 

@@ -12,14 +12,14 @@ import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
+from molora_fed.privacy.sums.coordinator import Coordinator
+from molora_fed.privacy.sums.fixed_point import Bits, FixedPoint
+from molora_fed.privacy.sums.member import Member
+from molora_fed.privacy.sums.messages import Terms
+from molora_fed.privacy.sums.robust import sum_robustly
+from molora_fed.privacy.sums.vectors import Total, VectorLayout
 from molora_fed.storage.files import hash_bytes
 from molora_fed.storage.keys import build_public_pem
-from molora_fed.sums.coordinator import Coordinator
-from molora_fed.sums.fixed_point import Bits, FixedPoint
-from molora_fed.sums.member import Member
-from molora_fed.sums.messages import Terms
-from molora_fed.sums.robust import sum_robustly
-from molora_fed.sums.vectors import Total, VectorLayout
 
 __all__ = ["LocalMaskedSum", "LocalRobustSum", "Measure", "run_masked_sum"]
 

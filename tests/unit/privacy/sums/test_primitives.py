@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molora_fed.errors import SumError
-from molora_fed.sums import primitives
-from molora_fed.sums.fixed_point import word_type
-from molora_fed.sums.primitives import (
+from molora_fed.privacy.sums import primitives
+from molora_fed.privacy.sums.fixed_point import word_type
+from molora_fed.privacy.sums.primitives import (
     add_stream,
     agree_secret,
     combine_shares,

@@ -6,12 +6,12 @@ import torch
 from sums_helpers import build_terms, find_key, list_names
 
 from molora_fed.errors import SumError
-from molora_fed.sums.bisection import narrow_down
-from molora_fed.sums.coordinator import Coordinator
-from molora_fed.sums.fixed_point import FixedPoint
-from molora_fed.sums.local import run_masked_sum
-from molora_fed.sums.member import Member
-from molora_fed.sums.vectors import Part, Total, VectorLayout
+from molora_fed.privacy.sums.bisection import narrow_down
+from molora_fed.privacy.sums.coordinator import Coordinator
+from molora_fed.privacy.sums.fixed_point import FixedPoint
+from molora_fed.privacy.sums.local import run_masked_sum
+from molora_fed.privacy.sums.member import Member
+from molora_fed.privacy.sums.vectors import Part, Total, VectorLayout
 
 LAYOUT = VectorLayout((Part("a", (2,), 100.0),))
 

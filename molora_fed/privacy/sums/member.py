@@ -18,19 +18,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
 from molora_fed.errors import SumError, SumRefusedError
-from molora_fed.storage.files import hash_bytes
-from molora_fed.storage.keys import build_public_pem, key_fingerprint
-from molora_fed.storage.untrusted import clean, parse_json
-from molora_fed.sums.division import check_division
-from molora_fed.sums.masks import (
+from molora_fed.privacy.sums.division import check_division
+from molora_fed.privacy.sums.masks import (
     add_own_mask,
     add_pairwise_mask,
     commit,
     hash_names,
     hash_words,
 )
-from molora_fed.sums.member_state import PHASES, MemberState
-from molora_fed.sums.messages import (
+from molora_fed.privacy.sums.member_state import PHASES, MemberState
+from molora_fed.privacy.sums.messages import (
     Agreement,
     Deliver,
     Keys,
@@ -46,7 +43,7 @@ from molora_fed.sums.messages import (
     max_message_bytes,
     read_message,
 )
-from molora_fed.sums.primitives import (
+from molora_fed.privacy.sums.primitives import (
     SHARE_BYTES,
     agree_secret,
     compute_public,
@@ -55,6 +52,9 @@ from molora_fed.sums.primitives import (
     seal,
     split_secret,
 )
+from molora_fed.storage.files import hash_bytes
+from molora_fed.storage.keys import build_public_pem, key_fingerprint
+from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = ["Member"]
 

@@ -5,10 +5,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from molora_fed.errors import SumError
-from molora_fed.storage.files import canonical_json
-from molora_fed.storage.settings import UntrustedModel, describe_offenders
-from molora_fed.storage.untrusted import clean, parse_json
-from molora_fed.sums.messages import (
+from molora_fed.privacy.sums.messages import (
     MAX_MEMBERS,
     Deliver,
     KeysList,
@@ -20,6 +17,9 @@ from molora_fed.sums.messages import (
     Terms,
     max_message_bytes,
 )
+from molora_fed.storage.files import canonical_json
+from molora_fed.storage.settings import UntrustedModel, describe_offenders
+from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = ["PHASES", "MemberState"]
 

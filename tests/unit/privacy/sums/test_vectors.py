@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molora_fed.errors import SumError
-from molora_fed.sums.vectors import Part, VectorLayout
+from molora_fed.privacy.sums.vectors import Part, VectorLayout
 
 LAYOUT = VectorLayout((Part("a", (2, 3), 2.0), Part("b", (), 0.5), Part("empty", (0, 4), 1.0)))
 
