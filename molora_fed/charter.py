@@ -229,7 +229,12 @@ class Identity(StrictModel):
     Attributes:
         version: Which keys there are. Version 1, the one of charters that name none, has those of
             the first release, and binds weights and tokenizer of the base; version 2 binds its
-            effective config and its files as well.
+            effective config and its files as well, and has modes of privacy.
+        privacy_mode: What leaves a contributor beside its adapter: "pooled", samples of its text;
+            "private", sums over its text and nothing else.
+        summing: How such sums are added up: "masked", so that the coordinator sees totals over
+            three members at least; "robust", so that it sees single members' sums, and a few
+            absurd ones do no harm.
     """
 
     version: Literal[1, 2] = Field(default=1, exclude_if=lambda version: version == 1)
@@ -237,7 +242,11 @@ class Identity(StrictModel):
     base: BaseIdentity
     adapters: AdapterRules = AdapterRules()
     corpus: CorpusRules = CorpusRules()
-    privacy_mode: Literal["pooled"] = "pooled"
+    privacy_mode: Literal["pooled", "private"] = "pooled"
+    # Left out where usual: identities that have the key of old have the bytes they always had.
+    summing: Literal["masked", "robust"] = Field(
+        default="masked", exclude_if=lambda summing: summing == "masked"
+    )
 
     @model_validator(mode="after")
     def _has_the_keys_of_its_version(self) -> "Identity":
@@ -246,6 +255,10 @@ class Identity(StrictModel):
             raise ValueError("base.config and base.files need version = 2")
         if self.version == 2 and not all(has):
             raise ValueError("version 2 needs base.config and base.files")
+        if self.version == 1 and self.privacy_mode != "pooled":
+            raise ValueError("privacy_mode other than pooled needs version = 2")
+        if self.privacy_mode == "pooled" and self.summing != "masked":
+            raise ValueError("summing needs privacy_mode = 'private'")
         return self
 
 
@@ -373,11 +386,6 @@ class Amendment(StrictModel):
     fusion: FusionRules = FusionRules()
     population: PopulationRules = PopulationRules()
 
-    @property
-    def is_private(self) -> bool:
-        """Whether no text leaves contributors: a population evolves on their own machines."""
-        return self.fusion.mode == "population" and self.population.data == "private"
-
 
 def read_amendment(raw: Mapping[str, Any]) -> Amendment:
     """An amendment as it was written; keys that it leaves out mean what they always have.
@@ -402,6 +410,13 @@ class Charter(StrictModel):
 
     identity: Identity
     amendment: Amendment = Amendment()
+
+    @property
+    def is_private(self) -> bool:
+        """Whether no text leaves contributors, who are asked for sums over it instead."""
+        is_evolved = self.amendment.fusion.mode == "population"
+        evolves_at_home = is_evolved and self.amendment.population.data == "private"
+        return self.identity.privacy_mode != "pooled" or evolves_at_home
 
     @property
     def identity_hash(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from pydantic import JsonValue, ValidationError
 
-from molora_fed.charter import Amendment, Charter
+from molora_fed.charter import Charter
 from molora_fed.contributions.manifest import (
     MANIFEST_FILE,
     MAX_CONFIG_BYTES,
@@ -71,14 +71,14 @@ class OutgoingRow:
     exact: bool
 
 
-def count_samples(amendment: Amendment) -> dict[Split, int]:
-    """How many blocks of each split an amendment asks to be sent; splits with none are left out.
+def count_samples(charter: Charter) -> dict[Split, int]:
+    """How many blocks of each split a charter asks to be sent; splits with none are left out.
 
-    Where a population evolves on private texts none are.
+    Where texts are private none are.
     """
-    if amendment.is_private:
+    if charter.is_private:
         return {}
-    rules = amendment.samples
+    rules = charter.amendment.samples
     counts = {
         Split.CALIBRATION: rules.calibration,
         Split.ADMISSION: rules.admission,
@@ -118,13 +118,13 @@ def describe_outgoing(source: Manifest | Charter) -> list[OutgoingRow]:
         OutgoingRow(
             f"{split} sample", count, count * size, compute_sample_bytes(count, size), exact=False
         )
-        for split, count in count_samples(source.amendment).items()
+        for split, count in count_samples(source).items()
     ]
     adapter = source.identity.adapters.max_bytes + 2 * MAX_CONFIG_BYTES
     # Its size is known after training; until then, what the charter admits.
     rows.append(OutgoingRow("adapter, by the charter's limit", 0, 0, adapter, exact=False))
     rows.append(OutgoingRow("manifest", 0, 0, MAX_MANIFEST_BYTES, exact=False))
-    if source.amendment.is_private:
+    if source.is_private:
         amendment = source.amendment
         contributions = amendment.expected or max(2, len(amendment.domains))
         slots = amendment.population.slots or contributions
@@ -242,7 +242,7 @@ def choose_samples(
     size = charter.identity.corpus.block_size
     chosen = {}
     problems = []
-    for split, count in count_samples(charter.amendment).items():
+    for split, count in count_samples(charter).items():
         blocks = samples.get(split)
         if blocks is None or len(blocks) == 0:
             problems.append(f"no {split} block")

@@ -49,14 +49,16 @@ def check_required_samples(candidate: AdmissionCandidate) -> Finding | None:
     Without them it could not be measured, and no fusion could take it. How many blocks it may have
     at most says the amendment that was in force when it was received.
     """
-    now = candidate.charter.amendment
+    charter = candidate.charter
+    now = charter.amendment
+    then = charter.model_copy(update={"amendment": candidate.received_under or now})
     sent = {
         split: entry.blocks for split, entry in candidate.contribution.manifest.sample_files.items()
     }
-    asked = count_samples(candidate.received_under or now)
+    asked = count_samples(then)
     wrong = [
         (f"1 to {count} {split} blocks", "none")
-        for split, count in {**asked, **count_samples(now)}.items()
+        for split, count in {**asked, **count_samples(charter)}.items()
         if split not in sent
     ]
     wrong += [

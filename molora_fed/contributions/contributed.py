@@ -13,24 +13,22 @@ from molora_fed.types import Split
 
 __all__ = [
     "Contributed",
+    "Entrant",
     "collect_contributed",
+    "collect_entrant",
 ]
 
 
-@dataclass(frozen=True, eq=False)
-class Contributed:
-    """An admitted contribution, as fusing needs it.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Entrant:
+    """An admitted contribution without text.
 
     Attributes:
         id: Contribution id; experts are ordered by it.
         contributor: Name, unique in a fusion; the specialist's name in reports.
         domain: Domain it was trained on.
         adapter: Folder with the adapter's files.
-        held_out: Blocks of the reported figures.
-        calibration: Blocks routers are fitted on; None if none are pooled.
-        admission: Blocks losses are measured on for forecasts where none are pooled.
         contamination: Share of held-out word 8-grams that occur in train; None if not known.
-        train_text: Folder of the prepared corpus it was trained on; None if it is not here.
         training: Figures of the training record: steps, tokens, threads, ...
     """
 
@@ -38,12 +36,38 @@ class Contributed:
     contributor: str
     domain: str
     adapter: Path
+    contamination: float | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Contributed(Entrant):
+    """An admitted contribution with the samples that fusing reads.
+
+    Attributes:
+        held_out: Blocks of the reported figures.
+        calibration: Blocks routers are fitted on; None if none are pooled.
+        admission: Blocks losses are measured on for forecasts where none are pooled.
+        train_text: Folder of the prepared corpus it was trained on; None if it is not here.
+    """
+
     held_out: Blocks
     calibration: Blocks | None = None
     admission: Blocks | None = None
-    contamination: float | None = None
     train_text: Path | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def collect_entrant(contribution: Contribution) -> Entrant:
+    """Read what a fusion needs of a contribution whose text is not here."""
+    manifest = contribution.manifest
+    return Entrant(
+        id=contribution.id,
+        contributor=manifest.contributor,
+        domain=manifest.domain,
+        adapter=contribution.adapter_folder,
+        contamination=manifest.contamination,
+        training=pick_figures(manifest.training),
+    )
 
 
 def collect_contributed(contribution: Contribution, *, corpus: Path | None = None) -> Contributed:
@@ -66,16 +90,11 @@ def collect_contributed(contribution: Contribution, *, corpus: Path | None = Non
         return contribution.load_samples(split) if has_split else None
 
     return Contributed(
-        id=contribution.id,
-        contributor=manifest.contributor,
-        domain=manifest.domain,
-        adapter=contribution.adapter_folder,
+        **vars(collect_entrant(contribution)),
         held_out=contribution.load_samples(Split.HELD_OUT),
         calibration=load(Split.CALIBRATION),
         admission=load(Split.ADMISSION),
-        contamination=manifest.contamination,
         train_text=_check_text(contribution, corpus),
-        training=pick_figures(manifest.training),
     )
 
 

@@ -278,7 +278,8 @@ def check_announced(manifest: Manifest, charter: Charter, amendment: Amendment) 
     Raises:
         AdmissionError: Naming every size that is out of bounds.
     """
-    asked, size = count_samples(amendment), charter.identity.corpus.block_size
+    then = charter.model_copy(update={"amendment": amendment})
+    asked, size = count_samples(then), charter.identity.corpus.block_size
     wrong = []
     for name, file in manifest.adapter_files.items():
         limit = charter.identity.adapters.max_bytes if name == WEIGHTS_FILE else MAX_CONFIG_BYTES

@@ -302,7 +302,7 @@ def make_contribution(
     plugins = plugins or get_plugins()
     charter = under.charter
     check_choices(under, domain=corpus.domain, name=name, kind=kind)
-    if charter.amendment.is_private:
+    if charter.is_private and charter.amendment.fusion.mode == "population":
         carve_own(corpus.blocks, charter)  # too little text is said before training
     for text in find_chat_warnings(under.base, given):
         on_warning(text)
@@ -470,7 +470,7 @@ def _read_record(given: Path) -> Mapping[str, Any]:
 
 def _measure_start(under: CharterAndBase, corpus: Corpus) -> float | None:
     """Loss of the base on the admission sample; None where no sample goes along to compare it."""
-    if under.charter.amendment.is_private:
+    if under.charter.is_private:
         return None
     return measure_start_loss(under.base.model, corpus.blocks, under.charter, domain=corpus.domain)
 

@@ -18,7 +18,7 @@ from molora_fed.adapters.files import load_adapter
 from molora_fed.charter import Charter
 from molora_fed.corpus.prepare import Corpus
 from molora_fed.errors import DivergedError, TrainingError
-from molora_fed.fusion.fuse import Control
+from molora_fed.fusion.texts import Control
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.storage.files import write_json

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from molora_fed.charter import Charter
-from molora_fed.contributions.contributed import Contributed, collect_contributed
+from molora_fed.contributions.contributed import (
+    Contributed,
+    Entrant,
+    collect_contributed,
+    collect_entrant,
+)
 from molora_fed.contributions.ledger import Ledger
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.contributions.receive import load_admitted
@@ -33,7 +38,6 @@ from molora_fed.population.questions import Ask
 from molora_fed.population.router_files import parse_router_options
 from molora_fed.population.router_probes import check_trained
 from molora_fed.population.setup import (
-    Entrant,
     build_config,
     build_result,
     build_start,
@@ -163,16 +167,6 @@ class PooledTexts:
         return evaluation.domains, {**evaluation.to_json(), "overlap": choice.to_json()}
 
 
-@dataclass(frozen=True)
-class _PrivateEntrant:
-    """A contribution without samples, as an evolution needs it; see `Entrant`."""
-
-    id: str
-    contributor: str
-    domain: str
-    adapter: Path
-
-
 class PrivateTexts:
     """Texts that stay with their contributors, who are asked.
 
@@ -191,12 +185,7 @@ class PrivateTexts:
         *,
         plugins: Plugins,
     ) -> None:
-        self.entrants = [
-            _PrivateEntrant(
-                one.id, one.manifest.contributor, one.manifest.domain, one.adapter_folder
-            )
-            for one in contributions
-        ]
+        self.entrants = [collect_entrant(one) for one in contributions]
         rules = charter.amendment.population
         self._router_name = rules.router
         self._data = PrivateData(
@@ -355,7 +344,7 @@ def evolve_cooperative(
     """
     plugins, out = plugins or get_plugins(), out or cooperative.folder / "evolution"
     charter = cooperative.charter
-    if charter.amendment.is_private:
+    if charter.is_private:
         raise ConfigError(
             f"Cannot evolve '{cooperative.folder}' here: expected texts that lie here, got a "
             "charter under which they stay with contributors. Run `molora serve`: it evolves once "

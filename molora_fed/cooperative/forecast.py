@@ -16,8 +16,8 @@ from molora_fed.forecasting.headline import Headline, choose_headline
 from molora_fed.forecasting.history import collect_outcomes, collect_pilot_records
 from molora_fed.forecasting.pilots import MAX_SHARE, build_past, extrapolate, fit_growth
 from molora_fed.forecasting.records import ForecastRecord, make_forecasts
-from molora_fed.fusion.fuse import measure_loss_matrix
 from molora_fed.fusion.plan import plan_fusion
+from molora_fed.fusion.texts import list_measured, measure_loss_matrix
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.types import Case, LossMatrix, Progress
 
@@ -147,13 +147,14 @@ def forecast_from_pilots(
     pilots = _load(cooperative, folders)
     share = _compute_share(pilots, charter.amendment.training.steps)
     base = cooperative.load_base(progress)
-    plan = plan_fusion(base, charter, [collect_contributed(one) for one in pilots], plugins)
+    ordered = sorted(map(collect_contributed, pilots), key=lambda one: one.id)
+    plan = plan_fusion(base, charter, ordered, plugins)
     with tempfile.TemporaryDirectory() as folder:
         bank = build_calibration_bank(
             Path(folder) / "bank",
             base,
             plan.experts,
-            plan.measured,
+            list_measured(ordered),
             progress=progress,
             **{**plan.bank, "readings": frozenset({"evidence"})},
         )

@@ -31,7 +31,8 @@ from molora_fed.errors import (
     MoloraError,
 )
 from molora_fed.forecasting.records import FAILED
-from molora_fed.fusion.fuse import Control, FusionResult, fuse
+from molora_fed.fusion.fuse import FusionResult, fuse
+from molora_fed.fusion.texts import Control
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.reporting.report import MetricRows, read_metrics_file, write_report
@@ -272,7 +273,7 @@ class _Members:
         if not lacking or len(lacking) == len(found):
             return found
         amendment = self._charter.amendment
-        if Split.CALIBRATION not in count_samples(amendment):
+        if Split.CALIBRATION not in count_samples(self._charter):
             return [
                 replace(one, contributed=replace(one.contributed, calibration=None))
                 for one in found

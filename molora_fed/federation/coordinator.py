@@ -116,7 +116,7 @@ class CoordinatorWorker:
                 self._take(delivery)
         if self._is_time_to_fuse():
             with self._usage.stage("fusion"):
-                if self._charter.amendment.is_private:
+                if self._charter.is_private:
                     self._evolve()
                 else:
                     try:
@@ -246,7 +246,7 @@ class CoordinatorWorker:
 
     def _is_time_to_fuse(self) -> bool:
         amendment = self._charter.amendment
-        if amendment.fusion.mode != "router" and not amendment.is_private:
+        if amendment.fusion.mode != "router" and not self._charter.is_private:
             return False  # Pooled texts: `molora evolve` does it, out of what is admitted.
         admitted = [entry.id for entry in self._ledger.contributions(ContributionState.ADMITTED)]
         if not admitted or self._published() == (self._charter.amendment.number, admitted):

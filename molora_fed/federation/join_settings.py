@@ -233,6 +233,6 @@ def _check_first_domain(home: "ContributorHome", settings: JoinSettings) -> None
 def _is_private(home: "ContributorHome") -> bool:
     """Whether the charter of an earlier join says that texts stay where they are."""
     try:
-        return load_charter(home.charter).amendment.is_private
+        return load_charter(home.charter).is_private
     except CharterError:
         return False  # the first join

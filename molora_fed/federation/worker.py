@@ -306,7 +306,7 @@ class ContributorWorker:
     def _answer_question(self, charter: Charter) -> None:
         """Answer the coordinator's question, if there is one, on texts that stay here."""
         home = self._home
-        if not (charter.amendment.is_private and has_consent(home, charter)):
+        if not (charter.is_private and has_consent(home, charter)):
             return
         letter = find_question(home, charter)
         if letter is None:

@@ -268,7 +268,7 @@ def list_received(home: ContributorHome, target: Path) -> list[str]:
 def _build_consent(charter: Charter) -> dict[str, Any]:
     """What a contributor agrees to: these samples for this cooperative."""
     amendment = charter.amendment
-    if amendment.is_private:  # figures and adapted slots instead of samples
+    if charter.is_private:  # figures and adapted slots instead of samples
         return {"identity": charter.identity_hash, "samples": "private"}
     samples = amendment.samples.model_dump(mode="json")
     return {"identity": charter.identity_hash, "samples": samples}

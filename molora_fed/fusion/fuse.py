@@ -13,71 +13,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from molora_fed.adapters.updates import Adapter
-from molora_fed.bank import (
-    CalibrationBank,
-    HeldOutBank,
-    build_calibration_bank,
-    build_held_out_bank,
-)
 from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Contributed
-from molora_fed.errors import RoutingError
-from molora_fed.evaluation.evaluate import Evaluation, compute_domain_losses
 from molora_fed.forecasting.headline import choose_headline
 from molora_fed.forecasting.records import ForecastRecord, make_forecasts, score_forecasts
-from molora_fed.fusion.boundary import (
-    NotMeasured,
-    evaluate_routers,
-    find_changes,
-    fit_watched,
-    measure_merges,
-)
-from molora_fed.fusion.collapse import GuardedRouter, choose_published, fit_guarded
-from molora_fed.fusion.held_out import choose_held_out
+from molora_fed.fusion.boundary import NotMeasured
+from molora_fed.fusion.collapse import GuardedRouter, choose_published
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, plan_fusion
 from molora_fed.fusion.result import FusionOutcome, build_result
+from molora_fed.fusion.texts import Control, FusionTexts, PooledTexts
 from molora_fed.models.base import Base
-from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.routing.bundle import save_fused
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.storage.files import write_json
-from molora_fed.types import Case, LossMatrix, Progress, Reference
+from molora_fed.types import Case, Progress, Reference
 
-__all__ = ["PHASES", "Control", "FusionResult", "fuse", "measure_loss_matrix"]
+__all__ = ["PHASES", "FusionResult", "fuse", "fuse_texts"]
 
 PHASES = ("calibration-bank", "forecasts", "routers", "held-out-bank", "evaluation", "saving")
 """What `on_phase` is told, in order; also the keys of `seconds`."""
 
 FORECASTS_FILE = "forecasts.json"
 RESULT_FILE = "result.json"
-
-
-@dataclass(frozen=True, eq=False)
-class Control:
-    """A model of equal total cost that is reported beside the fused one.
-
-    Attributes:
-        model: An adapter of the base, or another checkpoint with the base's tokenizer.
-        compute: Its cost, e.g. steps and tokens.
-    """
-
-    model: Adapter | Base
-    compute: Mapping[str, Any]
-
-    def measure(self, name: str, bank: HeldOutBank, batch: int) -> Tensor:
-        """Its loss on the bank's blocks, (N, T-1) nats, at the bank's batch size.
-
-        Raises:
-            BankError: If the bank has no models.
-            IncompatibleAdapterError: If its adapter does not fit the base.
-        """
-        if isinstance(self.model, Base):
-            return compute_block_losses(self.model.model, bank.tokens, batch=batch)
-        return bank.add_column(name, self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +49,14 @@ class FusionResult:
         fused: The fused model.
         fused_folder: Where it was saved.
         forecasts: Scored forecasts.
-        evaluation: Held-out losses by document cluster.
+        evaluation: Held-out figures.
     """
 
     result: dict[str, Any]
     fused: FusedModel
     fused_folder: Path
     forecasts: tuple[ForecastRecord, ...]
-    evaluation: Evaluation
+    evaluation: Any
 
 
 @dataclass
@@ -116,22 +75,6 @@ class _Clock:
         self.seconds[name] = time.monotonic() - start
 
 
-def measure_loss_matrix(bank: CalibrationBank, own_domain: Mapping[str, str]) -> LossMatrix:
-    """Losses of base and specialists on calibration blocks, for forecasts.
-
-    Args:
-        bank: Calibration bank with all specialists as experts.
-        own_domain: Domain each specialist was trained on, by expert name.
-    """
-    specialists = {
-        name: compute_domain_losses(bank, bank.expert_nll(index))
-        for index, name in enumerate(bank.expert_names)
-        if name in own_domain
-    }
-    base = compute_domain_losses(bank, bank.base_nll())
-    return LossMatrix(bank.domains, base, specialists, dict(own_domain))
-
-
 def fuse(
     base: Base,
     charter: Charter,
@@ -146,18 +89,59 @@ def fuse(
     excluded: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
-    """Fuse contributions under a charter.
+    """Fuse contributions whose samples are here; `fuse_texts` with `PooledTexts`.
+
+    Args:
+        base: See `fuse_texts`.
+        charter: See `fuse_texts`.
+        contributions: Admitted contributions, in any order.
+        folder: See `fuse_texts`.
+        plugins: See `fuse_texts`.
+        seed: See `fuse_texts`.
+        controls: Models of equal cost to report beside the fused one, by name.
+        on_phase: See `fuse_texts`.
+        on_forecasts: See `fuse_texts`.
+        excluded: See `fuse_texts`.
+        progress: See `fuse_texts`.
+    """
+    return fuse_texts(
+        base,
+        charter,
+        PooledTexts(contributions, controls or {}),
+        folder,
+        plugins=plugins,
+        seed=seed,
+        on_phase=on_phase,
+        on_forecasts=on_forecasts,
+        excluded=excluded,
+        progress=progress,
+    )
+
+
+def fuse_texts(
+    base: Base,
+    charter: Charter,
+    texts: FusionTexts,
+    folder: Path,
+    *,
+    plugins: Plugins | None = None,
+    seed: int | None = None,
+    on_phase: Callable[[str], None] | None = None,
+    on_forecasts: Callable[[Sequence[ForecastRecord]], None] | None = None,
+    excluded: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> FusionResult:
+    """Fuse contributions under a charter, wherever their texts lie.
 
     Args:
         base: The charter's base checkpoint.
         charter: Decides experts, routers, mixture and batch size.
-        contributions: Admitted contributions, in any order.
+        texts: The contributions and their texts.
         folder: Receives `bank/`, `forecasts.json`, `fused/` and `result.json`. Killed and called
-            again, it goes on with the columns that are missing from the bank.
+            again, it goes on with what is missing.
         plugins: Where routers, adapter kinds and gain predictors are registered; the installed
             ones if None.
         seed: Of routers and bootstraps; the amendment's if None.
-        controls: Models of equal cost to report beside the fused one, by name.
         on_phase: Told the phase of `PHASES` that begins.
         on_forecasts: Receives the forecasts before any router is fitted, so that a ledger can
             commit them; again, scored, after the evaluation.
@@ -173,26 +157,21 @@ def fuse(
         ConfigError: If contributions clash or lack blocks.
         ExpertError: If the numbers of one contribution cannot be used; it is named.
         RoutingError: If a router cannot be fitted; MoloraError in general for what the bank, the
-            adapters and the disk refuse.
+            adapters, the members and the disk refuse.
     """
     plugins = plugins or get_plugins()
     seed = charter.amendment.seed if seed is None else seed
-    controls = controls or {}
-    plan = plan_fusion(base, charter, contributions, plugins)
+    plan = plan_fusion(base, charter, texts.contributions, plugins)
     clock = _Clock(on_phase)
     missing = NotMeasured()
     for name, why in plan.failed.items():
         missing.add("router", name, why)
     for name, why in (excluded or {}).items():
         missing.add("contribution", name, why)
-    build = {"progress": progress, **plan.bank}
-    open_calibration = partial(
-        build_calibration_bank, folder / "bank", base, plan.experts, plan.measured, **build
-    )
     with clock.phase("calibration-bank"):
-        bank = open_calibration()
+        run = texts.open(base, plan, folder, seed=seed, missing=missing, progress=progress)
+        matrix = run.measure_matrix()
     with clock.phase("forecasts"):
-        matrix = measure_loss_matrix(bank, plan.own_domain)
         case = Case(matrix, group=charter.identity_hash)
         forecasts = make_forecasts(
             case, plan.router, plugins, on_missing=partial(missing.add, "gain predictor")
@@ -201,40 +180,17 @@ def fuse(
         headline = choose_headline(charter.amendment.fusion.headline, said, case, plugins)
         _record(forecasts, folder, on_forecasts)
     with clock.phase("routers"):
-        guarded, left_out = _fit_routers(plan, open_calibration, charter, seed, missing, progress)
+        guarded, left_out = run.fit()
         published = choose_published(guarded, plan.router, charter.amendment.fusion.fallback)
     with clock.phase("held-out-bank"):
-        choice = choose_held_out(plan.contributions, base)
-        open_held_out = partial(
-            build_held_out_bank,
-            folder / "bank",
-            base,
-            plan.experts,
-            plan.held_out,
-            kept=[choice.overlaps[c.contributor].kept for c in plan.contributions],
-            **build,
-        )
-        held_out = open_held_out()
-        merges = charter.amendment.fusion.merges
-        baselines = measure_merges(plan, held_out, merges, missing, seed=seed)
-        for name, control in controls.items():
-            baselines[name] = control.measure(name, held_out, plan.bank["batch"])
+        run.prepare_held_out()
     with clock.phase("evaluation"):
         routers = {name: found.router for name, found in guarded.items()}
-        evaluation = evaluate_routers(
-            open_held_out,
-            plan,
-            routers,
-            frozenset({published, plan.router}),
-            baselines,
-            missing,
-            seed=seed,
-            progress=progress,
-        )
+        evaluation = run.evaluate(routers, frozenset({published, plan.router}))
         measured = {
             **evaluation.to_json(),
             "control_difference_nats": {
-                name: evaluation.difference(f"fused:{published}", name) for name in controls
+                name: evaluation.difference(f"fused:{published}", name) for name in texts.controls
             },
         }
         forecasts = score_forecasts(forecasts, _name_gains(measured["gain_percent"]))
@@ -245,7 +201,7 @@ def fuse(
         save_fused(fused, fused_folder, adapters=plan.adapter_folders)
     outcome = FusionOutcome(
         plan=plan,
-        held_out=choice,
+        texts=run.describe(),
         fused=fused,
         measured=measured,
         forecasts=forecasts,
@@ -253,7 +209,7 @@ def fuse(
         guard=_describe_guard(guarded, left_out, plan.router, published),
         seconds=clock.seconds,
         folder=folder,
-        controls={name: control.compute for name, control in controls.items()},
+        controls={name: control.compute for name, control in texts.controls.items()},
         not_measured=missing.reasons,
     )
     result = build_result(outcome, charter, seed)
@@ -270,51 +226,6 @@ def _record(
     write_json(folder / FORECASTS_FILE, [record.to_json() for record in forecasts])
     if on_forecasts is not None:
         on_forecasts(forecasts)
-
-
-def _fit_routers(
-    plan: FusionPlan,
-    open_bank: Callable[[], CalibrationBank],
-    charter: Charter,
-    seed: int,
-    missing: NotMeasured,
-    progress: Progress | None,
-) -> tuple[dict[str, GuardedRouter[Any]], dict[str, dict[str, Any]]]:
-    """Fit every router; those that learn are left out where no calibration blocks are pooled."""
-    rules = charter.amendment.fusion
-    guarded: dict[str, GuardedRouter[Any]] = {}
-    left_out: dict[str, dict[str, Any]] = {}
-    bank = open_bank()
-    before = bank.stamp()
-    for name, (router_class, options) in plan.routers.items():
-        if find_changes(before, bank):  # by a router that failed for it
-            bank = open_bank()
-            before = bank.stamp()
-        fit = partial(
-            fit_guarded,
-            router_class,
-            bank,
-            options,
-            seed,
-            collapse_nats=rules.collapse_nats,
-            restarts=rules.restarts,
-            progress=progress,
-        )
-        found: GuardedRouter[Any] | None = None
-        with missing.skipping("router", name, unless=name == plan.router):
-            found = fit_watched(plan.plugins.routers.entry(name), bank, fit)
-        if found is None:
-            continue
-        if plan.is_pooled or not found.router.state_tensors():
-            guarded[name] = found
-        elif name == plan.router:
-            raise RoutingError(
-                f"Cannot fit router '{name}': expected calibration blocks, got none from any "
-                "contributor. Fuse with a router that learns nothing, or ask for these blocks."
-            )
-        else:
-            left_out[name] = {"left_out": "it learns, and no calibration blocks are pooled"}
-    return guarded, left_out
 
 
 def _describe_guard(

@@ -11,8 +11,7 @@ from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
 from molora_fed.bank import Expert
 from molora_fed.charter import AdapterRules, Charter
-from molora_fed.contributions.contributed import Contributed
-from molora_fed.corpus.blocks import Blocks
+from molora_fed.contributions.contributed import Entrant
 from molora_fed.errors import CharterError, ConfigError, PluginError
 from molora_fed.forecasting.records import FAILED
 from molora_fed.guard import guarded, refuse
@@ -37,26 +36,29 @@ class FusionPlan:
     """Everything a fusion needs, in its final order.
 
     Attributes:
+        charter: Under which rules.
         contributions: Sorted by contribution id.
         experts: The base first if the charter says so, then the contributions.
         router: Name of the router that is published, unless it collapses.
         routers: Class and options by name; the published one first.
         failed: Why compared routers cannot be used, by name.
         bank: Further arguments of both banks: readings, mixture, batch, frozen depth.
-        is_pooled: Whether contributors sent calibration blocks.
-        rules: The charter's limits on adapters.
         plugins: Where adapter kinds are registered.
     """
 
-    contributions: tuple[Contributed, ...]
+    charter: Charter
+    contributions: tuple[Entrant, ...]
     experts: tuple[Expert, ...]
     router: str
     routers: Mapping[str, tuple[type[OutputRouter], RouterOptions]]
     failed: Mapping[str, str]
     bank: Mapping[str, Any]
-    is_pooled: bool
-    rules: AdapterRules
     plugins: Plugins
+
+    @property
+    def rules(self) -> AdapterRules:
+        """The charter's limits on adapters."""
+        return self.charter.identity.adapters
 
     @property
     def own_domain(self) -> dict[str, str]:
@@ -68,24 +70,13 @@ class FusionPlan:
         """Folder of each specialist's adapter."""
         return {c.contributor: c.adapter for c in self.contributions}
 
-    @property
-    def measured(self) -> list[Blocks]:
-        """Calibration blocks; admission blocks where none are pooled."""
-        parts = (c.calibration if self.is_pooled else c.admission for c in self.contributions)
-        return [part for part in parts if part is not None]
-
-    @property
-    def held_out(self) -> list[Blocks]:
-        """Held-out blocks of every contributor."""
-        return [c.held_out for c in self.contributions]
-
     def load_adapters(self) -> list[Adapter | None]:
         """The experts' adapters, all in memory; None for the base."""
         return [expert.load() for expert in self.experts]
 
 
 def plan_fusion(
-    base: Base, charter: Charter, contributions: Sequence[Contributed], plugins: Plugins
+    base: Base, charter: Charter, contributions: Sequence[Entrant], plugins: Plugins
 ) -> FusionPlan:
     """Check everything that can be checked before the first forward pass.
 
@@ -93,14 +84,14 @@ def plan_fusion(
         BaseCheckpointError: If the base is not the charter's.
         CharterError: If the charter does not fuse by a router, or a router's options are wrong;
             all of them are named.
-        ConfigError: If there is no contribution, names clash, or blocks are missing.
+        ConfigError: If there is no contribution, or names clash.
         UnknownNameError: If nobody registers a router or a merge.
     """
     check_base(base, charter.identity.base)
     _check_mode(charter)
     ordered = tuple(sorted(contributions, key=lambda c: c.id))
     rules, fusion = charter.identity.adapters, charter.amendment.fusion
-    is_pooled = _check_contributions(ordered)
+    _check_names(ordered)
     failed: dict[str, str] = {}
     routers = build_routers(charter, plugins, on_failed=failed.__setitem__)
     for name in fusion.merges:
@@ -124,6 +115,7 @@ def plan_fusion(
         for c in ordered
     ]
     return FusionPlan(
+        charter=charter,
         contributions=ordered,
         experts=(*base_experts, *specialists),
         router=fusion.router,
@@ -139,8 +131,6 @@ def plan_fusion(
             ),
             "frozen_depth": rules.frozen_depth,
         },
-        is_pooled=is_pooled,
-        rules=rules,
         plugins=plugins,
     )
 
@@ -154,8 +144,7 @@ def _check_mode(charter: Charter) -> None:
         )
 
 
-def _check_contributions(contributions: Sequence[Contributed]) -> bool:
-    """Names and blocks; returns whether calibration blocks are pooled."""
+def _check_names(contributions: Sequence[Entrant]) -> None:
     if not contributions:
         raise ConfigError(
             "Cannot fuse: expected at least one admitted contribution, got none. "
@@ -168,19 +157,6 @@ def _check_contributions(contributions: Sequence[Contributed]) -> bool:
             f"Cannot fuse: expected contributors of different names, none '{BASE_EXPERT}', "
             f"got {', '.join(clashes)}. Rename or leave out one of them."
         )
-    without = [c.contributor for c in contributions if not c.calibration]
-    if without and len(without) < len(contributions):
-        raise ConfigError(
-            "Cannot fuse: expected calibration blocks from every contributor or from none, "
-            f"got none from {', '.join(without)}. Leave them out, or ask for their blocks."
-        )
-    bare = [c.contributor for c in contributions if without and not c.admission]
-    if bare:
-        raise ConfigError(
-            "Cannot fuse: expected calibration or admission blocks to measure losses on, "
-            f"got none from {', '.join(bare)}. Ask for their blocks."
-        )
-    return not without
 
 
 def build_routers(

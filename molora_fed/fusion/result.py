@@ -13,11 +13,8 @@ import torch
 from molora_fed.adapters.compatibility import count_changed
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import Charter
-from molora_fed.contributions.contributed import Contributed
-from molora_fed.corpus.blocks import Blocks
 from molora_fed.forecasting.headline import Headline
 from molora_fed.forecasting.records import ForecastRecord
-from molora_fed.fusion.held_out import HeldOutChoice
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import TopKRouter
@@ -37,7 +34,7 @@ class FusionOutcome:
 
     Attributes:
         plan: What was fused.
-        held_out: Which held-out blocks the figures are made of.
+        texts: Of which texts the figures are; `TextsRun.describe`.
         fused: The fused model.
         measured: The evaluation's parts of the report.
         forecasts: Scored forecasts.
@@ -51,7 +48,7 @@ class FusionOutcome:
     """
 
     plan: FusionPlan
-    held_out: HeldOutChoice
+    texts: Mapping[str, Any]
     fused: FusedModel
     measured: Mapping[str, Any]
     forecasts: Sequence[ForecastRecord]
@@ -94,8 +91,8 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
         "forecasts": {record.predictor: record.summary() for record in outcome.forecasts},
         "headline": outcome.headline.to_json(),
         "contamination": _collect_contamination(plan),
-        "overlap": outcome.held_out.to_json(),
-        "corpus": {c.contributor: _count_blocks(c.domain, _samples(c)) for c in plan.contributions},
+        "overlap": outcome.texts["overlap"],
+        "corpus": outcome.texts["corpus"],
         "compute": _collect_compute(outcome),
         "bytes": {
             "adapters": {e.name: e.adapter.num_bytes for e in fused.experts if e.adapter},
@@ -111,13 +108,7 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
             "charter": charter.identity_hash,
             "contributions": {c.contributor: c.id for c in plan.contributions},
             "adapters": {e.name: e.adapter.hash for e in fused.experts if e.adapter},
-            "calibration": {
-                c.contributor: c.calibration.fingerprint
-                for c in plan.contributions
-                if c.calibration
-            },
-            "held_out": {c.contributor: c.held_out.fingerprint for c in plan.contributions},
-            "held_out_kept": outcome.held_out.fingerprint_kept(plan.contributions),
+            **{name: outcome.texts[name] for name in ("calibration", "held_out", "held_out_kept")},
         },
         "versions": {
             **{name: version(name) for name in _LIBRARIES},
@@ -170,16 +161,6 @@ def _collect_contamination(plan: FusionPlan) -> dict[str, float]:
         if c.contamination is not None:
             worst[c.domain] = max(worst.get(c.domain, 0.0), c.contamination)
     return worst
-
-
-def _samples(contributed: Contributed) -> list[Blocks]:
-    parts = (contributed.calibration, contributed.admission, contributed.held_out)
-    return [part for part in parts if part is not None]
-
-
-def _count_blocks(domain: str, samples: Sequence[Blocks]) -> dict[str, Any]:
-    counts = {str(s.split): {"blocks": len(s), "tokens": int(s.tokens.size)} for s in samples}
-    return {"domain": domain, **counts}
 
 
 def _collect_compute(outcome: FusionOutcome) -> dict[str, Any]:

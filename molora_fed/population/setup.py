@@ -6,12 +6,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from molora_fed.adapters.files import load_adapter
 from molora_fed.charter import Charter, PopulationRules
-from molora_fed.contributions.contributed import Contributed
+from molora_fed.contributions.contributed import Contributed, Entrant
 from molora_fed.errors import ConfigError
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
@@ -22,7 +21,6 @@ from molora_fed.population.slots import make_population
 from molora_fed.population.split import Carved, Shares, carve_blocks, join_domains
 
 __all__ = [
-    "Entrant",
     "build_config",
     "build_result",
     "build_start",
@@ -51,26 +49,6 @@ def carve_contributions(charter: Charter, contributions: Sequence[Contributed]) 
         seed=charter.amendment.seed,
         shares=Shares(rules.adaptation_share, rules.fitness_share, rules.guard_share),
     )
-
-
-class Entrant(Protocol):
-    """What an evolution needs of a contribution: id, name, domain, and folder of the adapter."""
-
-    @property
-    def id(self) -> str:
-        """Contribution id."""
-
-    @property
-    def contributor(self) -> str:
-        """The contributor's name."""
-
-    @property
-    def domain(self) -> str:
-        """Domain it was trained on."""
-
-    @property
-    def adapter(self) -> Path:
-        """Folder with the adapter's files."""
 
 
 def build_start(

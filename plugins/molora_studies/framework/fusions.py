@@ -33,8 +33,8 @@ from molora_fed.evaluation.bootstrap import ClusterIndex
 from molora_fed.evaluation.evaluate import Evaluation, evaluate
 from molora_fed.forecasting.divergence import compute_gains
 from molora_fed.fusion.collapse import GuardedRouter, fit_guarded
-from molora_fed.fusion.fuse import measure_loss_matrix
 from molora_fed.fusion.plan import BASE_EXPERT
+from molora_fed.fusion.texts import measure_loss_matrix
 from molora_fed.models.base import Base
 from molora_fed.plugins import get_plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions

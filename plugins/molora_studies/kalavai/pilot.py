@@ -16,7 +16,7 @@ from molora_fed.forecasting.pilots import (
     fit_growth,
 )
 from molora_fed.forecasting.records import ask_predictors
-from molora_fed.fusion.fuse import measure_loss_matrix
+from molora_fed.fusion.texts import measure_loss_matrix
 from molora_fed.plugins import get_plugins
 from molora_fed.types import Forecast, Outcome
 from molora_studies.framework.contract import (

@@ -23,7 +23,7 @@ from molora_fed.evaluation.moments import (
 )
 from molora_fed.evaluation.summed import Compared, MemberSums, measure_alone, measure_sums
 from molora_fed.evaluation.summed_report import SummedEvaluation, compose_loss_matrix
-from molora_fed.fusion.fuse import measure_loss_matrix
+from molora_fed.fusion.texts import measure_loss_matrix
 from molora_fed.testing import build_synthetic_bank, take_blocks
 
 SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "report.schema.json").read_text())

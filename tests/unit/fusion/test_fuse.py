@@ -19,7 +19,8 @@ from molora_fed.errors import (
 )
 from molora_fed.forecasting.divergence import compute_gains
 from molora_fed.forecasting.records import parse_record
-from molora_fed.fusion.fuse import PHASES, Control, fuse
+from molora_fed.fusion.fuse import PHASES, fuse
+from molora_fed.fusion.texts import Control
 from molora_fed.inference.engines import FusedEngine
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.plugins import load_plugins
