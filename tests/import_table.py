@@ -34,7 +34,7 @@ ALLOWED: dict[str, str] = {
     "forecasting": "contributions",
     "evaluation": "bank routing forecasting",
     # `contributions`: a plan is made of contributions, with the samples that came with them.
-    "fusion": "corpus models adapters contributions bank routing forecasting evaluation",
+    "fusion": "corpus models adapters contributions bank routing forecasting evaluation privacy",
     "population": f"{_MEASURING} contributions training",
     "inference": f"{_MEASURING} population",
     "reporting": "contributions forecasting population",

@@ -30,6 +30,7 @@ __all__ = [
     "evaluate_routers",
     "find_changes",
     "fit_watched",
+    "label_merge",
     "measure_merges",
 ]
 
@@ -169,6 +170,11 @@ def evaluate_routers(
             return evaluation
 
 
+def label_merge(name: str) -> str:
+    """A merge's name in reports."""
+    return "weight_average" if name == "average" else name
+
+
 def measure_merges(
     plan: FusionPlan, bank: HeldOutBank, names: Sequence[str], missing: NotMeasured, *, seed: int
 ) -> dict[str, Tensor]:
@@ -191,8 +197,7 @@ def measure_merges(
             fault = _find_merge_fault(merged, shapes)
             if fault is not None:
                 raise refuse(entry, "merging", expected=fault[0], got=fault[1])
-            label = "weight_average" if name == "average" else name
-            found[label] = bank.add_column(name, merged)
+            found[label_merge(name)] = bank.add_column(name, merged)
     return found
 
 

@@ -36,9 +36,11 @@ __all__ = [
     "GuardedRouter",
     "SummedJudgement",
     "choose_published",
+    "compare_attempt",
     "compute_best_expert_losses",
     "fit_guarded",
     "fit_guarded_by_sums",
+    "keep_best",
 ]
 
 _LARGEST_LOSS = 100.0  # nats; in sums a token that costs more counts as this much
@@ -139,8 +141,7 @@ def fit_guarded(
         attempts.append(_judge(bank, fitted, seed + number, best_expert, collapse_nats))
         if not attempts[-1].collapsed:
             break
-    kept = min(range(len(attempts)), key=lambda index: _rank(attempts[index]))
-    return GuardedRouter(fits[kept], tuple(attempts), kept)
+    return keep_best(fits, attempts)
 
 
 class SummedJudgement(SummedFit[RouterOptions]):
@@ -240,9 +241,14 @@ def fit_guarded_by_sums(
         best = dict(zip(setting.domains, figures["experts"].amin(dim=1).tolist(), strict=True))
         losses = dict(zip(setting.domains, figures["router"].tolist(), strict=True))
         fits.append(router(setting.num_experts, options, found.tensors))
-        attempts.append(_compare(losses, seed + number, best, collapse_nats))
+        attempts.append(compare_attempt(losses, seed + number, best, collapse_nats))
         if not attempts[-1].collapsed or not fit.uses_seed:
             break
+    return keep_best(fits, attempts)
+
+
+def keep_best(fits: Sequence[Router], attempts: Sequence[Attempt]) -> GuardedRouter[Router]:
+    """Of fitted routers the one with the fewest collapsed domains, then the lowest loss."""
     kept = min(range(len(attempts)), key=lambda index: _rank(attempts[index]))
     return GuardedRouter(fits[kept], tuple(attempts), kept)
 
@@ -272,15 +278,23 @@ def _judge(
     collapse_nats: float,
 ) -> Attempt:
     losses = compute_domain_losses(bank, compute_router_losses(bank, router).nll)
-    return _compare(losses, seed, best_expert, collapse_nats)
+    return compare_attempt(losses, seed, best_expert, collapse_nats)
 
 
-def _compare(
+def compare_attempt(
     losses: Mapping[str, float],
     seed: int,
     best_expert: Mapping[str, float],
     collapse_nats: float,
 ) -> Attempt:
+    """A fit as its calibration losses show it.
+
+    Args:
+        losses: The fitted router's by domain, nats per token.
+        seed: It was fitted with.
+        best_expert: Of each domain's best expert.
+        collapse_nats: A domain whose loss is this far above its best expert's is lost.
+    """
     excess = {domain: loss - best_expert[domain] for domain, loss in losses.items()}
     collapsed = tuple(domain for domain, nats in excess.items() if nats > collapse_nats)
     return Attempt(seed, sum(losses.values()) / len(losses), excess, collapsed)

@@ -5,7 +5,7 @@ Learning", arXiv 1803.01498, definition 2; times n, because callers expect sums.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from molora_fed.errors import SumError
 from molora_fed.privacy.sums.vectors import Total, VectorLayout
 
-__all__ = ["MAX_TRIM_SHARE", "count_trimmed", "sum_robustly"]
+__all__ = ["MAX_TRIM_SHARE", "count_trimmed", "sum_by_group", "sum_robustly"]
 
 MAX_TRIM_SHARE = 0.4
 _COLUMNS = 2**16  # sorted at a time
@@ -78,3 +78,59 @@ def sum_robustly(
         kept = columns[cut : len(members) - cut]
         total[start : start + _COLUMNS] = kept.sum(axis=0) * (len(members) / len(kept))
     return Total(layout.unflatten(total), members, tuple(notes))
+
+
+def sum_by_group(
+    vectors: Mapping[str, NDArray[np.float64]],
+    layout: VectorLayout,
+    groups: Mapping[str, str],
+    sizes: Mapping[str, float],
+    *,
+    trim_share: float,
+    exact: Collection[str],
+) -> Total:
+    """Sum members' vectors, trimmed among members of one group, each vector per unit of its size.
+
+    Members of one group hold text of one kind, so that their vectors by token are alike; those of
+    different groups are not, and cutting one group's away would bias the total.
+
+    Args:
+        vectors: (N,) float64 by member; their order does not matter.
+        layout: Parts with bounds.
+        groups: Group of each member.
+        sizes: Size of each member, > 0, e.g. its tokens.
+        trim_share: See `sum_robustly`.
+        exact: Names of parts that are clipped and summed plainly.
+
+    Raises:
+        SumError: If there is no vector, or one has another length or is not finite; it is named.
+    """
+    names = tuple(sorted(vectors))
+    plain = np.zeros(layout.length, dtype=np.bool_)
+    for part, place in layout.places():
+        plain[place] = part.name in exact
+    total, notes = np.zeros(layout.length), []
+    for group in sorted({groups[name] for name in names}):
+        own = {name: vectors[name] for name in names if groups[name] == group}
+        cut = count_trimmed(len(own), trim_share)
+        rows = []
+        for name, vector in own.items():
+            row, beyond = layout.clip(vector, who=name)
+            rows.append(row)
+            if beyond:
+                notes.append(
+                    f"{beyond:,} entries of '{name}' lay beyond their bound, and count so."
+                )
+        stacked = np.stack(rows)  # (M, N)
+        if not cut:
+            notes.append(f"Nothing was trimmed among {len(own)} members of '{group}'.")
+        scale = np.array([[sizes[name]] for name in own])
+        shares = np.sort(np.where(plain, 0.0, stacked) / scale, axis=0)
+        kept = shares[cut : len(own) - cut]
+        total += np.where(plain, stacked.sum(axis=0), kept.mean(axis=0) * scale.sum())
+    if not names:
+        raise SumError(
+            "Cannot sum robustly: expected at least one member's vector, got none. Wait for the "
+            "members to connect."
+        )
+    return Total(layout.unflatten(total), names, tuple(notes))

@@ -1,0 +1,76 @@
+"""Members of a private fusion in this process, through the calls that a federation makes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+
+from molora_fed.charter import Charter
+from molora_fed.fusion.plan import FusionPlan
+from molora_fed.fusion.private_answers import FusionMember
+from molora_fed.fusion.private_texts import Check
+from molora_fed.fusion.sum_rounds import (
+    TRIM_SHARE,
+    SumQuestion,
+    SumRounds,
+    TextCounts,
+    list_exact,
+)
+from molora_fed.privacy.sums.local import LocalMaskedSum
+from molora_fed.privacy.sums.robust import sum_by_group
+from molora_fed.privacy.sums.vectors import Total
+
+__all__ = ["LocalMembers"]
+
+
+@dataclass(eq=False)
+class LocalMembers:
+    """See `Members`.
+
+    Attributes:
+        charter: Says how sums are added up.
+        members: By name.
+        questions: What was asked, in order.
+    """
+
+    charter: Charter
+    members: Mapping[str, FusionMember]
+    questions: list[SumQuestion] = field(default_factory=list)
+    _counts: dict[str, TextCounts] = field(default_factory=dict)
+
+    def begin(self, plan: FusionPlan) -> Mapping[str, TextCounts]:
+        """See `Members`."""
+        self._counts = {name: member.count() for name, member in sorted(self.members.items())}
+        return self._counts
+
+    def add_up(self, question: SumQuestion, rounds: SumRounds, check: Check) -> Total:
+        """See `Members`."""
+        self.questions.append(question)
+        layout = rounds.lay_out(question)
+        if self.charter.identity.summing == "masked":
+            measures = {
+                name: partial(self._measure, member, question, rounds)
+                for name, member in self.members.items()
+            }
+            return LocalMaskedSum(measures)(layout, question.state)
+        vectors = {
+            name: layout.flatten(member.measure(question, rounds), who=name)
+            for name, member in self.members.items()
+        }
+        for name, vector in vectors.items():
+            check(layout.unflatten(vector), self._counts[name].domain, name)
+        return sum_by_group(
+            vectors,
+            layout,
+            {name: one.domain for name, one in self._counts.items()},
+            {name: float(one.tokens) for name, one in self._counts.items()},
+            trim_share=TRIM_SHARE,
+            exact=list_exact(layout),
+        )
+
+    @staticmethod
+    def _measure(
+        member: FusionMember, question: SumQuestion, rounds: SumRounds, state: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return member.measure(question, rounds)

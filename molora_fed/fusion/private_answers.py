@@ -1,0 +1,189 @@
+"""A member's side of a fusion whose texts stay with their owners: banks at home, sums as answers.
+
+It runs every expert over its own blocks once, as a fusion on pooled text would, and measures on
+these banks what a question asks for. Whatever goes wrong on a text is told at home alone: the
+reason may hold a figure of one document.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from molora_fed.bank import (
+    CalibrationBank,
+    HeldOutBank,
+    build_calibration_bank,
+    build_held_out_bank,
+)
+from molora_fed.charter import Charter
+from molora_fed.contributions.contributed import Contributed, Entrant
+from molora_fed.corpus.blocks import Blocks
+from molora_fed.errors import CorpusError, PluginError, RoutingError
+from molora_fed.evaluation.summed import measure_alone, measure_sums
+from molora_fed.fusion.boundary import NotMeasured, check_fitted, measure_merges
+from molora_fed.fusion.held_out import HeldOutChoice, choose_held_out
+from molora_fed.fusion.plan import FusionPlan, plan_fusion
+from molora_fed.fusion.sum_rounds import HELD_OUT, SumQuestion, SumRounds, TextCounts
+from molora_fed.models.base import Base
+from molora_fed.plugins import Plugins
+from molora_fed.types import Progress, Split
+
+__all__ = ["FusionMember"]
+
+
+class FusionMember:
+    """Answers the questions of one fusion; the same question gives the same answer.
+
+    Args:
+        base: The charter's base; its model runs where it lies.
+        charter: The cooperative's charter.
+        blocks: This contributor's blocks by split.
+        corpus: Folder of its prepared corpus; None where there is none to compare with.
+        experts: All admitted contributions, this member's among them.
+        name: This contributor's name.
+        folder: Gets `bank/`, in which columns of experts that stay are found again.
+        plugins: Where routers, adapter kinds and merges are registered.
+
+    Raises:
+        CharterError: If a router's options are wrong.
+        ConfigError: If experts clash, or this contributor is not among them.
+        CorpusError: If the charter asks for blocks that there are not.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        charter: Charter,
+        blocks: Mapping[Split, Blocks],
+        corpus: Path | None,
+        experts: Sequence[Entrant],
+        *,
+        name: str,
+        folder: Path,
+        plugins: Plugins,
+    ) -> None:
+        self._base = base
+        self._seed = charter.amendment.seed
+        self._folder = folder / "bank"
+        self.plan: FusionPlan = plan_fusion(base, charter, experts, plugins)
+        (own,) = (one for one in self.plan.contributions if one.contributor == name)
+        samples = charter.amendment.samples
+        calibration = blocks[Split.CALIBRATION].take(samples.calibration)
+        held_out = blocks[Split.HELD_OUT].take(samples.held_out)
+        if not (len(calibration) and len(held_out)):
+            raise CorpusError(
+                f"Cannot take part with the text of '{name}': expected calibration and held-out "
+                f"blocks, got {len(calibration)} and {len(held_out)}. Use more text."
+            )
+        self._own = Contributed(
+            **vars(own), held_out=held_out, calibration=calibration, train_text=corpus
+        )
+
+    @cached_property
+    def _choice(self) -> HeldOutChoice:
+        return choose_held_out([self._own], self._base)
+
+    def count(self) -> TextCounts:
+        """What this member has; see `TextCounts`."""
+        overlap = self._choice.overlaps[self._own.contributor]
+        kept = overlap.kept
+        size = self._own.held_out.block_size - 1
+        assert self._own.calibration is not None
+        return TextCounts(
+            domain=self._own.domain,
+            tokens=len(self._own.calibration) * size,
+            blocks=len(kept),
+            left_out=int((~kept).sum()),
+            empty=int((overlap.totals == 0).sum()),
+            grams=int(overlap.totals.sum()),
+            own=overlap.own,
+            union=overlap.union,
+            base=overlap.base,
+            kept=int(overlap.totals[kept].sum()),
+            after=int(overlap.known[kept].sum()),
+            compared=list(self._choice.trained),
+            has_base=self._choice.has_base,
+        )
+
+    def measure(
+        self, question: SumQuestion, rounds: SumRounds, *, progress: Progress | None = None
+    ) -> dict[str, Tensor]:
+        """The sums that a question asks for, by part; see `SumRounds.lay_out`.
+
+        Args:
+            question: From the coordinator; its place was admitted.
+            rounds: Of this fusion.
+            progress: Receives blocks done while experts are run.
+
+        Raises:
+            RoutingError: If a router fails on this text; the reason is the cause, and stays here.
+            SumError: If there are too few documents for sums.
+            MoloraError: Whatever banks and experts raise.
+        """
+        name, domain = self._own.contributor, self._own.domain
+        try:
+            if question.kind == HELD_OUT:
+                bank = self._open_held_out(progress)
+                routers = {
+                    router: rounds.build_router(router, question.of(router))
+                    for router in question.routers
+                }
+                baselines = self._measure_merges(bank)
+                said = measure_sums(bank, routers, baselines, who=name, progress=progress)
+                return rounds.pack_held_out(said, question.routers)
+            calibration = self._open_calibration(progress)
+            found = rounds.measure(question, calibration)
+            if question.kind == "judge":
+                self._probe(question, rounds, calibration)
+            if question.is_first:
+                found |= rounds.pack_alone(measure_alone(calibration, who=name), domain)
+            return found
+        except PluginError as error:
+            raise RoutingError(
+                f"Cannot answer '{question.place}' on the text of '{name}': expected routers and "
+                "merges that keep to their contracts, got one that fails. The reason may hold a "
+                "figure of one document and stays with that contributor: leave that router out."
+            ) from error
+
+    def _probe(self, question: SumQuestion, rounds: SumRounds, bank: CalibrationBank) -> None:
+        """Ask fitted routers what only their authors could promise, before they are published."""
+        for name in question.routers:
+            router = rounds.build_router(name, question.of(name))
+            check_fitted(self.plan.plugins.routers.entry(name), router, bank)
+
+    def _measure_merges(self, bank: HeldOutBank) -> dict[str, Tensor]:
+        missing = NotMeasured()
+        names = self.plan.charter.amendment.fusion.merges
+        found = measure_merges(self.plan, bank, names, missing, seed=self._seed)
+        if missing.reasons:  # every member sends the same columns, or none
+            failed = ", ".join(missing.reasons["merge"])
+            raise RoutingError(
+                f"Cannot measure merges on the text of '{self._own.contributor}': expected all of "
+                f"the charter's, got a failure of {failed}. Leave it out of fusion.merges."
+            )
+        return found
+
+    def _open_calibration(self, progress: Progress | None) -> CalibrationBank:
+        assert self._own.calibration is not None
+        return build_calibration_bank(
+            self._folder,
+            self._base,
+            self.plan.experts,
+            [self._own.calibration],
+            progress=progress,
+            **self.plan.bank,
+        )
+
+    def _open_held_out(self, progress: Progress | None) -> HeldOutBank:
+        return build_held_out_bank(
+            self._folder,
+            self._base,
+            self.plan.experts,
+            [self._own.held_out],
+            kept=[np.asarray(self._choice.overlaps[self._own.contributor].kept)],
+            progress=progress,
+            **self.plan.bank,
+        )

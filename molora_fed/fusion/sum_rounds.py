@@ -1,0 +1,363 @@
+"""What a fusion asks of members whose texts stay with them, as both ends derive it.
+
+A question names its place in the fusion and brings a state; everything else, what is measured, in
+which shapes and within which bounds, follows from the charter, the experts and the members' counts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from molora_fed.errors import RoutingError, SumError
+from molora_fed.evaluation.composition import name_specialist
+from molora_fed.evaluation.moments import Moments
+from molora_fed.evaluation.summed import Compared, MemberSums
+from molora_fed.fusion.boundary import label_merge
+from molora_fed.fusion.collapse import SummedJudgement
+from molora_fed.fusion.plan import FusionPlan
+from molora_fed.guard import guarded
+from molora_fed.privacy.sums.vectors import Part, VectorLayout
+from molora_fed.routing.contract import OutputRouter
+from molora_fed.routing.summed import FitSetting, SumEntry, SummedFit, plan_summed_fit
+from molora_fed.storage.settings import UntrustedModel
+from molora_fed.storage.untrusted import clean
+from molora_fed.types import BASE_EXPERT
+
+if TYPE_CHECKING:
+    from molora_fed.bank import CalibrationBank
+
+__all__ = [
+    "ALONE",
+    "GATES",
+    "HELD_OUT",
+    "MOMENTS",
+    "TRIM_SHARE",
+    "SumQuestion",
+    "SumRounds",
+    "TextCounts",
+    "join_states",
+    "list_exact",
+]
+
+TRIM_SHARE = 0.2
+"""Of a domain's members, cut at each end of every coordinate of a robust sum."""
+ALONE, MOMENTS, GATES = "alone", "moments", "gates"
+HELD_OUT = "held-out"
+_LARGEST_LOSS = 32.0  # nats a token in a document's mean; larger sums are clipped
+_SLACK = 2.0**-54  # of a bound: what adding up in fixed point may take from a square
+_ROUNDED = 1e-3  # of a count that was added up in fixed point
+
+
+Count = Annotated[int, Field(ge=0, le=2**40)]
+
+
+class TextCounts(UntrustedModel):
+    """What a member says of its text before anything is measured.
+
+    Attributes:
+        domain: Its domain.
+        tokens: Predicted tokens of its calibration blocks.
+        blocks: Held-out blocks.
+        left_out: Of them, those that lie in known text.
+        empty: Of them, those without any word 8-gram.
+        grams: Word 8-grams of all held-out blocks.
+        own: Of them, those in its own train text.
+        union: Those in any train text or samples that it was compared with.
+        base: Those in the base's train text.
+        kept: Word 8-grams of the held-out blocks that count.
+        after: Of these, those in any known text.
+        compared: Members whose train text it was compared with, sorted.
+        has_base: Whether it was compared with the base's train text.
+    """
+
+    domain: str
+    tokens: Annotated[int, Field(ge=1, le=2**40)]
+    blocks: Count
+    left_out: Count
+    empty: Count
+    grams: Count
+    own: Count
+    union: Count
+    base: Count
+    kept: Count
+    after: Count
+    compared: Annotated[list[str], Field(max_length=1_024)] = Field(default=[])
+    has_base: bool = False
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "TextCounts":
+        largest = max(self.own, self.union, self.base, self.kept)
+        if self.left_out > self.blocks or self.empty > self.blocks:
+            raise ValueError(f"{self.left_out} and {self.empty} of {self.blocks} blocks")
+        if largest > self.grams or self.after > self.kept:
+            raise ValueError(f"{largest} of {self.grams} 8-grams, {self.after} of {self.kept}")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class SumQuestion:
+    """What all members are asked at once.
+
+    Attributes:
+        place: "fit A R", round R of attempt A; "judge A"; or "held-out".
+        routers: The routers it is about.
+        state: Their states, tensors by "router/name".
+    """
+
+    place: str
+    routers: tuple[str, ...]
+    state: Mapping[str, Tensor]
+
+    @property
+    def kind(self) -> str:
+        """The first word of the place."""
+        return self.place.partition(" ")[0]
+
+    @property
+    def attempt(self) -> int:
+        """A."""
+        return int(self.place.split(" ")[1])
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it opens the fusion, and so asks for everybody's losses, too."""
+        return self.place == "fit 0 0"
+
+    def of(self, router: str) -> dict[str, Tensor]:
+        """The state of one router."""
+        return {
+            name.removeprefix(f"{router}/"): tensor
+            for name, tensor in self.state.items()
+            if name.startswith(f"{router}/")
+        }
+
+
+def join_states(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """States of several routers as one, see `SumQuestion.of`."""
+    return {f"{r}/{name}": t for r, state in states.items() for name, t in state.items()}
+
+
+def list_exact(layout: VectorLayout) -> frozenset[str]:
+    """Parts that hold each document's figures once: no share of them can be cut off."""
+    names = (part.name for part in layout.parts)
+    return frozenset(n for n in names if n.split(".")[0] in (ALONE, MOMENTS, GATES))
+
+
+class SumRounds:
+    """Layouts and measurements of all questions of one fusion.
+
+    Args:
+        plan: The fusion's.
+        hidden_size: D of the base.
+        counts: What each member has, by its name.
+        seed: Of the routers.
+
+    Attributes:
+        domains: Domains of the members, sorted; C of them.
+        weights: Weight of a predicted token by domain; over all members they sum to 1.
+        compared: What is measured on held-out text.
+    """
+
+    def __init__(
+        self, plan: FusionPlan, hidden_size: int, counts: Mapping[str, TextCounts], *, seed: int
+    ) -> None:
+        self._plan = plan
+        self._hidden_size = hidden_size
+        self._seed = seed
+        self._experts = tuple(expert.name for expert in plan.experts)
+        self.domains = tuple(sorted({one.domain for one in counts.values()}))
+        tokens = {d: sum(c.tokens for c in counts.values() if c.domain == d) for d in self.domains}
+        self._tokens = sum(tokens.values())
+        self.weights = {d: 1 / (len(tokens) * max(1, count)) for d, count in tokens.items()}
+        self._alone = ("base", *(name_specialist(n) for n in self._experts if n != BASE_EXPERT))
+        samples, size = plan.charter.amendment.samples, plan.charter.identity.corpus.block_size
+        self._most = {
+            ALONE: samples.calibration * (size - 1),
+            HELD_OUT: samples.held_out * (size - 1),
+        }
+
+    def plan_fit(self, name: str, attempt: int) -> SummedFit:
+        """How a router is fitted.
+
+        Raises:
+            PluginError: If its plugin fails.
+            RoutingError: If it cannot be fitted by sums.
+        """
+        router, options = self._plan.routers[name]
+        with guarded(self._plan.plugins.routers.entry(name), "by_sums"):
+            return plan_summed_fit(router, self._set(options, attempt))
+
+    def plan_judgement(
+        self, name: str, attempt: int, tensors: Mapping[str, Tensor]
+    ) -> SummedJudgement:
+        """How a fitted router is judged on calibration text."""
+        router, options = self._plan.routers[name]
+        return SummedJudgement(self._set(options, attempt), router, tensors)
+
+    def build_router(self, name: str, tensors: Mapping[str, Tensor]) -> OutputRouter:
+        """A router with what it learned."""
+        router, options = self._plan.routers[name]
+        return router(len(self._experts), options, tensors)
+
+    def compare(self, routers: Sequence[str]) -> Compared:
+        """What is measured on held-out text."""
+        merges = map(label_merge, self._plan.charter.amendment.fusion.merges)
+        return Compared(self._experts, tuple(routers), tuple(merges))
+
+    def lay_out(self, question: SumQuestion) -> VectorLayout:
+        """Parts of the vector that answers a question.
+
+        Raises:
+            RoutingError: If the question names an unknown router, or states that do not fit.
+        """
+        entries: dict[str, SumEntry] = {}
+        if question.kind == HELD_OUT:
+            compared = self.compare(question.routers)
+            entries |= self._lay_out_moments(MOMENTS, compared.columns, HELD_OUT)
+            shape = (len(self.domains), len(question.routers), len(self._experts))
+            entries[GATES] = SumEntry(shape, float(self._most[HELD_OUT]))
+        else:
+            for name, task in self.list_tasks(question):
+                for entry, described in task.entries(question.of(name)).items():
+                    entries[f"{name}/{entry}"] = described
+            if question.is_first:
+                entries |= self._lay_out_moments(ALONE, self._alone, ALONE)
+        return VectorLayout(tuple(Part(n, e.shape, e.bound) for n, e in entries.items() if e.size))
+
+    def list_tasks(self, question: SumQuestion) -> Iterator[tuple[str, SummedFit]]:
+        """The fits or judgements of a question, by router.
+
+        Raises:
+            RoutingError: If it names a router that the charter does not.
+        """
+        for name in question.routers:
+            if name not in self._plan.routers:
+                raise RoutingError(
+                    f"Cannot answer about router '{clean(name, 80)}': expected one of the "
+                    f"charter's, {', '.join(self._plan.routers)}, got that one. Ask the "
+                    "coordinator."
+                )
+            if question.kind == "fit":
+                yield name, self.plan_fit(name, question.attempt)
+            else:
+                yield name, self.plan_judgement(name, question.attempt, question.of(name))
+
+    def measure(self, question: SumQuestion, bank: "CalibrationBank") -> dict[str, Tensor]:
+        """A member's sums for the routers of a question about calibration text."""
+        found: dict[str, Tensor] = {}
+        for name, task in self.list_tasks(question):
+            with guarded(self._plan.plugins.routers.entry(name), "measure"):
+                sums = task.measure(bank, question.of(name), self.weights)
+            found |= {f"{name}/{entry}": tensor for entry, tensor in sums.items()}
+        return found
+
+    def pack_alone(self, moments: Moments, domain: str) -> dict[str, Tensor]:
+        """Calibration losses of a member of a domain as parts of its vector."""
+        return self._pack(ALONE, moments, domain)
+
+    def pack_held_out(self, said: MemberSums, routers: Sequence[str]) -> dict[str, Tensor]:
+        """Held-out figures of a member as parts of its vector."""
+        gates = torch.zeros(len(self.domains), len(routers), len(self._experts)).double()
+        rows = [torch.tensor(said.gates[name], dtype=torch.float64) for name in routers]
+        gates[self.domains.index(said.domain)] = torch.stack(rows)
+        return {**self._pack(MOMENTS, said.moments, said.domain), GATES: gates}
+
+    def unpack_alone(
+        self, parts: Mapping[str, Tensor], who: Mapping[str, str]
+    ) -> list[tuple[str, Moments]]:
+        """Calibration losses by domain, of a total or of one member.
+
+        Args:
+            parts: Of vectors or totals.
+            who: For errors, whose figures a domain's are; other domains are left out.
+
+        Raises:
+            SumError: If no text could have these figures.
+        """
+        return [
+            (domain, self._read(ALONE, parts, domain, self._alone, whose))
+            for domain, whose in who.items()
+        ]
+
+    def unpack_held_out(
+        self, parts: Mapping[str, Tensor], routers: Sequence[str], who: Mapping[str, str]
+    ) -> list[MemberSums]:
+        """Held-out figures by domain, of a total or of one member; see `unpack_alone`.
+
+        Raises:
+            SumError: If no text could have these figures, or they are of too few documents.
+        """
+        compared, found = self.compare(routers), []
+        for domain, whose in who.items():
+            moments = self._read(MOMENTS, parts, domain, compared.columns, whose)
+            rows = parts[GATES][self.domains.index(domain)].tolist()
+            gates = dict(zip(routers, rows, strict=True))
+            said = {"moments": moments.to_json(), "gates": gates}
+            found.append(MemberSums.from_json(said, compared, domain=domain, who=whose))
+        return found
+
+    def _set(self, options: Any, attempt: int) -> FitSetting:
+        return FitSetting(
+            expert_names=self._experts,
+            domains=self.domains,
+            hidden_size=self._hidden_size,
+            tokens=self._tokens,
+            mixture=self._plan.bank["mixture"],
+            options=options,
+            seed=self._seed + attempt,
+        )
+
+    def _lay_out_moments(self, name: str, columns: Sequence[str], text: str) -> dict[str, SumEntry]:
+        """Clusters, tokens n, sum n^2; then sum x, sum x n and sum x^2 of each column."""
+        domains, most = len(self.domains), float(self._most[text])
+        largest = most * _LARGEST_LOSS
+        bounds = {"n": most, "nn": most**2, "x": largest, "xn": largest * most, "xx": largest**2}
+        shapes = {"n": (domains, 2), "nn": (domains, 1)}
+        plain = (domains, len(columns))
+        return {f"{name}.{k}": SumEntry(shapes.get(k, plain), b) for k, b in bounds.items()}
+
+    def _pack(self, name: str, moments: Moments, domain: str) -> dict[str, Tensor]:
+        sums = np.array(list(moments.columns.values()))  # sum x, sum x^2, sum x n
+        rows = {
+            "n": np.array([moments.clusters, moments.tokens], dtype=np.float64),
+            "nn": np.array([moments.squares]),
+            "x": sums[:, 0],
+            "xn": sums[:, 2],
+            "xx": sums[:, 1],
+        }
+        found = {}
+        for key, row in rows.items():
+            tensor = torch.zeros(len(self.domains), len(row), dtype=torch.float64)
+            tensor[self.domains.index(domain)] = torch.as_tensor(row)
+            found[f"{name}.{key}"] = tensor
+        return found
+
+    def _read(
+        self,
+        name: str,
+        parts: Mapping[str, Tensor],
+        domain: str,
+        columns: Sequence[str],
+        who: str,
+    ) -> Moments:
+        index = self.domains.index(domain)
+        rows = {key: parts[f"{name}.{key}"][index].tolist() for key in ("n", "nn", "x", "xn", "xx")}
+        counts = [*rows["n"], *rows["nn"]]
+        whole = [round(count) for count in counts]
+        if any(
+            abs(a - b) > _ROUNDED * max(1.0, abs(b)) for a, b in zip(counts, whole, strict=True)
+        ):
+            raise SumError(
+                f"Cannot use the figures of '{who}': expected whole numbers of documents and "
+                f"tokens, got {counts}. Run the same molora-fed version everywhere."
+            )
+        # Rounding must not make a square smaller than what it is the square of.
+        slack = (self._most[HELD_OUT if name == MOMENTS else ALONE] * _LARGEST_LOSS) ** 2 * _SLACK
+        sums = zip(rows["x"], (xx + slack for xx in rows["xx"]), rows["xn"], strict=True)
+        said = Moments(whole[0], whole[1], whole[2], dict(zip(columns, sums, strict=True)))
+        return Moments.from_json(said.to_json(), columns, who=who)
