@@ -29,6 +29,7 @@ __all__ = [
     "Identity",
     "OperatorRules",
     "PopulationRules",
+    "PrivacyRules",
     "TrainingRules",
     "check_name",
     "is_name",
@@ -223,6 +224,22 @@ class CorpusRules(StrictModel):
     evaluation_batch: int = Field(default=16, ge=1)
 
 
+PrivacyMode = Literal["pooled", "private"]
+Summing = Literal["masked", "robust"]
+
+
+class PrivacyRules(StrictModel):
+    """What a cooperative is founded with; see `Identity`, which has these keys of its own.
+
+    Attributes:
+        mode: What leaves contributors beside adapters.
+        summing: How sums are added up.
+    """
+
+    mode: PrivacyMode = "pooled"
+    summing: Summing = "masked"
+
+
 class Identity(StrictModel):
     """What can never change.
 
@@ -242,11 +259,9 @@ class Identity(StrictModel):
     base: BaseIdentity
     adapters: AdapterRules = AdapterRules()
     corpus: CorpusRules = CorpusRules()
-    privacy_mode: Literal["pooled", "private"] = "pooled"
+    privacy_mode: PrivacyMode = "pooled"
     # Left out where usual: identities that have the key of old have the bytes they always had.
-    summing: Literal["masked", "robust"] = Field(
-        default="masked", exclude_if=lambda summing: summing == "masked"
-    )
+    summing: Summing = Field(default="masked", exclude_if=lambda summing: summing == "masked")
 
     @model_validator(mode="after")
     def _has_the_keys_of_its_version(self) -> "Identity":

@@ -18,6 +18,7 @@ from molora_fed.charter import (
     Charter,
     CorpusRules,
     Identity,
+    PrivacyRules,
     load_charter,
     write_charter,
 )
@@ -141,6 +142,7 @@ def create_cooperative(
     adapters: AdapterRules | None = None,
     corpus: CorpusRules | None = None,
     amendment: Amendment | None = None,
+    privacy: PrivacyRules | None = None,
     plugins: Plugins | None = None,
 ) -> Cooperative:
     """Make a cooperative: key, base, ledger with amendment 0, charter.
@@ -155,6 +157,7 @@ def create_cooperative(
         adapters: What an adapter may be.
         corpus: How text becomes blocks.
         amendment: What may change later; number 0.
+        privacy: What leaves contributors; the usual if None.
         plugins: Where names in the charter are looked up; the installed plugins by default.
 
     Raises:
@@ -163,7 +166,7 @@ def create_cooperative(
         UnknownNameError: If it names a router, kind or check that nobody registers.
         StorageError: On I/O errors.
     """
-    charter = build_charter(name, base.whole_identity(), adapters, corpus, amendment)
+    charter = build_charter(name, base.whole_identity(), adapters, corpus, amendment, privacy)
     check_charter_names(charter, plugins or get_plugins())
     _check_suits_base(charter, base)
     cooperative = Cooperative(folder, charter)
@@ -336,13 +339,14 @@ def build_charter(
     adapters: AdapterRules | None,
     corpus: CorpusRules | None,
     amendment: Amendment | None,
+    privacy: PrivacyRules | None,
 ) -> Charter:
     """Put a charter together that is not written anywhere yet.
 
     Raises:
         CharterError: If the name or the amendment's number is wrong.
     """
-    first = amendment or Amendment()
+    first, privacy = amendment or Amendment(), privacy or PrivacyRules()
     if first.number != 0:
         raise CharterError(
             f"Cannot create cooperative '{name}': expected amendment 0, got {first.number}. "
@@ -355,6 +359,8 @@ def build_charter(
             base=base,
             adapters=adapters or AdapterRules(),
             corpus=corpus or CorpusRules(),
+            privacy_mode=privacy.mode,
+            summing=privacy.summing,
         )
     except ValidationError as error:
         raise CharterError(

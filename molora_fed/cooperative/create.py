@@ -7,7 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from molora_fed.charter import AdapterRules, Amendment, BaseIdentity, CorpusRules, is_name
+from molora_fed.charter import (
+    AdapterRules,
+    Amendment,
+    BaseIdentity,
+    CorpusRules,
+    PrivacyRules,
+    is_name,
+)
 from molora_fed.cooperative.cooperative import (
     Cooperative,
     build_charter,
@@ -39,6 +46,7 @@ def found_cooperative(
     adapters: AdapterRules | None = None,
     corpus: CorpusRules | None = None,
     amendment: Amendment | None = None,
+    privacy: PrivacyRules | None = None,
     base_steps: int | None = None,
     placement: Placement | None = None,
     cache: Path | None = None,
@@ -55,6 +63,7 @@ def found_cooperative(
         adapters: What an adapter may be.
         corpus: How text becomes blocks.
         amendment: What may change later; number 0.
+        privacy: What leaves contributors; the usual if None.
         base_steps: Training steps of the built-in base; its default if None.
         placement: Device and dtype of a fetched base in memory; the CPU and float32 if None. The
             charter is the same.
@@ -85,7 +94,7 @@ def found_cooperative(
         files={"config.json": _UNKNOWN},
     )
     _check_domains(name, amendment.domains)
-    draft = build_charter(name, unknown, adapters, corpus, amendment)
+    draft = build_charter(name, unknown, adapters, corpus, amendment, privacy)
     check_charter_names(draft, plugins)
     is_new = not folder.exists()
     make_home(folder)
@@ -120,6 +129,7 @@ def found_cooperative(
             adapters=adapters,
             corpus=corpus,
             amendment=amendment,
+            privacy=privacy,
             plugins=plugins,
         )
     except CharterError:

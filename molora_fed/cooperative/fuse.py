@@ -7,13 +7,18 @@ both fuse them here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from molora_fed.adapters.files import check_adapter_fits, load_adapter
 from molora_fed.charter import Charter
 from molora_fed.contributions.build import count_samples
-from molora_fed.contributions.contributed import Contributed, collect_contributed
+from molora_fed.contributions.contributed import (
+    Contributed,
+    Entrant,
+    collect_contributed,
+    collect_entrant,
+)
 from molora_fed.contributions.decision import list_quoted
 from molora_fed.contributions.ledger import Ledger
 from molora_fed.contributions.manifest import Contribution, load_contribution
@@ -31,15 +36,22 @@ from molora_fed.errors import (
     MoloraError,
 )
 from molora_fed.forecasting.records import FAILED
-from molora_fed.fusion.fuse import FusionResult, fuse
-from molora_fed.fusion.texts import Control
+from molora_fed.fusion.fuse import FusionResult, fuse_texts
+from molora_fed.fusion.private_texts import Members, PrivateTexts
+from molora_fed.fusion.texts import Control, FusionTexts, PooledTexts
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.reporting.report import MetricRows, read_metrics_file, write_report
 from molora_fed.training.loop import METRICS_NAME
 from molora_fed.types import Finding, Progress, Split
 
-__all__ = ["FusedContributions", "fuse_admitted", "fuse_contributions"]
+__all__ = [
+    "FusedContributions",
+    "PooledSource",
+    "PrivateSource",
+    "fuse_admitted",
+    "fuse_contributions",
+]
 
 ACTOR = "molora fuse"
 
@@ -113,7 +125,10 @@ def fuse_contributions(
             out or cooperative.folder,
             actor=ACTOR,
             plugins=plugins,
-            texts={**read_known_text(cooperative.folder), **_find_texts(contributions, given)},
+            source=PooledSource(
+                cooperative.charter,
+                {**read_known_text(cooperative.folder), **_find_texts(contributions, given)},
+            ),
             metrics=_collect_metrics(contributions, given),
             on_phase=on_phase,
             progress=progress,
@@ -129,8 +144,7 @@ def fuse_admitted(
     *,
     actor: str,
     plugins: Plugins,
-    texts: Mapping[str, Path] | None = None,
-    controls: Mapping[str, Control] | None = None,
+    source: "PooledSource | PrivateSource",
     metrics: Mapping[str, MetricRows] | None = None,
     publish: Callable[[FusedContributions], None] = lambda fused: None,
     on_phase: Callable[[str], None] = lambda phase: None,
@@ -146,8 +160,7 @@ def fuse_admitted(
         out: Gets `bank/`, `fused/`, `result.json` and `report/`.
         actor: Who does this, for the history.
         plugins: Where everything is registered.
-        texts: Folders of the contributors' prepared corpora that lie on this machine.
-        controls: Models trained on pooled text, to compare with, by name.
+        source: Where the contributors' texts lie.
         metrics: Training metrics for the report, by contributor.
         publish: Hands the fused model on, before the ledger says that it is published.
         on_phase: Told what begins.
@@ -157,19 +170,18 @@ def fuse_admitted(
         AdmissionError: If nobody can be fused.
         MoloraError: Whatever fusing refuses.
     """
-    members = _Members(ledger, charter, base, plugins, texts or {}, actor)
+    members = _Members(ledger, charter, base, plugins, source, actor)
     usable = members.open(contributions)
     while True:
         if usable:
             begin_fusion(ledger, actor=actor)
         try:
-            result = fuse(
+            result = fuse_texts(
                 base,
                 charter,
-                [one.contributed for one in usable],
+                source.gather([one.entrant for one in usable]),
                 out,
                 plugins=plugins,
-                controls=controls,
                 on_phase=on_phase,
                 on_forecasts=ForecastKeeper(ledger, actor=actor),
                 excluded=members.describe(),
@@ -177,7 +189,7 @@ def fuse_admitted(
             )
             break
         except ExpertError as error:
-            faulty = [one for one in usable if one.contributed.contributor == error.expert]
+            faulty = [one for one in usable if one.entrant.contributor == error.expert]
             if not faulty:
                 raise  # the base itself
             members.leave_out(faulty[0].contribution, error)
@@ -195,11 +207,92 @@ def fuse_admitted(
 
 
 @dataclass(frozen=True, eq=False)
+class PooledSource:
+    """Samples that contributors sent.
+
+    Attributes:
+        charter: The charter with the amendment that counts now.
+        texts: Folders of prepared corpora that lie on this machine, by contributor.
+        controls: Models trained on pooled text, to compare with, by name.
+    """
+
+    charter: Charter
+    texts: Mapping[str, Path]
+    controls: Mapping[str, Control] = field(default_factory=dict)
+
+    def collect(self, one: Contribution) -> Contributed:
+        """What fusing needs of a contribution.
+
+        Raises:
+            CorpusError: If its samples are malformed; AdapterError if they are not those stated.
+        """
+        return collect_contributed(one, corpus=self.texts.get(one.manifest.contributor))
+
+    def choose(
+        self, found: Sequence[Entrant], leave_out: Callable[[Entrant, MoloraError], None]
+    ) -> list[Entrant]:
+        """Calibration blocks of everybody or of nobody, as the amendment of today says.
+
+        Who came under an earlier one may have none, or some that nobody asks for any more.
+
+        Args:
+            found: From `collect`.
+            leave_out: Told who cannot be fused, and why.
+        """
+        contributed = [one for one in found if isinstance(one, Contributed)]
+        lacking = [one for one in contributed if not one.calibration]
+        if not lacking or len(lacking) == len(contributed):
+            return list(found)
+        if Split.CALIBRATION not in count_samples(self.charter):
+            return [replace(one, calibration=None) for one in contributed]
+        for one in lacking:
+            leave_out(
+                one,
+                CorpusError(
+                    f"Cannot fuse contribution of '{one.contributor}': expected the calibration "
+                    f"blocks that amendment {self.charter.amendment.number} asks for, got none. "
+                    "Have it signed and sent again."
+                ),
+            )
+        return [one for one in found if one not in lacking]
+
+    def gather(self, found: Sequence[Entrant]) -> FusionTexts:
+        """The texts of those that are fused."""
+        chosen = [one for one in found if isinstance(one, Contributed)]
+        return PooledTexts(chosen, self.controls)
+
+
+@dataclass(frozen=True, eq=False)
+class PrivateSource:
+    """Texts that stay with contributors.
+
+    Attributes:
+        members: Asks them.
+    """
+
+    members: Members
+
+    def collect(self, one: Contribution) -> Entrant:
+        """What fusing needs of a contribution."""
+        return collect_entrant(one)
+
+    def choose(
+        self, found: Sequence[Entrant], leave_out: Callable[[Entrant, MoloraError], None]
+    ) -> list[Entrant]:
+        """All of them."""
+        return list(found)
+
+    def gather(self, found: Sequence[Entrant]) -> FusionTexts:
+        """The texts of those that are fused."""
+        return PrivateTexts(found, self.members)
+
+
+@dataclass(frozen=True, eq=False)
 class _Member:
     """An admitted contribution with what fusing reads of it."""
 
     contribution: Contribution
-    contributed: Contributed
+    entrant: Entrant
 
 
 class _Members:
@@ -210,7 +303,7 @@ class _Members:
         charter: The charter with the amendment that counts now.
         base: Its base.
         plugins: Where adapter kinds are registered.
-        texts: Folders of prepared corpora by contributor.
+        source: Where their texts lie.
         actor: Who does this, for the history.
 
     Attributes:
@@ -223,7 +316,7 @@ class _Members:
         charter: Charter,
         base: Base,
         plugins: Plugins,
-        texts: Mapping[str, Path],
+        source: PooledSource | PrivateSource,
         actor: str,
     ) -> None:
         self.left_out: list[Receipt] = []
@@ -231,7 +324,7 @@ class _Members:
         self._charter = charter
         self._base = base
         self._plugins = plugins
-        self._texts = texts
+        self._source = source
         self._actor = actor
 
     def open(self, contributions: Sequence[Contribution]) -> list[_Member]:
@@ -246,48 +339,31 @@ class _Members:
                 found.append(_Member(one, self._read(one)))
             except (AdapterError, CorpusError) as error:
                 self.leave_out(one, error)
-        found = self._agree_on_calibration(found)
+        found = self._choose(found)
         if contributions:
             self.check_somebody_left(found)
         return found
 
-    def _read(self, one: Contribution) -> Contributed:
+    def _read(self, one: Contribution) -> Entrant:
         name = one.manifest.contributor
-        contributed = collect_contributed(one, corpus=self._texts.get(name))
+        entrant = self._source.collect(one)
         adapter = load_adapter(
-            contributed.adapter,
+            entrant.adapter,
             rules=self._charter.identity.adapters,
             model=self._base.model,
             plugins=self._plugins,
             name=name,
         )
         check_adapter_fits(adapter, self._base.model, rules=self._charter.identity.adapters)
-        return contributed
+        return entrant
 
-    def _agree_on_calibration(self, found: list[_Member]) -> list[_Member]:
-        """Calibration blocks of everybody or of nobody, as the amendment of today says.
-
-        Who came under an earlier one may have none, or some that nobody asks for any more.
-        """
-        lacking = [one for one in found if not one.contributed.calibration]
-        if not lacking or len(lacking) == len(found):
-            return found
-        amendment = self._charter.amendment
-        if Split.CALIBRATION not in count_samples(self._charter):
-            return [
-                replace(one, contributed=replace(one.contributed, calibration=None))
-                for one in found
-            ]
-        for one in lacking:
-            self.leave_out(
-                one.contribution,
-                CorpusError(
-                    f"Cannot fuse contribution of '{one.contributed.contributor}': expected the "
-                    f"calibration blocks that amendment {amendment.number} asks for, got none. "
-                    "Have it signed and sent again."
-                ),
-            )
-        return [one for one in found if one not in lacking]
+    def _choose(self, found: list[_Member]) -> list[_Member]:
+        """Those whose texts can be used together."""
+        by_id = {one.entrant.id: one.contribution for one in found}
+        chosen = self._source.choose(
+            [one.entrant for one in found], lambda one, why: self.leave_out(by_id[one.id], why)
+        )
+        return [_Member(by_id[one.id], one) for one in chosen]
 
     def leave_out(self, one: Contribution, error: MoloraError) -> None:
         """Quarantine a contribution that cannot be fused, with the reason."""

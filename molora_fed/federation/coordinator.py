@@ -7,7 +7,7 @@ and every step done again changes nothing, so the process may be killed at any m
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from molora_fed.errors import (
     AdmissionError,
     FederationError,
     StorageError,
+    SumError,
 )
 from molora_fed.federation.coordinator_mail import (
     Delivery,
@@ -37,7 +38,7 @@ from molora_fed.federation.logs import log, start_logging
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.quota import check_quota, describe_failure, discard_rejected
 from molora_fed.federation.status import StateFile, UsageFile
-from molora_fed.federation.strangers import list_states, read_limits
+from molora_fed.federation.strangers import list_states, measure_absence, read_limits
 from molora_fed.federation.supervise import record_errors
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.compute import Compute
@@ -46,13 +47,18 @@ from molora_fed.storage.keys import key_fingerprint, load_key
 
 if TYPE_CHECKING:
     from molora_fed.contributions.ledger import Ledger
+    from molora_fed.contributions.manifest import Contribution
     from molora_fed.contributions.receive import Receipt
+    from molora_fed.cooperative.fuse import PooledSource, PrivateSource
+    from molora_fed.federation.exchange import Exchange
     from molora_fed.models.base import Base
 
 __all__ = ["CoordinatorWorker", "main"]
 
 LOOK_SECONDS = 0.3
 RETRY_SECONDS = 2.0
+GONE_SECONDS = 300.0
+"""After this long without a message the others of a private fusion go on without a member."""
 ACTOR = "server"
 
 _S = CooperativeState
@@ -116,12 +122,12 @@ class CoordinatorWorker:
                 self._take(delivery)
         if self._is_time_to_fuse():
             with self._usage.stage("fusion"):
-                if self._charter.is_private:
+                if self._charter.amendment.fusion.mode == "population":
                     self._evolve()
                 else:
                     try:
                         self._fuse()
-                    except AdmissionError as error:  # nobody is left to fuse: wait for others
+                    except (AdmissionError, SumError) as error:  # too few are left: wait for others
                         self._show(str(error))
         else:
             self._show_deadline()
@@ -267,17 +273,17 @@ class CoordinatorWorker:
     def _fuse(self) -> None:
         """Fuse what is admitted and publish it."""
         from molora_fed.contributions.receive import find_entry, load_admitted
-        from molora_fed.cooperative.controls import load_controls
         from molora_fed.cooperative.fuse import FusedContributions, fuse_admitted
-        from molora_fed.cooperative.known_text import read_known_text
         from molora_fed.federation.withdrawal import build_announcer
         from molora_fed.reporting.headline import list_headline
 
         def publish(fused: FusedContributions) -> None:
             folders = {"fused": fused.result.fused_folder, "report": fused.report.parent}
             self._publish(folders, [one.id for one in fused.contributions], fused.result.result)
+            close()
 
         admitted = load_admitted(self._ledger, self._cooperative.store)
+        source, close = self._open_source(admitted)
         fused = fuse_admitted(
             self._ledger,
             self._charter,
@@ -286,8 +292,7 @@ class CoordinatorWorker:
             self._home.root,
             actor=ACTOR,
             plugins=self._plugins,
-            texts=read_known_text(self._home.root),
-            controls=load_controls(self._home.root, self._plugins),
+            source=source,
             publish=publish,
             on_phase=self._enter,
             progress=self._state.progress,
@@ -299,6 +304,43 @@ class CoordinatorWorker:
         left_out = [f"'{one.contributor}' is quarantined." for one in fused.left_out]
         number = f"{len(fused.contributions)} contributions fused."
         self._show(" ".join([number, *left_out, *headline]))
+
+    def _open_source(
+        self, admitted: "Sequence[Contribution]"
+    ) -> "tuple[PooledSource | PrivateSource, Callable[[], None]]":
+        """Where the texts lie, here or with their contributors; and what ends asking these."""
+        from molora_fed.cooperative.controls import load_controls
+        from molora_fed.cooperative.fuse import PooledSource, PrivateSource
+        from molora_fed.cooperative.known_text import read_known_text
+        from molora_fed.federation.remote_members import RemoteMembers
+
+        if not self._charter.is_private:
+            controls = load_controls(self._home.root, self._plugins)
+            texts = read_known_text(self._home.root)
+            return PooledSource(self._charter, texts, controls), lambda: None
+        place = [""]
+
+        def enter(name: str) -> None:
+            place[0] = f"asking for {name}"
+            self._enter(place[0])
+
+        folder = self._home.private
+        exchange = self._open_exchange(admitted, folder / "answers", lambda: place[0])
+        members = RemoteMembers(
+            exchange,
+            self._charter,
+            admitted,
+            folder / "fusion",
+            is_gone=self._is_gone,
+            on_place=enter,
+            on_note=lambda note: log("private sum", reason=note),
+        )
+        return PrivateSource(members), exchange.close
+
+    def _is_gone(self, name: str) -> bool:
+        """Whether a contributor has not been heard of for long."""
+        found = [one for one in self._home.contributors() if one.name == name]
+        return all(measure_absence(one) > GONE_SECONDS for one in found)
 
     def _evolve(self) -> None:
         """Evolve a population with its contributors, on their texts, and publish it."""
@@ -320,26 +362,14 @@ class CoordinatorWorker:
         def publish(result: EvolutionResult, report: Path) -> None:
             folders = {EVOLVED_FOLDER: result.model_folder, "report": report.parent}
             self._publish(folders, ids, result.result)
-            ask.close()
+            exchange.close()
 
         admitted = load_admitted(self._ledger, self._cooperative.store)
         ids, folder = [one.id for one in admitted], self._home.evolution
         _claim_evolution(self._home, self._charter, ids)
-        ask = RemoteData(
-            self._home,
-            {
-                one.manifest.contributor: self._home.contributor(
-                    key_fingerprint(one.manifest.public_key)
-                )
-                for one in admitted
-            },
-            key=self._key,
-            charter=self._charter,
-            part_bytes=self._message_bytes,
-            plugins=self._plugins,
-            on_wait=lambda names: self._enter(f"{phase[0]}: {', '.join(names)}"),
-            on_problem=self._home.worker_board.post,
-        )
+        exchange = self._open_exchange(admitted, folder / "answers", lambda: phase[0])
+        names = tuple(one.manifest.contributor for one in admitted)
+        ask = RemoteData(exchange, names, charter=self._charter, plugins=self._plugins)
         evolve_admitted(
             self._ledger,
             self._charter,
@@ -353,6 +383,27 @@ class CoordinatorWorker:
             progress=self._state.progress,
         )
         self._show(f"{len(admitted)} contributions evolved")
+
+    def _open_exchange(
+        self, admitted: "Sequence[Contribution]", answers: Path, get_phase: Callable[[], str]
+    ) -> "Exchange":
+        from molora_fed.federation.exchange import Exchange
+
+        return Exchange(
+            self._home,
+            {
+                one.manifest.contributor: self._home.contributor(
+                    key_fingerprint(one.manifest.public_key)
+                )
+                for one in admitted
+            },
+            answers,
+            key=self._key,
+            charter=self._charter,
+            part_bytes=self._message_bytes,
+            on_wait=lambda names: self._enter(f"{get_phase()}: {', '.join(names)}"),
+            on_problem=self._home.worker_board.post,
+        )
 
     def _publish(
         self, folders: Mapping[str, Path], ids: Sequence[str], result: Mapping[str, Any]

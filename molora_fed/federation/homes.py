@@ -128,6 +128,7 @@ class CoordinatorHome(_Home):
         self.report = self.root / "report"
         self.worker_board = Board(self.mail / "worker-board")
         self.evolution = self.root / "evolution"
+        self.private = self.root / "private"
         self.members = self.root / "members"
         self.address_file = self.root / "address.json"
 

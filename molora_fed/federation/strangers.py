@@ -24,6 +24,7 @@ __all__ = [
     "find_refusal",
     "is_admitted",
     "list_states",
+    "measure_absence",
     "note_presence",
     "read_limits",
 ]
@@ -109,7 +110,7 @@ def find_refusal(home: CoordinatorHome, fingerprint: str, name: str) -> str:
     )
 
 
-def _measure_absence(mailbox: ContributorMailbox) -> float:
+def measure_absence(mailbox: ContributorMailbox) -> float:
     """Seconds since a contributor was last heard of."""
     for path in (mailbox.hello_file, mailbox.folder):
         with suppress(FileNotFoundError):
@@ -119,13 +120,13 @@ def _measure_absence(mailbox: ContributorMailbox) -> float:
 
 def _is_absent(mailbox: ContributorMailbox) -> bool:
     """Whether this is a stranger that never uploaded and stays away."""
-    return not mailbox.list_acknowledgements() and _measure_absence(mailbox) > ABSENT_SECONDS
+    return not mailbox.list_acknowledgements() and measure_absence(mailbox) > ABSENT_SECONDS
 
 
 def _forget_longest_away(strangers: Iterable[ContributorMailbox]) -> bool:
     """Forget the stranger that has been away longest, if that is long enough; whether one was."""
-    found = max(strangers, key=_measure_absence)
-    if _measure_absence(found) <= CROWDED_SECONDS:
+    found = max(strangers, key=measure_absence)
+    if measure_absence(found) <= CROWDED_SECONDS:
         return False
     _forget(found)
     return True
@@ -142,7 +143,7 @@ def _forget(mailbox: ContributorMailbox) -> None:
 def note_presence(mailbox: ContributorMailbox) -> None:
     """Note that a contributor was heard of, now and then."""
     with suppress(OSError):
-        if _measure_absence(mailbox) > PRESENCE_SECONDS:
+        if measure_absence(mailbox) > PRESENCE_SECONDS:
             os.utime(mailbox.hello_file)
 
 

@@ -7,12 +7,14 @@ may be killed at any moment and started again; it ends with the same bytes.
 import importlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molora_fed.charter import Charter
+from molora_fed.contributions.manifest import load_contribution
 from molora_fed.errors import (
     AdmissionError,
     FederationError,
@@ -47,8 +49,10 @@ from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.keys import load_key, verify
 
 if TYPE_CHECKING:
+    from molora_fed.contributions.contributed import Entrant
     from molora_fed.cooperative.contribute import CharterAndBase
     from molora_fed.corpus.prepare import Corpus
+    from molora_fed.federation.sum_answers import SumAnswers
     from molora_fed.population.private_member import PrivateMember
 
 __all__ = ["ContributorWorker", "main"]
@@ -77,6 +81,7 @@ class ContributorWorker:
         self._state = StateFile(home.state_file)
         self._usage = UsageFile(home.usage_file)
         self._member: PrivateMember | None = None
+        self._answers: SumAnswers | None = None
         self._decided = 0
 
     def run(self) -> None:
@@ -311,23 +316,65 @@ class ContributorWorker:
         letter = find_question(home, charter)
         if letter is None:
             return
-        with self._usage.stage("evolution"):
-            self._state.enter("EVOLVING", "answering the coordinator")
+        evolves = charter.amendment.fusion.mode == "population"
+        answer = self._answer_evolution if evolves else self._answer_fusion
+        with self._usage.stage("evolution" if evolves else "fusion"):
+            phase = "EVOLVING" if evolves else "FUSING"
+            self._state.enter(phase, "answering the coordinator")
             try:
-                answer_question(
-                    home,
-                    charter,
-                    letter,
-                    lambda: self._open_member(charter),
-                    self._plugins,
-                    # Its loss would be that of a few blocks, and the state is sent.
-                    lambda done, total, **figures: self._state.progress(done, total),
-                )
+                answer_question(home, charter, letter, partial(answer, charter, letter.id))
             except QuestionRefusedError as error:
                 refuse_question(home, letter, str(error))
-                self._state.enter("EVOLVING", f"refused a question: {error}")
+                self._state.enter(phase, f"refused a question: {error}")
                 return
-        self._state.enter("ADMITTED", "waiting for the next question, or the evolved model")
+        self._state.enter("ADMITTED", "waiting for the next question, or the result")
+
+    def _progress(self, done: int, total: int, **figures: float | str) -> None:
+        # Its figures would be those of a few blocks, and the state is sent.
+        self._state.progress(done, total)
+
+    def _answer_evolution(
+        self, charter: Charter, question_id: str, question: Path, answer: Path
+    ) -> None:
+        from molora_fed.population.questions import load_question, save_answer
+
+        asked = load_question(question, rules=charter.identity.adapters, plugins=self._plugins)
+        found = self._open_member(charter).answer(asked, progress=self._progress)
+        save_answer(found, charter.amendment.population.router, answer)
+
+    def _answer_fusion(
+        self, charter: Charter, question_id: str, question: Path, answer: Path
+    ) -> None:
+        from molora_fed.federation.sum_answers import SumAnswers
+        from molora_fed.fusion.private_answers import FusionMember
+
+        home = self._home
+
+        def open_member(experts: "Sequence[Entrant]", folder: Path) -> FusionMember:
+            under = self._load_base(charter)
+            corpus = self._prepare_corpus(under)
+            self._state.enter("FUSING", "answering the coordinator")
+            return FusionMember(
+                under.base,
+                charter,
+                corpus.blocks,
+                home.corpus,
+                experts,
+                name=self._settings.name,
+                folder=folder,
+                plugins=self._plugins,
+            )
+
+        if self._answers is None:
+            self._answers = SumAnswers(
+                charter,
+                name=self._settings.name,
+                contribution=load_contribution(home.contribution).id,
+                key=load_key(home.key),
+                folder=home.private / "fusion",
+                open_member=open_member,
+            )
+        self._answers.answer(question_id, question, answer, self._progress)
 
     def _open_member(self, charter: Charter) -> "PrivateMember":
         """This contributor's blocks, carved; opened at the first question."""

@@ -32,7 +32,6 @@ from molora_fed.federation.signing import (
     build_result_bytes,
     open_charter,
 )
-from molora_fed.plugins import Plugins
 from molora_fed.storage.files import (
     canonical_json,
     replace_folder,
@@ -41,10 +40,9 @@ from molora_fed.storage.files import (
     write_json,
 )
 from molora_fed.storage.keys import key_fingerprint, load_key, sign, verify
-from molora_fed.types import Progress
 
 if TYPE_CHECKING:
-    from molora_fed.population.private_member import PrivateMember
+    pass
 
 __all__ = [
     "answer_question",
@@ -382,9 +380,7 @@ def answer_question(
     home: ContributorHome,
     charter: Charter,
     letter: QuestionLetter,
-    open_member: Callable[[], "PrivateMember"],
-    plugins: Plugins,
-    progress: Progress,
+    answer: Callable[[Path, Path], None],
 ) -> None:
     """Do what a question asks, and offer the answer, signed.
 
@@ -392,22 +388,13 @@ def answer_question(
         home: The contributor's home.
         charter: The cooperative's charter.
         letter: From `find_question`.
-        open_member: Opens this contributor's blocks, once.
-        plugins: Where routers are registered.
-        progress: Told what is done.
+        answer: Given the question's folder, makes the answer's.
 
     Raises:
-        PopulationError: If the question does not fit the charter or the base.
-        MoloraError: Whatever measuring and adaptation raise; a StorageError on I/O errors.
+        MoloraError: Whatever answering raises; a StorageError on I/O errors.
     """
-    from molora_fed.population.questions import load_question, save_answer
-
-    question = load_question(
-        home.question_folder(letter.id), rules=charter.identity.adapters, plugins=plugins
-    )
-    answer = open_member().answer(question, progress=progress)
     folder = home.answer_folder(letter.id)
-    save_answer(answer, charter.amendment.population.router, folder)
+    answer(home.question_folder(letter.id), folder)
     files = describe_folder(folder)
     content = build_answer_bytes(charter.identity_hash, letter.id, files.id)
     signature = sign(load_key(home.key), content)

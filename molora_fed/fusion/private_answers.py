@@ -82,6 +82,11 @@ class FusionMember:
             **vars(own), held_out=held_out, calibration=calibration, train_text=corpus
         )
 
+    @property
+    def hidden_size(self) -> int:
+        """D of the base."""
+        return int(self._base.model.config.hidden_size)
+
     @cached_property
     def _choice(self) -> HeldOutChoice:
         return choose_held_out([self._own], self._base)

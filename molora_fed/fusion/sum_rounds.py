@@ -4,16 +4,18 @@ A question names its place in the fusion and brings a state; everything else, wh
 which shapes and within which bounds, follows from the charter, the experts and the members' counts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from molora_fed.errors import RoutingError, SumError
+from molora_fed.charter import Charter
+from molora_fed.errors import PluginError, RoutingError, SumError
 from molora_fed.evaluation.composition import name_specialist
 from molora_fed.evaluation.moments import Moments
 from molora_fed.evaluation.summed import Compared, MemberSums
@@ -24,6 +26,7 @@ from molora_fed.guard import guarded
 from molora_fed.privacy.sums.vectors import Part, VectorLayout
 from molora_fed.routing.contract import OutputRouter
 from molora_fed.routing.summed import FitSetting, SumEntry, SummedFit, plan_summed_fit
+from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.settings import UntrustedModel
 from molora_fed.storage.untrusted import clean
 from molora_fed.types import BASE_EXPERT
@@ -36,14 +39,18 @@ __all__ = [
     "GATES",
     "HELD_OUT",
     "MOMENTS",
+    "SUM_BITS",
     "TRIM_SHARE",
     "SumQuestion",
     "SumRounds",
     "TextCounts",
     "join_states",
     "list_exact",
+    "name_fusion",
 ]
 
+SUM_BITS: Final = 64
+"""Of the words that masked sums are added up in."""
 TRIM_SHARE = 0.2
 """Of a domain's members, cut at each end of every coordinate of a robust sum."""
 ALONE, MOMENTS, GATES = "alone", "moments", "gates"
@@ -142,6 +149,12 @@ def join_states(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]
     return {f"{r}/{name}": t for r, state in states.items() for name, t in state.items()}
 
 
+def name_fusion(charter: Charter, contributions: Iterable[str]) -> str:
+    """Id of the fusion of these contributions under this charter, 64 hex digits."""
+    parts = [charter.identity_hash, charter.amendment.number, sorted(contributions)]
+    return hash_bytes(canonical_json(parts))
+
+
 def list_exact(layout: VectorLayout) -> frozenset[str]:
     """Parts that hold each document's figures once: no share of them can be cut off."""
     names = (part.name for part in layout.parts)
@@ -228,6 +241,16 @@ class SumRounds:
             if question.is_first:
                 entries |= self._lay_out_moments(ALONE, self._alone, ALONE)
         return VectorLayout(tuple(Part(n, e.shape, e.bound) for n, e in entries.items() if e.size))
+
+    def count_places(self) -> dict[str, int]:
+        """How often each place of the fusion may be asked, by place: once."""
+        rounds = 1
+        for name in self._plan.routers:
+            with suppress(PluginError, RoutingError):
+                rounds = max(rounds, self.plan_fit(name, 0).rounds)
+        attempts = range(self._plan.charter.amendment.fusion.restarts + 1)
+        places = [f"fit {attempt} {turn}" for attempt in attempts for turn in range(rounds)]
+        return dict.fromkeys([*places, *(f"judge {a}" for a in attempts), HELD_OUT], 1)
 
     def list_tasks(self, question: SumQuestion) -> Iterator[tuple[str, SummedFit]]:
         """The fits or judgements of a question, by router.

@@ -62,7 +62,7 @@ class AskedQuestions:
                 write_json(self._path, kept)
             return
         raise QuestionRefusedError(
-            f"Cannot answer the coordinator: expected '{place}' {limit} times in one evolution, as "
+            f"Cannot answer the coordinator: expected '{place}' {limit} times, as "
             f"amendment {self._amendment} says, got {got}. Ask the coordinator why; a new "
             "amendment begins a new count."
         )

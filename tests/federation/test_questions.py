@@ -4,6 +4,7 @@ import random
 import shutil
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from molora_fed.federation.coordinator_mail import (
     publish_charter,
 )
 from molora_fed.federation.envelopes import Envelope
+from molora_fed.federation.exchange import Exchange
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.mailbox import read_json
@@ -52,7 +54,7 @@ from molora_fed.plugins import load_plugins
 from molora_fed.population.asked import AskedQuestions
 from molora_fed.population.contract import Birth, Population, Slot
 from molora_fed.population.evolution import Branch
-from molora_fed.population.questions import Answer, Question
+from molora_fed.population.questions import Answer, Question, load_question, save_answer
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import load_or_make_key, sign
 from molora_fed.types import Split
@@ -150,18 +152,22 @@ class Stage:
         home = self.homes[name]
         letter = find_question(home, self.charter)
         if letter is not None:
-            answer_question(
-                home, self.charter, letter, lambda: self.people[name], PLUGINS,
-                lambda *figures, **more: None,
-            )  # fmt: skip
+            answer_question(home, self.charter, letter, partial(self.reply, name))
+
+    def reply(self, name, question, answer):
+        rules = self.charter.identity.adapters
+        asked = load_question(question, rules=rules, plugins=PLUGINS)
+        save_answer(self.people[name].answer(asked), AMENDMENT.population.router, answer)
 
     def correspond(self):
         mailboxes = {mailbox.name: mailbox for mailbox in self.server.contributors()}
-        return RemoteData(
-            self.server, {name: mailboxes[name] for name in self.homes}, key=self.key,
-            charter=self.charter, part_bytes=self.message_bytes, plugins=PLUGINS,
-            on_wait=self.waits.append, on_problem=self.problems.append,
+        self.open = Exchange(
+            self.server, {name: mailboxes[name] for name in self.homes},
+            self.server.evolution / "answers", key=self.key, charter=self.charter,
+            part_bytes=self.message_bytes, on_wait=self.waits.append,
+            on_problem=self.problems.append,
         )  # fmt: skip
+        return RemoteData(self.open, tuple(self.homes), charter=self.charter, plugins=PLUGINS)
 
     def ask(self, question, read, *, meddle=lambda: "delivered", ask=None):
         """Ask while letters are carried; what was read, or the error."""
@@ -201,7 +207,7 @@ def test_everybody_is_asked_and_answers_come_in_order(tmp_path):
     answers = stage.server.evolution / "answers"
     assert len(list(answers.glob("*/*/answer.json"))) == 8
     assert not list(answers.glob("*/*/branch-*"))
-    ask.close()
+    stage.open.close()
     assert not any(mailbox.question_file.exists() for mailbox in stage.server.contributors())
     assert not (stage.server.outbox / "questions").exists()
 

@@ -90,5 +90,5 @@ def test_private_and_pooled_fusions_say_the_same(cooperative, plugins, pooled, s
 def test_a_router_that_is_published_must_be_fitted_by_sums(cooperative, plugins, tmp_path):
     base, contributions = cooperative
     charter = keep_private(build_charter(base, router="dispatch", compare=()))
-    with pytest.raises(Exception, match="'dispatch' by sums.*another router"):
+    with pytest.raises(Exception, match=r"'dispatch' by sums.*another router"):
         fuse_privately(base, charter, contributions, tmp_path, plugins)

@@ -1,0 +1,272 @@
+"""A contributor's side of a private fusion: what it is asked, whether it may be, and its answers.
+
+Everything but the place of a question comes from the charter and from the experts, which are
+signed by their own contributors. What a place is asked is counted here before it is answered.
+"""
+
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from molora_fed.charter import Charter
+from molora_fed.contributions.contributed import Entrant, collect_entrant
+from molora_fed.contributions.manifest import Contribution
+from molora_fed.errors import FederationError, QuestionRefusedError
+from molora_fed.federation.sum_letters import (
+    ExpertsAsked,
+    PhaseAsked,
+    SumAsked,
+    build_sum_question,
+    load_experts,
+    read_message,
+    read_question,
+    save_answer,
+    write_tensors,
+)
+from molora_fed.fusion.private_answers import FusionMember
+from molora_fed.fusion.sum_rounds import (
+    SUM_BITS,
+    SumQuestion,
+    SumRounds,
+    TextCounts,
+    name_fusion,
+)
+from molora_fed.population.asked import AskedQuestions
+from molora_fed.privacy.sums.fixed_point import FixedPoint
+from molora_fed.privacy.sums.member import Member
+from molora_fed.privacy.sums.member_state import MemberState
+from molora_fed.privacy.sums.messages import Terms, max_message_bytes
+from molora_fed.privacy.sums.vectors import VectorLayout
+from molora_fed.storage.files import hash_file, replace_folder, write_bytes
+from molora_fed.storage.untrusted import clean
+from molora_fed.types import Progress
+
+__all__ = ["SumAnswers"]
+
+_STATE_FILE, _WORDS_FILE = "member.json", "words.safetensors"
+MAX_FUSIONS = 64
+"""Fusions that a contributor takes part in under one amendment: a cooperative that grows."""
+
+OpenMember = Callable[[Sequence[Entrant], Path], FusionMember]
+"""Opens this contributor's text beside the experts; the folder gets banks."""
+
+
+class SumAnswers:
+    """Answers the questions of private fusions; the same question gives the same answer.
+
+    Args:
+        charter: The cooperative's charter.
+        name: This contributor's name.
+        contribution: Id of its contribution, which is to be among the experts.
+        key: Its signing key.
+        folder: Gets experts, banks, what was asked and the states of masked sums.
+        open_member: Opens the text, once a fusion.
+    """
+
+    def __init__(
+        self,
+        charter: Charter,
+        *,
+        name: str,
+        contribution: str,
+        key: EllipticCurvePrivateKey,
+        folder: Path,
+        open_member: OpenMember,
+    ) -> None:
+        self._charter = charter
+        self._name = name
+        self._contribution = contribution
+        self._key = key
+        self._folder = folder
+        self._open_member = open_member
+        self._opened: dict[str, FusionMember] = {}
+
+    def answer(
+        self, question_id: str, question: Path, answer: Path, progress: Progress | None
+    ) -> None:
+        """Answer a question.
+
+        Args:
+            question_id: Id of its files.
+            question: Its folder.
+            answer: Gets the answer's folder.
+            progress: Told what is done of it.
+
+        Raises:
+            QuestionRefusedError: If the charter does not have it asked, or not once more.
+            FederationError: If it is malformed, or of other experts than were sent.
+            MoloraError: Whatever measuring raises, and I/O errors.
+        """
+        asked = read_question(question)
+        if isinstance(asked, ExpertsAsked):
+            save_answer(answer, counts=self._begin(asked, question))
+        elif isinstance(asked, SumAsked):
+            vector, message = self._sum(asked, question_id, question, progress)
+            save_answer(answer, vector=vector, message=message)
+        else:
+            save_answer(answer, message=self._go_on(asked, question))
+
+    def _place(self, fusion: str) -> Path:
+        return self._folder / fusion[:16]
+
+    def _begin(self, asked: ExpertsAsked, question: Path) -> TextCounts:
+        """Check and keep the experts of a fusion."""
+        experts = load_experts(question)
+        ids = [one.id for one in experts]
+        faults = [f"another id than {name_fusion(self._charter, ids)[:16]}"]
+        faults = faults if asked.fusion != name_fusion(self._charter, ids) else []
+        if self._contribution not in ids:
+            faults.append("experts without this contributor's")
+        faults += [fault for one in experts if (fault := self._find_fault(one))]
+        names = [one.manifest.contributor for one in experts]
+        if len(set(names)) != len(names):
+            faults.append("a name twice")
+        if faults:
+            raise FederationError(
+                "Cannot take part in a fusion: expected experts made for this charter, this "
+                f"contributor's among them, got {clean('; '.join(faults[:5]), 400)}. Ask the "
+                "coordinator."
+            )
+        counted = AskedQuestions(
+            self._folder, self._charter.amendment.number, {"fusion": MAX_FUSIONS}
+        )
+        counted.admit("fusion", asked.fusion)
+        place = self._place(asked.fusion)
+        for other in self._folder.glob("[0-9a-f]" * 16):
+            if other != place:
+                shutil.rmtree(other)  # experts, secrets and vectors; the bank lies beside
+        if not (place / "experts").is_dir():
+            with replace_folder(place / "experts") as target:
+                shutil.copytree(question / "experts", target, dirs_exist_ok=True)
+        return self._member(asked.fusion).count()
+
+    def _find_fault(self, one: Contribution) -> str:
+        """What is wrong with an expert; empty if nothing is."""
+        manifest, who = one.manifest, f"'{one.manifest.contributor}'"
+        if manifest.charter_identity != self._charter.identity_hash:
+            return f"{who} made for another charter"
+        files = manifest.adapter_files.items()
+        if any(hash_file(one.adapter_folder / name) != entry.sha256 for name, entry in files):
+            return f"{who} with other files than were signed"
+        return ""
+
+    def _experts(self, fusion: str) -> list[Contribution]:
+        place = self._place(fusion)
+        if not (place / "experts").is_dir():
+            raise FederationError(
+                f"Cannot answer about fusion {fusion[:16]}: expected one whose experts are here, "
+                "got another. Ask the coordinator to begin it."
+            )
+        return load_experts(place)
+
+    def _member(self, fusion: str) -> FusionMember:
+        if fusion not in self._opened:
+            entrants = [collect_entrant(one) for one in self._experts(fusion)]
+            self._opened = {fusion: self._open_member(entrants, self._folder)}
+        return self._opened[fusion]
+
+    def _sum(
+        self, asked: SumAsked, question_id: str, folder: Path, progress: Progress | None
+    ) -> tuple[NDArray[np.float64] | None, bytes | None]:
+        """A vector; or the first message of a masked sum, and the vector stays here."""
+        member = self._member(asked.fusion)
+        public = {one.manifest.contributor: one.manifest for one in self._experts(asked.fusion)}
+        self._check_counts(asked, member, {n: one.domain for n, one in public.items()})
+        question = build_sum_question(asked, folder)
+        rounds = SumRounds(
+            member.plan, member.hidden_size, asked.counts, seed=self._charter.amendment.seed
+        )
+        layout = rounds.lay_out(question)
+        place = self._place(asked.fusion)
+        limits = rounds.count_places()
+        counted = AskedQuestions(place, self._charter.amendment.number, limits)
+        counted.admit(asked.place, question_id)
+        kept = place / question_id[:16]
+        vector = self._measure(member, rounds, layout, question, kept, progress)
+        if self._charter.identity.summing == "robust":
+            return vector, None
+        encoding = FixedPoint(layout, len(asked.members), SUM_BITS)
+        terms = Terms.build(
+            {name: public[name].public_key for name in asked.members},
+            encoding,
+            identity=self._charter.identity_hash,
+            fusion=asked.fusion,
+            question=question_id,
+        )
+        words = encoding.encode(vector)
+        secret = self._secret(place)
+        begun = Member.begin(self._name, terms, words, secret=secret, key=self._key)
+        if not (kept / _STATE_FILE).is_file():
+            write_tensors(kept / _WORDS_FILE, {"words": torch.from_numpy(words.view(np.int64))})
+            write_bytes(kept / _STATE_FILE, begun.state.to_bytes(), mode=0o600)
+        return None, begun.send_keys()
+
+    def _measure(
+        self,
+        member: FusionMember,
+        rounds: SumRounds,
+        layout: VectorLayout,
+        question: SumQuestion,
+        kept: Path,
+        progress: Progress | None,
+    ) -> NDArray[np.float64]:
+        """The clipped vector, (N,); measured once."""
+        path = kept / "vector.safetensors"
+        if not path.is_file():
+            sums = member.measure(question, rounds, progress=progress)
+            vector, _ = layout.clip(layout.flatten(sums, who=self._name), who=self._name)
+            write_tensors(path, {"vector": torch.from_numpy(vector)})
+        return np.ascontiguousarray(load_file(path)["vector"].numpy())
+
+    def _go_on(self, asked: PhaseAsked, folder: Path) -> bytes:
+        """The next message of a masked sum."""
+        place = self._place(asked.fusion) / asked.question[:16]
+        if not (place / _STATE_FILE).is_file():
+            raise FederationError(
+                f"Cannot go on with a masked sum: expected one that was begun here, got "
+                f"{asked.question[:16]}. Ask the coordinator to begin it again."
+            )
+        state = MemberState.from_bytes((place / _STATE_FILE).read_bytes())
+        words = load_file(place / _WORDS_FILE)["words"].numpy().view(np.uint64)
+        secret = self._secret(self._place(asked.fusion))
+        member = Member(self._name, state, words, secret=secret, key=self._key)
+        limit = max_message_bytes(len(state.terms.members))
+        reply = member.answer(read_message(folder, max_bytes=limit))
+        write_bytes(place / _STATE_FILE, member.state.to_bytes(), mode=0o600)
+        return reply
+
+    def _secret(self, place: Path) -> bytes:
+        """32 random bytes of this fusion; they are deleted with it."""
+        path = place / "secret"
+        with suppress(FileNotFoundError):
+            return path.read_bytes()
+        write_bytes(path, secrets.token_bytes(32), mode=0o600)
+        return path.read_bytes()
+
+    def _check_counts(
+        self, asked: SumAsked, member: FusionMember, domains: Mapping[str, str]
+    ) -> None:
+        """Refuse counts that could make a total one member's own."""
+        samples = self._charter.amendment.samples
+        most = samples.calibration * (self._charter.identity.corpus.block_size - 1)
+        wrong = [
+            name
+            for name, one in asked.counts.items()
+            if one.domain != domains.get(name) or one.tokens > most
+        ]
+        if asked.counts.get(self._name) != member.count() or self._name not in asked.members:
+            wrong.append(self._name)
+        if wrong:
+            raise QuestionRefusedError(
+                f"Cannot answer '{asked.place}': expected each member's own counts within what the "
+                f"charter asks for, got others for {clean(', '.join(wrong[:5]), 200)}. Ask the "
+                "coordinator."
+            )
