@@ -28,8 +28,8 @@ TRAINING = TrainingRules(
 )
 
 
-def write_text(folder, domain, count=240):
-    draw = random.Random(domain)
+def write_text(folder, who, count=240):
+    draw = random.Random(who)
     letters = draw.sample("abcdefghijklmnopqrstuvwxyz", 4)
     folder.mkdir(parents=True)
     for number in range(count):
@@ -42,6 +42,7 @@ class Stage:
 
     def __init__(self, root, checkpoint, amendment, **settings):
         self.root = root
+        self.away = set()
         self.cooperative = create_cooperative(
             root / "server", "test", load_base(checkpoint), corpus=CorpusRules(block_size=16),
             amendment=amendment, **settings,
@@ -55,12 +56,13 @@ class Stage:
     def is_growing(self):
         return self.server.read_state().get("phase") == "GROWING"
 
-    def make(self, domain):
-        """A home as `molora join` prepares it, each time anew."""
-        home, text = ContributorHome(self.root / domain), self.root / "text" / domain
+    def make(self, who):
+        """A home as `molora join` prepares it, each time anew; "alpha-b" has the domain "alpha"."""
+        home, text = ContributorHome(self.root / who), self.root / "text" / who
+        domain = who.partition("-")[0]
         if not text.exists():
-            write_text(text, domain)
-        prepare_home(home, JoinSettings(f"{domain}-1", domain, (text,)))
+            write_text(text, who)
+        prepare_home(home, JoinSettings(who if "-" in who else f"{who}-1", domain, (text,)))
         return home
 
     def carry(self, home, line):
@@ -71,8 +73,13 @@ class Stage:
         if (home.charter / "cooperative.toml").exists():
             give_consent(home, self.cooperative.charter)
 
-    def run(self, *domains, meddle=lambda homes, steps: None):
-        """Join, and go on until everybody has the result."""
+    def run(self, *domains, meddle=lambda stage, who: True):
+        """Join, and go on until everybody has the result.
+
+        Args:
+            domains: Who joins, see `make`.
+            meddle: Told the stage and somebody whose turn it is; whether that turn takes place.
+        """
         homes = {domain: self.make(domain) for domain in domains}
         steps = {d: ContributorWorker(home, PLUGINS).steps() for d, home in homes.items()}
         lines = {domain: RemoteContributor() for domain in domains}
@@ -91,8 +98,12 @@ class Stage:
         thread.start()
         try:
             deadline = time.monotonic() + 240
-            while (steps or self.is_growing) and not failures and time.monotonic() < deadline:
+            while not failures and time.monotonic() < deadline:
+                if not (steps.keys() - self.away or self.is_growing):
+                    break
                 for domain, home in homes.items():
+                    if not meddle(self, domain):
+                        continue
                     self.carry(home, lines[domain])
                     if domain in steps and next(steps[domain], self) is self:
                         del steps[domain]
@@ -100,10 +111,10 @@ class Stage:
                         # Whoever has the old model joins again: the server says it waits.
                         steps[domain] = ContributorWorker(self.make(domain), PLUGINS).steps()
                         lines[domain] = RemoteContributor()
-                    meddle(homes, steps)
         finally:
             ended.set()
             thread.join(timeout=30)
         if failures:
             raise failures[0]
-        assert not steps, f"still at work: {', '.join(steps)}"
+        left = steps.keys() - self.away
+        assert not left, f"still at work: {', '.join(left)}"

@@ -30,7 +30,7 @@ from molora_fed.federation.coordinator_mail import (
     publish_result,
     sign_kept_result,
 )
-from molora_fed.federation.deadline import Patience
+from molora_fed.federation.deadline import Patience, count_least
 from molora_fed.federation.envelopes import open_letter
 from molora_fed.federation.homes import CoordinatorHome, message_bytes
 from molora_fed.federation.letters import ResultLetter, Summary
@@ -91,8 +91,11 @@ class CoordinatorWorker:
         self._usage = UsageFile(home.usage_file)
         self._message_bytes = message_bytes()
         self._loaded_base: Base | None = None
-        self._patience = Patience(home.mail / "opened.json", self._charter.amendment)
+        self._patience = Patience(
+            home.mail / "opened.json", self._charter.amendment, least=count_least(self._charter)
+        )
         self._shown = ""
+        self._stuck: tuple[int, list[str]] | None = None
 
     def run(self) -> None:
         """Publish the charter, then take contributions and fuse for as long as the process lives.
@@ -127,7 +130,11 @@ class CoordinatorWorker:
                 else:
                     try:
                         self._fuse()
-                    except (AdmissionError, SumError) as error:  # too few are left: wait for others
+                    except AdmissionError as error:  # nobody is left to fuse: wait for others
+                        self._show(str(error))
+                    except SumError as error:  # asking the same members again would end the same
+                        self._stuck = self._recipe
+                        self._home.worker_board.post(str(error))
                         self._show(str(error))
         else:
             self._show_deadline()
@@ -255,9 +262,15 @@ class CoordinatorWorker:
         if amendment.fusion.mode != "router" and not self._charter.is_private:
             return False  # Pooled texts: `molora evolve` does it, out of what is admitted.
         admitted = [entry.id for entry in self._ledger.contributions(ContributionState.ADMITTED)]
-        if not admitted or self._published() == (self._charter.amendment.number, admitted):
+        if not admitted or self._recipe in (self._published(), self._stuck):
             return False
         return self._is_settled or self._patience.is_enough(len(admitted))
+
+    @property
+    def _recipe(self) -> tuple[int, list[str]]:
+        """What a fusion would be made of now: the amendment, and what is admitted."""
+        admitted = self._ledger.contributions(ContributionState.ADMITTED)
+        return self._charter.amendment.number, [entry.id for entry in admitted]
 
     def _published(self) -> tuple[int, list[str]] | None:
         """Amendment and contributions of the result in the outbox, None if there is none."""

@@ -10,17 +10,25 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from molora_fed.charter import Amendment
+from molora_fed.charter import Amendment, Charter
 from molora_fed.errors import StorageError
 from molora_fed.federation.mailbox import read_json
+from molora_fed.privacy.sums.messages import MIN_MEMBERS
 from molora_fed.storage.files import write_json
 
-__all__ = ["MIN_CONTRIBUTIONS", "Patience", "count_needed", "count_quorum"]
+__all__ = ["MIN_CONTRIBUTIONS", "Patience", "count_least", "count_needed", "count_quorum"]
 
 MIN_CONTRIBUTIONS = 2
 """Contributions that a fusion waits for where the charter says nothing else."""
 NOTE_SECONDS = 60.0
 """The seconds that have passed are written at most this often."""
+
+
+def count_least(charter: Charter) -> int:
+    """Fewest contributions that can be fused: a masked total is of three members at least."""
+    is_fused = charter.amendment.fusion.mode == "router"
+    is_masked = charter.is_private and charter.identity.summing == "masked"
+    return MIN_MEMBERS if is_fused and is_masked else 1
 
 
 def count_quorum(amendment: Amendment) -> int:
@@ -49,6 +57,7 @@ class Patience:
         amendment: What counts.
         now: Seconds since 1970, by the machine's clock.
         tick: Seconds of a clock that goes forward only.
+        least: Fewest contributions that can be fused.
     """
 
     def __init__(
@@ -58,7 +67,10 @@ class Patience:
         *,
         now: Callable[[], float] = time.time,
         tick: Callable[[], float] = _tick,
+        least: int = 1,
     ) -> None:
+        self._quorum = max(least, count_quorum(amendment))
+        self._needed = max(least, count_needed(amendment))
         self._path = path
         self._amendment = amendment
         self._now, self._tick = now, tick
@@ -107,9 +119,9 @@ class Patience:
         Raises:
             StorageError: On I/O errors.
         """
-        if num_admitted >= count_needed(self._amendment):
+        if num_admitted >= self._needed:
             return True
-        return num_admitted >= count_quorum(self._amendment) and self.is_late()
+        return num_admitted >= self._quorum and self.is_late()
 
     def describe(self, num_admitted: int, *, is_settled: bool) -> str:
         """What there is and what is missing, in one line.
@@ -121,8 +133,8 @@ class Patience:
         Raises:
             StorageError: On I/O errors.
         """
-        count = f"{num_admitted} of {count_needed(self._amendment)} contributions admitted"
-        quorum = count_quorum(self._amendment)
+        count = f"{num_admitted} of {self._needed} contributions admitted"
+        quorum = self._quorum
         if is_settled or num_admitted >= quorum or not self.is_late():
             return count
         return (

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from molora_fed.charter import Charter
@@ -20,6 +21,7 @@ from molora_fed.errors import FederationError, SumError
 from molora_fed.federation.exchange import Exchange
 from molora_fed.federation.messages import Shipment
 from molora_fed.federation.sum_letters import (
+    AgainAsked,
     ExpertsAsked,
     PhaseAsked,
     SumAsked,
@@ -27,6 +29,7 @@ from molora_fed.federation.sum_letters import (
     read_message,
     read_tensors,
     read_vector,
+    save_again,
     save_experts,
     save_phase,
     save_sum,
@@ -43,6 +46,7 @@ from molora_fed.fusion.sum_rounds import (
     list_exact,
     name_fusion,
 )
+from molora_fed.privacy.sums.bisection import narrow_down
 from molora_fed.privacy.sums.coordinator import Coordinator
 from molora_fed.privacy.sums.fixed_point import FixedPoint
 from molora_fed.privacy.sums.messages import MIN_MEMBERS, Terms, max_message_bytes
@@ -170,14 +174,15 @@ class RemoteMembers:
         if not (kept / "total.json").is_file():
             self._on_place(question.place)
             total = (
-                self._add_masked(asked, layout, kept)
+                self._add_masked(asked, layout, check, kept)
                 if self._is_masked
                 else self._add_robustly(asked, layout, check)
             )
             write_tensors(kept / "total.safetensors", total.parts)
             said = {"members": list(total.members), "notes": list(total.notes)}
             write_json(kept / "total.json", said)  # last: with it the total is there
-            (kept / "coordinator.bin").unlink(missing_ok=True)
+            for state in kept.glob("coordinator-*.bin"):
+                state.unlink()
         self._exchange.forget(asked)
         said = json.loads((kept / "total.json").read_bytes())
         for note in said["notes"]:
@@ -216,7 +221,7 @@ class RemoteMembers:
 
         def read(name: str, folder: Path) -> NDArray[np.float64]:
             vector, _ = layout.clip(read_vector(folder, layout.length), who=name)
-            check(layout.unflatten(vector), counts[name].domain, name)
+            check(layout.unflatten(vector), (name,))
             return vector
 
         vectors = self._exchange.ask(
@@ -234,34 +239,89 @@ class RemoteMembers:
             exact=list_exact(layout),
         )
 
-    def _add_masked(self, asked: Shipment, layout: VectorLayout, kept: Path) -> Total:
-        """Phase after phase, from wherever the sum was when this was killed."""
+    def _add_masked(self, asked: Shipment, layout: VectorLayout, check: Check, kept: Path) -> Total:
+        """Add up masked vectors; where the total is absurd, without the group it comes from."""
         fusion = self._open
         encoding = FixedPoint(layout, len(self._present), SUM_BITS)
-        public = {n: fusion.contributions[n].manifest.public_key for n in self._present}
         terms = Terms.build(
-            public,
+            {n: fusion.contributions[n].manifest.public_key for n in self._present},
             encoding,
             identity=self._charter.identity_hash,
             fusion=fusion.id,
             question=asked.id,
         )
-        state = kept / "coordinator.bin"
+        attempts: dict[tuple[str, ...], tuple[int, Shipment]] = {}
+
+        def open_total(names: Sequence[str]) -> Total:
+            chosen = tuple(names)
+            if chosen == self._present:
+                return self._open_masked(terms, asked, encoding, kept)
+            if chosen not in attempts:
+                number = len(attempts) + 1
+                again = AgainAsked(
+                    fusion=fusion.id, question=asked.id, attempt=number, members=list(chosen)
+                )
+                attempts[chosen] = number, self._exchange.publish(partial(save_again, again))
+            number, files = attempts[chosen]
+            return self._open_masked(terms.over(chosen, number), files, encoding, kept)
+
+        def find_fault(total: Total) -> str:
+            try:
+                check(total.parts, total.members)
+            except SumError as error:
+                return str(error)
+            return "" if total.parts else "a total beyond what its members could give."
+
+        whole = open_total(self._present)
+        fault = find_fault(whole)
+        if not fault:
+            return whole
+        self._on_note(f"A total is absurd and is looked into: {fault}")
+        found = narrow_down(
+            whole, open_total=open_total, is_good=lambda total: not find_fault(total)
+        )
+        suspects = "; ".join(", ".join(group) for group in found.suspects)
+        members = tuple(sorted(name for total in found.good for name in total.members))
+        left = {fusion.counts[name].domain for name in members}
+        if left != {one.domain for one in fusion.counts.values()}:
+            raise SumError(
+                f"Cannot use the sum '{asked.id[:16]}': expected a total that texts could have, "
+                f"got an absurd one among {suspects}, without whom a domain is lost: {fault} Ask "
+                "them to run the same molora-fed version, or withdraw whoever it was."
+            )
+        parts = {
+            part.name: torch.stack([total.parts[part.name] for total in found.good]).sum(dim=0)
+            for part in layout.parts
+        }
+        note = f"Left out from here on, because an absurd sum came from among them: {suspects}."
+        return Total(parts, members, (note, *found.notes))
+
+    def _open_masked(
+        self, terms: Terms, asked: Shipment, encoding: FixedPoint, kept: Path
+    ) -> Total:
+        """Phase after phase, from wherever the sum was when this was killed.
+
+        Returns:
+            The total; without parts where it is beyond what clipped vectors can add up to.
+        """
+        state = kept / f"coordinator-{terms.attempt}.bin"
         coordinator = (
             Coordinator.from_bytes(state.read_bytes())
             if state.is_file()
             else Coordinator.begin(terms)
         )
+        limit = max_message_bytes(len(terms.members)) + terms.length * terms.bits // 8 + 1
+
+        def read(name: str, folder: Path) -> bool:
+            coordinator.receive(name, read_message(folder, max_bytes=limit))
+            return True
+
         while True:
-            questions = self._write_phase(coordinator, asked, fusion)
-            limit = max_message_bytes(len(terms.members)) + terms.length * terms.bits // 8 + 1
+            questions = self._write_phase(coordinator, asked)
+            expected = len(questions)
 
-            def read(name: str, folder: Path, limit: int = limit) -> bool:
-                coordinator.receive(name, read_message(folder, max_bytes=limit))
-                return True
-
-            def is_enough(missing: Sequence[str], phase: int = len(questions)) -> bool:
-                return phase - len(missing) >= terms.threshold and self._may_leave(missing)
+            def is_enough(missing: Sequence[str], expected: int = expected) -> bool:
+                return expected - len(missing) >= terms.threshold and self._may_leave(missing)
 
             self._exchange.ask(
                 questions, read, answer_bytes=limit + _HEADER_BYTES, is_enough=is_enough
@@ -272,21 +332,23 @@ class RemoteMembers:
             write_bytes(state, coordinator.to_bytes())
             for files in set(questions.values()) - {asked}:
                 self._exchange.forget(files)
-        total = encoding.decode(coordinator.open_total(), len(coordinator.survivors))
+        encoded, members = coordinator.open_total(), tuple(coordinator.survivors)
         for files in set(questions.values()):
             self._exchange.forget(files)
-        return Total(layout.unflatten(total), tuple(coordinator.survivors))
+        try:
+            total = encoding.decode(encoded, len(members))
+        except SumError:
+            return Total({}, members, (), encoded)
+        return Total(encoding.layout.unflatten(total), members, (), encoded)
 
-    def _write_phase(
-        self, coordinator: Coordinator, asked: Shipment, fusion: _Fusion
-    ) -> dict[str, Shipment]:
+    def _write_phase(self, coordinator: Coordinator, asked: Shipment) -> dict[str, Shipment]:
         """The question of this phase for each member."""
+        terms = coordinator.state.terms
         if coordinator.state.phase == "keys":
-            return dict.fromkeys(self._present, asked)
-        phase = PhaseAsked(fusion=fusion.id, question=asked.id)
+            return dict.fromkeys(terms.names, asked)
+        phase = PhaseAsked(fusion=terms.fusion, question=terms.question, attempt=terms.attempt)
         written: dict[bytes, Shipment] = {}
         for message in coordinator.outgoing().values():
             if message not in written:
-                write = partial(save_phase, phase, message)
-                written[message] = self._exchange.publish(write)
+                written[message] = self._exchange.publish(partial(save_phase, phase, message))
         return {name: written[message] for name, message in coordinator.outgoing().items()}

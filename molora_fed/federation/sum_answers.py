@@ -21,6 +21,7 @@ from molora_fed.contributions.contributed import Entrant, collect_entrant
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.errors import FederationError, QuestionRefusedError
 from molora_fed.federation.sum_letters import (
+    AgainAsked,
     ExpertsAsked,
     PhaseAsked,
     SumAsked,
@@ -51,7 +52,7 @@ from molora_fed.types import Progress
 
 __all__ = ["SumAnswers"]
 
-_STATE_FILE, _WORDS_FILE = "member.json", "words.safetensors"
+_WORDS_FILE = "words.safetensors"
 MAX_FUSIONS = 64
 """Fusions that a contributor takes part in under one amendment: a cooperative that grows."""
 
@@ -111,6 +112,8 @@ class SumAnswers:
         elif isinstance(asked, SumAsked):
             vector, message = self._sum(asked, question_id, question, progress)
             save_answer(answer, vector=vector, message=message)
+        elif isinstance(asked, AgainAsked):
+            save_answer(answer, message=self._begin_again(asked))
         else:
             save_answer(answer, message=self._go_on(asked, question))
 
@@ -204,9 +207,9 @@ class SumAnswers:
         words = encoding.encode(vector)
         secret = self._secret(place)
         begun = Member.begin(self._name, terms, words, secret=secret, key=self._key)
-        if not (kept / _STATE_FILE).is_file():
+        if not _find_state(kept, 0).is_file():
             write_tensors(kept / _WORDS_FILE, {"words": torch.from_numpy(words.view(np.int64))})
-            write_bytes(kept / _STATE_FILE, begun.state.to_bytes(), mode=0o600)
+            write_bytes(_find_state(kept, 0), begun.state.to_bytes(), mode=0o600)
         return None, begun.send_keys()
 
     def _measure(
@@ -228,20 +231,46 @@ class SumAnswers:
 
     def _go_on(self, asked: PhaseAsked, folder: Path) -> bytes:
         """The next message of a masked sum."""
-        place = self._place(asked.fusion) / asked.question[:16]
-        if not (place / _STATE_FILE).is_file():
-            raise FederationError(
-                f"Cannot go on with a masked sum: expected one that was begun here, got "
-                f"{asked.question[:16]}. Ask the coordinator to begin it again."
-            )
-        state = MemberState.from_bytes((place / _STATE_FILE).read_bytes())
-        words = load_file(place / _WORDS_FILE)["words"].numpy().view(np.uint64)
+        kept = self._place(asked.fusion) / asked.question[:16]
+        state = self._read_state(kept, asked.attempt)
+        words = load_file(kept / _WORDS_FILE)["words"].numpy().view(np.uint64)
         secret = self._secret(self._place(asked.fusion))
         member = Member(self._name, state, words, secret=secret, key=self._key)
         limit = max_message_bytes(len(state.terms.members))
         reply = member.answer(read_message(folder, max_bytes=limit))
-        write_bytes(place / _STATE_FILE, member.state.to_bytes(), mode=0o600)
+        write_bytes(_find_state(kept, asked.attempt), member.state.to_bytes(), mode=0o600)
         return reply
+
+    @staticmethod
+    def _read_state(kept: Path, attempt: int) -> MemberState:
+        path = _find_state(kept, attempt)
+        if not path.is_file():
+            raise FederationError(
+                f"Cannot go on with a masked sum: expected one that was begun here, got "
+                f"{kept.name}, attempt {attempt}. Ask the coordinator to begin it again."
+            )
+        return MemberState.from_bytes(path.read_bytes())
+
+    def _begin_again(self, asked: AgainAsked) -> bytes:
+        """The first message of another attempt; which totals may be opened the sum itself knows."""
+        place = self._place(asked.fusion)
+        kept = place / asked.question[:16]
+        first = self._read_state(kept, 0)
+        earlier = (n for n in reversed(range(asked.attempt)) if _find_state(kept, n).is_file())
+        last = self._read_state(kept, next(earlier, 0))
+        words = load_file(kept / _WORDS_FILE)["words"].numpy().view(np.uint64)
+        begun = Member.begin(
+            self._name,
+            first.terms.over(asked.members, asked.attempt),
+            words,
+            secret=self._secret(place),
+            key=self._key,
+            whole=last.find_whole(),
+        )
+        path = _find_state(kept, asked.attempt)
+        if not path.is_file():
+            write_bytes(path, begun.state.to_bytes(), mode=0o600)
+        return begun.send_keys()
 
     def _secret(self, place: Path) -> bytes:
         """32 random bytes of this fusion; they are deleted with it."""
@@ -270,3 +299,8 @@ class SumAnswers:
                 f"charter asks for, got others for {clean(', '.join(wrong[:5]), 200)}. Ask the "
                 "coordinator."
             )
+
+
+def _find_state(kept: Path, attempt: int) -> Path:
+    """Where the state of an attempt at a masked sum lies."""
+    return kept / f"member-{attempt}.json"

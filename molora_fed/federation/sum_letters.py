@@ -32,6 +32,7 @@ from molora_fed.storage.settings import UntrustedModel, describe_offenders
 from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [
+    "AgainAsked",
     "ExpertsAsked",
     "PhaseAsked",
     "SumAsked",
@@ -42,6 +43,7 @@ __all__ = [
     "read_question",
     "read_tensors",
     "read_vector",
+    "save_again",
     "save_answer",
     "save_experts",
     "save_phase",
@@ -93,20 +95,42 @@ class SumAsked(UntrustedModel):
         return self
 
 
+Attempt = Annotated[int, Field(ge=0, le=4_096)]
+
+
+class AgainAsked(UntrustedModel):
+    """A masked sum once more, over some of its members.
+
+    Attributes:
+        fusion: Id of the fusion.
+        question: Id of the question with `SumAsked`.
+        attempt: Number of the attempt, 1 or more.
+        members: Who is asked, sorted.
+    """
+
+    kind: Literal["again"] = "again"
+    fusion: Sha
+    question: Sha
+    attempt: Annotated[int, Field(ge=1, le=4_096)]
+    members: Names
+
+
 class PhaseAsked(UntrustedModel):
     """The next phase of a masked sum; its message lies beside.
 
     Attributes:
         fusion: Id of the fusion.
         question: Id of the question with `SumAsked`.
+        attempt: Number of the attempt.
     """
 
     kind: Literal["phase"] = "phase"
     fusion: Sha
     question: Sha
+    attempt: Attempt
 
 
-Asked = ExpertsAsked | SumAsked | PhaseAsked
+Asked = ExpertsAsked | SumAsked | AgainAsked | PhaseAsked
 _ASKED: TypeAdapter[Asked] = TypeAdapter(Annotated[Asked, Field(discriminator="kind")])
 
 
@@ -153,6 +177,16 @@ def save_sum(asked: SumAsked, state: Mapping[str, torch.Tensor], folder: Path) -
     with replace_folder(folder) as target:
         write_json(target / QUESTION_FILE, asked.model_dump(mode="json"))
         write_tensors(target / _STATE_FILE, state)
+
+
+def save_again(asked: AgainAsked, folder: Path) -> None:
+    """Write a question for another attempt at a sum.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    with replace_folder(folder) as target:
+        write_json(target / QUESTION_FILE, asked.model_dump(mode="json"))
 
 
 def save_phase(asked: PhaseAsked, message: bytes, folder: Path) -> None:

@@ -53,13 +53,15 @@ class LocalMembers:
                 name: partial(self._measure, member, question, rounds)
                 for name, member in self.members.items()
             }
-            return LocalMaskedSum(measures)(layout, question.state)
+            total = LocalMaskedSum(measures)(layout, question.state)
+            check(total.parts, total.members)
+            return total
         vectors = {
             name: layout.flatten(member.measure(question, rounds), who=name)
             for name, member in self.members.items()
         }
         for name, vector in vectors.items():
-            check(layout.unflatten(vector), self._counts[name].domain, name)
+            check(layout.unflatten(vector), (name,))
         return sum_by_group(
             vectors,
             layout,

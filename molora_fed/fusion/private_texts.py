@@ -38,8 +38,8 @@ from molora_fed.types import LossMatrix, Progress
 
 __all__ = ["Members", "PrivateTexts"]
 
-Check = Callable[[Mapping[str, Tensor], str, str], None]
-"""Refuses the parts of one member's vector: parts, its domain, its name."""
+Check = Callable[[Mapping[str, Tensor], Sequence[str]], None]
+"""Refuses, by a SumError, parts of a vector or a total that these members could not have given."""
 
 
 class Members(Protocol):
@@ -59,7 +59,7 @@ class Members(Protocol):
         Args:
             question: What they are asked.
             rounds: How they answer.
-            check: Refuses a member's vector where single vectors are seen.
+            check: Refuses a member's vector where single vectors are seen, a total elsewhere.
 
         Raises:
             SumError: If too few answer.
@@ -131,7 +131,10 @@ class _PrivateRun:
                     self._states[name] = fit.start()
                 self._fits[name] = fit
 
-    def _ask(self, question: SumQuestion, check: Check = lambda parts, domain, who: None) -> Total:
+    def _ask(self, question: SumQuestion) -> Total:
+        def check(parts: Mapping[str, Tensor], members: Sequence[str]) -> None:
+            self._rounds.check(question, parts, members)
+
         total = self._members.add_up(question, self._rounds, check)
         self._asked += 1
         if self._progress is not None:
@@ -142,24 +145,10 @@ class _PrivateRun:
         """Message rounds of the whole fusion, where no router is fitted twice."""
         return max((1, *(fit.rounds for fit in self._fits.values()))) + 2
 
-    def _name(self, domain: str) -> str:
-        """Whose a domain's figures are."""
-        names = [name for name, one in self._counts.items() if one.domain == domain]
-        return names[0] if len(names) == 1 else f"{len(names)} members of {domain}"
-
-    @property
-    def _domains(self) -> dict[str, str]:
-        """Whose each domain's figures are."""
-        return {domain: self._name(domain) for domain in self._rounds.domains}
-
     @cached_property
     def _first(self) -> tuple[SumQuestion, Total]:
         question = self._question("fit 0 0", self._states)
-
-        def check(parts: Mapping[str, Tensor], domain: str, who: str) -> None:
-            self._rounds.unpack_alone(parts, {domain: who})
-
-        return question, self._ask(question, check)
+        return question, self._ask(question)
 
     def _question(self, place: str, states: Mapping[str, SummedState | Finished]) -> SumQuestion:
         sent = {n: self._fits[n].send(s) for n, s in states.items() if not isinstance(s, Finished)}
@@ -167,7 +156,8 @@ class _PrivateRun:
 
     def measure_matrix(self) -> LossMatrix:
         """See `TextsRun`; it is asked with the first round of the fits."""
-        parts = self._rounds.unpack_alone(self._first[1].parts, self._domains)
+        total = self._first[1]
+        parts = self._rounds.unpack_alone(total.parts, total.members)
         return compose_loss_matrix(parts, self._plan.own_domain)
 
     def fit(self) -> tuple[dict[str, GuardedRouter[Any]], dict[str, dict[str, Any]]]:
@@ -261,12 +251,8 @@ class _PrivateRun:
         names = tuple(routers)
         states = {name: routers[name].state_tensors() for name in names}
         question = SumQuestion(HELD_OUT, names, join_states(states))
-
-        def check(parts: Mapping[str, Tensor], domain: str, who: str) -> None:
-            self._rounds.unpack_held_out(parts, names, {domain: who})
-
-        total = self._ask(question, check)
-        said = self._rounds.unpack_held_out(total.parts, names, self._domains)
+        total = self._ask(question)
+        said = self._rounds.unpack_held_out(total.parts, names, total.members)
         found = SummedEvaluation.add(self._rounds.compare(names), said)
         members = Counter(self._counts[name].domain for name in total.members)
         return replace(found, members={domain: members[domain] for domain in found.by_domain})

@@ -180,6 +180,7 @@ class SumRounds:
         self, plan: FusionPlan, hidden_size: int, counts: Mapping[str, TextCounts], *, seed: int
     ) -> None:
         self._plan = plan
+        self._counts = counts
         self._hidden_size = hidden_size
         self._seed = seed
         self._experts = tuple(expert.name for expert in plan.experts)
@@ -291,24 +292,32 @@ class SumRounds:
         return {**self._pack(MOMENTS, said.moments, said.domain), GATES: gates}
 
     def unpack_alone(
-        self, parts: Mapping[str, Tensor], who: Mapping[str, str]
+        self, parts: Mapping[str, Tensor], members: Iterable[str]
     ) -> list[tuple[str, Moments]]:
         """Calibration losses by domain, of a total or of one member.
 
         Args:
             parts: Of vectors or totals.
-            who: For errors, whose figures a domain's are; other domains are left out.
+            members: Whose they are.
 
         Raises:
-            SumError: If no text could have these figures.
+            SumError: If no text of these members could have these figures.
         """
-        return [
-            (domain, self._read(ALONE, parts, domain, self._alone, whose))
-            for domain, whose in who.items()
-        ]
+        found = []
+        for domain, own in self._group(members).items():
+            who = self._describe(domain, own)
+            moments = self._read(ALONE, parts, domain, self._alone, who)
+            tokens = sum(self._counts[name].tokens for name in own)
+            if moments.tokens != tokens:
+                raise SumError(
+                    f"Cannot use the figures of '{who}': expected {tokens} tokens as counted "
+                    f"before, got {moments.tokens:.0f}. Run the same molora-fed version everywhere."
+                )
+            found.append((domain, moments))
+        return found
 
     def unpack_held_out(
-        self, parts: Mapping[str, Tensor], routers: Sequence[str], who: Mapping[str, str]
+        self, parts: Mapping[str, Tensor], routers: Sequence[str], members: Iterable[str]
     ) -> list[MemberSums]:
         """Held-out figures by domain, of a total or of one member; see `unpack_alone`.
 
@@ -316,13 +325,57 @@ class SumRounds:
             SumError: If no text could have these figures, or they are of too few documents.
         """
         compared, found = self.compare(routers), []
-        for domain, whose in who.items():
-            moments = self._read(MOMENTS, parts, domain, compared.columns, whose)
+        for domain, own in self._group(members).items():
+            who = self._describe(domain, own)
+            moments = self._read(MOMENTS, parts, domain, compared.columns, who)
             rows = parts[GATES][self.domains.index(domain)].tolist()
             gates = dict(zip(routers, rows, strict=True))
             said = {"moments": moments.to_json(), "gates": gates}
-            found.append(MemberSums.from_json(said, compared, domain=domain, who=whose))
+            found.append(MemberSums.from_json(said, compared, domain=domain, who=who))
         return found
+
+    def check(
+        self, question: SumQuestion, parts: Mapping[str, Tensor], members: Sequence[str]
+    ) -> None:
+        """Refuse figures that no text of these members could have.
+
+        Args:
+            question: What was asked.
+            parts: Of a vector or a total.
+            members: Whose it is.
+
+        Raises:
+            SumError: Saying why.
+        """
+        if question.kind == HELD_OUT:
+            self.unpack_held_out(parts, question.routers, members)
+        elif question.is_first:
+            self.unpack_alone(parts, members)
+        elif question.kind == "judge":
+            for domain, own in self._group(members).items():
+                share = sum(self._counts[name].tokens for name in own) * self.weights[domain]
+                most = share * len(self.domains) * _LARGEST_LOSS
+                index = self.domains.index(domain)
+                for router in question.routers:
+                    loss = float(parts[f"{router}/router"][index])
+                    if not 0 < loss <= most:
+                        raise SumError(
+                            f"Cannot use the figures of '{self._describe(domain, own)}': expected "
+                            f"a loss of '{router}' of at most {_LARGEST_LOSS:g} nats, got "
+                            f"{loss:.4g}. Run the same molora-fed version everywhere."
+                        )
+
+    def _group(self, members: Iterable[str]) -> dict[str, list[str]]:
+        """Members by domain."""
+        found: dict[str, list[str]] = {}
+        for name in sorted(members):
+            found.setdefault(self._counts[name].domain, []).append(name)
+        return dict(sorted(found.items()))
+
+    @staticmethod
+    def _describe(domain: str, members: Sequence[str]) -> str:
+        """Whose a domain's figures are."""
+        return members[0] if len(members) == 1 else f"{len(members)} members of {domain}"
 
     def _set(self, options: Any, attempt: int) -> FitSetting:
         return FitSetting(

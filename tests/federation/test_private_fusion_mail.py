@@ -6,23 +6,128 @@ import pytest
 from stage_helpers import TRAINING, Stage
 
 from molora_fed.charter import Amendment, FusionRules, PrivacyRules, SampleRules
+from molora_fed.federation import coordinator
+from molora_fed.federation.homes import ContributorHome
+from molora_fed.fusion.private_answers import FusionMember
+from molora_fed.privacy.sums.coordinator import Coordinator
 
 RULES = FusionRules(router="evidence", compare=("evidence-zero",), merges=())
-AMENDMENT = Amendment(
-    expected=3, training=TRAINING, fusion=RULES,
-    samples=SampleRules(calibration=60, admission=4, held_out=60),
-)  # fmt: skip
+SAMPLES = SampleRules(calibration=60, admission=4, held_out=60)
+PHASES = ("keys", "shares", "masked", "agreement", "revealed")
+TRIO = ("alpha", "beta", "gamma")
 
 
-def build_stage(root, checkpoint, summing):
+def build_stage(root, checkpoint, summing="masked", expected=3):
     privacy = PrivacyRules(mode="private", summing=summing)
-    return Stage(root, checkpoint, AMENDMENT, privacy=privacy)
+    amendment = Amendment(expected=expected, training=TRAINING, fusion=RULES, samples=SAMPLES)
+    return Stage(root, checkpoint, amendment, privacy=privacy)
+
+
+def read_report(root):
+    return json.loads((root / "server" / "report" / "report.json").read_text())
 
 
 @pytest.mark.parametrize("summing", ["masked", "robust"])
 def test_a_federation_fuses_texts_that_stay_with_their_owners(tmp_path, tiny_checkpoint, summing):
     stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), summing)
-    stage.run("alpha", "beta", "gamma")
-    report = json.loads((tmp_path / "server" / "report" / "report.json").read_text())
+    stage.run(*TRIO)
+    report = read_report(tmp_path)
     assert report["privacy_mode"] == "private"
     assert report["sums"]["members"] == {"alpha": 1, "beta": 1, "gamma": 1}
+    for domain in TRIO:
+        home = ContributorHome(tmp_path / domain)
+        assert (home.result / "fused" / "router.safetensors").is_file()
+    assert not list((tmp_path / "server" / "private" / "answers").glob("*/*"))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_who_drops_out_of_a_masked_sum_is_done_without(
+    tmp_path, tiny_checkpoint, monkeypatch, phase
+):
+    """In the second sum, at each phase: two thirds of the members are enough to go on."""
+    stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), expected=4)
+    begun = []
+    advance, begin = Coordinator.advance, Coordinator.begin
+
+    def note(terms):
+        begun.append("keys")
+        return begin(terms)
+
+    def step(self):
+        found = advance(self)
+        begun.append(self.state.phase)
+        return found
+
+    monkeypatch.setattr(Coordinator, "begin", staticmethod(note))
+    monkeypatch.setattr(Coordinator, "advance", step)
+    monkeypatch.setattr(coordinator, "measure_absence", lambda box: 1e9 * (box.name in stage.away))
+
+    def meddle(stage, who):
+        if begun.count("keys") >= 2 and begun[-1] == phase:
+            stage.away.add("alpha-b")
+        return who not in stage.away
+
+    stage.run("alpha", "alpha-b", "beta", "gamma", meddle=meddle)
+    assert read_report(tmp_path)["sums"]["members"] == {"alpha": 1, "beta": 1, "gamma": 1}
+
+
+def lie(monkeypatch, who, part):
+    """Let a member's sums be absurd, within their bounds."""
+    measure = FusionMember.measure
+
+    def measure_wrongly(self, question, rounds, **more):
+        found = measure(self, question, rounds, **more)
+        if self._own.contributor == who and part in found:
+            found[part] = found[part] * 0 + 7e5
+        return found
+
+    monkeypatch.setattr(FusionMember, "measure", measure_wrongly)
+
+
+def test_an_absurd_sum_is_narrowed_down_to_a_group_that_is_left_out(
+    tmp_path, tiny_checkpoint, monkeypatch
+):
+    lie(monkeypatch, "alpha-c", "alone.x")
+    stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), expected=6)
+    stage.run("alpha-a", "alpha-b", "alpha-c", "alpha-d", "beta-a", "beta-b")
+    members = read_report(tmp_path)["sums"]["members"]
+    assert members == {"alpha": 1, "beta": 2}  # of three, one lied, and nobody knows who
+
+
+def test_an_absurd_sum_of_three_ends_in_one_line(tmp_path, tiny_checkpoint, monkeypatch):
+    lie(monkeypatch, "beta-1", "alone.x")
+    stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"))
+
+    def meddle(stage, who):
+        if "without whom a domain is lost" in stage.server.read_state().get("message", ""):
+            stage.away |= set(TRIO)
+        return True
+
+    stage.run(*TRIO, meddle=meddle)
+    message = stage.server.read_state()["message"]
+    assert "alpha-1, beta-1, gamma-1" in message and "\n" not in message
+
+
+def test_a_robust_sum_refuses_an_absurd_vector_by_name(tmp_path, tiny_checkpoint, monkeypatch):
+    lie(monkeypatch, "beta-1", "alone.x")
+    stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), "robust")
+
+    def meddle(stage, who):
+        if "answer of 'beta-1'" in stage.server.worker_board.read():
+            stage.away |= set(TRIO)
+        return True
+
+    stage.run(*TRIO, meddle=meddle)
+    assert "beta-1" in stage.server.worker_board.read()
+
+
+def test_a_masked_fusion_waits_for_three_members(tmp_path, tiny_checkpoint):
+    stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), expected=2)
+
+    def meddle(stage, who):
+        if "2 of 3 contributions" in stage.server.read_state().get("message", ""):
+            stage.away |= {"alpha", "beta"}
+        return True
+
+    stage.run("alpha", "beta", meddle=meddle)
+    assert stage.away and not (tmp_path / "server" / "report").exists()

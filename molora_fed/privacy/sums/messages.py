@@ -5,7 +5,7 @@ signed by its contributor's key over the terms, so that it counts in one sum and
 What the coordinator says needs no signature here: it is the sender whom nobody trusts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -185,6 +185,22 @@ class Terms(UntrustedModel):
                 f"Cannot begin a masked sum: expected valid terms, got "
                 f"{clean(describe_offenders(error, whole='members'), 300)}. Check the members."
             ) from error
+
+    def over(self, names: Collection[str], attempt: int) -> "Terms":
+        """The terms of another attempt at the same question, over some of the members.
+
+        Raises:
+            SumError: If these are fewer than three, or not all members.
+        """
+        chosen = [member for member in self.members if member.name in names]
+        if len(chosen) < MIN_MEMBERS or len(chosen) != len(set(names)):
+            raise SumError(
+                f"Cannot repeat a masked sum: expected {MIN_MEMBERS} or more of its "
+                f"{len(self.members)} members, got {len(chosen)} of {len(names)}. Ask for others."
+            )
+        threshold = compute_threshold(len(chosen))
+        changed = {"members": chosen, "attempt": attempt, "threshold": threshold}
+        return self.model_copy(update=changed)
 
     @property
     def names(self) -> list[str]:
