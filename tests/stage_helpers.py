@@ -9,6 +9,7 @@ import time
 
 from molora_fed.charter import CorpusRules, TrainingRules
 from molora_fed.cooperative.cooperative import create_cooperative
+from molora_fed.errors import AdmissionError
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.coordinator import CoordinatorWorker
 from molora_fed.federation.coordinator_mail import publish_charter
@@ -42,7 +43,7 @@ class Stage:
 
     def __init__(self, root, checkpoint, amendment, **settings):
         self.root = root
-        self.away = set()
+        self.away, self.refused = set(), {}
         self.cooperative = create_cooperative(
             root / "server", "test", load_base(checkpoint), corpus=CorpusRules(block_size=16),
             amendment=amendment, **settings,
@@ -72,6 +73,15 @@ class Stage:
             self.dialogue.accept(line, answer(home, envelope))
         if (home.charter / "cooperative.toml").exists():
             give_consent(home, self.cooperative.charter)
+
+    def advance(self, who, steps):
+        """One step of somebody's worker; whether it has ended, with the result or refused."""
+        try:
+            return next(steps, self) is self
+        except AdmissionError as error:
+            self.refused[who] = str(error)
+            self.away.add(who)
+            return True
 
     def run(self, *domains, meddle=lambda stage, who: True):
         """Join, and go on until everybody has the result.
@@ -105,7 +115,7 @@ class Stage:
                     if not meddle(self, domain):
                         continue
                     self.carry(home, lines[domain])
-                    if domain in steps and next(steps[domain], self) is self:
+                    if domain in steps and self.advance(domain, steps[domain]):
                         del steps[domain]
                     elif domain not in steps and self.is_growing:
                         # Whoever has the old model joins again: the server says it waits.

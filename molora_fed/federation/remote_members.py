@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from molora_fed.charter import Charter
 from molora_fed.contributions.manifest import Contribution
-from molora_fed.errors import FederationError, SumError
+from molora_fed.errors import ExpertError, FederationError, SumError
 from molora_fed.federation.exchange import Exchange
 from molora_fed.federation.messages import Shipment
 from molora_fed.federation.sum_letters import (
@@ -35,6 +35,7 @@ from molora_fed.federation.sum_letters import (
     save_sum,
     write_tensors,
 )
+from molora_fed.fusion.claims import draw_measurers, find_disagreement, list_drawn
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.fusion.private_texts import Check
 from molora_fed.fusion.sum_rounds import (
@@ -139,18 +140,44 @@ class RemoteMembers:
             lambda folder: save_experts(ExpertsAsked(fusion=fusion), list(taken.values()), folder)
         )
 
+        domains = {name: one.manifest.domain for name, one in taken.items()}
+
         def read(name: str, folder: Path) -> TextCounts:
             counts = read_counts(folder)
             self._check_counts(name, counts)
+            if set(counts.claims) != set(list_drawn(fusion, domains, name)):
+                raise FederationError(
+                    f"Cannot use the counts of '{name}': expected losses of the adapters that it "
+                    f"was drawn for, got {len(counts.claims)} others. Ask that contributor to run "
+                    "the same molora-fed version."
+                )
             return counts
 
         found = self._exchange.ask(
             dict.fromkeys(sorted(taken), asked), read, answer_bytes=_COUNTS_BYTES
         )
         counts = dict(sorted(found.items()))
+        self._check_claims(fusion, counts)
         write_json(kept, {name: one.model_dump(mode="json") for name, one in counts.items()})
         self._exchange.forget(asked)
         return counts
+
+    def _check_claims(self, fusion: str, counts: Mapping[str, TextCounts]) -> None:
+        """Refuse an adapter that those who measured it disagree with.
+
+        Raises:
+            ExpertError: Naming it, and who measured what.
+        """
+        domains = {name: one.domain for name, one in counts.items()}
+        for whom, domain in domains.items():
+            found = {
+                name: (domains[name], counts[name].claims[whom])
+                for name in draw_measurers(fusion, domains, whom)
+                if whom in counts[name].claims
+            }
+            fault = find_disagreement(whom, domain, found)
+            if fault:
+                raise ExpertError(f"Cannot fuse the adapter of '{whom}': {fault}.", whom)
 
     def _check_counts(self, name: str, counts: TextCounts) -> None:
         """Refuse counts that the charter does not allow for."""
@@ -205,7 +232,8 @@ class RemoteMembers:
             fusion=fusion.id,
             place=question.place,
             routers=list(question.routers),
-            counts=dict(fusion.counts),
+            # What a member measured of others' adapters is nobody else's business.
+            counts={n: c.model_copy(update={"claims": {}}) for n, c in fusion.counts.items()},
             members=list(self._present),
         )
         return self._exchange.publish(lambda folder: save_sum(asked, question.state, folder))

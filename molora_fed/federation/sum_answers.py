@@ -32,6 +32,7 @@ from molora_fed.federation.sum_letters import (
     save_answer,
     write_tensors,
 )
+from molora_fed.fusion.claims import list_drawn
 from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.fusion.sum_rounds import (
     SUM_BITS,
@@ -108,7 +109,7 @@ class SumAnswers:
         """
         asked = read_question(question)
         if isinstance(asked, ExpertsAsked):
-            save_answer(answer, counts=self._begin(asked, question))
+            save_answer(answer, counts=self._begin(asked, question, progress))
         elif isinstance(asked, SumAsked):
             vector, message = self._sum(asked, question_id, question, progress)
             save_answer(answer, vector=vector, message=message)
@@ -120,8 +121,8 @@ class SumAnswers:
     def _place(self, fusion: str) -> Path:
         return self._folder / fusion[:16]
 
-    def _begin(self, asked: ExpertsAsked, question: Path) -> TextCounts:
-        """Check and keep the experts of a fusion."""
+    def _begin(self, asked: ExpertsAsked, question: Path, progress: Progress | None) -> TextCounts:
+        """Check and keep the experts of a fusion; measure those that this member was drawn for."""
         experts = load_experts(question)
         ids = [one.id for one in experts]
         faults = [f"another id than {name_fusion(self._charter, ids)[:16]}"]
@@ -149,7 +150,9 @@ class SumAnswers:
         if not (place / "experts").is_dir():
             with replace_folder(place / "experts") as target:
                 shutil.copytree(question / "experts", target, dirs_exist_ok=True)
-        return self._member(asked.fusion).count()
+        domains = {one.manifest.contributor: one.manifest.domain for one in experts}
+        drawn = list_drawn(asked.fusion, domains, self._name)
+        return self._member(asked.fusion).count(drawn, progress=progress)
 
     def _find_fault(self, one: Contribution) -> str:
         """What is wrong with an expert; empty if nothing is."""

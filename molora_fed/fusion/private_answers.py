@@ -24,6 +24,7 @@ from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import CorpusError, PluginError, RoutingError
 from molora_fed.evaluation.summed import measure_alone, measure_sums
 from molora_fed.fusion.boundary import NotMeasured, check_fitted, measure_merges
+from molora_fed.fusion.claims import measure_claims
 from molora_fed.fusion.held_out import HeldOutChoice, choose_held_out
 from molora_fed.fusion.plan import FusionPlan, plan_fusion
 from molora_fed.fusion.sum_rounds import HELD_OUT, SumQuestion, SumRounds, TextCounts
@@ -91,8 +92,23 @@ class FusionMember:
     def _choice(self) -> HeldOutChoice:
         return choose_held_out([self._own], self._base)
 
-    def count(self) -> TextCounts:
-        """What this member has; see `TextCounts`."""
+    def count(
+        self, measured: Sequence[str] = (), *, progress: Progress | None = None
+    ) -> TextCounts:
+        """What this member has; see `TextCounts`.
+
+        Args:
+            measured: Whose adapters it measures, to see whether they do what was stated.
+            progress: Receives blocks done while experts are run.
+
+        Raises:
+            SumError: If there are too few documents for figures.
+            MoloraError: Whatever banks and experts raise.
+        """
+        who = self._own.contributor
+        claims = (
+            measure_claims(self._open_calibration(progress), measured, who=who) if measured else {}
+        )
         overlap = self._choice.overlaps[self._own.contributor]
         kept = overlap.kept
         size = self._own.held_out.block_size - 1
@@ -111,6 +127,7 @@ class FusionMember:
             after=int(overlap.known[kept].sum()),
             compared=list(self._choice.trained),
             has_base=self._choice.has_base,
+            claims=claims,
         )
 
     def measure(

@@ -281,6 +281,14 @@ class _PrivateRun:
                 }
                 for name, one in counts.items()
             },
+            "claims": {
+                whom: {
+                    name: one.claims[whom].to_json(one.domain)
+                    for name, one in counts.items()
+                    if whom in one.claims
+                }
+                for whom in counts
+            },
             "calibration": {},
             "held_out": {},
             "held_out_kept": {},

@@ -93,6 +93,7 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
         "contamination": _collect_contamination(plan),
         "overlap": outcome.texts["overlap"],
         "corpus": outcome.texts["corpus"],
+        **{name: outcome.texts[name] for name in ("claims",) if name in outcome.texts},
         "compute": _collect_compute(outcome),
         "bytes": {
             "adapters": {e.name: e.adapter.num_bytes for e in fused.experts if e.adapter},

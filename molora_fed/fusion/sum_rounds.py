@@ -20,6 +20,7 @@ from molora_fed.evaluation.composition import name_specialist
 from molora_fed.evaluation.moments import Moments
 from molora_fed.evaluation.summed import Compared, MemberSums
 from molora_fed.fusion.boundary import label_merge
+from molora_fed.fusion.claims import Claim
 from molora_fed.fusion.collapse import SummedJudgement
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.guard import guarded
@@ -80,6 +81,7 @@ class TextCounts(UntrustedModel):
         after: Of these, those in any known text.
         compared: Members whose train text it was compared with, sorted.
         has_base: Whether it was compared with the base's train text.
+        claims: What it measured of others' adapters, by their names.
     """
 
     domain: str
@@ -95,6 +97,7 @@ class TextCounts(UntrustedModel):
     after: Count
     compared: Annotated[list[str], Field(max_length=1_024)] = Field(default=[])
     has_base: bool = False
+    claims: Annotated[dict[str, Claim], Field(max_length=1_024)] = Field(default={})
 
     @model_validator(mode="after")
     def _fit_together(self) -> "TextCounts":

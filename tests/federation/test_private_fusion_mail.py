@@ -8,6 +8,7 @@ from stage_helpers import TRAINING, Stage
 from molora_fed.charter import Amendment, FusionRules, PrivacyRules, SampleRules
 from molora_fed.federation import coordinator
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.fusion.claims import Claim
 from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.privacy.sums.coordinator import Coordinator
 
@@ -131,3 +132,23 @@ def test_a_masked_fusion_waits_for_three_members(tmp_path, tiny_checkpoint):
 
     stage.run("alpha", "beta", meddle=meddle)
     assert stage.away and not (tmp_path / "server" / "report").exists()
+
+
+def test_an_adapter_that_two_members_disagree_with_is_quarantined(
+    tmp_path, tiny_checkpoint, monkeypatch
+):
+    count = FusionMember.count
+
+    def disagree(self, measured=(), **more):
+        counts = count(self, measured, **more)
+        worse = {"alpha-c": Claim(base=3.0, loss=4.0, clusters=9)} if "alpha-c" in measured else {}
+        return counts.model_copy(update={"claims": {**counts.claims, **worse}})
+
+    monkeypatch.setattr(FusionMember, "count", disagree)
+    stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), "robust")
+    stage.run("alpha-a", "alpha-b", "alpha-c", meddle=lambda stage, who: who not in stage.away)
+    assert "4.000 against 3.000 nats by 'alpha-b'" in stage.refused["alpha-c"]
+    report = read_report(tmp_path)
+    assert report["sums"]["members"] == {"alpha": 2}
+    assert "'alpha-a'" in report["not_measured"]["contribution"]["alpha-c"]
+    assert set(report["claims"]["alpha-a"]) == {"alpha-b"}
