@@ -10,9 +10,10 @@ import numpy as np
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.cooperative import Cooperative
-from molora_fed.corpus.blocks import Blocks
+from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.local import LocalContributor
+from molora_fed.federation.sent import count_sent
 from molora_fed.inference.engines import FusedEngine
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.runtime import limit_threads
@@ -47,11 +48,14 @@ def choose_prompt(blocks: Blocks, tokenizer: Any) -> str:
     return str(tokenizer.decode(blocks.tokens[0, :length].tolist(), skip_special_tokens=True))
 
 
-def generate_samples(cooperative: Cooperative, *, seed: int) -> list[dict[str, Any]]:
+def generate_samples(
+    cooperative: Cooperative, contributors: Sequence[LocalContributor], *, seed: int
+) -> list[dict[str, Any]]:
     """Continue one held-out beginning of each domain with the fused model.
 
     Args:
         cooperative: A cooperative that has published.
+        contributors: Who took part; the beginnings are read on their side.
         seed: Seed of sampling.
 
     Returns:
@@ -62,9 +66,9 @@ def generate_samples(cooperative: Cooperative, *, seed: int) -> list[dict[str, A
     """
     fused = load_fused(cooperative.folder / "fused")
     held_out: dict[str, Blocks] = {}
-    for contribution in _list_admitted(cooperative):
-        domain = contribution.manifest.domain
-        held_out.setdefault(domain, contribution.load_samples(Split.HELD_OUT))
+    for member in contributors:
+        path = ContributorHome(member.home).corpus / f"{Split.HELD_OUT}.safetensors"
+        held_out.setdefault(member.settings.domain, load_blocks(path))
     domains = sorted(held_out)
     prompts = [choose_prompt(held_out[domain], fused.base.tokenizer) for domain in domains]
     # Single tokens are too little work to share: threads would mostly wait for each other.
@@ -137,6 +141,10 @@ def complete_result(
         },
         "compute": compute,
         "corpus": corpus,
+        "sent": {
+            member.settings.name: count_sent(ContributorHome(member.home))
+            for member in contributors
+        },
         "bytes": {
             **result["bytes"],
             "sent": {m.contributor: m.num_bytes + len(m.canonical) for m in manifests},

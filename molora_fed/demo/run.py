@@ -223,7 +223,7 @@ def run_demo(
         clock.enter("starting")
         run_local(cooperative.folder, contributors, observe, threads=cores, compute=options.compute)
         enter("samples")
-        samples = generate_samples(cooperative, seed=options.seed)
+        samples = generate_samples(cooperative, contributors, seed=options.seed)
     finally:
         clock.enter("")
         seconds = _add_earlier(options.out, clock.seconds)

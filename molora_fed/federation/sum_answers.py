@@ -93,7 +93,7 @@ class SumAnswers:
 
     def answer(
         self, question_id: str, question: Path, answer: Path, progress: Progress | None
-    ) -> None:
+    ) -> str:
         """Answer a question.
 
         Args:
@@ -101,6 +101,9 @@ class SumAnswers:
             question: Its folder.
             answer: Gets the answer's folder.
             progress: Told what is done of it.
+
+        Returns:
+            What is sent: "counts", "sums", or "masks".
 
         Raises:
             QuestionRefusedError: If the charter does not have it asked, or not once more.
@@ -110,13 +113,17 @@ class SumAnswers:
         asked = read_question(question)
         if isinstance(asked, ExpertsAsked):
             save_answer(answer, counts=self._begin(asked, question, progress))
-        elif isinstance(asked, SumAsked):
+            return "counts"
+        if isinstance(asked, SumAsked):
             vector, message = self._sum(asked, question_id, question, progress)
             save_answer(answer, vector=vector, message=message)
-        elif isinstance(asked, AgainAsked):
+            return "masks" if vector is None else "sums"
+        if isinstance(asked, AgainAsked):
             save_answer(answer, message=self._begin_again(asked))
-        else:
-            save_answer(answer, message=self._go_on(asked, question))
+            return "masks"
+        message = self._go_on(asked, question)
+        save_answer(answer, message=message)
+        return "sums" if b"\n" in message else "masks"  # words follow the line of a masked vector
 
     def _place(self, fusion: str) -> Path:
         return self._folder / fusion[:16]

@@ -335,16 +335,17 @@ class ContributorWorker:
 
     def _answer_evolution(
         self, charter: Charter, question_id: str, question: Path, answer: Path
-    ) -> None:
+    ) -> str:
         from molora_fed.population.questions import load_question, save_answer
 
         asked = load_question(question, rules=charter.identity.adapters, plugins=self._plugins)
         found = self._open_member(charter).answer(asked, progress=self._progress)
         save_answer(found, charter.amendment.population.router, answer)
+        return "evolution"
 
     def _answer_fusion(
         self, charter: Charter, question_id: str, question: Path, answer: Path
-    ) -> None:
+    ) -> str:
         from molora_fed.federation.sum_answers import SumAnswers
         from molora_fed.fusion.private_answers import FusionMember
 
@@ -374,7 +375,7 @@ class ContributorWorker:
                 folder=home.private / "fusion",
                 open_member=open_member,
             )
-        self._answers.answer(question_id, question, answer, self._progress)
+        return self._answers.answer(question_id, question, answer, self._progress)
 
     def _open_member(self, charter: Charter) -> "PrivateMember":
         """This contributor's blocks, carved; opened at the first question."""

@@ -26,6 +26,7 @@ from molora_fed.federation.letters import (
 )
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import Shipment, describe_folder
+from molora_fed.federation.sent import note_sent
 from molora_fed.federation.signing import (
     build_answer_bytes,
     build_question_bytes,
@@ -380,7 +381,7 @@ def answer_question(
     home: ContributorHome,
     charter: Charter,
     letter: QuestionLetter,
-    answer: Callable[[Path, Path], None],
+    answer: Callable[[Path, Path], str],
 ) -> None:
     """Do what a question asks, and offer the answer, signed.
 
@@ -388,14 +389,15 @@ def answer_question(
         home: The contributor's home.
         charter: The cooperative's charter.
         letter: From `find_question`.
-        answer: Given the question's folder, makes the answer's.
+        answer: Given the question's folder, makes the answer's; what kind of thing it sends.
 
     Raises:
         MoloraError: Whatever answering raises; a StorageError on I/O errors.
     """
     folder = home.answer_folder(letter.id)
-    answer(home.question_folder(letter.id), folder)
+    kind = answer(home.question_folder(letter.id), folder)
     files = describe_folder(folder)
+    note_sent(home, letter.id, kind, files.num_bytes)
     content = build_answer_bytes(charter.identity_hash, letter.id, files.id)
     signature = sign(load_key(home.key), content)
     keep_letter(

@@ -22,6 +22,13 @@ from molora_fed.reporting.methods import (
     order_phases,
 )
 from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
+from molora_fed.reporting.privacy import (
+    CLAIM_COLUMNS,
+    describe_privacy,
+    list_claims,
+    list_senders,
+    list_sent,
+)
 from molora_fed.storage.files import canonical_json, write_bytes, write_json
 from molora_fed.storage.untrusted import clean, parse_json
 
@@ -136,6 +143,9 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         forecasts=(first, rest),
         notes=(list_notes(first), list_notes(rest)),
         overlap_columns=OVERLAP_COLUMNS,
+        privacy=describe_privacy(result),
+        sent=(list_senders(result), list_sent(result)),
+        claims=(CLAIM_COLUMNS, list_claims(result)),
         replaced=describe_replacement(result),
         failures=list_failures(result),
     )

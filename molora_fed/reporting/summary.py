@@ -22,6 +22,7 @@ from molora_fed.reporting.methods import (
     order_phases,
 )
 from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
+from molora_fed.reporting.privacy import describe_privacy, list_senders, list_sent
 from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
@@ -328,6 +329,14 @@ def build_sample_text(sample: Mapping[str, Any]) -> Text:
     return text
 
 
+def _build_sent_table(result: Mapping[str, Any], rows: Sequence[tuple[str, ...]]) -> Table:
+    """Bytes that each contributor sent, by kind."""
+    table = _new_table("Bytes sent", "what", *map(clean, list_senders(result)))
+    for row in rows:
+        _add_row(table, *row)
+    return table
+
+
 def _build_compute_text(result: Mapping[str, Any]) -> Text | None:
     compute = result.get("compute", {})
     base, contributors = compute.get("base"), compute.get("contributors", {})
@@ -364,4 +373,8 @@ def build_summary(result: Mapping[str, Any]) -> RenderableType:
     compute = _build_compute_text(result)
     if compute is not None:
         parts.append(compute)
+    if rows := list_sent(result):
+        parts.append(_build_sent_table(result, rows))
+    if privacy := describe_privacy(result):
+        parts.append(Text(privacy))
     return Group(*parts)

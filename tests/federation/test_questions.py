@@ -158,6 +158,7 @@ class Stage:
         rules = self.charter.identity.adapters
         asked = load_question(question, rules=rules, plugins=PLUGINS)
         save_answer(self.people[name].answer(asked), AMENDMENT.population.router, answer)
+        return "evolution"
 
     def correspond(self):
         mailboxes = {mailbox.name: mailbox for mailbox in self.server.contributors()}
