@@ -203,7 +203,7 @@ def build_page(found: Sequence[Ways]) -> str:
         f"`python bench/private_fusion.py {' '.join(one.name for one in found)}`; every folder is "
         "one `molora demo` with base, specialists and texts of its own: the unit of replication. "
         "Equal-weight held-out losses in nats a token; in brackets 95 % intervals, by bootstrap "
-        "over document clusters where texts are pooled, by Student's t from sums where they are not.",
+        "over document clusters where texts are pooled, by Student's t from sums elsewhere.",
         "",
         "| demo | router | pooled | private, masked sums | difference | robust sums, difference |",
         "|---|---|---|---|---|---|",

@@ -30,6 +30,7 @@ from molora_fed.charter import Amendment, FusionRules, PrivacyRules, SampleRules
 from molora_fed.errors import MoloraError  # noqa: E402
 from molora_fed.federation.client_dialogue import answer  # noqa: E402
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome  # noqa: E402
+from molora_fed.federation.mailbox import read_json  # noqa: E402
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue  # noqa: E402
 from molora_fed.storage.files import hash_file, write_bytes, write_json  # noqa: E402
 from molora_fed.testing import build_tiny_checkpoint  # noqa: E402
@@ -41,7 +42,8 @@ RULES = FusionRules(
 )
 SAMPLES = SampleRules(calibration=60, admission=4, held_out=60)
 LIMIT_SECONDS = 600.0
-EVERY = (0.5, 6.0)  # seconds between two kills
+EVERY = (1, 10)  # exchanges between two kills
+LATER = 1.5  # seconds at most after an exchange began
 WORKERS = {
     SERVER: "molora_fed.federation.coordinator",
     **dict.fromkeys(MEMBERS, "molora_fed.federation.worker"),
@@ -61,12 +63,14 @@ class Run:
         processes: Workers by name.
         lines: What the carrier knows of each contributor.
         killed: What was killed, in which phase.
+        asked: Ids of the questions that went out.
     """
 
     folder: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     lines: dict[str, RemoteContributor] = field(default_factory=dict)
     killed: list[str] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
 
     def start(self, name: str) -> None:
         """Start a worker, or start it again."""
@@ -92,6 +96,8 @@ class Run:
         """Bring every contributor what there is for it, and its reply back."""
         for name in MEMBERS:
             home = ContributorHome(self.folder / name)
+            if home.question_letter.is_file():
+                self.asked.add(str((read_json(home.question_letter) or {}).get("id")))
             try:
                 envelope = dialogue.next_envelope(self.lines[name])
                 if envelope is not None:
@@ -191,13 +197,16 @@ def fuse(homes: Path, folder: Path, draw: random.Random, *, kills: int) -> Run:
     for name in (SERVER, *MEMBERS):
         run.start(name)
     deadline = time.monotonic() + LIMIT_SECONDS
-    next_kill = time.monotonic() + draw.uniform(*EVERY)
+    due, moment = draw.randint(*EVERY), 0.0
     try:
         while not run.is_done() and time.monotonic() < deadline:
             run.carry(dialogue)
-            if kills > len(run.killed) and time.monotonic() >= next_kill:
-                run.kill(draw)
-                next_kill = time.monotonic() + draw.uniform(*EVERY)
+            if kills > len(run.killed) and len(run.asked) >= due:
+                if not moment:
+                    moment = time.monotonic() + draw.uniform(0.0, LATER)
+                if time.monotonic() >= moment:
+                    run.kill(draw)
+                    due, moment = len(run.asked) + draw.randint(*EVERY), 0.0
             time.sleep(0.02)
     finally:
         run.end()
