@@ -5,7 +5,6 @@ asks for nothing twice that it knows, and goes on in the middle of a masked sum.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +77,7 @@ class RemoteMembers:
         exchange: With all contributors.
         charter: The cooperative's charter.
         contributions: Admitted ones, in canonical order.
-        folder: Gets what is known of the fusion; other fusions in it are deleted.
+        folder: Gets what is known of each fusion, so that one is never asked for again.
         is_gone: Whether a contributor has not been heard of for so long that the others go on.
         on_place: Told what is asked.
         on_note: Told what has to be said of a sum, a sentence each.
@@ -121,9 +120,6 @@ class RemoteMembers:
             )
         fusion = name_fusion(self._charter, [one.id for one in taken.values()])
         place = self._folder / fusion[:16]
-        for other in self._folder.glob("*"):
-            if other != place:
-                shutil.rmtree(other)
         counts = self._ask_counts(fusion, taken, place / "counts.json")
         self._fusion = _Fusion(fusion, place, taken, counts)
         self._present = tuple(sorted(counts))

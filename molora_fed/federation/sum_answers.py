@@ -47,18 +47,40 @@ from molora_fed.privacy.sums.member import Member
 from molora_fed.privacy.sums.member_state import MemberState
 from molora_fed.privacy.sums.messages import Terms, max_message_bytes
 from molora_fed.privacy.sums.vectors import VectorLayout
-from molora_fed.storage.files import hash_file, replace_folder, write_bytes
+from molora_fed.storage.files import hash_file, replace_folder, write_bytes, write_json
 from molora_fed.storage.untrusted import clean
 from molora_fed.types import Progress
 
-__all__ = ["SumAnswers"]
+__all__ = ["SumAnswers", "end_fusions"]
 
-_WORDS_FILE = "words.safetensors"
+_WORDS_FILE, _ENDED_FILE = "words.safetensors", "ended.json"
+_SECRET_FILE = "secret"
+_FUSION_FOLDERS = "[0-9a-f]" * 16
 MAX_FUSIONS = 64
 """Fusions that a contributor takes part in under one amendment: a cooperative that grows."""
 
 OpenMember = Callable[[Sequence[Entrant], Path], FusionMember]
 """Opens this contributor's text beside the experts; the folder gets banks."""
+
+
+def end_fusions(folder: Path) -> None:
+    """Delete what fusions whose result has arrived left: secrets, vectors, experts.
+
+    What was asked stays counted, and nothing of these fusions is answered any more.
+
+    Args:
+        folder: The one that `SumAnswers` was given.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    for place in folder.glob(_FUSION_FOLDERS):
+        if not (place / _ENDED_FILE).is_file():
+            write_json(place / _ENDED_FILE, {})
+        for path in place.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        (place / _SECRET_FILE).unlink(missing_ok=True)
 
 
 class SumAnswers:
@@ -151,9 +173,15 @@ class SumAnswers:
         )
         counted.admit("fusion", asked.fusion)
         place = self._place(asked.fusion)
-        for other in self._folder.glob("[0-9a-f]" * 16):
-            if other != place:
-                shutil.rmtree(other)  # experts, secrets and vectors; the bank lies beside
+        if (place / _ENDED_FILE).is_file():
+            raise QuestionRefusedError(
+                f"Cannot answer the coordinator: expected another fusion than {asked.fusion[:16]}, "
+                "whose result is here, got that one again. Ask for an amendment to fuse these "
+                "contributions anew."
+            )
+        for other in self._folder.glob(_FUSION_FOLDERS):
+            if other != place:  # what was asked of another fusion stays known
+                shutil.rmtree(other / "experts", ignore_errors=True)
         if not (place / "experts").is_dir():
             with replace_folder(place / "experts") as target:
                 shutil.copytree(question / "experts", target, dirs_exist_ok=True)
@@ -284,7 +312,7 @@ class SumAnswers:
 
     def _secret(self, place: Path) -> bytes:
         """32 random bytes of this fusion; they are deleted with it."""
-        path = place / "secret"
+        path = place / _SECRET_FILE
         with suppress(FileNotFoundError):
             return path.read_bytes()
         write_bytes(path, secrets.token_bytes(32), mode=0o600)

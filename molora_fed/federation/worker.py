@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ContributorWorker", "main"]
 
+_FUSION_FOLDER = "fusion"
 
 _PHASES = {
     "training": ("TRAINING", ""),
@@ -372,7 +373,7 @@ class ContributorWorker:
                 name=self._settings.name,
                 contribution=load_contribution(home.contribution).id,
                 key=load_key(home.key),
-                folder=home.private / "fusion",
+                folder=home.private / _FUSION_FOLDER,
                 open_member=open_member,
             )
         return self._answers.answer(question_id, question, answer, self._progress)
@@ -397,7 +398,12 @@ class ContributorWorker:
     def _receive_result(self) -> bool | None:
         home = self._home
         with self._usage.stage("result"):
-            return receive_result(home) or None
+            is_here = receive_result(home)
+        if is_here and (home.private / _FUSION_FOLDER).is_dir():
+            from molora_fed.federation.sum_answers import end_fusions
+
+            end_fusions(home.private / _FUSION_FOLDER)
+        return is_here or None
 
     def _link_base(self) -> None:
         """Let a fused model find its base at the path it recorded, `../base`."""

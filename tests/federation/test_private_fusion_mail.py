@@ -8,6 +8,7 @@ from stage_helpers import TRAINING, Stage
 from molora_fed.charter import Amendment, FusionRules, PrivacyRules, SampleRules
 from molora_fed.federation import coordinator
 from molora_fed.federation.homes import ContributorHome
+from molora_fed.federation.withdrawal import withdraw_contributor
 from molora_fed.fusion.claims import Claim
 from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.privacy.sums.coordinator import Coordinator
@@ -152,3 +153,25 @@ def test_an_adapter_that_two_members_disagree_with_is_quarantined(
     assert report["sums"]["members"] == {"alpha": 2}
     assert "'alpha-a'" in report["not_measured"]["contribution"]["alpha-c"]
     assert set(report["claims"]["alpha-a"]) == {"alpha-b"}
+
+
+@pytest.mark.parametrize("summing", ["masked", "robust"])
+def test_a_private_cooperative_grows_and_shrinks_back(tmp_path, tiny_checkpoint, summing):
+    """Nobody retrains; the fusion of who was in before is not asked for again."""
+    stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), summing)
+    stage.run(*TRIO)
+    first = (tmp_path / "server" / "fused" / "router.safetensors").read_bytes()
+    offers = [ContributorHome(tmp_path / who).offer_file.read_bytes() for who in TRIO]
+    secrets = list((tmp_path / "alpha" / "private" / "fusion").rglob("secret"))
+    assert not secrets
+
+    stage.run(*TRIO, "delta")
+    assert read_report(tmp_path)["sums"]["members"] == dict.fromkeys(
+        ["alpha", "beta", "delta", "gamma"], 1
+    )
+    assert [ContributorHome(tmp_path / who).offer_file.read_bytes() for who in TRIO] == offers
+
+    withdraw_contributor(stage.cooperative, "delta-1")
+    stage.away.add("delta")
+    stage.run(*TRIO)
+    assert (tmp_path / "server" / "fused" / "router.safetensors").read_bytes() == first
