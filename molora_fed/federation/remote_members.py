@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from molora_fed.charter import Charter
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.errors import FederationError, SumError
-from molora_fed.federation.exchange import Exchange
+from molora_fed.federation.exchange import ANSWER_FILE, Exchange
 from molora_fed.federation.messages import Shipment
+from molora_fed.federation.overlap_carrier import OverlapCarrier
+from molora_fed.federation.overlap_letters import OFFER_BYTES
 from molora_fed.federation.sum_letters import (
     ExpertsAsked,
     PhaseAsked,
@@ -64,6 +66,16 @@ class _Fusion:
     folder: Path
     contributions: Mapping[str, Contribution]
     counts: Mapping[str, TextCounts]
+    overlap: OverlapCarrier
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A sum that is asked for: its place among them, and each member's question."""
+
+    turn: int
+    id: str
+    questions: Mapping[str, Shipment]
 
 
 class RemoteMembers:
@@ -99,6 +111,7 @@ class RemoteMembers:
         self._on_note = on_note
         self._fusion: _Fusion | None = None
         self._present: tuple[str, ...] = ()
+        self._turn = 0
 
     def begin(self, plan: FusionPlan) -> Mapping[str, TextCounts]:
         """See `Members`.
@@ -119,13 +132,20 @@ class RemoteMembers:
         for other in self._folder.glob("*"):
             if other != place:
                 shutil.rmtree(other)
-        counts = self._ask_counts(fusion, taken, place / "counts.json")
-        self._fusion = _Fusion(fusion, place, taken, counts)
+        manifests = {name: one.manifest for name, one in sorted(taken.items())}
+        overlap = OverlapCarrier(place, manifests, fusion=fusion, on_note=self._on_note)
+        counts = self._ask_counts(fusion, taken, place / "counts.json", overlap)
+        self._fusion = _Fusion(fusion, place, taken, counts, overlap)
         self._present = tuple(sorted(counts))
+        self._turn = 0
         return counts
 
     def _ask_counts(
-        self, fusion: str, taken: Mapping[str, Contribution], kept: Path
+        self,
+        fusion: str,
+        taken: Mapping[str, Contribution],
+        kept: Path,
+        overlap: OverlapCarrier,
     ) -> dict[str, TextCounts]:
         if kept.is_file():
             found = json.loads(kept.read_bytes())
@@ -136,12 +156,13 @@ class RemoteMembers:
         )
 
         def read(name: str, folder: Path) -> TextCounts:
-            counts = read_counts(folder)
+            counts = read_counts(folder / ANSWER_FILE)
             self._check_counts(name, counts)
+            overlap.take_offer(name, folder)
             return counts
 
         found = self._exchange.ask(
-            dict.fromkeys(sorted(taken), asked), read, answer_bytes=_COUNTS_BYTES
+            dict.fromkeys(sorted(taken), asked), read, answer_bytes=_COUNTS_BYTES + OFFER_BYTES
         )
         counts = dict(sorted(found.items()))
         write_json(kept, {name: one.model_dump(mode="json") for name, one in counts.items()})
@@ -161,10 +182,15 @@ class RemoteMembers:
                 "molora-fed version."
             )
 
+    def recount(self) -> Mapping[str, TextCounts]:
+        """See `Members`."""
+        return self._open.overlap.recount(self._open.counts)
+
     def add_up(self, question: SumQuestion, rounds: SumRounds, check: Check) -> Total:
         """See `Members`."""
         fusion = self._open
         layout = rounds.lay_out(question)
+        self._turn += 1
         asked = self._publish(question, fusion)
         kept = fusion.folder / asked.id[:16]
         if not (kept / "total.json").is_file():
@@ -178,7 +204,9 @@ class RemoteMembers:
             said = {"members": list(total.members), "notes": list(total.notes)}
             write_json(kept / "total.json", said)  # last: with it the total is there
             (kept / "coordinator.bin").unlink(missing_ok=True)
-        self._exchange.forget(asked)
+        for files in set(asked.questions.values()):
+            self._exchange.forget(files)
+        fusion.overlap.tidy(asked.turn)
         said = json.loads((kept / "total.json").read_bytes())
         for note in said["notes"]:
             self._on_note(note)
@@ -195,7 +223,8 @@ class RemoteMembers:
     def _is_masked(self) -> bool:
         return self._charter.identity.summing == "masked"
 
-    def _publish(self, question: SumQuestion, fusion: _Fusion) -> Shipment:
+    def _publish(self, question: SumQuestion, fusion: _Fusion) -> _Asking:
+        """The question of a sum, beside which something may ride along for a member."""
         asked = SumAsked(
             fusion=fusion.id,
             place=question.place,
@@ -203,7 +232,21 @@ class RemoteMembers:
             counts=dict(fusion.counts),
             members=list(self._present),
         )
-        return self._exchange.publish(lambda folder: save_sum(asked, question.state, folder))
+
+        def publish(riders: Mapping[str, Path]) -> Shipment:
+            write = partial(save_sum, asked, question.state, riders=riders)
+            return self._exchange.publish(write)
+
+        bare = publish({})
+        written: dict[tuple[tuple[str, Path], ...], Shipment] = {(): bare}
+        questions = {}
+        for name in self._present:
+            riders = fusion.overlap.list_riders(self._turn, name)
+            key = tuple(riders.items())
+            if key not in written:
+                written[key] = publish(riders)
+            questions[name] = written[key]
+        return _Asking(self._turn, bare.id, questions)
 
     def _may_leave(self, missing: Sequence[str]) -> bool:
         """Whether all of them are gone, and each domain keeps somebody."""
@@ -211,18 +254,20 @@ class RemoteMembers:
         left = {counts[name].domain for name in self._present if name not in missing}
         return left == {one.domain for one in counts.values()} and all(map(self._is_gone, missing))
 
-    def _add_robustly(self, asked: Shipment, layout: VectorLayout, check: Check) -> Total:
-        counts = self._open.counts
+    def _add_robustly(self, asked: _Asking, layout: VectorLayout, check: Check) -> Total:
+        counts, overlap = self._open.counts, self._open.overlap
 
         def read(name: str, folder: Path) -> NDArray[np.float64]:
             vector, _ = layout.clip(read_vector(folder, layout.length), who=name)
             check(layout.unflatten(vector), counts[name].domain, name)
+            overlap.take_answer(asked.turn, name, folder, counts[name])
             return vector
 
+        beside = overlap.count_answer_bytes(asked.turn)
         vectors = self._exchange.ask(
-            dict.fromkeys(self._present, asked),
+            asked.questions,
             read,
-            answer_bytes=8 * layout.length + _HEADER_BYTES,
+            answer_bytes=8 * layout.length + _HEADER_BYTES + beside,
             is_enough=self._may_leave,
         )
         return sum_by_group(
@@ -234,7 +279,7 @@ class RemoteMembers:
             exact=list_exact(layout),
         )
 
-    def _add_masked(self, asked: Shipment, layout: VectorLayout, kept: Path) -> Total:
+    def _add_masked(self, asked: _Asking, layout: VectorLayout, kept: Path) -> Total:
         """Phase after phase, from wherever the sum was when this was killed."""
         fusion = self._open
         encoding = FixedPoint(layout, len(self._present), SUM_BITS)
@@ -255,22 +300,26 @@ class RemoteMembers:
         while True:
             questions = self._write_phase(coordinator, asked, fusion)
             limit = max_message_bytes(len(terms.members)) + terms.length * terms.bits // 8 + 1
+            # What rides along comes with the first message.
+            turn = asked.turn if coordinator.state.phase == "keys" else 0
+            beside = fusion.overlap.count_answer_bytes(turn)
 
-            def read(name: str, folder: Path, limit: int = limit) -> bool:
+            def read(name: str, folder: Path, limit: int = limit, turn: int = turn) -> bool:
                 coordinator.receive(name, read_message(folder, max_bytes=limit))
+                fusion.overlap.take_answer(turn, name, folder, fusion.counts[name])
                 return True
 
             def is_enough(missing: Sequence[str], phase: int = len(questions)) -> bool:
                 return phase - len(missing) >= terms.threshold and self._may_leave(missing)
 
             self._exchange.ask(
-                questions, read, answer_bytes=limit + _HEADER_BYTES, is_enough=is_enough
+                questions, read, answer_bytes=limit + _HEADER_BYTES + beside, is_enough=is_enough
             )
             if coordinator.state.phase == "revealed":
                 break
             coordinator.advance()
             write_bytes(state, coordinator.to_bytes())
-            for files in set(questions.values()) - {asked}:
+            for files in set(questions.values()):
                 self._exchange.forget(files)
         total = encoding.decode(coordinator.open_total(), len(coordinator.survivors))
         for files in set(questions.values()):
@@ -278,11 +327,11 @@ class RemoteMembers:
         return Total(layout.unflatten(total), tuple(coordinator.survivors))
 
     def _write_phase(
-        self, coordinator: Coordinator, asked: Shipment, fusion: _Fusion
-    ) -> dict[str, Shipment]:
+        self, coordinator: Coordinator, asked: _Asking, fusion: _Fusion
+    ) -> Mapping[str, Shipment]:
         """The question of this phase for each member."""
         if coordinator.state.phase == "keys":
-            return dict.fromkeys(self._present, asked)
+            return asked.questions
         phase = PhaseAsked(fusion=fusion.id, question=asked.id)
         written: dict[bytes, Shipment] = {}
         for message in coordinator.outgoing().values():

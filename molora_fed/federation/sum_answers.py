@@ -20,11 +20,13 @@ from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Entrant, collect_entrant
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.errors import FederationError, QuestionRefusedError
+from molora_fed.federation.overlap_answers import OverlapAnswers
 from molora_fed.federation.sum_letters import (
     ExpertsAsked,
     PhaseAsked,
     SumAsked,
     build_sum_question,
+    identify_sum,
     load_experts,
     read_message,
     read_question,
@@ -39,7 +41,8 @@ from molora_fed.fusion.sum_rounds import (
     TextCounts,
     name_fusion,
 )
-from molora_fed.population.asked import AskedQuestions
+from molora_fed.population.asked import ASKED_FILE, AskedQuestions
+from molora_fed.privacy.intersection import limit_queries
 from molora_fed.privacy.sums.fixed_point import FixedPoint
 from molora_fed.privacy.sums.member import Member
 from molora_fed.privacy.sums.member_state import MemberState
@@ -87,15 +90,12 @@ class SumAnswers:
         self._key = key
         self._folder = folder
         self._open_member = open_member
-        self._opened: dict[str, FusionMember] = {}
+        self._opened: dict[str, tuple[FusionMember, OverlapAnswers]] = {}
 
-    def answer(
-        self, question_id: str, question: Path, answer: Path, progress: Progress | None
-    ) -> None:
+    def answer(self, question: Path, answer: Path, progress: Progress | None) -> None:
         """Answer a question.
 
         Args:
-            question_id: Id of its files.
             question: Its folder.
             answer: Gets the answer's folder.
             progress: Told what is done of it.
@@ -107,10 +107,12 @@ class SumAnswers:
         """
         asked = read_question(question)
         if isinstance(asked, ExpertsAsked):
-            save_answer(answer, counts=self._begin(asked, question))
+            counts = self._begin(asked, question)
+            save_answer(answer, counts=counts, riders=self._overlap(asked.fusion).offer(progress))
         elif isinstance(asked, SumAsked):
-            vector, message = self._sum(asked, question_id, question, progress)
-            save_answer(answer, vector=vector, message=message)
+            vector, message = self._sum(asked, question, progress)
+            riders = self._overlap(asked.fusion).answer(question)
+            save_answer(answer, vector=vector, message=message, riders=riders)
         else:
             save_answer(answer, message=self._go_on(asked, question))
 
@@ -142,7 +144,7 @@ class SumAnswers:
         place = self._place(asked.fusion)
         for other in self._folder.glob("[0-9a-f]" * 16):
             if other != place:
-                shutil.rmtree(other)  # experts, secrets and vectors; the bank lies beside
+                _clear(other)  # experts, secrets and vectors; the bank lies beside
         if not (place / "experts").is_dir():
             with replace_folder(place / "experts") as target:
                 shutil.copytree(question / "experts", target, dirs_exist_ok=True)
@@ -168,13 +170,32 @@ class SumAnswers:
         return load_experts(place)
 
     def _member(self, fusion: str) -> FusionMember:
+        return self._open(fusion)[0]
+
+    def _overlap(self, fusion: str) -> OverlapAnswers:
+        return self._open(fusion)[1]
+
+    def _open(self, fusion: str) -> tuple[FusionMember, OverlapAnswers]:
         if fusion not in self._opened:
-            entrants = [collect_entrant(one) for one in self._experts(fusion)]
-            self._opened = {fusion: self._open_member(entrants, self._folder)}
+            experts, place = self._experts(fusion), self._place(fusion)
+            manifests = {one.manifest.contributor: one.manifest for one in experts}
+            member = self._open_member([collect_entrant(one) for one in experts], self._folder)
+            limits = limit_queries(manifests.keys() - {self._name})
+            overlap = OverlapAnswers(
+                member,
+                name=self._name,
+                manifests=manifests,
+                key=self._key,
+                secret=self._secret(place, "overlap-secret"),
+                fusion=fusion,
+                folder=place / "overlap",
+                admit=AskedQuestions(place, self._charter.amendment.number, limits).admit,
+            )
+            self._opened = {fusion: (member, overlap)}
         return self._opened[fusion]
 
     def _sum(
-        self, asked: SumAsked, question_id: str, folder: Path, progress: Progress | None
+        self, asked: SumAsked, folder: Path, progress: Progress | None
     ) -> tuple[NDArray[np.float64] | None, bytes | None]:
         """A vector; or the first message of a masked sum, and the vector stays here."""
         member = self._member(asked.fusion)
@@ -186,7 +207,7 @@ class SumAnswers:
         )
         layout = rounds.lay_out(question)
         place = self._place(asked.fusion)
-        limits = rounds.count_places()
+        limits, question_id = rounds.count_places(), identify_sum(folder)
         counted = AskedQuestions(place, self._charter.amendment.number, limits)
         counted.admit(asked.place, question_id)
         kept = place / question_id[:16]
@@ -243,9 +264,9 @@ class SumAnswers:
         write_bytes(place / _STATE_FILE, member.state.to_bytes(), mode=0o600)
         return reply
 
-    def _secret(self, place: Path) -> bytes:
+    def _secret(self, place: Path, name: str = "secret") -> bytes:
         """32 random bytes of this fusion; they are deleted with it."""
-        path = place / "secret"
+        path = place / name
         with suppress(FileNotFoundError):
             return path.read_bytes()
         write_bytes(path, secrets.token_bytes(32), mode=0o600)
@@ -270,3 +291,12 @@ class SumAnswers:
                 f"charter asks for, got others for {clean(', '.join(wrong[:5]), 200)}. Ask the "
                 "coordinator."
             )
+
+
+def _clear(place: Path) -> None:
+    """Delete what is kept of a fusion, but not what it was asked: it may be begun again."""
+    for path in place.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ASKED_FILE:
+            path.unlink()

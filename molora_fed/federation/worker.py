@@ -322,7 +322,7 @@ class ContributorWorker:
             phase = "EVOLVING" if evolves else "FUSING"
             self._state.enter(phase, "answering the coordinator")
             try:
-                answer_question(home, charter, letter, partial(answer, charter, letter.id))
+                answer_question(home, charter, letter, partial(answer, charter))
             except QuestionRefusedError as error:
                 refuse_question(home, letter, str(error))
                 self._state.enter(phase, f"refused a question: {error}")
@@ -333,18 +333,14 @@ class ContributorWorker:
         # Its figures would be those of a few blocks, and the state is sent.
         self._state.progress(done, total)
 
-    def _answer_evolution(
-        self, charter: Charter, question_id: str, question: Path, answer: Path
-    ) -> None:
+    def _answer_evolution(self, charter: Charter, question: Path, answer: Path) -> None:
         from molora_fed.population.questions import load_question, save_answer
 
         asked = load_question(question, rules=charter.identity.adapters, plugins=self._plugins)
         found = self._open_member(charter).answer(asked, progress=self._progress)
         save_answer(found, charter.amendment.population.router, answer)
 
-    def _answer_fusion(
-        self, charter: Charter, question_id: str, question: Path, answer: Path
-    ) -> None:
+    def _answer_fusion(self, charter: Charter, question: Path, answer: Path) -> None:
         from molora_fed.federation.sum_answers import SumAnswers
         from molora_fed.fusion.private_answers import FusionMember
 
@@ -374,7 +370,7 @@ class ContributorWorker:
                 folder=home.private / "fusion",
                 open_member=open_member,
             )
-        self._answers.answer(question_id, question, answer, self._progress)
+        self._answers.answer(question, answer, self._progress)
 
     def _open_member(self, charter: Charter) -> "PrivateMember":
         """This contributor's blocks, carved; opened at the first question."""

@@ -8,8 +8,10 @@ reason may hold a figure of one document.
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from molora_fed.bank import (
@@ -24,7 +26,13 @@ from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import CorpusError, PluginError, RoutingError
 from molora_fed.evaluation.summed import measure_alone, measure_sums
 from molora_fed.fusion.boundary import NotMeasured, check_fitted, measure_merges
-from molora_fed.fusion.held_out import HeldOutChoice, choose_held_out
+from molora_fed.fusion.held_out import (
+    Elsewhere,
+    HeldOutChoice,
+    choose_held_out,
+    compare_held_out,
+    list_known,
+)
 from molora_fed.fusion.plan import FusionPlan, plan_fusion
 from molora_fed.fusion.sum_rounds import HELD_OUT, SumQuestion, SumRounds, TextCounts
 from molora_fed.models.base import Base
@@ -46,6 +54,10 @@ class FusionMember:
         name: This contributor's name.
         folder: Gets `bank/`, in which columns of experts that stay are found again.
         plugins: Where routers, adapter kinds and merges are registered.
+
+    Attributes:
+        plan: The fusion's.
+        prepared: All held-out blocks of the corpus; the fusion takes the first of them.
 
     Raises:
         CharterError: If a router's options are wrong.
@@ -72,12 +84,14 @@ class FusionMember:
         (own,) = (one for one in self.plan.contributions if one.contributor == name)
         samples = charter.amendment.samples
         calibration = blocks[Split.CALIBRATION].take(samples.calibration)
-        held_out = blocks[Split.HELD_OUT].take(samples.held_out)
+        self.prepared = blocks[Split.HELD_OUT]
+        held_out = self.prepared.take(samples.held_out)
         if not (len(calibration) and len(held_out)):
             raise CorpusError(
                 f"Cannot take part with the text of '{name}': expected calibration and held-out "
                 f"blocks, got {len(calibration)} and {len(held_out)}. Use more text."
             )
+        self._compared: Elsewhere | None = None
         self._own = Contributed(
             **vars(own), held_out=held_out, calibration=calibration, train_text=corpus
         )
@@ -87,13 +101,48 @@ class FusionMember:
         """D of the base."""
         return int(self._base.model.config.hidden_size)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the base."""
+        return self._base.tokenizer
+
+    @property
+    def held_out(self) -> Blocks:
+        """The held-out blocks of this fusion."""
+        return self._own.held_out
+
+    @property
+    def has_train_text(self) -> bool:
+        """Whether the text that its specialist was trained on is here."""
+        return self._own.train_text is not None
+
+    def index_known(self) -> NDArray[np.uint64]:
+        """Word 8-grams that this member's specialist and all routers read, each once, sorted."""
+        texts = list_known([self._own], self.tokenizer)
+        return np.unique(np.concatenate([text.load() for text in texts]))
+
     @cached_property
-    def _choice(self) -> HeldOutChoice:
+    def _at_home(self) -> HeldOutChoice:
         return choose_held_out([self._own], self._base)
 
     def count(self) -> TextCounts:
-        """What this member has; see `TextCounts`."""
-        overlap = self._choice.overlaps[self._own.contributor]
+        """What this member has, its held-out blocks compared with the text that is here."""
+        return self._count(self._at_home)
+
+    def compare(self, elsewhere: Elsewhere) -> TextCounts:
+        """Choose held-out blocks anew, by others' text too: what is measured ever after.
+
+        Args:
+            elsewhere: What was found of others' text.
+
+        Returns:
+            What this member has now.
+        """
+        self._compared = elsewhere
+        return self._count(compare_held_out([self._own], self._base, elsewhere))
+
+    def _count(self, choice: HeldOutChoice) -> TextCounts:
+        overlap = choice.overlaps[self._own.contributor]
         kept = overlap.kept
         size = self._own.held_out.block_size - 1
         assert self._own.calibration is not None
@@ -109,8 +158,8 @@ class FusionMember:
             base=overlap.base,
             kept=int(overlap.totals[kept].sum()),
             after=int(overlap.known[kept].sum()),
-            compared=list(self._choice.trained),
-            has_base=self._choice.has_base,
+            compared=sorted(choice.trained),
+            has_base=choice.has_base,
         )
 
     def measure(
@@ -183,12 +232,13 @@ class FusionMember:
         )
 
     def _open_held_out(self, progress: Progress | None) -> HeldOutBank:
+        choice = choose_held_out([self._own], self._base, self._compared)
         return build_held_out_bank(
             self._folder,
             self._base,
             self.plan.experts,
             [self._own.held_out],
-            kept=[np.asarray(self._choice.overlaps[self._own.contributor].kept)],
+            kept=[choice.overlaps[self._own.contributor].kept],
             progress=progress,
             **self.plan.bank,
         )
