@@ -81,6 +81,20 @@ class HeldOutChoice:
             "domains": domains,
         }
 
+    def check_kept(self) -> None:
+        """Refuse a choice of nothing.
+
+        Raises:
+            ConfigError: If no block of any domain is left.
+        """
+        if not any(overlap.kept.any() for overlap in self.overlaps.values()):
+            count = sum(overlap.kept.size for overlap in self.overlaps.values())
+            raise ConfigError(
+                f"Cannot measure on held-out text: expected held-out blocks with at most "
+                f"{MAX_BLOCK_OVERLAP:.0%} of their word 8-grams in text that was trained on, got "
+                f"none among {count}. Leave out contributors who hold the same text."
+            )
+
     def fingerprint_kept(self, contributions: Sequence[Contributed]) -> dict[str, str]:
         """Fingerprint of each contributor's held-out blocks that were kept."""
         return {
@@ -89,9 +103,7 @@ class HeldOutChoice:
         }
 
 
-def choose_held_out(
-    contributions: Sequence[Contributed], base: Base, elsewhere: Elsewhere | None = None
-) -> HeldOutChoice:
+def choose_held_out(contributions: Sequence[Contributed], base: Base) -> HeldOutChoice:
     """Compare every held-out block with all known text; see `compare_held_out`.
 
     A domain of which nothing is left is in no figure; the others are measured.
@@ -100,14 +112,8 @@ def choose_held_out(
         ConfigError: If no block of any domain is left.
         CorpusError: If a prepared corpus or the index is malformed.
     """
-    choice = compare_held_out(contributions, base, elsewhere)
-    if not any(overlap.kept.any() for overlap in choice.overlaps.values()):
-        count = sum(overlap.kept.size for overlap in choice.overlaps.values())
-        raise ConfigError(
-            f"Cannot measure on held-out text: expected held-out blocks with at most "
-            f"{MAX_BLOCK_OVERLAP:.0%} of their word 8-grams in text that was trained on, got none "
-            f"among {count}. Leave out contributors who hold the same text."
-        )
+    choice = compare_held_out(contributions, base)
+    choice.check_kept()
     return choice
 
 

@@ -91,7 +91,7 @@ class FusionMember:
                 f"Cannot take part with the text of '{name}': expected calibration and held-out "
                 f"blocks, got {len(calibration)} and {len(held_out)}. Use more text."
             )
-        self._compared: Elsewhere | None = None
+        self._choice: HeldOutChoice | None = None
         self._own = Contributed(
             **vars(own), held_out=held_out, calibration=calibration, train_text=corpus
         )
@@ -138,8 +138,8 @@ class FusionMember:
         Returns:
             What this member has now.
         """
-        self._compared = elsewhere
-        return self._count(compare_held_out([self._own], self._base, elsewhere))
+        self._choice = compare_held_out([self._own], self._base, elsewhere)
+        return self._count(self._choice)
 
     def _count(self, choice: HeldOutChoice) -> TextCounts:
         overlap = choice.overlaps[self._own.contributor]
@@ -232,7 +232,8 @@ class FusionMember:
         )
 
     def _open_held_out(self, progress: Progress | None) -> HeldOutBank:
-        choice = choose_held_out([self._own], self._base, self._compared)
+        choice = self._choice or self._at_home
+        choice.check_kept()
         return build_held_out_bank(
             self._folder,
             self._base,

@@ -18,6 +18,7 @@ from molora_fed.federation.worker import ContributorWorker
 from molora_fed.fusion.held_out import compare_held_out
 from molora_fed.models.base import load_base
 from molora_fed.privacy.overlap import open_receiver
+from molora_fed.reporting.overlap import describe_overlap
 from molora_fed.types import Split
 
 RULES = FusionRules(router="evidence-zero", compare=(), merges=())
@@ -169,6 +170,9 @@ def test_whose_part_is_wrong_is_named_and_nobody_else_is_hurt(
     assert found["not_compared"] == {"alpha-1": ["beta-1"], "gamma-1": ["alpha-1", "beta-1"]}
     assert found["domains"]["beta"] == pooled["domains"]["beta"]
     assert found["domains"]["alpha"]["left_out"] < pooled["domains"]["alpha"]["left_out"]
+    told = describe_overlap({"overlap": found})
+    assert "Held-out text of alpha-1 was not compared with train text of beta-1." in told
+    assert "Not here" not in told.replace("Not here, so not compared: the base's", "")
     said = capsys.readouterr().err
     assert "no part of 'beta-1': Cannot trust set of 'beta-1'" in said
     assert "no part of 'gamma-1': Cannot carry the query of 'gamma-1': expected the one" in said
