@@ -163,7 +163,8 @@ class OverlapAnswers:
         """
         riders: dict[str, bytes] = {}
         if self._others and (question / QUERIES).is_dir():
-            self._keep_sets(question)
+            if not self._said.is_file():
+                self._keep_sets(question)
             riders |= self._reply(question)
         if self._others and (question / REPLIES).is_dir():
             riders |= self._open(question)
@@ -187,11 +188,18 @@ class OverlapAnswers:
                 riders[f"{REPLIES}/{name}"] = reply.to_bytes()
         return riders
 
+    @property
+    def _said(self) -> Path:
+        """The counts of all that was compared, said once: a few more replies tell whose hit."""
+        return self._folder / "counts.json"
+
     def _open(self, question: Path) -> dict[str, bytes]:
         """Open replies one by one; the counts of all that was compared."""
         receiver = self._receiver
         if receiver is None:
             return {}
+        if self._said.is_file():
+            return {COUNTS: self._said.read_bytes()}
         found = self._load_found(receiver)
         for name in self._others:
             if name in found.senders:
@@ -203,8 +211,10 @@ class OverlapAnswers:
                 found = receiver.open(found, name, tags, reply)
                 path = self._folder / "found.safetensors"
                 write_bytes(path, found.to_bytes(), mode=0o600)
+        counts = self._compare(receiver, found)
+        write_bytes(self._said, counts)
         shutil.rmtree(self._folder / "sets", ignore_errors=True)
-        return {COUNTS: self._compare(receiver, found)}
+        return {COUNTS: counts}
 
     def _load_found(self, receiver: Receiver) -> Found:
         path = self._folder / "found.safetensors"

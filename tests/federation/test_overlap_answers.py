@@ -234,7 +234,7 @@ def test_a_process_that_is_killed_anywhere_sends_the_same_bytes(place, monkeypat
     monkeypatch.setattr(overlap_answers, "write_bytes", write_until)
     question = place.ask(2, "ann")
     counted, kills = insist(lambda: place.open("ann").answer(question))
-    assert json.loads(counted[COUNTS])["compared"] == list(NAMES) and kills == 1
+    assert json.loads(counted[COUNTS])["compared"] == list(NAMES) and kills == 2
     assert place.open("ann").answer(question) == counted
 
 
@@ -311,6 +311,19 @@ def test_a_reply_that_is_missing_or_malformed_ends_one_comparison(place, change)
     assert json.loads(answers["eve"][COUNTS])["compared"] == list(NAMES)
     place.take(2, "ann", answers["ann"])
     assert place.notes == ["Held-out text of 'ann' is not compared with bob."]
+
+
+def test_counts_are_said_once_whoever_is_carried_later(place):
+    for name in NAMES:
+        place.offer(name)
+    for name in NAMES:
+        place.take(1, name, place.open(name).answer(place.ask(1, name)))
+    whole = place.ask(2, "ann")
+    alone = place.lay("alone", {f"{REPLIES}/bob": (whole / REPLIES / "bob").read_bytes()})
+    first = place.open("ann").answer(alone)
+    assert json.loads(first[COUNTS])["compared"] == ["ann", "bob"]
+    place.open("ann").answer(place.root / "mail" / "question-1-ann")  # all sets once more
+    assert place.open("ann").answer(whole) == first
 
 
 def test_counts_that_others_text_cannot_give_are_not_used(place):
