@@ -45,7 +45,6 @@ from molora_fed.corpus.overlap import (
 from molora_fed.models.base import load_base
 from molora_fed.privacy.intersection import Receiver, Sealing, Sender
 from molora_fed.privacy.messages import Query, Reply, TagSet
-from molora_fed.privacy.overlap import OverlapCounts, measure_private_overlap
 from molora_fed.types import Split
 
 KNOWN = (100_000, 1_000_000)
@@ -264,13 +263,10 @@ def describe_demo(demo: Demo) -> Iterator[str]:
     for name, found in private.items():
         if not np.array_equal(found.known, pooled[name].known):
             raise SystemExit(f"8-grams of {name} in known text differ")
-        counts, wanted = OverlapCounts.count(found), OverlapCounts.count(pooled[name])
+        wanted, left_out = (int((~one.kept).sum()) for one in (pooled[name], found))
         train = join(demo.part[name]).size
         held_out = list_shingles(demo.sent[name], demo.tokenizer).size
-        yield (
-            f"| {name} | {train:,} | {held_out:,} | {counts.blocks} | {wanted.left_out} "
-            f"| {counts.left_out} |"
-        )
+        yield (f"| {name} | {train:,} | {held_out:,} | {found.kept.size} | {wanted} | {left_out} |")
     yield ""
     yield f"The 8-grams found in known text are the same in every block. {seconds:.0f} s in all."
 
@@ -296,13 +292,9 @@ def compare_privately(demo: Demo) -> dict[str, Overlap]:
                 ).to_bytes()
                 tags = TagSet.read(sets[other], other)
                 state = receiver.open(state, other, tags, Reply.read(reply, other, query))
-        found[name] = measure_private_overlap(
-            demo.sent[name],
-            others=receiver.list_known(state),
-            home=[*demo.part[name], demo.base],
-            owner=name,
-            tokenizer=demo.tokenizer,
-        )
+        elsewhere = KnownText("train", "", partial(receiver.list_known, state))
+        known = [*demo.part[name], demo.base, elsewhere]
+        found |= measure_overlap({name: demo.sent[name]}, known, demo.tokenizer)
     return found
 
 

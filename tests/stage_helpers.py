@@ -41,12 +41,12 @@ def write_text(folder, who, count=240):
 class Stage:
     """A coordinator in a thread, contributors advanced in turn, letters carried by hand."""
 
-    def __init__(self, root, checkpoint, amendment, **settings):
+    def __init__(self, root, checkpoint, amendment, *, block_size=16, **settings):
         self.root = root
         self.away, self.refused = set(), {}
         self.cooperative = create_cooperative(
-            root / "server", "test", load_base(checkpoint), corpus=CorpusRules(block_size=16),
-            amendment=amendment, **settings,
+            root / "server", "test", load_base(checkpoint), amendment=amendment,
+            corpus=CorpusRules(block_size=block_size), **settings,
         )  # fmt: skip
         self.server = CoordinatorHome(root / "server")
         self.dialogue = ServerDialogue(self.server, message_bytes=MESSAGE_BYTES, wait_seconds=0)

@@ -21,6 +21,7 @@ from molora_fed.contributions.manifest import (
     FileEntry,
     Manifest,
     Origin,
+    QueryEntry,
     SampleEntry,
     load_contribution,
     parse_manifest,
@@ -151,6 +152,7 @@ def build_contribution(
     contamination: float | None = None,
     start_loss: float | None = None,
     origin: Origin | None = None,
+    held_out_query: QueryEntry | None = None,
 ) -> Contribution:
     """Make and sign the folder of a contribution, whole or not at all.
 
@@ -173,6 +175,7 @@ def build_contribution(
         start_loss: Loss of the model that training started from on the admission sample, nats
             per token (`molora_fed.contributions.build.measure_start_loss`); None states nothing.
         origin: What an adapter made elsewhere claims; None for one trained here.
+        held_out_query: Commits to the query about its held-out blocks; None if it asks nobody.
 
     Raises:
         AdapterError: If an adapter file is missing, or a value cannot stand in a manifest.
@@ -198,6 +201,7 @@ def build_contribution(
             contamination=contamination,
             start_loss=start_loss,
             origin=origin,
+            held_out_query=held_out_query,
         )
         write_json(temporary / MANIFEST_FILE, manifest.model_dump(mode="json"))
         write_bytes(temporary / SIGNATURE_FILE, (sign(key, manifest.canonical) + "\n").encode())

@@ -35,6 +35,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "Origin",
+    "QueryEntry",
     "SampleEntry",
     "load_contribution",
     "parse_manifest",
@@ -91,6 +92,19 @@ class SampleEntry(FileEntry):
     tokens: int = Field(ge=1)
 
 
+class QueryEntry(FileEntry):
+    """The query by which others' train text is asked for a contributor's held-out blocks.
+
+    It commits to the query before anybody knows who is asked; see docs/overlap.md. The query
+    itself is no part of a contribution.
+
+    Attributes:
+        blocks: Held-out blocks whose word 8-grams are in it.
+    """
+
+    blocks: int = Field(ge=1)
+
+
 class Origin(UntrustedModel):
     """What the folder of an adapter that was made elsewhere claims, and what was verified.
 
@@ -142,6 +156,8 @@ class Manifest(UntrustedModel):
         start_loss: Loss of the model that training started from on the admission sample, nats per
             token; None in manifests of earlier versions, which do not have the key.
         origin: What an adapter made elsewhere claims; None, and no key, for one trained here.
+        held_out_query: What asks others' train text for the held-out blocks; None, and no key,
+            where held-out blocks are sent, or nobody's are compared with this contributor's text.
     """
 
     format_version: Literal[1] = 1
@@ -162,6 +178,7 @@ class Manifest(UntrustedModel):
     # Left out where there is none, so that manifests signed before there was the key verify.
     start_loss: Loss | None = Field(default=None, exclude_if=lambda loss: loss is None)
     origin: Origin | None = Field(default=None, exclude_if=lambda origin: origin is None)
+    held_out_query: QueryEntry | None = Field(default=None, exclude_if=lambda query: query is None)
 
     @property
     def canonical(self) -> bytes:

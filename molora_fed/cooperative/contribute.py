@@ -21,7 +21,7 @@ from molora_fed.contributions.build import (
     measure_start_loss,
     state_loss_dtype,
 )
-from molora_fed.contributions.manifest import Contribution, Origin
+from molora_fed.contributions.manifest import Contribution, Origin, QueryEntry
 from molora_fed.cooperative.chat_tokens import find_chat_warnings
 from molora_fed.cooperative.cooperative import load_charter_base, open_cooperative
 from molora_fed.corpus.documents import open_domain, read_documents
@@ -33,8 +33,9 @@ from molora_fed.models.base import Base
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.private_member import carve_own
+from molora_fed.privacy.overlap import open_receiver
 from molora_fed.storage.compute import Compute, read_compute
-from molora_fed.storage.files import is_file, is_folder, resolve_inside
+from molora_fed.storage.files import hash_bytes, is_file, is_folder, resolve_inside
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
 from molora_fed.storage.untrusted import clean, parse_json
 from molora_fed.training.adapter_job import Specialist
@@ -501,6 +502,7 @@ def sign_adapter(
         CorpusError: If the charter asks for blocks that the corpus has not.
         StorageError: On I/O errors.
     """
+    name = name or f"{corpus.domain}-{key_fingerprint(build_public_pem(key))[:6]}"
     return build_contribution(
         folder,
         adapter=adapter.folder,
@@ -508,7 +510,7 @@ def sign_adapter(
         samples=corpus.blocks,
         key=key,
         charter=under.charter,
-        contributor=name or f"{corpus.domain}-{key_fingerprint(build_public_pem(key))[:6]}",
+        contributor=name,
         domain=corpus.domain,
         training=adapter.record,
         base_loss=adapter.base_loss,
@@ -516,4 +518,25 @@ def sign_adapter(
         contamination=contamination,
         start_loss=adapter.start_loss,
         origin=adapter.origin,
+        held_out_query=_commit_query(under, corpus, key, name),
     )
+
+
+def _commit_query(
+    under: CharterAndBase, corpus: Corpus, key: EllipticCurvePrivateKey, name: str
+) -> QueryEntry | None:
+    """What the manifest states of the query about held-out blocks; None where it asks nobody.
+
+    Held-out blocks with more word 8-grams than a query takes are compared at home only.
+    """
+    charter = under.charter
+    held_out = corpus.blocks[Split.HELD_OUT].take(charter.amendment.samples.held_out)
+    if not (charter.is_private and charter.amendment.fusion.mode == "router" and len(held_out)):
+        return None
+    receiver = open_receiver(
+        held_out, under.base.tokenizer, key=key, identity=charter.identity_hash, name=name
+    )
+    if receiver is None:
+        return None
+    query = receiver.query.to_bytes()
+    return QueryEntry(sha256=hash_bytes(query), bytes=len(query), blocks=len(held_out))

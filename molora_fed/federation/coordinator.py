@@ -331,6 +331,9 @@ class CoordinatorWorker:
             controls = load_controls(self._home.root, self._plugins)
             texts = read_known_text(self._home.root)
             return PooledSource(self._charter, texts, controls), lambda: None
+        if self._published() != self._recipe:
+            # Whoever still gets the last result leaves, and cannot be asked.
+            (self._home.outbox / "result.json").unlink(missing_ok=True)
         place = [""]
 
         def enter(name: str) -> None:

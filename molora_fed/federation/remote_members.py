@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from molora_fed.charter import Charter
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.errors import ExpertError, FederationError, SumError
-from molora_fed.federation.exchange import Exchange
+from molora_fed.federation.exchange import ANSWER_FILE, Exchange
 from molora_fed.federation.messages import Shipment
+from molora_fed.federation.overlap_carrier import OverlapCarrier
+from molora_fed.federation.overlap_letters import OFFER_BYTES
 from molora_fed.federation.sum_letters import (
     AgainAsked,
     ExpertsAsked,
@@ -68,6 +70,16 @@ class _Fusion:
     folder: Path
     contributions: Mapping[str, Contribution]
     counts: Mapping[str, TextCounts]
+    overlap: OverlapCarrier
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A sum that is asked for: its place among them, and each member's question."""
+
+    turn: int
+    id: str
+    questions: Mapping[str, Shipment]
 
 
 class RemoteMembers:
@@ -103,6 +115,7 @@ class RemoteMembers:
         self._on_note = on_note
         self._fusion: _Fusion | None = None
         self._present: tuple[str, ...] = ()
+        self._turn = 0
 
     def begin(self, plan: FusionPlan) -> Mapping[str, TextCounts]:
         """See `Members`.
@@ -120,13 +133,20 @@ class RemoteMembers:
             )
         fusion = name_fusion(self._charter, [one.id for one in taken.values()])
         place = self._folder / fusion[:16]
-        counts = self._ask_counts(fusion, taken, place / "counts.json")
-        self._fusion = _Fusion(fusion, place, taken, counts)
+        manifests = {name: one.manifest for name, one in sorted(taken.items())}
+        overlap = OverlapCarrier(place, manifests, fusion=fusion, on_note=self._on_note)
+        counts = self._ask_counts(fusion, taken, place / "counts.json", overlap)
+        self._fusion = _Fusion(fusion, place, taken, counts, overlap)
         self._present = tuple(sorted(counts))
+        self._turn = 0
         return counts
 
     def _ask_counts(
-        self, fusion: str, taken: Mapping[str, Contribution], kept: Path
+        self,
+        fusion: str,
+        taken: Mapping[str, Contribution],
+        kept: Path,
+        overlap: OverlapCarrier,
     ) -> dict[str, TextCounts]:
         if kept.is_file():
             found = json.loads(kept.read_bytes())
@@ -139,7 +159,7 @@ class RemoteMembers:
         domains = {name: one.manifest.domain for name, one in taken.items()}
 
         def read(name: str, folder: Path) -> TextCounts:
-            counts = read_counts(folder)
+            counts = read_counts(folder / ANSWER_FILE)
             self._check_counts(name, counts)
             if set(counts.claims) != set(list_drawn(fusion, domains, name)):
                 raise FederationError(
@@ -147,10 +167,11 @@ class RemoteMembers:
                     f"was drawn for, got {len(counts.claims)} others. Ask that contributor to run "
                     "the same molora-fed version."
                 )
+            overlap.take_offer(name, folder)
             return counts
 
         found = self._exchange.ask(
-            dict.fromkeys(sorted(taken), asked), read, answer_bytes=_COUNTS_BYTES
+            dict.fromkeys(sorted(taken), asked), read, answer_bytes=_COUNTS_BYTES + OFFER_BYTES
         )
         counts = dict(sorted(found.items()))
         self._check_claims(fusion, counts)
@@ -188,10 +209,15 @@ class RemoteMembers:
                 "molora-fed version."
             )
 
+    def recount(self) -> Mapping[str, TextCounts]:
+        """See `Members`."""
+        return self._open.overlap.recount(self._open.counts)
+
     def add_up(self, question: SumQuestion, rounds: SumRounds, check: Check) -> Total:
         """See `Members`."""
         fusion = self._open
         layout = rounds.lay_out(question)
+        self._turn += 1
         asked = self._publish(question, fusion)
         kept = fusion.folder / asked.id[:16]
         if not (kept / "total.json").is_file():
@@ -206,7 +232,9 @@ class RemoteMembers:
             write_json(kept / "total.json", said)  # last: with it the total is there
             for state in kept.glob("coordinator-*.bin"):
                 state.unlink()
-        self._exchange.forget(asked)
+        for files in set(asked.questions.values()):
+            self._exchange.forget(files)
+        fusion.overlap.tidy(asked.turn)
         said = json.loads((kept / "total.json").read_bytes())
         for note in said["notes"]:
             self._on_note(note)
@@ -223,7 +251,8 @@ class RemoteMembers:
     def _is_masked(self) -> bool:
         return self._charter.identity.summing == "masked"
 
-    def _publish(self, question: SumQuestion, fusion: _Fusion) -> Shipment:
+    def _publish(self, question: SumQuestion, fusion: _Fusion) -> _Asking:
+        """The question of a sum, beside which something may ride along for a member."""
         asked = SumAsked(
             fusion=fusion.id,
             place=question.place,
@@ -232,7 +261,21 @@ class RemoteMembers:
             counts={n: c.model_copy(update={"claims": {}}) for n, c in fusion.counts.items()},
             members=list(self._present),
         )
-        return self._exchange.publish(lambda folder: save_sum(asked, question.state, folder))
+
+        def publish(riders: Mapping[str, Path]) -> Shipment:
+            write = partial(save_sum, asked, question.state, riders=riders)
+            return self._exchange.publish(write)
+
+        bare = publish({})
+        written: dict[tuple[tuple[str, Path], ...], Shipment] = {(): bare}
+        questions = {}
+        for name in self._present:
+            riders = fusion.overlap.list_riders(self._turn, name)
+            key = tuple(riders.items())
+            if key not in written:
+                written[key] = publish(riders)
+            questions[name] = written[key]
+        return _Asking(self._turn, bare.id, questions)
 
     def _may_leave(self, missing: Sequence[str]) -> bool:
         """Whether all of them are gone, and each domain keeps somebody."""
@@ -240,18 +283,20 @@ class RemoteMembers:
         left = {counts[name].domain for name in self._present if name not in missing}
         return left == {one.domain for one in counts.values()} and all(map(self._is_gone, missing))
 
-    def _add_robustly(self, asked: Shipment, layout: VectorLayout, check: Check) -> Total:
-        counts = self._open.counts
+    def _add_robustly(self, asked: _Asking, layout: VectorLayout, check: Check) -> Total:
+        counts, overlap = self._open.counts, self._open.overlap
 
         def read(name: str, folder: Path) -> NDArray[np.float64]:
             vector, _ = layout.clip(read_vector(folder, layout.length), who=name)
             check(layout.unflatten(vector), (name,))
+            overlap.take_answer(asked.turn, name, folder, counts[name])
             return vector
 
+        beside = overlap.count_answer_bytes(asked.turn)
         vectors = self._exchange.ask(
-            dict.fromkeys(self._present, asked),
+            asked.questions,
             read,
-            answer_bytes=8 * layout.length + _HEADER_BYTES,
+            answer_bytes=8 * layout.length + _HEADER_BYTES + beside,
             is_enough=self._may_leave,
         )
         return sum_by_group(
@@ -263,7 +308,7 @@ class RemoteMembers:
             exact=list_exact(layout),
         )
 
-    def _add_masked(self, asked: Shipment, layout: VectorLayout, check: Check, kept: Path) -> Total:
+    def _add_masked(self, asked: _Asking, layout: VectorLayout, check: Check, kept: Path) -> Total:
         """Add up masked vectors; where the total is absurd, without the group it comes from."""
         fusion = self._open
         encoding = FixedPoint(layout, len(self._present), SUM_BITS)
@@ -274,7 +319,7 @@ class RemoteMembers:
             fusion=fusion.id,
             question=asked.id,
         )
-        attempts: dict[tuple[str, ...], tuple[int, Shipment]] = {}
+        attempts: dict[tuple[str, ...], tuple[int, _Asking]] = {}
 
         def open_total(names: Sequence[str]) -> Total:
             chosen = tuple(names)
@@ -285,9 +330,11 @@ class RemoteMembers:
                 again = AgainAsked(
                     fusion=fusion.id, question=asked.id, attempt=number, members=list(chosen)
                 )
-                attempts[chosen] = number, self._exchange.publish(partial(save_again, again))
-            number, files = attempts[chosen]
-            return self._open_masked(terms.over(chosen, number), files, encoding, kept)
+                files = self._exchange.publish(partial(save_again, again))
+                questions = dict.fromkeys(chosen, files)
+                attempts[chosen] = number, _Asking(0, asked.id, questions)
+            number, once_more = attempts[chosen]
+            return self._open_masked(terms.over(chosen, number), once_more, encoding, kept)
 
         def find_fault(total: Total) -> str:
             try:
@@ -320,9 +367,7 @@ class RemoteMembers:
         note = f"Left out from here on, because an absurd sum came from among them: {suspects}."
         return Total(parts, members, (note, *found.notes))
 
-    def _open_masked(
-        self, terms: Terms, asked: Shipment, encoding: FixedPoint, kept: Path
-    ) -> Total:
+    def _open_masked(self, terms: Terms, asked: _Asking, encoding: FixedPoint, kept: Path) -> Total:
         """Phase after phase, from wherever the sum was when this was killed.
 
         Returns:
@@ -335,26 +380,30 @@ class RemoteMembers:
             else Coordinator.begin(terms)
         )
         limit = max_message_bytes(len(terms.members)) + terms.length * terms.bits // 8 + 1
-
-        def read(name: str, folder: Path) -> bool:
-            coordinator.receive(name, read_message(folder, max_bytes=limit))
-            return True
-
+        counts, overlap = self._open.counts, self._open.overlap
         while True:
             questions = self._write_phase(coordinator, asked)
             expected = len(questions)
+            # What rides along comes with the first message.
+            turn = asked.turn if coordinator.state.phase == "keys" else 0
+            beside = overlap.count_answer_bytes(turn)
+
+            def read(name: str, folder: Path, turn: int = turn) -> bool:
+                coordinator.receive(name, read_message(folder, max_bytes=limit))
+                overlap.take_answer(turn, name, folder, counts[name])
+                return True
 
             def is_enough(missing: Sequence[str], expected: int = expected) -> bool:
                 return expected - len(missing) >= terms.threshold and self._may_leave(missing)
 
             self._exchange.ask(
-                questions, read, answer_bytes=limit + _HEADER_BYTES, is_enough=is_enough
+                questions, read, answer_bytes=limit + _HEADER_BYTES + beside, is_enough=is_enough
             )
             if coordinator.state.phase == "revealed":
                 break
             coordinator.advance()
             write_bytes(state, coordinator.to_bytes())
-            for files in set(questions.values()) - {asked}:
+            for files in set(questions.values()):
                 self._exchange.forget(files)
         encoded, members = coordinator.open_total(), tuple(coordinator.survivors)
         for files in set(questions.values()):
@@ -365,11 +414,11 @@ class RemoteMembers:
             return Total({}, members, (), encoded)
         return Total(encoding.layout.unflatten(total), members, (), encoded)
 
-    def _write_phase(self, coordinator: Coordinator, asked: Shipment) -> dict[str, Shipment]:
+    def _write_phase(self, coordinator: Coordinator, asked: _Asking) -> Mapping[str, Shipment]:
         """The question of this phase for each member."""
         terms = coordinator.state.terms
         if coordinator.state.phase == "keys":
-            return dict.fromkeys(terms.names, asked)
+            return asked.questions
         phase = PhaseAsked(fusion=terms.fusion, question=terms.question, attempt=terms.attempt)
         written: dict[bytes, Shipment] = {}
         for message in coordinator.outgoing().values():

@@ -19,6 +19,7 @@ __all__ = [
     "build_hello_bytes",
     "build_question_bytes",
     "build_result_bytes",
+    "build_set_bytes",
     "hash_charter_letter",
     "open_charter",
 ]
@@ -102,6 +103,15 @@ def build_question_bytes(identity: str, amendment: int, question: str) -> bytes:
     """What the coordinator signs of a question: the cooperative, its amendment, and the files."""
     content = {"purpose": "molora-question-1", "identity": identity, "question": question}
     return canonical_json({**content, "amendment": amendment})
+
+
+def build_set_bytes(identity: str, fusion: str, tags: str) -> bytes:
+    """What a contributor signs of its set of tags: the cooperative, the fusion, the set's hash.
+
+    Other members get it through the coordinator, who could put in another.
+    """
+    content = {"purpose": "molora-overlap-set-1", "identity": identity, "fusion": fusion}
+    return canonical_json({**content, "set": tags})
 
 
 def build_answer_bytes(identity: str, question: str, answer: str) -> bytes:

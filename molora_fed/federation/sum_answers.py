@@ -20,12 +20,14 @@ from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Entrant, collect_entrant
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.errors import FederationError, QuestionRefusedError
+from molora_fed.federation.overlap_answers import OverlapAnswers
 from molora_fed.federation.sum_letters import (
     AgainAsked,
     ExpertsAsked,
     PhaseAsked,
     SumAsked,
     build_sum_question,
+    identify_sum,
     load_experts,
     read_message,
     read_question,
@@ -42,6 +44,7 @@ from molora_fed.fusion.sum_rounds import (
     name_fusion,
 )
 from molora_fed.population.asked import AskedQuestions
+from molora_fed.privacy.intersection import limit_queries
 from molora_fed.privacy.sums.fixed_point import FixedPoint
 from molora_fed.privacy.sums.member import Member
 from molora_fed.privacy.sums.member_state import MemberState
@@ -51,7 +54,7 @@ from molora_fed.storage.files import hash_file, replace_folder, write_bytes, wri
 from molora_fed.storage.untrusted import clean
 from molora_fed.types import Progress
 
-__all__ = ["SumAnswers", "end_fusions"]
+__all__ = ["SumAnswers", "end_fusion"]
 
 _WORDS_FILE, _ENDED_FILE = "words.safetensors", "ended.json"
 _SECRET_FILE = "secret"
@@ -63,24 +66,27 @@ OpenMember = Callable[[Sequence[Entrant], Path], FusionMember]
 """Opens this contributor's text beside the experts; the folder gets banks."""
 
 
-def end_fusions(folder: Path) -> None:
-    """Delete what fusions whose result has arrived left: secrets, vectors, experts.
+def end_fusion(folder: Path, fusion: str) -> None:
+    """Delete what a fusion whose result has arrived left: secrets, vectors, experts.
 
-    What was asked stays counted, and nothing of these fusions is answered any more.
+    What was asked stays counted, and nothing of this fusion is answered any more.
 
     Args:
         folder: The one that `SumAnswers` was given.
+        fusion: Its id.
 
     Raises:
         StorageError: On I/O errors.
     """
-    for place in folder.glob(_FUSION_FOLDERS):
-        if not (place / _ENDED_FILE).is_file():
-            write_json(place / _ENDED_FILE, {})
-        for path in place.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-        (place / _SECRET_FILE).unlink(missing_ok=True)
+    place = folder / fusion[:16]
+    if not place.is_dir():
+        return
+    write_json(place / _ENDED_FILE, {})
+    for path in place.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (_ENDED_FILE, ASKED_FILE):
+            path.unlink()
 
 
 class SumAnswers:
@@ -111,15 +117,12 @@ class SumAnswers:
         self._key = key
         self._folder = folder
         self._open_member = open_member
-        self._opened: dict[str, FusionMember] = {}
+        self._opened: dict[str, tuple[FusionMember, OverlapAnswers]] = {}
 
-    def answer(
-        self, question_id: str, question: Path, answer: Path, progress: Progress | None
-    ) -> str:
+    def answer(self, question: Path, answer: Path, progress: Progress | None) -> str:
         """Answer a question.
 
         Args:
-            question_id: Id of its files.
             question: Its folder.
             answer: Gets the answer's folder.
             progress: Told what is done of it.
@@ -134,11 +137,13 @@ class SumAnswers:
         """
         asked = read_question(question)
         if isinstance(asked, ExpertsAsked):
-            save_answer(answer, counts=self._begin(asked, question, progress))
+            counts = self._begin(asked, question, progress)
+            save_answer(answer, counts=counts, riders=self._overlap(asked.fusion).offer(progress))
             return "counts"
         if isinstance(asked, SumAsked):
-            vector, message = self._sum(asked, question_id, question, progress)
-            save_answer(answer, vector=vector, message=message)
+            vector, message = self._sum(asked, question, progress)
+            riders = self._overlap(asked.fusion).answer(question)
+            save_answer(answer, vector=vector, message=message, riders=riders)
             return "masks" if vector is None else "sums"
         if isinstance(asked, AgainAsked):
             save_answer(answer, message=self._begin_again(asked))
@@ -209,13 +214,32 @@ class SumAnswers:
         return load_experts(place)
 
     def _member(self, fusion: str) -> FusionMember:
+        return self._open(fusion)[0]
+
+    def _overlap(self, fusion: str) -> OverlapAnswers:
+        return self._open(fusion)[1]
+
+    def _open(self, fusion: str) -> tuple[FusionMember, OverlapAnswers]:
         if fusion not in self._opened:
-            entrants = [collect_entrant(one) for one in self._experts(fusion)]
-            self._opened = {fusion: self._open_member(entrants, self._folder)}
+            experts, place = self._experts(fusion), self._place(fusion)
+            manifests = {one.manifest.contributor: one.manifest for one in experts}
+            member = self._open_member([collect_entrant(one) for one in experts], self._folder)
+            limits = limit_queries(manifests.keys() - {self._name})
+            overlap = OverlapAnswers(
+                member,
+                name=self._name,
+                manifests=manifests,
+                key=self._key,
+                secret=self._secret(place, "overlap-secret"),
+                fusion=fusion,
+                folder=place / "overlap",
+                admit=AskedQuestions(place, self._charter.amendment.number, limits).admit,
+            )
+            self._opened = {fusion: (member, overlap)}
         return self._opened[fusion]
 
     def _sum(
-        self, asked: SumAsked, question_id: str, folder: Path, progress: Progress | None
+        self, asked: SumAsked, folder: Path, progress: Progress | None
     ) -> tuple[NDArray[np.float64] | None, bytes | None]:
         """A vector; or the first message of a masked sum, and the vector stays here."""
         member = self._member(asked.fusion)
@@ -227,7 +251,7 @@ class SumAnswers:
         )
         layout = rounds.lay_out(question)
         place = self._place(asked.fusion)
-        limits = rounds.count_places()
+        limits, question_id = rounds.count_places(), identify_sum(folder)
         counted = AskedQuestions(place, self._charter.amendment.number, limits)
         counted.admit(asked.place, question_id)
         kept = place / question_id[:16]
@@ -310,9 +334,9 @@ class SumAnswers:
             write_bytes(path, begun.state.to_bytes(), mode=0o600)
         return begun.send_keys()
 
-    def _secret(self, place: Path) -> bytes:
+    def _secret(self, place: Path, name: str = _SECRET_FILE) -> bytes:
         """32 random bytes of this fusion; they are deleted with it."""
-        path = place / _SECRET_FILE
+        path = place / name
         with suppress(FileNotFoundError):
             return path.read_bytes()
         write_bytes(path, secrets.token_bytes(32), mode=0o600)

@@ -1,7 +1,8 @@
 """What coordinator and members of a private fusion put into questions and answers, as folders.
 
 Everything is parsed at the door into bounded values. An answer holds counts, or one message of a
-sum; neither text nor token ids have a place in it.
+sum; neither text nor token ids have a place in it. What compares held-out text with train text
+rides along in a folder of its own (`overlap_letters`).
 """
 
 import shutil
@@ -25,9 +26,16 @@ from molora_fed.contributions.manifest import (
 )
 from molora_fed.errors import FederationError
 from molora_fed.federation.exchange import ANSWER_FILE, QUESTION_FILE
+from molora_fed.federation.messages import FileEntry, Shipment
 from molora_fed.fusion.sum_rounds import SumQuestion, TextCounts
 from molora_fed.privacy.sums.messages import Name, Names, Sha
-from molora_fed.storage.files import make_folder, replace_folder, write_bytes, write_json
+from molora_fed.storage.files import (
+    hash_file,
+    make_folder,
+    replace_folder,
+    write_bytes,
+    write_json,
+)
 from molora_fed.storage.settings import UntrustedModel, describe_offenders
 from molora_fed.storage.untrusted import clean, parse_json
 
@@ -37,6 +45,7 @@ __all__ = [
     "PhaseAsked",
     "SumAsked",
     "build_sum_question",
+    "identify_sum",
     "load_experts",
     "read_counts",
     "read_message",
@@ -168,8 +177,20 @@ def load_experts(folder: Path) -> list[Contribution]:
     return found
 
 
-def save_sum(asked: SumAsked, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+def save_sum(
+    asked: SumAsked,
+    state: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    riders: Mapping[str, Path] | None = None,
+) -> None:
     """Write a question for a sum; equal questions give equal bytes.
+
+    Args:
+        asked: What is asked.
+        state: Tensors of the routers.
+        folder: Of the question.
+        riders: Files that ride along, by their name in the folder; no part of the sum.
 
     Raises:
         StorageError: On I/O errors.
@@ -177,6 +198,23 @@ def save_sum(asked: SumAsked, state: Mapping[str, torch.Tensor], folder: Path) -
     with replace_folder(folder) as target:
         write_json(target / QUESTION_FILE, asked.model_dump(mode="json"))
         write_tensors(target / _STATE_FILE, state)
+        for name, source in (riders or {}).items():
+            make_folder((target / name).parent)
+            shutil.copyfile(source, target / name)
+
+
+def identify_sum(folder: Path) -> str:
+    """Id of what is summed: that of the question without what rides along, the same for all.
+
+    Args:
+        folder: Of the question, written by `save_sum`.
+    """
+    paths = [folder / QUESTION_FILE, folder / _STATE_FILE]
+    try:
+        files = [FileEntry(path.name, hash_file(path), path.stat().st_size) for path in paths]
+    except OSError as error:
+        raise _malformed("a question", "a state", type(error).__name__) from error
+    return Shipment(tuple(files)).id
 
 
 def save_again(asked: AgainAsked, folder: Path) -> None:
@@ -228,8 +266,16 @@ def save_answer(
     counts: TextCounts | None = None,
     message: bytes | None = None,
     vector: NDArray[np.float64] | None = None,
+    riders: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write an answer: counts, a message of a masked sum, or a vector, (N,).
+
+    Args:
+        folder: Of the answer.
+        counts: Where experts were sent.
+        message: Of a masked sum.
+        vector: Of a robust sum, (N,).
+        riders: What rides along, by its name in the folder.
 
     Raises:
         StorageError: On I/O errors.
@@ -241,16 +287,18 @@ def save_answer(
             write_bytes(target / _MESSAGE_FILE, message)
         if vector is not None:
             write_tensors(target / _STATE_FILE, {"vector": torch.from_numpy(vector)})
+        for name, data in (riders or {}).items():
+            write_bytes(target / name, data)
 
 
-def read_counts(folder: Path) -> TextCounts:
-    """Read an answer to `ExpertsAsked`, from outside.
+def read_counts(path: Path) -> TextCounts:
+    """Read counts, from outside.
 
     Raises:
-        FederationError: If it is malformed.
+        FederationError: If they are malformed.
     """
     try:
-        return TextCounts.model_validate(_read_json(folder / ANSWER_FILE))
+        return TextCounts.model_validate(_read_json(path))
     except ValidationError as error:
         got = describe_offenders(error, whole="counts")
         raise _malformed("an answer", "counts of text", got) from error

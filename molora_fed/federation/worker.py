@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from molora_fed.charter import Charter
+from molora_fed.charter import Charter, load_charter
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.errors import (
     AdmissionError,
@@ -25,7 +25,7 @@ from molora_fed.federation.envelopes import open_letter, set_aside
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.kept import Offer
-from molora_fed.federation.letters import Acknowledgement
+from molora_fed.federation.letters import Acknowledgement, ResultLetter
 from molora_fed.federation.logs import log, start_logging
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.signing import build_acknowledgement_bytes
@@ -323,7 +323,7 @@ class ContributorWorker:
             phase = "EVOLVING" if evolves else "FUSING"
             self._state.enter(phase, "answering the coordinator")
             try:
-                answer_question(home, charter, letter, partial(answer, charter, letter.id))
+                answer_question(home, charter, letter, partial(answer, charter))
             except QuestionRefusedError as error:
                 refuse_question(home, letter, str(error))
                 self._state.enter(phase, f"refused a question: {error}")
@@ -334,9 +334,7 @@ class ContributorWorker:
         # Its figures would be those of a few blocks, and the state is sent.
         self._state.progress(done, total)
 
-    def _answer_evolution(
-        self, charter: Charter, question_id: str, question: Path, answer: Path
-    ) -> str:
+    def _answer_evolution(self, charter: Charter, question: Path, answer: Path) -> str:
         from molora_fed.population.questions import load_question, save_answer
 
         asked = load_question(question, rules=charter.identity.adapters, plugins=self._plugins)
@@ -344,9 +342,7 @@ class ContributorWorker:
         save_answer(found, charter.amendment.population.router, answer)
         return "evolution"
 
-    def _answer_fusion(
-        self, charter: Charter, question_id: str, question: Path, answer: Path
-    ) -> str:
+    def _answer_fusion(self, charter: Charter, question: Path, answer: Path) -> str:
         from molora_fed.federation.sum_answers import SumAnswers
         from molora_fed.fusion.private_answers import FusionMember
 
@@ -376,7 +372,7 @@ class ContributorWorker:
                 folder=home.private / _FUSION_FOLDER,
                 open_member=open_member,
             )
-        return self._answers.answer(question_id, question, answer, self._progress)
+        return self._answers.answer(question, answer, self._progress)
 
     def _open_member(self, charter: Charter) -> "PrivateMember":
         """This contributor's blocks, carved; opened at the first question."""
@@ -399,10 +395,13 @@ class ContributorWorker:
         home = self._home
         with self._usage.stage("result"):
             is_here = receive_result(home)
-        if is_here and (home.private / _FUSION_FOLDER).is_dir():
-            from molora_fed.federation.sum_answers import end_fusions
+        letter = open_letter(home.result_letter, ResultLetter)
+        if is_here and letter is not None and (home.private / _FUSION_FOLDER).is_dir():
+            from molora_fed.federation.sum_answers import end_fusion
+            from molora_fed.fusion.sum_rounds import name_fusion
 
-            end_fusions(home.private / _FUSION_FOLDER)
+            fusion = name_fusion(load_charter(home.charter), letter.summary.contributions)
+            end_fusion(home.private / _FUSION_FOLDER, fusion)
         return is_here or None
 
     def _link_base(self) -> None:

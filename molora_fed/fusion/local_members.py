@@ -1,5 +1,6 @@
 """Members of a private fusion in this process, through the calls that a federation makes."""
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -7,6 +8,8 @@ from functools import partial
 from torch import Tensor
 
 from molora_fed.charter import Charter
+from molora_fed.corpus.overlap import list_shingles
+from molora_fed.fusion.held_out import Elsewhere
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.fusion.private_texts import Check
@@ -17,6 +20,7 @@ from molora_fed.fusion.sum_rounds import (
     TextCounts,
     list_exact,
 )
+from molora_fed.privacy.intersection import Receiver, Sender
 from molora_fed.privacy.sums.local import LocalMaskedSum
 from molora_fed.privacy.sums.robust import sum_by_group
 from molora_fed.privacy.sums.vectors import Total
@@ -38,11 +42,42 @@ class LocalMembers:
     members: Mapping[str, FusionMember]
     questions: list[SumQuestion] = field(default_factory=list)
     _counts: dict[str, TextCounts] = field(default_factory=dict)
+    _recounted: dict[str, TextCounts] = field(default_factory=dict)
 
     def begin(self, plan: FusionPlan) -> Mapping[str, TextCounts]:
         """See `Members`."""
         self._counts = {name: member.count() for name, member in sorted(self.members.items())}
+        self._recounted = self._compare()
         return self._counts
+
+    def _compare(self) -> dict[str, TextCounts]:
+        """Held-out blocks of each member with the text of every other."""
+        senders, sets = {}, {}
+        for name, member in self.members.items():
+            sender = Sender(member.index_known(), secret=secrets.token_bytes(32), fusion="")
+            senders[name] = sender
+            sets[name] = sender.finish(sender.advance(sender.begin(), sender.total))
+        trained = {name for name, member in self.members.items() if member.has_train_text}
+        counts = {}
+        for name, member in sorted(self.members.items()):
+            items = list_shingles(member.held_out, member.tokenizer)
+            receiver = Receiver(items, secret=secrets.token_bytes(32), purpose="")
+            found = receiver.begin()
+            for other in sorted(senders.keys() - {name}):
+                reply = senders[other].answer(
+                    receiver.query,
+                    name,
+                    committed=receiver.query.commitment,
+                    admit=lambda place, question: None,
+                )
+                found = receiver.open(found, other, sets[other], reply)
+            others = tuple(other for other in found.senders if other in trained)
+            counts[name] = member.compare(Elsewhere(receiver.list_known(found), others))
+        return counts
+
+    def recount(self) -> Mapping[str, TextCounts]:
+        """See `Members`."""
+        return self._recounted
 
     def add_up(self, question: SumQuestion, rounds: SumRounds, check: Check) -> Total:
         """See `Members`."""

@@ -8,8 +8,10 @@ reason may hold a figure of one document.
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from molora_fed.bank import (
@@ -25,7 +27,13 @@ from molora_fed.errors import CorpusError, PluginError, RoutingError
 from molora_fed.evaluation.summed import measure_alone, measure_sums
 from molora_fed.fusion.boundary import NotMeasured, check_fitted, measure_merges
 from molora_fed.fusion.claims import measure_claims
-from molora_fed.fusion.held_out import HeldOutChoice, choose_held_out
+from molora_fed.fusion.held_out import (
+    Elsewhere,
+    HeldOutChoice,
+    choose_held_out,
+    compare_held_out,
+    list_known,
+)
 from molora_fed.fusion.plan import FusionPlan, plan_fusion
 from molora_fed.fusion.sum_rounds import HELD_OUT, SumQuestion, SumRounds, TextCounts
 from molora_fed.models.base import Base
@@ -47,6 +55,10 @@ class FusionMember:
         name: This contributor's name.
         folder: Gets `bank/`, in which columns of experts that stay are found again.
         plugins: Where routers, adapter kinds and merges are registered.
+
+    Attributes:
+        plan: The fusion's.
+        prepared: All held-out blocks of the corpus; the fusion takes the first of them.
 
     Raises:
         CharterError: If a router's options are wrong.
@@ -73,12 +85,14 @@ class FusionMember:
         (own,) = (one for one in self.plan.contributions if one.contributor == name)
         samples = charter.amendment.samples
         calibration = blocks[Split.CALIBRATION].take(samples.calibration)
-        held_out = blocks[Split.HELD_OUT].take(samples.held_out)
+        self.prepared = blocks[Split.HELD_OUT]
+        held_out = self.prepared.take(samples.held_out)
         if not (len(calibration) and len(held_out)):
             raise CorpusError(
                 f"Cannot take part with the text of '{name}': expected calibration and held-out "
                 f"blocks, got {len(calibration)} and {len(held_out)}. Use more text."
             )
+        self._choice: HeldOutChoice | None = None
         self._own = Contributed(
             **vars(own), held_out=held_out, calibration=calibration, train_text=corpus
         )
@@ -88,14 +102,34 @@ class FusionMember:
         """D of the base."""
         return int(self._base.model.config.hidden_size)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the base."""
+        return self._base.tokenizer
+
+    @property
+    def held_out(self) -> Blocks:
+        """The held-out blocks of this fusion."""
+        return self._own.held_out
+
+    @property
+    def has_train_text(self) -> bool:
+        """Whether the text that its specialist was trained on is here."""
+        return self._own.train_text is not None
+
+    def index_known(self) -> NDArray[np.uint64]:
+        """Word 8-grams that this member's specialist and all routers read, each once, sorted."""
+        texts = list_known([self._own], self.tokenizer)
+        return np.unique(np.concatenate([text.load() for text in texts]))
+
     @cached_property
-    def _choice(self) -> HeldOutChoice:
+    def _at_home(self) -> HeldOutChoice:
         return choose_held_out([self._own], self._base)
 
     def count(
         self, measured: Sequence[str] = (), *, progress: Progress | None = None
     ) -> TextCounts:
-        """What this member has; see `TextCounts`.
+        """What this member has, its held-out blocks compared with the text that is here.
 
         Args:
             measured: Whose adapters it measures, to see whether they do what was stated.
@@ -105,11 +139,26 @@ class FusionMember:
             SumError: If there are too few documents for figures.
             MoloraError: Whatever banks and experts raise.
         """
-        who = self._own.contributor
-        claims = (
-            measure_claims(self._open_calibration(progress), measured, who=who) if measured else {}
-        )
-        overlap = self._choice.overlaps[self._own.contributor]
+        counts = self._count(self._at_home)
+        if not measured:
+            return counts
+        bank, who = self._open_calibration(progress), self._own.contributor
+        return counts.model_copy(update={"claims": measure_claims(bank, measured, who=who)})
+
+    def compare(self, elsewhere: Elsewhere) -> TextCounts:
+        """Choose held-out blocks anew, by others' text too: what is measured ever after.
+
+        Args:
+            elsewhere: What was found of others' text.
+
+        Returns:
+            What this member has now.
+        """
+        self._choice = compare_held_out([self._own], self._base, elsewhere)
+        return self._count(self._choice)
+
+    def _count(self, choice: HeldOutChoice) -> TextCounts:
+        overlap = choice.overlaps[self._own.contributor]
         kept = overlap.kept
         size = self._own.held_out.block_size - 1
         assert self._own.calibration is not None
@@ -125,9 +174,8 @@ class FusionMember:
             base=overlap.base,
             kept=int(overlap.totals[kept].sum()),
             after=int(overlap.known[kept].sum()),
-            compared=list(self._choice.trained),
-            has_base=self._choice.has_base,
-            claims=claims,
+            compared=sorted(choice.trained),
+            has_base=choice.has_base,
         )
 
     def measure(
@@ -200,12 +248,14 @@ class FusionMember:
         )
 
     def _open_held_out(self, progress: Progress | None) -> HeldOutBank:
+        choice = self._choice or self._at_home
+        choice.check_kept()
         return build_held_out_bank(
             self._folder,
             self._base,
             self.plan.experts,
             [self._own.held_out],
-            kept=[np.asarray(self._choice.overlaps[self._own.contributor].kept)],
+            kept=[choice.overlaps[self._own.contributor].kept],
             progress=progress,
             **self.plan.bank,
         )

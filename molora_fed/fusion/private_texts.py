@@ -53,6 +53,13 @@ class Members(Protocol):
         """
         ...
 
+    def recount(self) -> Mapping[str, TextCounts]:
+        """Counts once held-out blocks were compared with all members' text.
+
+        They are those of `begin` of members for whom that failed. Asked for last.
+        """
+        ...
+
     def add_up(self, question: SumQuestion, rounds: SumRounds, check: Check) -> Total:
         """The sum of what all members answer, the charter's way.
 
@@ -259,19 +266,25 @@ class _PrivateRun:
 
     def describe(self) -> dict[str, Any]:
         """See `TextsRun`; of texts that stay where they are there are no fingerprints."""
-        counts = self._counts
-        compared = sorted({name for one in counts.values() for name in one.compared})
+        counts = self._members.recount()
+        missed = {
+            name: absent
+            for name, one in counts.items()
+            if (absent := sorted(counts.keys() - set(one.compared)))
+        }
+        absent = sorted({name for names in missed.values() for name in names})
         return {
             "overlap": {
                 "limit": MAX_CONTAMINATION,
                 "max_block_overlap": MAX_BLOCK_OVERLAP,
                 "compared": {
-                    "train": compared,
+                    "train": sorted(counts.keys() - set(absent)),
                     "samples": True,
                     "base": all(one.has_base for one in counts.values()),
                 },
-                "absent": sorted(counts.keys() - set(compared)),
-                "domains": {d: self._describe_overlap(d) for d in self._rounds.domains},
+                "absent": absent,
+                **({"not_compared": missed} if missed else {}),
+                "domains": {d: _describe_overlap(counts, d) for d in self._rounds.domains},
             },
             "corpus": {
                 name: {
@@ -294,11 +307,13 @@ class _PrivateRun:
             "held_out_kept": {},
         }
 
-    def _describe_overlap(self, domain: str) -> dict[str, Any]:
-        own = [one for one in self._counts.values() if one.domain == domain]
-        grams, kept = (max(1, sum(getattr(c, n) for c in own)) for n in ("grams", "kept"))
-        return {
-            **{n: sum(getattr(c, n) for c in own) / grams for n in ("own", "union", "base")},
-            **{n: sum(getattr(c, n) for c in own) for n in ("blocks", "left_out", "empty")},
-            "after": sum(one.after for one in own) / kept,
-        }
+
+def _describe_overlap(counts: Mapping[str, TextCounts], domain: str) -> dict[str, Any]:
+    own = [one for one in counts.values() if one.domain == domain]
+    grams, kept = (max(1, sum(getattr(c, n) for c in own)) for n in ("grams", "kept"))
+    return {
+        **{n: sum(getattr(c, n) for c in own) / grams for n in ("own", "union")},
+        "base": sum(c.base for c in own) / grams if all(c.has_base for c in own) else None,
+        **{n: sum(getattr(c, n) for c in own) for n in ("blocks", "left_out", "empty")},
+        "after": sum(one.after for one in own) / kept,
+    }

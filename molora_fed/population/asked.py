@@ -14,9 +14,9 @@ from typing import Any
 from molora_fed.errors import PopulationError, QuestionRefusedError
 from molora_fed.storage.files import write_json
 
-__all__ = ["AskedQuestions", "begin_anew"]
+__all__ = ["ASKED_FILE", "AskedQuestions", "begin_anew"]
 
-_FILE = "asked.json"
+ASKED_FILE = "asked.json"
 
 
 class AskedQuestions:
@@ -29,7 +29,7 @@ class AskedQuestions:
     """
 
     def __init__(self, folder: Path, amendment: int, limits: Mapping[str, int]) -> None:
-        self._path = folder / _FILE
+        self._path = folder / ASKED_FILE
         self._amendment = amendment
         self._limits = limits
 
@@ -78,9 +78,9 @@ def begin_anew(folder: Path) -> None:
         PopulationError: If the count cannot be read.
         StorageError: On I/O errors.
     """
-    if (folder / _FILE).exists():
-        kept = _read(folder / _FILE)
-        write_json(folder / _FILE, _end(kept, kept["amendment"]))
+    if (folder / ASKED_FILE).exists():
+        kept = _read(folder / ASKED_FILE)
+        write_json(folder / ASKED_FILE, _end(kept, kept["amendment"]))
 
 
 def _end(kept: dict[str, Any], amendment: int) -> dict[str, Any]:

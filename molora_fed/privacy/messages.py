@@ -20,6 +20,7 @@ __all__ = [
     "KEY_ID_BYTES",
     "MAX_QUERY_BATCHES",
     "MAX_QUERY_BYTES",
+    "MAX_REPLY_BYTES",
     "MAX_SET_BATCHES",
     "MAX_SET_BYTES",
     "SET_BATCH",
@@ -44,6 +45,9 @@ _QUERY_LINE = b"molora-fed overlap query 1\n"
 _SET_LINE = b"molora-fed overlap set 1\n"
 _REPLY_LINE = b"molora-fed overlap reply 1\n"
 MAX_QUERY_BYTES = len(_QUERY_LINE) + MAX_QUERY_BATCHES * BATCH * ELEMENT_BYTES
+MAX_REPLY_BYTES = (
+    len(_REPLY_LINE) + KEY_ID_BYTES + _QUERY_ID_BYTES + MAX_QUERY_BATCHES * BATCH * ELEMENT_BYTES
+)
 MAX_SET_BYTES = len(_SET_LINE) + KEY_ID_BYTES + MAX_SET_BATCHES * SET_BATCH * _TAG_BYTES
 
 

@@ -46,13 +46,18 @@ def describe_overlap(result: Mapping[str, Any]) -> str:
         "the samples that were sent",
         *(["the base's train text"] if compared["base"] else []),
     ]
+    elsewhere = [] if "not_compared" in overlap else overlap["absent"]
     absent = [
-        *([f"train text of {', '.join(overlap['absent'])}"] if overlap["absent"] else []),
+        *([f"train text of {', '.join(elsewhere)}"] if elsewhere else []),
         *([] if compared["base"] else ["the base's train text"]),
     ]
     sentences = [f"Compared with {'; '.join(texts)}."]
     if absent:
         sentences.append(f"Not here, so not compared: {'; '.join(absent)}.")
+    for name, others in overlap.get("not_compared", {}).items():
+        sentences.append(
+            f"Held-out text of {name} was not compared with train text of {', '.join(others)}."
+        )
     share = 100 * overlap["max_block_overlap"]
     sentences.append(
         f"Blocks with more than {share:.0f} % in any of it are left out of every figure."

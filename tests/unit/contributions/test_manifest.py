@@ -3,9 +3,11 @@ import os
 
 import pytest
 
-from molora_fed.contributions.manifest import load_contribution, parse_manifest
+from molora_fed.contributions.manifest import QueryEntry, load_contribution, parse_manifest
 from molora_fed.errors import AdapterError, SignatureError
 from molora_fed.types import ADAPTER_FILES, Split
+
+QUERY = QueryEntry(sha256="a" * 64, bytes=131_097, blocks=160)
 
 
 def edit_manifest(folder, change):
@@ -23,10 +25,19 @@ def test_id_does_not_depend_on_layout_of_the_file(contribute):
     assert compact == contribution.manifest
 
 
+def test_a_query_that_is_not_stated_leaves_the_bytes_as_they_were(contribute):
+    plain, stating = contribute(), contribute("stating", held_out_query=QUERY)
+    assert b"held_out_query" not in plain.manifest.canonical
+    assert stating.manifest.held_out_query == QUERY and stating.id != plain.id
+    without = stating.manifest.model_copy(update={"held_out_query": None})
+    assert without.canonical == plain.manifest.canonical
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda m: m.update(domain="medical"),
+        lambda m: m.update(held_out_query=QUERY.model_dump()),
         lambda m: m.update(specialist_loss=1.0),
         lambda m: m["training"].update(threads=8),
         lambda m: m["sample_files"]["held-out"].update(blocks=1),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fusion_helpers import build_charter, build_contributed
 from test_fuse import SCHEMA
+from test_private_fusion import fuse_privately, keep_private
 
 from molora_fed.corpus.blocks import pack_documents
 from molora_fed.corpus.clusters import index_shingles
@@ -50,8 +51,11 @@ def base(tiny_checkpoint, tmp_path):
 @pytest.fixture
 def members(base, tmp_path):
     """Two contributors with text; of art's six held-out documents two lie in law's train text."""
-    texts = {"art": [write_words(n, 60) for n in range(6)]}
-    texts["law"] = [write_words(10 + n, 60) for n in range(6)]
+    return build_members(base, tmp_path, art=range(6), law=range(10, 16))
+
+
+def build_members(base, tmp_path, **seeds):
+    texts = {name: [write_words(seed, 60) for seed in own] for name, own in seeds.items()}
     train = {"art": [write_words(20, 300)], "law": [write_words(30, 100), *texts["art"][:2]]}
     found = []
     for seed, name in enumerate(("art", "law"), start=1):
@@ -187,3 +191,20 @@ def test_a_fusion_of_which_nothing_can_be_measured_is_refused(base, members, plu
     with pytest.raises(ConfigError, match="got none among") as caught:
         fuse_members(base, members, tmp_path / "out", plugins)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("summing", ["masked", "robust"])
+def test_the_same_blocks_are_left_out_where_texts_stay_with_their_owners(
+    base, plugins, tmp_path, summing
+):
+    members = build_members(base, tmp_path, art=range(16), law=range(100, 116))
+    third = build_contributed(base, tmp_path / "adapters", "art-2", "art", seed=3)
+    third = replace(third, held_out=members[0].held_out, train_text=members[0].train_text)
+    everybody = [replace(one, admission=None) for one in (*members, third)]
+    pooled = fuse_members(base, everybody, tmp_path / "pooled", plugins)["overlap"]
+    charter = keep_private(build_charter(base, compare=()), summing)
+    private, _ = fuse_privately(base, charter, everybody, tmp_path / "private", plugins)
+    jsonschema.validate(private.result, SCHEMA)
+    pooled["compared"]["train"].sort()
+    assert private.result["overlap"] == pooled
+    assert pooled["domains"]["art"]["left_out"] > 0

@@ -46,7 +46,7 @@ def fuse_privately(base, charter, contributions, folder, plugins):
             base,
             charter,
             {Split.CALIBRATION: one.calibration, Split.HELD_OUT: one.held_out},
-            None,
+            one.train_text,
             experts,
             name=one.contributor,
             folder=folder / one.contributor,

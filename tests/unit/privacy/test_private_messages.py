@@ -6,17 +6,16 @@ from functools import partial
 
 import numpy as np
 import pytest
-from fuzz_mutators import change_bytes, mutate_json, mutate_safetensors
+from fuzz_mutators import change_bytes, mutate_safetensors
 
 from molora_fed.errors import CorpusError, FederationError
 from molora_fed.privacy import messages
 from molora_fed.privacy.intersection import Found, Receiver, Sealing, Sender
 from molora_fed.privacy.messages import BATCH, KEY_ID_BYTES, SET_BATCH, Query, Reply, TagSet
 from molora_fed.privacy.oprf import ELEMENT_BYTES
-from molora_fed.privacy.overlap import OverlapCounts, read_counts
 
 KEY_ID = b"k" * KEY_ID_BYTES
-MUTATIONS = {"query": 1_500, "reply": 1_500, "set": 400, "counts": 1_500, "state": 1_000}
+MUTATIONS = {"query": 1_500, "reply": 1_500, "set": 400, "state": 1_000}
 
 
 def number_elements(count):
@@ -26,13 +25,11 @@ def number_elements(count):
 QUERY = Query(number_elements(BATCH))
 REPLY = Reply(KEY_ID, bytes.fromhex(QUERY.commitment), number_elements(BATCH))
 TAGS = TagSet(KEY_ID, np.arange(SET_BATCH, dtype=np.uint64) * np.uint64(2**40 + 1))
-COUNTS = OverlapCounts(160, 6)
 
 READERS = {
     "query": (QUERY, lambda data: Query.read(data, "bo\x1b[31mb")),
     "reply": (REPLY, lambda data: Reply.read(data, "bo\x1b[31mb", QUERY)),
     "set": (TAGS, lambda data: TagSet.read(data, "bo\x1b[31mb")),
-    "counts": (COUNTS, lambda data: read_counts(data, "bo\x1b[31mb")),
 }
 
 
@@ -58,7 +55,6 @@ MUTATORS = {
     "query": [partial(rearrange, unit=ELEMENT_BYTES), change_bytes],
     "reply": [partial(rearrange, unit=ELEMENT_BYTES), change_bytes],
     "set": [partial(rearrange, unit=8), change_bytes],
-    "counts": [mutate_json, change_bytes],
 }
 
 
@@ -82,10 +78,7 @@ def test_changed_messages_are_read_in_one_spelling_or_refused_in_one_line(kind):
             assert "\n" not in str(error) and "\x1b" not in str(error)
             assert len(str(error)) < 400 and "expected" in str(error) and "got" in str(error)
             continue
-        if kind != "counts":  # JSON may be spelled in many ways; nothing is committed to it
-            assert found.to_bytes() == changed
-        elif found != COUNTS:
-            assert 0 <= found.left_out <= found.blocks
+        assert found.to_bytes() == changed
     assert refused > MUTATIONS[kind] // 3
 
 
@@ -103,6 +96,7 @@ def test_bounds(monkeypatch):
 def test_sizes_that_a_carrier_checks_are_the_largest_messages():
     elements = messages.MAX_QUERY_BATCHES * BATCH * ELEMENT_BYTES
     assert len(QUERY.to_bytes()) - BATCH * ELEMENT_BYTES + elements == messages.MAX_QUERY_BYTES
+    assert len(REPLY.to_bytes()) - BATCH * ELEMENT_BYTES + elements == messages.MAX_REPLY_BYTES
     tags = messages.MAX_SET_BATCHES * SET_BATCH * 8
     assert len(TAGS.to_bytes()) - SET_BATCH * 8 + tags == messages.MAX_SET_BYTES
 
@@ -114,18 +108,6 @@ def test_a_reply_belongs_to_its_query():
     short = Reply(KEY_ID, REPLY.query_id, REPLY.elements * 2)
     with pytest.raises(FederationError, match="8,192 elements for 4,096"):
         Reply.read(short.to_bytes(), "bob", QUERY)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"{}", b"[1]", b'{"blocks":1}', b'{"blocks":1,"left_out":2}', b'{"blocks":true}',
-     b'{"blocks":1.0,"left_out":1}', b'{"blocks":9,"left_out":1,"text":"x"}',
-     b'{"blocks":-1,"left_out":-1}', b" " * 300 + b'{"blocks":1,"left_out":1}',
-     b'{"blocks":4294967296,"left_out":1}'],
-)  # fmt: skip
-def test_counts_that_cannot_be_are_refused(data):
-    with pytest.raises(FederationError, match=r"^Cannot read the counts of 'bob'"):
-        read_counts(data, "bob")
 
 
 def test_changed_states_are_taken_up_or_refused_in_one_line():

@@ -1,23 +1,29 @@
-"""Blocks are left out as where all texts lie in one place; counts are all that leaves."""
+"""Blocks are left out as where all texts lie in one place."""
+
+from functools import partial
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molora_fed.corpus.blocks import pack_documents
 from molora_fed.corpus.overlap import KnownText, index_blocks, list_shingles, measure_overlap
-from molora_fed.privacy import intersection, messages
+from molora_fed.privacy import intersection, messages, overlap
 from molora_fed.privacy.intersection import Receiver, Sender
-from molora_fed.privacy.overlap import (
-    OverlapCounts,
-    measure_private_overlap,
-    read_counts,
-    sum_counts,
-)
+from molora_fed.privacy.overlap import open_receiver
 from molora_fed.types import Document, Split
 
 NAMES = ("ann", "bob", "eve")
+TEXT = " ".join(f"w{number}" for number in range(40))
+
+
+def make_key(number):
+    return ec.derive_private_key(number, ec.SECP384R1())
+
+
+KEY = make_key(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,13 +95,9 @@ def compare_privately(parts, tokenizer):
                     query, name, committed=query.commitment, admit=lambda place, question: None
                 )
                 state = receiver.open(state, other, tags[other], reply)
-        found[name] = measure_private_overlap(
-            parts[name][Split.HELD_OUT],
-            others=receiver.list_known(state),
-            home=[*list_home(parts, name, tokenizer), base],
-            owner=name,
-            tokenizer=tokenizer,
-        )
+        elsewhere = KnownText("train", "", partial(receiver.list_known, state))
+        known = [*list_home(parts, name, tokenizer), base, elsewhere]
+        found |= measure_overlap({name: parts[name][Split.HELD_OUT]}, known, tokenizer)
     return found
 
 
@@ -119,26 +121,25 @@ def test_the_same_blocks_are_left_out_as_with_all_texts_in_one_place(tokenizer, 
     assert sum(int((~one.kept).sum()) for one in pooled.values()) > 0
 
 
-def test_counts_are_of_the_blocks_that_are_kept(tokenizer):
-    text = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-    blocks = pack([text, " ".join(f"x{n}" for n in range(90))], tokenizer, Split.HELD_OUT, "law")
-    found = measure_private_overlap(
-        blocks,
-        others=list_shingles(blocks.take(1), tokenizer),
-        home=[],
-        owner="ann",
-        tokenizer=tokenizer,
-    )
-    counts = OverlapCounts.count(found)
-    assert counts == OverlapCounts(len(blocks), 1)
-    assert read_counts(counts.to_bytes(), "ann") == counts
-    assert counts.to_bytes() == b'{"blocks":%d,"left_out":1}' % len(blocks)
+def open_for(tokenizer, text, **changes):
+    blocks = pack([text], tokenizer, Split.HELD_OUT, "law")
+    arguments = {"key": KEY, "identity": "a" * 64, "name": "ann", **changes}
+    return open_receiver(blocks, tokenizer, **arguments)
 
 
-@pytest.mark.parametrize("turn", [1, -1])
-def test_counts_of_a_domain_are_added_up(turn):
-    rows = [("law", OverlapCounts(160, 6)), ("art", OverlapCounts(80, 0)),
-            ("law", OverlapCounts(20, 20))][::turn]  # fmt: skip
-    found = sum_counts(rows)
-    assert found == {"art": OverlapCounts(80, 0), "law": OverlapCounts(180, 26)}
-    assert list(found) == ["art", "law"]
+def test_a_query_follows_from_blocks_key_and_purpose_alone(tokenizer):
+    first = open_for(tokenizer, TEXT)
+    assert open_for(tokenizer, TEXT).query == first.query and first.items.size
+    for changes in ({"name": "bob"}, {"identity": "b" * 64}, {"key": make_key(2)}):
+        other = open_for(tokenizer, TEXT, **changes)
+        assert not set(other.query.elements) & set(first.query.elements), changes
+    assert open_for(tokenizer, f"more {TEXT}").query.commitment != first.query.commitment
+
+
+def test_there_is_no_query_of_more_shingles_than_it_takes(tokenizer, monkeypatch):
+    size = open_for(tokenizer, TEXT).items.size
+    monkeypatch.setattr(overlap, "BATCH", 1)
+    monkeypatch.setattr(overlap, "MAX_QUERY_BATCHES", size - 1)
+    assert open_for(tokenizer, TEXT) is None
+    monkeypatch.setattr(overlap, "MAX_QUERY_BATCHES", size)
+    assert open_for(tokenizer, TEXT).items.size == size
