@@ -43,7 +43,7 @@ from molora_fed.fusion.sum_rounds import (
     TextCounts,
     name_fusion,
 )
-from molora_fed.population.asked import AskedQuestions
+from molora_fed.population.asked import ASKED_FILE, AskedQuestions
 from molora_fed.privacy.intersection import limit_queries
 from molora_fed.privacy.sums.fixed_point import FixedPoint
 from molora_fed.privacy.sums.member import Member
