@@ -186,7 +186,7 @@ class SumAnswers:
         )
         layout = rounds.lay_out(question)
         place = self._place(asked.fusion)
-        limits = rounds.count_places()
+        limits = dict.fromkeys(rounds.limits, 1)
         counted = AskedQuestions(place, self._charter.amendment.number, limits)
         counted.admit(asked.place, question_id)
         kept = place / question_id[:16]
