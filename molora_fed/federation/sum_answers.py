@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Entrant, collect_entrant
 from molora_fed.contributions.manifest import Contribution
-from molora_fed.errors import FederationError, QuestionRefusedError
+from molora_fed.errors import QuestionRefusedError
 from molora_fed.federation.sum_letters import (
     ExpertsAsked,
     PhaseAsked,
@@ -33,13 +33,14 @@ from molora_fed.federation.sum_letters import (
 )
 from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.fusion.sum_rounds import (
+    MAX_FUSIONS,
     SUM_BITS,
     SumQuestion,
     SumRounds,
     TextCounts,
     name_fusion,
 )
-from molora_fed.population.asked import AskedQuestions
+from molora_fed.population.asked import AskedQuestions, refusing
 from molora_fed.privacy.sums.fixed_point import FixedPoint
 from molora_fed.privacy.sums.member import Member
 from molora_fed.privacy.sums.member_state import MemberState
@@ -47,14 +48,11 @@ from molora_fed.privacy.sums.messages import Terms, max_message_bytes
 from molora_fed.privacy.sums.vectors import VectorLayout
 from molora_fed.storage.files import hash_file, replace_folder, write_bytes
 from molora_fed.storage.untrusted import clean
-from molora_fed.types import Progress
+from molora_fed.types import BASE_EXPERT, Progress
 
 __all__ = ["SumAnswers"]
 
 _STATE_FILE, _WORDS_FILE = "member.json", "words.safetensors"
-MAX_FUSIONS = 64
-"""Fusions that a contributor takes part in under one amendment: a cooperative that grows."""
-
 OpenMember = Callable[[Sequence[Entrant], Path], FusionMember]
 """Opens this contributor's text beside the experts; the folder gets banks."""
 
@@ -101,11 +99,13 @@ class SumAnswers:
             progress: Told what is done of it.
 
         Raises:
-            QuestionRefusedError: If the charter does not have it asked, or not once more.
-            FederationError: If it is malformed, or of other experts than were sent.
+            QuestionRefusedError: If it is malformed, of other experts than were sent, or the
+                charter does not have it asked, or not once more.
+            SumRefusedError: If a masked sum would show more than it may.
             MoloraError: Whatever measuring raises, and I/O errors.
         """
-        asked = read_question(question)
+        with refusing():
+            asked = read_question(question)
         if isinstance(asked, ExpertsAsked):
             save_answer(answer, counts=self._begin(asked, question))
         elif isinstance(asked, SumAsked):
@@ -119,7 +119,8 @@ class SumAnswers:
 
     def _begin(self, asked: ExpertsAsked, question: Path) -> TextCounts:
         """Check and keep the experts of a fusion."""
-        experts = load_experts(question)
+        with refusing():
+            experts = load_experts(question)
         ids = [one.id for one in experts]
         faults = [f"another id than {name_fusion(self._charter, ids)[:16]}"]
         faults = faults if asked.fusion != name_fusion(self._charter, ids) else []
@@ -129,8 +130,10 @@ class SumAnswers:
         names = [one.manifest.contributor for one in experts]
         if len(set(names)) != len(names):
             faults.append("a name twice")
+        if BASE_EXPERT in names:
+            faults.append("an expert with the base's name")
         if faults:
-            raise FederationError(
+            raise QuestionRefusedError(
                 "Cannot take part in a fusion: expected experts made for this charter, this "
                 f"contributor's among them, got {clean('; '.join(faults[:5]), 400)}. Ask the "
                 "coordinator."
@@ -161,7 +164,7 @@ class SumAnswers:
     def _experts(self, fusion: str) -> list[Contribution]:
         place = self._place(fusion)
         if not (place / "experts").is_dir():
-            raise FederationError(
+            raise QuestionRefusedError(
                 f"Cannot answer about fusion {fusion[:16]}: expected one whose experts are here, "
                 "got another. Ask the coordinator to begin it."
             )
@@ -180,11 +183,12 @@ class SumAnswers:
         member = self._member(asked.fusion)
         public = {one.manifest.contributor: one.manifest for one in self._experts(asked.fusion)}
         self._check_counts(asked, member, {n: one.domain for n, one in public.items()})
-        question = build_sum_question(asked, folder)
         rounds = SumRounds(
             member.plan, member.hidden_size, asked.counts, seed=self._charter.amendment.seed
         )
-        layout = rounds.lay_out(question)
+        with refusing():
+            question = build_sum_question(asked, folder)
+            layout = rounds.lay_out(question)
         place = self._place(asked.fusion)
         limits = dict.fromkeys(rounds.limits, 1)
         counted = AskedQuestions(place, self._charter.amendment.number, limits)
@@ -230,7 +234,7 @@ class SumAnswers:
         """The next message of a masked sum."""
         place = self._place(asked.fusion) / asked.question[:16]
         if not (place / _STATE_FILE).is_file():
-            raise FederationError(
+            raise QuestionRefusedError(
                 f"Cannot go on with a masked sum: expected one that was begun here, got "
                 f"{asked.question[:16]}. Ask the coordinator to begin it again."
             )

@@ -39,6 +39,7 @@ __all__ = [
     "ALONE",
     "GATES",
     "HELD_OUT",
+    "MAX_FUSIONS",
     "MOMENTS",
     "SUM_BITS",
     "TRIM_SHARE",
@@ -50,6 +51,8 @@ __all__ = [
     "name_fusion",
 ]
 
+MAX_FUSIONS = 64
+"""Fusions that a member takes part in under one amendment: a cooperative that grows."""
 SUM_BITS: Final = 64
 """Of the words that masked sums are added up in."""
 TRIM_SHARE = 0.2

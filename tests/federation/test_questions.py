@@ -20,7 +20,7 @@ from molora_fed.charter import (
     PopulationRules,
     write_charter,
 )
-from molora_fed.contributions.build import describe_outgoing
+from molora_fed.cooperative.outgoing import describe_outgoing
 from molora_fed.errors import (
     FederationError,
     PopulationError,
@@ -377,7 +377,8 @@ def test_consent_is_to_what_is_asked_for(tmp_path):
         update={"amendment": AMENDMENT.model_copy(update={"population": PopulationRules()})}
     )
     assert not has_consent(home, pooled)
-    outgoing = {row.what: row for row in describe_outgoing(stage.charter)}
+    described = describe_outgoing(stage.charter, PLUGINS, width=None)
+    outgoing = {row.what: row for row in described.rows}
     assert not any(row.blocks or row.tokens for row in outgoing.values())
     assert not any(split in name for split in Split for name in outgoing)
     assert {"adapter, by the charter's limit", "adapted population, every round"} <= outgoing.keys()
