@@ -271,7 +271,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except OSError as error:  # its text names a path of this machine
+        raise _malformed("tensors", "safetensors", type(error).__name__) from error
+    except (SafetensorError, ValueError) as error:
         raise _malformed("tensors", "safetensors", clean(error, 100)) from error
     faults = [n for n, t in tensors.items() if t.dtype not in _FLOATS or not t.isfinite().all()]
     if faults or len(tensors) > _MAX_TENSORS:
@@ -285,7 +287,9 @@ def _read_json(path: Path) -> Any:
         with path.open("rb") as file:
             data = file.read(MAX_FIGURES_BYTES + 1)
         return parse_json(data, max_bytes=MAX_FIGURES_BYTES)
-    except (OSError, ValueError) as error:
+    except OSError as error:  # its text names a path of this machine
+        raise _malformed("a message", "JSON", type(error).__name__) from error
+    except ValueError as error:
         raise _malformed("a message", "JSON", clean(error, 100)) from error
 
 

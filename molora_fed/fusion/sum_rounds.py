@@ -234,6 +234,12 @@ class SumRounds:
                 for more numbers than its place allows for.
         """
         self._check_routers(question.routers)
+        limit = self.limits.get(question.place)
+        if limit is None:
+            raise RoutingError(
+                f"Cannot answer '{clean(question.place, 80)}': expected a place of a fusion under "
+                "the charter, got another. Ask the coordinator."
+            )
         try:
             layout = self._lay_out(question)
         except MoloraError:
@@ -243,7 +249,6 @@ class SumRounds:
                 f"Cannot answer '{question.place}': expected states that fit the charter's "
                 f"routers, got {type(error).__name__} on reading them. Ask the coordinator."
             ) from error
-        limit = self.limits.get(question.place, 0)
         if layout.length > limit:
             raise RoutingError(
                 f"Cannot answer '{question.place}': expected a question for at most {limit:,} "
