@@ -475,12 +475,13 @@ class Charter(StrictModel):
         if not self.is_private:
             return "pooled: samples of text are sent to the coordinator"
         if not self.is_summed:
-            return "private: adapted populations and sums over text are sent, no text"
-        ways = {
-            "masked": "masked, of which the coordinator sees totals over three members at least",
-            "robust": "robust, of which the coordinator sees every member's own",
+            return "private: no text leaves; adapted populations and sums over text do"
+        seen = {
+            "masked": "the coordinator sees totals of sums over three members at least",
+            "robust": "the coordinator sees each member's sums",
         }
-        return f"private: sums over text are sent, no text; {ways[self.identity.summing]}"
+        way = self.identity.summing
+        return f"private, sums {way}: no text leaves; {seen[way]}"
 
     @property
     def identity_hash(self) -> str:

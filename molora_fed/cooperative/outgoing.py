@@ -190,11 +190,11 @@ def _tell_sums(charter: Charter, members: int, domains: int, *, is_known: bool) 
     known = "" if is_known else f", and a base of width {WIDEST:,} at most"
     ways = {
         "masked": (
-            f"Nobody sees your sums: they are masked, and only totals over {MIN_MEMBERS} members "
-            "at least are opened. A total says what it says of its members together: if all "
-            "others worked with the coordinator, what is left is yours.",
+            f"Your sums are masked: only totals over {MIN_MEMBERS} members at least are opened. A "
+            "total says what it says of its members together: if all others worked with the "
+            "coordinator, what is left is yours.",
             "Numbers that are kept by domain (losses, gates, numbers and sizes of documents) are "
-            f"its members' own figures in the total where fewer than {MIN_MEMBERS} share a domain.",
+            f"its members' own figures, in the total too, where fewer than {MIN_MEMBERS} share it.",
         ),
         "robust": (
             "The coordinator sees your sums by themselves, one vector each time, and can tell "

@@ -117,6 +117,10 @@ class SumAnswers:
     def _place(self, fusion: str) -> Path:
         return self._folder / fusion[:16]
 
+    def _counts(self, fusion: str) -> Path:
+        """Where it is counted what a fusion asked for; stays when another fusion begins."""
+        return self._folder / "asked" / fusion
+
     def _begin(self, asked: ExpertsAsked, question: Path) -> TextCounts:
         """Check and keep the experts of a fusion."""
         with refusing():
@@ -143,6 +147,15 @@ class SumAnswers:
         )
         counted.admit("fusion", asked.fusion)
         place = self._place(asked.fusion)
+        is_masked = self._charter.identity.summing == "masked"
+        if is_masked and self._counts(asked.fusion).is_dir() and not (place / "experts").is_dir():
+            # What its sums were opened over is not known any more, and two totals of the same
+            # vectors over different members may differ by one member's.
+            raise QuestionRefusedError(
+                f"Cannot take part in fusion {asked.fusion[:16]} again: expected the one at hand, "
+                "or another, got one that was left for another. Sign an amendment, which begins "
+                "anew."
+            )
         for other in self._folder.glob("[0-9a-f]" * 16):
             if other != place:
                 shutil.rmtree(other)  # experts, secrets and vectors; the bank lies beside
@@ -191,7 +204,7 @@ class SumAnswers:
             layout = rounds.lay_out(question)
         place = self._place(asked.fusion)
         limits = dict.fromkeys(rounds.limits, 1)
-        counted = AskedQuestions(place, self._charter.amendment.number, limits)
+        counted = AskedQuestions(self._counts(asked.fusion), self._charter.amendment.number, limits)
         counted.admit(asked.place, question_id)
         kept = place / question_id[:16]
         vector = self._measure(member, rounds, layout, question, kept, progress)

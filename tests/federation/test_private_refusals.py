@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from stage_helpers import TRAINING, Stage
 
 from molora_fed.charter import Amendment, FusionRules, PrivacyRules, SampleRules
+from molora_fed.contributions.manifest import load_contribution
 from molora_fed.cooperative.outgoing import describe_outgoing, read_width
-from molora_fed.errors import FederationError
+from molora_fed.errors import FederationError, QuestionRefusedError
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.contributor import ContributorSupervisor
 from molora_fed.federation.doctor import examine
@@ -23,7 +24,8 @@ from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.overview import describe_contributor, read_contributor
 from molora_fed.federation.server_dialogue import RemoteContributor
 from molora_fed.federation.signing import build_question_bytes
-from molora_fed.federation.sum_letters import write_tensors
+from molora_fed.federation.sum_answers import SumAnswers
+from molora_fed.federation.sum_letters import ExpertsAsked, save_experts, write_tensors
 from molora_fed.federation.worker_mail import (
     find_base_config,
     give_consent,
@@ -31,6 +33,7 @@ from molora_fed.federation.worker_mail import (
     is_described,
     receive_charter,
 )
+from molora_fed.fusion.sum_rounds import TextCounts, name_fusion
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import load_key, load_or_make_key, sign
@@ -109,12 +112,12 @@ class Attack:
 
     def __init__(self, stage):
         self.stage = stage
+        self.home = None
         self.planted = {}
         self.sizes = {}
-        self._places = {}
 
     def __call__(self, homes, steps):
-        home = homes["alpha"]
+        home = self.home = homes["alpha"]
         asked = open_letter(home.question_letter, QuestionLetter)
         answered = open_letter(home.answer_file, AnswerLetter)
         if asked is None or answered is None or asked.id != answered.question:
@@ -173,13 +176,51 @@ def test_what_goes_beyond_the_charter_is_refused_and_the_fusion_goes_on(
     stage.run("alpha", "beta", "gamma", meddle=attack)
     assert len(attack.planted) == 16
     assert (tmp_path / "server" / "report" / "report.json").is_file()
-    home = stage.make("alpha")
+    home = attack.home
     seen = read_contributor(home)
     assert len(seen.refusals) == 8 and "1 to 1024 experts" in seen.refusals[-1]
-    assert seen.privacy.startswith("private: sums over text")
+    assert seen.privacy.startswith("private, sums ")
     found = {one.subject: one for one in examine(home, PLUGINS)}
     assert found["questions"].is_problem and "refused" in found["questions"].message
     check_sizes(stage, home, attack.sizes)
+
+    check_going_back(stage, home, tmp_path / "questions", summing)
+
+
+def check_going_back(stage, home, folder, summing):
+    """Another fusion in between does not make a member forget what it was asked."""
+    charter, own = stage.cooperative.charter, load_contribution(home.contribution)
+    (place,) = home.private.glob("fusion/" + "[0-9a-f]" * 16)
+    experts = [load_contribution(one) for one in sorted((place / "experts").iterdir())]
+    counts = TextCounts(
+        domain="alpha", tokens=1, blocks=0, left_out=0, empty=0, grams=0, own=0, union=0, base=0,
+        kept=0, after=0,
+    )  # fmt: skip
+    answers = SumAnswers(
+        charter, name="alpha-1", contribution=own.id, key=load_key(home.key),
+        folder=home.private / "fusion",
+        open_member=lambda entrants, folder: SimpleNamespace(count=lambda: counts),
+    )  # fmt: skip
+
+    others = [one for one in experts if one.manifest.contributor != "gamma-1"]
+    with_all, without = (
+        name_fusion(charter, [one.id for one in taken]) for taken in (experts, others)
+    )
+    for fusion, taken in ((with_all, experts), (without, others)):
+        save_experts(ExpertsAsked(fusion=fusion), taken, folder / fusion)
+
+    def begin(fusion):
+        answers.answer("0" * 64, folder / fusion, folder / "answer", None)
+
+    begin(without)
+    assert not place.exists()
+    if summing == "masked":
+        with pytest.raises(QuestionRefusedError, match="left for another"):
+            begin(with_all)
+    else:
+        begin(with_all)  # each member's vectors are seen anyway, and nothing more is
+    kept = json.loads((home.private / "fusion" / "asked" / with_all / "asked.json").read_text())
+    assert {"fit 0 0", "judge 0", "held-out"} <= kept["asked"].keys()
 
 
 def check_sizes(stage, home, sizes):
@@ -291,6 +332,6 @@ def test_consent_is_asked_for_once_the_base_says_how_many_sums_there_are(
     width = read_width(find_base_config(home))
     for row in describe_outgoing(asked[0], PLUGINS, width=width).rows:
         assert row.what in shown and f"{row.bytes:,}" in shown
-    assert "Privacy mode private: sums over text" in shown and "Nothing of text or adapter" in shown
-    assert "members' own figures in the total where fewer than 3" in shown
+    assert "Privacy mode private, sums masked" in shown and "Nothing of text or adapter" in shown
+    assert "members' own figures, in the total too, where fewer than 3" in shown
     assert not has_consent(home, asked[0])

@@ -76,8 +76,8 @@ def test_masked_sums_cost_keys_and_shares_and_robust_ones_are_seen():
     assert keys[0].bytes > sum(measure_phases(3).values())
     assert keys[0].times == sum(row.times for row in masked.rows if row.numbers) - 1
     assert not any(row.what.startswith("keys") for row in robust.rows)
-    assert any("Nobody sees your sums" in line for line in masked.told)
-    assert any("fewer than 3 share a domain" in line for line in masked.told)
+    assert any("Your sums are masked" in line for line in masked.told)
+    assert any("fewer than 3 share it" in line for line in masked.told)
     assert any("The coordinator sees your sums" in line for line in robust.told)
     for told in (masked.told, robust.told):
         assert any("once a fusion" in line and "64 fusions" in line for line in told)
@@ -99,9 +99,9 @@ def test_other_modes_say_what_they_send():
         "pooled", fusion={"mode": "population"}, population=PopulationRules(data="private")
     )
     assert "adapted population, every round" in [row.what for row in describe(evolving).rows]
-    assert evolving.privacy.startswith("private: adapted populations")
+    assert evolving.privacy.startswith("private: no text leaves; adapted populations")
     assert build_charter("pooled").privacy.startswith("pooled")
-    assert "totals over three" in build_charter().privacy
+    assert "totals of sums over three" in build_charter().privacy
 
 
 def test_a_router_that_nobody_registers_here_is_named():
