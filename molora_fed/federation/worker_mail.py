@@ -21,6 +21,7 @@ from molora_fed.errors import (
     FederationError,
     MoloraError,
     QuestionRefusedError,
+    SignatureError,
     SumRefusedError,
 )
 from molora_fed.federation.envelopes import keep_letter, open_letter, set_aside
@@ -458,7 +459,7 @@ def refuse_question(home: ContributorHome, question: str, error: MoloraError) ->
 
     Args:
         home: The contributor's home.
-        question: Its id.
+        question: Its id; empty for one that is not the coordinator's, and so hides no other.
         error: Why; of what went wrong on this side's text nothing is said elsewhere, for it may
             hold a figure of one document.
 
@@ -468,7 +469,7 @@ def refuse_question(home: ContributorHome, question: str, error: MoloraError) ->
     Raises:
         StorageError: On I/O errors.
     """
-    own = (QuestionRefusedError, FederationError, SumRefusedError)
+    own = (QuestionRefusedError, FederationError, SignatureError, SumRefusedError)
     said = str(error) if isinstance(error, own) else _UNSAID
     note = {"question": question, "reason": str(error), "said": said, "time": time.time()}
     log = home.refusals_log
@@ -476,7 +477,8 @@ def refuse_question(home: ContributorHome, question: str, error: MoloraError) ->
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             file.write(canonical_json(note) + b"\n")
-    write_json(home.refused_file, note)
+    if question:
+        write_json(home.refused_file, note)
     return said
 
 

@@ -19,6 +19,7 @@ from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.contributor import ContributorSupervisor
 from molora_fed.federation.doctor import examine
 from molora_fed.federation.envelopes import Envelope, keep_letter, open_letter
+from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.letters import AnswerLetter, QuestionLetter, ShownState
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.overview import describe_contributor, read_contributor
@@ -268,6 +269,7 @@ def test_another_signer_ends_nothing_and_another_amendment_asks_to_join_again(
     with pytest.raises(KeyboardInterrupt):
         stage.run("alpha", "beta", "gamma", meddle=meddle)
     assert len(seen.refusals) == 1 and "ignature" in seen.refusals[0]
+    assert not ContributorHome(tmp_path / "alpha").refused_file.exists()
 
 
 def change(charter, **fusion):
