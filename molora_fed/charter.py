@@ -8,7 +8,7 @@ anyone's signature.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,6 +32,7 @@ __all__ = [
     "PrivacyRules",
     "TrainingRules",
     "check_name",
+    "choose_privacy",
     "is_name",
     "load_charter",
     "parse_charter",
@@ -240,6 +241,36 @@ class PrivacyRules(StrictModel):
     summing: Summing = "masked"
 
 
+def choose_privacy(name: str, mode: str | None, summing: str | None) -> PrivacyRules:
+    """What somebody chose of the privacy of a new cooperative; the usual of the rest.
+
+    Args:
+        name: The cooperative's, for errors.
+        mode: None if not chosen.
+        summing: Likewise.
+
+    Raises:
+        ConfigError: If there is no such mode or way, or texts are pooled and not summed.
+    """
+    known = {"mode": get_args(PrivacyMode), "summing": get_args(Summing)}
+    chosen = {what: value for what, value in (("mode", mode), ("summing", summing)) if value}
+    for what, value in chosen.items():
+        if value not in known[what]:
+            option = {"mode": "privacy", "summing": "summing"}[what]
+            raise ConfigError(
+                f"Cannot create '{name}': expected --{option} {' or '.join(known[what])}, got "
+                f"'{value[:80]}'. Choose one of these."
+            )
+    rules = PrivacyRules.model_validate(chosen)
+    if rules.mode == "pooled" and summing:
+        raise ConfigError(
+            f"Cannot create '{name}': expected --summing with --privacy private, got "
+            f"'{rules.mode}', where nothing is summed. Leave --summing out, or pass --privacy "
+            "private."
+        )
+    return rules
+
+
 class Identity(StrictModel):
     """What can never change.
 
@@ -432,6 +463,25 @@ class Charter(StrictModel):
         is_evolved = self.amendment.fusion.mode == "population"
         evolves_at_home = is_evolved and self.amendment.population.data == "private"
         return self.identity.privacy_mode != "pooled" or evolves_at_home
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether contributors are asked for sums over their text by a fusion."""
+        return self.identity.privacy_mode != "pooled" and self.amendment.fusion.mode == "router"
+
+    @property
+    def privacy(self) -> str:
+        """What leaves contributors beside adapters, in a few words for people."""
+        if not self.is_private:
+            return "pooled: samples of text are sent to the coordinator"
+        if not self.is_summed:
+            return "private: no text leaves; adapted populations and sums over text do"
+        seen = {
+            "masked": "the coordinator sees totals of sums over three members at least",
+            "robust": "the coordinator sees each member's sums",
+        }
+        way = self.identity.summing
+        return f"private, sums {way}: no text leaves; {seen[way]}"
 
     @property
     def identity_hash(self) -> str:

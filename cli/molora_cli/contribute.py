@@ -5,7 +5,13 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.output import build_corpus_table, build_text_tables, note, show
+from molora_cli.output import (
+    build_corpus_table,
+    build_text_tables,
+    note,
+    show,
+    show_outgoing,
+)
 from molora_cli.progress import reporting
 from molora_cli.shared_options import Device, Dtype, TextField, ask_compute
 
@@ -48,7 +54,6 @@ def contribute(
 ) -> None:
     """Sign a contribution of a checkpoint or an adapter made elsewhere; nothing is sent."""
     from molora_fed.adapters.inspection import report_on_base
-    from molora_fed.contributions.build import describe_outgoing
     from molora_fed.cooperative.chat_tokens import find_chat_warnings
     from molora_fed.cooperative.checkpoints import import_checkpoint
     from molora_fed.cooperative.contribute import (
@@ -59,9 +64,10 @@ def contribute(
         prepare_domain,
         sign_adapter,
     )
+    from molora_fed.cooperative.outgoing import describe_outgoing
     from molora_fed.corpus.records import TextOptions
     from molora_fed.errors import ConfigError
-    from molora_fed.reporting.summary import build_outgoing_table
+    from molora_fed.plugins import get_plugins
     from molora_fed.storage.keys import load_or_make_key
 
     if (checkpoint is None) == (adapter is None):
@@ -136,5 +142,6 @@ def contribute(
             "nats per token against the base"
         )
     print("Nothing was sent. If you submit it, this is what goes:")
-    show(build_outgoing_table(describe_outgoing(manifest)))
+    width = int(under.base.model.config.hidden_size)
+    show_outgoing(describe_outgoing(under.charter, get_plugins(), manifest=manifest, width=width))
     print(f"Contribution {contribution.id} in {contribution.folder}")

@@ -79,6 +79,20 @@ def create(
         int,
         typer.Option(min=0, help="Contributions without which not even the deadline fuses."),
     ] = 0,
+    privacy: Annotated[
+        str | None,
+        typer.Option(
+            help="What leaves contributors beside adapters: private, sums over their text and no "
+            "text; or pooled, samples of it. It can never change; pooled if not given."
+        ),
+    ] = None,
+    summing: Annotated[
+        str | None,
+        typer.Option(
+            help="How sums are added up: masked, so that only totals over three members are seen; "
+            "or robust, so that a few wrong ones do no harm. It can never change."
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(min=8, help="Tokens per block.")] = 128,
     base_steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of the built-in base.")
@@ -94,6 +108,7 @@ def create(
         CorpusRules,
         FusionRules,
         TrainingRules,
+        choose_privacy,
     )
     from molora_fed.cooperative.create import found_cooperative
     from molora_fed.errors import ConfigError
@@ -115,6 +130,7 @@ def create(
         chosen["router"] = router
     if compare is not None:
         chosen["compare"] = parse_names(compare) if compare else ()
+    rules = choose_privacy(name, privacy, summing)
     amendment = Amendment(
         domains=parse_names(domains) if domains else (),
         expected=expected,
@@ -133,6 +149,7 @@ def create(
             adapters=AdapterRules(frozen_depth=frozen_depth, max_rank=max(64, rank)),
             corpus=CorpusRules(block_size=block_size, evaluation_batch=choose_batch(block_size)),
             amendment=amendment,
+            privacy=rules,
             base_steps=base_steps,
             placement=choose_placement(read_compute(home, ask_compute(device, dtype))),
             cache=find_cache_folder(),
@@ -142,6 +159,7 @@ def create(
     make_home(cooperative.folder)
     print(f"cooperative  {cooperative.charter.identity.name} in {cooperative.folder}")
     print(f"identity     {cooperative.charter.identity_hash}")
+    print(f"privacy      {cooperative.charter.privacy}")
     print(f"base         {made.id} {made.revision}".rstrip())
     print(f"weights      {made.weights}")
     print(f"tokenizer    {made.tokenizer_fingerprint}")

@@ -2,13 +2,15 @@
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from molora_cli.live import Board, watching
-from molora_cli.output import build_text_tables, note, show
+from molora_cli.output import build_text_tables, note, show, show_outgoing
 from molora_cli.shared_options import (
     Accumulation,
     Batch,
@@ -28,6 +30,7 @@ from molora_cli.shared_options import (
 
 if TYPE_CHECKING:
     from molora_fed.charter import Charter
+    from molora_fed.federation.homes import ContributorHome
 
 _MOST_CHARACTERS = 10_000
 
@@ -96,8 +99,16 @@ def join(
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to what will be sent.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say hello, list what would be sent and what can be told from it, and stop.",
+        ),
+    ] = False,
 ) -> None:
-    """Train on your text, submit the adapter and the stated samples, receive the fused model."""
+    """Train on your text, submit the adapter and what the charter asks for, receive the model."""
+    from molora_fed.charter import load_charter
     from molora_fed.corpus.prepare import load_report
     from molora_fed.errors import ConfigError
     from molora_fed.federation.acceptance import accept_invitation, follow_server, read_connection
@@ -105,12 +116,13 @@ def join(
     from molora_fed.federation.homes import ContributorHome
     from molora_fed.federation.invitations import parse_invitation
     from molora_fed.federation.join_settings import JoinSettings
+    from molora_fed.federation.worker_mail import is_described
     from molora_fed.storage.values import count_cores, parse_shard
 
-    if not yes and not sys.stdin.isatty():
+    if not (yes or dry_run) and not sys.stdin.isatty():
         raise ConfigError(
-            "Cannot ask what may be sent: expected a terminal, got none. Pass --yes to agree to "
-            "what the charter asks for."
+            "Cannot ask what may be sent: expected a terminal, got none. Pass --dry-run to see "
+            "what the charter asks for, and --yes to agree to it."
         )
     os.umask(0o077)
     authority = None
@@ -163,16 +175,24 @@ def join(
         loss_on=loss_on,
     )
     where = home or Path(f"contributor-{domain}")
-    with watching(f"Contributor for '{domain}' in {where}, server {server}") as board:
-        acknowledgement = take_part(
-            server,
-            settings,
-            where,
-            board,
-            consent=lambda charter: _ask(charter, board, agreed=yes),
-            authority=authority,
-            metrics_port=metrics_port,
-        )
+    own_home = ContributorHome(where)
+    ask = _show_only if dry_run else partial(_confirm, agreed=yes)
+    try:
+        with watching(f"Contributor for '{domain}' in {where}, server {server}") as board:
+            if dry_run and is_described(own_home):
+                _ask(load_charter(own_home.charter), own_home, board, ask)
+            acknowledgement = take_part(
+                server,
+                settings,
+                where,
+                board,
+                consent=lambda charter: _ask(charter, own_home, board, ask),
+                authority=authority,
+                metrics_port=metrics_port,
+            )
+    except _ShownOnly:
+        print("Nothing of text or adapter was sent. Take part with the same command, no --dry-run.")
+        return
     if data:
         show(*build_text_tables(load_report(where / "corpus").files))
     print(f"{acknowledgement['state']}  contribution {acknowledgement['contribution_id']}")
@@ -225,17 +245,36 @@ def _check_same(given: str, invited: str, what: str) -> None:
         )
 
 
-def _ask(charter: "Charter", board: Board, *, agreed: bool) -> bool:
-    """Show what the charter asks for, and ask whether it may be sent."""
-    from molora_fed.contributions.build import describe_outgoing
-    from molora_fed.reporting.summary import build_outgoing_table
+class _ShownOnly(Exception):
+    """Ends a dry run."""
 
+
+def _show_only() -> bool:
+    raise _ShownOnly
+
+
+def _confirm(*, agreed: bool) -> bool:
+    return agreed or typer.confirm("Send this once it is made?")
+
+
+def _ask(
+    charter: "Charter", home: "ContributorHome", board: Board, ask: Callable[[], bool]
+) -> bool:
+    """Show what the charter asks for, and ask whether it may be sent."""
+    from molora_fed.cooperative.outgoing import describe_outgoing, read_width
+    from molora_fed.federation.worker_mail import find_base_config
+    from molora_fed.plugins import get_plugins
+
+    config = find_base_config(home)
+    width = None if config is None else read_width(config)
+    outgoing = describe_outgoing(charter, get_plugins(), width=width)
     with board.paused():
         show(
-            f"Cooperative '{charter.identity.name}' asks for what is listed here. Your name, "
-            "public key, domain and progress (phase, step, loss) are sent as well; nothing "
-            "else is.",
-            build_outgoing_table(describe_outgoing(charter)),
+            f"Cooperative '{charter.identity.name}', amendment {charter.amendment.number}. "
+            f"Privacy mode {charter.privacy}.",
+            "It asks for what is listed here. Your name, public key, domain and progress (phase, "
+            "step, loss) are sent as well; nothing else is.",
         )
+        show_outgoing(outgoing)
         sys.stdout.flush()
-        return agreed or typer.confirm("Send this once it is made?")
+        return ask()

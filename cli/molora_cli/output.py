@@ -10,6 +10,7 @@ from molora_fed.storage.untrusted import clean
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from molora_fed.cooperative.outgoing import Outgoing
     from molora_fed.corpus.report import CorpusReport
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "note",
     "print_columns",
     "show",
+    "show_outgoing",
 ]
 
 MAX_LINE = 8_000
@@ -57,6 +59,14 @@ def show(*parts: "RenderableType") -> None:
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     lines = [as_text(part, limit=MAX_LINE) if isinstance(part, str) else part for part in parts]
     console.print(*lines, sep="\n")
+
+
+def show_outgoing(outgoing: "Outgoing") -> None:
+    """Show what a contributor sends, and what can be told from it."""
+    from molora_fed.reporting.summary import build_outgoing_table
+
+    show(build_outgoing_table(outgoing.rows), "What can be told from it:")
+    show(*(f"- {line}" for line in outgoing.told))
 
 
 def build_corpus_table(report: "CorpusReport") -> "RenderableType":

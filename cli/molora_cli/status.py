@@ -67,6 +67,7 @@ def _describe_value(value: object) -> object:
 def _show_server(overview: "ServerOverview") -> None:
     _show_line("cooperative", f"{overview.name}, amendment {overview.amendment}")
     _show_line("identity", overview.identity)
+    _show_line("privacy", overview.privacy)
     running = f"runs, {overview.nodes} connected" if overview.is_running else "not running"
     _show_line("server", f"{overview.address}, {running}")
     _show_line("phase", format_progress(overview.state))
@@ -78,6 +79,8 @@ def _show_server(overview: "ServerOverview") -> None:
             header,
             [_build_row(row, now if overview.is_running else math.inf) for row in overview.members],
         )
+        troubled = [row for row in overview.members if row.event and row.event.problem]
+        _show_list("member", [f"{row.name}: {row.event.message}" for row in troubled if row.event])
 
 
 def _build_row(row: "MemberRow", now: float) -> tuple[str, ...]:
@@ -100,6 +103,8 @@ def _build_row(row: "MemberRow", now: float) -> tuple[str, ...]:
 def _show_contributor(overview: "ContributorOverview") -> None:
     _show_line("contributor", f"{overview.name}, domain {overview.domain}")
     _show_line("cooperative", overview.cooperative or "not known yet")
+    if overview.privacy:
+        _show_line("privacy", overview.privacy)
     seen = f"last heard {format_time(int(overview.seen.last))}" if overview.seen.last else ""
     _show_line("server", ", ".join(filter(None, (overview.server or "on this machine", seen))))
     _show_line("running", "yes" if overview.is_running else "no")
@@ -112,6 +117,7 @@ def _show_contributor(overview: "ContributorOverview") -> None:
     if overview.result is not None:
         _show_line("result", str(overview.result))
     _show_list("warning", overview.warnings)
+    _show_list("refused", overview.refusals)
 
 
 def _format_bytes(count: int) -> str:

@@ -5,7 +5,13 @@ from typing import Annotated
 
 import typer
 
-from molora_cli.output import build_corpus_table, build_text_tables, note, show
+from molora_cli.output import (
+    build_corpus_table,
+    build_text_tables,
+    note,
+    show,
+    show_outgoing,
+)
 from molora_cli.progress import reporting
 from molora_cli.shared_options import (
     Accumulation,
@@ -74,16 +80,16 @@ def train(
     dtype: Dtype = None,
 ) -> None:
     """Train a specialist and sign a contribution made of it; nothing is sent."""
-    from molora_fed.contributions.build import describe_outgoing
     from molora_fed.cooperative.contribute import (
         check_choices,
         make_contribution,
         open_charter_and_base,
         prepare_domain,
     )
+    from molora_fed.cooperative.outgoing import describe_outgoing
     from molora_fed.corpus.records import TextOptions
     from molora_fed.models.runtime import format_bytes
-    from molora_fed.reporting.summary import build_outgoing_table
+    from molora_fed.plugins import get_plugins
     from molora_fed.storage.files import make_home
     from molora_fed.storage.keys import load_or_make_key
     from molora_fed.storage.values import count_cores, parse_options, parse_shard
@@ -141,5 +147,6 @@ def train(
         f"{adapter.changed} of {adapter.modules} modules"
     )
     print("Nothing was sent. If you submit it, this is what goes:")
-    show(build_outgoing_table(describe_outgoing(manifest)))
+    width = int(under.base.model.config.hidden_size)
+    show_outgoing(describe_outgoing(under.charter, get_plugins(), manifest=manifest, width=width))
     print(f"Contribution {made.contribution.id} in {made.contribution.folder}")

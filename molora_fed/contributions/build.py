@@ -40,7 +40,7 @@ __all__ = [
     "choose_samples",
     "compute_sample_bytes",
     "count_samples",
-    "describe_outgoing",
+    "describe_contribution",
     "find_loss_dtype",
     "measure_start_loss",
     "state_loss_dtype",
@@ -63,6 +63,8 @@ class OutgoingRow:
         tokens: Number of tokens of text.
         bytes: Size.
         exact: False if the figures are upper bounds, because the thing is not made yet.
+        numbers: How many figures of text it holds; 0 if none.
+        times: How often it is sent; all other figures are of once.
     """
 
     what: str
@@ -70,6 +72,8 @@ class OutgoingRow:
     tokens: int
     bytes: int
     exact: bool
+    numbers: int = 0
+    times: int = 1
 
 
 def count_samples(charter: Charter) -> dict[Split, int]:
@@ -93,15 +97,14 @@ def compute_sample_bytes(blocks: int, block_size: int) -> int:
     return blocks * block_size * 3 * 4 + MAX_HEADER_BYTES
 
 
-def describe_outgoing(source: Manifest | Charter) -> list[OutgoingRow]:
-    """List what a contributor sends, to be shown before anything is sent.
+def describe_contribution(source: Manifest | Charter) -> list[OutgoingRow]:
+    """List what a contribution holds, to be shown before it is sent.
 
     Args:
         source: A manifest, for exact figures; or a charter, for the most that its rules allow.
 
     Returns:
-        A row for each sample, then one for the adapter and one for the manifest; where texts are
-        private, what an evolution asks for instead of samples. Nothing else is sent.
+        A row for each sample, then one for the adapter and one for the manifest.
     """
     if isinstance(source, Manifest):
         rows = [
@@ -125,14 +128,6 @@ def describe_outgoing(source: Manifest | Charter) -> list[OutgoingRow]:
     # Its size is known after training; until then, what the charter admits.
     rows.append(OutgoingRow("adapter, by the charter's limit", 0, 0, adapter, exact=False))
     rows.append(OutgoingRow("manifest", 0, 0, MAX_MANIFEST_BYTES, exact=False))
-    if source.is_private:
-        amendment = source.amendment
-        contributions = amendment.expected or max(2, len(amendment.domains))
-        slots = amendment.population.slots or contributions
-        adapted = slots * source.identity.adapters.max_bytes
-        rows.append(OutgoingRow("adapted population, every round", 0, 0, adapted, exact=False))
-        figures = "sums over documents, every generation"
-        rows.append(OutgoingRow(figures, 0, 0, MAX_FIGURES_BYTES, exact=False))
     return rows
 
 

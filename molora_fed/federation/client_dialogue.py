@@ -172,6 +172,7 @@ def _build_state(home: ContributorHome) -> State:
     acknowledgement = open_letter(home.acknowledgement_letter, Acknowledgement)
     question = open_letter(home.question_letter, QuestionLetter)
     result = open_letter(home.result_letter, ResultLetter)
+    refused = "" if question is None else home.read_refused(question.id)
     whole = [shipment.id for shipment, _, is_here in _list_expected(home) if is_here]
     # Whoever joins again asks for the result anew, and need not be sent what is here already.
     whole += list_received(home, home.result)
@@ -185,7 +186,7 @@ def _build_state(home: ContributorHome) -> State:
         result="" if result is None else result.id,
         received=list(dict.fromkeys(whole)),
         held=sorted(home.parts.held())[:MAX_HELD],
-        problem=home.board.read(),
+        problem=home.board.read() or (refused and f"refused a question: {refused}"),
         own_base=_brings_base(home) or None,
     )
 

@@ -31,7 +31,7 @@ from molora_fed.federation.supervise import (
     raise_recorded,
     sigterm_as_interrupt,
 )
-from molora_fed.federation.worker_mail import give_consent, has_consent
+from molora_fed.federation.worker_mail import give_consent, has_consent, is_described
 
 __all__ = ["ContributorSupervisor", "join"]
 
@@ -71,8 +71,9 @@ def join(
         settings: What to join with.
         home: Folder for the key, the training and the result.
         on_event: Receives what changes.
-        consent: Asked once the charter is here, and again if it asks for other samples: whether
-            what it asks for may be sent. Nothing of text or adapter leaves before.
+        consent: Asked once the charter is here (and the base's config, which decides how many sums
+            there are), and again if it asks for other samples or more sums: whether what it asks
+            for may be sent. Nothing of text or adapter leaves before.
         authority: Certificate of the authority that vouches for the server, PEM, as an accepted
             invitation left it; None speaks without TLS, on this machine only.
         wait_seconds: How long to wait for a server that does not answer at first.
@@ -244,6 +245,8 @@ class ContributorSupervisor:
         if charter == self._agreed:
             return
         if not has_consent(self.home, charter):
+            if not is_described(self.home):
+                return
             if not self._consent(charter):
                 raise FederationError(
                     f"Cannot join cooperative '{charter.identity.name}': expected consent to send "
@@ -369,7 +372,7 @@ class ContributorSupervisor:
         state = self.home.read_state()
         if not state:
             return
-        for text in self.home.read_warnings():
+        for text in (*self.home.read_warnings(), *self.home.read_refusals()):
             if text not in self._warned:
                 self._warned.add(text)
                 self._warn(text)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from molora_fed.charter import load_charter
 from molora_fed.errors import FederationError, MoloraError
 from molora_fed.federation.acceptance import read_connection
 from molora_fed.federation.addresses import parse_server
@@ -77,6 +78,7 @@ def examine(home: CoordinatorHome | ContributorHome | None, plugins: Plugins) ->
     if home is not None:
         looks += [lambda: _look_at_disk(home), lambda: _look_at_rights(home)]
         looks.append(lambda: _look_at_what_is_left(home))
+        looks.append(lambda: _look_at_privacy(home))
     if isinstance(home, CoordinatorHome):
         looks += [lambda: _look_at_server(home), lambda: _look_at_certificate(home)]
     elif isinstance(home, ContributorHome):
@@ -143,6 +145,19 @@ def _look_at_disk(home: CoordinatorHome | ContributorHome) -> Iterator[Finding]:
     for problem in overview.problems:
         if problem != NOT_RUNNING:  # `_look_at_server` says it
             yield Finding("state", problem, is_problem=True)
+
+
+def _look_at_privacy(home: CoordinatorHome | ContributorHome) -> Iterator[Finding]:
+    """What leaves contributors, and what the coordinator asked for beyond it."""
+    if isinstance(home, CoordinatorHome):
+        yield Finding("privacy", load_charter(home.charter).privacy)
+        return
+    known = read_contributor(home)
+    if known.privacy:
+        yield Finding("privacy", known.privacy)
+    if known.refusals:
+        text = f"a question was refused, {known.refusals[-1]} All are in '{home.refusals_log}'."
+        yield Finding("questions", text, is_problem=True)
 
 
 def _look_at_rights(home: CoordinatorHome | ContributorHome) -> Iterator[Finding]:

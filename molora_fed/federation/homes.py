@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from molora_fed.federation.letters import MAX_TASKS, Acknowledgement, Refusal, T
 from molora_fed.federation.mailbox import Board, PartStore, read_json
 from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.status import read_worker_state
-from molora_fed.storage.untrusted import clean
+from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [
     "COORDINATOR_HOME",
@@ -37,6 +39,7 @@ HOLD_SECONDS = "MOLORA_HOLD_SECONDS"
 _LONGEST_HOLD_SECONDS = 25
 _MOST_WARNINGS = 8
 _MOST_CHARACTERS = 500  # of each
+_MOST_BYTES = 2**16  # of a log's end
 _LEFTOVER = ".*.tmp"  # the temporary names of `molora_fed.storage.files`
 
 
@@ -253,6 +256,32 @@ class ContributorHome(_Home):
             return ()
         lines = value if isinstance(value, list) else []
         return tuple(clean(each, _MOST_CHARACTERS) for each in lines[:_MOST_WARNINGS])
+
+    def read_refusals(self) -> tuple[str, ...]:
+        """Questions that were not answered, and why, the last ones; what cannot be read is not."""
+        try:
+            with self.refusals_log.open("rb") as file:
+                file.seek(max(0, self.refusals_log.stat().st_size - _MOST_BYTES))
+                lines = file.read(_MOST_BYTES).splitlines()
+        except OSError:
+            return ()
+        found = []
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):
+                note = parse_json(line, max_bytes=_MOST_BYTES)
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(note["time"])))
+                found.append(f"{when} {clean(note['reason'], _MOST_CHARACTERS)}")
+        return tuple(found[-_MOST_WARNINGS:])
+
+    def read_refused(self, question: str) -> str:
+        """What the coordinator is told of why a question is not answered; empty if it may be."""
+        try:
+            note = read_json(self.refused_file)
+        except FederationError:
+            return ""
+        if not isinstance(note, dict) or note.get("question") != question:
+            return ""
+        return clean(note.get("said", note.get("reason", "")), _MOST_CHARACTERS)
 
     def check_refusal(self) -> None:
         """Raise the server's refusal if there is one.

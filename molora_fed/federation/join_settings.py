@@ -205,7 +205,8 @@ def prepare_home(home: "ContributorHome", settings: JoinSettings) -> JoinSetting
     settings.save(home.settings_file)
     home.board.prepare()
     home.busy.prepare()
-    for old in (home.refusal_letter, home.error_file, home.state_file):
+    # A question that was refused is looked at anew: this side may run another version by now.
+    for old in (home.refusal_letter, home.error_file, home.state_file, home.refused_file):
         old.unlink(missing_ok=True)
     decision = home.read_acknowledgement()
     if decision is not None and decision.state != "ADMITTED":

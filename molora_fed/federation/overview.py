@@ -87,6 +87,7 @@ class ServerOverview:
         name: The cooperative's.
         identity: Its charter's identity.
         amendment: Number of the amendment that counts.
+        privacy: What leaves contributors beside adapters, in a few words.
         address: By which members reach it.
         is_running: Whether `molora serve` holds the home.
         is_carrying: Whether mail was carried in the last half minute.
@@ -100,6 +101,7 @@ class ServerOverview:
     name: str
     identity: str
     amendment: int
+    privacy: str
     address: str
     is_running: bool
     is_carrying: bool
@@ -137,12 +139,14 @@ class ContributorOverview:
         name: Name it goes by.
         domain: Its domain.
         cooperative: Name of the cooperative; empty before the charter is here.
+        privacy: What leaves contributors beside adapters; empty likewise.
         server: "HOST:PORT"; empty if it joined without an invitation.
         is_running: Whether `molora join` holds the home.
         state: Phase, progress and message of its worker, and the ledger's state.
         contribution: Id of its contribution in the ledger; empty before.
         problem: What is wrong on this disk, or why it was refused; empty if nothing is.
         warnings: What to know of chat templates and their tokens; work goes on.
+        refusals: The last questions that were not answered: when, and why.
         seen: When the server was last heard of, and the bytes of files that went each way.
         has_consented: Whether what the charter asks for may be sent.
         result: Folder of the fused or evolved model; None before it is here.
@@ -152,12 +156,14 @@ class ContributorOverview:
     name: str
     domain: str
     cooperative: str
+    privacy: str
     server: str
     is_running: bool
     state: FederationEvent
     contribution: str
     problem: str
     warnings: tuple[str, ...]
+    refusals: tuple[str, ...]
     seen: Seen
     has_consented: bool
     result: Path | None
@@ -216,6 +222,7 @@ def read_server(home: CoordinatorHome) -> ServerOverview:
         name=charter.identity.name,
         identity=charter.identity_hash,
         amendment=charter.amendment.number,
+        privacy=charter.privacy,
         address=_read_address(home),
         is_running=is_running,
         is_carrying=is_running and time.time() - float(pulse.get("time", 0.0)) < PULSE_SECONDS,
@@ -250,12 +257,14 @@ def read_contributor(home: ContributorHome) -> ContributorOverview:
         name=settings.name if settings is not None else connection.name if connection else "",
         domain=settings.domain if settings is not None else connection.domain if connection else "",
         cooperative="" if charter is None else charter.identity.name,
+        privacy="" if charter is None else charter.privacy,
         server="" if connection is None else connection.server,
         is_running=is_held(home.root / "join.lock"),
         state=replace(_read_state(home.read_state(), "JOINING"), state=state),
         contribution="" if acknowledgement is None else acknowledgement.contribution_id,
         problem=problem,
         warnings=home.read_warnings(),
+        refusals=home.read_refusals(),
         seen=read_traffic(home.traffic_file).get(SERVER, Seen(last=0.0)),
         has_consented=charter is not None and has_consent(home, charter),
         result=next((folder for folder in results if folder.is_dir()), None),

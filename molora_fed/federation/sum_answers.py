@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Entrant, collect_entrant
 from molora_fed.contributions.manifest import Contribution
-from molora_fed.errors import FederationError, QuestionRefusedError
+from molora_fed.errors import QuestionRefusedError
 from molora_fed.federation.overlap_answers import OverlapAnswers
 from molora_fed.federation.sum_letters import (
     AgainAsked,
@@ -37,13 +37,14 @@ from molora_fed.federation.sum_letters import (
 from molora_fed.fusion.claims import list_drawn
 from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.fusion.sum_rounds import (
+    MAX_FUSIONS,
     SUM_BITS,
     SumQuestion,
     SumRounds,
     TextCounts,
     name_fusion,
 )
-from molora_fed.population.asked import ASKED_FILE, AskedQuestions
+from molora_fed.population.asked import AskedQuestions, refusing
 from molora_fed.privacy.intersection import limit_queries
 from molora_fed.privacy.sums.fixed_point import FixedPoint
 from molora_fed.privacy.sums.member import Member
@@ -52,15 +53,13 @@ from molora_fed.privacy.sums.messages import Terms, max_message_bytes
 from molora_fed.privacy.sums.vectors import VectorLayout
 from molora_fed.storage.files import hash_file, replace_folder, write_bytes, write_json
 from molora_fed.storage.untrusted import clean
-from molora_fed.types import Progress
+from molora_fed.types import BASE_EXPERT, Progress
 
 __all__ = ["SumAnswers", "end_fusion"]
 
 _WORDS_FILE, _ENDED_FILE = "words.safetensors", "ended.json"
 _SECRET_FILE = "secret"
 _FUSION_FOLDERS = "[0-9a-f]" * 16
-MAX_FUSIONS = 64
-"""Fusions that a contributor takes part in under one amendment: a cooperative that grows."""
 
 OpenMember = Callable[[Sequence[Entrant], Path], FusionMember]
 """Opens this contributor's text beside the experts; the folder gets banks."""
@@ -85,7 +84,7 @@ def end_fusion(folder: Path, fusion: str) -> None:
     for path in place.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in (_ENDED_FILE, ASKED_FILE):
+        elif path.name != _ENDED_FILE:
             path.unlink()
 
 
@@ -131,11 +130,13 @@ class SumAnswers:
             What is sent: "counts", "sums", or "masks".
 
         Raises:
-            QuestionRefusedError: If the charter does not have it asked, or not once more.
-            FederationError: If it is malformed, or of other experts than were sent.
+            QuestionRefusedError: If it is malformed, of other experts than were sent, or the
+                charter does not have it asked, or not once more.
+            SumRefusedError: If a masked sum would show more than it may.
             MoloraError: Whatever measuring raises, and I/O errors.
         """
-        asked = read_question(question)
+        with refusing():
+            asked = read_question(question)
         if isinstance(asked, ExpertsAsked):
             counts = self._begin(asked, question, progress)
             save_answer(answer, counts=counts, riders=self._overlap(asked.fusion).offer(progress))
@@ -155,9 +156,14 @@ class SumAnswers:
     def _place(self, fusion: str) -> Path:
         return self._folder / fusion[:16]
 
+    def _counts(self, fusion: str) -> Path:
+        """Where it is counted what a fusion asked for; stays when another fusion begins."""
+        return self._folder / "asked" / fusion
+
     def _begin(self, asked: ExpertsAsked, question: Path, progress: Progress | None) -> TextCounts:
         """Check and keep the experts of a fusion; measure those that this member was drawn for."""
-        experts = load_experts(question)
+        with refusing():
+            experts = load_experts(question)
         ids = [one.id for one in experts]
         faults = [f"another id than {name_fusion(self._charter, ids)[:16]}"]
         faults = faults if asked.fusion != name_fusion(self._charter, ids) else []
@@ -167,8 +173,10 @@ class SumAnswers:
         names = [one.manifest.contributor for one in experts]
         if len(set(names)) != len(names):
             faults.append("a name twice")
+        if BASE_EXPERT in names:
+            faults.append("an expert with the base's name")
         if faults:
-            raise FederationError(
+            raise QuestionRefusedError(
                 "Cannot take part in a fusion: expected experts made for this charter, this "
                 f"contributor's among them, got {clean('; '.join(faults[:5]), 400)}. Ask the "
                 "coordinator."
@@ -185,7 +193,7 @@ class SumAnswers:
                 "contributions anew."
             )
         for other in self._folder.glob(_FUSION_FOLDERS):
-            if other != place:  # what was asked of another fusion stays known
+            if other != place:  # what was opened of another fusion stays known
                 shutil.rmtree(other / "experts", ignore_errors=True)
         if not (place / "experts").is_dir():
             with replace_folder(place / "experts") as target:
@@ -207,7 +215,7 @@ class SumAnswers:
     def _experts(self, fusion: str) -> list[Contribution]:
         place = self._place(fusion)
         if not (place / "experts").is_dir():
-            raise FederationError(
+            raise QuestionRefusedError(
                 f"Cannot answer about fusion {fusion[:16]}: expected one whose experts are here, "
                 "got another. Ask the coordinator to begin it."
             )
@@ -225,6 +233,8 @@ class SumAnswers:
             manifests = {one.manifest.contributor: one.manifest for one in experts}
             member = self._open_member([collect_entrant(one) for one in experts], self._folder)
             limits = limit_queries(manifests.keys() - {self._name})
+            number = self._charter.amendment.number
+            counted = AskedQuestions(self._counts(fusion) / "overlap", number, limits)
             overlap = OverlapAnswers(
                 member,
                 name=self._name,
@@ -233,7 +243,7 @@ class SumAnswers:
                 secret=self._secret(place, "overlap-secret"),
                 fusion=fusion,
                 folder=place / "overlap",
-                admit=AskedQuestions(place, self._charter.amendment.number, limits).admit,
+                admit=counted.admit,
             )
             self._opened = {fusion: (member, overlap)}
         return self._opened[fusion]
@@ -245,14 +255,16 @@ class SumAnswers:
         member = self._member(asked.fusion)
         public = {one.manifest.contributor: one.manifest for one in self._experts(asked.fusion)}
         self._check_counts(asked, member, {n: one.domain for n, one in public.items()})
-        question = build_sum_question(asked, folder)
         rounds = SumRounds(
             member.plan, member.hidden_size, asked.counts, seed=self._charter.amendment.seed
         )
-        layout = rounds.lay_out(question)
+        with refusing():
+            question = build_sum_question(asked, folder)
+            layout = rounds.lay_out(question)
         place = self._place(asked.fusion)
-        limits, question_id = rounds.count_places(), identify_sum(folder)
-        counted = AskedQuestions(place, self._charter.amendment.number, limits)
+        question_id = identify_sum(folder)
+        limits = dict.fromkeys(rounds.limits, 1)
+        counted = AskedQuestions(self._counts(asked.fusion), self._charter.amendment.number, limits)
         counted.admit(asked.place, question_id)
         kept = place / question_id[:16]
         vector = self._measure(member, rounds, layout, question, kept, progress)
@@ -307,7 +319,7 @@ class SumAnswers:
     def _read_state(kept: Path, attempt: int) -> MemberState:
         path = _find_state(kept, attempt)
         if not path.is_file():
-            raise FederationError(
+            raise QuestionRefusedError(
                 f"Cannot go on with a masked sum: expected one that was begun here, got "
                 f"{kept.name}, attempt {attempt}. Ask the coordinator to begin it again."
             )

@@ -63,6 +63,7 @@ __all__ = [
 _EXPERTS = "experts"
 _STATE_FILE, _MESSAGE_FILE = "state.safetensors", "message.bin"
 _MAX_TENSORS = 4_096
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_MEMBERS = 1_024
 
 
@@ -352,9 +353,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except OSError as error:  # its text names a path of this machine
+        raise _malformed("tensors", "safetensors", type(error).__name__) from error
+    except (SafetensorError, ValueError) as error:
         raise _malformed("tensors", "safetensors", clean(error, 100)) from error
-    faults = [n for n, t in tensors.items() if not (t.is_floating_point() and t.isfinite().all())]
+    faults = [n for n, t in tensors.items() if t.dtype not in _FLOATS or not t.isfinite().all()]
     if faults or len(tensors) > _MAX_TENSORS:
         got = f"others in {', '.join(clean(n, 80) for n in faults[:5])}" if faults else "too many"
         raise _malformed("tensors", "finite floating-point numbers", got)
@@ -366,7 +369,9 @@ def _read_json(path: Path) -> Any:
         with path.open("rb") as file:
             data = file.read(MAX_FIGURES_BYTES + 1)
         return parse_json(data, max_bytes=MAX_FIGURES_BYTES)
-    except (OSError, ValueError) as error:
+    except OSError as error:  # its text names a path of this machine
+        raise _malformed("a message", "JSON", type(error).__name__) from error
+    except ValueError as error:
         raise _malformed("a message", "JSON", clean(error, 100)) from error
 
 

@@ -16,10 +16,15 @@ from typing import TYPE_CHECKING
 from molora_fed.charter import Charter, load_charter
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.errors import (
+    AdapterError,
     AdmissionError,
     FederationError,
+    MoloraError,
+    PluginError,
     QuestionRefusedError,
+    RoutingError,
     SignatureError,
+    SumError,
 )
 from molora_fed.federation.envelopes import open_letter, set_aside
 from molora_fed.federation.homes import ContributorHome
@@ -65,6 +70,15 @@ _PHASES = {
     "building": ("SUBMITTING", "building the contribution"),
 }
 """What the worker's state says while a contribution is made."""
+_NOT_ANSWERED = (
+    AdapterError,
+    FederationError,
+    PluginError,
+    QuestionRefusedError,
+    RoutingError,
+    SumError,
+)
+"""What may be wrong with a question; the disk, the charter and too little text end the worker."""
 
 
 class ContributorWorker:
@@ -84,6 +98,7 @@ class ContributorWorker:
         self._member: PrivateMember | None = None
         self._answers: SumAnswers | None = None
         self._decided = 0
+        self._strange = ""
 
     def run(self) -> None:
         """Work until the result is there; raises what `steps` raises."""
@@ -314,30 +329,44 @@ class ContributorWorker:
         home = self._home
         if not (charter.is_private and has_consent(home, charter)):
             return
-        letter = find_question(home, charter)
+        evolves = charter.amendment.fusion.mode == "population"
+        phase = "EVOLVING" if evolves else "FUSING"
+        try:
+            letter = find_question(home, charter)
+        except (SignatureError, QuestionRefusedError) as error:
+            if str(error) != self._strange:  # the same is sent again and again
+                self._strange = str(error)
+                self._refuse(phase, "", error)
+            return
         if letter is None:
             return
-        evolves = charter.amendment.fusion.mode == "population"
         answer = self._answer_evolution if evolves else self._answer_fusion
         with self._usage.stage("evolution" if evolves else "fusion"):
-            phase = "EVOLVING" if evolves else "FUSING"
             self._state.enter(phase, "answering the coordinator")
             try:
                 answer_question(home, charter, letter, partial(answer, charter))
-            except QuestionRefusedError as error:
-                refuse_question(home, letter, str(error))
-                self._state.enter(phase, f"refused a question: {error}")
+            except _NOT_ANSWERED as error:
+                self._refuse(phase, letter.id, error)
                 return
         self._state.enter("ADMITTED", "waiting for the next question, or the result")
+
+    def _refuse(self, phase: str, question: str, error: MoloraError) -> None:
+        """Leave a question unanswered, say so, and go on: the next one may be better."""
+        said = refuse_question(self._home, question, error)
+        log("question refused", "warning", question=question, reason=error)
+        self._state.enter(phase, f"refused a question: {said}")
 
     def _progress(self, done: int, total: int, **figures: float | str) -> None:
         # Its figures would be those of a few blocks, and the state is sent.
         self._state.progress(done, total)
 
     def _answer_evolution(self, charter: Charter, question: Path, answer: Path) -> str:
+        from molora_fed.population.asked import refusing
         from molora_fed.population.questions import load_question, save_answer
 
-        asked = load_question(question, rules=charter.identity.adapters, plugins=self._plugins)
+        with refusing():
+            rules = charter.identity.adapters
+            asked = load_question(question, rules=rules, plugins=self._plugins)
         found = self._open_member(charter).answer(asked, progress=self._progress)
         save_answer(found, charter.amendment.population.router, answer)
         return "evolution"

@@ -10,10 +10,20 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from molora_fed.charter import Charter, load_charter
-from molora_fed.errors import AdapterError, FederationError
+from pydantic import ValidationError
+
+from molora_fed.charter import Amendment, Charter, load_charter
+from molora_fed.errors import (
+    AdapterError,
+    CharterError,
+    FederationError,
+    MoloraError,
+    QuestionRefusedError,
+    SignatureError,
+    SumRefusedError,
+)
 from molora_fed.federation.envelopes import keep_letter, open_letter, set_aside
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.kept import Accepted, Offer
@@ -41,16 +51,16 @@ from molora_fed.storage.files import (
     write_json,
 )
 from molora_fed.storage.keys import key_fingerprint, load_key, sign, verify
-
-if TYPE_CHECKING:
-    pass
+from molora_fed.storage.settings import UntrustedModel
 
 __all__ = [
     "answer_question",
+    "find_base_config",
     "find_question",
     "find_stranger",
     "give_consent",
     "has_consent",
+    "is_described",
     "list_received",
     "offer_contribution",
     "receive_base",
@@ -61,6 +71,11 @@ __all__ = [
 ]
 
 LOOK_SECONDS = 0.2
+CONFIG_FILE = "config.json"
+_UNSAID = (
+    "Cannot answer a question: expected one that can be measured on this side's text, got a "
+    "failure; the reason stays with this contributor."
+)
 Found = TypeVar("Found")
 
 
@@ -264,18 +279,67 @@ def list_received(home: ContributorHome, target: Path) -> list[str]:
     return found
 
 
+class _AskedSums(UntrustedModel):
+    """What of an amendment decides how many sums are asked for, over how much text."""
+
+    routers: dict[str, dict[str, Any]]
+    merges: list[str]
+    restarts: int
+    base_expert: bool
+    calibration: int
+    held_out: int
+
+    def covers(self, other: "_AskedSums") -> bool:
+        """Whether another amendment asks for nothing that this one does not."""
+        return (
+            all(self.routers.get(name) == chosen for name, chosen in other.routers.items())
+            and set(other.merges) <= set(self.merges)
+            and other.restarts <= self.restarts
+            and other.base_expert <= self.base_expert
+            and other.calibration <= self.calibration
+            and other.held_out <= self.held_out
+        )
+
+
+def _describe_sums(amendment: Amendment) -> _AskedSums:
+    rules, samples = amendment.fusion, amendment.samples
+    names = (rules.router, *rules.compare, *([rules.fallback] if rules.fallback else []))
+    return _AskedSums(
+        routers={name: rules.options if name == rules.router else {} for name in names},
+        merges=list(rules.merges),
+        restarts=rules.restarts,
+        base_expert=rules.base_expert,
+        calibration=samples.calibration,
+        held_out=samples.held_out,
+    )
+
+
 def _build_consent(charter: Charter) -> dict[str, Any]:
-    """What a contributor agrees to: these samples for this cooperative."""
+    """What a contributor agrees to: these samples, or sums, for this cooperative.
+
+    Mode of privacy and way of summing are the identity's.
+    """
     amendment = charter.amendment
+    agreed = {"identity": charter.identity_hash, "samples": "private"}
+    if charter.is_summed:
+        return {**agreed, "sums": _describe_sums(amendment).model_dump(mode="json")}
     if charter.is_private:  # figures and adapted slots instead of samples
-        return {"identity": charter.identity_hash, "samples": "private"}
-    samples = amendment.samples.model_dump(mode="json")
-    return {"identity": charter.identity_hash, "samples": samples}
+        return agreed
+    return {**agreed, "samples": amendment.samples.model_dump(mode="json")}
 
 
 def has_consent(home: ContributorHome, charter: Charter) -> bool:
-    """Whether the contributor agreed to send what this charter asks for."""
-    return bool(read_json(home.consent_file) == _build_consent(charter))
+    """Whether the contributor agreed to send what this charter asks for, or more."""
+    given = read_json(home.consent_file)
+    if not charter.is_summed:
+        return bool(given == _build_consent(charter))
+    if not isinstance(given, dict) or given.get("identity") != charter.identity_hash:
+        return False
+    try:
+        agreed = _AskedSums.model_validate(given.get("sums"))
+    except ValidationError:
+        return False
+    return agreed.covers(_describe_sums(charter.amendment))
 
 
 def give_consent(home: ContributorHome, charter: Charter) -> None:
@@ -285,6 +349,46 @@ def give_consent(home: ContributorHome, charter: Charter) -> None:
         StorageError: On I/O errors.
     """
     write_json(home.consent_file, _build_consent(charter))
+
+
+def find_base_config(home: ContributorHome) -> Path | None:
+    """Folder with the base's `config.json`, which comes before its weights; None if not here yet.
+
+    Raises:
+        StorageError: On I/O errors.
+    """
+    folder = home.mail / "base-config"
+    for found in (home.base, folder):
+        if (found / CONFIG_FILE).is_file():
+            return found
+    letter = open_letter(home.charter_letter, CharterLetter)
+    if letter is None:
+        return None
+    wanted = Shipment(tuple(one for one in letter.base.files if one.name == CONFIG_FILE))
+    if not wanted.files or home.parts.missing(wanted, part_bytes=letter.part_bytes):
+        return None
+    try:
+        home.parts.assemble(wanted, folder, part_bytes=letter.part_bytes)
+    except (FederationError, FileNotFoundError):
+        return None  # damaged, or the worker just put the whole base together
+    return folder
+
+
+def is_described(home: ContributorHome) -> bool:
+    """Whether everything is here that says what the charter asks for.
+
+    For sums that is more than the charter: their number depends on the base.
+    """
+    try:
+        charter = load_charter(home.charter)
+    except CharterError:
+        return False  # not here yet, or just being replaced
+    if not charter.is_summed or home.consent_file.exists() or find_base_config(home) is not None:
+        return True
+    letter = open_letter(home.charter_letter, CharterLetter)
+    files = () if letter is None else letter.base.files
+    # A base without a config of its own is waited for by nobody.
+    return letter is not None and all(one.name != CONFIG_FILE for one in files)
 
 
 def offer_contribution(home: ContributorHome, *, recipe: str = "") -> Shipment:
@@ -306,11 +410,12 @@ def offer_contribution(home: ContributorHome, *, recipe: str = "") -> Shipment:
 def find_question(home: ContributorHome, charter: Charter) -> QuestionLetter | None:
     """The coordinator's question, if all of it is here and it is not answered yet.
 
-    One that is refused is set aside.
+    One that cannot be the coordinator's is set aside.
 
     Raises:
         SignatureError: If it is not the coordinator's.
-        FederationError: If it is of another amendment.
+        QuestionRefusedError: If its id is not that of its files.
+        FederationError: If it is of another amendment than this side knows.
     """
     letter = open_letter(home.question_letter, QuestionLetter)
     if letter is None:
@@ -322,7 +427,7 @@ def find_question(home: ContributorHome, charter: Charter) -> QuestionLetter | N
         return None
     try:
         _check_question(home, charter, letter)
-    except (AdapterError, FederationError) as error:
+    except (AdapterError, FederationError, QuestionRefusedError) as error:
         set_aside(home.question_letter, error)
         raise
     target = home.question_folder(letter.id)
@@ -339,7 +444,7 @@ def _check_question(home: ContributorHome, charter: Charter, letter: QuestionLet
         what="question",
     )
     if letter.id != letter.files.id:
-        raise FederationError(
+        raise QuestionRefusedError(
             f"Cannot answer a question: expected the id of its files, {letter.files.id[:16]}, got "
             f"{letter.id[:16]}. Run the same molora-fed version on both sides."
         )
@@ -350,22 +455,32 @@ def _check_question(home: ContributorHome, charter: Charter, letter: QuestionLet
         )
 
 
-def refuse_question(home: ContributorHome, letter: QuestionLetter, reason: str) -> None:
+def refuse_question(home: ContributorHome, question: str, error: MoloraError) -> str:
     """Note that a question is not answered, and why: the last one, and all of them in a log.
 
     Args:
         home: The contributor's home.
-        letter: From `find_question`.
-        reason: One line.
+        question: Its id; empty for one that is not the coordinator's, and so hides no other.
+        error: Why; of what went wrong on this side's text nothing is said elsewhere, for it may
+            hold a figure of one document.
+
+    Returns:
+        What the coordinator may be told, one line.
 
     Raises:
         StorageError: On I/O errors.
     """
-    note = {"question": letter.id, "reason": reason, "time": time.time()}
+    own = (QuestionRefusedError, FederationError, SignatureError, SumRefusedError)
+    said = str(error) if isinstance(error, own) else _UNSAID
+    note = {"question": question, "reason": str(error), "said": said, "time": time.time()}
     log = home.refusals_log
-    with storage_errors(log), log.open("ab") as file:
-        file.write(canonical_json(note) + b"\n")
-    write_json(home.refused_file, note)
+    with storage_errors(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            file.write(canonical_json(note) + b"\n")
+    if question:
+        write_json(home.refused_file, note)
+    return said
 
 
 def _forget(home: ContributorHome, current: Path) -> None:

@@ -7,6 +7,7 @@ which shapes and within which bounds, follows from the charter, the experts and 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
@@ -15,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from molora_fed.charter import Charter
-from molora_fed.errors import PluginError, RoutingError, SumError
+from molora_fed.errors import MoloraError, PluginError, RoutingError, SumError
 from molora_fed.evaluation.composition import name_specialist
 from molora_fed.evaluation.moments import Moments
 from molora_fed.evaluation.summed import Compared, MemberSums
@@ -39,6 +40,7 @@ __all__ = [
     "ALONE",
     "GATES",
     "HELD_OUT",
+    "MAX_FUSIONS",
     "MOMENTS",
     "SUM_BITS",
     "TRIM_SHARE",
@@ -50,6 +52,8 @@ __all__ = [
     "name_fusion",
 ]
 
+MAX_FUSIONS = 64
+"""Fusions that a member takes part in under one amendment: a cooperative that grows."""
 SUM_BITS: Final = 64
 """Of the words that masked sums are added up in."""
 TRIM_SHARE = 0.2
@@ -230,8 +234,33 @@ class SumRounds:
         """Parts of the vector that answers a question.
 
         Raises:
-            RoutingError: If the question names an unknown router, or states that do not fit.
+            RoutingError: If the question names an unknown router, states that do not fit, or asks
+                for more numbers than its place allows for.
         """
+        self._check_routers(question.routers)
+        limit = self.limits.get(question.place)
+        if limit is None:
+            raise RoutingError(
+                f"Cannot answer '{clean(question.place, 80)}': expected a place of a fusion under "
+                "the charter, got another. Ask the coordinator."
+            )
+        try:
+            layout = self._lay_out(question)
+        except MoloraError:
+            raise
+        except Exception as error:  # whatever a state from outside does to the code of a router
+            raise RoutingError(
+                f"Cannot answer '{question.place}': expected states that fit the charter's "
+                f"routers, got {type(error).__name__} on reading them. Ask the coordinator."
+            ) from error
+        if layout.length > limit:
+            raise RoutingError(
+                f"Cannot answer '{question.place}': expected a question for at most {limit:,} "
+                f"numbers, as the charter says, got one for {layout.length:,}. Ask the coordinator."
+            )
+        return layout
+
+    def _lay_out(self, question: SumQuestion) -> VectorLayout:
         entries: dict[str, SumEntry] = {}
         if question.kind == HELD_OUT:
             compared = self.compare(question.routers)
@@ -246,29 +275,42 @@ class SumRounds:
                 entries |= self._lay_out_moments(ALONE, self._alone, ALONE)
         return VectorLayout(tuple(Part(n, e.shape, e.bound) for n, e in entries.items() if e.size))
 
-    def count_places(self) -> dict[str, int]:
-        """How often each place of the fusion may be asked, by place: once."""
-        rounds = 1
+    @cached_property
+    def limits(self) -> dict[str, int]:
+        """Most numbers of an answer by place, in the order of a fusion; each is asked for once."""
+        fits: dict[str, tuple[int, ...]] = {}
+        again: set[str] = set()
         for name in self._plan.routers:
             with suppress(PluginError, RoutingError):
-                rounds = max(rounds, self.plan_fit(name, 0).rounds)
-        attempts = range(self._plan.charter.amendment.fusion.restarts + 1)
-        places = [f"fit {attempt} {turn}" for attempt in attempts for turn in range(rounds)]
-        return dict.fromkeys([*places, *(f"judge {a}" for a in attempts), HELD_OUT], 1)
+                fit = self.plan_fit(name, 0)
+                with guarded(self._plan.plugins.routers.entry(name), "limit_numbers"):
+                    fits[name] = fit.limit_numbers()
+                again |= {name} if fit.uses_seed else set()
+        domains, experts = len(self.domains), len(self._experts)
+        found: dict[str, int] = {}
+        for attempt in range(self._plan.charter.amendment.fusion.restarts + 1):
+            fitted = {name: fits[name] for name in fits if attempt == 0 or name in again}
+            for turn in range(max(map(len, fitted.values()), default=0)):
+                asked = [numbers[turn] for numbers in fitted.values() if turn < len(numbers)]
+                found[f"fit {attempt} {turn}"] = sum(asked)
+            if fitted:
+                found[f"judge {attempt}"] = len(fitted) * domains * (1 + experts)
+        alone = self._lay_out_moments(ALONE, self._alone, ALONE).values()
+        first = found.pop("fit 0 0", 0) + sum(entry.size for entry in alone)
+        held_out = self._lay_out(SumQuestion(HELD_OUT, tuple(fits), {})).length
+        return {"fit 0 0": first, **found, HELD_OUT: held_out}
+
+    def _check_routers(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self._plan.routers]
+        if unknown:
+            raise RoutingError(
+                f"Cannot answer about router '{clean(unknown[0], 80)}': expected one of the "
+                f"charter's, {', '.join(self._plan.routers)}, got that one. Ask the coordinator."
+            )
 
     def list_tasks(self, question: SumQuestion) -> Iterator[tuple[str, SummedFit]]:
-        """The fits or judgements of a question, by router.
-
-        Raises:
-            RoutingError: If it names a router that the charter does not.
-        """
+        """The fits or judgements of a question, by router."""
         for name in question.routers:
-            if name not in self._plan.routers:
-                raise RoutingError(
-                    f"Cannot answer about router '{clean(name, 80)}': expected one of the "
-                    f"charter's, {', '.join(self._plan.routers)}, got that one. Ask the "
-                    "coordinator."
-                )
             if question.kind == "fit":
                 yield name, self.plan_fit(name, question.attempt)
             else:

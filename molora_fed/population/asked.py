@@ -7,14 +7,20 @@ after an evolution that ended.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from molora_fed.errors import PopulationError, QuestionRefusedError
+from molora_fed.errors import (
+    MoloraError,
+    PopulationError,
+    QuestionRefusedError,
+    StorageError,
+)
 from molora_fed.storage.files import write_json
 
-__all__ = ["ASKED_FILE", "AskedQuestions", "begin_anew"]
+__all__ = ["AskedQuestions", "begin_anew", "refusing"]
 
 ASKED_FILE = "asked.json"
 
@@ -66,6 +72,22 @@ class AskedQuestions:
             f"amendment {self._amendment} says, got {got}. Ask the coordinator why; a new "
             "amendment begins a new count."
         )
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Read a question, before anything is measured: whatever is wrong is the question's fault.
+
+    Raises:
+        QuestionRefusedError: With the reason, which holds nothing of this side's text.
+        StorageError: On I/O errors.
+    """
+    try:
+        yield
+    except (StorageError, QuestionRefusedError):
+        raise
+    except MoloraError as error:
+        raise QuestionRefusedError(str(error)) from error
 
 
 def begin_anew(folder: Path) -> None:

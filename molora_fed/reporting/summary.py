@@ -294,22 +294,22 @@ def build_outgoing_table(rows: "Sequence[OutgoingRow]") -> Table:
     What is not known yet is shown by its upper limit: "at most".
 
     Args:
-        rows: From `describe_outgoing`.
+        rows: Of what `molora_fed.cooperative.outgoing` describes.
     """
-    table = _new_table("What is sent", "what", "blocks", "tokens", "bytes")
+    names = ("blocks", "tokens", "numbers", "times")
+    shown = [n for n in names if any(getattr(row, n) > (n == "times") for row in rows)]
+    table = _new_table("What is sent", "what", *shown, "bytes")
+    table.columns[0].no_wrap = False
+
+    def add(what: str, counts: Mapping[str, int], *, exact: bool) -> None:
+        cells = [f"{counts[name]:,}" if counts[name] else "-" for name in shown]
+        _add_row(table, what, *cells, f"{'' if exact else 'at most '}{counts['bytes']:,}")
+
     for row in rows:
-        _add_row(
-            table,
-            row.what,
-            f"{row.blocks:,}" if row.blocks else "-",
-            f"{row.tokens:,}" if row.tokens else "-",
-            f"{row.bytes:,}" if row.exact else f"at most {row.bytes:,}",
-        )
+        add(row.what, {n: getattr(row, n) for n in (*names, "bytes")}, exact=row.exact)
     table.add_section()
-    blocks, tokens = sum(row.blocks for row in rows), sum(row.tokens for row in rows)
-    limit = "" if all(row.exact for row in rows) else "at most "
-    total = f"{limit}{sum(row.bytes for row in rows):,}"
-    _add_row(table, "in all", f"{blocks:,}", f"{tokens:,}", total)
+    sums = {n: sum(getattr(row, n) * row.times for row in rows) for n in (*names[:3], "bytes")}
+    add("in all", {**sums, "times": 0}, exact=all(row.exact for row in rows))
     return table
 
 

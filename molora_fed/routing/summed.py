@@ -131,6 +131,18 @@ class SummedFit(abc.ABC, Generic[OptionsT]):
         It is asked of the state as it was sent.
         """
 
+    def limit_numbers(self) -> tuple[int, ...]:
+        """Most numbers of the answer to each round, known before the first; `rounds` of them.
+
+        Members agree to these, and refuse a state that asks for more. A fit whose later rounds ask
+        for other numbers than the first says so here.
+        """
+        state = self.start()
+        if isinstance(state, Finished):
+            return ()
+        entries = self.entries(self.send(state))
+        return (sum(entry.size for entry in entries.values()),) * self.rounds
+
     @abc.abstractmethod
     def measure(
         self, bank: "CalibrationBank", state: SummedState, weights: Mapping[str, float]

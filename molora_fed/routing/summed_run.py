@@ -238,9 +238,9 @@ def run_rounds(
         progress: Receives rounds done and at most.
 
     Raises:
-        RoutingError: If the router breaks its word, or needs more rounds than it said.
+        RoutingError: If the router breaks its word, or needs more rounds or numbers than it said.
     """
-    name = type(fit).__name__
+    name, limits = type(fit).__name__, fit.limit_numbers()
     state, done, state_bytes, numbers = fit.start(), 0, 0, 0
     while not isinstance(state, Finished):
         if done == fit.rounds:
@@ -252,6 +252,11 @@ def run_rounds(
         message = _write(fit.send(state))
         sent = load(message)
         entries = fit.entries(sent)
+        if count_entries(entries) > limits[done]:
+            raise RoutingError(
+                f"Cannot fit by sums with {name}: expected at most {limits[done]} numbers in round "
+                f"{done + 1}, got {count_entries(entries)}. Correct its `limit_numbers`."
+            )
         vectors = [answer_round(fit, bank, sent, weights) for bank in banks]
         totals = unpack_sums(add(vectors, list_bounds(entries)), entries)
         state = fit.advance(state, totals)

@@ -111,6 +111,18 @@ class SecondOrderFit(SummedFit[OptionsT]):
         }
 
     @override
+    def limit_numbers(self) -> tuple[int, ...]:
+        if self.setting.num_experts == 1:
+            return ()
+        first = self.begin()
+        later = first.new_zeros(len(_TRIED), first.shape[1])
+        numbers = [
+            sum(entry.size for entry in self.entries({"points": points}).values())
+            for points in (first, later)
+        ]
+        return (numbers[0], *[numbers[1]] * (self.rounds - 1))
+
+    @override
     def measure(
         self, bank: "CalibrationBank", state: SummedState, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from molora_kalavai.discriminant import (
     diagonalise,
     try_constants,
 )
-from molora_kalavai.mixtures import measure_mixtures, propose_mixtures
+from molora_kalavai.mixtures import MIXTURES_TRIED, measure_mixtures, propose_mixtures
 from molora_kalavai.moments import ClassMoments, add_up_moments
 
 if TYPE_CHECKING:
@@ -102,6 +102,14 @@ class StatisticsSums(SummedFit[RouterOptions]):
             "grouped": SumEntry((self._folds, half), square),
         }
         return {f"moments.{name}": entry for name, entry in by_name.items()}
+
+    @override
+    def limit_numbers(self) -> tuple[int, ...]:
+        first = self.start()["mixtures"]
+        later = {"mixtures": first.expand(MIXTURES_TRIED + 1, -1, -1)}
+        collected, weighed = {**later, "collect": first}, {**later, "weights": first}
+        asked = ({"mixtures": first}, later, collected, weighed)
+        return tuple(sum(e.size for e in self.entries(state).values()) for state in asked)
 
     @override
     def measure(

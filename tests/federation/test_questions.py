@@ -20,7 +20,7 @@ from molora_fed.charter import (
     PopulationRules,
     write_charter,
 )
-from molora_fed.contributions.build import describe_outgoing
+from molora_fed.cooperative.outgoing import describe_outgoing
 from molora_fed.errors import (
     FederationError,
     PopulationError,
@@ -357,6 +357,22 @@ def test_a_refused_question_is_logged_shown_and_not_answered(tmp_path, monkeypat
     assert "one more of 'gates'" in line
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"kind": "sample"}', '{"kind": "gates"}'])
+def test_a_malformed_question_ends_nothing(tmp_path, content):
+    stage = Stage(tmp_path, names=("anna",))
+    home = stage.homes["anna"]
+    stage.ask(Question("gates", {}, (build_branch(),)), read_gates)
+    home.answer_file.unlink()
+    letter = read_json(home.question_letter)
+    (home.question_folder(letter["id"]) / "question.json").write_text(content)
+    ContributorWorker(home, PLUGINS)._answer_question(stage.charter)
+    assert not home.answer_file.exists() and len(home.read_refusals()) == 1
+    assert home.read_state()["message"].startswith("refused a question: Cannot")
+    prepare_home(home, JoinSettings("anna", "python"))  # it is looked at anew, and noted anew
+    ContributorWorker(home, PLUGINS)._answer_question(stage.charter)
+    assert len(home.read_refusals()) == 2
+
+
 def test_joining_again_after_a_result_begins_a_new_count(tmp_path):
     stage = Stage(tmp_path, names=("anna",))
     home, settings = stage.homes["anna"], JoinSettings("anna", "python")
@@ -378,7 +394,8 @@ def test_consent_is_to_what_is_asked_for(tmp_path):
         update={"amendment": AMENDMENT.model_copy(update={"population": PopulationRules()})}
     )
     assert not has_consent(home, pooled)
-    outgoing = {row.what: row for row in describe_outgoing(stage.charter)}
+    described = describe_outgoing(stage.charter, PLUGINS, width=None)
+    outgoing = {row.what: row for row in described.rows}
     assert not any(row.blocks or row.tokens for row in outgoing.values())
     assert not any(split in name for split in Split for name in outgoing)
     assert {"adapter, by the charter's limit", "adapted population, every round"} <= outgoing.keys()

@@ -41,6 +41,7 @@ __all__ = [
     "compute_threshold",
     "describe_sender",
     "max_message_bytes",
+    "measure_phases",
     "read_message",
 ]
 
@@ -49,6 +50,8 @@ MIN_MEMBERS = 3
 MAX_MEMBERS = 1_024
 SEALED_BYTES = 2 * SHARE_BYTES + 16
 """Two shares and the tag of their cipher."""
+MAX_NAME = 63
+MAX_SIGNATURE = 208
 _PURPOSE = "molora-masked-sum-1"
 _BYTES_A_MEMBER = 1_024  # of a message that says something of each
 _BYTES_BESIDE = 8_192
@@ -83,7 +86,7 @@ Sha = Annotated[str, _hex(32)]
 Key = Annotated[str, _hex(32)]
 Share = Annotated[str, _hex(SHARE_BYTES)]
 SealedText = Annotated[str, _hex(SEALED_BYTES)]
-Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{0,208}$")]
+Signature = Annotated[str, Field(pattern=rf"^[0-9a-f]{{0,{MAX_SIGNATURE}}}$")]
 Name = Annotated[str, AfterValidator(_check_name)]
 Names = Annotated[list[Name], Field(max_length=MAX_MEMBERS), AfterValidator(_check_sorted)]
 
@@ -410,6 +413,36 @@ def describe_sender(name: object, phase: str) -> str:
 def max_message_bytes(members: int) -> int:
     """Largest line of JSON of a sum over so many members."""
     return _BYTES_BESIDE + _BYTES_A_MEMBER * members
+
+
+def measure_phases(members: int) -> dict[str, int]:
+    """Most bytes that a member sends in each phase of a sum, its masked vector's words aside.
+
+    Args:
+        members: Of the sum.
+    """
+    names = [f"{place:0{MAX_NAME}d}" for place in range(members)]
+    sha, share = "0" * 64, "0" * (2 * SHARE_BYTES)
+    who = names[0]
+    longest = (
+        Keys(member=who, mask_key=sha, share_key=sha),
+        Shares(
+            member=who,
+            keys=sha,
+            sealed=dict.fromkeys(names[1:], "0" * (2 * SEALED_BYTES)),
+            mask_commitments=dict.fromkeys(names, sha),
+            self_commitments=dict.fromkeys(names, sha),
+            seed_commitment=sha,
+        ),
+        Masked(member=who, participants=sha, unusable=names[1:], vector=sha),
+        Agreement(member=who, survivors=sha),
+        Revealed(
+            member=who,
+            self_shares=dict.fromkeys(names, share),
+            mask_shares=dict.fromkeys(names, share),
+        ),
+    )
+    return {message.phase: len(message.to_bytes()) + MAX_SIGNATURE for message in longest}
 
 
 def read_message(data: bytes, model: type[Read], *, sender: str, members: int) -> Read:

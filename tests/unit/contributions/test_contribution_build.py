@@ -1,7 +1,7 @@
 import pytest
 
 from molora_fed.charter import Amendment, SampleRules
-from molora_fed.contributions.build import describe_outgoing
+from molora_fed.contributions.build import describe_contribution
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.errors import AdapterError, CorpusError
 from molora_fed.storage.files import hash_file
@@ -55,7 +55,7 @@ def test_other_files_beside_the_adapter_stay_here(contribute, write_adapter):
 
 def test_outgoing_is_counted_exactly_and_bounded_before(contribute, charter):
     contribution = contribute()
-    rows = {row.what: row for row in describe_outgoing(contribution.manifest)}
+    rows = {row.what: row for row in describe_contribution(contribution.manifest)}
     assert [*rows] == [
         "calibration sample", "admission sample", "held-out sample", "adapter", "manifest",
     ]  # fmt: skip
@@ -68,7 +68,7 @@ def test_outgoing_is_counted_exactly_and_bounded_before(contribute, charter):
     assert sum(row.bytes for row in rows.values() if row.what != "manifest") == (
         contribution.manifest.num_bytes
     )
-    before = {row.what: row for row in describe_outgoing(charter)}
+    before = {row.what: row for row in describe_contribution(charter)}
     assert all(not row.exact for row in before.values())
     limit = "adapter, by the charter's limit"
     assert [*before] == [limit if what == "adapter" else what for what in rows]

@@ -127,6 +127,23 @@ def test_who_cannot_take_part_is_refused_by_name(bank, router):
         fit_by_sums(router, [bank], NO_OPTIONS, 0)
 
 
+def test_a_fit_that_asks_for_more_numbers_than_it_said_is_refused(bank):
+    class AsksForMore(SharesFit):
+        def limit_numbers(self):
+            return (2,)
+
+    class GreedyRouter(SharesRouter):
+        name = "greedy"
+
+        @classmethod
+        def by_sums(cls, setting):
+            return AsksForMore(setting, setting.options)
+
+    assert SharesFit(collect_setting([bank], NO_OPTIONS, 0), NO_OPTIONS).limit_numbers() == (3,)
+    with pytest.raises(RoutingError, match="at most 2 numbers in round 1, got 3"):
+        fit_by_sums(GreedyRouter, [bank], NO_OPTIONS, 0)
+
+
 def test_weights_of_all_members_tokens_sum_to_one_and_domains_count_alike(bank):
     rows = [0, 8, 9, 16, 17, 18, 19]  # one, two and four blocks
     part = take_blocks(bank, rows)

@@ -1,0 +1,219 @@
+"""Everything that leaves a contributor's machine under a charter: in rows, and in plain words.
+
+The one list that is shown before anybody agrees, and after a contribution was made.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from molora_fed.bank import Expert
+from molora_fed.charter import Charter
+from molora_fed.contributions.build import (
+    MAX_FIGURES_BYTES,
+    OutgoingRow,
+    describe_contribution,
+)
+from molora_fed.contributions.manifest import Manifest
+from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, build_routers
+from molora_fed.fusion.sum_rounds import HELD_OUT, MAX_FUSIONS, SUM_BITS, SumRounds, TextCounts
+from molora_fed.models.base_config import MAX_LAYERS, read_config
+from molora_fed.plugins import Plugins
+from molora_fed.privacy.sums.messages import MIN_MEMBERS, measure_phases
+
+__all__ = ["Outgoing", "describe_outgoing", "read_width"]
+
+WIDEST = 16_384
+"""Width of the hidden states that is taken where the base is not known: no base in use is wider."""
+_LARGEST_COUNT = 2**40
+_FILE_BYTES = 256  # of an answer's small files, and the header of its tensors
+_COUNTED = 10  # numbers of `TextCounts`
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What is sent, and what can be told from it.
+
+    Attributes:
+        rows: Each thing that is sent; nothing else is, but names, keys, signatures and progress.
+        told: A sentence or two each, for people.
+    """
+
+    rows: tuple[OutgoingRow, ...]
+    told: tuple[str, ...]
+
+
+def describe_outgoing(
+    charter: Charter, plugins: Plugins, *, manifest: Manifest | None = None, width: int | None
+) -> Outgoing:
+    """List what a contributor sends, to be shown before anything is sent.
+
+    Args:
+        charter: The cooperative's charter.
+        plugins: Where routers are registered.
+        manifest: Of the contribution, for exact figures; the most that the charter allows if None.
+        width: D of the base (`read_width`); None where the base is not known yet.
+
+    Raises:
+        CharterError: If options of the charter's routers are wrong.
+        UnknownNameError: If nobody registers one of them: this side could not answer.
+        PluginError: If the plugin of the published router fails.
+    """
+    rows = describe_contribution(charter if manifest is None else manifest)
+    if charter.is_summed:
+        members, domains = _expect_members(charter)
+        rows += _list_sums(charter, plugins, members, domains, WIDEST if width is None else width)
+        told = _tell_sums(charter, members, domains, is_known=width is not None)
+    elif charter.is_private:
+        rows += _list_evolution(charter)
+        told = _TOLD_BY_EVOLUTIONS
+    else:
+        told = _TOLD_BY_SAMPLES
+    return Outgoing(tuple(rows), (*told, _TOLD_BY_ADAPTERS))
+
+
+def read_width(folder: Path) -> int:
+    """D of the base whose `config.json` lies in a folder.
+
+    Raises:
+        BaseCheckpointError: If it is missing, malformed or out of bounds.
+    """
+    config = read_config(folder, MAX_LAYERS, f"Cannot read the config of the base in '{folder}'")
+    return int(config.hidden_size)
+
+
+def _expect_members(charter: Charter) -> tuple[int, int]:
+    """Members and domains that figures are stated for; more join later."""
+    amendment = charter.amendment
+    least = MIN_MEMBERS if charter.identity.summing == "masked" else 2
+    members = max(least, amendment.expected, len(amendment.domains))
+    return members, len(amendment.domains) or members
+
+
+def _list_sums(
+    charter: Charter, plugins: Plugins, members: int, domains: int, width: int
+) -> Iterator[OutgoingRow]:
+    """What one fusion asks for, place by place."""
+    rounds = _plan_rounds(charter, plugins, members, domains, width)
+    is_masked = charter.identity.summing == "masked"
+    counts = len(json.dumps(_stand_in(members, "").model_dump(mode="json"), indent=2))
+    yield OutgoingRow(
+        "counts of your text: tokens, blocks, word 8-grams",
+        0, 0, counts + _FILE_BYTES, exact=False, numbers=_COUNTED,
+    )  # fmt: skip
+    way = "masked sums" if is_masked else "sums"
+    for what, numbers, times in _group_places(rounds.limits):
+        size = numbers * (SUM_BITS // 8) + _FILE_BYTES
+        yield OutgoingRow(f"{way}, {what}", 0, 0, size, exact=False, numbers=numbers, times=times)
+    if is_masked:
+        size = sum(measure_phases(members).values()) + 4 * _FILE_BYTES
+        what = "keys, sealed shares and signatures of each masked sum"
+        yield OutgoingRow(what, 0, 0, size, exact=False, times=len(rounds.limits))
+
+
+def _group_places(limits: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+    """Places that follow each other and ask for equally many numbers: what, numbers, how often."""
+    first = [(place, n) for place, n in limits.items() if place.split(" ")[1:2] == ["0"]]
+    fits = [(place, n) for place, n in first if place.startswith("fit")]
+    for numbers, group in groupby(fits, key=lambda one: one[1]):
+        turns = [int(place.split(" ")[2]) + 1 for place, _ in group]
+        each = f"rounds {turns[0]} to {turns[-1]}" if len(turns) > 1 else f"round {turns[0]}"
+        also = " (and calibration losses)" if turns[0] == 1 else ""
+        yield f"fit of the routers, {each}{also}", numbers, len(turns)
+    for _, numbers in first[len(fits) :]:
+        yield "losses of the fitted routers, calibration text", numbers, 1
+    for kind, what in (("fit", "fitted again"), ("judge", "losses after it")):
+        again = sorted(n for p, n in limits.items() if p.startswith(kind) and p.split()[1] != "0")
+        for numbers, same in groupby(again):
+            yield f"only if a router loses a domain, {what}", numbers, len(list(same))
+    yield "losses and gates, held-out text", limits[HELD_OUT], 1
+
+
+def _plan_rounds(
+    charter: Charter, plugins: Plugins, members: int, domains: int, width: int
+) -> SumRounds:
+    """The rounds of a fusion of members that nobody knows yet."""
+    names = [f"member-{number}" for number in range(members)]
+    experts = [Expert(BASE_EXPERT, None)] if charter.amendment.fusion.base_expert else []
+    failed: dict[str, str] = {}
+    plan = FusionPlan(
+        charter=charter,
+        contributions=(),
+        experts=(*experts, *(Expert(name, None) for name in names)),
+        router=charter.amendment.fusion.router,
+        routers=build_routers(charter, plugins, on_failed=failed.__setitem__),
+        failed=failed,
+        bank={"mixture": charter.amendment.fusion.mixture},
+        plugins=plugins,
+    )
+    counts = {
+        name: _stand_in(members, f"domain-{number % domains}") for number, name in enumerate(names)
+    }
+    return SumRounds(plan, width, counts, seed=charter.amendment.seed)
+
+
+def _stand_in(members: int, domain: str) -> TextCounts:
+    """Counts as long as any can be."""
+    most = _LARGEST_COUNT
+    names = [f"{number:063d}" for number in range(members)]
+    return TextCounts(
+        domain=domain or "0" * 63, tokens=most, blocks=most, left_out=most, empty=most,
+        grams=most, own=most, union=most, base=most, kept=most, after=most, compared=names,
+    )  # fmt: skip
+
+
+def _list_evolution(charter: Charter) -> Iterable[OutgoingRow]:
+    slots = charter.amendment.population.slots or _expect_members(charter)[0]
+    adapted = slots * charter.identity.adapters.max_bytes
+    yield OutgoingRow("adapted population, every round", 0, 0, adapted, exact=False)
+    figures = "sums over documents, every generation"
+    yield OutgoingRow(figures, 0, 0, MAX_FIGURES_BYTES, exact=False)
+
+
+_TOLD_BY_ADAPTERS = (
+    "The adapter goes to the coordinator, and with the result to every member. What an adapter "
+    "remembers of the text it was trained on can be looked for in it."
+)
+_TOLD_BY_SAMPLES = (
+    "The coordinator can read the samples. Train text that is not in a sample stays here.",
+)
+_TOLD_BY_EVOLUTIONS = (
+    "No text and no token ids leave. Sums are over four document clusters at least; they are your "
+    "own figures, which the coordinator sees.",
+    "Adapted populations are trained on your text, and may remember it as an adapter may.",
+)
+
+
+def _tell_sums(charter: Charter, members: int, domains: int, *, is_known: bool) -> Sequence[str]:
+    known = "" if is_known else f", and a base of width {WIDEST:,} at most"
+    ways = {
+        "masked": (
+            f"Your sums are masked: only totals over {MIN_MEMBERS} members at least are opened. A "
+            "total says what it says of its members together: if all others worked with the "
+            "coordinator, what is left is yours.",
+            "Numbers that are kept by domain (losses, gates, numbers and sizes of documents) are "
+            f"its members' own figures, in the total too, where fewer than {MIN_MEMBERS} share it.",
+        ),
+        "robust": (
+            "The coordinator sees your sums by themselves, one vector each time, and can tell "
+            "them from the others'. Other members see none.",
+        ),
+    }
+    return (
+        "No text, no token ids and no value of a single document, block or token leave. Sums are "
+        "over all of your calibration or held-out text, four document clusters at least: of "
+        "losses, of gates, and for some routers of hidden states.",
+        *ways[charter.identity.summing],
+        "No noise is added: whoever has all of a sum's text but one document can compute that "
+        "document's part of it.",
+        f"Each sum is asked for once a fusion, held-out text too. You take part in {MAX_FUSIONS} "
+        "fusions at most under one amendment, one whenever members come or go; another amendment "
+        "begins a new count. What is asked beyond is refused, and noted in "
+        "private/refusals.jsonl.",
+        "Losses and gates by domain are in the report, which every member gets.",
+        f"Sizes are for one fusion of {members} members in {domains} domains{known}; more members "
+        "make larger sums.",
+        "The manifest states the losses of base and adapter on your validation text.",
+    )

@@ -1,0 +1,69 @@
+"""Modes of privacy on the command line: chosen once, shown wherever one looks."""
+
+import shutil
+
+import pytest
+
+from molora_fed.charter import load_charter
+
+
+@pytest.fixture
+def create(molora, tmp_path, tiny_checkpoint):
+    """`create("--privacy", "private")`: what `molora coop create` did, and the folder."""
+
+    def call(*options):
+        folder = tmp_path / "coop"
+        command = ("coop", "create", "c", "--base", tiny_checkpoint(), "--folder", folder)
+        return molora(*command, "--block-size", "32", "--domains", "abc,xyz", *options), folder
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "summing", "words"),
+    [
+        ((), "pooled", "masked", "pooled: samples of text"),
+        (("--privacy", "private"), "private", "masked", "totals of sums over three members"),
+        (
+            ("--privacy", "private", "--summing", "robust"),
+            "private",
+            "robust",
+            "each member's sums",
+        ),
+    ],
+)
+def test_a_mode_is_chosen_and_shown(molora, create, options, mode, summing, words):
+    ran, folder = create(*options)
+    assert ran.code == 0, ran.err
+    identity = load_charter(folder).identity
+    assert (identity.privacy_mode, identity.summing) == (mode, summing)
+    for shown in (ran.out, molora("status", folder).out, molora("doctor", folder).out):
+        (line,) = [line for line in shown.splitlines() if "privacy" in line]
+        assert words in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--privacy", "secret"), "expected --privacy pooled or private, got 'secret'"),
+        (("--privacy", "private", "--summing", "plain"), "expected --summing masked or robust"),
+        (("--summing", "robust"), "expected --summing with --privacy private"),
+    ],
+)
+def test_a_wrong_mode_is_one_line_and_makes_nothing(create, options, words):
+    ran, folder = create(*options)
+    assert ran.code == 10 and not folder.exists()
+    (line,) = ran.err.splitlines()
+    assert words in line
+
+
+def test_what_train_made_is_listed_with_the_sums_to_come(molora, create, setup, tmp_path):
+    ran, folder = create("--privacy", "private", "--steps", "4", "--kind", "lora", "--rank", "4")
+    assert ran.code == 0, ran.err
+    command = ("train", "--cooperative", folder, "--domain", "abc", "--out", tmp_path / "out")
+    trained = molora(*command, "--data", setup.texts["abc"], "--threads", "1")
+    assert trained.code == 0, trained.err
+    assert "sample" not in trained.out
+    assert "masked sums, losses and gates, held-out text" in trained.out
+    assert "What can be told from it" in trained.out and "Your sums are masked" in trained.out
+    shutil.rmtree(tmp_path / "out")
