@@ -1,0 +1,342 @@
+"""Finding byte strings, a million at once, in what was recorded, whatever it is packed into.
+
+A stream is searched as it is and after everything found in it is unpacked: bodies of HTTP messages,
+hexadecimal, base64, gzip, zlib, deflate, bzip2, xz. Strings are looked up by a hash of their first
+8, 16, 32 or 64 bytes at every offset, then compared whole.
+"""
+
+import binascii
+import bz2
+import contextlib
+import lzma
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Group", "Index", "Needles", "list_bodies", "search", "unpack"]
+
+KEYS = (64, 32, 16, 8)
+"""Bytes that a string is looked up by: the largest of these that it has."""
+_CHUNK = 2**22
+_TABLE_BITS = 24
+_ODD = np.random.default_rng(1).integers(2**62, size=9, dtype=np.uint64) * 2 + 1
+
+MAX_INFLATED = 64 * 2**20
+"""Bytes that one compressed stream is unpacked to at most."""
+DEEP_BYTES = 2**20
+"""Streams up to this size are tried as bare deflate, which has no mark, at every offset."""
+_DEPTH = 3
+_HEX = re.compile(rb"[0-9A-Fa-f]{16,}")
+_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{12,}(?:\r?\n[A-Za-z0-9+/_-]+)*")
+_FROM_URLSAFE = bytes.maketrans(b"-_", b"+/")
+_GAP = bytes(8)
+_ZSTD = b"\x28\xb5\x2f\xfd"
+# Method 8, no reserved flag; a zlib head is divisible by 31 and names a window of 256 to 32768.
+_MARKS = re.compile(
+    rb"(?s)(?P<gzip>\x1f\x8b\x08[\x00-\x1f])|(?P<bzip2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\x00)"
+    rb"|(?P<zip>PK\x03\x04.{4}\x08\x00)|(?P<zlib>[\x08-\x78][\x01\x5e\x9c\xda])"
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What some strings are.
+
+    Attributes:
+        owner: Whose they are.
+        kind: E.g. "text, held-out" or "token ids, train".
+        form: How they are written, e.g. "int32".
+    """
+
+    owner: str
+    kind: str
+    form: str
+
+
+@dataclass
+class Needles:
+    """Strings to look for, by what they are; those shorter than 8 bytes are refused."""
+
+    groups: dict[Group, set[bytes]] = field(default_factory=dict)
+    dropped: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def add(self, group: Group, strings: Iterable[bytes]) -> None:
+        """Add strings.
+
+        Raises:
+            ValueError: If one has fewer than 8 bytes.
+        """
+        kept = self.groups.setdefault(group, set())
+        for string in strings:
+            if len(string) < KEYS[-1]:
+                raise ValueError(f"expected strings of 8 bytes at least, got {len(string)}")
+            kept.add(string)
+
+    def note_dropped(self, kind: str, why: str, count: int) -> None:
+        """Count strings that are not looked for."""
+        self.dropped[kind, why] = self.dropped.get((kind, why), 0) + count
+
+    def drop(self, strings: Iterable[bytes], why: str) -> None:
+        """Look for these no more, and count them."""
+        gone = set(strings)
+        for group, kept in self.groups.items():
+            self.note_dropped(group.kind, why, len(kept & gone))
+            kept -= gone
+
+    def drop_shared(self, why: str) -> None:
+        """Drop what several owners have: nobody could say whose it is."""
+        owners: dict[bytes, str] = {}
+        shared = set()
+        for group, kept in self.groups.items():
+            for string in kept:
+                if owners.setdefault(string, group.owner) != group.owner:
+                    shared.add(string)
+        self.drop(shared, why)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups.values()))
+
+
+class Index:
+    """Needles ordered for the search; made once, asked many times."""
+
+    def __init__(self, needles: Needles) -> None:
+        self._tables: dict[int, tuple[NDArray[Any], NDArray[Any], list[bytes]]] = {}
+        strings = {string for kept in needles.groups.values() for string in kept}
+        for key in KEYS:
+            above = 2 * key if key < KEYS[0] else 2**62
+            own = sorted(one for one in strings if key <= len(one) < above)
+            if not own:
+                continue
+            heads = np.frombuffer(b"".join(one[:key] for one in own), np.uint64)
+            hashes = _hash(heads.reshape(len(own), key // 8).T)
+            order = np.argsort(hashes, kind="stable")
+            table = np.zeros(2**_TABLE_BITS, dtype=np.bool_)
+            table[_place(hashes)] = True
+            self._tables[key] = (table, hashes[order], [own[n] for n in order.tolist()])
+
+    def find(self, data: bytes | memoryview) -> set[bytes]:
+        """The needles that occur in some bytes."""
+        data = bytes(data)
+        found: set[bytes] = set()
+        for key, (table, hashes, own) in self._tables.items():
+            for begin in range(0, len(data), _CHUNK):
+                end = min(len(data), begin + _CHUNK + key - 1)
+                for offset in range(8):
+                    count = (end - begin - offset) // 8
+                    if count >= key // 8:
+                        words = np.frombuffer(data, np.uint64, count, begin + offset)
+                        self._look(data, begin + offset, words, key, table, hashes, own, found)
+        return found
+
+    @staticmethod
+    def _look(
+        data: bytes,
+        begin: int,
+        words: NDArray[Any],
+        key: int,
+        table: NDArray[Any],
+        hashes: NDArray[Any],
+        own: Sequence[bytes],
+        found: set[bytes],
+    ) -> None:
+        """Look at every eighth place from one on."""
+        several = key // 8
+        windows = _hash([words[n : len(words) - several + 1 + n] for n in range(several)])
+        likely = np.flatnonzero(table[_place(windows)])
+        first = np.searchsorted(hashes, windows[likely], side="left")
+        last = np.searchsorted(hashes, windows[likely], side="right")
+        for place, start, stop in zip(likely.tolist(), first.tolist(), last.tolist(), strict=True):
+            at = begin + 8 * place
+            for string in own[start:stop]:
+                if string not in found and data.startswith(string, at):
+                    found.add(string)
+
+
+def _hash(words: Any) -> NDArray[np.uint64]:
+    """One number for K/8 words each, (K/8, N) -> (N,)."""
+    total = words[0] * _ODD[0]
+    for number, word in enumerate(words[1:], 1):
+        total = total + word * _ODD[number]
+    return total
+
+
+def _place(hashes: NDArray[Any]) -> NDArray[Any]:
+    return ((hashes ^ (hashes >> np.uint64(31))) * _ODD[8]) >> np.uint64(64 - _TABLE_BITS)
+
+
+def search(index: Index, data: bytes, *, deep: bool = True) -> dict[str, set[bytes]]:
+    """What is found in a stream, by the way it was packed; "raw" is the stream itself.
+
+    Args:
+        index: What is looked for.
+        data: The stream.
+        deep: Whether to try bare deflate where the stream is short enough.
+    """
+    found: dict[str, set[bytes]] = {}
+    for how, unpacked in unpack(data, deep=deep):
+        found.setdefault(how, set()).update(index.find(unpacked))
+    return {how: strings for how, strings in found.items() if strings}
+
+
+def unpack(data: bytes, *, deep: bool = True, _depth: int = 0) -> Iterator[tuple[str, bytes]]:
+    """A stream, and everything that it can be unpacked to, with how: "gzip > base64" and so on."""
+    yield "raw", data
+    if _depth == _DEPTH:
+        return
+    parts = [("hex", _read_hex(data)), ("base64", _read_base64(data)), *_inflate(data)]
+    if deep and len(data) <= DEEP_BYTES:
+        parts += [("deflate", inflated) for inflated in _find_deflate(data)]
+    seen: set[bytes] = {data}
+    for how, part in parts:
+        if len(part) < KEYS[-1] or part in seen:
+            continue
+        seen.add(part)
+        for inner, unpacked in unpack(part, deep=deep and how != "deflate", _depth=_depth + 1):
+            yield how if inner == "raw" else f"{how} > {inner}", unpacked
+
+
+def _read_hex(data: bytes) -> bytes:
+    """All runs of hexadecimal digits, at both ways to pair them."""
+    parts = []
+    for run in _HEX.findall(data):
+        for start in (0, 1):
+            parts.append(bytes.fromhex(run[start : len(run) - (len(run) - start) % 2].decode()))
+    return _GAP.join(parts)
+
+
+def _read_base64(data: bytes) -> bytes:
+    """All runs of base64 digits, from each of the four places where a group may begin."""
+    parts = []
+    for run in _BASE64.findall(data):
+        digits = run.translate(_FROM_URLSAFE, b"\r\n")
+        for start in range(4):
+            end = len(digits) - ((len(digits) - start) % 4 == 1)  # a single digit holds no byte
+            parts.append(binascii.a2b_base64(digits[start:end] + b"=" * (-(end - start) % 4)))
+    return _GAP.join(parts)
+
+
+def _inflate(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Everything in a stream that a mark says to be compressed, and that can be unpacked."""
+    for mark in _MARKS.finditer(data):
+        how, at = mark.lastgroup, mark.start()
+        if how == "gzip":
+            inflated = _run(zlib.decompressobj(31), data, at)
+        elif how == "zlib":
+            if int.from_bytes(data[at : at + 2]) % 31 or data[at] & 15 != 8:
+                continue
+            inflated = _run(zlib.decompressobj(15), data, at)
+        elif how == "zip":
+            name, extra = (int.from_bytes(data[at + n : at + n + 2], "little") for n in (26, 28))
+            inflated = _run(zlib.decompressobj(-15), data, at + 30 + name + extra)
+        elif how == "bzip2":
+            inflated = _run(bz2.BZ2Decompressor(), data, at)
+        else:
+            inflated = _run(lzma.LZMADecompressor(), data, at)
+        if inflated:
+            yield str(how), inflated
+    if _ZSTD in data:
+        for at in (one.start() for one in re.finditer(re.escape(_ZSTD), data)):
+            inflated = _run_zstd(data, at)
+            if inflated:
+                yield "zstd", inflated
+
+
+def _run(decompressor: Any, data: bytes, at: int) -> bytes:
+    """What comes out before the end or the first error."""
+    out = b""
+    try:
+        while not decompressor.eof and at < len(data) and len(out) < MAX_INFLATED:
+            piece, at = data[at : at + 4_096], at + 4_096
+            out += decompressor.decompress(piece, MAX_INFLATED)
+    except (zlib.error, OSError, EOFError, lzma.LZMAError):
+        pass
+    return out
+
+
+def _run_zstd(data: bytes, at: int) -> bytes:
+    """The same for zstd, if there is a reader of it; nothing otherwise."""
+    try:
+        import zstandard
+    except ImportError:
+        return b""
+    try:
+        reader = zstandard.ZstdDecompressor().decompressobj()
+        return bytes(reader.decompress(data[at : at + MAX_INFLATED]))
+    except zstandard.ZstdError:
+        return b""
+
+
+def _find_deflate(data: bytes) -> Iterator[bytes]:
+    """Bare deflate streams that come to their end, from every offset."""
+    view = memoryview(data)
+    for at in range(max(0, len(data) - 8)):
+        if data[at] & 6 == 6:  # no such type of block
+            continue
+        try:
+            begun = zlib.decompressobj(-15)
+            begun.decompress(view[at : at + 32])
+        except zlib.error:
+            continue
+        whole = zlib.decompressobj(-15)
+        with contextlib.suppress(zlib.error):
+            inflated = whole.decompress(view[at:], MAX_INFLATED)
+            if whole.eof and len(inflated) > 16:
+                yield inflated
+
+
+def list_bodies(stream: bytes) -> list[bytes]:
+    """Bodies of the HTTP/1.1 messages that one direction of a connection carried.
+
+    Chunks are put together and content encodings undone. Bytes that are no such message come back
+    as one more body; of one that was cut off there is what has come.
+    """
+    bodies = []
+    at = 0
+    while at < len(stream):
+        end = stream.find(b"\r\n\r\n", at)
+        first, *lines = stream[at : max(at, end)].split(b"\r\n")
+        if b"HTTP/1." not in first:
+            return [*bodies, stream[at:]]
+        fields = {
+            name.strip().lower(): value.strip().lower()
+            for name, _, value in (line.partition(b":") for line in lines)
+        }
+        at = end + 4
+        if b"chunked" in fields.get(b"transfer-encoding", b""):
+            body, at = _join_chunks(stream, at)
+        elif b"content-length" in fields:
+            length = int(fields[b"content-length"])
+            body, at = stream[at : at + length], at + length
+        else:
+            body = b""
+        if body:
+            bodies.append(_undo(fields.get(b"content-encoding", b""), body))
+    return bodies
+
+
+def _join_chunks(stream: bytes, at: int) -> tuple[bytes, int]:
+    """A body of chunks from a place on, and the place behind it."""
+    parts = []
+    while at < len(stream):
+        end = stream.find(b"\r\n", at)
+        length = int(stream[at : max(at, end)].partition(b";")[0] or b"0", 16)
+        if length == 0:
+            end = stream.find(b"\r\n\r\n", at)  # behind trailers, if there are any
+            return b"".join(parts), len(stream) if end < 0 else end + 4
+        parts.append(stream[end + 2 : end + 2 + length])
+        at = end + 2 + length + 2
+    return b"".join(parts), len(stream)
+
+
+def _undo(encoding: bytes, body: bytes) -> bytes:
+    if encoding in (b"gzip", b"x-gzip"):
+        return _run(zlib.decompressobj(31), body, 0) or body
+    if encoding == b"deflate":
+        return _run(zlib.decompressobj(15), body, 0) or _run(zlib.decompressobj(-15), body, 0)
+    return body
