@@ -7,7 +7,6 @@ products, as in `molora_fed.evaluation.moments`.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 __all__ = [
-    "Rate",
     "build_features",
     "guess_document",
     "match_tokens",
@@ -27,33 +25,24 @@ __all__ = [
 CANDIDATES = 10
 """Documents that an attacker chooses from; one is the member's."""
 TRIALS = 400
+BANDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Tokens are compared with others whose probability to be there lies between the same two."""
 _KEPT = 1e-9  # of the largest variance: directions with less are rounding
 
 
-@dataclass(frozen=True)
-class Rate:
-    """How often an attacker was right.
+def _show_rate(right: int, tried: int) -> dict[str, float]:
+    """A rate with Wilson's 95 % interval."""
+    share, z = right / tried, float(stats.norm.ppf(0.975))
+    middle = (share + z**2 / (2 * tried)) / (1 + z**2 / tried)
+    half = z / (1 + z**2 / tried) * math.sqrt(share * (1 - share) / tried + z**2 / (4 * tried**2))
+    return {"point": share, "low": middle - half, "high": middle + half, "tried": tried}
 
-    Attributes:
-        right: Times.
-        tried: Times.
-        chance: Rate without any figures.
-    """
 
-    right: float
-    tried: int
-    chance: float
-
-    def to_json(self) -> dict[str, float]:
-        """With Wilson's 95 % interval."""
-        share, z = self.right / self.tried, stats.norm.ppf(0.975)
-        middle = (share + z**2 / (2 * self.tried)) / (1 + z**2 / self.tried)
-        half = z / (1 + z**2 / self.tried)
-        half *= math.sqrt(share * (1 - share) / self.tried + z**2 / (4 * self.tried**2))
-        return {
-            "rate": share, "low": middle - half, "high": middle + half,
-            "tried": self.tried, "chance": self.chance,
-        }  # fmt: skip
+def _show_mean(areas: list[float]) -> dict[str, float]:
+    """A mean with its 95 % interval."""
+    half = 1.96 * float(np.std(areas, ddof=1)) / math.sqrt(len(areas))
+    middle = float(np.mean(areas))
+    return {"point": middle, "low": middle - half, "high": middle + half, "tried": len(areas)}
 
 
 def build_features(sizes: NDArray[Any], losses: NDArray[Any]) -> NDArray[np.float64]:
@@ -89,41 +78,44 @@ def guess_document(
     Returns:
         Index of a candidate.
     """
-    centre = reference.mean(axis=0)
-    scale = reference.std(axis=0)
+    centre, scale = reference.mean(axis=0), reference.std(axis=0)
     scale[scale == 0] = 1
     _, widths, axes = np.linalg.svd((reference - centre) / scale, full_matrices=False)
-    kept = widths > max(widths[0] * _KEPT, 0)
-    whiten = (axes[kept] / widths[kept, None]).T * math.sqrt(len(reference) - 1)
-    rest = ((total - count * centre) / scale) @ whiten  # of `count` documents, each of unit variance
-    own = ((candidates - centre) / scale) @ whiten
-    if count == 1:
-        return int(np.argmin(((rest - own) ** 2).sum(axis=1)))
-    return int(np.argmin(((rest - own) ** 2).sum(axis=1) / (count - 1)))
+    kept = widths > widths[0] * _KEPT
+    whiten = axes[kept].T / widths[kept]
+    rest = (total - count * centre) / scale @ whiten
+    own = (candidates - centre) / scale @ whiten
+    # Without any candidate the density is the same for all of them.
+    return int(np.argmin(((rest - own) ** 2).sum(axis=1)))
 
 
-def try_documents(features: NDArray[Any], count: int, *, seed: int) -> Rate:
+def try_documents(
+    own: NDArray[Any], others: NDArray[Any], count: int, *, seed: int
+) -> dict[str, dict[str, float]]:
     """Guess many times: documents are drawn, their features added, one of them shown among others.
 
     Args:
-        features: Of documents of one domain, none of which a model was trained on, (M, F).
+        own: Features of a member's documents that no model was trained on, (M, F), M > `count`.
+        others: Of documents of the same domain that it does not have, (R, F).
         count: Documents in a total.
         seed: Of the draws.
+
+    Returns:
+        How often the guess from a total that holds the document is right ("told"), and from one
+        of as many of the member's other documents, which is what chance is here ("chance").
     """
     draw = np.random.default_rng(seed)
-    right = 0
+    right = {"told": 0, "chance": 0}
     for _ in range(TRIALS):
-        order = draw.permutation(len(features))
-        inside, others = order[:count], order[count : count + CANDIDATES - 1]
-        shown = draw.permutation([inside[0], *others])
-        guess = guess_document(
-            features[inside].sum(axis=0),
-            count,
-            features[shown],
-            features[order[count + CANDIDATES - 1 :]],
-        )
-        right += shown[guess] == inside[0]
-    return Rate(right, TRIALS, 1 / CANDIDATES)
+        mine, order = draw.permutation(len(own)), draw.permutation(len(others))
+        shown = np.concatenate([own[mine[:1]], others[order[: CANDIDATES - 1]]])
+        mixed = draw.permutation(CANDIDATES)
+        known = others[order[CANDIDATES - 1 :]]
+        for name, first in (("told", 0), ("chance", 1)):
+            total = own[mine[first : first + count]].sum(axis=0)
+            guess = guess_document(total, count, shown[mixed], known)
+            right[name] += int(mixed[guess] == 0)
+    return {name: _show_rate(times, TRIALS) for name, times in right.items()}
 
 
 def match_tokens(figures: NDArray[Any], possible: NDArray[Any]) -> NDArray[np.int64]:
@@ -166,55 +158,54 @@ def rank_tokens(
 
 
 def try_tokens(
-    tokens: NDArray[Any], losses: NDArray[Any], vocabulary: int, parts: int, *, seed: int
-) -> dict[str, float]:
+    own: tuple[NDArray[Any], NDArray[Any]],
+    others: tuple[NDArray[Any], NDArray[Any]],
+    vocabulary: int,
+    count: int,
+    *,
+    seed: int,
+) -> dict[str, dict[str, float]]:
     """Rank tokens by totals of a text: area under the curve of present against absent ones.
 
-    Half of the blocks are the member's, the others are the reference.
-
     Args:
-        tokens: Predicted tokens, (N, T-1).
-        losses: Of each in each column, (N, T-1, K) nats.
+        own: Predicted tokens (N, T-1) of a member's blocks, N >= 2 `count`, and their losses in each column
+            (N, T-1, K), nats.
+        others: The same of blocks of the same domain that it does not have.
         vocabulary: V.
-        parts: Blocks in a total.
+        count: Blocks in a total.
         seed: Of the draws.
 
     Returns:
-        Mean over totals with a 95 % interval by total, and chance. Only tokens that the reference
-        has as likely present as absent count, between 0.1 and 0.9 for a total's length.
+        Means over totals with 95 % intervals: of totals of the text ("told"), and of as many
+        other blocks of the member, which is what chance is here ("chance"). Only tokens that text
+        of the domain of that length has with a probability of 0.1 to 0.9 count, each compared with
+        others of about its probability: which ones are likely is known without figures.
     """
     draw = np.random.default_rng(seed)
-    areas = []
-    for _ in range(40):
-        order = draw.permutation(len(tokens))
-        known, rest = order[: len(order) // 2], order[len(order) // 2 :]
-        flat, loss = tokens[known].reshape(-1), losses[known].reshape(-1, losses.shape[-1])
-        seen = np.bincount(flat, minlength=vocabulary).astype(np.float64)
-        mean = np.stack(
-            [np.bincount(flat, one, vocabulary) / np.maximum(seen, 1) for one in loss.T], axis=1
-        )
-        spread = np.cov((loss - mean[flat]).T)
-        prior = seen / seen.sum()
-        for start in range(0, len(rest) - parts + 1, parts):
-            chosen = rest[start : start + parts]
-            there = np.bincount(tokens[chosen].reshape(-1), minlength=vocabulary) > 0
-            length = tokens[chosen].size
-            expected = 1 - np.exp(-prior * length)
-            open_ones = (expected > 0.1) & (expected < 0.9)
-            if not there[open_ones].any() or there[open_ones].all():
-                continue
-            score = rank_tokens(
-                losses[chosen].sum(axis=(0, 1)), length, mean, np.atleast_2d(spread), prior
-            )
-            areas.append(_measure_area(score[open_ones], there[open_ones]))
-            break  # one total a draw: the draws overlap as it is
-    found = np.array(areas)
-    half = 1.96 * found.std(ddof=1) / math.sqrt(len(found))
-    middle = float(found.mean())
-    return {
-        "area": middle, "low": middle - half, "high": middle + half,
-        "tried": len(found), "chance": 0.5,
-    }  # fmt: skip
+    flat, losses = others[0].reshape(-1), others[1].reshape(-1, others[1].shape[-1])
+    seen = np.bincount(flat, minlength=vocabulary).astype(np.float64)
+    mean = np.stack(
+        [np.bincount(flat, one, vocabulary) / np.maximum(seen, 1) for one in losses.T], axis=1
+    )
+    spread = np.atleast_2d(np.cov((losses - mean[flat]).T))
+    prior = seen / seen.sum()
+    areas: dict[str, list[float]] = {"told": [], "chance": []}
+    for _ in range(TRIALS // 4):
+        order = draw.permutation(len(own[0]))
+        tokens = own[0][order[:count]]
+        there = np.bincount(tokens.reshape(-1), minlength=vocabulary) > 0
+        bands = np.digitize(1 - np.exp(-prior * tokens.size), BANDS)
+        mixed_bands = [
+            band
+            for band in range(1, len(BANDS))
+            if 0 < there[bands == band].sum() < (bands == band).sum()
+        ]
+        for name, chosen in (("told", order[:count]), ("chance", order[count : 2 * count])):
+            total = own[1][chosen].sum(axis=(0, 1))
+            score = rank_tokens(total, tokens.size, mean, spread, prior)
+            found = [_measure_area(score[bands == one], there[bands == one]) for one in mixed_bands]
+            areas[name] += [float(np.mean(found))] if found else []
+    return {name: _show_mean(found) for name, found in areas.items()}
 
 
 def _measure_area(score: NDArray[Any], there: NDArray[np.bool_]) -> float:

@@ -1,6 +1,5 @@
 """A federation of real processes on this machine, each member's line recorded, memory read."""
 
-import os
 import random
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 
@@ -19,10 +19,18 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.mailbox import read_json
-from molora_fed.storage.files import write_bytes
+from molora_fed.storage.files import write_bytes, write_json
 from molora_fed.testing.traffic import RecordingLine
 
-__all__ = ["MEMBERS", "Captured", "Snapshot", "federate", "list_files"]
+__all__ = [
+    "BLOCK",
+    "MEMBERS",
+    "Captured",
+    "Snapshot",
+    "draw_documents",
+    "federate",
+    "list_files",
+]
 
 MOLORA = Path(sys.executable).parent / "molora"
 MEMBERS = {"alpha-1": "alpha", "beta-1": "beta", "gamma-1": "gamma", "gamma-2": "gamma"}
@@ -43,10 +51,13 @@ MOST_SNAPSHOTS = 12
 LIMIT_SECONDS = 1_800.0
 _PAGE = 4_096
 _END = "<|endoftext|>"
+_RECORD = "captured.json"
 _LEFT_OUT = ("base", "keys")
 
 
-def _draw_lexicon(draw: random.Random) -> list[str]:
+@cache
+def _draw_lexicon() -> list[str]:
+    draw = random.Random(SEED)
     parts = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "ar", "en")]
     words: dict[str, None] = {}
     while len(words) < LEXICON:
@@ -54,29 +65,44 @@ def _draw_lexicon(draw: random.Random) -> list[str]:
     return list(words)
 
 
-def _write_texts(folder: Path, name: str, lexicon: list[str]) -> Path:
-    """A member's documents: of its own part of the lexicon, each word with a few successors."""
+def draw_documents(name: str, count: int, *, fresh: bool) -> list[str]:
+    """Documents of a member: of its own part of the lexicon, each word with a few successors.
+
+    Args:
+        name: The member.
+        count: How many.
+        fresh: Others than it has, drawn the same way.
+    """
     draw = random.Random(f"{SEED} {name}")
-    own = draw.sample(lexicon, OWN_WORDS)
+    own = draw.sample(_draw_lexicon(), OWN_WORDS)
     after = {word: draw.sample(own, SUCCESSORS) for word in own}
-    for number in range(DOCUMENTS):
+    if fresh:
+        draw = random.Random(f"{SEED} {name} fresh")
+    texts = []
+    for _ in range(count):
         lines = []
         for _ in range(SENTENCES):
             words = [draw.choice(own)]
             while len(words) < WORDS:
                 words.append(draw.choice(after[words[-1]]))
             lines.append(" ".join(words).capitalize() + ".")
-        write_bytes(folder / f"{number:03d}.txt", "\n".join(lines).encode())
+        texts.append("\n".join(lines))
+    return texts
+
+
+def _write_texts(folder: Path, name: str) -> Path:
+    for number, text in enumerate(draw_documents(name, DOCUMENTS, fresh=False)):
+        write_bytes(folder / f"{number:03d}.txt", text.encode())
     return folder
 
 
-def _build_base(folder: Path, lexicon: list[str]) -> Path:
+def _build_base(folder: Path) -> Path:
     """A small model with random weights, and a tokenizer of the lexicon that everyone may know."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     draw = random.Random(SEED)
-    public = (" ".join(draw.choices(lexicon, k=20)) + "." for _ in range(500))
+    public = (" ".join(draw.choices(_draw_lexicon(), k=20)) + "." for _ in range(500))
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=[_END], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -137,6 +163,41 @@ class Captured:
     def home(self, name: str) -> Path:
         """A member's home."""
         return self.root / name
+
+    def keep(self) -> None:
+        """Write everything down: a file for each connection and direction, and the rest as JSON."""
+        for name, both in self.lines.items():
+            for direction, streams in both.items():
+                for number, stream in enumerate(streams):
+                    folder = self.root / "capture" / name
+                    write_bytes(folder / f"{number:03d}.{direction}", stream)
+        write_json(
+            self.root / _RECORD,
+            {
+                "whens": [snapshot.when for snapshot in self.snapshots],
+                "commands": self.commands,
+                "seconds": self.seconds,
+            },
+        )
+
+    @classmethod
+    def load(cls, root: Path) -> "Captured | None":
+        """What `keep` wrote into a folder; None if there is nothing."""
+        record = read_json(root / _RECORD)
+        if record is None:
+            return None
+        captured = cls(root, commands=record["commands"], seconds=record["seconds"])
+        for name in MEMBERS:
+            folder = root / "capture" / name
+            captured.lines[name] = {
+                direction: [path.read_bytes() for path in sorted(folder.glob(f"*.{direction}"))]
+                for direction in ("sent", "received")
+            }
+        for number, when in enumerate(record["whens"]):
+            folder = root / "snapshots" / f"{number:02d}"
+            memory = {path.stem: path for path in sorted(folder.glob("*.memory"))}
+            captured.snapshots.append(Snapshot(when, memory, folder / "home"))
+        return captured
 
     def run(self, *words: object) -> None:
         """Run a command of `molora` to its end.
@@ -257,12 +318,11 @@ def federate(root: Path, *, privacy: str, summing: str, steps: int) -> Captured:
         steps: Training steps of each member.
     """
     captured = Captured(root)
-    lexicon = _draw_lexicon(random.Random(SEED))
     domains = ",".join(dict.fromkeys(MEMBERS.values()))
     mode = () if privacy == "pooled" else ("--privacy", privacy, "--summing", summing)
     captured.run(
         "coop", "create", "traffic", "--folder", captured.server,
-        "--base", _build_base(root / "tiny-base", lexicon), "--domains", domains,
+        "--base", _build_base(root / "tiny-base"), "--domains", domains,
         "--expected", len(MEMBERS), "--kind", "lora", "--rank", 4, "--steps", steps,
         "--block-size", BLOCK, "--seed", SEED, *mode,
     )  # fmt: skip
@@ -283,7 +343,7 @@ def federate(root: Path, *, privacy: str, summing: str, steps: int) -> Captured:
         with ExitStack() as stack:
             lines = {name: stack.enter_context(RecordingLine(port)) for name in MEMBERS}
             for name, domain in MEMBERS.items():
-                texts = _write_texts(root / "texts" / name, name, lexicon)
+                texts = _write_texts(root / "texts" / name, name)
                 joined.append(captured.start(
                     name, "join", "--server", f"127.0.0.1:{lines[name].port}", "--domain", domain,
                     "--name", name, "--data", texts, "--home", captured.home(name),
@@ -304,15 +364,5 @@ def federate(root: Path, *, privacy: str, summing: str, steps: int) -> Captured:
     failed = [name for name, one in zip(MEMBERS, joined, strict=True) if one.returncode]
     if failed:
         raise SystemExit("\n".join((root / f"{name}.log").read_text() for name in failed))
-    _keep(captured)
+    captured.keep()
     return captured
-
-
-def _keep(captured: Captured) -> None:
-    """Write what crossed the lines: a file for each connection and direction."""
-    for name, both in captured.lines.items():
-        for direction, streams in both.items():
-            for number, stream in enumerate(streams):
-                folder = captured.root / "capture" / name
-                write_bytes(folder / f"{number:03d}.{direction}", stream)
-    os.sync()

@@ -11,7 +11,7 @@ import contextlib
 import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,68 +106,72 @@ class Index:
     """Needles ordered for the search; made once, asked many times."""
 
     def __init__(self, needles: Needles) -> None:
-        self._tables: dict[int, tuple[NDArray[Any], NDArray[Any], list[bytes]]] = {}
         strings = {string for kept in needles.groups.values() for string in kept}
+        self._own: dict[int, tuple[NDArray[Any], list[bytes]]] = {}
+        # Where the first 8 bytes of no string lead, nothing more is computed.
+        self._table = np.zeros(2**_TABLE_BITS, dtype=np.bool_)
         for key in KEYS:
             above = 2 * key if key < KEYS[0] else 2**62
             own = sorted(one for one in strings if key <= len(one) < above)
-            if not own:
-                continue
-            heads = np.frombuffer(b"".join(one[:key] for one in own), np.uint64)
-            hashes = _hash(heads.reshape(len(own), key // 8).T)
-            order = np.argsort(hashes, kind="stable")
-            table = np.zeros(2**_TABLE_BITS, dtype=np.bool_)
-            table[_place(hashes)] = True
-            self._tables[key] = (table, hashes[order], [own[n] for n in order.tolist()])
+            if own:
+                heads = np.frombuffer(b"".join(one[:key] for one in own), np.uint64)
+                words = heads.reshape(len(own), key // 8)
+                self._table[_place(words[:, 0])] = True
+                hashes = _hash(words)
+                order = np.argsort(hashes, kind="stable")
+                self._own[key] = (hashes[order], [own[n] for n in order.tolist()])
 
-    def find(self, data: bytes | memoryview) -> set[bytes]:
+    def find(self, data: bytes) -> set[bytes]:
         """The needles that occur in some bytes."""
-        data = bytes(data)
         found: set[bytes] = set()
-        for key, (table, hashes, own) in self._tables.items():
-            for begin in range(0, len(data), _CHUNK):
-                end = min(len(data), begin + _CHUNK + key - 1)
-                for offset in range(8):
-                    count = (end - begin - offset) // 8
-                    if count >= key // 8:
-                        words = np.frombuffer(data, np.uint64, count, begin + offset)
-                        self._look(data, begin + offset, words, key, table, hashes, own, found)
+        padded = data + bytes(KEYS[0])
+        for begin in range(0, len(data) - KEYS[-1] + 1, _CHUNK):
+            chunk = np.frombuffer(padded, np.uint8)[begin : begin + _CHUNK + KEYS[0]]
+            for offset in range(8):
+                words = chunk[offset : offset + (len(chunk) - offset) // 8 * 8].view(np.uint64)
+                inside = len(words) - KEYS[0] // 8 + 1
+                likely = np.flatnonzero(self._table[_place(words[:inside])])
+                if len(likely):
+                    self._compare(data, begin + offset, words, likely, found)
         return found
 
-    @staticmethod
-    def _look(
+    def _compare(
+        self,
         data: bytes,
         begin: int,
         words: NDArray[Any],
-        key: int,
-        table: NDArray[Any],
-        hashes: NDArray[Any],
-        own: Sequence[bytes],
+        likely: NDArray[Any],
         found: set[bytes],
     ) -> None:
-        """Look at every eighth place from one on."""
-        several = key // 8
-        windows = _hash([words[n : len(words) - several + 1 + n] for n in range(several)])
-        likely = np.flatnonzero(table[_place(windows)])
-        first = np.searchsorted(hashes, windows[likely], side="left")
-        last = np.searchsorted(hashes, windows[likely], side="right")
-        for place, start, stop in zip(likely.tolist(), first.tolist(), last.tolist(), strict=True):
-            at = begin + 8 * place
-            for string in own[start:stop]:
-                if string not in found and data.startswith(string, at):
-                    found.add(string)
+        """Compare whole strings at some of the places."""
+        for key, (hashes, own) in self._own.items():
+            windows = _hash(words[likely[:, None] + np.arange(key // 8)])
+            first = np.searchsorted(hashes, windows, side="left")
+            first[first == len(hashes)] = 0
+            for hit in np.flatnonzero(hashes[first] == windows).tolist():
+                at = begin + 8 * int(likely[hit])
+                for number in range(int(first[hit]), len(own)):
+                    if hashes[number] != windows[hit]:
+                        break
+                    if own[number] not in found and data.startswith(own[number], at):
+                        found.add(own[number])
 
 
-def _hash(words: Any) -> NDArray[np.uint64]:
-    """One number for K/8 words each, (K/8, N) -> (N,)."""
-    total = words[0] * _ODD[0]
-    for number, word in enumerate(words[1:], 1):
-        total = total + word * _ODD[number]
+def _hash(words: NDArray[Any]) -> NDArray[np.uint64]:
+    """One number for some words each, (N, W) -> (N,)."""
+    total = words[:, 0] * _ODD[0]
+    for number in range(1, words.shape[1]):
+        total += words[:, number] * _ODD[number]
     return total
 
 
-def _place(hashes: NDArray[Any]) -> NDArray[Any]:
-    return ((hashes ^ (hashes >> np.uint64(31))) * _ODD[8]) >> np.uint64(64 - _TABLE_BITS)
+def _place(words: NDArray[Any]) -> NDArray[Any]:
+    """Where in the table words lead, (N,) -> (N,)."""
+    mixed = words * _ODD[8]
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= _ODD[7]
+    mixed >>= np.uint64(64 - _TABLE_BITS)
+    return mixed.view(np.int64)
 
 
 def search(index: Index, data: bytes, *, deep: bool = True) -> dict[str, set[bytes]]:

@@ -118,3 +118,11 @@ def test_bodies_come_out_of_messages():
     needles.add(ONE, [body])
     own = Index(needles)
     assert not search(own, chunks) and search(own, list_bodies(stream)[0])
+
+
+def test_a_string_that_is_cut_off_is_not_found():
+    needles = Needles()
+    needles.add(ONE, [b"ends in zeros" + bytes(5)])
+    own = Index(needles)
+    assert own.find(b"x" + b"ends in zeros" + bytes(5))
+    assert not own.find(b"x" + b"ends in zeros" + bytes(4))
