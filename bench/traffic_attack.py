@@ -168,8 +168,8 @@ def try_tokens(
     """Rank tokens by totals of a text: area under the curve of present against absent ones.
 
     Args:
-        own: Predicted tokens (N, T-1) of a member's blocks, N >= 2 `count`, and their losses in each column
-            (N, T-1, K), nats.
+        own: Predicted tokens (N, T-1) of a member's blocks, N >= 2 `count`, and their losses in
+            each column (N, T-1, K), nats.
         others: The same of blocks of the same domain that it does not have.
         vocabulary: V.
         count: Blocks in a total.

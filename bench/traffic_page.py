@@ -100,13 +100,14 @@ def _list_attacks(part: Mapping[str, Any]) -> list[str]:
             f"{single['rate']:.3f} of {single['tried']} tokens are named; the commonest token is "
             f"{single['chance']:.3f} of them.",
             "",
-            "| documents or blocks in a total | which of 10 documents | without | which tokens, "
-            "area under the curve | without |",
-            "|---:|---:|---:|---:|---:|",
+            "| documents or blocks in a total | which of 10 documents | without | … from sizes and "
+            "losses alone | without | which tokens, area under the curve | without |",
+            f"|{'---:|' * 7}",
         ]
-        for count, one in found["which document"].items():
-            other = found["which tokens"][count]
-            cells = (_show(each[name]) for each in (one, other) for name in ("told", "chance"))
+        kinds = ("which document", "which document, sizes and losses alone", "which tokens")
+        for count in found["which tokens"]:
+            each = (found[kind][count] for kind in kinds)
+            cells = [_show(one[name]) for one in each for name in ("told", "chance")]
             lines.append(f"| {count} | {' | '.join(cells)} |")
         lines.append("")
     return lines

@@ -263,11 +263,16 @@ def attack(fused: FusedModel, banks: dict[str, dict[Split, Bank]], folder: Path)
         )
         texts, other_texts = _take_tokens(own), _take_tokens([fresh])
         size = int(fused.base.model.config.vocab_size)
+        plain = [0, *range(2, 2 + len(experts))]  # n and x, without squares and differences
         found[name] = {
             "documents": len(features),
             "columns": int(features.shape[1]),
             "which document": {
                 str(count): try_documents(features, others, count, seed=SEED) for count in COUNTS
+            },
+            "which document, sizes and losses alone": {
+                str(count): try_documents(features[:, plain], others[:, plain], count, seed=SEED)
+                for count in COUNTS
             },
             "which tokens": {
                 str(count): try_tokens(texts, other_texts, size, count, seed=SEED)
