@@ -36,10 +36,16 @@ _BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{12,}(?:\r?\n[A-Za-z0-9+/_-]+)*")
 _FROM_URLSAFE = bytes.maketrans(b"-_", b"+/")
 _GAP = bytes(8)
 _ZSTD = b"\x28\xb5\x2f\xfd"
-# Method 8, no reserved flag; a zlib head is divisible by 31 and names a window of 256 to 32768.
+# Of zlib method 8, windows of 256 to 32768 bytes, no dictionary; the two bytes are divisible by 31.
+_ZLIB = b"|".join(
+    re.escape(bytes([first, second]))
+    for first in range(0x08, 0x80, 0x10)
+    for second in range(256)
+    if (256 * first + second) % 31 == 0 and not second & 0x20
+)
 _MARKS = re.compile(
     rb"(?s)(?P<gzip>\x1f\x8b\x08[\x00-\x1f])|(?P<bzip2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\x00)"
-    rb"|(?P<zip>PK\x03\x04.{4}\x08\x00)|(?P<zlib>[\x08-\x78][\x01\x5e\x9c\xda])"
+    rb"|(?P<zip>PK\x03\x04.{4}\x08\x00)|(?P<zlib>" + _ZLIB + rb")"
 )
 
 
@@ -232,8 +238,6 @@ def _inflate(data: bytes) -> Iterator[tuple[str, bytes]]:
         if how == "gzip":
             inflated = _run(zlib.decompressobj(31), data, at)
         elif how == "zlib":
-            if int.from_bytes(data[at : at + 2]) % 31 or data[at] & 15 != 8:
-                continue
             inflated = _run(zlib.decompressobj(15), data, at)
         elif how == "zip":
             name, extra = (int.from_bytes(data[at + n : at + n + 2], "little") for n in (26, 28))
