@@ -35,17 +35,16 @@ _HEX = re.compile(rb"[0-9A-Fa-f]{16,}")
 _BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{12,}(?:\r?\n[A-Za-z0-9+/_-]+)*")
 _FROM_URLSAFE = bytes.maketrans(b"-_", b"+/")
 _GAP = bytes(8)
-_ZSTD = b"\x28\xb5\x2f\xfd"
-# Of zlib method 8, windows of 256 to 32768 bytes, no dictionary; the two bytes are divisible by 31.
-_ZLIB = b"|".join(
-    re.escape(bytes([first, second]))
-    for first in range(0x08, 0x80, 0x10)
-    for second in range(256)
-    if (256 * first + second) % 31 == 0 and not second & 0x20
-)
-_MARKS = re.compile(
-    rb"(?s)(?P<gzip>\x1f\x8b\x08[\x00-\x1f])|(?P<bzip2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\x00)"
-    rb"|(?P<zip>PK\x03\x04.{4}\x08\x00)|(?P<zlib>" + _ZLIB + rb")"
+_MARKS = {
+    "gzip": b"\x1f\x8b\x08",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ\x00",
+    "zip": b"PK\x03\x04",
+    "zstd": b"\x28\xb5\x2f\xfd",
+}
+# Of zlib, method 8, windows of 256 to 32768 bytes, no dictionary; both bytes are divisible by 31.
+_IS_ZLIB = np.array(
+    [n % 31 == 0 and n >> 8 & 0x8F == 8 and not n & 0x20 for n in range(2**16)], dtype=np.bool_
 )
 
 
@@ -233,26 +232,30 @@ def _read_base64(data: bytes) -> bytes:
 
 def _inflate(data: bytes) -> Iterator[tuple[str, bytes]]:
     """Everything in a stream that a mark says to be compressed, and that can be unpacked."""
-    for mark in _MARKS.finditer(data):
-        how, at = mark.lastgroup, mark.start()
-        if how == "gzip":
-            inflated = _run(zlib.decompressobj(31), data, at)
-        elif how == "zlib":
-            inflated = _run(zlib.decompressobj(15), data, at)
-        elif how == "zip":
-            name, extra = (int.from_bytes(data[at + n : at + n + 2], "little") for n in (26, 28))
-            inflated = _run(zlib.decompressobj(-15), data, at + 30 + name + extra)
-        elif how == "bzip2":
-            inflated = _run(bz2.BZ2Decompressor(), data, at)
-        else:
-            inflated = _run(lzma.LZMADecompressor(), data, at)
-        if inflated:
-            yield str(how), inflated
-    if _ZSTD in data:
-        for at in (one.start() for one in re.finditer(re.escape(_ZSTD), data)):
-            inflated = _run_zstd(data, at)
-            if inflated:
-                yield "zstd", inflated
+    for how, mark in _MARKS.items():
+        at = data.find(mark)
+        while at >= 0:
+            if inflated := _run_at(how, data, at):
+                yield how, inflated
+            at = data.find(mark, at + 1)
+    places = np.frombuffer(data, np.uint8).astype(np.uint16)
+    for at in np.flatnonzero(_IS_ZLIB[places[:-1] << 8 | places[1:]]).tolist():
+        if inflated := _run(zlib.decompressobj(15), data, at):
+            yield "zlib", inflated
+
+
+def _run_at(how: str, data: bytes, at: int) -> bytes:
+    """What a mark at a place leads to."""
+    if how == "gzip":
+        return _run(zlib.decompressobj(31), data, at)
+    if how == "bzip2":
+        return _run(bz2.BZ2Decompressor(), data, at)
+    if how == "xz":
+        return _run(lzma.LZMADecompressor(), data, at)
+    if how == "zstd":
+        return _run_zstd(data, at)
+    name, extra = (int.from_bytes(data[at + n : at + n + 2], "little") for n in (26, 28))
+    return _run(zlib.decompressobj(-15), data, at + 30 + name + extra)
 
 
 def _run(decompressor: Any, data: bytes, at: int) -> bytes:
