@@ -6,6 +6,15 @@ from typing import Any
 __all__ = ["build_page"]
 
 _DECOY = "decoy of "
+_ATTACKS = (
+    "The attacker has all experts and 600 documents of the member's domain that are not the "
+    "member's. Told a total, it says which of ten documents, of which it has the figures, is in "
+    'it: the likeliest one by a normal density. "Without" is the same guess from a total of as '
+    "many of the member's other documents. The totals hold, by document, n, n² and x, x², x n of "
+    "each expert's loss and of the difference of any two; or n and x alone. Tokens are ranked by "
+    "how far a total of losses moves their expected counts; the area compares tokens that are there "
+    "with others as likely. 400 and 100 draws from the same documents; 95 % intervals by draw.",
+)
 
 
 def _name(part: Mapping[str, Any]) -> str:
@@ -131,6 +140,8 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
         f"blocks of {parts[0]['block size']} tokens. Memory is what the coordinator's processes "
         f"may write to, at {len(parts[0]['snapshots']) - 1} moments from its first pass to the "
         "published model; what happened in between is not seen.",
+        "",
+        *_ATTACKS,
         "",
         *_list_captured(parts, names),
         "",
