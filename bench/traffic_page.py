@@ -12,7 +12,7 @@ _ATTACKS = (
     'it: the likeliest one by a normal density. "Without" is the same guess from a total of as '
     "many of the member's other documents. The totals hold, by document, n, n² and x, x², x n of "
     "each expert's loss and of the difference of any two; or n and x alone. Tokens are ranked by "
-    "how far a total of losses moves their expected counts; the area compares tokens that are there "
+    "how far a total of losses moves their expected counts; the area compares those that are there "
     "with others as likely. 400 and 100 draws from the same documents; 95 % intervals by draw.",
 )
 
