@@ -176,8 +176,9 @@ def look_everywhere(captured: Captured, search: Search) -> None:
         for direction, streams in both.items():
             place = f"wire, {'from' if direction == 'sent' else 'to'} members"
             for stream in streams:
-                for part in (stream, *list_bodies(stream)):
-                    search.look(place, part)
+                search.look(f"{place}, as it was sent", stream, deep=False)
+                for body in list_bodies(stream):
+                    search.look(place, body)
     homes = [(captured.server, list_files(captured.server))]
     homes += [(one.home, sorted(one.home.rglob("*"))) for one in captured.snapshots[1:]]
     for home, paths in homes:
@@ -186,6 +187,8 @@ def look_everywhere(captured: Captured, search: Search) -> None:
                 search.look(_find_place(path.relative_to(home)), path.read_bytes())
     search.look("ledger", _read_rows(captured.server / "ledger.db"))
     seen: set[bytes] = set()
+    for path in captured.snapshots[0].memory.values():  # nobody had sent anything
+        _take_new_pages(path.read_bytes(), seen)
     for snapshot in captured.snapshots[1:]:
         for path in snapshot.memory.values():
             print(f"memory: {snapshot.when}", flush=True)

@@ -28,7 +28,7 @@ _ODD = np.random.default_rng(1).integers(2**62, size=9, dtype=np.uint64) * 2 + 1
 
 MAX_INFLATED = 64 * 2**20
 """Bytes that one compressed stream is unpacked to at most."""
-DEEP_BYTES = 2**20
+DEEP_BYTES = 2**18
 """Streams up to this size are tried as bare deflate, which has no mark, at every offset."""
 _DEPTH = 3
 _HEX = re.compile(rb"[0-9A-Fa-f]{16,}")
