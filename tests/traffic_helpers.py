@@ -23,7 +23,7 @@ __all__ = ["Group", "Index", "Needles", "list_bodies", "search", "unpack"]
 KEYS = (64, 32, 16, 8)
 """Bytes that a string is looked up by: the largest of these that it has."""
 _CHUNK = 2**22
-_TABLE_BITS = 24
+_TABLE_BITS = 25
 _ODD = np.random.default_rng(1).integers(2**62, size=9, dtype=np.uint64) * 2 + 1
 
 MAX_INFLATED = 64 * 2**20
@@ -114,14 +114,15 @@ class Index:
         strings = {string for kept in needles.groups.values() for string in kept}
         self._own: dict[int, tuple[NDArray[Any], list[bytes]]] = {}
         # Where the first 8 bytes of no string lead, nothing more is computed.
-        self._table = np.zeros(2**_TABLE_BITS, dtype=np.bool_)
+        self._tables = np.zeros((2, 2**_TABLE_BITS), dtype=np.bool_)
         for key in KEYS:
             above = 2 * key if key < KEYS[0] else 2**62
             own = sorted(one for one in strings if key <= len(one) < above)
             if own:
                 heads = np.frombuffer(b"".join(one[:key] for one in own), np.uint64)
                 words = heads.reshape(len(own), key // 8)
-                self._table[_place(words[:, 0])] = True
+                for table, odd in zip(self._tables, _ODD[7:], strict=True):
+                    table[_place(words[:, 0], odd)] = True
                 hashes = _hash(words)
                 order = np.argsort(hashes, kind="stable")
                 self._own[key] = (hashes[order], [own[n] for n in order.tolist()])
@@ -135,7 +136,8 @@ class Index:
             for offset in range(8):
                 words = chunk[offset : offset + (len(chunk) - offset) // 8 * 8].view(np.uint64)
                 inside = len(words) - KEYS[0] // 8 + 1
-                likely = np.flatnonzero(self._table[_place(words[:inside])])
+                likely = np.flatnonzero(self._tables[0][_place(words[:inside], _ODD[7])])
+                likely = likely[self._tables[1][_place(words[likely], _ODD[8])]]
                 if len(likely):
                     self._compare(data, begin + offset, words, likely, found)
         return found
@@ -170,11 +172,11 @@ def _hash(words: NDArray[Any]) -> NDArray[np.uint64]:
     return total
 
 
-def _place(words: NDArray[Any]) -> NDArray[Any]:
-    """Where in the table words lead, (N,) -> (N,)."""
-    mixed = words * _ODD[8]
+def _place(words: NDArray[Any], odd: np.uint64) -> NDArray[Any]:
+    """Where in a table words lead, (N,) -> (N,)."""
+    mixed = words * odd
     mixed ^= mixed >> np.uint64(29)
-    mixed *= _ODD[7]
+    mixed *= odd
     mixed >>= np.uint64(64 - _TABLE_BITS)
     return mixed.view(np.int64)
 
