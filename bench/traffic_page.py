@@ -1,0 +1,172 @@
+"""The page of bench/traffic_test.py: one column for each federation that was searched."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["build_page"]
+
+_DECOY = "decoy of "
+_ATTACKS = (
+    "The attacker has all experts and 600 documents of the member's domain that are not the "
+    "member's. Told a total, it says which of ten documents, of which it has the figures, is in "
+    'it: the likeliest one by a normal density. "Without" is the same guess from a total of as '
+    "many of the member's other documents. The totals hold, by document, n, n² and x, x², x n of "
+    "each expert's loss and of the difference of any two; or n and x alone. Tokens are ranked by "
+    "how far a total of losses moves their expected counts; the area compares those that are there "
+    "with others as likely. 400 and 100 draws from the same documents; 95 % intervals by draw.",
+)
+
+
+def _name(part: Mapping[str, Any]) -> str:
+    return f"private, {part['summing']}" if part["summing"] else str(part["privacy"])
+
+
+def _head(first: str, names: Sequence[str]) -> list[str]:
+    return [f"| {first} | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+
+
+def _split(kind: str) -> tuple[str, str]:
+    name, _, split = kind.partition(", ")
+    return name, split
+
+
+def _add_up(table: Mapping[str, Any]) -> int:
+    """Sum over a table of tables of numbers."""
+    return sum(_add_up(one) if isinstance(one, Mapping) else int(one) for one in table.values())
+
+
+def _list_captured(parts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    lines = _head("bytes searched", names)
+    places = dict.fromkeys(place for part in parts for place in part["searched"])
+    for place in places:
+        cells = [f"{part['searched'].get(place, 0):,}" for part in parts]
+        lines.append(f"| {place} | {' | '.join(cells)} |")
+    ways = dict.fromkeys(way for part in parts for way in part["unpacked"] if way != "raw")
+    for way in ways:
+        cells = [f"{part['unpacked'].get(way, 0):,}" for part in parts]
+        lines.append(f"| … unpacked: {way} | {' | '.join(cells)} |")
+    return lines
+
+
+def _list_kinds(part: Mapping[str, Any]) -> list[str]:
+    """Strings looked for, dropped and found, by kind over splits."""
+    places = list(part["searched"])
+    lines = _head("kind", ["strings", "dropped", *places])
+    rows: dict[str, list[int]] = {}
+    for kind, forms in part["needles"].items():
+        name = _split(kind)[0]
+        row = rows.setdefault(name, [0] * (2 + len(places)))
+        row[0] += _add_up(forms)
+        row[1] += _add_up(part["dropped"].get(kind, {}))
+        for column, place in enumerate(places, 2):
+            row[column] += _count_distinct(part["found"].get(place, {}).get(kind, {}))
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(f'{cell:,}' for cell in row)} |")
+    return lines
+
+
+def _count_distinct(forms: Mapping[str, Mapping[str, int]]) -> int:
+    """Strings found by the packing that shows the most of each form."""
+    return sum(max(ways.values()) for ways in forms.values())
+
+
+def _list_forms(part: Mapping[str, Any]) -> list[str]:
+    """Where what was found lay, with form and packing."""
+    lines = ["| place | kind | form: packing (strings) |", "|---|---|---|"]
+    for place, table in part["found"].items():
+        for kind, forms in table.items():
+            if kind.startswith(_DECOY):
+                continue
+            cells = [
+                f"{form}: {', '.join(f'{how} ({count:,})' for how, count in ways.items())}"
+                for form, ways in forms.items()
+            ]
+            lines.append(f"| {place} | {kind} | {'; '.join(cells)} |")
+    return lines if len(lines) > 2 else ["Nothing was found."]
+
+
+def _list_planted(part: Mapping[str, Any]) -> list[str]:
+    ways = list(next(iter(part["planted"].values())))
+    lines = _head("planted: found of all", ways)
+    for kind, row in part["planted"].items():
+        if not kind.startswith(_DECOY):
+            cells = [f"{row[way][0]} of {row[way][1]}" for way in ways]
+            lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return lines
+
+
+def _show(one: Mapping[str, float]) -> str:
+    return f"{one['point']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+
+
+def _list_attacks(part: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for member, found in part["attack"].items():
+        single = found["tokens by single figures"]
+        lines += [
+            f"**{member}**, alone in its domain; {found['documents']} documents that no model was "
+            f"trained on, {found['columns']} sums. From the loss of each token under every expert, "
+            f"{single['rate']:.3f} of {single['tried']} tokens are named; the commonest token is "
+            f"{single['chance']:.3f} of them.",
+            "",
+            "| documents or blocks in a total | which of 10 documents | without | … from sizes and "
+            "losses alone | without | which tokens, area under the curve | without |",
+            f"|{'---:|' * 7}",
+        ]
+        kinds = ("which document", "which document, sizes and losses alone", "which tokens")
+        for count in found["which tokens"]:
+            each = (found[kind][count] for kind in kinds)
+            cells = [_show(one[name]) for one in each for name in ("told", "chance")]
+            lines.append(f"| {count} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The page as Markdown.
+
+    Args:
+        parts: What `bench/traffic_test.py` wrote, one for each federation.
+    """
+    names = [_name(part) for part in parts]
+    lines = ["# Traffic test", ""]
+    for part in parts:
+        lines.append(f"- {_name(part)}: `{part['command']}`, {part['seconds']:.0f} s of federation")
+    versions = ", ".join(f"{name} {one}" for name, one in parts[0]["versions"].items())
+    lines += [
+        "",
+        f"{versions}. Four contributors, each a process tree of its own behind a line that keeps "
+        "every byte; two are alone in their domains, two share one. Base with random weights, "
+        f"blocks of {parts[0]['block size']} tokens. Memory is what the coordinator's processes "
+        f"may write to, at {len(parts[0]['snapshots']) - 1} moments from its first pass to the "
+        "published model; what happened in between is not seen.",
+        "",
+        *_ATTACKS,
+        "",
+        *_list_captured(parts, names),
+        "",
+        "Strings are looked for at every offset, in the streams, in the bodies of their HTTP "
+        "messages (Flower sends protobuf and compresses nothing), and in all that can be unpacked "
+        "from them. Not looked for: strings that are public (base, tokenizer, charter, program, "
+        "the coordinator's memory and home before anybody joined), of several members, or too "
+        "plain. zstd and Brotli are not undone; no reader of them is installed on either side.",
+        "",
+    ]
+    for part, name in zip(parts, names, strict=True):
+        lines += [
+            f"## {name}",
+            "",
+            *_list_kinds(part),
+            "",
+            f"Random bytes would hold {part['by chance']:.1e} of these strings. Decoys are figures "
+            "that nobody has: as many are found by chance as of the others.",
+            "",
+            *_list_forms(part),
+            "",
+            *_list_planted(part),
+            "",
+            *_list_attacks(part),
+            f"Problems: {'; '.join(part['problems']) or 'none'}.",
+            "",
+        ]
+    return "\n".join(lines)

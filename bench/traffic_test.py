@@ -1,0 +1,425 @@
+"""Traffic test: nothing of a single document, block or token may leave a member in private mode.
+
+    python bench/traffic_test.py --privacy pooled --out docs/results/traffic-pooled.json
+    python bench/traffic_test.py --privacy private --summing masked
+
+A federation of real processes, four contributors behind recording lines. Every member's texts,
+token ids, hidden states and figures are searched for in all bytes that crossed the lines, in the
+coordinator's home and in its memory, and an attacker tries to find documents and tokens in the
+figures. In `pooled`, where samples are sent, the same search must find them. Ends with 1 if it
+does not, or finds anything in `private`.
+"""
+
+import argparse
+import base64
+import gzip
+import json
+import platform
+import sqlite3
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from traffic_attack import build_features, match_tokens, try_documents, try_tokens
+from traffic_capture import BLOCK, MEMBERS, Captured, draw_documents, federate, list_files
+from traffic_page import build_page
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+from traffic_helpers import Index, Needles, list_bodies, unpack  # noqa: E402
+from traffic_needles import add_figures, add_texts, build_banks  # noqa: E402
+
+from molora_fed.adapters.compatibility import applied  # noqa: E402
+from molora_fed.bank import Bank, Expert, build_calibration_bank  # noqa: E402
+from molora_fed.charter import load_charter  # noqa: E402
+from molora_fed.corpus.blocks import Blocks, pack_documents  # noqa: E402
+from molora_fed.corpus.prepare import load_corpus  # noqa: E402
+from molora_fed.evaluation.bootstrap import ClusterIndex  # noqa: E402
+from molora_fed.federation.homes import ContributorHome  # noqa: E402
+from molora_fed.routing.bundle import load_fused  # noqa: E402
+from molora_fed.routing.fused import FusedModel  # noqa: E402
+from molora_fed.storage.files import hash_bytes, write_bytes, write_json  # noqa: E402
+from molora_fed.types import Document, Split  # noqa: E402
+
+LIMIT_BLOCKS = 48
+"""Blocks of a split that figures are looked for of; the charter asks for fewer."""
+COUNTS = (1, 2, 4, 8, 16)
+"""Documents in a total that is attacked; one is what nobody may be told."""
+REFERENCE = 600
+"""Documents of a domain that an attacker is granted."""
+SEED = 5
+PLANTED = 12
+"""Strings of a kind and form that are planted in each packing."""
+_PAGE = 4_096
+_PUBLIC = "is public"
+PACKINGS: dict[str, Callable[[bytes], bytes]] = {
+    "raw": bytes,
+    "hex": lambda data: data.hex().encode(),
+    "upper hex": lambda data: data.hex().upper().encode(),
+    "base64": base64.b64encode,
+    "urlsafe base64": base64.urlsafe_b64encode,
+    "gzip": lambda data: gzip.compress(data, mtime=0),
+    "zlib": zlib.compress,
+    "deflate": lambda data: _deflate(data),
+}
+
+Table = dict[str, dict[str, dict[str, int]]]
+
+
+def _deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+@dataclass
+class Search:
+    """What was found, by place.
+
+    Attributes:
+        needles: What is looked for.
+        found: Strings by place and packing.
+        searched: Bytes by place, as recorded.
+        unpacked: Bytes that were looked through, by packing.
+    """
+
+    needles: Needles
+    found: dict[str, dict[str, set[bytes]]] = field(default_factory=dict)
+    searched: dict[str, int] = field(default_factory=dict)
+    unpacked: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._index = Index(self.needles)
+        self._seen: set[str] = set()
+
+    def look(self, place: str, data: bytes, *, deep: bool = True) -> set[bytes]:
+        """Search a stream; one that was seen before at the same place is counted only."""
+        self.searched[place] = self.searched.get(place, 0) + len(data)
+        key = place + hash_bytes(data)
+        found: set[bytes] = set()
+        if key in self._seen:
+            return found
+        self._seen.add(key)
+        for how, part in unpack(data, deep=deep):
+            self.unpacked[how] = self.unpacked.get(how, 0) + len(part)
+            here = self._index.find(part)
+            self.found.setdefault(place, {}).setdefault(how, set()).update(here)
+            found |= here
+        return found
+
+    def tabulate(self) -> dict[str, Table]:
+        """Distinct strings by place, kind, form and packing."""
+        tables: dict[str, Table] = {}
+        for place, ways in self.found.items():
+            table = tables.setdefault(place, {})
+            for group, strings in self.needles.groups.items():
+                for how, found in ways.items():
+                    if count := len(strings & found):
+                        row = table.setdefault(group.kind, {}).setdefault(group.form, {})
+                        row[how] = row.get(how, 0) + count
+        return tables
+
+
+def list_public(captured: Captured) -> Iterator[bytes]:
+    """What everyone may know: base, tokenizer, charter, the program; and the coordinator before."""
+    yield from (path.read_bytes() for path in sorted((captured.root / "tiny-base").iterdir()))
+    yield (captured.server / "cooperative.toml").read_bytes()
+    sources = ("molora_fed", "cli", "plugins")
+    for name in sources:
+        yield from (path.read_bytes() for path in sorted((REPOSITORY / name).rglob("*.py")))
+    before = captured.snapshots[0]
+    yield from (path.read_bytes() for path in before.memory.values())
+    yield from (path.read_bytes() for path in sorted(before.home.rglob("*")) if path.is_file())
+
+
+def _read_rows(ledger: Path) -> bytes:
+    """Every value of every row of a database, which on its pages may lie in pieces."""
+    parts: list[bytes] = []
+    with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as database:
+        names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        for (name,) in names:
+            for row in database.execute(f'SELECT * FROM "{name}"'):
+                parts += [one if isinstance(one, bytes) else str(one).encode() for one in row]
+    return b"\n".join(parts)
+
+
+def _take_new_pages(data: bytes, seen: set[bytes]) -> bytes:
+    """Memory without pages that an earlier snapshot had, but with those beside a new one."""
+    pages = [data[at : at + _PAGE] for at in range(0, len(data), _PAGE)]
+    new = np.array([page not in seen for page in pages])
+    seen.update(pages)
+    near = new.copy()
+    near[1:] |= new[:-1]
+    near[:-1] |= new[1:]
+    return b"".join(page for page, is_near in zip(pages, near, strict=True) if is_near)
+
+
+def _find_place(path: Path) -> str:
+    """What a file of the coordinator's home is part of."""
+    first = path.parts[0]
+    if first.startswith("ledger"):
+        return "ledger"
+    return {"mail": "mailbox", "received": "mailbox"}.get(first, "rest of the home")
+
+
+def look_everywhere(captured: Captured, search: Search) -> None:
+    """Search lines, home and memory."""
+    for both in captured.lines.values():
+        for direction, streams in both.items():
+            place = f"wire, {'from' if direction == 'sent' else 'to'} members"
+            for stream in streams:
+                search.look(f"{place}, as it was sent", stream, deep=False)
+                for body in list_bodies(stream):
+                    search.look(place, body)
+    homes = [(captured.server, list_files(captured.server))]
+    homes += [(one.home, sorted(one.home.rglob("*"))) for one in captured.snapshots[1:]]
+    for home, paths in homes:
+        for path in paths:
+            if path.is_file():
+                search.look(_find_place(path.relative_to(home)), path.read_bytes())
+    search.look("ledger", _read_rows(captured.server / "ledger.db"))
+    seen: set[bytes] = set()
+    for path in captured.snapshots[0].memory.values():  # nobody had sent anything
+        _take_new_pages(path.read_bytes(), seen)
+    for snapshot in captured.snapshots[1:]:
+        for path in snapshot.memory.values():
+            print(f"memory: {snapshot.when}", flush=True)
+            search.look("memory", _take_new_pages(path.read_bytes(), seen), deep=False)
+
+
+def plant(needles: Needles) -> dict[str, dict[str, list[int]]]:
+    """Strings planted among random bytes, in every packing: found and planted, by kind."""
+    draw = np.random.default_rng(SEED)
+    rows: dict[str, dict[str, list[int]]] = {}
+    chosen: dict[str, Needles] = {}
+    for group, strings in needles.groups.items():
+        some = sorted(strings)[:: max(1, len(strings) // PLANTED)][:PLANTED]
+        kind = group.kind.partition(",")[0]
+        chosen.setdefault(kind, Needles()).add(group, some)
+    for kind, few in chosen.items():
+        index = Index(few)
+        strings = {one for kept in few.groups.values() for one in kept}
+        packed = b"".join(sorted(strings))
+        for how, pack in PACKINGS.items():
+            stream = draw.bytes(1_001) + b"{" + pack(packed) + b"}" + draw.bytes(503)
+            found: set[bytes] = set()
+            for _, part in unpack(stream, deep=how == "deflate"):
+                found |= index.find(part)
+            rows.setdefault(kind, {})[how] = [len(found & strings), len(strings)]
+    return rows
+
+
+def count_chance(needles: Needles, searched: Iterable[int]) -> float:
+    """Strings that random bytes are expected to hold: places times strings by their length."""
+    strings = {one for kept in needles.groups.values() for one in kept}
+    return sum(searched) * sum(2.0 ** (-8 * len(one)) for one in strings)
+
+
+def count_groups(needles: Needles) -> dict[str, dict[str, int]]:
+    """Strings by kind and form, over all members."""
+    table: dict[str, dict[str, int]] = {}
+    for group, strings in needles.groups.items():
+        row = table.setdefault(group.kind, {})
+        row[group.form] = row.get(group.form, 0) + len(strings)
+    return table
+
+
+def _measure_documents(bank: Bank) -> Any:
+    """Features of documents, (M, F)."""
+    index = ClusterIndex.build(bank.clusters, bank.domain_of)
+    columns = [index.sum(bank.expert_nll(one).numpy()) for one in range(bank.num_experts)]
+    return build_features(index.counts, np.stack(columns, axis=1))
+
+
+def _take_tokens(banks: Iterable[Bank]) -> tuple[Any, Any]:
+    """Predicted tokens and their losses."""
+    own = list(banks)
+    tokens = np.concatenate([bank.tokens[:, 1:].numpy() for bank in own])
+    return tokens, np.concatenate([-bank.logprob[:, 1:].numpy() for bank in own])
+
+
+def attack(fused: FusedModel, banks: dict[str, dict[Split, Bank]], folder: Path) -> dict[str, Any]:
+    """What an attacker finds out of totals over documents and blocks, and of single figures."""
+    found: dict[str, Any] = {}
+    experts = [Expert(one.name, one.adapter) for one in fused.experts]
+    for name in (one for one in MEMBERS if list(MEMBERS.values()).count(MEMBERS[one]) == 1):
+        documents = [Document(f"{n}", text) for n, text in enumerate(
+            draw_documents(name, REFERENCE, fresh=True)
+        )]  # fmt: skip
+        blocks = pack_documents(
+            documents, np.arange(REFERENCE, dtype=np.int32), fused.base.tokenizer,
+            domain=MEMBERS[name], split=Split.CALIBRATION, block_size=BLOCK,
+        )  # fmt: skip
+        fresh = build_calibration_bank(folder / "fresh", fused.base, experts, [blocks])
+        own = list(banks[name].values())
+        features, others = (
+            np.concatenate([*map(_measure_documents, own)]),
+            _measure_documents(fresh),
+        )
+        texts, other_texts = _take_tokens(own), _take_tokens([fresh])
+        size = int(fused.base.model.config.vocab_size)
+        plain = [0, *range(2, 2 + len(experts))]  # n and x, without squares and differences
+        found[name] = {
+            "documents": len(features),
+            "columns": int(features.shape[1]),
+            "which document": {
+                str(count): try_documents(features, others, count, seed=SEED) for count in COUNTS
+            },
+            "which document, sizes and losses alone": {
+                str(count): try_documents(features[:, plain], others[:, plain], count, seed=SEED)
+                for count in COUNTS
+            },
+            "which tokens": {
+                str(count): try_tokens(texts, other_texts, size, count, seed=SEED)
+                for count in COUNTS
+            },
+            "tokens by single figures": match_single(fused, own[-1]),
+        }
+    return found
+
+
+@torch.no_grad()
+def match_single(fused: FusedModel, bank: Bank, blocks: int = 4) -> dict[str, float]:
+    """Tokens found by their own losses where the text before them is known."""
+    tokens = bank.tokens[:blocks].long()
+    possible = []
+    model = fused.base.model
+    for expert in fused.experts:
+        with applied(model, expert.adapter):
+            possible.append(-torch.log_softmax(model(tokens).logits[:, :-1].float(), dim=-1))
+    figures = -bank.logprob[:blocks, 1:].flatten(0, 1).numpy()
+    table = torch.stack(possible, dim=-1).flatten(0, 1).numpy()
+    truth = tokens[:, 1:].flatten().numpy()
+    right = float((match_tokens(figures, table) == truth).mean())
+    common = float(
+        np.bincount(bank.tokens[:, 1:].flatten().numpy()).max() / bank.tokens[:, 1:].numel()
+    )
+    return {"rate": right, "tried": len(truth), "chance": common}
+
+
+def find_problems(found: dict[str, Any]) -> list[str]:
+    """What is not as it should be."""
+    problems = []
+    for kind, ways in found["planted"].items():
+        problems += [
+            f"planted {kind} in {how}: {got}" for how, got in ways.items() if got[0] < got[1]
+        ]
+    said = {
+        (place, kind)
+        for place, table in found["found"].items()
+        for kind in table
+        if not kind.startswith("decoy")
+    }
+    if found["privacy"] == "private":
+        problems += [f"{place}: {kind}" for place, kind in sorted(said)]
+    else:
+        wire = {kind for place, kind in said if place == "wire, from members"}
+        for split in (Split.CALIBRATION, Split.ADMISSION, Split.HELD_OUT):
+            if f"token ids, {split}" not in wire:
+                problems.append(f"token ids of {split} are not found on the wire of pooled")
+    return problems
+
+
+def measure(captured: Captured, folder: Path) -> dict[str, Any]:
+    """Make the needles, search everywhere, attack."""
+    fused = load_fused(captured.server / "fused", base_folder=captured.server / "base")
+    blocks: dict[str, dict[Split, Blocks]] = {}
+    banks: dict[str, dict[Split, Bank]] = {}
+    needles = Needles()
+    batch = load_charter(captured.server).identity.corpus.evaluation_batch
+    for name in MEMBERS:
+        blocks[name] = dict(load_corpus(ContributorHome(captured.home(name)).corpus).blocks)
+        banks[name] = build_banks(
+            fused, blocks[name], folder / name, batch=batch, limit=LIMIT_BLOCKS
+        )
+        add_texts(needles, name, blocks[name], fused.base.tokenizer)
+        add_figures(needles, name, banks[name])
+    print(f"{len(needles):,} strings", flush=True)
+    needles.drop_shared("of several members")
+    public = Search(needles)
+    common: set[bytes] = set()
+    for data in list_public(captured):
+        common |= public.look(_PUBLIC, data, deep=False)
+    needles.drop(common, _PUBLIC)
+    print(f"{len(needles):,} strings that only a member has", flush=True)
+    search = Search(needles)
+    look_everywhere(captured, search)
+    dropped: dict[str, dict[str, int]] = {}
+    for (kind, why), number in needles.dropped.items():
+        dropped.setdefault(kind, {})[why] = number
+    return {
+        "lines": {
+            name: {
+                "connections": len(both["sent"]),
+                "sent": sum(map(len, both["sent"])),
+                "received": sum(map(len, both["received"])),
+            }
+            for name, both in captured.lines.items()
+        },
+        "snapshots": [snapshot.when for snapshot in captured.snapshots],
+        "searched": search.searched,
+        "unpacked": search.unpacked,
+        "needles": count_groups(needles),
+        "dropped": dropped,
+        "found": search.tabulate(),
+        "by chance": count_chance(needles, search.unpacked.values()),
+        "planted": plant(needles),
+        "attack": attack(fused, banks, folder),
+        "block size": BLOCK,
+        "commands": captured.commands,
+        "seconds": captured.seconds,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--privacy", choices=("pooled", "private"), default="private")
+    parser.add_argument("--summing", choices=("masked", "robust"), default="masked")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of each member")
+    parser.add_argument(
+        "--keep", type=Path, help="folder to work in; what was captured there is used again"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--page", type=Path, help="Markdown page of all JSON files beside --out")
+    given = parser.parse_args()
+    mode = given.privacy if given.privacy == "pooled" else f"private-{given.summing}"
+    out = given.out or Path(f"docs/results/traffic-{mode}.json")
+    with ExitStack() as stack:
+        root = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        captured = Captured.load(root)
+        if captured is None:
+            captured = federate(
+                root, privacy=given.privacy, summing=given.summing, steps=given.steps
+            )
+        found = measure(captured, root / "needles")
+    command = f"python bench/traffic_test.py --privacy {given.privacy}"
+    command += "" if given.privacy == "pooled" else f" --summing {given.summing}"
+    found |= {
+        "command": command,
+        "privacy": given.privacy,
+        "summing": given.summing if given.privacy == "private" else "",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("molora-fed", "torch", "flwr", "numpy")},
+        },
+    }
+    found["problems"] = find_problems(found)
+    write_json(out, found)
+    if given.page:
+        parts = [json.loads(path.read_text()) for path in sorted(out.parent.glob("traffic-*.json"))]
+        write_bytes(given.page, build_page(parts).encode())
+    print("\n".join(found["problems"]) or "as it should be")
+    return int(bool(found["problems"]))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())
