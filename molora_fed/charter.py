@@ -5,7 +5,6 @@ Its identity, the hash of `[identity]`, can never change; everything else is an 
 anyone's signature.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,11 +12,11 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from molora_fed.errors import CharterError, ConfigError
+from molora_fed.errors import CharterError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.storage.settings import StrictModel, describe_offenders
 from molora_fed.storage.toml import parse_toml
-from molora_fed.types import BASE_EXPERT, Mixture
+from molora_fed.types import Mixture
 
 __all__ = [
     "AdapterRules",
@@ -31,44 +30,12 @@ __all__ = [
     "PopulationRules",
     "PrivacyRules",
     "TrainingRules",
-    "check_name",
     "choose_privacy",
-    "is_name",
     "load_charter",
     "parse_charter",
     "read_amendment",
     "write_charter",
 ]
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-
-
-def is_name(value: str) -> bool:
-    """Whether a domain, contributor or cooperative may have this name."""
-    return _NAME.fullmatch(value) is not None
-
-
-def check_name(what: str, value: str) -> None:
-    """Refuse a name that no contribution can hold, before any work is done.
-
-    Args:
-        what: "name" for a contributor's, or "domain"; also the option to choose it with.
-        value: The name.
-
-    Raises:
-        ConfigError: If it is malformed, or a contributor's is reserved.
-    """
-    if not is_name(value):
-        raise ConfigError(
-            f"Cannot use {what} '{value}': expected lower-case letters, digits and dashes, got "
-            f"something else. Choose another with --{what}."
-        )
-    if what == "name" and value == BASE_EXPERT:
-        raise ConfigError(
-            f"Cannot use name '{value}': expected another name, got that of the base in every "
-            "report. Choose another with --name."
-        )
-
 
 # What a key that an amendment leaves out has always meant. Signed amendments leave keys out, so
 # these names stay, whatever is registered under them; the core names no plugin anywhere else than

@@ -11,13 +11,15 @@ from molora_fed.charter import CorpusRules, TrainingRules
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.errors import AdmissionError
 from molora_fed.federation.client_dialogue import answer
+from molora_fed.federation.consent import (
+    give_consent,
+)
 from molora_fed.federation.coordinator import CoordinatorWorker
 from molora_fed.federation.coordinator_mail import publish_charter
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
 from molora_fed.federation.worker import ContributorWorker
-from molora_fed.federation.worker_mail import give_consent
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.keys import load_or_make_key
@@ -107,7 +109,7 @@ class Stage:
         thread = threading.Thread(target=coordinate, daemon=True)
         thread.start()
         try:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + 480
             while not failures and time.monotonic() < deadline:
                 if not (steps.keys() - self.away or self.is_growing):
                     break

@@ -116,7 +116,9 @@ def join(
     from molora_fed.federation.homes import ContributorHome
     from molora_fed.federation.invitations import parse_invitation
     from molora_fed.federation.join_settings import JoinSettings
-    from molora_fed.federation.worker_mail import is_described
+    from molora_fed.federation.worker_mail import (
+        is_described,
+    )
     from molora_fed.storage.values import count_cores, parse_shard
 
     if not (yes or dry_run) and not sys.stdin.isatty():
@@ -262,7 +264,9 @@ def _ask(
 ) -> bool:
     """Show what the charter asks for, and ask whether it may be sent."""
     from molora_fed.cooperative.outgoing import describe_outgoing, read_width
-    from molora_fed.federation.worker_mail import find_base_config
+    from molora_fed.federation.worker_mail import (
+        find_base_config,
+    )
     from molora_fed.plugins import get_plugins
 
     config = find_base_config(home)

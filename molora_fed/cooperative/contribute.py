@@ -15,7 +15,7 @@ from molora_fed.adapters.compatibility import applied, check_effect, count_chang
 from molora_fed.adapters.convert import convert_adapter
 from molora_fed.adapters.files import META_FILE, check_adapter_fits, load_adapter
 from molora_fed.adapters.peft_folder import read_claims
-from molora_fed.charter import Charter, check_name, load_charter
+from molora_fed.charter import Charter, load_charter
 from molora_fed.contributions.build import (
     build_contribution,
     measure_start_loss,
@@ -37,6 +37,7 @@ from molora_fed.privacy.overlap import open_receiver
 from molora_fed.storage.compute import Compute, read_compute
 from molora_fed.storage.files import hash_bytes, is_file, is_folder, resolve_inside
 from molora_fed.storage.keys import build_public_pem, key_fingerprint
+from molora_fed.storage.names import check_name
 from molora_fed.storage.untrusted import clean, parse_json
 from molora_fed.training.adapter_job import Specialist
 from molora_fed.training.choices import TrainingChoices

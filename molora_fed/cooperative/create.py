@@ -7,14 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from molora_fed.charter import (
-    AdapterRules,
-    Amendment,
-    BaseIdentity,
-    CorpusRules,
-    PrivacyRules,
-    is_name,
-)
+from molora_fed.charter import AdapterRules, Amendment, BaseIdentity, CorpusRules, PrivacyRules
 from molora_fed.cooperative.cooperative import (
     Cooperative,
     build_charter,
@@ -29,6 +22,7 @@ from molora_fed.models.base import Base, fetch_base
 from molora_fed.models.runtime import Placement
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import make_home
+from molora_fed.storage.names import is_name
 from molora_fed.training.builtin_base import BuiltinBaseConfig, create_builtin_base
 from molora_fed.types import Progress
 

@@ -33,7 +33,10 @@ from molora_fed.federation.letters import (
 from molora_fed.federation.mailbox import read_json, read_parts, take_batch
 from molora_fed.federation.messages import Part, Shipment, list_describing, plan_parts
 from molora_fed.federation.signing import build_hello_bytes
-from molora_fed.federation.worker_mail import find_stranger, list_received
+from molora_fed.federation.worker_mail import (
+    find_stranger,
+    list_received,
+)
 from molora_fed.storage.keys import build_public_pem, load_key, sign
 
 __all__ = ["answer"]

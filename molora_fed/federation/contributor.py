@@ -17,6 +17,10 @@ from molora_fed.federation.addresses import (
     format_server,
     parse_server,
 )
+from molora_fed.federation.consent import (
+    give_consent,
+    has_consent,
+)
 from molora_fed.federation.fleet import NOT_A_MEMBER, WRONG_CLOCK
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
@@ -31,7 +35,9 @@ from molora_fed.federation.supervise import (
     raise_recorded,
     sigterm_as_interrupt,
 )
-from molora_fed.federation.worker_mail import give_consent, has_consent, is_described
+from molora_fed.federation.worker_mail import (
+    is_described,
+)
 
 __all__ = ["ContributorSupervisor", "join"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from molora_fed.charter import check_name, load_charter
+from molora_fed.charter import load_charter
 from molora_fed.errors import (
     ConfigError,
     MoloraError,
@@ -38,6 +38,7 @@ from molora_fed.storage.keys import (
     key_fingerprint,
     load_or_make_key,
 )
+from molora_fed.storage.names import check_name
 from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molora_fed.charter import check_name, load_charter
+from molora_fed.charter import load_charter
 from molora_fed.errors import CharterError, ConfigError, FederationError
 from molora_fed.federation.mailbox import read_json
 from molora_fed.population.asked import begin_anew
 from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import make_home, write_json
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
+from molora_fed.storage.names import check_name
 from molora_fed.training.choices import TrainingChoices
 from molora_fed.types import LossOn
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator
 
-from molora_fed.charter import is_name
 from molora_fed.federation.messages import (
     MAX_BATCH_BYTES,
     MAX_FILE_BYTES,
@@ -19,6 +18,7 @@ from molora_fed.federation.messages import (
     parse_shipment,
 )
 from molora_fed.federation.status import Count, WorkerState
+from molora_fed.storage.names import is_name
 from molora_fed.storage.settings import UntrustedModel
 from molora_fed.storage.untrusted import clean
 from molora_fed.types import BASE_EXPERT

@@ -15,10 +15,10 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field
 
-from molora_fed.charter import check_name
 from molora_fed.errors import ConfigError, FederationError, MoloraError, SignatureError
 from molora_fed.storage.files import canonical_json, hash_bytes, make_home, write_bytes
 from molora_fed.storage.keys import key_fingerprint, verify
+from molora_fed.storage.names import check_name
 from molora_fed.storage.settings import UntrustedModel, read_model
 from molora_fed.storage.untrusted import clean
 

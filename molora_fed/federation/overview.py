@@ -15,6 +15,9 @@ from typing import Any
 from molora_fed.charter import load_charter
 from molora_fed.errors import CharterError, ConfigError, FederationError, MoloraError
 from molora_fed.federation.acceptance import read_connection
+from molora_fed.federation.consent import (
+    has_consent,
+)
 from molora_fed.federation.envelopes import read_letter
 from molora_fed.federation.homes import ContributorHome, ContributorMailbox, CoordinatorHome
 from molora_fed.federation.invitations import read_address
@@ -24,7 +27,6 @@ from molora_fed.federation.members import Members
 from molora_fed.federation.status import FederationEvent
 from molora_fed.federation.supervise import parse_answer
 from molora_fed.federation.traffic import SERVER, Seen, read_traffic
-from molora_fed.federation.worker_mail import has_consent
 from molora_fed.storage.locks import is_held
 from molora_fed.storage.untrusted import clean
 

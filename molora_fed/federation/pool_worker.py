@@ -18,7 +18,9 @@ from molora_fed.federation.logs import start_logging
 from molora_fed.federation.mailbox import hold_lock
 from molora_fed.federation.supervise import record_errors
 from molora_fed.federation.worker import ContributorWorker
-from molora_fed.federation.worker_mail import LOOK_SECONDS
+from molora_fed.federation.worker_mail import (
+    LOOK_SECONDS,
+)
 from molora_fed.plugins import Plugins, get_plugins
 
 __all__ = ["PoolWorker", "main"]

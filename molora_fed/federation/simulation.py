@@ -19,6 +19,10 @@ from typing import Any
 from molora_fed.charter import load_charter
 from molora_fed.errors import CharterError, ConfigError, FederationError
 from molora_fed.federation.addresses import find_free_port
+from molora_fed.federation.consent import (
+    give_consent,
+    has_consent,
+)
 from molora_fed.federation.fleet import simulate_fleet, write_partitions
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
@@ -32,7 +36,6 @@ from molora_fed.federation.supervise import (
     raise_recorded,
     sigterm_as_interrupt,
 )
-from molora_fed.federation.worker_mail import give_consent, has_consent
 from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import write_json
 from molora_fed.storage.values import count_cores

@@ -26,6 +26,14 @@ from molora_fed.errors import (
     SignatureError,
     SumError,
 )
+from molora_fed.federation.answering import (
+    answer_question,
+    find_question,
+    refuse_question,
+)
+from molora_fed.federation.consent import (
+    has_consent,
+)
 from molora_fed.federation.envelopes import open_letter, set_aside
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
@@ -38,14 +46,10 @@ from molora_fed.federation.status import StateFile, UsageFile
 from molora_fed.federation.supervise import record_errors
 from molora_fed.federation.worker_mail import (
     LOOK_SECONDS,
-    answer_question,
-    find_question,
-    has_consent,
     offer_contribution,
     receive_base,
     receive_charter,
     receive_result,
-    refuse_question,
     until,
 )
 from molora_fed.plugins import Plugins, get_plugins

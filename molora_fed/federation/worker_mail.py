@@ -5,77 +5,50 @@ Where texts are private it also takes the coordinator's questions and leaves the
 Imports neither torch nor flwr. Every function may be interrupted and called again.
 """
 
-import shutil
-import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pydantic import ValidationError
-
-from molora_fed.charter import Amendment, Charter, load_charter
+from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import (
     AdapterError,
     CharterError,
     FederationError,
-    MoloraError,
-    QuestionRefusedError,
-    SignatureError,
-    SumRefusedError,
 )
 from molora_fed.federation.envelopes import keep_letter, open_letter, set_aside
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.kept import Accepted, Offer
 from molora_fed.federation.letters import (
-    AnswerLetter,
     CharterLetter,
     Greeting,
-    QuestionLetter,
     ResultLetter,
 )
-from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.messages import Shipment, describe_folder
-from molora_fed.federation.sent import note_sent
 from molora_fed.federation.signing import (
-    build_answer_bytes,
-    build_question_bytes,
     build_result_bytes,
     open_charter,
 )
 from molora_fed.storage.files import (
-    canonical_json,
     replace_folder,
-    storage_errors,
     write_bytes,
-    write_json,
 )
-from molora_fed.storage.keys import key_fingerprint, load_key, sign, verify
-from molora_fed.storage.settings import UntrustedModel
+from molora_fed.storage.keys import key_fingerprint, verify
 
 __all__ = [
-    "answer_question",
     "find_base_config",
-    "find_question",
     "find_stranger",
-    "give_consent",
-    "has_consent",
     "is_described",
     "list_received",
     "offer_contribution",
     "receive_base",
     "receive_charter",
     "receive_result",
-    "refuse_question",
     "until",
 ]
 
 LOOK_SECONDS = 0.2
 CONFIG_FILE = "config.json"
-_UNSAID = (
-    "Cannot answer a question: expected one that can be measured on this side's text, got a "
-    "failure; the reason stays with this contributor."
-)
 Found = TypeVar("Found")
 
 
@@ -279,78 +252,6 @@ def list_received(home: ContributorHome, target: Path) -> list[str]:
     return found
 
 
-class _AskedSums(UntrustedModel):
-    """What of an amendment decides how many sums are asked for, over how much text."""
-
-    routers: dict[str, dict[str, Any]]
-    merges: list[str]
-    restarts: int
-    base_expert: bool
-    calibration: int
-    held_out: int
-
-    def covers(self, other: "_AskedSums") -> bool:
-        """Whether another amendment asks for nothing that this one does not."""
-        return (
-            all(self.routers.get(name) == chosen for name, chosen in other.routers.items())
-            and set(other.merges) <= set(self.merges)
-            and other.restarts <= self.restarts
-            and other.base_expert <= self.base_expert
-            and other.calibration <= self.calibration
-            and other.held_out <= self.held_out
-        )
-
-
-def _describe_sums(amendment: Amendment) -> _AskedSums:
-    rules, samples = amendment.fusion, amendment.samples
-    names = (rules.router, *rules.compare, *([rules.fallback] if rules.fallback else []))
-    return _AskedSums(
-        routers={name: rules.options if name == rules.router else {} for name in names},
-        merges=list(rules.merges),
-        restarts=rules.restarts,
-        base_expert=rules.base_expert,
-        calibration=samples.calibration,
-        held_out=samples.held_out,
-    )
-
-
-def _build_consent(charter: Charter) -> dict[str, Any]:
-    """What a contributor agrees to: these samples, or sums, for this cooperative.
-
-    Mode of privacy and way of summing are the identity's.
-    """
-    amendment = charter.amendment
-    agreed = {"identity": charter.identity_hash, "samples": "private"}
-    if charter.is_summed:
-        return {**agreed, "sums": _describe_sums(amendment).model_dump(mode="json")}
-    if charter.is_private:  # figures and adapted slots instead of samples
-        return agreed
-    return {**agreed, "samples": amendment.samples.model_dump(mode="json")}
-
-
-def has_consent(home: ContributorHome, charter: Charter) -> bool:
-    """Whether the contributor agreed to send what this charter asks for, or more."""
-    given = read_json(home.consent_file)
-    if not charter.is_summed:
-        return bool(given == _build_consent(charter))
-    if not isinstance(given, dict) or given.get("identity") != charter.identity_hash:
-        return False
-    try:
-        agreed = _AskedSums.model_validate(given.get("sums"))
-    except ValidationError:
-        return False
-    return agreed.covers(_describe_sums(charter.amendment))
-
-
-def give_consent(home: ContributorHome, charter: Charter) -> None:
-    """Note that the contributor agrees to send what this charter asks for.
-
-    Raises:
-        StorageError: On I/O errors.
-    """
-    write_json(home.consent_file, _build_consent(charter))
-
-
 def find_base_config(home: ContributorHome) -> Path | None:
     """Folder with the base's `config.json`, which comes before its weights; None if not here yet.
 
@@ -405,119 +306,3 @@ def offer_contribution(home: ContributorHome, *, recipe: str = "") -> Shipment:
     shipment = describe_folder(home.contribution)
     keep_letter(home.offer_file, Offer(id=shipment.id, files=shipment, recipe=recipe))
     return shipment
-
-
-def find_question(home: ContributorHome, charter: Charter) -> QuestionLetter | None:
-    """The coordinator's question, if all of it is here and it is not answered yet.
-
-    One that cannot be the coordinator's is set aside.
-
-    Raises:
-        SignatureError: If it is not the coordinator's.
-        QuestionRefusedError: If its id is not that of its files.
-        FederationError: If it is of another amendment than this side knows.
-    """
-    letter = open_letter(home.question_letter, QuestionLetter)
-    if letter is None:
-        return None
-    answered = open_letter(home.answer_file, AnswerLetter)
-    if answered is not None and answered.question == letter.id:
-        return None
-    if (read_json(home.refused_file) or {}).get("question") == letter.id:
-        return None
-    try:
-        _check_question(home, charter, letter)
-    except (AdapterError, FederationError, QuestionRefusedError) as error:
-        set_aside(home.question_letter, error)
-        raise
-    target = home.question_folder(letter.id)
-    _forget(home, target)
-    is_here = receive_shipment(home, letter.files, target, part_bytes=letter.part_bytes)
-    return letter if is_here else None
-
-
-def _check_question(home: ContributorHome, charter: Charter, letter: QuestionLetter) -> None:
-    verify(
-        (home.charter / "coordinator.pem").read_text(encoding="utf-8"),
-        build_question_bytes(charter.identity_hash, letter.amendment, letter.files.id),
-        letter.signature,
-        what="question",
-    )
-    if letter.id != letter.files.id:
-        raise QuestionRefusedError(
-            f"Cannot answer a question: expected the id of its files, {letter.files.id[:16]}, got "
-            f"{letter.id[:16]}. Run the same molora-fed version on both sides."
-        )
-    if letter.amendment != charter.amendment.number:
-        raise FederationError(
-            f"Cannot answer a question: expected one of amendment {charter.amendment.number}, got "
-            f"{letter.amendment}. Run `molora join` again to see what the cooperative asks for now."
-        )
-
-
-def refuse_question(home: ContributorHome, question: str, error: MoloraError) -> str:
-    """Note that a question is not answered, and why: the last one, and all of them in a log.
-
-    Args:
-        home: The contributor's home.
-        question: Its id; empty for one that is not the coordinator's, and so hides no other.
-        error: Why; of what went wrong on this side's text nothing is said elsewhere, for it may
-            hold a figure of one document.
-
-    Returns:
-        What the coordinator may be told, one line.
-
-    Raises:
-        StorageError: On I/O errors.
-    """
-    own = (QuestionRefusedError, FederationError, SignatureError, SumRefusedError)
-    said = str(error) if isinstance(error, own) else _UNSAID
-    note = {"question": question, "reason": str(error), "said": said, "time": time.time()}
-    log = home.refusals_log
-    with storage_errors(log):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            file.write(canonical_json(note) + b"\n")
-    if question:
-        write_json(home.refused_file, note)
-    return said
-
-
-def _forget(home: ContributorHome, current: Path) -> None:
-    """Delete earlier questions, and the notes that they had arrived."""
-    for folder in current.parent.glob("[0-9a-f]*"):
-        if folder != current:
-            for note in home.shipments.glob(f"{folder.name}*"):
-                note.unlink()
-            shutil.rmtree(folder)
-
-
-def answer_question(
-    home: ContributorHome,
-    charter: Charter,
-    letter: QuestionLetter,
-    answer: Callable[[Path, Path], str],
-) -> None:
-    """Do what a question asks, and offer the answer, signed.
-
-    Args:
-        home: The contributor's home.
-        charter: The cooperative's charter.
-        letter: From `find_question`.
-        answer: Given the question's folder, makes the answer's; what kind of thing it sends.
-
-    Raises:
-        MoloraError: Whatever answering raises; a StorageError on I/O errors.
-    """
-    folder = home.answer_folder(letter.id)
-    kind = answer(home.question_folder(letter.id), folder)
-    files = describe_folder(folder)
-    note_sent(home, letter.id, kind, files.num_bytes)
-    content = build_answer_bytes(charter.identity_hash, letter.id, files.id)
-    signature = sign(load_key(home.key), content)
-    keep_letter(
-        home.answer_file, AnswerLetter(question=letter.id, files=files, signature=signature)
-    )
-    for other in folder.parent.iterdir():
-        if other != folder:
-            shutil.rmtree(other)

@@ -15,7 +15,10 @@ from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.messages import list_describing, plan_parts
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
-from molora_fed.federation.worker_mail import receive_base, receive_charter
+from molora_fed.federation.worker_mail import (
+    receive_base,
+    receive_charter,
+)
 from molora_fed.models.base import CARD_FILE, fetch_base, load_base
 from molora_fed.storage.keys import load_or_make_key
 from molora_fed.types import CONFIG_FILES, TOKENIZER_FILES

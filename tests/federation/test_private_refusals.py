@@ -16,6 +16,10 @@ from molora_fed.contributions.manifest import load_contribution
 from molora_fed.cooperative.outgoing import describe_outgoing, read_width
 from molora_fed.errors import FederationError, QuestionRefusedError
 from molora_fed.federation.client_dialogue import answer
+from molora_fed.federation.consent import (
+    give_consent,
+    has_consent,
+)
 from molora_fed.federation.contributor import ContributorSupervisor
 from molora_fed.federation.doctor import examine
 from molora_fed.federation.envelopes import Envelope, keep_letter, open_letter
@@ -29,8 +33,6 @@ from molora_fed.federation.sum_answers import SumAnswers
 from molora_fed.federation.sum_letters import ExpertsAsked, save_experts, write_tensors
 from molora_fed.federation.worker_mail import (
     find_base_config,
-    give_consent,
-    has_consent,
     is_described,
     receive_charter,
 )

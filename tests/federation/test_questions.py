@@ -27,7 +27,15 @@ from molora_fed.errors import (
     QuestionRefusedError,
     SignatureError,
 )
+from molora_fed.federation.answering import (
+    answer_question,
+    find_question,
+)
 from molora_fed.federation.client_dialogue import answer
+from molora_fed.federation.consent import (
+    give_consent,
+    has_consent,
+)
 from molora_fed.federation.coordinator_mail import (
     acknowledge,
     complete_deliveries,
@@ -43,10 +51,6 @@ from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialo
 from molora_fed.federation.signing import build_question_bytes
 from molora_fed.federation.worker import ContributorWorker
 from molora_fed.federation.worker_mail import (
-    answer_question,
-    find_question,
-    give_consent,
-    has_consent,
     offer_contribution,
     receive_charter,
 )

@@ -19,6 +19,9 @@ from molora_fed.cooperative.contribute import MeasuredAdapter, sign_adapter
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.errors import AdmissionError, FederationError, IncompatibleAdapterError
 from molora_fed.federation.client_dialogue import answer
+from molora_fed.federation.consent import (
+    give_consent,
+)
 from molora_fed.federation.coordinator import CoordinatorWorker
 from molora_fed.federation.coordinator_mail import publish_charter
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
@@ -26,7 +29,6 @@ from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
 from molora_fed.federation.worker import ContributorWorker
-from molora_fed.federation.worker_mail import give_consent
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.keys import load_or_make_key

@@ -20,7 +20,9 @@ from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.supervise import build_flower_environment
-from molora_fed.federation.worker_mail import offer_contribution
+from molora_fed.federation.worker_mail import (
+    offer_contribution,
+)
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
 
 HERE = Path(__file__).parent

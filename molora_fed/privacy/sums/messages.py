@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal, TypeVar
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from molora_fed.charter import is_name
 from molora_fed.errors import MoloraError, SumError
 from molora_fed.privacy.sums.fixed_point import Bits, FixedPoint
 from molora_fed.privacy.sums.primitives import SHARE_BYTES
 from molora_fed.privacy.sums.vectors import MAX_ENTRIES
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.keys import key_fingerprint, sign, verify
+from molora_fed.storage.names import is_name
 from molora_fed.storage.settings import UntrustedModel, describe_offenders
 from molora_fed.storage.untrusted import clean, parse_json
 
