@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from molora_fed.errors import CharterError
+from molora_fed.errors import CharterError, ConfigError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.storage.settings import StrictModel, describe_offenders
 from molora_fed.storage.toml import parse_toml
