@@ -9,7 +9,7 @@ import typer
 
 from molora_cli.output import MAX_LINE, format_time, note, print_columns
 from molora_cli.progress import reporting
-from molora_cli.shared_options import Device, Dtype, ask_compute
+from molora_cli.shared_options import Device, Dtype, Privacy, SummingWay, ask_compute
 from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
@@ -79,20 +79,8 @@ def create(
         int,
         typer.Option(min=0, help="Contributions without which not even the deadline fuses."),
     ] = 0,
-    privacy: Annotated[
-        str | None,
-        typer.Option(
-            help="What leaves contributors beside adapters: private, sums over their text and no "
-            "text; or pooled, samples of it. It can never change; pooled if not given."
-        ),
-    ] = None,
-    summing: Annotated[
-        str | None,
-        typer.Option(
-            help="How sums are added up: masked, so that only totals over three members are seen; "
-            "or robust, so that a few wrong ones do no harm. It can never change."
-        ),
-    ] = None,
+    privacy: Privacy = None,
+    summing: SummingWay = None,
     block_size: Annotated[int, typer.Option(min=8, help="Tokens per block.")] = 128,
     base_steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of the built-in base.")

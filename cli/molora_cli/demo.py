@@ -12,7 +12,7 @@ import typer
 from molora_cli.live import Board, watching
 from molora_cli.output import show
 from molora_cli.progress import Reporter, reporting
-from molora_cli.shared_options import Device, Dtype, ask_compute
+from molora_cli.shared_options import Device, Dtype, Privacy, SummingWay, ask_compute
 
 if TYPE_CHECKING:
     from molora_fed.federation.status import FederationEvent
@@ -92,10 +92,13 @@ def demo(
     base_steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of the built-in base.")
     ] = None,
+    privacy: Privacy = None,
+    summing: SummingWay = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Run a whole cooperative on this machine: server, contributors, fused model, report."""
+    from molora_fed.charter import choose_privacy
     from molora_fed.demo.run import DemoOptions, run_demo
     from molora_fed.reporting.summary import build_sample_text, build_summary, build_time_table
     from molora_fed.storage.values import find_cache_folder, parse_data, parse_names
@@ -114,6 +117,7 @@ def demo(
         base_steps=base_steps,
         cache=find_cache_folder(),
         compute=ask_compute(device, dtype),
+        privacy=choose_privacy("demo", privacy, summing),
     )
     with _View() as view:
         done = run_demo(options, view)

@@ -19,14 +19,30 @@ __all__ = [
     "Dtype",
     "Launcher",
     "LearningRate",
+    "Privacy",
     "ResetDocuments",
     "Steps",
+    "SummingWay",
     "TextField",
     "ValidateEvery",
     "ask_compute",
     "ask_training",
 ]
 
+Privacy = Annotated[
+    str | None,
+    typer.Option(
+        help="What leaves contributors beside adapters: private, sums over their text and no "
+        "text; or pooled, samples of it. It can never change; pooled if not given."
+    ),
+]
+SummingWay = Annotated[
+    str | None,
+    typer.Option(
+        help="How sums are added up: masked, so that only totals over three members are seen; "
+        "or robust, so that a few wrong ones do no harm. It can never change."
+    ),
+]
 TextField = Annotated[
     str,
     typer.Option(help="Field of records that holds the text, e.g. post.body; found by name."),

@@ -31,6 +31,7 @@ from molora_fed.cooperative.known_text import read_known_text
 from molora_fed.errors import (
     AdapterError,
     AdmissionError,
+    ConfigError,
     CorpusError,
     ExpertError,
     MoloraError,
@@ -95,9 +96,16 @@ def fuse_contributions(
 
     Raises:
         AdmissionError: If contributions were not admitted; names all of them, and nothing is fused.
+        ConfigError: If texts stay with their contributors: then the server fuses.
         LedgerError: If another process, such as a server, works on the cooperative.
         MoloraError: Whatever admission or fusing refuses.
     """
+    if cooperative.charter.is_private:
+        raise ConfigError(
+            f"Cannot fuse '{cooperative.folder}' here: expected texts that lie here, got a charter "
+            "under which they stay with contributors. Run `molora serve`: it fuses once enough "
+            "contributions are admitted, while their contributors are connected."
+        )
     plugins = plugins or get_plugins()
     sources = [find_contribution(folder) for folder in folders]
     given = {load_contribution(source).id: source for source in sources}

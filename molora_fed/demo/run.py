@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
+from molora_fed.charter import (
+    Amendment,
+    CorpusRules,
+    FusionRules,
+    PrivacyRules,
+    SampleRules,
+    TrainingRules,
+)
 from molora_fed.cooperative.contribute import CharterAndBase, prepare_domain
 from molora_fed.cooperative.controls import CONTROLS, PooledTraining
 from molora_fed.cooperative.cooperative import Cooperative
@@ -47,6 +54,7 @@ __all__ = [
 COOPERATIVE_NAME = "demo"
 SECONDS_FILE = "seconds.json"
 RESULT_FILE = "result.json"
+_FEW = ("evidence", "evidence-zero")
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class DemoOptions:
         samples: Blocks each contributor sends; the charter's default if None.
         corpus: How text becomes blocks; the charter's default if None.
         compute: Where all models run, and in which dtype.
+        privacy: What leaves contributors beside adapters.
     """
 
     domains: tuple[str, ...] = ()
@@ -89,6 +98,7 @@ class DemoOptions:
     samples: SampleRules | None = None
     corpus: CorpusRules | None = None
     compute: Compute = field(default_factory=Compute)
+    privacy: PrivacyRules = field(default_factory=PrivacyRules)
 
 
 class DemoListener(Protocol):
@@ -201,6 +211,11 @@ def run_demo(
         ConfigError: If the options contradict each other.
         MoloraError: The first error of server or contributors.
     """
+    if options.control and options.privacy.mode != "pooled":
+        raise ConfigError(
+            f"Cannot run the demo with --control: expected --privacy pooled, for it trains on "
+            f"everybody's text, got '{options.privacy.mode}'. Leave one of them out."
+        )
     shown, registered = listener or _Quiet(), plugins or get_plugins()
     contributors = plan_contributors(options, registered)
     cores = options.cores or count_cores()
@@ -262,6 +277,8 @@ def _create(
         seed=options.seed,
         training=training,
         samples=options.samples or SampleRules(),
+        # A round of sums is an exchange of messages: only routers that need few are compared.
+        fusion=FusionRules() if options.privacy.mode == "pooled" else FusionRules(compare=_FEW),
     )
     return found_cooperative(
         options.out / "cooperative",
@@ -269,6 +286,7 @@ def _create(
         source=options.base,
         corpus=options.corpus,
         amendment=amendment,
+        privacy=options.privacy,
         base_steps=options.base_steps,
         cache=options.cache,
         plugins=plugins,
