@@ -17,10 +17,18 @@ from molora_fed.contributions.build import (
     describe_contribution,
 )
 from molora_fed.contributions.manifest import Manifest
+from molora_fed.fusion.claims import MAX_MEASURERS
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, build_routers
 from molora_fed.fusion.sum_rounds import HELD_OUT, MAX_FUSIONS, SUM_BITS, SumRounds, TextCounts
 from molora_fed.models.base_config import MAX_LAYERS, read_config
 from molora_fed.plugins import Plugins
+from molora_fed.privacy.messages import (
+    BATCH,
+    MAX_QUERY_BATCHES,
+    MAX_QUERY_BYTES,
+    MAX_REPLY_BYTES,
+    MAX_SET_BYTES,
+)
 from molora_fed.privacy.sums.messages import MIN_MEMBERS, measure_phases
 
 __all__ = ["Outgoing", "describe_outgoing", "read_width"]
@@ -30,6 +38,7 @@ WIDEST = 16_384
 _LARGEST_COUNT = 2**40
 _FILE_BYTES = 256  # of an answer's small files, and the header of its tensors
 _COUNTED = 10  # numbers of `TextCounts`
+_CLAIM_BYTES = 256  # of what is said of another member's adapter
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,16 @@ def _list_sums(
     yield OutgoingRow(
         "counts of your text: tokens, blocks, word 8-grams",
         0, 0, counts + _FILE_BYTES, exact=False, numbers=_COUNTED,
+    )  # fmt: skip
+    yield OutgoingRow(
+        f"losses of up to {MAX_MEASURERS} others' adapters and the base, each on your text",
+        0, 0, MAX_MEASURERS * _CLAIM_BYTES, exact=False, numbers=3, times=MAX_MEASURERS,
+    )  # fmt: skip
+    yield OutgoingRow("your held-out 8-grams, blinded", 0, 0, MAX_QUERY_BYTES, exact=False)
+    yield OutgoingRow("your train 8-grams, as tags under a key", 0, 0, MAX_SET_BYTES, exact=False)
+    yield OutgoingRow(
+        "others' blinded 8-grams under your key", 0, 0, MAX_REPLY_BYTES, exact=False,
+        times=max(1, members - 1),
     )  # fmt: skip
     way = "masked sums" if is_masked else "sums"
     for what, numbers, times in _group_places(rounds.limits):
@@ -206,6 +225,14 @@ def _tell_sums(charter: Charter, members: int, domains: int, *, is_known: bool) 
         "over all of your calibration or held-out text, four document clusters at least: of "
         "losses, of gates, and for some routers of hidden states.",
         *ways[charter.identity.summing],
+        f"Up to {MAX_MEASURERS} times the coordinator is told the mean losses of the base and of "
+        "another member's adapter on your calibration text, and its number of documents: yours "
+        "alone, whatever the way of summing. You are drawn for it by a hash.",
+        "To leave out held-out text that somebody trained on, members compare 8-grams without "
+        "showing them. Any member may test, once a fusion, up to "
+        f"{MAX_QUERY_BATCHES * BATCH:,} runs of eight words against your train and "
+        "calibration text; it fixes them before it is known who takes part, and learns yes or no. "
+        "The coordinator is told how many of your held-out blocks lie in known text.",
         "No noise is added: whoever has all of a sum's text but one document can compute that "
         "document's part of it.",
         f"Each sum is asked for once a fusion, held-out text too. You take part in {MAX_FUSIONS} "

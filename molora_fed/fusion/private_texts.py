@@ -18,6 +18,7 @@ from molora_fed.corpus.overlap import MAX_BLOCK_OVERLAP
 from molora_fed.corpus.report import MAX_CONTAMINATION
 from molora_fed.errors import RoutingError
 from molora_fed.evaluation.summed_report import SummedEvaluation, compose_loss_matrix
+from molora_fed.forecasting.records import FAILED
 from molora_fed.fusion.boundary import NotMeasured
 from molora_fed.fusion.collapse import Attempt, GuardedRouter, compare_attempt, keep_best
 from molora_fed.fusion.plan import FusionPlan
@@ -261,6 +262,8 @@ class _PrivateRun:
         total = self._ask(question)
         said = self._rounds.unpack_held_out(total.parts, names, total.members)
         found = SummedEvaluation.add(self._rounds.compare(names), said)
+        for name in sorted(self._counts.keys() - set(total.members)):
+            self._missing.add("member", name, f"{FAILED}not in the held-out figures: it had left")
         members = Counter(self._counts[name].domain for name in total.members)
         return replace(found, members={domain: members[domain] for domain in found.by_domain})
 
