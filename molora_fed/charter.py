@@ -45,6 +45,8 @@ _UNNAMED_COMPARISONS = ("evidence-zero", "linear")
 # What a new cooperative is founded with where nobody chooses; its charter has them in writing.
 _DEFAULT_ROUTER = "evidence-mixed"
 _DEFAULT_COMPARISONS = ("evidence", "evidence-zero", "linear")
+# The same where each round of a fit is an exchange of messages with everybody.
+_SUMMED_COMPARISONS = ("evidence", "evidence-zero")
 _UNNAMED_FALLBACK = "evidence-zero"
 _UNNAMED_HEADLINE = ("measured-alone", "measured-specialist")
 _UNNAMED_SLOT_ROUTER = "parallel-sigmoid"
@@ -206,6 +208,11 @@ class PrivacyRules(StrictModel):
 
     mode: PrivacyMode = "pooled"
     summing: Summing = "masked"
+
+    @property
+    def comparisons(self) -> tuple[str, ...]:
+        """Routers that a new cooperative compares where nobody chooses."""
+        return _DEFAULT_COMPARISONS if self.mode == "pooled" else _SUMMED_COMPARISONS
 
 
 def choose_privacy(name: str, mode: str | None, summing: str | None) -> PrivacyRules:

@@ -116,9 +116,8 @@ def create(
     chosen: dict[str, object] = {}
     if router is not None:
         chosen["router"] = router
-    if compare is not None:
-        chosen["compare"] = parse_names(compare) if compare else ()
     rules = choose_privacy(name, privacy, summing)
+    chosen["compare"] = rules.comparisons if compare is None else tuple(parse_names(compare))
     amendment = Amendment(
         domains=parse_names(domains) if domains else (),
         expected=expected,

@@ -54,7 +54,6 @@ __all__ = [
 COOPERATIVE_NAME = "demo"
 SECONDS_FILE = "seconds.json"
 RESULT_FILE = "result.json"
-_FEW = ("evidence", "evidence-zero")
 
 
 @dataclass(frozen=True)
@@ -277,8 +276,7 @@ def _create(
         seed=options.seed,
         training=training,
         samples=options.samples or SampleRules(),
-        # A round of sums is an exchange of messages: only routers that need few are compared.
-        fusion=FusionRules() if options.privacy.mode == "pooled" else FusionRules(compare=_FEW),
+        fusion=FusionRules(compare=options.privacy.comparisons),
     )
     return found_cooperative(
         options.out / "cooperative",
