@@ -46,7 +46,7 @@ _UNNAMED_COMPARISONS = ("evidence-zero", "linear")
 _DEFAULT_ROUTER = "evidence-mixed"
 _DEFAULT_COMPARISONS = ("evidence", "evidence-zero", "linear")
 # The same where each round of a fit is an exchange of messages with everybody.
-_SUMMED_COMPARISONS = ("evidence", "evidence-zero")
+_DEFAULT_SUMMED = ("evidence", "evidence-zero")
 _UNNAMED_FALLBACK = "evidence-zero"
 _UNNAMED_HEADLINE = ("measured-alone", "measured-specialist")
 _UNNAMED_SLOT_ROUTER = "parallel-sigmoid"
@@ -212,7 +212,7 @@ class PrivacyRules(StrictModel):
     @property
     def comparisons(self) -> tuple[str, ...]:
         """Routers that a new cooperative compares where nobody chooses."""
-        return _DEFAULT_COMPARISONS if self.mode == "pooled" else _SUMMED_COMPARISONS
+        return _DEFAULT_COMPARISONS if self.mode == "pooled" else _DEFAULT_SUMMED
 
 
 def choose_privacy(name: str, mode: str | None, summing: str | None) -> PrivacyRules:

@@ -117,7 +117,9 @@ def create(
     if router is not None:
         chosen["router"] = router
     rules = choose_privacy(name, privacy, summing)
-    chosen["compare"] = rules.comparisons if compare is None else tuple(parse_names(compare))
+    chosen["compare"] = rules.comparisons
+    if compare is not None:
+        chosen["compare"] = parse_names(compare) if compare else ()
     amendment = Amendment(
         domains=parse_names(domains) if domains else (),
         expected=expected,
