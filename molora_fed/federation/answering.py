@@ -148,7 +148,7 @@ def answer_question(
     folder = home.answer_folder(letter.id)
     kind = answer(home.question_folder(letter.id), folder)
     files = describe_folder(folder)
-    note_sent(home, letter.id, kind, files.num_bytes)
+    note_sent(home, letter.id, kind, files)
     content = build_answer_bytes(charter.identity_hash, letter.id, files.id)
     signature = sign(load_key(home.key), content)
     keep_letter(

@@ -11,23 +11,25 @@ from molora_fed.contributions.manifest import MANIFEST_FILE, parse_manifest
 from molora_fed.errors import MoloraError
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.mailbox import read_json
+from molora_fed.federation.messages import Shipment
+from molora_fed.federation.overlap_letters import OVERLAP
 from molora_fed.storage.files import write_json
 
 __all__ = ["SENT_KINDS", "count_sent", "note_sent"]
 
-SENT_KINDS = ("adapter", "manifest", "samples", "counts", "masks", "sums", "evolution")
+SENT_KINDS = ("adapter", "manifest", "samples", "counts", "overlap", "masks", "sums", "evolution")
 """In the order they are shown: `masks` are keys, shares and agreements of masked sums."""
 _MOST = 100_000
 
 
-def note_sent(home: ContributorHome, question: str, kind: str, num_bytes: int) -> None:
+def note_sent(home: ContributorHome, question: str, kind: str, files: Shipment) -> None:
     """Note an answer.
 
     Args:
         home: The contributor's home.
         question: Id of the question.
-        kind: One of `SENT_KINDS`.
-        num_bytes: Of its files.
+        kind: One of `SENT_KINDS`, of what is asked for.
+        files: The answer's; what rides along to compare held-out text is of a kind of its own.
 
     Raises:
         StorageError: On I/O errors.
@@ -35,7 +37,11 @@ def note_sent(home: ContributorHome, question: str, kind: str, num_bytes: int) -
     path = home.private / "sent.json"
     known = read_json(path) or {}
     kept = known if isinstance(known, dict) and len(known) < _MOST else {}
-    write_json(path, {**kept, question[:16]: [kind, num_bytes]})
+    beside = sum(one.num_bytes for one in files.files if one.name.startswith(f"{OVERLAP}/"))
+    rows = {question[:16]: [kind, files.num_bytes - beside]}
+    if beside:
+        rows[f"{question[:16]}-{OVERLAP}"] = ["overlap", beside]
+    write_json(path, {**kept, **rows})
 
 
 def count_sent(home: ContributorHome) -> dict[str, dict[str, int]]:

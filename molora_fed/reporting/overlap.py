@@ -43,7 +43,7 @@ def describe_overlap(result: Mapping[str, Any]) -> str:
     compared = overlap["compared"]
     texts = [
         *([f"train text of {', '.join(compared['train'])}"] if compared["train"] else []),
-        "the samples that were sent",
+        "calibration blocks" if "sums" in result else "the samples that were sent",
         *(["the base's train text"] if compared["base"] else []),
     ]
     elsewhere = [] if "not_compared" in overlap else overlap["absent"]
