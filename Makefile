@@ -17,7 +17,7 @@ demo: $(STAMP)  ## A whole federation on this machine, a few minutes
 test: $(STAMP)  ## The tests, a few minutes
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not processes and not long"
 
-test-processes: $(STAMP)  ## Federations and commands in many real processes, killed and started again
+test-processes: $(STAMP)  ## Whole federations, and commands in many real processes, killed and started again
 	$(PYTEST) -m "processes and not long"
 
 test-long: $(STAMP)  ## By hand; what it says is kept

@@ -21,6 +21,8 @@ from molora_fed.privacy.overlap import open_receiver
 from molora_fed.reporting.overlap import describe_overlap
 from molora_fed.types import Split
 
+pytestmark = pytest.mark.processes
+
 RULES = FusionRules(router="evidence-zero", compare=(), merges=())
 AMENDMENT = Amendment(
     expected=3, training=TRAINING, fusion=RULES,

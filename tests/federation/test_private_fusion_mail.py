@@ -42,6 +42,7 @@ def test_a_federation_fuses_texts_that_stay_with_their_owners(tmp_path, tiny_che
     assert not list((tmp_path / "server" / "private" / "answers").glob("*/*"))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("phase", PHASES)
 def test_who_drops_out_of_a_masked_sum_is_done_without(
     tmp_path, tiny_checkpoint, monkeypatch, phase
@@ -86,6 +87,7 @@ def lie(monkeypatch, who, part):
     monkeypatch.setattr(FusionMember, "measure", measure_wrongly)
 
 
+@pytest.mark.processes
 def test_an_absurd_sum_is_narrowed_down_to_a_group_that_is_left_out(
     tmp_path, tiny_checkpoint, monkeypatch
 ):
@@ -96,6 +98,7 @@ def test_an_absurd_sum_is_narrowed_down_to_a_group_that_is_left_out(
     assert members == {"alpha": 1, "beta": 2}  # of three, one lied, and nobody knows who
 
 
+@pytest.mark.processes
 def test_an_absurd_sum_of_three_ends_in_one_line(tmp_path, tiny_checkpoint, monkeypatch):
     lie(monkeypatch, "beta-1", "alone.x")
     stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"))
@@ -155,6 +158,7 @@ def test_an_adapter_that_two_members_disagree_with_is_quarantined(
     assert set(report["claims"]["alpha-a"]) == {"alpha-b"}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("summing", ["masked", "robust"])
 def test_a_private_cooperative_grows_and_shrinks_back(tmp_path, tiny_checkpoint, summing):
     """Nobody retrains; the fusion of who was in before is not asked for again."""

@@ -41,6 +41,8 @@ from molora_fed.plugins import load_plugins
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import load_key, load_or_make_key, sign
 
+pytestmark = pytest.mark.processes
+
 PLUGINS = load_plugins()
 RULES = FusionRules(router="evidence", compare=("evidence-zero",), merges=(), restarts=1)
 AMENDMENT = Amendment(
