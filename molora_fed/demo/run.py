@@ -378,8 +378,9 @@ class PhaseClock:
 
     def _find(self) -> str:
         is_fusing = self._server_phase in ("FUSING", "GROWING")
-        if is_fusing and self._server_message in BUDGET_SECONDS:
-            return self._server_message
+        begun = self._server_message.partition(",")[0]  # what follows is who is asked for what
+        if is_fusing and begun in BUDGET_SECONDS:
+            return begun
         if self._server_phase == "PUBLISHED":
             return "delivery"
         if is_fusing or self._server_phase == "STOPPED":

@@ -95,6 +95,7 @@ class CoordinatorWorker:
             home.mail / "opened.json", self._charter.amendment, least=count_least(self._charter)
         )
         self._shown = ""
+        self._phase = ""
         self._stuck: tuple[int, list[str]] | None = None
 
     def run(self) -> None:
@@ -281,7 +282,12 @@ class CoordinatorWorker:
 
     def _enter(self, name: str) -> None:
         """Report what begins, within the cooperative's state."""
-        self._state.enter(str(self._ledger.cooperative_state), name)
+        self._phase = name
+        self._say(name)
+
+    def _say(self, message: str) -> None:
+        """Report more of it."""
+        self._state.enter(str(self._ledger.cooperative_state), message)
 
     def _fuse(self) -> None:
         """Fuse what is admitted and publish it."""
@@ -334,21 +340,21 @@ class CoordinatorWorker:
         if self._published() != self._recipe:
             # Whoever still gets the last result leaves, and cannot be asked.
             (self._home.outbox / "result.json").unlink(missing_ok=True)
-        place = [""]
+        asked = [""]
 
-        def enter(name: str) -> None:
-            place[0] = f"asking for {name}"
-            self._enter(place[0])
+        def ask(place: str) -> None:
+            asked[0] = f"{self._phase}, asking for {place}"
+            self._say(asked[0])
 
         folder = self._home.private
-        exchange = self._open_exchange(admitted, folder / "answers", lambda: place[0])
+        exchange = self._open_exchange(admitted, folder / "answers", lambda: asked[0])
         members = RemoteMembers(
             exchange,
             self._charter,
             admitted,
             folder / "fusion",
             is_gone=self._is_gone,
-            on_place=enter,
+            on_place=ask,
             on_note=lambda note: log("private sum", reason=note),
         )
         return PrivateSource(members), exchange.close
@@ -417,7 +423,7 @@ class CoordinatorWorker:
             key=self._key,
             charter=self._charter,
             part_bytes=self._message_bytes,
-            on_wait=lambda names: self._enter(f"{get_phase()}: {', '.join(names)}"),
+            on_wait=lambda names: self._say(f"{get_phase()}: {', '.join(names)}"),
             on_problem=self._home.worker_board.post,
         )
 
