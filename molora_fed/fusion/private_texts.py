@@ -7,7 +7,6 @@ for the members keeps answers and gives them again.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,6 +127,7 @@ class _PrivateRun:
         self._fits: dict[str, SummedFit] = {}
         self._states: dict[str, SummedState | Finished] = {}
         self._asked = 0
+        self._first: tuple[SumQuestion, Total] | None = None
         self._begin_fits()
 
     def _begin_fits(self) -> None:
@@ -153,10 +153,12 @@ class _PrivateRun:
         """Message rounds of the whole fusion, where no router is fitted twice."""
         return max((1, *(fit.rounds for fit in self._fits.values()))) + 2
 
-    @cached_property
-    def _first(self) -> tuple[SumQuestion, Total]:
-        question = self._question("fit 0 0", self._states)
-        return question, self._ask(question)
+    def _ask_first(self) -> tuple[SumQuestion, Total]:
+        """The first round, asked once; not a cached property, whose lock all instances share."""
+        if self._first is None:
+            question = self._question("fit 0 0", self._states)
+            self._first = question, self._ask(question)
+        return self._first
 
     def _question(self, place: str, states: Mapping[str, SummedState | Finished]) -> SumQuestion:
         sent = {n: self._fits[n].send(s) for n, s in states.items() if not isinstance(s, Finished)}
@@ -164,7 +166,7 @@ class _PrivateRun:
 
     def measure_matrix(self) -> LossMatrix:
         """See `TextsRun`; it is asked with the first round of the fits."""
-        total = self._first[1]
+        _, total = self._ask_first()
         parts = self._rounds.unpack_alone(total.parts, total.members)
         return compose_loss_matrix(parts, self._plan.own_domain)
 
@@ -201,7 +203,7 @@ class _PrivateRun:
             not isinstance(state, Finished) for state in running.values()
         ):
             if (attempt, turn) == (0, 0):
-                question, total = self._first
+                question, total = self._ask_first()
             else:
                 question = self._question(f"fit {attempt} {turn}", running)
                 total = self._ask(question)
