@@ -74,6 +74,10 @@ class Kept:
 
     def begin(self, plan: FusionPlan) -> Mapping[str, TextCounts]:
         """See `Members`."""
+        return self.recount()
+
+    def recount(self) -> Mapping[str, TextCounts]:
+        """See `Members`."""
         found = json.loads((self.folder / "counts.json").read_bytes())
         return {name: TextCounts.model_validate(one) for name, one in found.items()}
 
@@ -97,6 +101,7 @@ def main() -> None:
         print(json.dumps(measure_memory(arguments.demo, side, count, arguments.kept)))
         return
     found = measure_seconds(arguments.demo, arguments.members)
+    print(json.dumps(found), flush=True)
     found["memory"] = {
         side: {count: ask_memory(arguments.demo, side, count) for count in EXPERTS}
         for side in SIDES
