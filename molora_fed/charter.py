@@ -19,6 +19,7 @@ from molora_fed.storage.toml import parse_toml
 from molora_fed.types import Mixture
 
 __all__ = [
+    "MIN_MEMBERS",
     "AdapterRules",
     "Amendment",
     "BaseIdentity",
@@ -194,6 +195,8 @@ class CorpusRules(StrictModel):
     evaluation_batch: int = Field(default=16, ge=1)
 
 
+MIN_MEMBERS = 3
+"""No masked total of fewer members is opened."""
 PrivacyMode = Literal["pooled", "private"]
 Summing = Literal["masked", "robust"]
 

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from molora_fed.bank import Expert
-from molora_fed.charter import Charter
+from molora_fed.charter import MIN_MEMBERS, Charter
 from molora_fed.contributions.build import (
     MAX_FIGURES_BYTES,
     OutgoingRow,
@@ -29,7 +29,7 @@ from molora_fed.privacy.messages import (
     MAX_REPLY_BYTES,
     MAX_SET_BYTES,
 )
-from molora_fed.privacy.sums.messages import MIN_MEMBERS, measure_phases
+from molora_fed.privacy.sums.messages import measure_phases
 
 __all__ = ["Outgoing", "describe_outgoing", "read_width"]
 

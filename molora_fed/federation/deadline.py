@@ -10,10 +10,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from molora_fed.charter import Amendment, Charter
+from molora_fed.charter import MIN_MEMBERS, Amendment, Charter
 from molora_fed.errors import StorageError
 from molora_fed.federation.mailbox import read_json
-from molora_fed.privacy.sums.messages import MIN_MEMBERS
 from molora_fed.storage.files import write_json
 
 __all__ = ["MIN_CONTRIBUTIONS", "Patience", "count_least", "count_needed", "count_quorum"]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from molora_fed.charter import Charter
+from molora_fed.charter import MIN_MEMBERS, Charter
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.errors import ExpertError, FederationError, SumError
 from molora_fed.federation.exchange import ANSWER_FILE, Exchange
@@ -51,7 +51,7 @@ from molora_fed.fusion.sum_rounds import (
 from molora_fed.privacy.sums.bisection import narrow_down
 from molora_fed.privacy.sums.coordinator import Coordinator
 from molora_fed.privacy.sums.fixed_point import FixedPoint
-from molora_fed.privacy.sums.messages import MIN_MEMBERS, Terms, max_message_bytes
+from molora_fed.privacy.sums.messages import Terms, max_message_bytes
 from molora_fed.privacy.sums.robust import sum_by_group
 from molora_fed.privacy.sums.vectors import Total, VectorLayout
 from molora_fed.storage.files import write_bytes, write_json

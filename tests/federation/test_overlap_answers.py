@@ -27,7 +27,7 @@ from molora_fed.federation.overlap_letters import (
     read_part,
     sign_set,
 )
-from molora_fed.federation.sum_answers import SumAnswers
+from molora_fed.federation.sum_answers import SumAnswers, end_fusion
 from molora_fed.fusion.sum_rounds import TextCounts, name_fusion
 from molora_fed.population.asked import AskedQuestions
 from molora_fed.privacy import intersection, messages, overlap
@@ -86,7 +86,7 @@ class Text:
     def index_known(self):
         return index_blocks(self._train, self.tokenizer)
 
-    def count(self):
+    def count(self, measured=(), *, progress=None):
         return TextCounts(domain="law", tokens=9, blocks=9, left_out=0, empty=0, grams=999,
                           own=0, union=0, base=0, kept=999, after=0, compared=[])  # fmt: skip
 
@@ -398,12 +398,18 @@ def test_what_a_fusion_was_asked_stays_counted_when_it_is_begun_again(
         return tmp_path / "fusion" / fusion[:16]
 
     first = begin("ann", "bob")
-    AskedQuestions(first, 0, {"held-out": 1}).admit("held-out", "a")
+    fusion = name_fusion(charter, ("ann", "bob"))
+    counted = AskedQuestions(tmp_path / "fusion" / "asked" / fusion, 0, {"held-out": 1})
+    counted.admit("held-out", "a")
     secret = (first / "overlap-secret").read_bytes()
     begin("ann", "bob", "eve")
-    assert [path.name for path in first.iterdir()] == ["asked.json"]
+    assert not (first / "experts").exists()  # what its sums were opened over stays known
     assert begin("ann", "bob") == first
-    assert (first / "overlap-secret").read_bytes() != secret
-    AskedQuestions(first, 0, {"held-out": 1}).admit("held-out", "a")
+    assert (first / "overlap-secret").read_bytes() == secret
+    counted.admit("held-out", "a")
     with pytest.raises(QuestionRefusedError, match="one more of 'held-out'"):
-        AskedQuestions(first, 0, {"held-out": 1}).admit("held-out", "b")
+        counted.admit("held-out", "b")
+    end_fusion(tmp_path / "fusion", fusion)
+    assert [path.name for path in first.iterdir()] == ["ended.json"]
+    with pytest.raises(QuestionRefusedError, match="whose result is here"):
+        begin("ann", "bob")

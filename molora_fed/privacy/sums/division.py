@@ -9,8 +9,8 @@ of these totals are opened, whatever is computed from them, at least three membe
 
 from collections.abc import Iterator, Sequence
 
+from molora_fed.charter import MIN_MEMBERS
 from molora_fed.errors import SumRefusedError
-from molora_fed.privacy.sums.messages import MIN_MEMBERS
 
 __all__ = ["check_division", "divide"]
 

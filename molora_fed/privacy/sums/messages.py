@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from molora_fed.charter import MIN_MEMBERS
 from molora_fed.errors import MoloraError, SumError
 from molora_fed.privacy.sums.fixed_point import Bits, FixedPoint
 from molora_fed.privacy.sums.primitives import SHARE_BYTES
@@ -23,7 +24,6 @@ from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [
     "MAX_MEMBERS",
-    "MIN_MEMBERS",
     "SEALED_BYTES",
     "Agreement",
     "Deliver",
@@ -45,8 +45,6 @@ __all__ = [
     "read_message",
 ]
 
-MIN_MEMBERS = 3
-"""No total of fewer is opened."""
 MAX_MEMBERS = 1_024
 SEALED_BYTES = 2 * SHARE_BYTES + 16
 """Two shares and the tag of their cipher."""
