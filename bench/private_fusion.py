@@ -10,6 +10,7 @@ those of the difference in held-out loss, equal weight over domains.
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
