@@ -85,12 +85,13 @@ class Stage:
             self.away.add(who)
             return True
 
-    def run(self, *domains, meddle=lambda stage, who: True):
+    def run(self, *domains, meddle=lambda stage, who: True, watch=lambda homes, steps: None):
         """Join, and go on until everybody has the result.
 
         Args:
             domains: Who joins, see `make`.
             meddle: Told the stage and somebody whose turn it is; whether that turn takes place.
+            watch: Told all homes, and the workers that still run, whenever all had their turn.
         """
         homes = {domain: self.make(domain) for domain in domains}
         steps = {d: ContributorWorker(home, PLUGINS).steps() for d, home in homes.items()}
@@ -123,6 +124,7 @@ class Stage:
                         # Whoever has the old model joins again: the server says it waits.
                         steps[domain] = ContributorWorker(self.make(domain), PLUGINS).steps()
                         lines[domain] = RemoteContributor()
+                watch(homes, steps)
         finally:
             ended.set()
             thread.join(timeout=30)

@@ -94,7 +94,7 @@ def test_what_is_left_out_is_what_a_pooled_fusion_leaves_out(tmp_path, tiny_chec
                 begun_anew.append(name)
                 steps[name] = ContributorWorker(home, PLUGINS).steps()
 
-    build_stage(tmp_path, checkpoint, "robust").run(*NAMES, meddle=kill)
+    build_stage(tmp_path, checkpoint, "robust").run(*NAMES, watch=kill)
     found = read_overlap(tmp_path)
     assert found == compare_pooled(tmp_path, checkpoint) and len(begun_anew) > 9
     assert found["compared"]["train"] == [f"{name}-1" for name in NAMES]
@@ -112,9 +112,11 @@ def test_a_coordinator_that_is_killed_goes_on(tmp_path, tiny_checkpoint, monkeyp
     checkpoint = tiny_checkpoint("gpt_neox")
     stage = build_stage(tmp_path, checkpoint, "masked")
     killed, places = [], []
-    enter = CoordinatorWorker._enter
+    say = CoordinatorWorker._say
     monkeypatch.setattr(
-        CoordinatorWorker, "_enter", lambda self, name: places.append(name) or enter(self, name)
+        CoordinatorWorker,
+        "_say",
+        lambda self, message: places.append(message) or say(self, message),
     )
 
     def kill_in(method, when):
@@ -142,7 +144,7 @@ def test_a_coordinator_that_is_killed_goes_on(tmp_path, tiny_checkpoint, monkeyp
     assert killed == ["take_offer", "take_answer", "tidy", "_take_counts"]
     assert read_overlap(tmp_path) == compare_pooled(tmp_path, checkpoint)
     # No message round is added.
-    asked = {place.partition(":")[0] for place in places if place.startswith("asking for")}
+    asked = {place.partition(", ")[2].partition(":")[0] for place in places if "asking" in place}
     rounds = ("experts", "fit 0 0", "judge 0", "held-out")
     assert asked == {f"asking for {place}" for place in rounds}
 
