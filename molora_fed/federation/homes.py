@@ -274,7 +274,7 @@ class ContributorHome(_Home):
         return tuple(found[-_MOST_WARNINGS:])
 
     def read_refused(self, question: str) -> str:
-        """What the coordinator is told of why a question is not answered; empty if it may be."""
+        """The reason the coordinator gets for a refused question; empty if it was not refused."""
         try:
             note = read_json(self.refused_file)
         except FederationError:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import trim_mean
 
 from molora_fed.errors import SumError
-from molora_fed.privacy.sums.robust import count_trimmed, sum_robustly
+from molora_fed.privacy.sums.robust import count_trimmed, sum_by_group, sum_robustly
 from molora_fed.privacy.sums.vectors import Part, VectorLayout
 
 LAYOUT = VectorLayout((Part("a", (2, 2), 10.0), Part("b", (), 3.0)))
@@ -82,3 +82,23 @@ def test_long_vectors_are_cut_piece_by_piece_to_the_same_bits():
     total = sum_robustly(vectors, layout, trim_share=0.2).parts["a"].numpy()
     kept = np.sort(np.stack(list(vectors.values())), axis=0)[1:-1]
     assert (total == kept.sum(axis=0) * (5 / 3)).all()
+
+
+def test_members_of_one_group_are_trimmed_among_themselves_by_unit_of_size():
+    rate = np.array([1.0, 1.5, 0.5, 1.2, 0.3])  # what a unit of text gives in group "a"
+    sizes = {"a-0": 1.0, "a-1": 2.0, "a-2": 1.5, "a-3": 0.5, "a-4": 1.0, "z": 2.0}
+    vectors = {name: rate * sizes[name] for name in sizes}
+    vectors["a-4"] = np.full(5, -9.9)  # lies, within the bounds it is clipped to
+    vectors["z"] = np.full(5, 2.0)  # alone in a group of another kind: never cut away
+    groups = {name: name[0] for name in sizes}
+    settings = {"trim_share": 0.2, "exact": {"b"}}
+    total = sum_by_group(vectors, LAYOUT, groups, sizes, **settings)
+    units = sum(size for name, size in sizes.items() if name != "z")
+    expected = rate * units + 2.0
+    expected[4] = sum(vectors[name][4] for name in vectors if name != "a-4") - 3.0  # clipped, plain
+    np.testing.assert_allclose(read(total), expected)
+    assert any("'z'" in note for note in total.notes) and any("a-4" in n for n in total.notes)
+    turned = sum_by_group(dict(reversed(vectors.items())), LAYOUT, groups, sizes, **settings)
+    assert read(turned).tobytes() == read(total).tobytes()
+    with pytest.raises(SumError, match="at least one member"):
+        sum_by_group({}, LAYOUT, {}, {}, **settings)
