@@ -165,8 +165,8 @@ class SumAnswers:
         with refusing():
             experts = load_experts(question)
         ids = [one.id for one in experts]
-        faults = [f"another id than {name_fusion(self._charter, ids)[:16]}"]
-        faults = faults if asked.fusion != name_fusion(self._charter, ids) else []
+        fusion = name_fusion(self._charter, ids)
+        faults = [] if asked.fusion == fusion else [f"another id than {fusion[:16]}"]
         if self._contribution not in ids:
             faults.append("experts without this contributor's")
         faults += [fault for one in experts if (fault := self._find_fault(one))]
