@@ -67,14 +67,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     kept = arguments.out.with_suffix(".json")
-    rows = json.loads(kept.read_bytes()) if kept.is_file() else []
+    rows = json.loads(kept.read_bytes())["fusions"] if kept.is_file() else []
     known = {row["name"]: Ways(**row) for row in rows}
     found = []
     for demo in arguments.demos:
         if demo.name not in known:  # stopped and called again, it goes on
             with tempfile.TemporaryDirectory() as folder:
                 known[demo.name] = fuse_both_ways(demo, Path(folder))
-            write_json(kept, [vars(one) for one in known.values()])
+            write_json(kept, {"fusions": [vars(one) for one in known.values()]})
         found.append(known[demo.name])
         print(describe(found[-1]), flush=True)
     write_bytes(arguments.out, build_page(found).encode())
