@@ -43,7 +43,7 @@ def run_cases(stage: Stage) -> Iterator[Outcome]:
     server.terminate()
     server.wait(timeout=60)
     create = f"coop create long --base base --folder uploading --kind delta --steps {LONG_STEPS}"
-    stage.expect(f"{create} --block-size 32 --expected 1")
+    stage.expect(f"{create} --block-size 32 --expected 1 --privacy pooled")
     yield run_killed_training(stage, "uploading")
     yield from run_upload_cases(stage, "uploading")
 

@@ -101,7 +101,7 @@ class Stage:
         build_tiny_checkpoint(self.root / "other-base", "gpt_neox", seed=1)
         (self.root / "empty").mkdir()
         create = f"coop create tiny --base base --folder coop --kind delta --steps {STEPS} "
-        self.expect(create + f"--block-size {BLOCK_SIZE} --expected 1")
+        self.expect(create + f"--block-size {BLOCK_SIZE} --expected 1 --privacy pooled")
         for seed, (domain, letters) in enumerate(DOMAINS.items()):
             self._write_texts(self.root / f"texts-{domain}", letters, seed)
             self.expect(self.training(domain, out=f"trained-{domain}"))

@@ -70,7 +70,7 @@ def run_rank_zero_adapter(stage: Stage) -> Iterator[Outcome]:
     """An adapter whose low-rank factors have no rank, signed by its contributor."""
     stage.expect(
         "coop create low --base base --folder low --kind lora --steps 4 --block-size 32 "
-        "--expected 1"
+        "--expected 1 --privacy pooled"
     )
     stage.expect(
         "train --cooperative low --domain abc --data texts-abc --out flat --threads 1 --name abc-1"

@@ -38,7 +38,8 @@ def main() -> None:
     for seed in arguments.seeds:
         run = source / f"seed-{seed}"
         if arguments.source is None:
-            command = ["molora", "demo", "--seed", str(seed), "--control", "--out", str(run)]
+            command = ["molora", "demo", "--seed", str(seed), "--privacy", "pooled", "--control"]
+            command += ["--out", str(run)]
             subprocess.run(command, check=True)
         results[seed] = keep(run / "report", OUT / f"seed-{seed}", whole=seed == SEEDS[0])
         rates = {name: run / "cooperative" / "control" / name / "rates.json" for name in CONTROLS}
@@ -69,9 +70,10 @@ def summarize(results: dict[int, dict[str, Any]]) -> str:
     lines = [
         f"# The demo at {len(results)} seed{'s' if len(results) > 1 else ''}",
         "",
-        "`python bench/demo_seeds.py`, which runs `molora demo --seed SEED --control` and keeps",
-        "the report of each. The seed decides base, data order, routers and bootstraps; documents",
-        "are split alike at every seed, by the charter's split seed. Losses are held-out nats per",
+        "`python bench/demo_seeds.py`, which runs",
+        "`molora demo --seed SEED --privacy pooled --control` and keeps the report of each. The",
+        "seed decides base, data order, routers and bootstraps; documents are split alike at every",
+        "seed, by the charter's split seed. Losses are held-out nats per",
         "token, equal weight over domains; intervals are the 95 % bootstrap by document cluster.",
         "The unit of replication is the seed (everything trained anew) for what is said of all",
         "three, and the document cluster inside a seed.",

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from molora_fed.adapters.files import hash_adapter_files
 from molora_fed.adapters.save import save_adapter
 from molora_fed.bank.passes import ColumnMaker
-from molora_fed.charter import Amendment, Charter, FusionRules, SampleRules
+from molora_fed.charter import Amendment, Charter, FusionRules, PrivacyRules, SampleRules
 from molora_fed.contributions.build import build_contribution
 from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.manifest import load_contribution
@@ -126,7 +126,9 @@ def measure(root: Path, contributors: int, routers: tuple[str, ...]) -> list[dic
     base = build_base(root / "base")
     first, *others = routers
     amendment = Amendment(samples=SAMPLES, fusion=FusionRules(router=first, compare=tuple(others)))
-    cooperative = create_cooperative(root / "home", "growth", base, amendment=amendment)
+    cooperative = create_cooperative(
+        root / "home", "growth", base, amendment=amendment, privacy=PrivacyRules(mode="pooled")
+    )
     made = root / "made"
     members = [
         build_member(base, cooperative.charter, made, index) for index in range(contributors + 1)

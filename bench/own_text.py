@@ -34,7 +34,8 @@ def main() -> None:
         data = [
             part for domain, folder in folders.items() for part in ("--data", f"{domain}={folder}")
         ]
-        command = ["molora", "demo", *data, "--out", str(run / "demo")]
+        # Two contributors are too few for masked sums.
+        command = ["molora", "demo", "--privacy", "pooled", *data, "--out", str(run / "demo")]
         environment = {**os.environ, "COLUMNS": COLUMNS}
         done = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True, env=environment
@@ -74,7 +75,7 @@ files), and the built-in base, trained on the four built-in domains and so on ne
 writes this page.
 
 ```
-molora demo --data german=german --data french=french
+molora demo --privacy pooled --data german=german --data french=french
 ```
 
 What it printed:

@@ -27,6 +27,7 @@ from molora_fed.charter import (
     FusionRules,
     OperatorRules,
     PopulationRules,
+    PrivacyRules,
     SampleRules,
     TrainingRules,
 )
@@ -132,6 +133,7 @@ def federate(root: Path) -> tuple[Cooperative, Base, list[Member], dict[str, Any
     """The whole federation; what crossed each line comes back by contributor."""
     cooperative, base = found_cooperative(
         root / "server", "private", amendment=AMENDMENT, cache=find_cache_folder(),
+        privacy=PrivacyRules(mode="pooled"),
         on_phase=print,
     )  # fmt: skip
     port = find_free_port()

@@ -153,6 +153,7 @@ class Federation:
             MOLORA, "coop", "create", "real", "--folder", self.coop, "--base", own,
             "--domains", ",".join(MEMBERS.values()), "--expected", len(MEMBERS),
             "--kind", "lora", "--rank", RANK, "--steps", STEPS, "--block-size", BLOCK,
+            "--privacy", "pooled",
         ))  # fmt: skip
         settings = [word for value in SETTINGS for word in ("--set", value)]
         self.timed(

@@ -319,7 +319,7 @@ def federate(root: Path, *, privacy: str, summing: str, steps: int) -> Captured:
     """
     captured = Captured(root)
     domains = ",".join(dict.fromkeys(MEMBERS.values()))
-    mode = () if privacy == "pooled" else ("--privacy", privacy, "--summing", summing)
+    mode = ["--privacy", privacy, *(() if privacy == "pooled" else ("--summing", summing))]
     captured.run(
         "coop", "create", "traffic", "--folder", captured.server,
         "--base", _build_base(root / "tiny-base"), "--domains", domains,

@@ -51,7 +51,7 @@ PACKAGES = (
     "molora_studies",
 )
 DOMAINS = {"abc": "lora", "xyz": "svd", "lmn": "delta"}
-SIZES = ("--block-size", "32", "--rank", "2", "--steps", "4")
+SIZES = ("--block-size", "32", "--rank", "2", "--steps", "4", "--privacy", "pooled")
 SAMPLES = ("samples.calibration=8", "samples.admission=4", "samples.held_out=8")
 
 

@@ -209,13 +209,18 @@ class PrivacyRules(StrictModel):
         summing: How sums are added up.
     """
 
-    mode: PrivacyMode = "pooled"
+    mode: PrivacyMode = "private"
     summing: Summing = "masked"
 
     @property
     def comparisons(self) -> tuple[str, ...]:
         """Routers that a new cooperative compares where nobody chooses."""
         return _DEFAULT_COMPARISONS if self.mode == "pooled" else _DEFAULT_SUMMED
+
+    @property
+    def min_members(self) -> int:
+        """Fewest members whose texts can be fused."""
+        return MIN_MEMBERS if self.mode != "pooled" and self.summing == "masked" else 1
 
 
 def choose_privacy(name: str, mode: str | None, summing: str | None) -> PrivacyRules:
@@ -283,6 +288,11 @@ class Identity(StrictModel):
         if self.privacy_mode == "pooled" and self.summing != "masked":
             raise ValueError("summing needs privacy_mode = 'private'")
         return self
+
+    @property
+    def privacy_rules(self) -> PrivacyRules:
+        """Mode and way of summing together."""
+        return PrivacyRules(mode=self.privacy_mode, summing=self.summing)
 
 
 class TrainingRules(StrictModel):

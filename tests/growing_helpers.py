@@ -10,6 +10,7 @@ from molora_fed.charter import (
     Amendment,
     CorpusRules,
     FusionRules,
+    PrivacyRules,
     SampleRules,
     TrainingRules,
 )
@@ -32,6 +33,7 @@ def found(folder, base, **fusion):
         adapters=AdapterRules(frozen_depth=1),
         corpus=CorpusRules(block_size=BLOCK_SIZE, evaluation_batch=8),
         amendment=Amendment(samples=SAMPLES, fusion=rules, training=TrainingRules(rank=4), seed=7),
+        privacy=PrivacyRules(mode="pooled"),
     )
 
 

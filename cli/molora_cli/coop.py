@@ -154,6 +154,11 @@ def create(
     print(f"tokenizer    {made.tokenizer_fingerprint}")
     if made.training is not None:
         print(f"trained      {made.training['steps']} steps, {made.training['tokens']} tokens")
+    if 0 < expected < rules.min_members:
+        note(
+            f"note: masked sums are of {rules.min_members} members at least. The server waits for "
+            f"{rules.min_members} contributions, not {expected}."
+        )
     advice = recommend_frozen_depth(steps, len(decoder_blocks(made.model)[1]))
     if (advice.frozen_depth == 0) != (frozen_depth == 0):
         note(f"note: {advice.describe()} This cooperative freezes {frozen_depth}.")

@@ -33,7 +33,7 @@ Privacy = Annotated[
     str | None,
     typer.Option(
         help="What leaves contributors beside adapters: private, sums over their text and no "
-        "text; or pooled, samples of it. It can never change; pooled if not given."
+        "text; or pooled, samples of it. It can never change; private if not given."
     ),
 ]
 SummingWay = Annotated[

@@ -217,6 +217,13 @@ def run_demo(
         )
     shown, registered = listener or _Quiet(), plugins or get_plugins()
     contributors = plan_contributors(options, registered)
+    least = options.privacy.min_members
+    if len(contributors) < least:
+        raise ConfigError(
+            f"Cannot run the demo: expected {least} contributors or more, for no masked total of "
+            f"fewer is opened, got {len(contributors)}. Raise --contributors, add --data, or pass "
+            "--summing robust or --privacy pooled."
+        )
     cores = options.cores or count_cores()
     clock = PhaseClock(member.settings.name for member in contributors)
 

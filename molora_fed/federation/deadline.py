@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from molora_fed.charter import MIN_MEMBERS, Amendment, Charter
+from molora_fed.charter import Amendment, Charter
 from molora_fed.errors import StorageError
 from molora_fed.federation.mailbox import read_json
 from molora_fed.storage.files import write_json
@@ -25,9 +25,7 @@ NOTE_SECONDS = 60.0
 
 def count_least(charter: Charter) -> int:
     """Fewest contributions that can be fused: a masked total is of three members at least."""
-    is_fused = charter.amendment.fusion.mode == "router"
-    is_masked = charter.is_private and charter.identity.summing == "masked"
-    return MIN_MEMBERS if is_fused and is_masked else 1
+    return charter.identity.privacy_rules.min_members if charter.is_summed else 1
 
 
 def count_quorum(amendment: Amendment) -> int:

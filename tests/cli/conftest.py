@@ -66,6 +66,7 @@ def setup(tmp_path_factory, tiny_checkpoint) -> Setup:
     }
     create = ["coop", "create", "tiny", "--base", tiny_checkpoint(), "--folder", root / "tiny"]
     create += ["--steps", "12", "--kind", "lora", "--rank", "4", "--block-size", "32"]
+    create += ["--privacy", "pooled"]
     assert run([str(part) for part in create]) == 0
     trained = {}
     for domain, folder in texts.items():

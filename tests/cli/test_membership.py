@@ -50,7 +50,7 @@ def test_admit_says_what_is_wrong_and_keeps_the_rest(molora, setup, tiny, tmp_pa
     assert ran.code == 25 and "only writer" in ran.err
     other = tmp_path / "other"
     create = ("coop", "create", "other", "--base", setup.cooperative / "base", "--folder", other)
-    assert molora(*create, "--block-size", 32).code == 0
+    assert molora(*create, "--block-size", 32, "--privacy", "pooled").code == 0
     ran = molora("coop", "admit", other, *setup.trained.values())
     assert ran.code == 22
     assert len(ran.err.splitlines()) == 1

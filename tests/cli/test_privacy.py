@@ -22,10 +22,10 @@ def create(molora, tmp_path, tiny_checkpoint):
 @pytest.mark.parametrize(
     ("options", "mode", "summing", "words"),
     [
-        ((), "pooled", "masked", "pooled: samples of text"),
-        (("--privacy", "private"), "private", "masked", "totals of sums over three members"),
+        (("--privacy", "pooled"), "pooled", "masked", "pooled: samples of text"),
+        ((), "private", "masked", "totals of sums over three members"),
         (
-            ("--privacy", "private", "--summing", "robust"),
+            ("--summing", "robust"),
             "private",
             "robust",
             "each member's sums",
@@ -47,7 +47,7 @@ def test_a_mode_is_chosen_and_shown(molora, create, options, mode, summing, word
     [
         (("--privacy", "secret"), "expected --privacy pooled or private, got 'secret'"),
         (("--privacy", "private", "--summing", "plain"), "expected --summing masked or robust"),
-        (("--summing", "robust"), "expected --summing with --privacy private"),
+        (("--privacy", "pooled", "--summing", "robust"), "expected --summing with --privacy"),
     ],
 )
 def test_a_wrong_mode_is_one_line_and_makes_nothing(create, options, words):
@@ -57,8 +57,18 @@ def test_a_wrong_mode_is_one_line_and_makes_nothing(create, options, words):
     assert words in line
 
 
+def test_that_masked_sums_wait_for_a_third_is_said(create):
+    for rules, words in (
+        ((), "waits for 3 contributions, not 2"), (("--summing", "robust"), ""),
+        (("--privacy", "pooled"), ""),
+    ):  # fmt: skip
+        ran, folder = create("--expected", "2", *rules)
+        assert ran.code == 0 and words in ran.err and bool(ran.err) == bool(words)
+        shutil.rmtree(folder)
+
+
 def test_what_train_made_is_listed_with_the_sums_to_come(molora, create, setup, tmp_path):
-    ran, folder = create("--privacy", "private", "--steps", "4", "--kind", "lora", "--rank", "4")
+    ran, folder = create("--steps", "4", "--kind", "lora", "--rank", "4")
     assert ran.code == 0, ran.err
     command = ("train", "--cooperative", folder, "--domain", "abc", "--out", tmp_path / "out")
     trained = molora(*command, "--data", setup.texts["abc"], "--threads", "1")

@@ -198,6 +198,7 @@ def test_contributions_are_admitted_by_a_cooperative_of_the_same_identity(kept, 
 def test_a_new_cooperative_binds_more_of_the_same_base(kept, tmp_path):
     """Its identity is of version 2, and stays what it is."""
     sizes = ("--block-size", 32, "--frozen-depth", 1, "--rank", 2, "--steps", 12)
+    sizes = (*sizes, "--privacy", "pooled")
     out, _ = molora(
         "coop", "create", "kept", "--base", kept / "cooperative/base",
         "--folder", tmp_path / "new", *sizes,

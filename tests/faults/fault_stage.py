@@ -13,6 +13,7 @@ from molora_fed.charter import (
     Amendment,
     CorpusRules,
     FusionRules,
+    PrivacyRules,
     SampleRules,
     TrainingRules,
 )
@@ -92,7 +93,7 @@ class Stage:
         )
         create_cooperative(
             self.homes / SERVER, "faults", base, corpus=CorpusRules(block_size=32),
-            amendment=amendment,
+            amendment=amendment, privacy=PrivacyRules(mode="pooled"),
         )  # fmt: skip
         for name, words in MEMBERS.items():
             _write_texts(self.texts / name, name, words)

@@ -13,6 +13,7 @@ from molora_fed.charter import (
     FusionRules,
     OperatorRules,
     PopulationRules,
+    PrivacyRules,
     SampleRules,
     TrainingRules,
 )
@@ -119,8 +120,9 @@ def read_evolution(folder):
 def test_a_population_evolves_on_private_texts(stage_root, tiny_checkpoint):
     base = load_base(tiny_checkpoint("gpt_neox"))
     cooperative = create_cooperative(
-        stage_root / "server", "test", base, corpus=CorpusRules(block_size=32), amendment=AMENDMENT
-    )
+        stage_root / "server", "test", base, corpus=CorpusRules(block_size=32),
+        amendment=AMENDMENT, privacy=PrivacyRules(mode="pooled"),
+    )  # fmt: skip
     port = find_free_port()
     texts = {domain: write_text(stage_root / "text" / domain, domain) for domain in WORDS}
     meddler = Meddler(stage_root)

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from process_helpers import find_processes, wait_until
 
-from molora_fed.charter import Amendment, CorpusRules, FusionRules, SampleRules, TrainingRules
+from molora_fed.charter import (
+    Amendment,
+    CorpusRules,
+    FusionRules,
+    PrivacyRules,
+    SampleRules,
+    TrainingRules,
+)
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.errors import ConfigError, CorpusError, FederationError
@@ -175,6 +182,7 @@ def test_two_simulated_contributors_fuse_and_a_third_joins_them(
     cooperative = create_cooperative(
         stage_root / "server", "test", load_base(tiny_checkpoint("gpt_neox")),
         corpus=CorpusRules(block_size=32),
+        privacy=PrivacyRules(mode="pooled"),
         amendment=Amendment(
             domains=DOMAINS,
             expected=2,

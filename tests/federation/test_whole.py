@@ -7,7 +7,7 @@ import psutil
 import pytest
 from process_helpers import find_processes
 
-from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
+from molora_fed.charter import Amendment, CorpusRules, PrivacyRules, SampleRules, TrainingRules
 from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.corpus.prepare import load_corpus
@@ -68,8 +68,9 @@ def test_two_contributors_train_submit_and_get_the_fused_model(stage_root, tiny_
         samples=SampleRules(calibration=8, admission=4, held_out=8),
     )
     cooperative = create_cooperative(
-        stage_root / "server", "test", base, corpus=CorpusRules(block_size=32), amendment=amendment
-    )
+        stage_root / "server", "test", base, corpus=CorpusRules(block_size=32),
+        amendment=amendment, privacy=PrivacyRules(mode="pooled"),
+    )  # fmt: skip
     members = build_members(stage_root)
     events, killed = [], []
 

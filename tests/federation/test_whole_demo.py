@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 from process_helpers import find_processes, wait_until
 
-from molora_fed.charter import CorpusRules, SampleRules
+from molora_fed.charter import CorpusRules, PrivacyRules, SampleRules
 from molora_fed.cooperative.controls import CONTROLS
 from molora_fed.demo.run import DemoOptions, run_demo
 
@@ -55,6 +55,7 @@ def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monk
         steps=20,
         kind="lora",
         control=True,
+        privacy=PrivacyRules(mode="pooled"),
         samples=SampleRules(calibration=8, admission=4, held_out=8),
         corpus=CorpusRules(block_size=64),
         command="molora demo",
@@ -97,6 +98,7 @@ def test_ctrl_c_ends_a_demo_with_one_line_and_no_process(stage_root, tiny_checkp
     command = [
         sys.executable, "-m", "molora_cli.main", "demo", "--data", data[0], "--data", data[1],
         "--base", str(tiny_checkpoint()), "--out", str(stage_root / "out"), "--steps", "100000",
+        "--privacy", "pooled",
     ]  # fmt: skip
     log = stage_root / "demo.log"
     with log.open("wb") as output:

@@ -12,7 +12,7 @@ import torch
 from adapter_folders import edit, rename, train_with_peft
 from safetensors.torch import load_file, save_file
 
-from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
+from molora_fed.charter import Amendment, CorpusRules, PrivacyRules, SampleRules, TrainingRules
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.contribute import MeasuredAdapter, sign_adapter
@@ -85,6 +85,7 @@ class Stage:
         self.cooperative = create_cooperative(
             root / "server", "test", load_base(checkpoint), corpus=CorpusRules(block_size=32),
             amendment=Amendment(training=training, samples=samples, **amendment),
+            privacy=PrivacyRules(mode="pooled"),
         )  # fmt: skip
         self.server = CoordinatorHome(root / "server")
         self.dialogue = ServerDialogue(self.server, message_bytes=MESSAGE_BYTES, wait_seconds=0)

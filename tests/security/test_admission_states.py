@@ -47,6 +47,7 @@ def door(tmp_path, tiny_checkpoint):
         made.base,
         adapters=identity.adapters,
         corpus=identity.corpus,
+        privacy=identity.privacy_rules,
         amendment=made.charter.amendment,
     )
     made.ledger = Ledger(made.ledger_path)

@@ -49,6 +49,7 @@ def test_a_member_on_another_host_is_admitted_by_two_commands(hosts):
     server.run(
         MOLORA, "coop", "create", "two", "--folder", "coop", "--base", base, "--domains", "legal",
         "--block-size", "32", "--steps", "20", "--kind", "lora", "--rank", "2", "--expected", "1",
+        "--privacy", "pooled",
     )  # fmt: skip
     settings = ["training.batch=2", "samples.calibration=8", "samples.admission=4"]
     settings += ["samples.held_out=8", "training.learning_rate=0.001"]

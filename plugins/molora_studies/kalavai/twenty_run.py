@@ -11,7 +11,14 @@ import numpy as np
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from molora_fed.charter import AdapterRules, Amendment, FusionRules, SampleRules, TrainingRules
+from molora_fed.charter import (
+    AdapterRules,
+    Amendment,
+    FusionRules,
+    PrivacyRules,
+    SampleRules,
+    TrainingRules,
+)
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.cooperative.cooperative import Cooperative, create_cooperative
 from molora_fed.corpus.overlap import find_base_index, index_blocks, save_index
@@ -197,6 +204,7 @@ def _found(settings: Mapping[str, Any], context: TaskContext, folder: Path) -> C
             samples=SampleRules.model_validate(settings["samples"]),
             fusion=FusionRules(compare=(), merges=()),
         ),
+        privacy=PrivacyRules(mode="pooled"),
     )
 
 

@@ -36,7 +36,10 @@ from molora_fed.testing.models import build_tiny_checkpoint
 
 HERE = Path(__file__).resolve()
 WORDS = {"abc": "abcd", "xyz": "wxyz", "lmn": "klmn"}
-SIZES = ("--block-size", "32", "--frozen-depth", "1", "--rank", "2", "--steps", "12")
+SIZES = (
+    "--block-size", "32", "--frozen-depth", "1", "--rank", "2", "--steps", "12",
+    "--privacy", "pooled",
+)  # fmt: skip
 CONTRIBUTORS = {
     # name: (domain, seed of its text, options of `molora train`)
     "abc-lora": ("abc", 1, ["--kind", "lora"]),

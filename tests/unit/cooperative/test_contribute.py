@@ -9,6 +9,7 @@ from molora_fed.charter import (
     CorpusRules,
     FusionRules,
     PopulationRules,
+    PrivacyRules,
     SampleRules,
     TrainingRules,
 )
@@ -43,6 +44,7 @@ def test_an_adapter_given_makes_the_contribution_of_its_training(rules, tmp_path
         tmp_path / "coop", "test", load_base(tiny_checkpoint("gpt_neox")),
         corpus=CorpusRules(block_size=16),
         amendment=Amendment(training=training, samples=samples, **rules),
+        privacy=PrivacyRules(mode="pooled"),
     )  # fmt: skip
     under = open_charter_and_base(tmp_path / "coop")
     corpus = prepare_domain(under, "mine", [tmp_path / "text"], tmp_path)

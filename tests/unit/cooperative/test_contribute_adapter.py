@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import META_FILE, WEIGHTS_FILE, load_adapter
-from molora_fed.charter import Amendment, CorpusRules, SampleRules, TrainingRules
+from molora_fed.charter import Amendment, CorpusRules, PrivacyRules, SampleRules, TrainingRules
 from molora_fed.contributions.admission import AdmissionCandidate, admit
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.contributions.states import ContributionState
@@ -60,7 +60,7 @@ def cooperative(tmp_path_factory, tiny_checkpoint, texts):
         folder = tmp_path_factory.mktemp(architecture)
         create_cooperative(
             folder / "coop", "test", load_base(tiny_checkpoint(architecture)),
-            corpus=CorpusRules(block_size=16),
+            corpus=CorpusRules(block_size=16), privacy=PrivacyRules(mode="pooled"),
             amendment=Amendment(
                 training=TrainingRules(kind="lora", rank=2, steps=4, batch=4, validate_every=2),
                 samples=SampleRules(calibration=8, admission=8, held_out=8),

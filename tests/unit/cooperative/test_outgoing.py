@@ -111,8 +111,8 @@ def test_a_router_that_nobody_registers_here_is_named():
 
 @pytest.mark.parametrize(
     ("mode", "summing", "expected"),
-    [(None, None, ("pooled", "masked")), ("private", None, ("private", "masked")),
-     ("private", "robust", ("private", "robust"))],
+    [(None, None, ("private", "masked")), ("pooled", None, ("pooled", "masked")),
+     (None, "robust", ("private", "robust"))],
 )  # fmt: skip
 def test_privacy_is_chosen(mode, summing, expected):
     rules = choose_privacy("c", mode, summing)
@@ -122,7 +122,7 @@ def test_privacy_is_chosen(mode, summing, expected):
 @pytest.mark.parametrize(
     ("mode", "summing", "words"),
     [("secret", None, "--privacy pooled or private"), ("private", "plain", "masked or robust"),
-     (None, "robust", "--summing with --privacy private")],
+     ("pooled", "robust", "--summing with --privacy private")],
 )  # fmt: skip
 def test_a_wrong_choice_is_one_line(mode, summing, words):
     with pytest.raises(ConfigError) as error:

@@ -56,6 +56,8 @@ def test_contradictory_options_are_refused_before_anything_is_made(plugins, tmp_
     cases = (
         ({"contributors": 3}, ConfigError, "expected at least 4 contributors"),
         ({"domains": ("cpp",)}, ConfigError, "expected at least 2 contributors"),
+        ({"domains": ("cpp", "python")}, ConfigError, "expected 3 contributors or more, for no"),
+        ({"control": True}, ConfigError, "expected --privacy pooled"),
         ({"domains": ("cpp",), "data": {"cpp": [tmp_path]}}, ConfigError, "each domain once"),
         ({"domains": ("pyton", "cpp")}, UnknownNameError, "Did you mean 'python'"),
     )

@@ -15,6 +15,7 @@ from molora_fed.charter import (
     Amendment,
     CorpusRules,
     FusionRules,
+    PrivacyRules,
     SampleRules,
     TrainingRules,
 )
@@ -61,6 +62,7 @@ def test_whole_path(name, tiny_checkpoint, tmp_path):
         adapters=AdapterRules(frozen_depth=FROZEN, max_rank=8),
         corpus=CorpusRules(block_size=32),
         amendment=amendment,
+        privacy=PrivacyRules(mode="pooled"),
     )
     under = CharterAndBase(cooperative.charter, base)
     folders = []
