@@ -44,7 +44,7 @@ from molora_fed.storage.files import hash_bytes, write_bytes, write_json
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import Split
 
-BLOCKS = {Split.CALIBRATION: 24, Split.HELD_OUT: 24}
+BLOCKS = {Split.CALIBRATION: 16, Split.HELD_OUT: 16}
 RANK = 16
 RULES = FusionRules(compare=("evidence",), merges=())
 EXPERTS = (5, 10, 20)
