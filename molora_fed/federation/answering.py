@@ -31,12 +31,15 @@ from molora_fed.federation.worker_mail import receive_shipment
 from molora_fed.storage.files import (
     canonical_json,
     storage_errors,
+    write_bytes,
     write_json,
 )
 from molora_fed.storage.keys import load_key, sign, verify
 
 __all__ = ["answer_question", "find_question", "refuse_question"]
 
+MAX_LOG_BYTES = 2**20
+"""Of the log of refused questions; the later half is kept where it grows beyond."""
 _UNSAID = (
     "Cannot answer a question: expected one that can be measured on this side's text, got a "
     "failure; the reason stays with this contributor."
@@ -114,6 +117,9 @@ def refuse_question(home: ContributorHome, question: str, error: MoloraError) ->
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             file.write(canonical_json(note) + b"\n")
+        if log.stat().st_size > MAX_LOG_BYTES:  # whoever asks for ever fills no disk
+            _, _, late = log.read_bytes()[-MAX_LOG_BYTES // 2 :].partition(b"\n")
+            write_bytes(log, late)
     if question:
         write_json(home.refused_file, note)
     return said

@@ -190,6 +190,7 @@ def _build_state(home: ContributorHome) -> State:
         received=list(dict.fromkeys(whole)),
         held=sorted(home.parts.held())[:MAX_HELD],
         problem=home.board.read() or (refused and f"refused a question: {refused}"),
+        declined=question.id if question is not None and refused else None,
         own_base=_brings_base(home) or None,
     )
 

@@ -32,8 +32,8 @@ from molora_fed.federation.coordinator_mail import (
 )
 from molora_fed.federation.deadline import Patience, count_least
 from molora_fed.federation.envelopes import open_letter
-from molora_fed.federation.homes import CoordinatorHome, message_bytes
-from molora_fed.federation.letters import ResultLetter, Summary
+from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome, message_bytes
+from molora_fed.federation.letters import QuestionLetter, ResultLetter, ShownState, Summary
 from molora_fed.federation.logs import log, start_logging
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.quota import check_quota, describe_failure, discard_rejected
@@ -360,9 +360,9 @@ class CoordinatorWorker:
         return PrivateSource(members), exchange.close
 
     def _is_gone(self, name: str) -> bool:
-        """Whether a contributor has not been heard of for long."""
+        """Whether a contributor has not been heard of for long, or declines what it is asked."""
         found = [one for one in self._home.contributors() if one.name == name]
-        return all(measure_absence(one) > GONE_SECONDS for one in found)
+        return all(measure_absence(one) > GONE_SECONDS or _declines(one) for one in found)
 
     def _evolve(self) -> None:
         """Evolve a population with its contributors, on their texts, and publish it."""
@@ -444,6 +444,13 @@ class CoordinatorWorker:
             identity=self._charter.identity_hash,
             part_bytes=self._message_bytes,
         )
+
+
+def _declines(mailbox: ContributorMailbox) -> bool:
+    """Whether a contributor has said that it does not answer what it is asked now."""
+    asked = open_letter(mailbox.question_file, QuestionLetter)
+    state = open_letter(mailbox.state_file, ShownState)
+    return asked is not None and state is not None and state.declined == asked.id
 
 
 def _claim_evolution(home: CoordinatorHome, charter: Charter, ids: Sequence[str]) -> None:

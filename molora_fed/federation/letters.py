@@ -311,9 +311,11 @@ class ShownState(WorkerState):
 
     Attributes:
         problem: What is wrong on the contributor's disk; empty if nothing is.
+        declined: Id of the question that it has and does not answer; None if there is none.
     """
 
     problem: Reason = ""
+    declined: Sha | None = None  # left out where not, for servers that do not know it
 
 
 class State(ShownState, Letter):

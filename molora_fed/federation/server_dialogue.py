@@ -226,7 +226,9 @@ class ServerDialogue:
             remote.state, remote.told = state, remote.telling
             remote.has_offer = manifest is not None
             remote.answered = "" if answered is None else answered.question
-            keep_letter(mailbox.state_file, {**state.known, "problem": state.problem})
+            declined = {} if state.declined is None else {"declined": state.declined}
+            shown = {**state.known, "problem": state.problem, **declined}
+            keep_letter(mailbox.state_file, shown)
         mailbox.fault_file.unlink(missing_ok=True)
 
     def note_fault(self, remote: RemoteContributor, error: Exception) -> str:

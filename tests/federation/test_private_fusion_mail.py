@@ -6,6 +6,7 @@ import pytest
 from stage_helpers import TRAINING, Stage
 
 from molora_fed.charter import Amendment, FusionRules, PrivacyRules, SampleRules
+from molora_fed.errors import SumError
 from molora_fed.federation import coordinator
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.withdrawal import withdraw_contributor
@@ -72,6 +73,28 @@ def test_who_drops_out_of_a_masked_sum_is_done_without(
 
     stage.run("alpha", "alpha-b", "beta", "gamma", meddle=meddle)
     assert read_report(tmp_path)["sums"]["members"] == {"alpha": 1, "beta": 1, "gamma": 1}
+
+
+def test_a_member_that_declines_is_done_without_while_it_is_here(
+    tmp_path, tiny_checkpoint, monkeypatch
+):
+    measure, said = FusionMember.measure, set()
+
+    def decline(self, question, rounds, **more):
+        if self._own.contributor == "alpha-b":
+            raise SumError("Cannot sum its 3 documents.")
+        return measure(self, question, rounds, **more)
+
+    def meddle(stage, who):
+        said.add(stage.server.read_state().get("message", ""))
+        return who not in stage.away
+
+    monkeypatch.setattr(FusionMember, "measure", decline)
+    stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), "robust")
+    stage.run("alpha-a", "alpha-b", "beta", meddle=meddle)
+    assert read_report(tmp_path)["sums"]["members"] == {"alpha": 1, "beta": 1}
+    assert not any("3 documents" in one for one in said)  # a figure of its text stays at home
+    assert "3 documents" in ContributorHome(tmp_path / "alpha-b").read_refusals()[-1]
 
 
 def lie(monkeypatch, who, part):
