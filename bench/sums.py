@@ -26,7 +26,7 @@ from molora_fed.privacy.sums.coordinator import Coordinator
 from molora_fed.privacy.sums.fixed_point import FixedPoint
 from molora_fed.privacy.sums.member import Member
 from molora_fed.privacy.sums.messages import Terms
-from molora_fed.privacy.sums.robust import sum_robustly
+from molora_fed.privacy.sums.robust import sum_by_group
 from molora_fed.privacy.sums.vectors import Part, VectorLayout
 from molora_fed.storage.files import write_bytes
 from molora_fed.storage.keys import build_public_pem
@@ -109,7 +109,9 @@ def measure_robust(names: list[str], entries: int) -> list[str]:
     clock = Clock()
     clipped, _ = clock.run("member", layout.clip, vector, who="member")
     vectors = {name: clipped for name in names}
-    clock.run("coordinator", sum_robustly, vectors, layout, trim_share=TRIM_SHARE)
+    alike, sizes = dict.fromkeys(names, "group"), dict.fromkeys(names, 1.0)
+    more = {"trim_share": TRIM_SHARE, "exact": ()}
+    clock.run("coordinator", sum_by_group, vectors, layout, alike, sizes, **more)
     return [
         f"robust, {TRIM_SHARE:g} trimmed",
         f"{entries:,}",

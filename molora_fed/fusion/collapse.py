@@ -17,14 +17,6 @@ from molora_fed.routing.summed import (
     SummedFit,
     SummedState,
     locate_domains,
-    plan_summed_fit,
-)
-from molora_fed.routing.summed_run import (
-    AddUp,
-    add_plainly,
-    collect_setting,
-    run_rounds,
-    weigh_domains,
 )
 from molora_fed.types import Progress
 
@@ -39,7 +31,6 @@ __all__ = [
     "compare_attempt",
     "compute_best_expert_losses",
     "fit_guarded",
-    "fit_guarded_by_sums",
     "keep_best",
 ]
 
@@ -197,54 +188,6 @@ class SummedJudgement(SummedFit[RouterOptions]):
     @override
     def advance(self, state: SummedState, totals: Mapping[str, Tensor]) -> Finished:
         return Finished(totals)
-
-
-def fit_guarded_by_sums(
-    router: type[Router],
-    banks: Sequence["CalibrationBank"],
-    options: RouterOptions,
-    seed: int,
-    *,
-    collapse_nats: float = 0.05,
-    restarts: int = 3,
-    add: AddUp = add_plainly,
-    progress: Progress | None = None,
-) -> GuardedRouter[Router]:
-    """`fit_guarded` on the banks of several members without putting them together.
-
-    Args:
-        router: Class of the router.
-        banks: One of each member, in a fixed order.
-        options: Its options.
-        seed: Of the first fit; each later one adds 1.
-        collapse_nats: A domain whose loss is this far above its best expert's is lost.
-        restarts: Largest number of further fits; a router whose fit does not depend on the seed is
-            fitted once.
-        add: How members' vectors are added up.
-        progress: Receives rounds done and at most of each fit.
-
-    Returns:
-        The best of the fits; it may still lose a domain, which the caller reports.
-
-    Raises:
-        RoutingError: If the router cannot be fitted by sums, or banks do not fit together.
-    """
-    weights = weigh_domains(banks)
-    fits: list[Router] = []
-    attempts: list[Attempt] = []
-    for number in range(restarts + 1):
-        setting = collect_setting(banks, options, seed + number)
-        fit = plan_summed_fit(router, setting)
-        found = run_rounds(fit, banks, weights, add=add, progress=progress)
-        judgement = SummedJudgement(setting, router, found.tensors)
-        figures = run_rounds(judgement, banks, weights, add=add).tensors
-        best = dict(zip(setting.domains, figures["experts"].amin(dim=1).tolist(), strict=True))
-        losses = dict(zip(setting.domains, figures["router"].tolist(), strict=True))
-        fits.append(router(setting.num_experts, options, found.tensors))
-        attempts.append(compare_attempt(losses, seed + number, best, collapse_nats))
-        if not attempts[-1].collapsed or not fit.uses_seed:
-            break
-    return keep_best(fits, attempts)
 
 
 def keep_best(fits: Sequence[Router], attempts: Sequence[Attempt]) -> GuardedRouter[Router]:

@@ -1,7 +1,4 @@
-"""Both ways of summing with all members in this process: for tests, demos and local fits.
-
-The masked way runs the whole protocol, message by message.
-"""
+"""Masked sums with all members in this process: the whole protocol, message by message."""
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +13,11 @@ from molora_fed.privacy.sums.coordinator import Coordinator
 from molora_fed.privacy.sums.fixed_point import Bits, FixedPoint
 from molora_fed.privacy.sums.member import Member
 from molora_fed.privacy.sums.messages import Terms
-from molora_fed.privacy.sums.robust import sum_robustly
 from molora_fed.privacy.sums.vectors import Total, VectorLayout
 from molora_fed.storage.files import hash_bytes
 from molora_fed.storage.keys import build_public_pem
 
-__all__ = ["LocalMaskedSum", "LocalRobustSum", "Measure", "run_masked_sum"]
+__all__ = ["LocalMaskedSum", "Measure", "run_masked_sum"]
 
 Measure = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 """A member's answer to a question: tensors of a layout's parts from tensors of the question."""
@@ -68,27 +64,6 @@ class LocalMaskedSum:
         names, encoded = run_masked_sum(Coordinator.begin(terms), members)
         parts = layout.unflatten(encoding.decode(encoded, len(names)))
         return Total(parts, names, tuple(notes), encoded)
-
-
-@dataclass(frozen=True, eq=False)
-class LocalRobustSum:
-    """A `Summation` by trimmed sums over members in this process.
-
-    Attributes:
-        members: What each member answers with, by name.
-        trim_share: Share that is cut at each end.
-    """
-
-    members: Mapping[str, Measure]
-    trim_share: float
-
-    def __call__(self, layout: VectorLayout, question: Mapping[str, torch.Tensor]) -> Total:
-        """Sum; see `Summation`."""
-        vectors = {
-            name: layout.flatten(measure(question), who=name)
-            for name, measure in self.members.items()
-        }
-        return sum_robustly(vectors, layout, trim_share=self.trim_share)
 
 
 def run_masked_sum(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from molora_fed.errors import SumError
 from molora_fed.privacy.sums.vectors import Total, VectorLayout
 
-__all__ = ["MAX_TRIM_SHARE", "count_trimmed", "sum_by_group", "sum_robustly"]
+__all__ = ["MAX_TRIM_SHARE", "count_trimmed", "sum_by_group"]
 
 MAX_TRIM_SHARE = 0.4
 _COLUMNS = 2**16  # sorted at a time
@@ -34,52 +34,6 @@ def count_trimmed(members: int, trim_share: float) -> int:
     return math.floor(members * trim_share + 1e-9)
 
 
-def sum_robustly(
-    vectors: Mapping[str, NDArray[np.float64]], layout: VectorLayout, *, trim_share: float
-) -> Total:
-    """Sum members' vectors by trimmed mean.
-
-    Each vector is clipped to the layout's bounds. In every coordinate the lowest and the highest
-    values, a share of the members at each end, are left out, and the mean of the rest is taken
-    times the number of members. With too few members to leave one out at each end the clipped
-    values are summed plainly, and the total's notes say so.
-
-    Args:
-        vectors: (N,) float64 by member; their order does not matter.
-        layout: Parts with bounds.
-        trim_share: Share that is cut at each end, above 0, at most 0.4.
-
-    Raises:
-        SumError: If there is no vector, or one has another length or is not finite; it is named.
-    """
-    members = tuple(sorted(vectors))
-    cut = count_trimmed(len(members), trim_share)
-    if not members:
-        raise SumError(
-            "Cannot sum robustly: expected at least one member's vector, got none. Wait for the "
-            "members to connect."
-        )
-    notes: list[str] = []
-    stacked = np.empty((len(members), layout.length))  # (M, N)
-    for row, name in enumerate(members):
-        stacked[row], beyond = layout.clip(vectors[name], who=name)
-        if beyond:
-            notes.append(f"{beyond:,} entries of '{name}' lay beyond their bound and were clipped.")
-    if not cut:
-        notes.append(
-            f"Nothing was trimmed: {len(members)} members are fewer than the "
-            f"{math.ceil(1 / trim_share - 1e-9)} that a share of {trim_share:g} needs; this is "
-            "the plain sum of clipped values."
-        )
-    total = np.empty(layout.length)
-    for start in range(0, layout.length, _COLUMNS):
-        # Sorted also where nothing is cut: the sum does not depend on the members' order.
-        columns = np.sort(stacked[:, start : start + _COLUMNS], axis=0)
-        kept = columns[cut : len(members) - cut]
-        total[start : start + _COLUMNS] = kept.sum(axis=0) * (len(members) / len(kept))
-    return Total(layout.unflatten(total), members, tuple(notes))
-
-
 def sum_by_group(
     vectors: Mapping[str, NDArray[np.float64]],
     layout: VectorLayout,
@@ -91,15 +45,19 @@ def sum_by_group(
 ) -> Total:
     """Sum members' vectors, trimmed among members of one group, each vector per unit of its size.
 
-    Members of one group hold text of one kind, so that their vectors by token are alike; those of
-    different groups are not, and cutting one group's away would bias the total.
+    Each vector is clipped to the layout's bounds. In every coordinate the lowest and the highest
+    values per unit of size, a share of the group's members at each end, are left out, and the mean
+    of the rest is taken times the group's size. With too few members to leave one out at each end
+    the clipped values are summed plainly, and the total's notes say so. Members of one group hold
+    text of one kind, so that their vectors by token are alike; those of different groups are not,
+    and cutting one group's away would bias the total.
 
     Args:
         vectors: (N,) float64 by member; their order does not matter.
         layout: Parts with bounds.
         groups: Group of each member.
         sizes: Size of each member, > 0, e.g. its tokens.
-        trim_share: See `sum_robustly`.
+        trim_share: Share that is cut at each end, above 0, at most 0.4.
         exact: Names of parts that are clipped and summed plainly.
 
     Raises:
@@ -125,9 +83,12 @@ def sum_by_group(
         if not cut:
             notes.append(f"Nothing was trimmed among {len(own)} members of '{group}'.")
         scale = np.array([[sizes[name]] for name in own])
-        shares = np.sort(np.where(plain, 0.0, stacked) / scale, axis=0)
-        kept = shares[cut : len(own) - cut]
-        total += np.where(plain, stacked.sum(axis=0), kept.mean(axis=0) * scale.sum())
+        for start in range(0, layout.length, _COLUMNS):
+            piece = slice(start, start + _COLUMNS)
+            # Sorted also where nothing is cut: the sum does not depend on the members' order.
+            shares = np.sort(stacked[:, piece] / scale, axis=0)
+            kept = shares[cut : len(own) - cut].mean(axis=0) * scale.sum()
+            total[piece] += np.where(plain[piece], stacked[:, piece].sum(axis=0), kept)
     if not names:
         raise SumError(
             "Cannot sum robustly: expected at least one member's vector, got none. Wait for the "

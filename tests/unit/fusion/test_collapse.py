@@ -11,13 +11,11 @@ from molora_fed.fusion.collapse import (
     choose_published,
     compute_best_expert_losses,
     fit_guarded,
-    fit_guarded_by_sums,
 )
 from molora_fed.routing.contract import RouterOptions
 from molora_fed.routing.summed_run import (
     answer_round,
     collect_setting,
-    fit_by_sums,
     unpack_sums,
     weigh_domains,
 )
@@ -98,39 +96,6 @@ def test_a_router_that_no_refit_saves_is_replaced_by_the_last_resort(bank):
     assert choose_published(guarded, "collapses", "not-fitted") == "collapses"
     assert choose_published(guarded, "collapses", "collapses") == "collapses"
     assert choose_published(guarded, "collapses", "") == "collapses"
-
-
-def share_out(bank):
-    return [take_blocks(bank, np.flatnonzero(bank.domain_of == d)) for d in range(3)]
-
-
-def test_sums_judge_as_the_whole_bank_does(bank):
-    options = ZeroTrainingEvidenceRouter.Options()
-    pooled = fit_guarded(ZeroTrainingEvidenceRouter, bank, options, 4)
-    found = fit_guarded_by_sums(ZeroTrainingEvidenceRouter, share_out(bank), options, 4)
-    mine, theirs = found.attempts[0], pooled.attempts[0]
-    assert (mine.seed, mine.collapsed) == (theirs.seed, theirs.collapsed)
-    assert mine.loss_nats == pytest.approx(theirs.loss_nats, abs=1e-6)
-    assert mine.excess_nats == pytest.approx(dict(theirs.excess_nats), abs=1e-6)
-
-
-def test_by_sums_only_a_fit_that_chance_decides_is_repeated(bank):
-    strict = {"collapse_nats": 1e-9, "restarts": 2}
-    linear = LinearOptions(learning_rate=0.01, steps=200)
-    tries = {
-        name: fit_guarded_by_sums(router, share_out(bank), options, 7, **strict)
-        for name, router, options in (
-            ("evidence", EvidenceRouter, EvidenceOptions()),
-            ("linear", LinearRouter, linear),
-        )
-    }
-    assert len(tries["evidence"].attempts) == 1
-    found = tries["linear"]
-    assert [attempt.seed for attempt in found.attempts] == [7, 8, 9]
-    best, _ = fit_by_sums(LinearRouter, share_out(bank), linear, 7 + found.kept)
-    assert torch.equal(found.router.weight, best.weight)
-    key = [(len(one.collapsed), one.loss_nats) for one in found.attempts]
-    assert key[found.kept] == min(key)
 
 
 def test_judgements_of_halves_add_up(bank):

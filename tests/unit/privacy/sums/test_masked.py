@@ -20,7 +20,7 @@ from sums_helpers import (
 from molora_fed.errors import SumError
 from molora_fed.privacy.sums.coordinator import Coordinator
 from molora_fed.privacy.sums.fixed_point import FixedPoint
-from molora_fed.privacy.sums.local import LocalMaskedSum, LocalRobustSum, run_masked_sum
+from molora_fed.privacy.sums.local import LocalMaskedSum, run_masked_sum
 from molora_fed.privacy.sums.member import Member
 from molora_fed.privacy.sums.member_state import MemberState
 from molora_fed.privacy.sums.messages import Terms, compute_threshold
@@ -115,7 +115,7 @@ def test_a_masked_sum_of_tensors_is_the_clipped_sum_in_fixed_point(vectors, bits
     assert len(total.notes) == beyond
 
 
-def test_both_ways_of_summing_are_called_alike():
+def test_members_answer_a_question_and_the_total_is_of_all():
     layout = VectorLayout((Part("w", (3,), 10.0), Part("count", (), 100.0)))
     answers = {
         f"m-{n}": lambda question, n=n: {
@@ -124,10 +124,10 @@ def test_both_ways_of_summing_are_called_alike():
         }
         for n in range(1, 5)
     }
-    for summation in (LocalMaskedSum(answers), LocalRobustSum(answers, trim_share=0.25)):
-        total = summation(layout, {"w": torch.tensor([0.5, -1.0, 0.25], dtype=torch.float64)})
-        assert total.members == tuple(answers)
-        assert total.parts["w"].tolist() == [5.0, -10.0, 2.5] and total.parts["count"] == 10.0
+    question = {"w": torch.tensor([0.5, -1.0, 0.25], dtype=torch.float64)}
+    total = LocalMaskedSum(answers)(layout, question)
+    assert total.members == tuple(answers)
+    assert total.parts["w"].tolist() == [5.0, -10.0, 2.5] and total.parts["count"] == 10.0
 
 
 class Restarting:
