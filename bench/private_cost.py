@@ -56,6 +56,13 @@ class Recording(LocalMembers):
 
     folder: Path
     numbers: dict[str, int]
+    comparing: float = 0.0  # processor seconds, of all members
+
+    def _compare(self) -> dict[str, TextCounts]:
+        began = time.process_time()
+        counts = super()._compare()
+        self.comparing = time.process_time() - began
+        return counts
 
     def add_up(self, question: SumQuestion, rounds: SumRounds, check: Check) -> Total:
         """See `Members`."""
@@ -100,13 +107,18 @@ def main() -> None:
         side, count = arguments.side, arguments.members
         print(json.dumps(measure_memory(arguments.demo, side, count, arguments.kept)))
         return
-    found = measure_seconds(arguments.demo, arguments.members)
-    print(json.dumps(found), flush=True)
-    found["memory"] = {
-        side: {count: ask_memory(arguments.demo, side, count) for count in EXPERTS}
-        for side in SIDES
-    }
-    write_json(arguments.out.with_suffix(".json"), found)
+    kept = arguments.out.with_suffix(".json")
+    found: dict[str, Any] = json.loads(kept.read_bytes()) if kept.is_file() else {}
+    if not found:  # stopped and called again, it goes on
+        found = {**measure_seconds(arguments.demo, arguments.members), "memory": {}}
+        write_json(kept, found)
+        print(json.dumps(found), flush=True)
+    for side in SIDES:
+        row = found["memory"].setdefault(side, {})
+        for count in map(str, EXPERTS):
+            if count not in row:
+                row[count] = ask_memory(arguments.demo, side, int(count))
+                write_json(kept, found)
     write_bytes(arguments.out, build_page(found).encode())
     print(build_page(found))
 
@@ -175,7 +187,8 @@ def measure_seconds(demo: Path, count: int) -> dict[str, Any]:
             "mean": float(np.mean(list(spent.values()))),
             "most": max(spent.values()),
         },
-        "coordinator_seconds": whole - sum(spent.values()),
+        "comparing_seconds": asked.comparing / count,
+        "coordinator_seconds": whole - sum(spent.values()) - asked.comparing,
         "numbers": asked.numbers,
         "states_bytes": sum(tensor.numel() * tensor.element_size() for tensor in states),
         "experts_bytes": adapters,
@@ -279,8 +292,10 @@ def build_page(found: Mapping[str, Any]) -> str:
         f"| the coordinator of a pooled fusion | {found['pooled_seconds']:.1f} |",
         f"| the coordinator of the private one | {found['coordinator_seconds']:.2f} "
         f"({100 * share:.1f} % of it) |",
-        f"| a member, mean | {seconds['mean']:.2f} |",
-        f"| the member with the most | {seconds['most']:.2f} |",
+        f"| a member, its bank and answers, mean | {seconds['mean']:.2f} |",
+        f"| … the member with the most | {seconds['most']:.2f} |",
+        f"| a member, comparing held-out text with everybody's, mean | "
+        f"{found['comparing_seconds']:.2f} |",
         "",
         f"A member receives {found['experts_bytes']:,} bytes of experts and "
         f"{found['states_bytes']:,} of states, and answers with "
@@ -295,7 +310,7 @@ def build_page(found: Mapping[str, Any]) -> str:
     for side, row in found["memory"].items():
         cells = [
             f"{one['before'] / 1e6:.0f}, {one['peak'] / 1e6:.0f}"
-            for one in (row.get(count) or row[str(count)] for count in EXPERTS)
+            for one in (row[str(count)] for count in EXPERTS)
         ]
         lines.append(f"| {side} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
