@@ -13,6 +13,7 @@ does not, or finds anything in `private`.
 import argparse
 import base64
 import gzip
+import hashlib
 import json
 import platform
 import sqlite3
@@ -28,18 +29,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from traffic_attack import build_features, match_tokens, try_documents, try_tokens
-from traffic_capture import BLOCK, MEMBERS, Captured, draw_documents, federate, list_files
+from traffic_capture import BLOCK, MEMBERS, SAMPLES, Captured, draw_documents, federate, list_files
 from traffic_page import build_page
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from traffic_helpers import Index, Needles, list_bodies, unpack  # noqa: E402
-from traffic_needles import add_figures, add_texts, build_banks  # noqa: E402
+from traffic_needles import DECOYS, add_figures, add_texts, build_bank, build_banks  # noqa: E402
+from traffic_told import attack_told, read_told  # noqa: E402
 
 from molora_fed.adapters.compatibility import applied  # noqa: E402
-from molora_fed.bank import Bank, Expert, build_calibration_bank  # noqa: E402
+from molora_fed.bank import Bank  # noqa: E402
 from molora_fed.charter import load_charter  # noqa: E402
 from molora_fed.corpus.blocks import Blocks, pack_documents  # noqa: E402
 from molora_fed.corpus.prepare import load_corpus  # noqa: E402
@@ -53,12 +56,16 @@ from molora_fed.types import Document, Split  # noqa: E402
 LIMIT_BLOCKS = 48
 """Blocks of a split that figures are looked for of; the charter asks for fewer."""
 COUNTS = (1, 2, 4, 8, 16)
-"""Documents in a total that is attacked; one is what nobody may be told."""
+"""Documents or blocks in a total that is attacked; one is what nobody may be told."""
+BLOCKS = 32
+"""Of a member's held-out text, all in one total; tokens are looked for in that, too."""
 REFERENCE = 600
 """Documents of a domain that an attacker is granted."""
 SEED = 5
 PLANTED = 12
 """Strings of a kind and form that are planted in each packing."""
+LEVEL = 0.001
+"""Of the test whether more figures are found than decoys."""
 _PAGE = 4_096
 _PUBLIC = "is public"
 PACKINGS: dict[str, Callable[[bytes], bytes]] = {
@@ -99,6 +106,12 @@ class Search:
     def __post_init__(self) -> None:
         self._index = Index(self.needles)
         self._seen: set[str] = set()
+        self._decimals = {
+            string
+            for group, kept in self.needles.groups.items()
+            if group.form == "decimal"
+            for string in kept
+        }
 
     def look(self, place: str, data: bytes, *, deep: bool = True) -> set[bytes]:
         """Search a stream; one that was seen before at the same place is counted only."""
@@ -111,6 +124,7 @@ class Search:
         for how, part in unpack(data, deep=deep):
             self.unpacked[how] = self.unpacked.get(how, 0) + len(part)
             here = self._index.find(part)
+            here -= {one for one in here & self._decimals if not _begins_number(part, one)}
             self.found.setdefault(place, {}).setdefault(how, set()).update(here)
             found |= here
         return found
@@ -126,6 +140,14 @@ class Search:
                         row = table.setdefault(group.kind, {}).setdefault(group.form, {})
                         row[how] = row.get(how, 0) + count
         return tables
+
+
+def _begins_number(data: bytes, string: bytes) -> bool:
+    """Whether a number that begins like this occurs, not the end of another one."""
+    at = data.find(string)
+    while at > 0 and data[at - 1] in b"0123456789.":
+        at = data.find(string, at + 1)
+    return at >= 0
 
 
 def list_public(captured: Captured) -> Iterator[bytes]:
@@ -154,8 +176,11 @@ def _read_rows(ledger: Path) -> bytes:
 def _take_new_pages(data: bytes, seen: set[bytes]) -> bytes:
     """Memory without pages that an earlier snapshot had, but with those beside a new one."""
     pages = [data[at : at + _PAGE] for at in range(0, len(data), _PAGE)]
-    new = np.array([page not in seen for page in pages])
-    seen.update(pages)
+    digests = [hashlib.blake2b(page, digest_size=16).digest() for page in pages]
+    new = np.zeros(len(pages), np.bool_)
+    for number, digest in enumerate(digests):
+        new[number] = digest not in seen
+        seen.add(digest)
     near = new.copy()
     near[1:] |= new[:-1]
     near[:-1] |= new[1:]
@@ -205,14 +230,11 @@ def plant(needles: Needles) -> dict[str, dict[str, list[int]]]:
         kind = group.kind.partition(",")[0]
         chosen.setdefault(kind, Needles()).add(group, some)
     for kind, few in chosen.items():
-        index = Index(few)
         strings = {one for kept in few.groups.values() for one in kept}
-        packed = b"".join(sorted(strings))
+        packed = b"\n".join(sorted(strings))
         for how, pack in PACKINGS.items():
             stream = draw.bytes(1_001) + b"{" + pack(packed) + b"}" + draw.bytes(503)
-            found: set[bytes] = set()
-            for _, part in unpack(stream, deep=how == "deflate"):
-                found |= index.find(part)
+            found = Search(few).look(how, stream, deep=how == "deflate")
             rows.setdefault(kind, {})[how] = [len(found & strings), len(strings)]
     return rows
 
@@ -246,19 +268,28 @@ def _take_tokens(banks: Iterable[Bank]) -> tuple[Any, Any]:
     return tokens, np.concatenate([-bank.logprob[:, 1:].numpy() for bank in own])
 
 
-def attack(fused: FusedModel, banks: dict[str, dict[Split, Bank]], folder: Path) -> dict[str, Any]:
+def attack(
+    captured: Captured,
+    fused: FusedModel,
+    blocks: dict[str, dict[Split, Blocks]],
+    banks: dict[str, dict[Split, Bank]],
+    folder: Path,
+) -> dict[str, Any]:
     """What an attacker finds out of totals over documents and blocks, and of single figures."""
     found: dict[str, Any] = {}
-    experts = [Expert(one.name, one.adapter) for one in fused.experts]
+    charter = load_charter(captured.server)
+    batch = charter.identity.corpus.evaluation_batch
+    names = [one.name for one in fused.experts]
+    told = read_told(captured.server, charter, names)
     for name in (one for one in MEMBERS if list(MEMBERS.values()).count(MEMBERS[one]) == 1):
         documents = [Document(f"{n}", text) for n, text in enumerate(
             draw_documents(name, REFERENCE, fresh=True)
         )]  # fmt: skip
-        blocks = pack_documents(
+        others_blocks = pack_documents(
             documents, np.arange(REFERENCE, dtype=np.int32), fused.base.tokenizer,
             domain=MEMBERS[name], split=Split.CALIBRATION, block_size=BLOCK,
         )  # fmt: skip
-        fresh = build_calibration_bank(folder / "fresh", fused.base, experts, [blocks])
+        fresh = build_bank(fused, others_blocks, folder / "fresh", batch=batch)
         own = list(banks[name].values())
         features, others = (
             np.concatenate([*map(_measure_documents, own)]),
@@ -266,7 +297,7 @@ def attack(fused: FusedModel, banks: dict[str, dict[Split, Bank]], folder: Path)
         )
         texts, other_texts = _take_tokens(own), _take_tokens([fresh])
         size = int(fused.base.model.config.vocab_size)
-        plain = [0, *range(2, 2 + len(experts))]  # n and x, without squares and differences
+        plain = [0, *range(2, 2 + len(names))]  # n and x, without squares and differences
         found[name] = {
             "documents": len(features),
             "columns": int(features.shape[1]),
@@ -279,10 +310,15 @@ def attack(fused: FusedModel, banks: dict[str, dict[Split, Bank]], folder: Path)
             },
             "which tokens": {
                 str(count): try_tokens(texts, other_texts, size, count, seed=SEED)
-                for count in COUNTS
+                for count in (*COUNTS, BLOCKS)
             },
             "tokens by single figures": match_single(fused, own[-1]),
         }
+        if told:
+            found[name]["what the coordinator has"] = attack_told(
+                told[MEMBERS[name]], fused, blocks[name], others_blocks, folder / "fresh",
+                batch=batch, seed=SEED,
+            )  # fmt: skip
     return found
 
 
@@ -305,6 +341,24 @@ def match_single(fused: FusedModel, bank: Bank, blocks: int = 4) -> dict[str, fl
     return {"rate": right, "tried": len(truth), "chance": common}
 
 
+def _add_up(forms: dict[str, dict[str, int]]) -> int:
+    """Strings found by the packing that shows the most of each form."""
+    return sum(max(ways.values()) for ways in forms.values())
+
+
+def _exceeds(own: int, decoys: int, needles: dict[str, Any], kind: str) -> bool:
+    """Whether more is found than chance explains; of kinds without decoys, any at all.
+
+    Had the figures been as unknown as their decoys, each find would be one of either by the share
+    of strings that were looked for.
+    """
+    if DECOYS + kind not in needles:
+        return True
+    real, false = (sum(needles[one].values()) for one in (kind, DECOYS + kind))
+    test = stats.binomtest(own, own + decoys, real / (real + false), alternative="greater")
+    return bool(test.pvalue < LEVEL)
+
+
 def find_problems(found: dict[str, Any]) -> list[str]:
     """What is not as it should be."""
     problems = []
@@ -312,14 +366,13 @@ def find_problems(found: dict[str, Any]) -> list[str]:
         problems += [
             f"planted {kind} in {how}: {got}" for how, got in ways.items() if got[0] < got[1]
         ]
-    said = {
-        (place, kind)
-        for place, table in found["found"].items()
-        for kind in table
-        if not kind.startswith("decoy")
-    }
+    said = {(place, kind) for place, table in found["found"].items() for kind in table}
     if found["privacy"] == "private":
-        problems += [f"{place}: {kind}" for place, kind in sorted(said)]
+        for place, kind in sorted(said):
+            table = found["found"][place]
+            own, decoys = (_add_up(table.get(one, {})) for one in (kind, DECOYS + kind))
+            if not kind.startswith(DECOYS) and _exceeds(own, decoys, found["needles"], kind):
+                problems.append(f"{place}: {kind}: {own} found, and {decoys} decoys")
     else:
         wire = {kind for place, kind in said if place == "wire, from members"}
         for split in (Split.CALIBRATION, Split.ADMISSION, Split.HELD_OUT):
@@ -341,7 +394,7 @@ def measure(captured: Captured, folder: Path) -> dict[str, Any]:
             fused, blocks[name], folder / name, batch=batch, limit=LIMIT_BLOCKS
         )
         add_texts(needles, name, blocks[name], fused.base.tokenizer)
-        add_figures(needles, name, banks[name])
+        add_figures(needles, name, banks[name], SAMPLES)
     print(f"{len(needles):,} strings", flush=True)
     needles.drop_shared("of several members")
     public = Search(needles)
@@ -372,7 +425,7 @@ def measure(captured: Captured, folder: Path) -> dict[str, Any]:
         "found": search.tabulate(),
         "by chance": count_chance(needles, search.unpacked.values()),
         "planted": plant(needles),
-        "attack": attack(fused, banks, folder),
+        "attack": attack(captured, fused, blocks, banks, folder),
         "block size": BLOCK,
         "commands": captured.commands,
         "seconds": captured.seconds,
