@@ -17,7 +17,7 @@ from molora_fed.evaluation.bootstrap import ClusterIndex
 from molora_fed.routing.fused import FusedModel
 from molora_fed.types import Split
 
-__all__ = ["DECOYS", "add_figures", "add_texts", "build_bank", "build_banks"]
+__all__ = ["DECOYS", "add_figures", "add_texts", "build_bank", "build_banks", "list_runs"]
 
 RUN = 8
 """Consecutive ids, dimensions, or half-precision figures that make a string."""
@@ -76,6 +76,12 @@ def _add_ids(needles: Needles, owner: str, kind: str, ids: NDArray[Any]) -> None
     for form, shift in (("varint", 0), ("zigzag varint", 1)):
         packed = (b"".join(_varint(one << shift) for one in row) for row in rows.tolist())
         needles.add(Group(owner, kind, form), packed)
+
+
+def list_runs(tokens: NDArray[Any]) -> set[bytes]:
+    """All runs of ids inside blocks (N, T), as int32."""
+    rows = np.lib.stride_tricks.sliding_window_view(tokens, RUN, axis=1)
+    return set(_rows(rows.reshape(-1, RUN).astype("<i4")))
 
 
 def _varint(value: int) -> bytes:

@@ -13,7 +13,19 @@ _ATTACKS = (
     "many of the member's other documents. The totals hold, by document, n, n² and x, x², x n of "
     "each expert's loss and of the difference of any two; or n and x alone. Tokens are ranked by "
     "how far a total of losses moves their expected counts; the area compares those that are there "
-    "with others as likely. 400 and 100 draws from the same documents; 95 % intervals by draw.",
+    "with others as likely. 400 and 100 draws from the same documents; 95 % intervals by draw. "
+    "Last come the totals that the coordinator really has of a member that is alone in its domain: "
+    "the sums of its calibration losses, and its held-out sums, of which the attacker uses what it "
+    "can compute of a document (base, specialists, oracle, equal gates, the published router, and "
+    "their differences; not the merge and the other routers). Every document of the total is shown "
+    '25 times among nine others; "without" shows those of its other split; 95 % intervals by '
+    "document. Sums that routers are fitted by are not attacked.",
+)
+
+
+_NOTHING = (
+    "No text, no run of token ids, no row of hidden states and no run of losses was found, in any "
+    "form or packing, anywhere."
 )
 
 
@@ -49,7 +61,7 @@ def _list_captured(parts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
 
 
 def _list_kinds(part: Mapping[str, Any]) -> list[str]:
-    """Strings looked for, dropped and found, by kind over splits."""
+    """Strings looked for, dropped and found, by kind over splits; decoys behind a stroke."""
     places = list(part["searched"])
     lines = _head("kind", ["strings", "dropped", *places])
     rows: dict[str, list[int]] = {}
@@ -61,7 +73,35 @@ def _list_kinds(part: Mapping[str, Any]) -> list[str]:
         for column, place in enumerate(places, 2):
             row[column] += _count_distinct(part["found"].get(place, {}).get(kind, {}))
     for name, row in rows.items():
-        lines.append(f"| {name} | {' | '.join(f'{cell:,}' for cell in row)} |")
+        if not name.startswith(_DECOY):
+            false = rows.get(_DECOY + name)
+            cells = [f"{cell:,}" for cell in row]
+            if false is not None:
+                cells = [f"{cell} / {other:,}" for cell, other in zip(cells, false, strict=True)]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _conclude(part: Mapping[str, Any]) -> str:
+    """What was found, in a sentence."""
+    if part["problems"]:
+        return f"**not as it should be**: {'; '.join(part['problems'])}."
+    if part["privacy"] == "private":
+        return f"{_NOTHING} Single figures are found as often as decoys."
+    found = sum(got for got, _ in part["samples"]["wire, from members"].values())
+    return (
+        f"the positive control. All {found:,} runs of token ids inside the samples are found on "
+        "the wire, in the coordinator's home and in its memory."
+    )
+
+
+def _list_samples(part: Mapping[str, Any]) -> list[str]:
+    """Runs of ids inside blocks that a pooled fusion asks for, found of all."""
+    splits = list(next(iter(part["samples"].values())))
+    lines = _head("token ids of a fusion's samples, found of all", splits)
+    for place, row in part["samples"].items():
+        cells = [f"{got:,} of {of:,}" for got, of in (row[split] for split in splits)]
+        lines.append(f"| {place} | {' | '.join(cells)} |")
     return lines
 
 
@@ -71,18 +111,18 @@ def _count_distinct(forms: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def _list_forms(part: Mapping[str, Any]) -> list[str]:
-    """Where what was found lay, with form and packing."""
+    """Where what was found lay, with form and packing; not of single figures."""
     lines = ["| place | kind | form: packing (strings) |", "|---|---|---|"]
     for place, table in part["found"].items():
         for kind, forms in table.items():
-            if kind.startswith(_DECOY):
+            if kind.startswith(_DECOY) or _DECOY + kind in part["needles"]:
                 continue
             cells = [
                 f"{form}: {', '.join(f'{how} ({count:,})' for how, count in ways.items())}"
                 for form, ways in forms.items()
             ]
             lines.append(f"| {place} | {kind} | {'; '.join(cells)} |")
-    return lines if len(lines) > 2 else ["Nothing was found."]
+    return lines if len(lines) > 2 else [_NOTHING]
 
 
 def _list_planted(part: Mapping[str, Any]) -> list[str]:
@@ -119,7 +159,25 @@ def _list_attacks(part: Mapping[str, Any]) -> list[str]:
             cells = [_show(one[name]) for one in each for name in ("told", "chance")]
             lines.append(f"| {count} | {' | '.join(cells)} |")
         lines.append("")
+        lines += _list_told(found.get("what the coordinator has", {}))
     return lines
+
+
+def _list_told(splits: Mapping[str, Any]) -> list[str]:
+    """What the totals tell that the coordinator really has."""
+    if not splits:
+        return []
+    lines = [
+        "| total that the coordinator has | documents | numbers told | used "
+        "| which of 10 documents | without |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for split, one in splits.items():
+        rates = (_show(one["which document"][name]) for name in ("told", "chance"))
+        cells = [*map(str, (one["documents"], one["numbers told"], one["numbers used"])), *rates]
+        lines.append(f"| {split} | {' | '.join(cells)} |")
+    apart = max(one["apart"] for one in splits.values())
+    return [*lines, "", f"Apart from the member's own sums at most, as a share: {apart:.0e}.", ""]
 
 
 def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
@@ -131,7 +189,10 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
     names = [_name(part) for part in parts]
     lines = ["# Traffic test", ""]
     for part in parts:
-        lines.append(f"- {_name(part)}: `{part['command']}`, {part['seconds']:.0f} s of federation")
+        lines.append(
+            f"- **{_name(part)}**, `{part['command']}`: {_conclude(part)} Federation "
+            f"{part['seconds']:.0f} s, search and attacks {part['search seconds']:.0f} s."
+        )
     versions = ", ".join(f"{name} {one}" for name, one in parts[0]["versions"].items())
     lines += [
         "",
@@ -139,7 +200,8 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
         "every byte; two are alone in their domains, two share one. Base with random weights, "
         f"blocks of {parts[0]['block size']} tokens. Memory is what the coordinator's processes "
         f"may write to, at {len(parts[0]['snapshots']) - 1} moments from its first pass to the "
-        "published model; what happened in between is not seen.",
+        "published model; what happened in between is not seen. A page that an earlier moment had "
+        "is searched once, and again where a page beside it is new.",
         "",
         *_ATTACKS,
         "",
@@ -149,7 +211,9 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
         "messages (Flower sends protobuf and compresses nothing), and in all that can be unpacked "
         "from them. Not looked for: strings that are public (base, tokenizer, charter, program, "
         "the coordinator's memory and home before anybody joined), of several members, or too "
-        "plain. zstd and Brotli are not undone; no reader of them is installed on either side.",
+        "plain. Bare deflate, which has no mark, is tried at every offset of streams of up to "
+        "256 KiB, not of memory. zstd and Brotli are not undone; no reader of them is installed on "
+        "either side.",
         "",
     ]
     for part, name in zip(parts, names, strict=True):
@@ -158,15 +222,17 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
             "",
             *_list_kinds(part),
             "",
-            f"Random bytes would hold {part['by chance']:.1e} of these strings. Decoys are figures "
-            "that nobody has: as many are found by chance as of the others.",
+            f"Random bytes would hold {part['by chance']:.1e} of these strings. Memory is not "
+            "random, and a loss in single precision has 29 bits of zero in double: behind a stroke "
+            "are decoys, each figure changed in its last bits or digits, which nobody has. Where "
+            "figures are not told, as many of them are found as of decoys.",
             "",
             *_list_forms(part),
+            "",
+            *_list_samples(part),
             "",
             *_list_planted(part),
             "",
             *_list_attacks(part),
-            f"Problems: {'; '.join(part['problems']) or 'none'}.",
-            "",
         ]
     return "\n".join(lines)

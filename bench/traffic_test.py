@@ -19,6 +19,7 @@ import platform
 import sqlite3
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -30,42 +31,40 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
-from traffic_attack import build_features, match_tokens, try_documents, try_tokens
-from traffic_capture import BLOCK, MEMBERS, SAMPLES, Captured, draw_documents, federate, list_files
+from traffic_capture import BLOCK, MEMBERS, SAMPLES, Captured, federate, list_files
 from traffic_page import build_page
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from traffic_helpers import Index, Needles, list_bodies, unpack  # noqa: E402
-from traffic_needles import DECOYS, add_figures, add_texts, build_bank, build_banks  # noqa: E402
-from traffic_told import attack_told, read_told  # noqa: E402
+from traffic_helpers import Group, Index, Needles, list_bodies, unpack  # noqa: E402
+from traffic_needles import (  # noqa: E402
+    DECOYS,
+    add_figures,
+    add_texts,
+    build_banks,
+    list_runs,
+)
+from traffic_told import attack  # noqa: E402
 
-from molora_fed.adapters.compatibility import applied  # noqa: E402
 from molora_fed.bank import Bank  # noqa: E402
 from molora_fed.charter import load_charter  # noqa: E402
-from molora_fed.corpus.blocks import Blocks, pack_documents  # noqa: E402
+from molora_fed.corpus.blocks import Blocks  # noqa: E402
 from molora_fed.corpus.prepare import load_corpus  # noqa: E402
-from molora_fed.evaluation.bootstrap import ClusterIndex  # noqa: E402
 from molora_fed.federation.homes import ContributorHome  # noqa: E402
 from molora_fed.routing.bundle import load_fused  # noqa: E402
-from molora_fed.routing.fused import FusedModel  # noqa: E402
 from molora_fed.storage.files import hash_bytes, write_bytes, write_json  # noqa: E402
-from molora_fed.types import Document, Split  # noqa: E402
+from molora_fed.types import Split  # noqa: E402
 
 LIMIT_BLOCKS = 48
 """Blocks of a split that figures are looked for of; the charter asks for fewer."""
-COUNTS = (1, 2, 4, 8, 16)
-"""Documents or blocks in a total that is attacked; one is what nobody may be told."""
-BLOCKS = 32
-"""Of a member's held-out text, all in one total; tokens are looked for in that, too."""
-REFERENCE = 600
-"""Documents of a domain that an attacker is granted."""
 SEED = 5
 PLANTED = 12
 """Strings of a kind and form that are planted in each packing."""
 LEVEL = 0.001
 """Of the test whether more figures are found than decoys."""
+CONTROLS = ("wire, from members", "rest of the home", "memory")
+"""Where a pooled fusion must show every sample; its mailbox is empty once contributions are in."""
 _PAGE = 4_096
 _PUBLIC = "is public"
 PACKINGS: dict[str, Callable[[bytes], bytes]] = {
@@ -254,93 +253,6 @@ def count_groups(needles: Needles) -> dict[str, dict[str, int]]:
     return table
 
 
-def _measure_documents(bank: Bank) -> Any:
-    """Features of documents, (M, F)."""
-    index = ClusterIndex.build(bank.clusters, bank.domain_of)
-    columns = [index.sum(bank.expert_nll(one).numpy()) for one in range(bank.num_experts)]
-    return build_features(index.counts, np.stack(columns, axis=1))
-
-
-def _take_tokens(banks: Iterable[Bank]) -> tuple[Any, Any]:
-    """Predicted tokens and their losses."""
-    own = list(banks)
-    tokens = np.concatenate([bank.tokens[:, 1:].numpy() for bank in own])
-    return tokens, np.concatenate([-bank.logprob[:, 1:].numpy() for bank in own])
-
-
-def attack(
-    captured: Captured,
-    fused: FusedModel,
-    blocks: dict[str, dict[Split, Blocks]],
-    banks: dict[str, dict[Split, Bank]],
-    folder: Path,
-) -> dict[str, Any]:
-    """What an attacker finds out of totals over documents and blocks, and of single figures."""
-    found: dict[str, Any] = {}
-    charter = load_charter(captured.server)
-    batch = charter.identity.corpus.evaluation_batch
-    names = [one.name for one in fused.experts]
-    told = read_told(captured.server, charter, names)
-    for name in (one for one in MEMBERS if list(MEMBERS.values()).count(MEMBERS[one]) == 1):
-        documents = [Document(f"{n}", text) for n, text in enumerate(
-            draw_documents(name, REFERENCE, fresh=True)
-        )]  # fmt: skip
-        others_blocks = pack_documents(
-            documents, np.arange(REFERENCE, dtype=np.int32), fused.base.tokenizer,
-            domain=MEMBERS[name], split=Split.CALIBRATION, block_size=BLOCK,
-        )  # fmt: skip
-        fresh = build_bank(fused, others_blocks, folder / "fresh", batch=batch)
-        own = list(banks[name].values())
-        features, others = (
-            np.concatenate([*map(_measure_documents, own)]),
-            _measure_documents(fresh),
-        )
-        texts, other_texts = _take_tokens(own), _take_tokens([fresh])
-        size = int(fused.base.model.config.vocab_size)
-        plain = [0, *range(2, 2 + len(names))]  # n and x, without squares and differences
-        found[name] = {
-            "documents": len(features),
-            "columns": int(features.shape[1]),
-            "which document": {
-                str(count): try_documents(features, others, count, seed=SEED) for count in COUNTS
-            },
-            "which document, sizes and losses alone": {
-                str(count): try_documents(features[:, plain], others[:, plain], count, seed=SEED)
-                for count in COUNTS
-            },
-            "which tokens": {
-                str(count): try_tokens(texts, other_texts, size, count, seed=SEED)
-                for count in (*COUNTS, BLOCKS)
-            },
-            "tokens by single figures": match_single(fused, own[-1]),
-        }
-        if told:
-            found[name]["what the coordinator has"] = attack_told(
-                told[MEMBERS[name]], fused, blocks[name], others_blocks, folder / "fresh",
-                batch=batch, seed=SEED,
-            )  # fmt: skip
-    return found
-
-
-@torch.no_grad()
-def match_single(fused: FusedModel, bank: Bank, blocks: int = 4) -> dict[str, float]:
-    """Tokens found by their own losses where the text before them is known."""
-    tokens = bank.tokens[:blocks].long()
-    possible = []
-    model = fused.base.model
-    for expert in fused.experts:
-        with applied(model, expert.adapter):
-            possible.append(-torch.log_softmax(model(tokens).logits[:, :-1].float(), dim=-1))
-    figures = -bank.logprob[:blocks, 1:].flatten(0, 1).numpy()
-    table = torch.stack(possible, dim=-1).flatten(0, 1).numpy()
-    truth = tokens[:, 1:].flatten().numpy()
-    right = float((match_tokens(figures, table) == truth).mean())
-    common = float(
-        np.bincount(bank.tokens[:, 1:].flatten().numpy()).max() / bank.tokens[:, 1:].numel()
-    )
-    return {"rate": right, "tried": len(truth), "chance": common}
-
-
 def _add_up(forms: dict[str, dict[str, int]]) -> int:
     """Strings found by the packing that shows the most of each form."""
     return sum(max(ways.values()) for ways in forms.values())
@@ -359,6 +271,31 @@ def _exceeds(own: int, decoys: int, needles: dict[str, Any], kind: str) -> bool:
     return bool(test.pvalue < LEVEL)
 
 
+def count_samples(
+    blocks: dict[str, dict[Split, Blocks]], search: Search
+) -> dict[str, dict[str, list[int]]]:
+    """Runs of ids inside the blocks that a pooled fusion asks for: found and looked for, by place.
+
+    Args:
+        blocks: Of each member.
+        search: What was found.
+
+    Returns:
+        By place and split, over all members, in the form that a contribution has them in.
+    """
+    rows: dict[str, dict[str, list[int]]] = {}
+    for place, ways in search.found.items():
+        found = set().union(*ways.values())
+        for split, count in SAMPLES.items():
+            row = rows.setdefault(place, {}).setdefault(str(split), [0, 0])
+            for name, own in blocks.items():
+                kept = search.needles.groups[Group(name, f"token ids, {split}", "int32")]
+                sent = kept & list_runs(own[split].take(count).tokens)
+                row[0] += len(sent & found)
+                row[1] += len(sent)
+    return rows
+
+
 def find_problems(found: dict[str, Any]) -> list[str]:
     """What is not as it should be."""
     problems = []
@@ -374,15 +311,18 @@ def find_problems(found: dict[str, Any]) -> list[str]:
             if not kind.startswith(DECOYS) and _exceeds(own, decoys, found["needles"], kind):
                 problems.append(f"{place}: {kind}: {own} found, and {decoys} decoys")
     else:
-        wire = {kind for place, kind in said if place == "wire, from members"}
-        for split in (Split.CALIBRATION, Split.ADMISSION, Split.HELD_OUT):
-            if f"token ids, {split}" not in wire:
-                problems.append(f"token ids of {split} are not found on the wire of pooled")
+        for place in CONTROLS:
+            problems += [
+                f"pooled: {got} of {of} runs of ids of {split} are found in {place}"
+                for split, (got, of) in found["samples"].get(place, {"no split": [0, 1]}).items()
+                if got < of
+            ]
     return problems
 
 
 def measure(captured: Captured, folder: Path) -> dict[str, Any]:
     """Make the needles, search everywhere, attack."""
+    began = time.monotonic()
     fused = load_fused(captured.server / "fused", base_folder=captured.server / "base")
     blocks: dict[str, dict[Split, Blocks]] = {}
     banks: dict[str, dict[Split, Bank]] = {}
@@ -423,12 +363,14 @@ def measure(captured: Captured, folder: Path) -> dict[str, Any]:
         "needles": count_groups(needles),
         "dropped": dropped,
         "found": search.tabulate(),
+        "samples": count_samples(blocks, search),
         "by chance": count_chance(needles, search.unpacked.values()),
         "planted": plant(needles),
-        "attack": attack(captured, fused, blocks, banks, folder),
+        "attack": attack(captured, fused, blocks, banks, folder, seed=SEED),
         "block size": BLOCK,
         "commands": captured.commands,
         "seconds": captured.seconds,
+        "search seconds": time.monotonic() - began,
     }
 
 

@@ -1,25 +1,27 @@
-"""The attack on the very totals that a coordinator has of a member who is alone in its domain.
+"""Attacks on a federation that was captured: on totals of any size, and on those it really has.
 
-They are read from the coordinator's home, where a private fusion keeps what it was told: sums over
-calibration documents of the losses of base and specialists, and over held-out documents of those
-of all that is compared. What an attacker lacks is the figures of each document; it computes those
-of candidates and of other documents of the domain itself.
+The latter are read from the coordinator's home, where a private fusion keeps what it was told: sums
+over calibration documents of the losses of base and specialists, and over held-out documents of
+those of all that is compared. What an attacker lacks is the figures of each document; it computes
+those of candidates and of other documents of the domain itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from traffic_attack import try_total
-from traffic_capture import SAMPLES
+import torch
+from traffic_attack import build_features, match_tokens, try_documents, try_tokens, try_total
+from traffic_capture import BLOCK, MEMBERS, SAMPLES, Captured, draw_documents
 from traffic_needles import build_bank
 
+from molora_fed.adapters.compatibility import applied
 from molora_fed.bank import Bank, HeldOutBank
-from molora_fed.charter import Charter
-from molora_fed.corpus.blocks import Blocks
+from molora_fed.charter import Charter, load_charter
+from molora_fed.corpus.blocks import Blocks, pack_documents
 from molora_fed.evaluation.bootstrap import ClusterIndex
 from molora_fed.evaluation.composition import name_specialist
 from molora_fed.evaluation.evaluate import evaluate
@@ -27,10 +29,16 @@ from molora_fed.evaluation.summed import Compared, name_difference
 from molora_fed.federation.sum_letters import read_tensors
 from molora_fed.fusion.boundary import label_merge
 from molora_fed.routing.fused import FusedModel
-from molora_fed.types import BASE_EXPERT, Split
+from molora_fed.types import BASE_EXPERT, Document, Split
 
-__all__ = ["Told", "attack_told", "read_told"]
+__all__ = ["attack"]
 
+COUNTS = (1, 2, 4, 8, 16)
+"""Documents or blocks in a total that is attacked; one is what nobody may be told."""
+BLOCKS = 32
+"""Of a member's held-out text, all in one total; tokens are looked for in that, too."""
+REFERENCE = 600
+"""Documents of a domain that an attacker is granted."""
 ALONE, MOMENTS = "alone", "moments"
 
 
@@ -171,3 +179,105 @@ def attack_told(
             "which document": try_total(said, own, away, others, seed=seed),
         }
     return found
+
+
+def _measure_documents(bank: Bank) -> Any:
+    """Features of documents, (M, F)."""
+    index = ClusterIndex.build(bank.clusters, bank.domain_of)
+    columns = [index.sum(bank.expert_nll(one).numpy()) for one in range(bank.num_experts)]
+    return build_features(index.counts, np.stack(columns, axis=1))
+
+
+def _take_tokens(banks: Iterable[Bank]) -> tuple[Any, Any]:
+    """Predicted tokens and their losses."""
+    own = list(banks)
+    tokens = np.concatenate([bank.tokens[:, 1:].numpy() for bank in own])
+    return tokens, np.concatenate([-bank.logprob[:, 1:].numpy() for bank in own])
+
+
+def attack(
+    captured: Captured,
+    fused: FusedModel,
+    blocks: dict[str, dict[Split, Blocks]],
+    banks: dict[str, dict[Split, Bank]],
+    folder: Path,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """What an attacker finds out of totals over documents and blocks, and of single figures.
+
+    Args:
+        captured: The federation.
+        fused: What was published.
+        blocks: Of each member.
+        banks: Of each member, see `build_banks`.
+        folder: Where banks are built.
+        seed: Of the draws.
+
+    Returns:
+        By member that is alone in its domain: rates and areas by the size of a total, and what the
+        totals tell that the coordinator really has, where texts stay with their owners.
+    """
+    found: dict[str, Any] = {}
+    charter = load_charter(captured.server)
+    batch = charter.identity.corpus.evaluation_batch
+    names = [one.name for one in fused.experts]
+    told = read_told(captured.server, charter, names)
+    for name in (one for one in MEMBERS if list(MEMBERS.values()).count(MEMBERS[one]) == 1):
+        documents = [Document(f"{n}", text) for n, text in enumerate(
+            draw_documents(name, REFERENCE, fresh=True)
+        )]  # fmt: skip
+        others_blocks = pack_documents(
+            documents, np.arange(REFERENCE, dtype=np.int32), fused.base.tokenizer,
+            domain=MEMBERS[name], split=Split.CALIBRATION, block_size=BLOCK,
+        )  # fmt: skip
+        fresh = build_bank(fused, others_blocks, folder / "fresh", batch=batch)
+        own = list(banks[name].values())
+        features, others = (
+            np.concatenate([*map(_measure_documents, own)]),
+            _measure_documents(fresh),
+        )
+        texts, other_texts = _take_tokens(own), _take_tokens([fresh])
+        size = int(fused.base.model.config.vocab_size)
+        plain = [0, *range(2, 2 + len(names))]  # n and x, without squares and differences
+        found[name] = {
+            "documents": len(features),
+            "columns": int(features.shape[1]),
+            "which document": {
+                str(count): try_documents(features, others, count, seed=seed) for count in COUNTS
+            },
+            "which document, sizes and losses alone": {
+                str(count): try_documents(features[:, plain], others[:, plain], count, seed=seed)
+                for count in COUNTS
+            },
+            "which tokens": {
+                str(count): try_tokens(texts, other_texts, size, count, seed=seed)
+                for count in (*COUNTS, BLOCKS)
+            },
+            "tokens by single figures": match_single(fused, own[-1]),
+        }
+        if told:
+            found[name]["what the coordinator has"] = attack_told(
+                told[MEMBERS[name]], fused, blocks[name], others_blocks, folder / "fresh",
+                batch=batch, seed=seed,
+            )  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def match_single(fused: FusedModel, bank: Bank, blocks: int = 4) -> dict[str, float]:
+    """Tokens found by their own losses where the text before them is known."""
+    tokens = bank.tokens[:blocks].long()
+    possible = []
+    model = fused.base.model
+    for expert in fused.experts:
+        with applied(model, expert.adapter):
+            possible.append(-torch.log_softmax(model(tokens).logits[:, :-1].float(), dim=-1))
+    figures = -bank.logprob[:blocks, 1:].flatten(0, 1).numpy()
+    table = torch.stack(possible, dim=-1).flatten(0, 1).numpy()
+    truth = tokens[:, 1:].flatten().numpy()
+    right = float((match_tokens(figures, table) == truth).mean())
+    common = float(
+        np.bincount(bank.tokens[:, 1:].flatten().numpy()).max() / bank.tokens[:, 1:].numel()
+    )
+    return {"rate": right, "tried": len(truth), "chance": common}
