@@ -17,7 +17,16 @@ from molora_fed.evaluation.bootstrap import ClusterIndex
 from molora_fed.routing.fused import FusedModel
 from molora_fed.types import Split
 
-__all__ = ["DECOYS", "add_figures", "add_texts", "build_bank", "build_banks", "list_runs"]
+__all__ = [
+    "ALONE",
+    "DECOYS",
+    "ONE_OF_SEVERAL",
+    "add_figures",
+    "add_texts",
+    "build_bank",
+    "build_banks",
+    "list_runs",
+]
 
 RUN = 8
 """Consecutive ids, dimensions, or half-precision figures that make a string."""
@@ -27,6 +36,10 @@ DIGITS = 9
 """Significant digits of a figure written as text; cut off there, so that longer ones hold it."""
 FEWEST_DIGITS = 8
 """A figure whose shortest text has fewer is looked for as the longer one of double precision."""
+ALONE = "sums of a member alone in its domain"
+ONE_OF_SEVERAL = "sums of one of several members"
+"""Kinds of sums over all documents of a member: those of each loss, its square and its product with
+the documents' sizes."""
 DECOYS = "decoy of "
 """Begins the kind of figures that nobody has: each figure changed in its last bits or digits. As
 many of them are found by chance as of the others."""
@@ -133,16 +146,23 @@ def build_bank(fused: FusedModel, blocks: Blocks, folder: Path, *, batch: int) -
 
 
 def add_figures(
-    needles: Needles, owner: str, banks: dict[Split, Bank], samples: dict[Split, int]
+    needles: Needles,
+    owner: str,
+    banks: dict[Split, Bank],
+    samples: dict[Split, int],
+    *,
+    is_alone: bool,
 ) -> None:
-    """Hidden states and losses of a member's blocks.
+    """Hidden states and losses of a member's blocks, and its sums of them.
 
     Args:
         needles: Where they are added.
         owner: The member.
         banks: See `build_banks`.
         samples: Blocks of each split that count in a fusion: of a document, those make a sum, too.
+        is_alone: Whether its domain has no other member, so that the domain's sums are its own.
     """
+    sums_of = ALONE if is_alone else ONE_OF_SEVERAL
     for split, bank in banks.items():
         states = {"hidden state": bank.base_hidden, "mean hidden state": bank.mean_hidden}
         for kind, column in states.items():
@@ -162,6 +182,9 @@ def add_figures(
             for n, index in parts.items():
                 sums = index.sum(array[:n])
                 _add_sums(needles, owner, f"loss of a document, {split}", sums, index.counts)
+                if n <= samples[split]:
+                    totals = np.array([sums.sum(), sums @ sums, sums @ index.counts])
+                    _add_values(needles, owner, f"{sums_of}, {split}", totals)
 
 
 def _add_states(needles: Needles, owner: str, kind: str, column: torch.Tensor) -> None:

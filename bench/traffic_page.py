@@ -225,7 +225,9 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
             f"Random bytes would hold {part['by chance']:.1e} of these strings. Memory is not "
             "random, and a loss in single precision has 29 bits of zero in double: behind a stroke "
             "are decoys, each figure changed in its last bits or digits, which nobody has. Where "
-            "figures are not told, as many of them are found as of decoys.",
+            "figures are not told, as many of them are found as of decoys. Sums over all documents of "
+            "a member are what a private fusion asks for: of a member alone in its domain they are "
+            "the domain's, of one of several the coordinator has them under robust sums only.",
             "",
             *_list_forms(part),
             "",
