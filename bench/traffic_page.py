@@ -95,6 +95,22 @@ def _conclude(part: Mapping[str, Any]) -> str:
     )
 
 
+def _list_aligned(part: Mapping[str, Any]) -> list[str]:
+    """Figures of double precision in memory, and whether they lie as doubles do."""
+    lines = _head(
+        "figures of double precision in memory",
+        ["found", "at a multiple of 8 bytes", "decoys found", "at a multiple of 8 bytes"],
+    )
+    rows: dict[str, list[int]] = {}
+    for kind, counts in part["aligned in memory"].items():
+        name = _split(kind)[0]
+        row = rows.setdefault(name.removeprefix(_DECOY), [0] * 4)
+        start = 2 * name.startswith(_DECOY)
+        row[start : start + 2] = [a + b for a, b in zip(row[start:], counts, strict=False)]
+    lines += [f"| {name} | {' | '.join(map('{:,}'.format, row))} |" for name, row in rows.items()]
+    return [*lines, ""] if rows else []
+
+
 def _list_samples(part: Mapping[str, Any]) -> list[str]:
     """Runs of ids inside blocks that a pooled fusion asks for, found of all."""
     splits = list(next(iter(part["samples"].values())))
@@ -225,9 +241,11 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
             f"Random bytes would hold {part['by chance']:.1e} of these strings. Memory is not "
             "random, and a loss in single precision has 29 bits of zero in double: behind a stroke "
             "are decoys, each figure changed in its last bits or digits, which nobody has. Where "
-            "figures are not told, as many of them are found as of decoys. Sums over all documents of "
-            "a member are what a private fusion asks for: of a member alone in its domain they are "
-            "the domain's, of one of several the coordinator has them under robust sums only.",
+            "figures are not told, as many of them are found as of decoys. Sums over all documents "
+            "of a member are what a private fusion asks for: of a member alone in its domain they "
+            "are the domain's, of one of several the coordinator has them under robust sums only.",
+            "",
+            *_list_aligned(part),
             "",
             *_list_forms(part),
             "",

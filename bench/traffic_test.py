@@ -65,9 +65,10 @@ PLANTED = 12
 """Strings of a kind and form that are planted in each packing."""
 LEVEL = 0.001
 """Of the test whether more figures are found than decoys."""
-CONTROLS = ("wire, from members", "rest of the home", "memory")
+MEMORY = "memory"
+CONTROLS = ("wire, from members", "rest of the home", MEMORY)
 """Where a pooled fusion must show every sample; its mailbox is empty once contributions are in."""
-OPENED = ("rest of the home", "memory")
+OPENED = ("rest of the home", MEMORY)
 """Where totals of masked sums are kept, which are a member's own where it is alone."""
 _PAGE = 4_096
 _PUBLIC = "is public"
@@ -99,22 +100,24 @@ class Search:
         found: Strings by place and packing.
         searched: Bytes by place, as recorded.
         unpacked: Bytes that were looked through, by packing.
+        aligned: Figures in double precision that lie at a multiple of eight bytes of memory.
     """
 
     needles: Needles
     found: dict[str, dict[str, set[bytes]]] = field(default_factory=dict)
     searched: dict[str, int] = field(default_factory=dict)
     unpacked: dict[str, int] = field(default_factory=dict)
+    aligned: set[bytes] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._index = Index(self.needles)
         self._seen: set[str] = set()
-        self._decimals = {
-            string
-            for group, kept in self.needles.groups.items()
-            if group.form == "decimal"
-            for string in kept
-        }
+        self._decimals, self._doubles = (
+            set().union(
+                *(kept for group, kept in self.needles.groups.items() if group.form == form)
+            )
+            for form in ("decimal", "float64")
+        )
 
     def look(self, place: str, data: bytes, *, deep: bool = True) -> set[bytes]:
         """Search a stream; one that was seen before at the same place is counted only."""
@@ -128,9 +131,24 @@ class Search:
             self.unpacked[how] = self.unpacked.get(how, 0) + len(part)
             here = self._index.find(part)
             here -= {one for one in here & self._decimals if not _begins_number(part, one)}
+            if place == MEMORY and how == "raw":
+                doubles = {one for one in here & self._doubles if len(one) == 8}
+                self.aligned |= {one for one in doubles if _is_aligned(part, one)}
             self.found.setdefault(place, {}).setdefault(how, set()).update(here)
             found |= here
         return found
+
+    def count_aligned(self) -> dict[str, list[int]]:
+        """Figures of double precision found in memory, by kind: all, and those that are aligned."""
+        rows: dict[str, list[int]] = {}
+        found = self.found.get(MEMORY, {}).get("raw", set())
+        for group, strings in self.needles.groups.items():
+            if group.form == "float64":
+                few = {one for one in strings & found if len(one) == 8}
+                row = rows.setdefault(group.kind, [0, 0])
+                row[0] += len(few)
+                row[1] += len(few & self.aligned)
+        return {kind: row for kind, row in rows.items() if row[0]}
 
     def tabulate(self) -> dict[str, Table]:
         """Distinct strings by place, kind, form and packing."""
@@ -150,6 +168,14 @@ def _begins_number(data: bytes, string: bytes) -> bool:
     at = data.find(string)
     while at > 0 and data[at - 1] in b"0123456789.":
         at = data.find(string, at + 1)
+    return at >= 0
+
+
+def _is_aligned(memory: bytes, string: bytes) -> bool:
+    """Whether it lies at a multiple of eight bytes, as every double of an array or object does."""
+    at = memory.find(string)
+    while at % 8 and at >= 0:
+        at = memory.find(string, at + 1)
     return at >= 0
 
 
@@ -220,7 +246,7 @@ def look_everywhere(captured: Captured, search: Search) -> None:
     for snapshot in captured.snapshots[1:]:
         for path in snapshot.memory.values():
             print(f"memory: {snapshot.when}", flush=True)
-            search.look("memory", _take_new_pages(path.read_bytes(), seen), deep=False)
+            search.look(MEMORY, _take_new_pages(path.read_bytes(), seen), deep=False)
 
 
 def plant(needles: Needles) -> dict[str, dict[str, list[int]]]:
@@ -377,6 +403,7 @@ def measure(captured: Captured, folder: Path) -> dict[str, Any]:
         "needles": count_groups(needles),
         "dropped": dropped,
         "found": search.tabulate(),
+        "aligned in memory": search.count_aligned(),
         "samples": count_samples(blocks, search),
         "by chance": count_chance(needles, search.unpacked.values()),
         "planted": plant(needles),
