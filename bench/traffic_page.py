@@ -53,10 +53,15 @@ def _list_captured(parts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
     for place in places:
         cells = [f"{part['searched'].get(place, 0):,}" for part in parts]
         lines.append(f"| {place} | {' | '.join(cells)} |")
-    ways = dict.fromkeys(way for part in parts for way in part["unpacked"] if way != "raw")
-    for way in ways:
-        cells = [f"{part['unpacked'].get(way, 0):,}" for part in parts]
-        lines.append(f"| … unpacked: {way} | {' | '.join(cells)} |")
+    totals: dict[str, dict[int, int]] = {}
+    for column, part in enumerate(parts):
+        for way, count in part["unpacked"].items():
+            row = totals.setdefault(way.split(" > ")[0], {})
+            row[column] = row.get(column, 0) + count
+    totals.pop("raw")
+    for way, row in sorted(totals.items()):
+        cells = [f"{row.get(column, 0):,}" for column in range(len(parts))]
+        lines.append(f"| … unpacked from {way} | {' | '.join(cells)} |")
     return lines
 
 
@@ -108,7 +113,12 @@ def _list_aligned(part: Mapping[str, Any]) -> list[str]:
         start = 2 * name.startswith(_DECOY)
         row[start : start + 2] = [a + b for a, b in zip(row[start:], counts, strict=False)]
     lines += [f"| {name} | {' | '.join(map('{:,}'.format, row))} |" for name, row in rows.items()]
-    return [*lines, ""] if rows else []
+    said = (
+        "An array or an object has a double at a multiple of eight bytes, the buffer of a message "
+        "anywhere. What lies elsewhere and is no sum reaches over two words of something else, "
+        "pointers mostly."
+    )
+    return [*lines, "", said, ""] if rows else []
 
 
 def _list_samples(part: Mapping[str, Any]) -> list[str]:
@@ -141,23 +151,66 @@ def _list_forms(part: Mapping[str, Any]) -> list[str]:
     return lines if len(lines) > 2 else [_NOTHING]
 
 
-def _list_planted(part: Mapping[str, Any]) -> list[str]:
-    ways = list(next(iter(part["planted"].values())))
-    lines = _head("planted: found of all", ways)
-    for kind, row in part["planted"].items():
-        if not kind.startswith(_DECOY):
-            cells = [f"{row[way][0]} of {row[way][1]}" for way in ways]
-            lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return lines
+def _list_planted(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether the search finds what it is shown; a table only of what it misses."""
+    ways = list(parts[0]["planted"]["text"])
+    missed = [
+        f"- {_name(part)}, {kind} in {way}: {got} of {of}"
+        for part in parts
+        for kind, row in part["planted"].items()
+        for way, (got, of) in row.items()
+        if got < of
+    ]
+    few = min(row["raw"][1] for part in parts for row in part["planted"].values())
+    return [
+        f"The search itself: of each kind and form at least {few} strings, planted among random "
+        f"bytes as {', '.join(ways)}, are {'not all' if missed else 'all'} found.",
+        *missed,
+        "",
+    ]
 
 
 def _show(one: Mapping[str, float]) -> str:
     return f"{one['point']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
 
 
-def _list_attacks(part: Mapping[str, Any]) -> list[str]:
+def _list_attacks(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Attacks on totals of any size, once where all federations give the same, and on real ones."""
+    shown: dict[str, list[str]] = {}
+    for part in parts:
+        lines = _list_sizes(part["attack"])
+        shown.setdefault("\n".join(lines), []).append(_name(part))
+    lines = []
+    for text, names in shown.items():
+        lines += [f"### By size of the total: {'; '.join(names)}", "", text]
+    lines += [
+        "### Totals that the coordinator has of a member alone in its domain",
+        "",
+        "| federation | member | sums over | documents | numbers told | used "
+        "| which of 10 documents | without |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    apart = 0.0
+    for part in parts:
+        for member, found in part["attack"].items():
+            for split, one in found.get("what the coordinator has", {}).items():
+                counts = (one[name] for name in ("documents", "numbers told", "numbers used"))
+                rates = (_show(one["which document"][name]) for name in ("told", "chance"))
+                cells = [_name(part), member, split, *map(str, counts), *rates]
+                lines.append(f"| {' | '.join(cells)} |")
+                apart = max(apart, one["apart"])
+    return [
+        *lines,
+        "",
+        "In pooled the coordinator has the texts. The totals read from its home differ from the "
+        f"sums of the member's own documents by {apart:.0e} of them at most.",
+        "",
+    ]
+
+
+def _list_sizes(attack: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
-    for member, found in part["attack"].items():
+    for member, found in attack.items():
         single = found["tokens by single figures"]
         lines += [
             f"**{member}**, alone in its domain; {found['documents']} documents that no model was "
@@ -170,30 +223,12 @@ def _list_attacks(part: Mapping[str, Any]) -> list[str]:
             f"|{'---:|' * 7}",
         ]
         kinds = ("which document", "which document, sizes and losses alone", "which tokens")
-        for count in found["which tokens"]:
-            each = (found[kind][count] for kind in kinds)
-            cells = [_show(one[name]) for one in each for name in ("told", "chance")]
+        for count in sorted(found["which tokens"], key=int):
+            each = (found[kind].get(count) for kind in kinds)
+            cells = [_show(one[name]) if one else "" for one in each for name in ("told", "chance")]
             lines.append(f"| {count} | {' | '.join(cells)} |")
         lines.append("")
-        lines += _list_told(found.get("what the coordinator has", {}))
     return lines
-
-
-def _list_told(splits: Mapping[str, Any]) -> list[str]:
-    """What the totals tell that the coordinator really has."""
-    if not splits:
-        return []
-    lines = [
-        "| total that the coordinator has | documents | numbers told | used "
-        "| which of 10 documents | without |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for split, one in splits.items():
-        rates = (_show(one["which document"][name]) for name in ("told", "chance"))
-        cells = [*map(str, (one["documents"], one["numbers told"], one["numbers used"])), *rates]
-        lines.append(f"| {split} | {' | '.join(cells)} |")
-    apart = max(one["apart"] for one in splits.values())
-    return [*lines, "", f"Apart from the member's own sums at most, as a share: {apart:.0e}.", ""]
 
 
 def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
@@ -206,8 +241,9 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
     lines = ["# Traffic test", ""]
     for part in parts:
         lines.append(
-            f"- **{_name(part)}**, `{part['command']}`: {_conclude(part)} Federation "
-            f"{part['seconds']:.0f} s, search and attacks {part['search seconds']:.0f} s."
+            f"- **{_name(part)}**, `{part['command']}`: {_conclude(part)} Memory was read at "
+            f"{len(part['snapshots']) - 1} moments; federation {part['seconds']:.0f} s, search and "
+            f"attacks {part['search seconds']:.0f} s, on a machine busy with other work."
         )
     versions = ", ".join(f"{name} {one}" for name, one in parts[0]["versions"].items())
     lines += [
@@ -215,21 +251,27 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
         f"{versions}. Four contributors, each a process tree of its own behind a line that keeps "
         "every byte; two are alone in their domains, two share one. Base with random weights, "
         f"blocks of {parts[0]['block size']} tokens. Memory is what the coordinator's processes "
-        f"may write to, at {len(parts[0]['snapshots']) - 1} moments from its first pass to the "
-        "published model; what happened in between is not seen. A page that an earlier moment had "
-        "is searched once, and again where a page beside it is new.",
-        "",
-        *_ATTACKS,
+        "may write to, whenever the coordinator says that it begins something else, from its first "
+        "pass to the published model; what happened in between is not seen. A page that an earlier "
+        "moment had is searched once, and again where a page beside it is new.",
         "",
         *_list_captured(parts, names),
         "",
         "Strings are looked for at every offset, in the streams, in the bodies of their HTTP "
         "messages (Flower sends protobuf and compresses nothing), and in all that can be unpacked "
-        "from them. Not looked for: strings that are public (base, tokenizer, charter, program, "
-        "the coordinator's memory and home before anybody joined), of several members, or too "
-        "plain. Bare deflate, which has no mark, is tried at every offset of streams of up to "
-        "256 KiB, not of memory. zstd and Brotli are not undone; no reader of them is installed on "
-        "either side.",
+        "from them, three times over. Not looked for: strings that are public (base, tokenizer, "
+        "charter, program, the coordinator's memory and home before anybody joined), of several "
+        "members, or too plain. Bare deflate, which has no mark, is tried at every offset of "
+        "streams of up to 256 KiB, not of memory. zstd and Brotli are not undone; no reader of "
+        "them is installed on either side.",
+        "",
+        *_list_planted(parts),
+        "Memory is not random, and a loss in single precision has 29 bits of zero in double: "
+        "behind a stroke are decoys, each figure changed in its last bits or digits, which nobody has. "
+        "Figures that are not told are found as often as decoys (a problem is p < 0.001 that they "
+        "are not). Sums over all documents of a member are what a private fusion asks for: of a "
+        "member alone in its domain they are the domain's, of one of several the coordinator has "
+        "them under robust sums only.",
         "",
     ]
     for part, name in zip(parts, names, strict=True):
@@ -238,21 +280,16 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
             "",
             *_list_kinds(part),
             "",
-            f"Random bytes would hold {part['by chance']:.1e} of these strings. Memory is not "
-            "random, and a loss in single precision has 29 bits of zero in double: behind a stroke "
-            "are decoys, each figure changed in its last bits or digits, which nobody has. Where "
-            "figures are not told, as many of them are found as of decoys. Sums over all documents "
-            "of a member are what a private fusion asks for: of a member alone in its domain they "
-            "are the domain's, of one of several the coordinator has them under robust sums only.",
-            "",
-            *_list_aligned(part),
+            f"Random bytes would hold {part['by chance']:.1e} of these strings.",
             "",
             *_list_forms(part),
             "",
-            *_list_samples(part),
+            *_list_aligned(part),
+            *(_list_samples(part) if part["privacy"] == "pooled" else ()),
             "",
-            *_list_planted(part),
-            "",
-            *_list_attacks(part),
         ]
-    return "\n".join(lines)
+    lines += ["## Attacks", "", *_ATTACKS, "", *_list_attacks(parts)]
+    text = "\n".join(lines)
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.rstrip() + "\n"
