@@ -46,8 +46,7 @@ def _show_mean(areas: list[float]) -> dict[str, float]:
     width = float(stats.t.ppf(0.975, len(areas) - 1))
     half = width * float(np.std(areas, ddof=1)) / math.sqrt(len(areas))
     middle = float(np.mean(areas))
-    low, high = max(0.0, middle - half), min(1.0, middle + half)
-    return {"point": middle, "low": low, "high": high, "tried": len(areas)}
+    return {"point": middle, "low": middle - half, "high": middle + half, "tried": len(areas)}
 
 
 def build_features(sizes: NDArray[Any], losses: NDArray[Any]) -> NDArray[np.float64]:

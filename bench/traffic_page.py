@@ -171,7 +171,8 @@ def _list_planted(parts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _show(one: Mapping[str, float]) -> str:
-    return f"{one['point']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+    low, high = max(0.0, one["low"]), min(1.0, one["high"])
+    return f"{one['point']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _list_attacks(parts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -267,10 +268,10 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
         "",
         *_list_planted(parts),
         "Memory is not random, and a loss in single precision has 29 bits of zero in double: "
-        "behind a stroke are decoys, each figure changed in its last bits or digits, which nobody has. "
-        "Figures that are not told are found as often as decoys (a problem is p < 0.001 that they "
-        "are not). Sums over all documents of a member are what a private fusion asks for: of a "
-        "member alone in its domain they are the domain's, of one of several the coordinator has "
+        "behind a stroke are decoys, each figure changed in its last bits or digits, which nobody "
+        "has. Figures that are not told are found as often as decoys (a problem is p < 0.001 that "
+        "they are not). Sums over all documents of a member are what a private fusion asks for: of "
+        "a member alone in its domain they are the domain's, of one of several the coordinator has "
         "them under robust sums only.",
         "",
     ]
