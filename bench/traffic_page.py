@@ -93,7 +93,8 @@ def _conclude(part: Mapping[str, Any]) -> str:
         return f"**not as it should be**: {'; '.join(part['problems'])}."
     if part["privacy"] == "private":
         return f"{_NOTHING} Single figures are found as often as decoys."
-    found = sum(got for got, _ in part["samples"]["wire, from members"].values())
+    rows = part["samples"]["wire, from members"]
+    found = sum(got for split, (got, _) in rows.items() if split != "beyond")
     return (
         f"the positive control. All {found:,} runs of token ids inside the samples are found on "
         "the wire, in the coordinator's home and in its memory."
@@ -123,12 +124,17 @@ def _list_aligned(part: Mapping[str, Any]) -> list[str]:
 
 def _list_samples(part: Mapping[str, Any]) -> list[str]:
     """Runs of ids inside blocks that a pooled fusion asks for, found of all."""
-    splits = list(next(iter(part["samples"].values())))
-    lines = _head("token ids of a fusion's samples, found of all", splits)
+    splits = [split for split in next(iter(part["samples"].values())) if split != "beyond"]
+    lines = _head("runs of ids inside a fusion's samples, found of all", splits)
+    lines = [lines[0] + " found beyond the samples |", lines[1] + "---:|"]
     for place, row in part["samples"].items():
         cells = [f"{got:,} of {of:,}" for got, of in (row[split] for split in splits)]
-        lines.append(f"| {place} | {' | '.join(cells)} |")
-    return lines
+        lines.append(f"| {place} | {' | '.join(cells)} | {row['beyond'][0]:,} |")
+    return [
+        *lines,
+        "",
+        "Runs of train and validation text that are found are such as the samples hold, too.",
+    ]
 
 
 def _count_distinct(forms: Mapping[str, Mapping[str, int]]) -> int:

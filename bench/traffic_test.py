@@ -311,11 +311,28 @@ def count_samples(
         search: What was found.
 
     Returns:
-        By place and split, over all members, in the form that a contribution has them in.
+        By place and split, over all members, in the form that a contribution has them in; and
+        "beyond", runs that are found and in none of the samples, of all that are found.
     """
     rows: dict[str, dict[str, list[int]]] = {}
+    ids = {
+        group: kept
+        for group, kept in search.needles.groups.items()
+        if group.kind.startswith("token ids") and group.form == "int32"
+    }
+    whole = {  # a contribution has its samples one after another
+        name: set().union(
+            *(list_runs(own[split].take(n).tokens.reshape(1, -1)) for split, n in SAMPLES.items())
+        )
+        for name, own in blocks.items()
+    }
     for place, ways in search.found.items():
         found = set().union(*ways.values())
+        own_found = {group.owner: set[bytes]() for group in ids}
+        for group, kept in ids.items():
+            own_found[group.owner] |= kept & found
+        beyond = sum(len(some - whole[name]) for name, some in own_found.items())
+        rows[place] = {"beyond": [beyond, sum(map(len, own_found.values()))]}
         for split, count in SAMPLES.items():
             row = rows.setdefault(place, {}).setdefault(str(split), [0, 0])
             for name, own in blocks.items():
@@ -351,9 +368,14 @@ def find_problems(found: dict[str, Any]) -> list[str]:
                 problems.append(f"{place}: {kind}: {own} found, and {decoys} decoys")
     else:
         for place in CONTROLS:
+            rows = dict(found["samples"].get(place, {"no split": [0, 1]}))
+            beyond, _ = rows.pop("beyond", (0, 0))
+            problems += [f"pooled: {beyond} runs of ids in {place} that are no sample's"] * (
+                beyond > 0
+            )
             problems += [
                 f"pooled: {got} of {of} runs of ids of {split} are found in {place}"
-                for split, (got, of) in found["samples"].get(place, {"no split": [0, 1]}).items()
+                for split, (got, of) in rows.items()
                 if got < of
             ]
     return problems

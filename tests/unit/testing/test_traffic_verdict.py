@@ -81,6 +81,8 @@ def test_a_control_that_misses_a_sample_is_a_problem(traffic):
         traffic, {}, privacy="pooled", samples={**whole, "memory": {"held-out": [8, 9]}}
     )
     assert problem == "pooled: 8 of 9 runs of ids of held-out are found in memory"
+    more = {place: {**row, "beyond": [3, 12]} for place, row in whole.items()}
+    assert len(judge(traffic, {}, privacy="pooled", samples=more)) == len(traffic.CONTROLS)
 
 
 def test_a_number_inside_another_one_is_not_found(traffic):
