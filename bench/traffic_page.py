@@ -250,7 +250,8 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             f"- **{_name(part)}**, `{part['command']}`: {_conclude(part)} Memory was read at "
             f"{len(part['snapshots']) - 1} moments; federation {part['seconds']:.0f} s, search and "
-            f"attacks {part['search seconds']:.0f} s, on a machine busy with other work."
+            f"attacks {part['search seconds']:.0f} s, on a machine busy with other work. "
+            f"`traffic-{_name(part).replace(', ', '-')}.json`."
         )
     versions = ", ".join(f"{name} {one}" for name, one in parts[0]["versions"].items())
     lines += [

@@ -259,11 +259,12 @@ def plant(needles: Needles) -> dict[str, dict[str, list[int]]]:
         kind = group.kind.partition(",")[0]
         chosen.setdefault(kind, Needles()).add(group, some)
     for kind, few in chosen.items():
+        search = Search(few)
         strings = {one for kept in few.groups.values() for one in kept}
         packed = b"\n".join(sorted(strings))
         for how, pack in PACKINGS.items():
             stream = draw.bytes(1_001) + b"{" + pack(packed) + b"}" + draw.bytes(503)
-            found = Search(few).look(how, stream, deep=how == "deflate")
+            found = search.look(how, stream, deep=how == "deflate")
             rows.setdefault(kind, {})[how] = [len(found & strings), len(strings)]
     return rows
 
