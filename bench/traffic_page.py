@@ -215,6 +215,31 @@ def _list_attacks(parts: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _conclude_attacks(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How often the held-out totals of a private fusion name a document."""
+    rates = [
+        found["what the coordinator has"]["held-out"]
+        for part in parts
+        for found in part["attack"].values()
+        if "what the coordinator has" in found
+    ]
+    if not rates:
+        return []
+    told, chance = (
+        " to ".join(
+            f"{end([one['which document'][name]['point'] for one in rates]):.2f}"
+            for end in (min, max)
+        )
+        for name in ("told", "chance")
+    )
+    return [
+        "- **What the totals tell**: hardly which tokens a text has; but of ten documents that "
+        f"somebody holds, the one that is among a member's {rates[0]['documents']} is named with a "
+        f"rate of {told}, by chance {chance}, where the member is alone in its domain ([attacks]"
+        "(#attacks), [what protects](../private_fusion.md#what-can-be-told-from-it))."
+    ]
+
+
 def _list_sizes(attack: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for member, found in attack.items():
@@ -253,6 +278,7 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
             f"attacks {part['search seconds']:.0f} s, on a machine busy with other work. "
             f"`traffic-{_name(part).replace(', ', '-')}.json`."
         )
+    lines += _conclude_attacks(parts)
     versions = ", ".join(f"{name} {one}" for name, one in parts[0]["versions"].items())
     lines += [
         "",
