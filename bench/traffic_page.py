@@ -6,6 +6,7 @@ from typing import Any
 __all__ = ["build_page"]
 
 _DECOY = "decoy of "
+_ONE_OF_SEVERAL = "sums of one of several members"
 _ATTACKS = (
     "The attacker has all experts and 600 documents of the member's domain that are not the "
     "member's. Told a total, it says which of ten documents, of which it has the figures, is in "
@@ -92,7 +93,17 @@ def _conclude(part: Mapping[str, Any]) -> str:
     if part["problems"]:
         return f"**not as it should be**: {'; '.join(part['problems'])}."
     if part["privacy"] == "private":
-        return f"{_NOTHING} Single figures are found as often as decoys."
+        sums = sum(
+            _count_distinct(forms)
+            for table in part["found"].values()
+            for kind, forms in table.items()
+            if kind.startswith(_ONE_OF_SEVERAL)
+        )
+        told = "are told, and found" if part["summing"] == "robust" else f"are found {sums} times"
+        return (
+            f"{_NOTHING} Single figures are found as often as decoys. Sums over all documents of "
+            f"one of several members of a domain {told if sums else 'are not found'}."
+        )
     rows = part["samples"]["wire, from members"]
     found = sum(got for split, (got, _) in rows.items() if split != "beyond")
     return (
