@@ -20,11 +20,14 @@ __all__ = [
     "rank_tokens",
     "try_documents",
     "try_tokens",
+    "try_total",
 ]
 
 CANDIDATES = 10
 """Documents that an attacker chooses from; one is the member's."""
 TRIALS = 400
+DRAWS = 25
+"""How often each document of a given total is shown among others."""
 BANDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Tokens are compared with others whose probability to be there lies between the same two."""
 _KEPT = 1e-9  # of the largest variance: directions with less are rounding
@@ -39,8 +42,9 @@ def _show_rate(right: int, tried: int) -> dict[str, float]:
 
 
 def _show_mean(areas: list[float]) -> dict[str, float]:
-    """A mean with its 95 % interval."""
-    half = 1.96 * float(np.std(areas, ddof=1)) / math.sqrt(len(areas))
+    """The mean of rates or areas with its 95 % interval, Student's."""
+    width = float(stats.t.ppf(0.975, len(areas) - 1))
+    half = width * float(np.std(areas, ddof=1)) / math.sqrt(len(areas))
     middle = float(np.mean(areas))
     return {"point": middle, "low": middle - half, "high": middle + half, "tried": len(areas)}
 
@@ -116,6 +120,41 @@ def try_documents(
             guess = guess_document(total, count, shown[mixed], known)
             right[name] += int(mixed[guess] == 0)
     return {name: _show_rate(times, TRIALS) for name, times in right.items()}
+
+
+def try_total(
+    total: NDArray[Any],
+    own: NDArray[Any],
+    outside: NDArray[Any],
+    others: NDArray[Any],
+    *,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Guess from one total that is given: each document is shown several times among others.
+
+    Args:
+        total: Sum of the features of some documents, (F,).
+        own: Features of these, (M, F).
+        outside: Of documents of the same member that are not in it, (O, F).
+        others: Of documents of the same domain that it does not have, (R, F).
+        seed: Of the draws.
+
+    Returns:
+        How often the guess is right where one of the total's documents is shown ("told"), and
+        where one of the member's others is ("chance"); 95 % intervals by document.
+    """
+    draw = np.random.default_rng(seed)
+    rates: dict[str, list[float]] = {"told": [], "chance": []}
+    for name, shown in (("told", own), ("chance", outside)):
+        for document in shown:
+            right = 0
+            for _ in range(DRAWS):
+                order, mixed = draw.permutation(len(others)), draw.permutation(CANDIDATES)
+                candidates = np.vstack([document, others[order[: CANDIDATES - 1]]])[mixed]
+                known = others[order[CANDIDATES - 1 :]]
+                right += int(mixed[guess_document(total, len(own), candidates, known)] == 0)
+            rates[name].append(right / DRAWS)
+    return {name: _show_mean(found) for name, found in rates.items()}
 
 
 def match_tokens(figures: NDArray[Any], possible: NDArray[Any]) -> NDArray[np.int64]:

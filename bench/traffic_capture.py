@@ -21,10 +21,12 @@ from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.mailbox import read_json
 from molora_fed.storage.files import write_bytes, write_json
 from molora_fed.testing.traffic import RecordingLine
+from molora_fed.types import Split
 
 __all__ = [
     "BLOCK",
     "MEMBERS",
+    "SAMPLES",
     "Captured",
     "Snapshot",
     "draw_documents",
@@ -40,10 +42,11 @@ LEXICON, OWN_WORDS, SUCCESSORS = 400, 140, 7
 DOCUMENTS, SENTENCES, WORDS = 150, 5, 10
 VOCABULARY = 700
 BLOCK = 32
-SAMPLES = {"calibration": 32, "admission": 16, "held_out": 32}
+SAMPLES = {Split.CALIBRATION: 32, Split.ADMISSION: 16, Split.HELD_OUT: 32}
+"""Blocks of each split that a fusion is made and measured with."""
 SETTINGS = (
     "training.batch=4", "training.learning_rate=0.01", "training.validate_every=50",
-    *(f"samples.{split}={count}" for split, count in SAMPLES.items()),
+    *(f"samples.{split.replace('-', '_')}={count}" for split, count in SAMPLES.items()),
 )  # fmt: skip
 COORDINATOR = "molora_fed.federation.coordinator"
 FUSING = "FUSING"

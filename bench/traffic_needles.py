@@ -17,7 +17,16 @@ from molora_fed.evaluation.bootstrap import ClusterIndex
 from molora_fed.routing.fused import FusedModel
 from molora_fed.types import Split
 
-__all__ = ["DECOYS", "add_figures", "add_texts", "build_banks"]
+__all__ = [
+    "ALONE",
+    "DECOYS",
+    "ONE_OF_SEVERAL",
+    "add_figures",
+    "add_texts",
+    "build_bank",
+    "build_banks",
+    "list_runs",
+]
 
 RUN = 8
 """Consecutive ids, dimensions, or half-precision figures that make a string."""
@@ -25,6 +34,12 @@ FEWEST_IDS, FEWEST_LETTERS = 4, 6
 """Runs of fewer different ids, and texts of fewer different letters, tell nothing."""
 DIGITS = 9
 """Significant digits of a figure written as text; cut off there, so that longer ones hold it."""
+FEWEST_DIGITS = 8
+"""A figure whose shortest text has fewer is looked for as the longer one of double precision."""
+ALONE = "sums of a member alone in its domain"
+ONE_OF_SEVERAL = "sums of one of several members"
+"""Kinds of sums over all documents of a member: those of each loss, its square and its product with
+the documents' sizes."""
 DECOYS = "decoy of "
 """Begins the kind of figures that nobody has: each figure changed in its last bits or digits. As
 many of them are found by chance as of the others."""
@@ -76,6 +91,12 @@ def _add_ids(needles: Needles, owner: str, kind: str, ids: NDArray[Any]) -> None
         needles.add(Group(owner, kind, form), packed)
 
 
+def list_runs(tokens: NDArray[Any]) -> set[bytes]:
+    """All runs of ids inside blocks (N, T), as int32."""
+    rows = np.lib.stride_tricks.sliding_window_view(tokens, RUN, axis=1)
+    return set(_rows(rows.reshape(-1, RUN).astype("<i4")))
+
+
 def _varint(value: int) -> bytes:
     out = bytearray()
     while value > 127:
@@ -103,22 +124,45 @@ def build_banks(
         batch: Blocks per forward pass, the charter's: the last bits of losses depend on it.
         limit: Blocks of a split at most, a multiple of `batch`.
     """
-    experts = [Expert(one.name, one.adapter) for one in fused.experts]
-    more: Any = {
-        "readings": frozenset({"evidence", "base_hidden", "mean_hidden", "prefix_hidden"}),
-        "mixture": fused.mixture,
-        "batch": batch,
-        "frozen_depth": fused.frozen_depth,
+    return {
+        split: build_bank(fused, blocks[split].take(limit), folder, batch=batch)
+        for split in (Split.CALIBRATION, Split.ADMISSION, Split.HELD_OUT)
     }
-    banks: dict[Split, Bank] = {}
-    for split in (Split.CALIBRATION, Split.ADMISSION, Split.HELD_OUT):
-        build = build_held_out_bank if split == Split.HELD_OUT else build_calibration_bank
-        banks[split] = build(folder, fused.base, experts, [blocks[split].take(limit)], **more)
-    return banks
 
 
-def add_figures(needles: Needles, owner: str, banks: dict[Split, Bank]) -> None:
-    """Hidden states and losses of a member's blocks."""
+def build_bank(fused: FusedModel, blocks: Blocks, folder: Path, *, batch: int) -> Bank:
+    """The same of some blocks, a held-out bank where they are of that split."""
+    build = build_held_out_bank if blocks.split == Split.HELD_OUT else build_calibration_bank
+    return build(
+        folder,
+        fused.base,
+        [Expert(one.name, one.adapter) for one in fused.experts],
+        [blocks],
+        readings=frozenset({"evidence", "base_hidden", "mean_hidden", "prefix_hidden"}),
+        mixture=fused.mixture,
+        batch=batch,
+        frozen_depth=fused.frozen_depth,
+    )
+
+
+def add_figures(
+    needles: Needles,
+    owner: str,
+    banks: dict[Split, Bank],
+    samples: dict[Split, int],
+    *,
+    is_alone: bool,
+) -> None:
+    """Hidden states and losses of a member's blocks, and its sums of them.
+
+    Args:
+        needles: Where they are added.
+        owner: The member.
+        banks: See `build_banks`.
+        samples: Blocks of each split that count in a fusion: of a document, those make a sum, too.
+        is_alone: Whether its domain has no other member, so that the domain's sums are its own.
+    """
+    sums_of = ALONE if is_alone else ONE_OF_SEVERAL
     for split, bank in banks.items():
         states = {"hidden state": bank.base_hidden, "mean hidden state": bank.mean_hidden}
         for kind, column in states.items():
@@ -126,7 +170,8 @@ def add_figures(needles: Needles, owner: str, banks: dict[Split, Bank]) -> None:
                 _add_states(needles, owner, f"{kind}, {split}", column)
         losses = {"base": bank.base_nll()}
         losses |= {n: bank.expert_nll(e) for e, n in enumerate(bank.expert_names)}
-        index = ClusterIndex.build(bank.clusters, bank.domain_of)
+        counts = dict.fromkeys((bank.num_blocks, min(samples[split], bank.num_blocks)))
+        parts = {n: ClusterIndex.build(bank.clusters[:n], bank.domain_of[:n]) for n in counts}
         size = bank.block_size - 1
         for column in losses.values():
             array = column.numpy()
@@ -134,9 +179,12 @@ def add_figures(needles: Needles, owner: str, banks: dict[Split, Bank]) -> None:
             _add_values(needles, owner, f"loss of a token, {split}", array.reshape(-1))
             exact = array.astype(np.float64)
             _add_sums(needles, owner, f"loss of a block, {split}", exact.sum(axis=1), size)
-            _add_sums(
-                needles, owner, f"loss of a document, {split}", index.sum(array), index.counts
-            )
+            for n, index in parts.items():
+                sums = index.sum(array[:n])
+                _add_sums(needles, owner, f"loss of a document, {split}", sums, index.counts)
+                if n <= samples[split]:
+                    totals = np.array([sums.sum(), sums @ sums, sums @ index.counts])
+                    _add_values(needles, owner, f"{sums_of}, {split}", totals)
 
 
 def _add_states(needles: Needles, owner: str, kind: str, column: torch.Tensor) -> None:
@@ -184,12 +232,18 @@ def _add_values(needles: Needles, owner: str, kind: str, values: NDArray[Any]) -
         strings: set[bytes] = set()
         for value, double in zip(np.abs(changed), np.abs(doubles).tolist(), strict=True):
             strings.update(_cut(text) for text in (repr(double), str(value)))
-        needles.add(Group(owner, name, "decimal"), (one for one in strings if len(one) >= 8))
+        several = (one for one in strings if len(one) >= 8 and _count_digits(one) >= FEWEST_DIGITS)
+        needles.add(Group(owner, name, "decimal"), several)
 
 
 def _change(values: NDArray[Any]) -> NDArray[Any]:
     """Other values nobody has, as near as their text can tell apart."""
     return (values * (1 + 3e-6 * (1 + np.arange(values.size) % 5))).astype(values.dtype)
+
+
+def _count_digits(text: bytes) -> int:
+    """Significant ones of a positive number."""
+    return len(text.replace(b".", b"").lstrip(b"0"))
 
 
 def _cut(text: str) -> bytes:

@@ -13,11 +13,13 @@ does not, or finds anything in `private`.
 import argparse
 import base64
 import gzip
+import hashlib
 import json
 import platform
 import sqlite3
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -28,37 +30,46 @@ from typing import Any
 
 import numpy as np
 import torch
-from traffic_attack import build_features, match_tokens, try_documents, try_tokens
-from traffic_capture import BLOCK, MEMBERS, Captured, draw_documents, federate, list_files
+from scipy import stats
+from traffic_capture import BLOCK, MEMBERS, SAMPLES, Captured, federate, list_files
 from traffic_page import build_page
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from traffic_helpers import Index, Needles, list_bodies, unpack  # noqa: E402
-from traffic_needles import add_figures, add_texts, build_banks  # noqa: E402
+from traffic_helpers import Group, Index, Needles, list_bodies, unpack  # noqa: E402
+from traffic_needles import (  # noqa: E402
+    ALONE,
+    DECOYS,
+    ONE_OF_SEVERAL,
+    add_figures,
+    add_texts,
+    build_banks,
+    list_runs,
+)
+from traffic_told import attack  # noqa: E402
 
-from molora_fed.adapters.compatibility import applied  # noqa: E402
-from molora_fed.bank import Bank, Expert, build_calibration_bank  # noqa: E402
+from molora_fed.bank import Bank  # noqa: E402
 from molora_fed.charter import load_charter  # noqa: E402
-from molora_fed.corpus.blocks import Blocks, pack_documents  # noqa: E402
+from molora_fed.corpus.blocks import Blocks  # noqa: E402
 from molora_fed.corpus.prepare import load_corpus  # noqa: E402
-from molora_fed.evaluation.bootstrap import ClusterIndex  # noqa: E402
 from molora_fed.federation.homes import ContributorHome  # noqa: E402
 from molora_fed.routing.bundle import load_fused  # noqa: E402
-from molora_fed.routing.fused import FusedModel  # noqa: E402
 from molora_fed.storage.files import hash_bytes, write_bytes, write_json  # noqa: E402
-from molora_fed.types import Document, Split  # noqa: E402
+from molora_fed.types import Split  # noqa: E402
 
 LIMIT_BLOCKS = 48
 """Blocks of a split that figures are looked for of; the charter asks for fewer."""
-COUNTS = (1, 2, 4, 8, 16)
-"""Documents in a total that is attacked; one is what nobody may be told."""
-REFERENCE = 600
-"""Documents of a domain that an attacker is granted."""
 SEED = 5
 PLANTED = 12
 """Strings of a kind and form that are planted in each packing."""
+LEVEL = 0.001
+"""Of the test whether more figures are found than decoys."""
+MEMORY = "memory"
+CONTROLS = ("wire, from members", "rest of the home", MEMORY)
+"""Where a pooled fusion must show every sample; its mailbox is empty once contributions are in."""
+OPENED = ("rest of the home", MEMORY)
+"""Where totals of masked sums are kept, which are a member's own where it is alone."""
 _PAGE = 4_096
 _PUBLIC = "is public"
 PACKINGS: dict[str, Callable[[bytes], bytes]] = {
@@ -89,16 +100,24 @@ class Search:
         found: Strings by place and packing.
         searched: Bytes by place, as recorded.
         unpacked: Bytes that were looked through, by packing.
+        aligned: Figures in double precision that lie at a multiple of eight bytes of memory.
     """
 
     needles: Needles
     found: dict[str, dict[str, set[bytes]]] = field(default_factory=dict)
     searched: dict[str, int] = field(default_factory=dict)
     unpacked: dict[str, int] = field(default_factory=dict)
+    aligned: set[bytes] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._index = Index(self.needles)
         self._seen: set[str] = set()
+        self._decimals, self._doubles = (
+            set().union(
+                *(kept for group, kept in self.needles.groups.items() if group.form == form)
+            )
+            for form in ("decimal", "float64")
+        )
 
     def look(self, place: str, data: bytes, *, deep: bool = True) -> set[bytes]:
         """Search a stream; one that was seen before at the same place is counted only."""
@@ -111,9 +130,25 @@ class Search:
         for how, part in unpack(data, deep=deep):
             self.unpacked[how] = self.unpacked.get(how, 0) + len(part)
             here = self._index.find(part)
+            here -= {one for one in here & self._decimals if not _begins_number(part, one)}
+            if place == MEMORY and how == "raw":
+                doubles = {one for one in here & self._doubles if len(one) == 8}
+                self.aligned |= {one for one in doubles if _is_aligned(part, one)}
             self.found.setdefault(place, {}).setdefault(how, set()).update(here)
             found |= here
         return found
+
+    def count_aligned(self) -> dict[str, list[int]]:
+        """Figures of double precision found in memory, by kind: all, and those that are aligned."""
+        rows: dict[str, list[int]] = {}
+        found = self.found.get(MEMORY, {}).get("raw", set())
+        for group, strings in self.needles.groups.items():
+            if group.form == "float64":
+                few = {one for one in strings & found if len(one) == 8}
+                row = rows.setdefault(group.kind, [0, 0])
+                row[0] += len(few)
+                row[1] += len(few & self.aligned)
+        return {kind: row for kind, row in rows.items() if row[0]}
 
     def tabulate(self) -> dict[str, Table]:
         """Distinct strings by place, kind, form and packing."""
@@ -126,6 +161,22 @@ class Search:
                         row = table.setdefault(group.kind, {}).setdefault(group.form, {})
                         row[how] = row.get(how, 0) + count
         return tables
+
+
+def _begins_number(data: bytes, string: bytes) -> bool:
+    """Whether a number that begins like this occurs, not the end of another one."""
+    at = data.find(string)
+    while at > 0 and data[at - 1] in b"0123456789.":
+        at = data.find(string, at + 1)
+    return at >= 0
+
+
+def _is_aligned(memory: bytes, string: bytes) -> bool:
+    """Whether it lies at a multiple of eight bytes, as every double of an array or object does."""
+    at = memory.find(string)
+    while at % 8 and at >= 0:
+        at = memory.find(string, at + 1)
+    return at >= 0
 
 
 def list_public(captured: Captured) -> Iterator[bytes]:
@@ -154,8 +205,11 @@ def _read_rows(ledger: Path) -> bytes:
 def _take_new_pages(data: bytes, seen: set[bytes]) -> bytes:
     """Memory without pages that an earlier snapshot had, but with those beside a new one."""
     pages = [data[at : at + _PAGE] for at in range(0, len(data), _PAGE)]
-    new = np.array([page not in seen for page in pages])
-    seen.update(pages)
+    digests = [hashlib.blake2b(page, digest_size=16).digest() for page in pages]
+    new = np.zeros(len(pages), np.bool_)
+    for number, digest in enumerate(digests):
+        new[number] = digest not in seen
+        seen.add(digest)
     near = new.copy()
     near[1:] |= new[:-1]
     near[:-1] |= new[1:]
@@ -192,7 +246,7 @@ def look_everywhere(captured: Captured, search: Search) -> None:
     for snapshot in captured.snapshots[1:]:
         for path in snapshot.memory.values():
             print(f"memory: {snapshot.when}", flush=True)
-            search.look("memory", _take_new_pages(path.read_bytes(), seen), deep=False)
+            search.look(MEMORY, _take_new_pages(path.read_bytes(), seen), deep=False)
 
 
 def plant(needles: Needles) -> dict[str, dict[str, list[int]]]:
@@ -205,14 +259,12 @@ def plant(needles: Needles) -> dict[str, dict[str, list[int]]]:
         kind = group.kind.partition(",")[0]
         chosen.setdefault(kind, Needles()).add(group, some)
     for kind, few in chosen.items():
-        index = Index(few)
+        search = Search(few)
         strings = {one for kept in few.groups.values() for one in kept}
-        packed = b"".join(sorted(strings))
+        packed = b"\n".join(sorted(strings))
         for how, pack in PACKINGS.items():
             stream = draw.bytes(1_001) + b"{" + pack(packed) + b"}" + draw.bytes(503)
-            found: set[bytes] = set()
-            for _, part in unpack(stream, deep=how == "deflate"):
-                found |= index.find(part)
+            found = search.look(how, stream, deep=how == "deflate")
             rows.setdefault(kind, {})[how] = [len(found & strings), len(strings)]
     return rows
 
@@ -232,77 +284,71 @@ def count_groups(needles: Needles) -> dict[str, dict[str, int]]:
     return table
 
 
-def _measure_documents(bank: Bank) -> Any:
-    """Features of documents, (M, F)."""
-    index = ClusterIndex.build(bank.clusters, bank.domain_of)
-    columns = [index.sum(bank.expert_nll(one).numpy()) for one in range(bank.num_experts)]
-    return build_features(index.counts, np.stack(columns, axis=1))
+def _add_up(forms: dict[str, dict[str, int]]) -> int:
+    """Strings found by the packing that shows the most of each form."""
+    return sum(max(ways.values()) for ways in forms.values())
 
 
-def _take_tokens(banks: Iterable[Bank]) -> tuple[Any, Any]:
-    """Predicted tokens and their losses."""
-    own = list(banks)
-    tokens = np.concatenate([bank.tokens[:, 1:].numpy() for bank in own])
-    return tokens, np.concatenate([-bank.logprob[:, 1:].numpy() for bank in own])
+def _exceeds(own: int, decoys: int, needles: dict[str, Any], kind: str) -> bool:
+    """Whether more is found than chance explains; of kinds without decoys, any at all.
+
+    Had the figures been as unknown as their decoys, each find would be one of either by the share
+    of strings that were looked for.
+    """
+    if DECOYS + kind not in needles:
+        return True
+    real, false = (sum(needles[one].values()) for one in (kind, DECOYS + kind))
+    test = stats.binomtest(own, own + decoys, real / (real + false), alternative="greater")
+    return bool(test.pvalue < LEVEL)
 
 
-def attack(fused: FusedModel, banks: dict[str, dict[Split, Bank]], folder: Path) -> dict[str, Any]:
-    """What an attacker finds out of totals over documents and blocks, and of single figures."""
-    found: dict[str, Any] = {}
-    experts = [Expert(one.name, one.adapter) for one in fused.experts]
-    for name in (one for one in MEMBERS if list(MEMBERS.values()).count(MEMBERS[one]) == 1):
-        documents = [Document(f"{n}", text) for n, text in enumerate(
-            draw_documents(name, REFERENCE, fresh=True)
-        )]  # fmt: skip
-        blocks = pack_documents(
-            documents, np.arange(REFERENCE, dtype=np.int32), fused.base.tokenizer,
-            domain=MEMBERS[name], split=Split.CALIBRATION, block_size=BLOCK,
-        )  # fmt: skip
-        fresh = build_calibration_bank(folder / "fresh", fused.base, experts, [blocks])
-        own = list(banks[name].values())
-        features, others = (
-            np.concatenate([*map(_measure_documents, own)]),
-            _measure_documents(fresh),
+def count_samples(
+    blocks: dict[str, dict[Split, Blocks]], search: Search
+) -> dict[str, dict[str, list[int]]]:
+    """Runs of ids inside the blocks that a pooled fusion asks for: found and looked for, by place.
+
+    Args:
+        blocks: Of each member.
+        search: What was found.
+
+    Returns:
+        By place and split, over all members, in the form that a contribution has them in; and
+        "beyond", runs that are found and in none of the samples, of all that are found.
+    """
+    rows: dict[str, dict[str, list[int]]] = {}
+    ids = {
+        group: kept
+        for group, kept in search.needles.groups.items()
+        if group.kind.startswith("token ids") and group.form == "int32"
+    }
+    whole = {  # a contribution has its samples one after another
+        name: set().union(
+            *(list_runs(own[split].take(n).tokens.reshape(1, -1)) for split, n in SAMPLES.items())
         )
-        texts, other_texts = _take_tokens(own), _take_tokens([fresh])
-        size = int(fused.base.model.config.vocab_size)
-        plain = [0, *range(2, 2 + len(experts))]  # n and x, without squares and differences
-        found[name] = {
-            "documents": len(features),
-            "columns": int(features.shape[1]),
-            "which document": {
-                str(count): try_documents(features, others, count, seed=SEED) for count in COUNTS
-            },
-            "which document, sizes and losses alone": {
-                str(count): try_documents(features[:, plain], others[:, plain], count, seed=SEED)
-                for count in COUNTS
-            },
-            "which tokens": {
-                str(count): try_tokens(texts, other_texts, size, count, seed=SEED)
-                for count in COUNTS
-            },
-            "tokens by single figures": match_single(fused, own[-1]),
-        }
-    return found
+        for name, own in blocks.items()
+    }
+    for place, ways in search.found.items():
+        found = set().union(*ways.values())
+        own_found = {group.owner: set[bytes]() for group in ids}
+        for group, kept in ids.items():
+            own_found[group.owner] |= kept & found
+        beyond = sum(len(some - whole[name]) for name, some in own_found.items())
+        rows[place] = {"beyond": [beyond, sum(map(len, own_found.values()))]}
+        for split, count in SAMPLES.items():
+            row = rows.setdefault(place, {}).setdefault(str(split), [0, 0])
+            for name, own in blocks.items():
+                kept = search.needles.groups[Group(name, f"token ids, {split}", "int32")]
+                sent = kept & list_runs(own[split].take(count).tokens)
+                row[0] += len(sent & found)
+                row[1] += len(sent)
+    return rows
 
 
-@torch.no_grad()
-def match_single(fused: FusedModel, bank: Bank, blocks: int = 4) -> dict[str, float]:
-    """Tokens found by their own losses where the text before them is known."""
-    tokens = bank.tokens[:blocks].long()
-    possible = []
-    model = fused.base.model
-    for expert in fused.experts:
-        with applied(model, expert.adapter):
-            possible.append(-torch.log_softmax(model(tokens).logits[:, :-1].float(), dim=-1))
-    figures = -bank.logprob[:blocks, 1:].flatten(0, 1).numpy()
-    table = torch.stack(possible, dim=-1).flatten(0, 1).numpy()
-    truth = tokens[:, 1:].flatten().numpy()
-    right = float((match_tokens(figures, table) == truth).mean())
-    common = float(
-        np.bincount(bank.tokens[:, 1:].flatten().numpy()).max() / bank.tokens[:, 1:].numel()
-    )
-    return {"rate": right, "tried": len(truth), "chance": common}
+def _list_told(summing: str, place: str) -> tuple[str, ...]:
+    """Kinds of sums that a private fusion may show in a place, as the consent screen says."""
+    if summing == "robust":
+        return ALONE, ONE_OF_SEVERAL
+    return (ALONE,) if place in OPENED else ()  # nowhere before masked vectors are added up
 
 
 def find_problems(found: dict[str, Any]) -> list[str]:
@@ -312,24 +358,33 @@ def find_problems(found: dict[str, Any]) -> list[str]:
         problems += [
             f"planted {kind} in {how}: {got}" for how, got in ways.items() if got[0] < got[1]
         ]
-    said = {
-        (place, kind)
-        for place, table in found["found"].items()
-        for kind in table
-        if not kind.startswith("decoy")
-    }
+    said = {(place, kind) for place, table in found["found"].items() for kind in table}
     if found["privacy"] == "private":
-        problems += [f"{place}: {kind}" for place, kind in sorted(said)]
+        for place, kind in sorted(said):
+            table = found["found"][place]
+            own, decoys = (_add_up(table.get(one, {})) for one in (kind, DECOYS + kind))
+            if kind.startswith((DECOYS, *_list_told(found["summing"], place))):
+                continue
+            if _exceeds(own, decoys, found["needles"], kind):
+                problems.append(f"{place}: {kind}: {own} found, and {decoys} decoys")
     else:
-        wire = {kind for place, kind in said if place == "wire, from members"}
-        for split in (Split.CALIBRATION, Split.ADMISSION, Split.HELD_OUT):
-            if f"token ids, {split}" not in wire:
-                problems.append(f"token ids of {split} are not found on the wire of pooled")
+        for place in CONTROLS:
+            rows = dict(found["samples"].get(place, {"no split": [0, 1]}))
+            beyond, _ = rows.pop("beyond", (0, 0))
+            problems += [f"pooled: {beyond} runs of ids in {place} that are no sample's"] * (
+                beyond > 0
+            )
+            problems += [
+                f"pooled: {got} of {of} runs of ids of {split} are found in {place}"
+                for split, (got, of) in rows.items()
+                if got < of
+            ]
     return problems
 
 
 def measure(captured: Captured, folder: Path) -> dict[str, Any]:
     """Make the needles, search everywhere, attack."""
+    began = time.monotonic()
     fused = load_fused(captured.server / "fused", base_folder=captured.server / "base")
     blocks: dict[str, dict[Split, Blocks]] = {}
     banks: dict[str, dict[Split, Bank]] = {}
@@ -341,7 +396,8 @@ def measure(captured: Captured, folder: Path) -> dict[str, Any]:
             fused, blocks[name], folder / name, batch=batch, limit=LIMIT_BLOCKS
         )
         add_texts(needles, name, blocks[name], fused.base.tokenizer)
-        add_figures(needles, name, banks[name])
+        is_alone = list(MEMBERS.values()).count(MEMBERS[name]) == 1
+        add_figures(needles, name, banks[name], SAMPLES, is_alone=is_alone)
     print(f"{len(needles):,} strings", flush=True)
     needles.drop_shared("of several members")
     public = Search(needles)
@@ -370,12 +426,15 @@ def measure(captured: Captured, folder: Path) -> dict[str, Any]:
         "needles": count_groups(needles),
         "dropped": dropped,
         "found": search.tabulate(),
+        "aligned in memory": search.count_aligned(),
+        "samples": count_samples(blocks, search),
         "by chance": count_chance(needles, search.unpacked.values()),
         "planted": plant(needles),
-        "attack": attack(fused, banks, folder),
+        "attack": attack(captured, fused, blocks, banks, folder, seed=SEED),
         "block size": BLOCK,
         "commands": captured.commands,
         "seconds": captured.seconds,
+        "search seconds": time.monotonic() - began,
     }
 
 

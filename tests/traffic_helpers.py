@@ -23,7 +23,7 @@ __all__ = ["Group", "Index", "Needles", "list_bodies", "search", "unpack"]
 KEYS = (64, 32, 16, 8)
 """Bytes that a string is looked up by: the largest of these that it has."""
 _CHUNK = 2**22
-_TABLE_BITS = 25
+_TABLE_BITS = 26
 _ODD = np.random.default_rng(1).integers(2**62, size=9, dtype=np.uint64) * 2 + 1
 
 MAX_INFLATED = 64 * 2**20
@@ -31,8 +31,10 @@ MAX_INFLATED = 64 * 2**20
 DEEP_BYTES = 2**18
 """Streams up to this size are tried as bare deflate, which has no mark, at every offset."""
 _DEPTH = 3
-_HEX = re.compile(rb"[0-9A-Fa-f]{16,}")
-_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{12,}(?:\r?\n[A-Za-z0-9+/_-]+)*")
+HEX_LEAST, BASE64_LEAST = 16, 12
+"""Digits that a run must have to be read as hexadecimal, and as base64."""
+_HEX = re.compile(rb"[0-9A-Fa-f]{%d,}" % HEX_LEAST)
+_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{%d,}(?:\r?\n[A-Za-z0-9+/_-]+)*" % BASE64_LEAST)
 _FROM_URLSAFE = bytes.maketrans(b"-_", b"+/")
 _GAP = bytes(8)
 _MARKS = {
@@ -108,60 +110,81 @@ class Needles:
 
 
 class Index:
-    """Needles ordered for the search; made once, asked many times."""
+    """Needles ordered for the search; made once, asked many times.
+
+    One table leads from the first 8 bytes at a place to the sizes of keys that begin so, a second
+    one from the first 16 to the same; what both let pass is looked up by its whole key.
+    """
 
     def __init__(self, needles: Needles) -> None:
         strings = {string for kept in needles.groups.values() for string in kept}
+        self._keys = [key for key in KEYS if any(len(string) >= key for string in strings)]
+        self._tables = np.zeros((2, 2**_TABLE_BITS), dtype=np.uint8)
         self._own: dict[int, tuple[NDArray[Any], list[bytes]]] = {}
-        # Where the first 8 bytes of no string lead, nothing more is computed.
-        self._tables = np.zeros((2, 2**_TABLE_BITS), dtype=np.bool_)
-        for key in KEYS:
+        for bit, key in enumerate(self._keys):
             above = 2 * key if key < KEYS[0] else 2**62
-            own = sorted(one for one in strings if key <= len(one) < above)
-            if own:
-                heads = np.frombuffer(b"".join(one[:key] for one in own), np.uint64)
-                words = heads.reshape(len(own), key // 8)
-                for table, odd in zip(self._tables, _ODD[7:], strict=True):
-                    table[_place(words[:, 0], odd)] = True
-                hashes = _hash(words)
-                order = np.argsort(hashes, kind="stable")
-                self._own[key] = (hashes[order], [own[n] for n in order.tolist()])
+            own = [one for one in strings if key <= len(one) < above]
+            words = np.frombuffer(b"".join(one[:key] for one in own), np.uint64)
+            words = words.reshape(len(own), key // 8)
+            hashes = _hash(words)
+            order = np.argsort(hashes, kind="stable")
+            self._own[key] = (hashes[order], [own[n] for n in order.tolist()])
+            for table, places in zip(self._tables, _list_places(words), strict=False):
+                table[places] |= np.uint8(1 << bit)
 
     def find(self, data: bytes) -> set[bytes]:
         """The needles that occur in some bytes."""
         found: set[bytes] = set()
         padded = data + bytes(KEYS[0])
+        # By key: whether strings that begin with it are still to be found.
+        missing = {key: np.ones(len(own), np.bool_) for key, (_, own) in self._own.items()}
         for begin in range(0, len(data) - KEYS[-1] + 1, _CHUNK):
             chunk = np.frombuffer(padded, np.uint8)[begin : begin + _CHUNK + KEYS[0]]
             for offset in range(8):
                 words = chunk[offset : offset + (len(chunk) - offset) // 8 * 8].view(np.uint64)
                 inside = len(words) - KEYS[0] // 8 + 1
-                likely = np.flatnonzero(self._tables[0][_place(words[:inside], _ODD[7])])
-                likely = likely[self._tables[1][_place(words[likely], _ODD[8])]]
-                if len(likely):
-                    self._compare(data, begin + offset, words, likely, found)
+                begun = self._tables[0][_place(words[:inside])]
+                likely = np.flatnonzero(begun)
+                begun = begun[likely]
+                for bit, key in enumerate(self._keys):
+                    chosen = likely[(begun & np.uint8(1 << bit)) != 0]
+                    if key > 8 and len(chosen):
+                        second = self._tables[1][_place(_mix(words[chosen], words[chosen + 1]))]
+                        chosen = chosen[(second & np.uint8(1 << bit)) != 0]
+                    if len(chosen):
+                        windows = words[chosen[:, None] + np.arange(key // 8)]
+                        places = begin + offset + 8 * chosen
+                        self._compare(key, data, places, windows, missing[key], found)
         return found
 
     def _compare(
         self,
+        key: int,
         data: bytes,
-        begin: int,
-        words: NDArray[Any],
-        likely: NDArray[Any],
+        places: NDArray[Any],
+        windows: NDArray[Any],
+        missing: NDArray[np.bool_],
         found: set[bytes],
     ) -> None:
         """Compare whole strings at some of the places."""
-        for key, (hashes, own) in self._own.items():
-            windows = _hash(words[likely[:, None] + np.arange(key // 8)])
-            first = np.searchsorted(hashes, windows, side="left")
-            first[first == len(hashes)] = 0
-            for hit in np.flatnonzero(hashes[first] == windows).tolist():
-                at = begin + 8 * int(likely[hit])
-                for number in range(int(first[hit]), len(own)):
-                    if hashes[number] != windows[hit]:
-                        break
-                    if own[number] not in found and data.startswith(own[number], at):
+        hashes, own = self._own[key]
+        wanted = _hash(windows)
+        first = np.searchsorted(hashes, wanted, side="left")
+        first[first == len(hashes)] = 0
+        for hit in np.flatnonzero((hashes[first] == wanted) & missing[first]).tolist():
+            start, at = int(first[hit]), int(places[hit])
+            if not missing[start]:
+                continue
+            are_missing = False
+            for number in range(start, len(own)):
+                if hashes[number] != wanted[hit]:
+                    break
+                if own[number] not in found:
+                    if data.startswith(own[number], at):
                         found.add(own[number])
+                    else:
+                        are_missing = True
+            missing[start] = are_missing
 
 
 def _hash(words: NDArray[Any]) -> NDArray[np.uint64]:
@@ -172,11 +195,23 @@ def _hash(words: NDArray[Any]) -> NDArray[np.uint64]:
     return total
 
 
-def _place(words: NDArray[Any], odd: np.uint64) -> NDArray[Any]:
+def _list_places(words: NDArray[Any]) -> list[NDArray[Any]]:
+    """Where the first word, and the first two if there are, of each row lead."""
+    places = [_place(words[:, 0])]
+    if words.shape[1] > 1:
+        places.append(_place(_mix(words[:, 0], words[:, 1])))
+    return places
+
+
+def _mix(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.uint64]:
+    return np.asarray(first * _ODD[0] + second * _ODD[1], np.uint64)
+
+
+def _place(words: NDArray[Any]) -> NDArray[Any]:
     """Where in a table words lead, (N,) -> (N,)."""
-    mixed = words * odd
+    mixed = words * _ODD[8]
     mixed ^= mixed >> np.uint64(29)
-    mixed *= odd
+    mixed *= _ODD[8]
     mixed >>= np.uint64(64 - _TABLE_BITS)
     return mixed.view(np.int64)
 
@@ -200,9 +235,9 @@ def unpack(data: bytes, *, deep: bool = True, _depth: int = 0) -> Iterator[tuple
     yield "raw", data
     if _depth == _DEPTH:
         return
-    parts = [("hex", _read_hex(data)), ("base64", _read_base64(data)), *_inflate(data)]
+    parts = [("hex", _read_hex(data)), ("base64", _read_base64(data)), *_join(_inflate(data))]
     if deep and len(data) <= DEEP_BYTES:
-        parts += [("deflate", inflated) for inflated in _find_deflate(data)]
+        parts += _join(("deflate", inflated) for inflated in _find_deflate(data))
     seen: set[bytes] = {data}
     for how, part in parts:
         if len(part) < KEYS[-1] or part in seen:
@@ -212,10 +247,38 @@ def unpack(data: bytes, *, deep: bool = True, _depth: int = 0) -> Iterator[tuple
             yield how if inner == "raw" else f"{how} > {inner}", unpacked
 
 
+def _join(parts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """Small parts put together up to `DEEP_BYTES`: marks are frequent, and mostly by chance."""
+    waiting: dict[str, bytearray] = {}
+    for how, part in parts:
+        several = waiting.setdefault(how, bytearray())
+        if several and len(several) + len(_GAP) + len(part) > DEEP_BYTES:
+            yield how, bytes(several)
+            several.clear()
+        several += (_GAP if several else b"") + part
+    yield from ((how, bytes(several)) for how, several in waiting.items() if several)
+
+
+def _list_runs(data: bytes, pattern: "re.Pattern[bytes]", least: int) -> list[bytes]:
+    """What `findall` gives, looked for only where a run of so many digits begins."""
+    digits = np.array([pattern.match(bytes([n]) * least) is not None for n in range(256)])
+    inside = np.zeros(len(data) + 2, np.bool_)
+    inside[1:-1] = digits[np.frombuffer(data, np.uint8)]
+    borders = np.flatnonzero(inside[1:] != inside[:-1])
+    starts = borders[::2][borders[1::2] - borders[::2] >= least]
+    runs = []
+    end = 0
+    for start in starts.tolist():
+        if start >= end and (match := pattern.match(data, start)):
+            runs.append(match.group())
+            end = match.end()
+    return runs
+
+
 def _read_hex(data: bytes) -> bytes:
     """All runs of hexadecimal digits, at both ways to pair them."""
     parts = []
-    for run in _HEX.findall(data):
+    for run in _list_runs(data, _HEX, HEX_LEAST):
         for start in (0, 1):
             parts.append(bytes.fromhex(run[start : len(run) - (len(run) - start) % 2].decode()))
     return _GAP.join(parts)
@@ -224,7 +287,7 @@ def _read_hex(data: bytes) -> bytes:
 def _read_base64(data: bytes) -> bytes:
     """All runs of base64 digits, from each of the four places where a group may begin."""
     parts = []
-    for run in _BASE64.findall(data):
+    for run in _list_runs(data, _BASE64, BASE64_LEAST):
         digits = run.translate(_FROM_URLSAFE, b"\r\n")
         for start in range(4):
             end = len(digits) - ((len(digits) - start) % 4 == 1)  # a single digit holds no byte
@@ -240,8 +303,10 @@ def _inflate(data: bytes) -> Iterator[tuple[str, bytes]]:
             if inflated := _run_at(how, data, at):
                 yield how, inflated
             at = data.find(mark, at + 1)
-    places = np.frombuffer(data, np.uint8).astype(np.uint16)
-    for at in np.flatnonzero(_IS_ZLIB[places[:-1] << 8 | places[1:]]).tolist():
+    array = np.frombuffer(data, np.uint8)
+    places = np.flatnonzero(array[:-1] & 0x8F == 8)
+    marks = array[places].astype(np.uint16) << 8 | array[places + 1]
+    for at in places[_IS_ZLIB[marks]].tolist():
         if inflated := _run(zlib.decompressobj(15), data, at):
             yield "zlib", inflated
 

@@ -77,3 +77,13 @@ def test_tokens_are_ranked_by_what_they_cost(attacks):
     found = attacks.try_tokens(write(60), write(400), 40, 1, seed=5)
     assert found["told"]["low"] > 0.53
     assert abs(found["chance"]["point"] - 0.5) < 0.05
+
+
+def test_a_given_total_of_few_documents_names_one_of_them_and_no_other(attacks, documents):
+    own, others = documents
+    found = attacks.try_total(own[:2].sum(axis=0), own[:2], own[2:14], others, seed=6)
+    assert found["told"]["point"] > 0.8
+    assert found["told"]["tried"] == 2
+    assert found["chance"]["point"] < 0.2
+    many = attacks.try_total(own[:40].sum(axis=0), own[:12], own[40:], others, seed=6)
+    assert many["told"]["point"] < 0.4

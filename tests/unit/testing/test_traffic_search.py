@@ -5,10 +5,11 @@ import bz2
 import gzip
 import lzma
 import random
+import re
 import zlib
 
 import pytest
-from traffic_helpers import KEYS, Group, Index, Needles, list_bodies, search
+from traffic_helpers import KEYS, Group, Index, Needles, list_bodies, search, unpack
 
 DRAW = random.Random(3)
 NOISE = DRAW.randbytes(4_000)
@@ -72,6 +73,27 @@ def test_a_string_is_found_at_every_place_of_a_stream(index, size):
     for place in [*range(20), 2**22 - 70, 2**22 - size, 2**22 - 1, 2**22]:
         assert own.find(bytes(place) + string) == {string}
     assert not own.find(string[:-1] + bytes(1)) or string.endswith(bytes(1))
+
+
+def test_runs_of_digits_are_those_of_the_plain_pattern():
+    words = [b"abcdefgh", b"0123", b"+/", b"\r\n", b"\n", b" ", b"-_", b"\xff\x00", b"9A"]
+    data = b"".join(DRAW.choice(words) for _ in range(20_000))
+    parts = dict(unpack(data, deep=False))
+    hexadecimal = re.findall(rb"[0-9A-Fa-f]{16,}", data)
+    assert hexadecimal
+    for run in hexadecimal:
+        assert bytes.fromhex(run[: len(run) // 2 * 2].decode()) in parts["hex"]
+    runs = re.findall(rb"[A-Za-z0-9+/_-]{12,}(?:\r?\n[A-Za-z0-9+/_-]+)*", data)
+    assert len(runs) > 1_000
+    for run in runs:
+        digits = run.translate(bytes.maketrans(b"-_", b"+/"), b"\r\n")
+        assert base64.b64decode(digits[: len(digits) // 4 * 4]) in parts["base64"]
+
+
+def test_many_small_packed_streams_are_all_looked_through(index):
+    strings = sorted(STRINGS)
+    stream = b"".join(NOISE[n : n + 9] + zlib.compress(one) for n, one in enumerate(strings))
+    assert search(index, stream)["zlib"] == STRINGS
 
 
 def test_what_begins_alike_is_told_apart():
