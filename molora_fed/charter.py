@@ -40,7 +40,7 @@ __all__ = [
 
 # What a key that an amendment leaves out has always meant. Signed amendments leave keys out, so
 # these names stay, whatever is registered under them; the core names no plugin anywhere else than
-# here and in the next two lines.
+# here and in the next lines.
 _UNNAMED_ROUTER = "evidence"
 _UNNAMED_COMPARISONS = ("evidence-zero", "linear")
 # What a new cooperative is founded with where nobody chooses; its charter has them in writing.
@@ -48,6 +48,9 @@ _DEFAULT_ROUTER = "evidence-mixed"
 _DEFAULT_COMPARISONS = ("evidence", "evidence-zero", "linear")
 # The same where each round of a fit is an exchange of messages with everybody.
 _DEFAULT_SUMMED = ("evidence", "evidence-zero")
+# The same where routers are made from published statistics, of those that can be.
+_DEFAULT_PUBLISHED_ROUTER = "statistics"
+_DEFAULT_PUBLISHED = ("evidence-zero",)
 _UNNAMED_FALLBACK = "evidence-zero"
 _UNNAMED_HEADLINE = ("measured-alone", "measured-specialist")
 _UNNAMED_SLOT_ROUTER = "parallel-sigmoid"
@@ -197,7 +200,7 @@ class CorpusRules(StrictModel):
 
 MIN_MEMBERS = 3
 """No masked total of fewer members is opened."""
-PrivacyMode = Literal["pooled", "private"]
+PrivacyMode = Literal["pooled", "private", "statistics"]
 Summing = Literal["masked", "robust"]
 
 
@@ -213,9 +216,18 @@ class PrivacyRules(StrictModel):
     summing: Summing = "masked"
 
     @property
+    def router(self) -> str:
+        """The router that a new cooperative publishes where nobody chooses."""
+        return _DEFAULT_PUBLISHED_ROUTER if self.mode == "statistics" else _DEFAULT_ROUTER
+
+    @property
     def comparisons(self) -> tuple[str, ...]:
         """Routers that a new cooperative compares where nobody chooses."""
-        return _DEFAULT_COMPARISONS if self.mode == "pooled" else _DEFAULT_SUMMED
+        return {
+            "pooled": _DEFAULT_COMPARISONS,
+            "private": _DEFAULT_SUMMED,
+            "statistics": _DEFAULT_PUBLISHED,
+        }[self.mode]
 
     @property
     def min_members(self) -> int:
@@ -261,7 +273,8 @@ class Identity(StrictModel):
             the first release, and binds weights and tokenizer of the base; version 2 binds its
             effective config and its files as well, and has modes of privacy.
         privacy_mode: What leaves a contributor beside its adapter: "pooled", samples of its text;
-            "private", sums over its text and nothing else.
+            "private", sums over its text and nothing else; "statistics", statistics of the base's
+            hidden states over its text, once, from which routers are made, and sums that measure.
         summing: How such sums are added up: "masked", so that the coordinator sees totals over
             three members at least; "robust", so that it sees single members' sums, and a few
             absurd ones do no harm.
@@ -286,7 +299,7 @@ class Identity(StrictModel):
         if self.version == 1 and self.privacy_mode != "pooled":
             raise ValueError("privacy_mode other than pooled needs version = 2")
         if self.privacy_mode == "pooled" and self.summing != "masked":
-            raise ValueError("summing needs privacy_mode = 'private'")
+            raise ValueError("summing needs a privacy_mode other than pooled")
         return self
 
     @property
@@ -457,17 +470,28 @@ class Charter(StrictModel):
         return self.identity.privacy_mode != "pooled" and self.amendment.fusion.mode == "router"
 
     @property
+    def publishes_statistics(self) -> bool:
+        """Whether contributions have statistics of hidden states, from which routers are made."""
+        return self.identity.privacy_mode == "statistics"
+
+    @property
     def privacy(self) -> str:
         """What leaves contributors beside adapters, in a few words for people."""
         if not self.is_private:
             return "pooled: samples of text are sent to the coordinator"
         if not self.is_summed:
-            return "private: no text leaves; adapted populations and sums over text do"
+            mode = "statistics" if self.publishes_statistics else "private"
+            return f"{mode}: no text leaves; adapted populations and sums over text do"
         seen = {
             "masked": "the coordinator sees totals of sums over three members at least",
             "robust": "the coordinator sees each member's sums",
         }
         way = self.identity.summing
+        if self.publishes_statistics:
+            return (
+                "statistics of hidden states are published with adapters; sums that measure, "
+                f"{way}: no text leaves; {seen[way]}"
+            )
         return f"private, sums {way}: no text leaves; {seen[way]}"
 
     @property

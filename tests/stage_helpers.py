@@ -4,6 +4,7 @@ Letters are carried by hand, so that a test may lose them, stop somebody, or loo
 """
 
 import random
+import shutil
 import threading
 import time
 
@@ -16,13 +17,19 @@ from molora_fed.federation.consent import (
 )
 from molora_fed.federation.coordinator import CoordinatorWorker
 from molora_fed.federation.coordinator_mail import publish_charter
+from molora_fed.federation.envelopes import keep_letter
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
+from molora_fed.federation.letters import QuestionLetter
+from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.server_dialogue import RemoteContributor, ServerDialogue
+from molora_fed.federation.signing import build_question_bytes
+from molora_fed.federation.sum_letters import write_tensors
 from molora_fed.federation.worker import ContributorWorker
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
-from molora_fed.storage.keys import load_or_make_key
+from molora_fed.storage.files import write_json
+from molora_fed.storage.keys import load_key, load_or_make_key, sign
 
 MESSAGE_BYTES = 2**24
 PLUGINS = load_plugins()
@@ -38,6 +45,49 @@ def write_text(folder, who, count=240):
     for number in range(count):
         words = (draw.choice(letters) * 2 + str(draw.randrange(10)) for _ in range(12))
         (folder / f"{number}.txt").write_text(" ".join(words))
+
+
+def write_shared(root, names):
+    """Texts of 240 documents; the second's are half the first's, in another split of its own."""
+    texts = {
+        name: [write_document(f"{name} {number}", name) for number in range(240)] for name in names
+    }
+    texts[names[1]][120:] = texts[names[0]][:120]
+    for name, documents in texts.items():
+        folder = root / "text" / name
+        folder.mkdir(parents=True)
+        for number, text in enumerate(documents):
+            (folder / f"{number}.txt").write_text(text)
+
+
+def write_document(seed, name):
+    draw, letters = random.Random(seed), name[0]
+    return " ".join(f"{letters}{draw.randrange(10)}{draw.randrange(10)}" for _ in range(14))
+
+
+def plant(stage, home, content, state=None, *, key=None, amendment=0):
+    """A question in a contributor's mailbox, as its coordinator signs it; its id."""
+    draft = home.root / "draft"
+    draft.mkdir()
+    write_json(draft / "question.json", content)
+    if state is not None:
+        write_tensors(draft / "state.safetensors", state)
+    files = describe_folder(draft)
+    folder = home.question_folder(files.id)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft.rename(folder)
+    home.shipments.mkdir(parents=True, exist_ok=True)
+    (home.shipments / files.id).write_text(folder.name)
+    signed = build_question_bytes(stage.cooperative.charter.identity_hash, amendment, files.id)
+    keep_letter(
+        home.question_letter,
+        QuestionLetter(
+            id=files.id, files=files, part_bytes=2**20, answer_bytes=2**20, amendment=amendment,
+            signature=sign(key or load_key(stage.server.key), signed),
+        ),
+    )  # fmt: skip
+    return files.id
 
 
 class Stage:

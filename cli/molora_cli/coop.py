@@ -113,10 +113,8 @@ def create(
             f"Cannot create '{name}': expected a deadline in seconds, got {deadline}. Give a "
             "number with --deadline, or 0 to wait for ever."
         )
-    chosen: dict[str, object] = {}
-    if router is not None:
-        chosen["router"] = router
     rules = choose_privacy(name, privacy, summing)
+    chosen: dict[str, object] = {"router": rules.router if router is None else router}
     chosen["compare"] = rules.comparisons
     if compare is not None:
         chosen["compare"] = parse_names(compare) if compare else ()

@@ -33,7 +33,8 @@ Privacy = Annotated[
     str | None,
     typer.Option(
         help="What leaves contributors beside adapters: private, sums over their text and no "
-        "text; or pooled, samples of it. It can never change; private if not given."
+        "text; statistics of the base's hidden states, once, and sums that measure; or pooled, "
+        "samples of text. It can never change; private if not given."
     ),
 ]
 SummingWay = Annotated[

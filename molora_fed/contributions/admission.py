@@ -35,6 +35,7 @@ from molora_fed.errors import (
 )
 from molora_fed.guard import guarded, refuse
 from molora_fed.models.forward import compute_block_losses
+from molora_fed.models.hidden_statistics import compute_statistics_bytes, load_statistics
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.types import Finding, Progress, Split
 
@@ -330,3 +331,24 @@ def _list_unreadable(candidate: AdmissionCandidate) -> Iterator[Finding]:
                 f"blocks of {blocks.block_size} tokens, ids {low} to {high}",
                 "Prepare the corpus with the cooperative's tokenizer and block size.",
             )
+    yield from _list_misfits(candidate)
+
+
+def _list_misfits(candidate: AdmissionCandidate) -> Iterator[Finding]:
+    """Statistics of hidden states that cannot be read, or that no text asked for could have."""
+    contribution, charter = candidate.contribution, candidate.charter
+    path, width = contribution.statistics_path, candidate.base.hidden_size
+    if path is None:
+        return
+    fix = "Build the contribution again under the charter's rules and send it."
+    who, domain = contribution.manifest.contributor, contribution.manifest.domain
+    try:
+        found = load_statistics(path, domain, who=who, max_bytes=compute_statistics_bytes(width))
+    except CorpusError as error:
+        yield Finding("statistics that can be read safely", str(error).rstrip("."), fix)
+        return
+    size = charter.identity.corpus.block_size
+    most = (candidate.received_under or charter.amendment).samples.calibration * size
+    fault = found.find_misfit(width, most)
+    if fault is not None:
+        yield Finding(f"statistics of {fault[0]}", fault[1], fix)

@@ -17,6 +17,7 @@ from molora_fed.contributions.manifest import (
     REQUIRED_ADAPTER_FILES,
     SAMPLE_SPLITS,
     SIGNATURE_FILE,
+    STATISTICS_FILE,
     Contribution,
     FileEntry,
     Manifest,
@@ -29,6 +30,7 @@ from molora_fed.contributions.manifest import (
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import AdapterError, CorpusError
 from molora_fed.models.forward import compute_block_losses
+from molora_fed.models.hidden_statistics import HiddenStatistics
 from molora_fed.storage.files import hash_file, replace_folder, write_bytes, write_json
 from molora_fed.storage.keys import build_public_pem, sign
 from molora_fed.storage.settings import describe_offenders
@@ -148,6 +150,7 @@ def build_contribution(
     start_loss: float | None = None,
     origin: Origin | None = None,
     held_out_query: QueryEntry | None = None,
+    statistics: HiddenStatistics | None = None,
 ) -> Contribution:
     """Make and sign the folder of a contribution, whole or not at all.
 
@@ -171,6 +174,7 @@ def build_contribution(
             per token (`molora_fed.contributions.build.measure_start_loss`); None states nothing.
         origin: What an adapter made elsewhere claims; None for one trained here.
         held_out_query: Commits to the query about its held-out blocks; None if it asks nobody.
+        statistics: What is published of the base's hidden states over its text; None if nothing.
 
     Raises:
         AdapterError: If an adapter file is missing, or a value cannot stand in a manifest.
@@ -197,6 +201,7 @@ def build_contribution(
             start_loss=start_loss,
             origin=origin,
             held_out_query=held_out_query,
+            statistics_file=_write_statistics(statistics, temporary / STATISTICS_FILE),
         )
         write_json(temporary / MANIFEST_FILE, manifest.model_dump(mode="json"))
         write_bytes(temporary / SIGNATURE_FILE, (sign(key, manifest.canonical) + "\n").encode())
@@ -223,6 +228,13 @@ def _write_samples(chosen: Mapping[Split, Blocks], folder: Path) -> dict[Split, 
             **_describe(path), blocks=len(blocks), tokens=blocks.tokens.size
         )
     return entries
+
+
+def _write_statistics(statistics: HiddenStatistics | None, path: Path) -> FileEntry | None:
+    if statistics is None:
+        return None
+    statistics.save(path)
+    return FileEntry(**_describe(path))
 
 
 def choose_samples(

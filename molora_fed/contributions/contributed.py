@@ -30,6 +30,7 @@ class Entrant:
         adapter: Folder with the adapter's files.
         contamination: Share of held-out word 8-grams that occur in train; None if not known.
         training: Figures of the training record: steps, tokens, threads, ...
+        statistics: File with statistics of hidden states over its text; None if it has none.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Entrant:
     adapter: Path
     contamination: float | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Path | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,6 +69,7 @@ def collect_entrant(contribution: Contribution) -> Entrant:
         adapter=contribution.adapter_folder,
         contamination=manifest.contamination,
         training=pick_figures(manifest.training),
+        statistics=contribution.statistics_path,
     )
 
 

@@ -4,6 +4,7 @@ The folder of a contribution::
 
     manifest.json  signature  adapter/adapter_config.json  adapter/adapter_model.safetensors
     [adapter/molora_adapter.json]  samples/{calibration,admission,held-out}.safetensors
+    [statistics.safetensors]
 
 Its id is the SHA-256 of the manifest's canonical JSON; the signature is over the same bytes. The
 manifest holds no time of day, so the same training gives the same id.
@@ -50,6 +51,7 @@ MAX_SIGNATURE_BYTES = 1_000
 MAX_CONFIG_BYTES = 1_000_000
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "signature"
+STATISTICS_FILE = "statistics.safetensors"
 _MOST_NAMES = 100  # read of a folder that should hold three files
 
 WEIGHTS_FILE = ADAPTER_FILES[1]
@@ -158,6 +160,8 @@ class Manifest(UntrustedModel):
         origin: What an adapter made elsewhere claims; None, and no key, for one trained here.
         held_out_query: What asks others' train text for the held-out blocks; None, and no key,
             where held-out blocks are sent, or nobody's are compared with this contributor's text.
+        statistics_file: Statistics of the base's hidden states that are published; None, and no
+            key, where routers are not made from them.
     """
 
     format_version: Literal[1] = 1
@@ -179,6 +183,7 @@ class Manifest(UntrustedModel):
     start_loss: Loss | None = Field(default=None, exclude_if=lambda loss: loss is None)
     origin: Origin | None = Field(default=None, exclude_if=lambda origin: origin is None)
     held_out_query: QueryEntry | None = Field(default=None, exclude_if=lambda query: query is None)
+    statistics_file: FileEntry | None = Field(default=None, exclude_if=lambda entry: entry is None)
 
     @property
     def canonical(self) -> bytes:
@@ -195,7 +200,8 @@ class Manifest(UntrustedModel):
         """Every file by its path inside the contribution's folder."""
         adapter = {f"adapter/{name}": entry for name, entry in self.adapter_files.items()}
         samples = {f"samples/{s}.safetensors": entry for s, entry in self.sample_files.items()}
-        return {**adapter, **samples}
+        statistics = {} if self.statistics_file is None else {STATISTICS_FILE: self.statistics_file}
+        return {**adapter, **samples, **statistics}
 
     @property
     def num_bytes(self) -> int:
@@ -226,6 +232,11 @@ class Contribution:
     def adapter_folder(self) -> Path:
         """Folder with the adapter's files."""
         return self.folder / "adapter"
+
+    @property
+    def statistics_path(self) -> Path | None:
+        """Where its statistics of hidden states lie; None if it has none."""
+        return None if self.manifest.statistics_file is None else self.folder / STATISTICS_FILE
 
     def load_samples(self, split: Split) -> Blocks:
         """Read the blocks of one split and hold them against the manifest.

@@ -18,6 +18,7 @@ from molora_fed.contributions.manifest import (
     MANIFEST_FILE,
     MAX_CONFIG_BYTES,
     SIGNATURE_FILE,
+    STATISTICS_FILE,
     WEIGHTS_FILE,
     Contribution,
     Manifest,
@@ -27,6 +28,7 @@ from molora_fed.contributions.reading import LedgerEntry
 from molora_fed.contributions.states import ContributionState
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import AdapterError, AdmissionError, LedgerError
+from molora_fed.models.hidden_statistics import compute_statistics_bytes
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import hash_bytes
 from molora_fed.storage.untrusted import clean
@@ -114,7 +116,8 @@ def receive_contribution(
         entry = ledger.find_contribution(contribution.id)
         if entry is not None and entry.decision is not None:
             return build_receipt(ledger, entry, known=True)
-        check_announced(manifest, charter, ledger.find_amendment(contribution.id))
+        amendment = ledger.find_amendment(contribution.id)
+        check_announced(manifest, charter, amendment, base=base)
         ledger.check_no_other_admitted(manifest.contributor, contribution.id)
         store.remove_leftovers()
         ledger.receive(manifest, contribution.signature, actor=actor)
@@ -266,7 +269,9 @@ def _write_signed(entry: LedgerEntry) -> dict[str, bytes]:
     }
 
 
-def check_announced(manifest: Manifest, charter: Charter, amendment: Amendment) -> None:
+def check_announced(
+    manifest: Manifest, charter: Charter, amendment: Amendment, *, base: "Base"
+) -> None:
     """Refuse a manifest that announces more than was agreed, before a file is read or sent.
 
     Args:
@@ -274,6 +279,7 @@ def check_announced(manifest: Manifest, charter: Charter, amendment: Amendment) 
         charter: The cooperative's charter.
         amendment: The amendment that was in force when it was received, or is now: an earlier one
             that the contributor signed does not count any more.
+        base: The cooperative's base, whose width bounds statistics of hidden states.
 
     Raises:
         AdmissionError: Naming every size that is out of bounds.
@@ -297,6 +303,15 @@ def check_announced(manifest: Manifest, charter: Charter, amendment: Amendment) 
         elif sample.bytes > compute_sample_bytes(sample.blocks, size):
             most = compute_sample_bytes(sample.blocks, size)
             wrong.append((f"{split} blocks in at most {most} bytes", f"{sample.bytes}"))
+    published = manifest.statistics_file
+    if charter.publishes_statistics and published is None:
+        wrong.append((f"{STATISTICS_FILE} of hidden states", "none"))
+    elif published is not None and not charter.publishes_statistics:
+        wrong.append((f"no {STATISTICS_FILE}, which this cooperative does not ask for", "one"))
+    elif published is not None:
+        most = compute_statistics_bytes(base.hidden_size)
+        if published.bytes > most:
+            wrong.append((f"{STATISTICS_FILE} of at most {most} bytes", f"{published.bytes}"))
     if wrong:
         refusal = Refusal(
             manifest.contributor,

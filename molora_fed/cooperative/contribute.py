@@ -24,6 +24,7 @@ from molora_fed.contributions.build import (
 from molora_fed.contributions.manifest import Contribution, Origin, QueryEntry
 from molora_fed.cooperative.chat_tokens import find_chat_warnings
 from molora_fed.cooperative.cooperative import load_charter_base, open_cooperative
+from molora_fed.cooperative.publish import check_described, measure_statistics
 from molora_fed.corpus.documents import open_domain, read_documents
 from molora_fed.corpus.inventory import Inventory
 from molora_fed.corpus.prepare import Corpus, prepare_corpus
@@ -31,6 +32,7 @@ from molora_fed.corpus.records import TextOptions
 from molora_fed.errors import AdapterError, BaseCheckpointError, ConfigError, CorpusError
 from molora_fed.models.base import Base
 from molora_fed.models.forward import compute_block_losses
+from molora_fed.models.hidden_statistics import HiddenStatistics
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.private_member import carve_own
 from molora_fed.privacy.overlap import open_receiver
@@ -306,6 +308,8 @@ def make_contribution(
     check_choices(under, domain=corpus.domain, name=name, kind=kind)
     if charter.is_private and charter.amendment.fusion.mode == "population":
         carve_own(corpus.blocks, charter)  # too little text is said before training
+    if charter.publishes_statistics:
+        check_described(under.base, charter, corpus.blocks[Split.CALIBRATION])  # likewise
     for text in find_chat_warnings(under.base, given):
         on_warning(text)
     if given is not None:
@@ -487,20 +491,22 @@ def sign_adapter(
     name: str = "",
     contamination: float | None = None,
 ) -> Contribution:
-    """Sign a contribution made of an adapter and samples of its corpus.
+    """Sign a contribution made of an adapter and what the charter asks for of its corpus.
 
     Args:
         under: Charter and base.
         corpus: Prepared text of the domain.
         adapter: On disk, with its losses.
-        folder: The contribution's folder, made whole or not at all.
+        folder: The contribution's folder, made whole or not at all; what statistics are measured
+            from lies beside it for a while.
         key: The contributor's private key.
         name: Contributor's name; domain and start of the key if empty.
         contamination: Share of held-out word 8-grams that occur in train; None if not known.
 
     Raises:
         AdapterError: If a value cannot stand in a manifest.
-        CorpusError: If the charter asks for blocks that the corpus has not.
+        CorpusError: If the charter asks for blocks that the corpus has not, or for statistics of
+            more text.
         StorageError: On I/O errors.
     """
     name = name or f"{corpus.domain}-{key_fingerprint(build_public_pem(key))[:6]}"
@@ -520,7 +526,18 @@ def sign_adapter(
         start_loss=adapter.start_loss,
         origin=adapter.origin,
         held_out_query=_commit_query(under, corpus, key, name),
+        statistics=_measure_statistics(under, corpus, folder.parent / "statistics"),
     )
+
+
+def _measure_statistics(
+    under: CharterAndBase, corpus: Corpus, folder: Path
+) -> HiddenStatistics | None:
+    """What is published of hidden states; None where routers are not made from it."""
+    if not under.charter.publishes_statistics:
+        return None
+    calibration = corpus.blocks[Split.CALIBRATION]
+    return measure_statistics(under.base, under.charter, calibration, folder)
 
 
 def _commit_query(

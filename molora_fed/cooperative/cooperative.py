@@ -271,7 +271,8 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
             in mode "population" an adapter router, fitness scope or lifecycle operator.
         AdapterError: If the kind refuses its options.
         CharterError: If `[amendment.training]` asks for an adapter that `[identity]` forbids, or
-            the quorum for more contributions than are expected.
+            the quorum for more contributions than are expected, or if its router cannot be made
+            from published statistics where it has to be.
     """
     rules, training = charter.identity.adapters, charter.amendment.training
     fusion = charter.amendment.fusion
@@ -299,6 +300,10 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
     if expected and quorum > expected:
         problems.append((f"a quorum of at most the {expected} expected", str(quorum)))
     _raise_problems(f"Cannot use charter '{charter.identity.name}'", problems)
+    if charter.publishes_statistics and fusion.mode == "router":
+        from molora_fed.fusion.plan import check_published_router
+
+        check_published_router(charter, plugins)
     if training.options:
         from molora_fed.adapters.contract import open_kind
 
@@ -317,6 +322,14 @@ def _check_suits_base(charter: Charter, base: "Base") -> None:
         problems.append((f"a frozen depth below the base's {depth} blocks", str(frozen)))
     if positions is not None and size > positions:
         problems.append((f"a block size of at most the base's {positions} positions", str(size)))
+    samples = charter.amendment.samples
+    if charter.publishes_statistics:
+        from molora_fed.models.hidden_statistics import TOKENS_PER_WIDTH
+
+        least = -(-TOKENS_PER_WIDTH * base.hidden_size // size)
+        if samples.calibration < least:
+            wanted = f"{least} calibration blocks at least, for statistics of hidden states"
+            problems.append((wanted, str(samples.calibration)))
     _raise_problems(f"Cannot use charter '{charter.identity.name}' on this base", problems)
 
 

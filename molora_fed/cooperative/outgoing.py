@@ -19,8 +19,22 @@ from molora_fed.contributions.build import (
 from molora_fed.contributions.manifest import Manifest
 from molora_fed.fusion.claims import MAX_MEASURERS
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, build_routers
-from molora_fed.fusion.sum_rounds import HELD_OUT, MAX_FUSIONS, SUM_BITS, SumRounds, TextCounts
+from molora_fed.fusion.published_rounds import plan_rounds
+from molora_fed.fusion.sum_rounds import (
+    HELD_OUT,
+    LOSSES,
+    MAX_FUSIONS,
+    SUM_BITS,
+    SumRounds,
+    TextCounts,
+)
 from molora_fed.models.base_config import MAX_LAYERS, read_config
+from molora_fed.models.hidden_statistics import (
+    MIN_CLUSTERS,
+    TOKENS_PER_WIDTH,
+    compute_statistics_bytes,
+    count_statistics,
+)
 from molora_fed.plugins import Plugins
 from molora_fed.privacy.messages import (
     BATCH,
@@ -71,16 +85,20 @@ def describe_outgoing(
         PluginError: If the plugin of the published router fails.
     """
     rows = describe_contribution(charter if manifest is None else manifest)
+    widest = WIDEST if width is None else width
+    if charter.publishes_statistics:
+        rows.append(_describe_statistics(manifest, widest))
     if charter.is_summed:
         members, domains = _expect_members(charter)
-        rows += _list_sums(charter, plugins, members, domains, WIDEST if width is None else width)
+        rows += _list_sums(charter, plugins, members, domains, widest)
         told = _tell_sums(charter, members, domains, is_known=width is not None)
     elif charter.is_private:
         rows += _list_evolution(charter)
         told = _TOLD_BY_EVOLUTIONS
     else:
         told = _TOLD_BY_SAMPLES
-    return Outgoing(tuple(rows), (*told, _TOLD_BY_ADAPTERS))
+    published = _TOLD_BY_STATISTICS if charter.publishes_statistics else ()
+    return Outgoing(tuple(rows), (*published, *told, _TOLD_BY_ADAPTERS))
 
 
 def read_width(folder: Path) -> int:
@@ -91,6 +109,16 @@ def read_width(folder: Path) -> int:
     """
     config = read_config(folder, MAX_LAYERS, f"Cannot read the config of the base in '{folder}'")
     return int(config.hidden_size)
+
+
+def _describe_statistics(manifest: Manifest | None, width: int) -> OutgoingRow:
+    """What is published of hidden states, once, with the adapter."""
+    made = None if manifest is None else manifest.statistics_file
+    return OutgoingRow(
+        "statistics of the base's hidden states, calibration text",
+        0, 0, compute_statistics_bytes(width) if made is None else made.bytes,
+        exact=made is not None, numbers=count_statistics(width),
+    )  # fmt: skip
 
 
 def _expect_members(charter: Charter) -> tuple[int, int]:
@@ -134,6 +162,8 @@ def _list_sums(
 
 def _group_places(limits: dict[str, int]) -> Iterator[tuple[str, int, int]]:
     """Places that follow each other and ask for equally many numbers: what, numbers, how often."""
+    if LOSSES in limits:
+        yield "losses of base and adapters, calibration text", limits[LOSSES], 1
     first = [(place, n) for place, n in limits.items() if place.split(" ")[1:2] == ["0"]]
     fits = [(place, n) for place, n in first if place.startswith("fit")]
     for numbers, group in groupby(fits, key=lambda one: one[1]):
@@ -170,7 +200,7 @@ def _plan_rounds(
     counts = {
         name: _stand_in(members, f"domain-{number % domains}") for number, name in enumerate(names)
     }
-    return SumRounds(plan, width, counts, seed=charter.amendment.seed)
+    return plan_rounds(plan, width, counts, seed=charter.amendment.seed)
 
 
 def _stand_in(members: int, domain: str) -> TextCounts:
@@ -198,6 +228,16 @@ _TOLD_BY_ADAPTERS = (
 _TOLD_BY_SAMPLES = (
     "The coordinator can read the samples. Train text that is not in a sample stays here.",
 )
+_TOLD_BY_STATISTICS = (
+    "Statistics of the base's hidden states are published once, with the adapter: the coordinator "
+    "and every member get them. They are the number, the mean and the covariance of the states of "
+    "all your calibration tokens, and nothing of single documents. They tell what the text is "
+    "about, as an average.",
+    f"They are over {TOKENS_PER_WIDTH} tokens at least for each number of a hidden state, of "
+    f"{MIN_CLUSTERS} documents at least: the covariance of fewer would span the states of your "
+    "tokens. No noise is added, and who has them keeps them: routers can be made from them in "
+    "fusions that you take no part in.",
+)
 _TOLD_BY_EVOLUTIONS = (
     "No text and no token ids leave. Sums are over four document clusters at least; they are your "
     "own figures, which the coordinator sees.",
@@ -220,10 +260,13 @@ def _tell_sums(charter: Charter, members: int, domains: int, *, is_known: bool) 
             "them from the others'. Other members see none.",
         ),
     }
+    summed = "losses and of gates"
+    if not charter.publishes_statistics:
+        summed = "losses, of gates, and for some routers of hidden states"
     return (
         "No text, no token ids and no value of a single document, block or token leave. Sums are "
         "over all of your calibration or held-out text, four document clusters at least: of "
-        "losses, of gates, and for some routers of hidden states.",
+        f"{summed}.",
         *ways[charter.identity.summing],
         f"Up to {MAX_MEASURERS} times the coordinator is told the mean losses of the base and of "
         "another member's adapter on your calibration text, and its number of documents: yours "

@@ -283,7 +283,7 @@ def _create(
         seed=options.seed,
         training=training,
         samples=options.samples or SampleRules(),
-        fusion=FusionRules(compare=options.privacy.comparisons),
+        fusion=FusionRules(router=options.privacy.router, compare=options.privacy.comparisons),
     )
     return found_cooperative(
         options.out / "cooperative",

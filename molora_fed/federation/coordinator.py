@@ -106,7 +106,13 @@ class CoordinatorWorker:
         """
         if load_charter(self._home.charter) != self._charter:
             write_charter(self._charter, self._home.charter)
-        publish_charter(self._home, self._charter, self._key, part_bytes=self._message_bytes)
+        publish_charter(
+            self._home,
+            self._charter,
+            self._key,
+            part_bytes=self._message_bytes,
+            statistics_bytes=self._measure_statistics(),
+        )
         sign_kept_result(self._home, self._charter, self._key)
         if self._ledger.cooperative_state == _S.CREATED:
             self._ledger.advance(_S.RECRUITING, actor=ACTOR)
@@ -117,6 +123,15 @@ class CoordinatorWorker:
             with self._waiting_for_space(), self._usage.stage("looking"):
                 self.look()
             time.sleep(LOOK_SECONDS)
+
+    def _measure_statistics(self) -> int:
+        """Bytes of the largest statistics file; 0 where none are published."""
+        if not self._charter.publishes_statistics:
+            return 0
+        from molora_fed.cooperative.outgoing import read_width
+        from molora_fed.models.hidden_statistics import compute_statistics_bytes
+
+        return compute_statistics_bytes(read_width(self._home.base))
 
     def look(self) -> None:
         """Take what is complete, and fuse if it is time."""

@@ -54,7 +54,12 @@ _KEPT_FAILURES = 32
 
 
 def publish_charter(
-    home: CoordinatorHome, charter: Charter, key: EllipticCurvePrivateKey, *, part_bytes: int
+    home: CoordinatorHome,
+    charter: Charter,
+    key: EllipticCurvePrivateKey,
+    *,
+    part_bytes: int,
+    statistics_bytes: int = 0,
 ) -> None:
     """Put the signed charter, the base's files, the tasks and the limits into the outbox.
 
@@ -63,6 +68,7 @@ def publish_charter(
         charter: What to publish, as parsed from `home.charter`.
         key: The coordinator's private key.
         part_bytes: Largest part of a file.
+        statistics_bytes: Largest file of statistics of hidden states; 0 where none are published.
 
     Raises:
         FederationError: If the charter or the base's list of files does not fit into a message.
@@ -88,6 +94,7 @@ def publish_charter(
     blocks = samples.calibration + samples.admission + samples.held_out
     sample_bytes = blocks * charter.identity.corpus.block_size * _BYTES_PER_TOKEN
     limit = charter.identity.adapters.max_bytes + sample_bytes + _OTHER_FILES_BYTES
+    limit += statistics_bytes
     strangers = max(_STRANGERS, 4 * charter.amendment.expected)
     limits = {"contribution_bytes": limit, "strangers": strangers}
     keep_letter(home.outbox / "limits.json", limits)

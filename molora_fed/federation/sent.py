@@ -17,7 +17,10 @@ from molora_fed.storage.files import write_json
 
 __all__ = ["SENT_KINDS", "count_sent", "note_sent"]
 
-SENT_KINDS = ("adapter", "manifest", "samples", "counts", "overlap", "masks", "sums", "evolution")
+SENT_KINDS = (
+    "adapter", "manifest", "samples", "statistics", "counts", "overlap", "masks", "sums",
+    "evolution",
+)  # fmt: skip
 """In the order they are shown: `masks` are keys, shares and agreements of masked sums."""
 _MOST = 100_000
 
@@ -60,10 +63,12 @@ def _list_contributed(folder: Path) -> Mapping[str, int]:
     except (MoloraError, OSError):
         return {}
     samples = sum(entry.bytes for entry in manifest.sample_files.values())
+    published = manifest.statistics_file
     return {
         "adapter": sum(entry.bytes for entry in manifest.adapter_files.values()),
         "manifest": len(manifest.canonical),
         **({"samples": samples} if samples else {}),
+        **({} if published is None else {"statistics": published.bytes}),
     }
 
 

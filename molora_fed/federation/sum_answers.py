@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Entrant, collect_entrant
-from molora_fed.contributions.manifest import Contribution
+from molora_fed.contributions.manifest import Contribution, Manifest
 from molora_fed.errors import QuestionRefusedError
 from molora_fed.federation.overlap_answers import OverlapAnswers
 from molora_fed.federation.sum_letters import (
@@ -36,6 +37,7 @@ from molora_fed.federation.sum_letters import (
 )
 from molora_fed.fusion.claims import list_drawn
 from molora_fed.fusion.private_answers import FusionMember
+from molora_fed.fusion.published_rounds import plan_rounds
 from molora_fed.fusion.sum_rounds import (
     MAX_FUSIONS,
     SUM_BITS,
@@ -86,6 +88,18 @@ def end_fusion(folder: Path, fusion: str) -> None:
             shutil.rmtree(path)
         elif path.name != _ENDED_FILE:
             path.unlink()
+
+
+@dataclass(frozen=True, eq=False)
+class _Admitted:
+    """A question for a sum that may be answered: what it asks for, and in which form."""
+
+    asked: SumAsked
+    id: str
+    question: SumQuestion
+    rounds: SumRounds
+    layout: VectorLayout
+    public: Mapping[str, Manifest]
 
 
 class SumAnswers:
@@ -142,8 +156,10 @@ class SumAnswers:
             save_answer(answer, counts=counts, riders=self._overlap(asked.fusion).offer(progress))
             return "counts"
         if isinstance(asked, SumAsked):
-            vector, message = self._sum(asked, question, progress)
+            admitted = self._admit(asked, question)
+            # First, for the held-out blocks that count are measured: what is here of others' text.
             riders = self._overlap(asked.fusion).answer(question)
+            vector, message = self._sum(admitted, progress)
             save_answer(answer, vector=vector, message=message, riders=riders)
             return "masks" if vector is None else "sums"
         if isinstance(asked, AgainAsked):
@@ -207,8 +223,8 @@ class SumAnswers:
         manifest, who = one.manifest, f"'{one.manifest.contributor}'"
         if manifest.charter_identity != self._charter.identity_hash:
             return f"{who} made for another charter"
-        files = manifest.adapter_files.items()
-        if any(hash_file(one.adapter_folder / name) != entry.sha256 for name, entry in files):
+        files = manifest.files.items()
+        if any(hash_file(one.folder / name) != entry.sha256 for name, entry in files):
             return f"{who} with other files than were signed"
         return ""
 
@@ -248,31 +264,40 @@ class SumAnswers:
             self._opened = {fusion: (member, overlap)}
         return self._opened[fusion]
 
-    def _sum(
-        self, asked: SumAsked, folder: Path, progress: Progress | None
-    ) -> tuple[NDArray[np.float64] | None, bytes | None]:
-        """A vector; or the first message of a masked sum, and the vector stays here."""
+    def _admit(self, asked: SumAsked, folder: Path) -> "_Admitted":
+        """Read a question for a sum, and count that it was asked.
+
+        Raises:
+            QuestionRefusedError: If the charter does not have it asked, or not once more.
+        """
         member = self._member(asked.fusion)
         public = {one.manifest.contributor: one.manifest for one in self._experts(asked.fusion)}
         self._check_counts(asked, member, {n: one.domain for n, one in public.items()})
-        rounds = SumRounds(
+        rounds = plan_rounds(
             member.plan, member.hidden_size, asked.counts, seed=self._charter.amendment.seed
         )
         with refusing():
             question = build_sum_question(asked, folder)
             layout = rounds.lay_out(question)
-        place = self._place(asked.fusion)
         question_id = identify_sum(folder)
         limits = dict.fromkeys(rounds.limits, 1)
         counted = AskedQuestions(self._counts(asked.fusion), self._charter.amendment.number, limits)
         counted.admit(asked.place, question_id)
+        return _Admitted(asked, question_id, question, rounds, layout, public)
+
+    def _sum(
+        self, admitted: "_Admitted", progress: Progress | None
+    ) -> tuple[NDArray[np.float64] | None, bytes | None]:
+        """A vector; or the first message of a masked sum, and the vector stays here."""
+        asked, question_id = admitted.asked, admitted.id
+        place = self._place(asked.fusion)
         kept = place / question_id[:16]
-        vector = self._measure(member, rounds, layout, question, kept, progress)
+        vector = self._measure(admitted, kept, progress)
         if self._charter.identity.summing == "robust":
             return vector, None
-        encoding = FixedPoint(layout, len(asked.members), SUM_BITS)
+        encoding = FixedPoint(admitted.layout, len(asked.members), SUM_BITS)
         terms = Terms.build(
-            {name: public[name].public_key for name in asked.members},
+            {name: admitted.public[name].public_key for name in asked.members},
             encoding,
             identity=self._charter.identity_hash,
             fusion=asked.fusion,
@@ -287,18 +312,13 @@ class SumAnswers:
         return None, begun.send_keys()
 
     def _measure(
-        self,
-        member: FusionMember,
-        rounds: SumRounds,
-        layout: VectorLayout,
-        question: SumQuestion,
-        kept: Path,
-        progress: Progress | None,
+        self, admitted: "_Admitted", kept: Path, progress: Progress | None
     ) -> NDArray[np.float64]:
         """The clipped vector, (N,); measured once."""
-        path = kept / "vector.safetensors"
+        path, layout = kept / "vector.safetensors", admitted.layout
         if not path.is_file():
-            sums = member.measure(question, rounds, progress=progress)
+            member = self._member(admitted.asked.fusion)
+            sums = member.measure(admitted.question, admitted.rounds, progress=progress)
             vector, _ = layout.clip(layout.flatten(sums, who=self._name), who=self._name)
             write_tensors(path, {"vector": torch.from_numpy(vector)})
         return np.ascontiguousarray(load_file(path)["vector"].numpy())

@@ -91,7 +91,7 @@ class SumAsked(UntrustedModel):
 
     kind: Literal["sum"] = "sum"
     fusion: Sha
-    place: Annotated[str, Field(pattern=r"^(fit \d{1,3} \d{1,4}|judge \d{1,3}|held-out)$")]
+    place: Annotated[str, Field(pattern=r"^(fit \d{1,3} \d{1,4}|judge \d{1,3}|losses|held-out)$")]
     routers: Annotated[list[Annotated[str, Field(max_length=80)]], Field(max_length=64)]
     counts: Annotated[dict[Name, TextCounts], Field(max_length=MAX_MEMBERS)]
     members: Names
@@ -145,7 +145,7 @@ _ASKED: TypeAdapter[Asked] = TypeAdapter(Annotated[Asked, Field(discriminator="k
 
 
 def save_experts(asked: ExpertsAsked, contributions: Sequence[Contribution], folder: Path) -> None:
-    """Write a question with all experts: manifests, signatures and adapters, no sample.
+    """Write a question with all experts: manifests, adapters, published statistics; no sample.
 
     Raises:
         StorageError: On I/O errors.
@@ -153,9 +153,8 @@ def save_experts(asked: ExpertsAsked, contributions: Sequence[Contribution], fol
     with replace_folder(folder) as target:
         write_json(target / QUESTION_FILE, asked.model_dump(mode="json"))
         for one in contributions:
-            names = [MANIFEST_FILE, SIGNATURE_FILE]
-            names += [f"adapter/{name}" for name in one.manifest.adapter_files]
-            for name in names:
+            names = [name for name in one.manifest.files if not name.startswith("samples/")]
+            for name in (MANIFEST_FILE, SIGNATURE_FILE, *names):
                 path = target / _EXPERTS / one.id / name
                 make_folder(path.parent)
                 shutil.copyfile(one.folder / name, path)

@@ -62,7 +62,7 @@ class GuardedRouter(Generic[Router]):
 
     Attributes:
         router: The one with the fewest collapsed domains, then the lowest loss.
-        attempts: All fits, in order.
+        attempts: All fits, in order; none where no text was there to judge it on.
         kept: Index of the attempt that was kept.
     """
 
@@ -73,7 +73,7 @@ class GuardedRouter(Generic[Router]):
     @property
     def collapsed(self) -> tuple[str, ...]:
         """Domains that the router still loses."""
-        return self.attempts[self.kept].collapsed
+        return self.attempts[self.kept].collapsed if self.attempts else ()
 
     def to_json(self) -> dict[str, Any]:
         """The router's entry of `guard` in report.json."""

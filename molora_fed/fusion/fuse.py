@@ -234,8 +234,13 @@ def _describe_guard(
     chosen: str,
     published: str,
 ) -> dict[str, Any]:
-    """The report's `guard`; a router that another was published for says so."""
-    described: dict[str, Any] = {name: found.to_json() for name, found in guarded.items()}
+    """The report's `guard`; a router that another was published for says so.
+
+    Of routers that nothing was fitted for there is nothing to say.
+    """
+    described: dict[str, Any] = {
+        n: found.to_json() for n, found in guarded.items() if found.attempts
+    }
     if published != chosen:
         described[chosen]["replaced_by"] = published
     return {**described, **left_out}

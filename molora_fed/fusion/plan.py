@@ -12,13 +12,14 @@ from molora_fed.adapters.updates import Adapter
 from molora_fed.bank import Expert
 from molora_fed.charter import AdapterRules, Charter
 from molora_fed.contributions.contributed import Entrant
-from molora_fed.errors import CharterError, ConfigError, PluginError
+from molora_fed.errors import CharterError, ConfigError, PluginError, RoutingError
 from molora_fed.forecasting.records import FAILED
 from molora_fed.guard import guarded, refuse
 from molora_fed.models.base import Base, check_base
 from molora_fed.models.batches import fit_batch
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
+from molora_fed.routing.published import check_published
 from molora_fed.routing.top_k import limit_experts
 from molora_fed.storage.settings import open_options
 from molora_fed.types import BASE_EXPERT, Reading
@@ -27,6 +28,7 @@ __all__ = [
     "BASE_EXPERT",
     "FusionPlan",
     "build_routers",
+    "check_published_router",
     "plan_fusion",
 ]
 
@@ -200,6 +202,26 @@ def build_routers(
             router = limit_experts(router, fusion.top_k)
         routers[name] = (router, chosen)
     return routers
+
+
+def check_published_router(charter: Charter, plugins: Plugins) -> None:
+    """Refuse a charter whose published router cannot be made from statistics.
+
+    Raises:
+        CharterError: If it cannot, or its options are wrong.
+        PluginError: If its plugin fails.
+    """
+    name = charter.amendment.fusion.router
+    router, options = build_routers(charter, plugins, on_failed=lambda name, why: None)[name]
+    try:
+        with guarded(plugins.routers.entry(name), "from_statistics"):
+            check_published(router, options)
+    except RoutingError as error:
+        raise CharterError(
+            f"Cannot use charter '{charter.identity.name}': expected a router that is made from "
+            f"published statistics with its options, got '{name}', which has to be fitted on "
+            "text. Choose another router, or another mode of privacy."
+        ) from error
 
 
 def _check_readings(entry: Entry, router: type[OutputRouter], options: RouterOptions) -> None:

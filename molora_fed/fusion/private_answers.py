@@ -201,12 +201,14 @@ class FusionMember:
                     router: rounds.build_router(router, question.of(router))
                     for router in question.routers
                 }
+                if question.kind == rounds.probed:
+                    self._probe(question, rounds, self._open_calibration(progress))
                 baselines = self._measure_merges(bank)
                 said = measure_sums(bank, routers, baselines, who=name, progress=progress)
                 return rounds.pack_held_out(said, question.routers)
             calibration = self._open_calibration(progress)
             found = rounds.measure(question, calibration)
-            if question.kind == "judge":
+            if question.kind == rounds.probed:
                 self._probe(question, rounds, calibration)
             if question.is_first:
                 found |= rounds.pack_alone(measure_alone(calibration, who=name), domain)

@@ -15,12 +15,13 @@ from torch import Tensor
 from molora_fed.contributions.contributed import Entrant
 from molora_fed.corpus.overlap import MAX_BLOCK_OVERLAP
 from molora_fed.corpus.report import MAX_CONTAMINATION
-from molora_fed.errors import RoutingError
 from molora_fed.evaluation.summed_report import SummedEvaluation, compose_loss_matrix
 from molora_fed.forecasting.records import FAILED
 from molora_fed.fusion.boundary import NotMeasured
-from molora_fed.fusion.collapse import Attempt, GuardedRouter, compare_attempt, keep_best
+from molora_fed.fusion.collapse import GuardedRouter
 from molora_fed.fusion.plan import FusionPlan
+from molora_fed.fusion.published_fits import PublishedFits
+from molora_fed.fusion.published_rounds import PublishedRounds, plan_rounds
 from molora_fed.fusion.sum_rounds import (
     HELD_OUT,
     SumQuestion,
@@ -28,16 +29,17 @@ from molora_fed.fusion.sum_rounds import (
     TextCounts,
     join_states,
 )
+from molora_fed.fusion.summed_fits import SummedFits
 from molora_fed.fusion.texts import Control
-from molora_fed.guard import guarded
 from molora_fed.models.base import Base
 from molora_fed.privacy.sums.vectors import Total
 from molora_fed.routing.contract import OutputRouter
-from molora_fed.routing.summed import Finished, SummedFit, SummedState
 from molora_fed.types import LossMatrix, Progress
 
 __all__ = ["Members", "PrivateTexts"]
 
+Ask = Callable[[SumQuestion], Total]
+"""Asks all members, and adds up what they answer."""
 Check = Callable[[Mapping[str, Tensor], Sequence[str]], None]
 """Refuses, by a SumError, parts of a vector or a total that these members could not have given."""
 
@@ -99,9 +101,37 @@ class PrivateTexts:
         progress: Progress | None,
     ) -> "_PrivateRun":
         """Send the experts, and hear what each member has; see `FusionTexts`."""
-        counts = self.members.begin(plan)
-        rounds = SumRounds(plan, base.model.config.hidden_size, counts, seed=seed)
-        return _PrivateRun(plan, self.members, counts, rounds, seed, missing, progress)
+        counts, width = self.members.begin(plan), base.model.config.hidden_size
+        rounds = plan_rounds(plan, width, counts, seed=seed)
+        fits: RouterFits = (
+            PublishedFits(plan, rounds, missing)
+            if isinstance(rounds, PublishedRounds)
+            else SummedFits(plan, rounds, seed, missing)
+        )
+        return _PrivateRun(plan, self.members, counts, rounds, fits, missing, progress)
+
+
+class RouterFits(Protocol):
+    """How the routers of a fusion come about, between its first question and the held-out one."""
+
+    @property
+    def num_rounds(self) -> int:
+        """Message rounds up to the held-out one, where no router is fitted twice."""
+        ...
+
+    def begin(self) -> SumQuestion:
+        """The first question, which brings everybody's losses, too."""
+        ...
+
+    def finish(self, first: SumQuestion, total: Total, ask: Ask) -> dict[str, GuardedRouter[Any]]:
+        """The routers, under the guard where there is one.
+
+        Args:
+            first: The first question.
+            total: What was answered.
+            ask: Asks further ones.
+        """
+        ...
 
 
 class _PrivateRun:
@@ -113,7 +143,7 @@ class _PrivateRun:
         members: Members,
         counts: Mapping[str, TextCounts],
         rounds: SumRounds,
-        seed: int,
+        fits: RouterFits,
         missing: NotMeasured,
         progress: Progress | None,
     ) -> None:
@@ -121,23 +151,11 @@ class _PrivateRun:
         self._members = members
         self._counts = counts
         self._rounds = rounds
-        self._seed = seed
+        self._fits = fits
         self._missing = missing
         self._progress = progress
-        self._fits: dict[str, SummedFit] = {}
-        self._states: dict[str, SummedState | Finished] = {}
         self._asked = 0
         self._first: tuple[SumQuestion, Total] | None = None
-        self._begin_fits()
-
-    def _begin_fits(self) -> None:
-        """Find out who can be fitted by sums, and where each begins."""
-        for name in self._plan.routers:
-            with self._missing.skipping("router", name, unless=name == self._plan.router):
-                fit = self._rounds.plan_fit(name, 0)
-                with guarded(self._plan.plugins.routers.entry(name), "start"):
-                    self._states[name] = fit.start()
-                self._fits[name] = fit
 
     def _ask(self, question: SumQuestion) -> Total:
         def check(parts: Mapping[str, Tensor], members: Sequence[str]) -> None:
@@ -146,23 +164,15 @@ class _PrivateRun:
         total = self._members.add_up(question, self._rounds, check)
         self._asked += 1
         if self._progress is not None:
-            self._progress(self._asked, self._count_rounds())
+            self._progress(self._asked, self._fits.num_rounds + 1)
         return total
-
-    def _count_rounds(self) -> int:
-        """Message rounds of the whole fusion, where no router is fitted twice."""
-        return max((1, *(fit.rounds for fit in self._fits.values()))) + 2
 
     def _ask_first(self) -> tuple[SumQuestion, Total]:
         """The first round, asked once; not a cached property, whose lock all instances share."""
         if self._first is None:
-            question = self._question("fit 0 0", self._states)
+            question = self._fits.begin()
             self._first = question, self._ask(question)
         return self._first
-
-    def _question(self, place: str, states: Mapping[str, SummedState | Finished]) -> SumQuestion:
-        sent = {n: self._fits[n].send(s) for n, s in states.items() if not isinstance(s, Finished)}
-        return SumQuestion(place, tuple(sent), join_states(sent))
 
     def measure_matrix(self) -> LossMatrix:
         """See `TextsRun`; it is asked with the first round of the fits."""
@@ -171,85 +181,8 @@ class _PrivateRun:
         return compose_loss_matrix(parts, self._plan.own_domain)
 
     def fit(self) -> tuple[dict[str, GuardedRouter[Any]], dict[str, dict[str, Any]]]:
-        """Fit all routers side by side, round by round, and judge them; see `TextsRun`."""
-        rules = self._plan.charter.amendment.fusion
-        fitted: dict[str, list[OutputRouter]] = {name: [] for name in self._fits}
-        attempts: dict[str, list[Attempt]] = {name: [] for name in self._fits}
-        running = dict(self._states)
-        for attempt in range(rules.restarts + 1):
-            tensors = self._run_rounds(attempt, running)
-            for name, judged in self._judge(attempt, tensors, rules.collapse_nats).items():
-                fitted[name].append(self._rounds.build_router(name, tensors[name]))
-                attempts[name].append(judged)
-            again = [
-                name
-                for name in tensors
-                if attempts[name][-1].collapsed and self._fits[name].uses_seed
-            ]
-            if not again or attempt == rules.restarts:
-                break
-            self._fits |= {name: self._rounds.plan_fit(name, attempt + 1) for name in again}
-            running = {name: self._fits[name].start() for name in again}
-        found = {n: keep_best(fitted[n], attempts[n]) for n in fitted if attempts[n]}
-        return found, {}
-
-    def _run_rounds(
-        self, attempt: int, states: Mapping[str, SummedState | Finished]
-    ) -> dict[str, Mapping[str, Tensor]]:
-        """Rounds until every fit has ended; what each learned."""
-        running = dict(states)
-        turn = 0
-        while (attempt, turn) == (0, 0) or any(
-            not isinstance(state, Finished) for state in running.values()
-        ):
-            if (attempt, turn) == (0, 0):
-                question, total = self._ask_first()
-            else:
-                question = self._question(f"fit {attempt} {turn}", running)
-                total = self._ask(question)
-            for name in question.routers:
-                running[name] = self._advance(name, running[name], total, turn)
-            turn += 1
-        return {n: state.tensors for n, state in running.items() if isinstance(state, Finished)}
-
-    def _advance(
-        self, name: str, state: SummedState | Finished, total: Total, turn: int
-    ) -> SummedState | Finished:
-        if isinstance(state, Finished):
-            return state
-        prefix = f"{name}/"
-        own = {
-            part.removeprefix(prefix): tensor
-            for part, tensor in total.parts.items()
-            if part.startswith(prefix)
-        }
-        with guarded(self._plan.plugins.routers.entry(name), "advance"):
-            after = self._fits[name].advance(state, own)
-        if turn + 1 >= self._fits[name].rounds and not isinstance(after, Finished):
-            raise RoutingError(
-                f"Cannot fit router '{name}' by sums: expected an end after "
-                f"{self._fits[name].rounds} rounds, got another state. Correct its `rounds` or "
-                "`advance`."
-            )
-        return after
-
-    def _judge(
-        self, attempt: int, tensors: Mapping[str, Mapping[str, Tensor]], collapse_nats: float
-    ) -> dict[str, Attempt]:
-        """How well each router does on calibration text, by domain."""
-        question = SumQuestion(f"judge {attempt}", tuple(tensors), join_states(tensors))
-        total, domains = self._ask(question), self._rounds.domains
-        found = {}
-        for name in tensors:
-            experts = total.parts[f"{name}/experts"].amin(dim=1).tolist()
-            losses = total.parts[f"{name}/router"].tolist()
-            found[name] = compare_attempt(
-                dict(zip(domains, losses, strict=True)),
-                self._seed + attempt,
-                dict(zip(domains, experts, strict=True)),
-                collapse_nats,
-            )
-        return found
+        """See `TextsRun`."""
+        return self._fits.finish(*self._ask_first(), self._ask), {}
 
     def prepare_held_out(self) -> None:
         """Nothing: each member chooses its blocks and measures merges when it evaluates."""

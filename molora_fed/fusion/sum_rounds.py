@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALONE",
+    "FIRST_FIT",
     "GATES",
     "HELD_OUT",
+    "LOSSES",
     "MAX_FUSIONS",
     "MOMENTS",
     "SUM_BITS",
@@ -60,6 +62,8 @@ TRIM_SHARE = 0.2
 """Of a domain's members, cut at each end of every coordinate of a robust sum."""
 ALONE, MOMENTS, GATES = "alone", "moments", "gates"
 HELD_OUT = "held-out"
+FIRST_FIT, LOSSES = "fit 0 0", "losses"
+"""The first question of a fusion: where routers are fitted by sums, and where they are not."""
 _LARGEST_LOSS = 32.0  # nats a token in a document's mean; larger sums are clipped
 _SLACK = 2.0**-54  # of a bound: what adding up in fixed point may take from a square
 _ROUNDED = 1e-3  # of a count that was added up in fixed point
@@ -118,7 +122,8 @@ class SumQuestion:
     """What all members are asked at once.
 
     Attributes:
-        place: "fit A R", round R of attempt A; "judge A"; or "held-out".
+        place: "fit A R", round R of attempt A; "judge A"; "losses", the first where nothing is
+            fitted; or "held-out".
         routers: The routers it is about.
         state: Their states, tensors by "router/name".
     """
@@ -140,7 +145,7 @@ class SumQuestion:
     @property
     def is_first(self) -> bool:
         """Whether it opens the fusion, and so asks for everybody's losses, too."""
-        return self.place == "fit 0 0"
+        return self.place in (FIRST_FIT, LOSSES)
 
     def of(self, router: str) -> dict[str, Tensor]:
         """The state of one router."""
@@ -181,14 +186,20 @@ class SumRounds:
         domains: Domains of the members, sorted; C of them.
         weights: Weight of a predicted token by domain; over all members they sum to 1.
         compared: What is measured on held-out text.
+        first: Place of the first question.
+        probed: Kind of question before whose answer routers are probed.
+        hidden_size: D.
     """
+
+    first: ClassVar[str] = FIRST_FIT
+    probed: ClassVar[str] = "judge"
 
     def __init__(
         self, plan: FusionPlan, hidden_size: int, counts: Mapping[str, TextCounts], *, seed: int
     ) -> None:
         self._plan = plan
         self._counts = counts
-        self._hidden_size = hidden_size
+        self.hidden_size = hidden_size
         self._seed = seed
         self._experts = tuple(expert.name for expert in plan.experts)
         self.domains = tuple(sorted({one.domain for one in counts.values()}))
@@ -278,6 +289,14 @@ class SumRounds:
     @cached_property
     def limits(self) -> dict[str, int]:
         """Most numbers of an answer by place, in the order of a fusion; each is asked for once."""
+        found, routers = self.limit_fits()
+        alone = self._lay_out_moments(ALONE, self._alone, ALONE).values()
+        first = found.pop(self.first, 0) + sum(entry.size for entry in alone)
+        held_out = self._lay_out(SumQuestion(HELD_OUT, routers, {})).length
+        return {self.first: first, **found, HELD_OUT: held_out}
+
+    def limit_fits(self) -> tuple[dict[str, int], tuple[str, ...]]:
+        """Most numbers of what fits and judges by place; and the routers that are evaluated."""
         fits: dict[str, tuple[int, ...]] = {}
         again: set[str] = set()
         for name in self._plan.routers:
@@ -295,10 +314,7 @@ class SumRounds:
                 found[f"fit {attempt} {turn}"] = sum(asked)
             if fitted:
                 found[f"judge {attempt}"] = len(fitted) * domains * (1 + experts)
-        alone = self._lay_out_moments(ALONE, self._alone, ALONE).values()
-        first = found.pop("fit 0 0", 0) + sum(entry.size for entry in alone)
-        held_out = self._lay_out(SumQuestion(HELD_OUT, tuple(fits), {})).length
-        return {"fit 0 0": first, **found, HELD_OUT: held_out}
+        return found, tuple(fits)
 
     def _check_routers(self, names: Sequence[str]) -> None:
         unknown = [name for name in names if name not in self._plan.routers]
@@ -426,7 +442,7 @@ class SumRounds:
         return FitSetting(
             expert_names=self._experts,
             domains=self.domains,
-            hidden_size=self._hidden_size,
+            hidden_size=self.hidden_size,
             tokens=self._tokens,
             mixture=self._plan.bank["mixture"],
             options=options,

@@ -16,6 +16,7 @@ SENT_COLUMNS = {
     "adapter": "adapter",
     "manifest": "manifest",
     "samples": "samples of text",
+    "statistics": "statistics of hidden states",
     "counts": "counts of text, losses of others' adapters",
     "overlap": "8-grams, blinded or as tags",
     "masks": "keys, shares and agreements of masked sums",
@@ -70,6 +71,11 @@ def describe_privacy(result: Mapping[str, Any]) -> str:
         return ""
     members = result["sums"]["members"]
     parts = ["Texts stayed with their contributors, who answered with sums over their documents."]
+    if result["privacy_mode"] == "statistics":
+        parts.append(
+            "Routers were made from statistics of hidden states that came with the adapters: no "
+            "guard judged them on calibration text."
+        )
     few = [domain for domain, count in sorted(members.items()) if count < 3]
     if few:
         parts.append(

@@ -20,6 +20,7 @@ from molora_fed.types import Progress, Reading
 
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
+    from molora_fed.models.hidden_statistics import HiddenStatistics
     from molora_fed.routing.summed import FitSetting, SummedFit
 
 __all__ = ["OutputRouter", "RouterOptions", "RouterState"]
@@ -157,6 +158,23 @@ class OutputRouter(nn.Module, abc.ABC, Generic[OptionsT]):
 
         Returns:
             None where it cannot be; a router that learns nothing needs none.
+        """
+        return None
+
+    @classmethod
+    def from_statistics(
+        cls, statistics: Mapping[str, "HiddenStatistics"], setting: "FitSetting"
+    ) -> "Self | None":
+        """The router that follows from what contributors published of their hidden states.
+
+        Args:
+            statistics: Of the base's last hidden states over each contributor's calibration text,
+                by the contributor's name, which is its expert's, too. The base, where it is an
+                expert, has none.
+            setting: What the fusion is of, this router's options among it.
+
+        Returns:
+            None where it cannot be made so; a router that learns nothing needs no hook.
         """
         return None
 

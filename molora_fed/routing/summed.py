@@ -29,6 +29,8 @@ __all__ = [
     "SumEntry",
     "SummedFit",
     "SummedState",
+    "find_owner",
+    "learns_nothing",
     "locate_domains",
     "plan_summed_fit",
 ]
@@ -206,12 +208,10 @@ def plan_summed_fit(router: type[OutputRouter], setting: FitSetting) -> SummedFi
         RoutingError: If it cannot be fitted by sums, or the options are another router's.
     """
     options = router.narrow(setting.options)
-    if _find_owner(router, "learn") is OutputRouter and not router.shapes(
-        setting.num_experts, options
-    ):
+    if learns_nothing(router, setting.num_experts, options):
         return _NothingToFit(setting, options)
     # A class that learns in a way of its own cannot be fitted as the class it is derived from.
-    is_own = issubclass(_find_owner(router, "by_sums"), _find_owner(router, "learn"))
+    is_own = issubclass(find_owner(router, "by_sums"), find_owner(router, "learn"))
     fit = router.by_sums(setting) if is_own else None
     if fit is None:
         raise RoutingError(
@@ -222,7 +222,20 @@ def plan_summed_fit(router: type[OutputRouter], setting: FitSetting) -> SummedFi
     return fit
 
 
-def _find_owner(router: type[OutputRouter], name: str) -> type:
+def learns_nothing(router: type[OutputRouter], num_experts: int, options: RouterOptions) -> bool:
+    """Whether a router is the same whatever the text.
+
+    Args:
+        router: Its class.
+        num_experts: E.
+        options: Its own.
+    """
+    is_plain = find_owner(router, "learn") is OutputRouter
+    return is_plain and not router.shapes(num_experts, options)
+
+
+def find_owner(router: type[OutputRouter], name: str) -> type:
+    """The class whose method of that name a router has."""
     return next(each for each in router.__mro__ if name in vars(each))
 
 

@@ -13,7 +13,9 @@ from typing_extensions import override
 
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError
+from molora_fed.models.hidden_statistics import HiddenStatistics
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
+from molora_fed.routing.published import make_published
 from molora_fed.routing.summed import FitSetting, SummedFit, plan_summed_fit
 from molora_fed.types import Progress, Reading
 
@@ -86,6 +88,14 @@ class TopKRouter(OutputRouter):
     @override
     def by_sums(cls, setting: FitSetting) -> SummedFit:
         return plan_summed_fit(cls.inner_class, setting)
+
+    @classmethod
+    @override
+    def from_statistics(
+        cls, statistics: Mapping[str, HiddenStatistics], setting: FitSetting
+    ) -> Self:
+        inner = make_published(cls.inner_class, statistics, setting)
+        return cls(inner.num_experts, inner.options, inner.state_tensors())
 
     @override
     def scores(self, view: RouterView) -> Tensor:

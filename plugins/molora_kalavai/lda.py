@@ -1,5 +1,6 @@
 """A router in closed form from class means and shared covariances of a hidden state."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -9,14 +10,22 @@ from torch import Tensor
 from typing_extensions import TypeVar, override
 
 from molora_fed.bank.views import RouterView
+from molora_fed.models.hidden_statistics import HiddenStatistics
+from molora_fed.models.runtime import limit_threads
 from molora_fed.routing.causal import causal_mean, count_since_start
 from molora_fed.routing.contract import OutputRouter, RouterOptions, RouterState
 from molora_fed.routing.summed import FitSetting
 from molora_fed.types import Progress, Reading
-from molora_kalavai.discriminant import Discriminant, fit_discriminant
+from molora_kalavai.discriminant import (
+    Discriminant,
+    assume_constants,
+    diagonalise,
+    fit_discriminant,
+)
 from molora_kalavai.evidence_fit import EvidenceHiddenOptions
 from molora_kalavai.hidden import pool_causally, read_hidden
-from molora_kalavai.mixtures import mix_log
+from molora_kalavai.mixtures import assume_mixtures, mix_log
+from molora_kalavai.moments import ClassMoments
 from molora_kalavai.statistics_sums import StatisticsSums
 
 if TYPE_CHECKING:
@@ -128,6 +137,22 @@ class StatisticsRouter(DiscriminantRouter[StatisticsOptions]):
     def by_sums(cls, setting: FitSetting) -> StatisticsSums:
         options = cls.narrow(setting.options)
         return StatisticsSums(setting, options, options.input, options.folds, cls.name)
+
+    @classmethod
+    @override
+    def from_statistics(
+        cls, statistics: Mapping[str, HiddenStatistics], setting: FitSetting
+    ) -> Self | None:
+        """The same discriminant; what only losses could tell of gates and constants is assumed."""
+        options = cls.narrow(setting.options)
+        if options.input != "base_hidden":
+            return None
+        with limit_threads(1):
+            moments = ClassMoments.of_statistics(statistics.values(), setting.domains)
+            found = assume_constants(diagonalise(moments))
+        owners = [statistics[n].domain if n in statistics else "" for n in setting.expert_names]
+        mixtures = assume_mixtures(owners, setting.domains)
+        return cls(setting.num_experts, options, {**found.tensors(), "mixtures": mixtures})
 
     @override
     def scores(self, view: RouterView) -> Tensor:

@@ -1,5 +1,6 @@
 """Each domain's best constant gates, and their mixture by the domains' probabilities."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,12 +11,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from molora_fed.bank import CalibrationBank
 
-__all__ = ["MIXTURES_TRIED", "fit_mixtures", "measure_mixtures", "mix_log", "propose_mixtures"]
+__all__ = [
+    "MIXTURES_TRIED",
+    "assume_mixtures",
+    "fit_mixtures",
+    "measure_mixtures",
+    "mix_log",
+    "propose_mixtures",
+]
 
 _EM_STEPS = 50
 _LEAST_WEIGHT = 1e-30  # keeps logarithms finite where EM gives an expert nothing
 _LEAST_TRIED = 1e-6  # of constant gates that are tried: none rules an expert out for good
 _WAYS = (1.0, 0.5, 0.2)  # how far towards the model's best gates is tried
+_OWN_SHARE = 0.9  # of a domain's gates that is its own specialists', where no loss can choose
 _SURE = 1e4  # how much more a sum of gates that is not 1 costs than any loss
 MIXTURES_TRIED = len(_WAYS) + 1
 """Constant gates that `propose_mixtures` proposes."""
@@ -41,6 +50,19 @@ def fit_mixtures(bank: "CalibrationBank") -> Tensor:
             weights = weights * (likelihood / (likelihood @ weights).unsqueeze(1)).mean(dim=0)
         rows.append(weights / weights.sum())
     return torch.stack(rows)
+
+
+def assume_mixtures(owners: Sequence[str], domains: Sequence[str]) -> Tensor:
+    """Constant gates of each domain where no loss can choose them, (C, E).
+
+    Most of a domain's gates is its own specialists', in equal shares; the rest everybody's.
+
+    Args:
+        owners: Domain of each expert; "" of the base. E of them.
+        domains: C domains.
+    """
+    own = torch.tensor([[owner == domain for owner in owners] for domain in domains]).float()
+    return _OWN_SHARE * own / own.sum(dim=1, keepdim=True) + (1 - _OWN_SHARE) / len(owners)
 
 
 def measure_mixtures(logprob: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,8 @@
 They add up: contributors could send their own, and leaving some documents out is a subtraction.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from molora_fed.models.hidden_statistics import HiddenStatistics
 from molora_fed.types import Reading
 from molora_kalavai.hidden import read_hidden
 
@@ -61,6 +63,39 @@ class ClassMoments:
             sums=zeros(num_domains, width),
             total=zeros(width, width),
             grouped=zeros(width, width),
+        )
+
+    @staticmethod
+    def of_statistics(
+        statistics: Iterable[HiddenStatistics], domains: Sequence[str]
+    ) -> "ClassMoments":
+        """The moments of all texts together, as far as published statistics tell.
+
+        They tell nothing of documents: each domain's text counts as one segment, so that the
+        covariance within segments is that of all tokens around their domain's mean.
+
+        Args:
+            statistics: Of each text.
+            domains: All their domains; C of them.
+        """
+        parts = list(statistics)
+        shift = torch.stack([part.mean.double() for part in parts]).mean(dim=0)
+        whole = ClassMoments.zeros(len(domains), shift)
+        for part in parts:
+            domain, mean = domains.index(part.domain), part.mean.double() - shift
+            whole.tokens[domain] += part.tokens
+            whole.sums[domain] += part.tokens * mean
+            whole.total.add_(part.tokens * (part.covariance.double() + torch.outer(mean, mean)))
+        return whole.without_documents()
+
+    def without_documents(self) -> "ClassMoments":
+        """The same sums with each domain's text as one segment."""
+        scaled = self.sums / self.tokens.sqrt().unsqueeze(1)
+        return replace(
+            self,
+            squares=self.tokens**2,
+            segments=torch.ones_like(self.tokens),
+            grouped=scaled.T @ scaled,
         )
 
     def __add__(self, other: "ClassMoments") -> "ClassMoments":

@@ -30,6 +30,12 @@ def create(molora, tmp_path, tiny_checkpoint):
             "robust",
             "each member's sums",
         ),
+        (
+            ("--privacy", "statistics", "--summing", "robust"),
+            "statistics",
+            "robust",
+            "statistics of hidden states are published with adapters",
+        ),
     ],
 )
 def test_a_mode_is_chosen_and_shown(molora, create, options, mode, summing, words):
@@ -45,7 +51,10 @@ def test_a_mode_is_chosen_and_shown(molora, create, options, mode, summing, word
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--privacy", "secret"), "expected --privacy pooled or private, got 'secret'"),
+        (
+            ("--privacy", "secret"),
+            "expected --privacy pooled or private or statistics, got 'secret'",
+        ),
         (("--privacy", "private", "--summing", "plain"), "expected --summing masked or robust"),
         (("--privacy", "pooled", "--summing", "robust"), "expected --summing with --privacy"),
     ],
@@ -55,6 +64,18 @@ def test_a_wrong_mode_is_one_line_and_makes_nothing(create, options, words):
     assert ran.code == 10 and not folder.exists()
     (line,) = ran.err.splitlines()
     assert words in line
+
+
+def test_a_router_of_published_statistics_is_chosen_and_another_one_refused(create):
+    ran, folder = create("--privacy", "statistics", "--router", "evidence")
+    assert ran.code == 11 and not folder.exists()
+    (line,) = ran.err.splitlines()
+    assert "expected a router that is made from published statistics" in line
+    assert "got 'evidence'" in line
+    ran, folder = create("--privacy", "statistics")
+    assert ran.code == 0, ran.err
+    fusion = load_charter(folder).amendment.fusion
+    assert (fusion.router, fusion.compare) == ("statistics", ("evidence-zero",))
 
 
 def test_that_masked_sums_wait_for_a_third_is_said(create):

@@ -18,6 +18,7 @@ OTHERWISE = {
     "evidence": "a column that routers read",
     "number": "an amendment's number",
     "sigma": "a key of decisions in traces",
+    "statistics": "a mode of privacy, and what is published in it",
     "uniform": "the key of equal gates in results",
 }
 

@@ -1,10 +1,9 @@
 """Held-out blocks that lie in another's train text are left out, though nobody shows any text."""
 
 import json
-import random
 
 import pytest
-from stage_helpers import PLUGINS, TRAINING, Stage
+from stage_helpers import PLUGINS, TRAINING, Stage, write_shared
 
 from molora_fed.charter import Amendment, FusionRules, PrivacyRules, SampleRules
 from molora_fed.contributions.contributed import Contributed
@@ -31,26 +30,8 @@ AMENDMENT = Amendment(
 NAMES = ("alpha", "beta", "gamma")
 
 
-def write_shared(root):
-    """Texts of 240 documents each; beta's are half alpha's, in another split of its own."""
-    texts = {
-        name: [write_document(f"{name} {number}", name) for number in range(240)] for name in NAMES
-    }
-    texts["beta"][120:] = texts["alpha"][:120]
-    for name, documents in texts.items():
-        folder = root / "text" / name
-        folder.mkdir(parents=True)
-        for number, text in enumerate(documents):
-            (folder / f"{number}.txt").write_text(text)
-
-
-def write_document(seed, name):
-    draw, letters = random.Random(seed), name[0]
-    return " ".join(f"{letters}{draw.randrange(10)}{draw.randrange(10)}" for _ in range(14))
-
-
 def build_stage(root, checkpoint, summing="masked"):
-    write_shared(root)
+    write_shared(root, NAMES)
     privacy = PrivacyRules(mode="private", summing=summing)
     return Stage(root, checkpoint, AMENDMENT, block_size=64, privacy=privacy)
 

@@ -1,7 +1,6 @@
 """A coordinator that asks members of a private fusion for more than they agreed to."""
 
 import json
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from molora_cli.main import run
 from safetensors.torch import load_file
-from stage_helpers import TRAINING, Stage
+from stage_helpers import TRAINING, Stage, plant
 
 from molora_fed.charter import Amendment, FusionRules, PrivacyRules, SampleRules
 from molora_fed.contributions.manifest import load_contribution
@@ -25,12 +24,10 @@ from molora_fed.federation.doctor import examine
 from molora_fed.federation.envelopes import Envelope, keep_letter, open_letter
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.letters import AnswerLetter, QuestionLetter, ShownState
-from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.overview import describe_contributor, read_contributor
 from molora_fed.federation.server_dialogue import RemoteContributor
-from molora_fed.federation.signing import build_question_bytes
 from molora_fed.federation.sum_answers import SumAnswers
-from molora_fed.federation.sum_letters import ExpertsAsked, save_experts, write_tensors
+from molora_fed.federation.sum_letters import ExpertsAsked, save_experts
 from molora_fed.federation.worker_mail import (
     find_base_config,
     is_described,
@@ -39,7 +36,7 @@ from molora_fed.federation.worker_mail import (
 from molora_fed.fusion.sum_rounds import name_fusion
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.files import write_json
-from molora_fed.storage.keys import load_key, load_or_make_key, sign
+from molora_fed.storage.keys import load_key, load_or_make_key
 
 pytestmark = pytest.mark.processes
 
@@ -54,31 +51,6 @@ AMENDMENT = Amendment(
 def build_stage(root, checkpoint, summing):
     privacy = PrivacyRules(mode="private", summing=summing)
     return Stage(root, checkpoint, AMENDMENT, privacy=privacy)
-
-
-def plant(stage, home, content, state=None, *, key=None, amendment=0):
-    """A question in a contributor's mailbox, as its coordinator signs it; its id."""
-    draft = home.root / "draft"
-    draft.mkdir()
-    write_json(draft / "question.json", content)
-    if state is not None:
-        write_tensors(draft / "state.safetensors", state)
-    files = describe_folder(draft)
-    folder = home.question_folder(files.id)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft.rename(folder)
-    home.shipments.mkdir(parents=True, exist_ok=True)
-    (home.shipments / files.id).write_text(folder.name)
-    signed = build_question_bytes(stage.cooperative.charter.identity_hash, amendment, files.id)
-    keep_letter(
-        home.question_letter,
-        QuestionLetter(
-            id=files.id, files=files, part_bytes=2**20, answer_bytes=2**20, amendment=amendment,
-            signature=sign(key or load_key(stage.server.key), signed),
-        ),
-    )  # fmt: skip
-    return files.id
 
 
 def list_hostile(asked, state):

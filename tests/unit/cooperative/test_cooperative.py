@@ -10,6 +10,8 @@ from molora_fed.charter import (
     Amendment,
     CorpusRules,
     FusionRules,
+    PrivacyRules,
+    SampleRules,
     TrainingRules,
     load_charter,
     write_charter,
@@ -136,6 +138,19 @@ def test_amendments(create, plugins):
     assert open_cooperative(cooperative.folder) == amended
     assert open_cooperative(cooperative.folder).charter.amendment.training.steps == 7
     assert create() == amended  # Created again with amendment 0: still the same cooperative.
+
+
+def test_published_statistics_need_calibration_text_of_the_bases_width(create, base):
+    rules = {"privacy": PrivacyRules(mode="statistics")}
+    fusion = FusionRules(router="statistics", compare=())
+    least = 8 * base.hidden_size // 16
+    few = SampleRules(calibration=least - 1)
+    with pytest.raises(CharterError, match=f"{least} calibration blocks at least, .*{least - 1}"):
+        create(amendment=Amendment(fusion=fusion, samples=few), **rules)
+    with pytest.raises(CharterError, match=r"made from published statistics .*'evidence-mixed'"):
+        create(amendment=Amendment(), **rules)
+    found = create(amendment=Amendment(fusion=fusion), **rules)
+    assert found.charter.publishes_statistics and found.charter.is_summed
 
 
 def test_ledger_counts_where_the_file_was_not_yet_written(create, plugins):

@@ -104,6 +104,30 @@ def test_other_modes_say_what_they_send():
     assert "totals of sums over three" in build_charter().privacy
 
 
+@pytest.mark.parametrize("summing", ["masked", "robust"])
+def test_published_statistics_are_listed_with_the_sums_that_measure(summing):
+    fusion = {"router": "statistics", "compare": ("evidence-zero",)}
+    charter = build_charter("statistics", summing, domains=DOMAINS, fusion=fusion)
+    found = describe(charter)
+    (published,) = [row for row in found.rows if row.what.startswith("statistics of the base's")]
+    assert (published.numbers, published.exact, published.times) == (1 + 128 + 128 * 129 // 2, 0, 1)
+    assert 4 * (128**2 + 128) < published.bytes < 4 * (128**2 + 128) + 5_000
+    assert not any(row.blocks or row.tokens for row in found.rows)
+    columns = count_columns(specialists=4, routers=2, baselines=1)
+    names = [row.what.partition("sums, ")[2] for row in list_sums(charter)]
+    assert names == [
+        "losses of base and adapters, calibration text", "losses and gates, held-out text",
+    ]  # fmt: skip
+    assert [row.numbers for row in list_sums(charter)] == [
+        4 * 18, 4 * (3 + 3 * columns) + 4 * 2 * 5,
+    ]  # fmt: skip
+    assert "covariance of the states of all your calibration tokens" in found.told[0]
+    assert "No noise is added, and who has them keeps them" in found.told[1]
+    assert not any("for some routers of hidden states" in line for line in found.told)
+    wide = describe(charter, None).rows
+    assert max(row.bytes for row in wide if row.what.startswith("statistics")) > 2**30
+
+
 def test_a_router_that_nobody_registers_here_is_named():
     with pytest.raises(UnknownNameError, match="'evidenec'"):
         describe(build_charter(fusion={"router": "evidenec"}))
