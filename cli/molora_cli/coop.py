@@ -331,6 +331,26 @@ def amend(
 
 
 @app.command()
+def text(
+    cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
+    domain: Annotated[str, typer.Option(help="Domain of the text.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Files or folders of text; repeatable. A registered domain if none."),
+    ] = None,
+) -> None:
+    """Keep public text of a domain, on which newcomers are measured where they send none."""
+    from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.cooperative.public_text import keep_public_text
+
+    with reporting() as progress:
+        progress.phase(f"reading text of {clean(domain, MAX_LINE)}")
+        blocks = keep_public_text(open_cooperative(cooperative), domain, tuple(data or ()))
+    print(f"kept         {len(blocks)} blocks of {blocks.block_size} tokens of {domain}")
+    print("Newcomers of that domain are measured on them; they are sent to nobody.")
+
+
+@app.command()
 def repair(
     cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from molora_fed.adapters.compatibility import applied, count_changed
@@ -23,9 +24,10 @@ from molora_fed.contributions.decision import (
 )
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.contributions.states import ContributionState
-from molora_fed.corpus.blocks import Blocks
+from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.errors import (
     AdapterError,
+    ConfigError,
     CorpusError,
     PluginError,
     RoutingError,
@@ -88,6 +90,11 @@ class Stage(IntEnum):
     MODEL = 2
 
 
+def locate_public_text(folder: Path, domain: str) -> Path:
+    """The file of the coordinator's public text of a domain; `domain` is a name."""
+    return folder / f"{domain}.safetensors"
+
+
 def needs(stage: Stage) -> Callable[[_Check], _Check]:
     """Decorate an admission check with what it needs; a check without it needs MODEL."""
 
@@ -110,6 +117,7 @@ class AdmissionCandidate:
         others: Admitted contributions of others, which it is compared with and measured on.
         received_under: The amendment that was in force when it was received; the charter's if None.
         progress: Receives blocks done while losses are measured.
+        public_folder: Where the coordinator keeps public text of its own, if it does.
     """
 
     contribution: Contribution
@@ -119,6 +127,7 @@ class AdmissionCandidate:
     others: Sequence[Contribution] = ()
     received_under: Amendment | None = None
     progress: Progress | None = None
+    public_folder: Path | None = None
 
     @cached_property
     def adapter(self) -> Adapter:
@@ -160,20 +169,44 @@ class AdmissionCandidate:
         """
         return self.contribution.load_samples(Split.ADMISSION)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether there is text of its domain here, a sample of its own or public text."""
+        if self.has_admission_blocks or self.public_folder is None:
+            return self.has_admission_blocks
+        return locate_public_text(self.public_folder, self.contribution.manifest.domain).is_file()
+
+    @cached_property
+    def text(self) -> Blocks:
+        """What it is measured on: its admission sample, or the coordinator's own public text.
+
+        Raises:
+            AdapterError: If there is no sample, or it is not what the manifest states.
+            ConfigError: If the coordinator's file is malformed.
+            CorpusError: If the sample is.
+        """
+        if self.has_admission_blocks or self.public_folder is None:
+            return self.admission_blocks
+        path = locate_public_text(self.public_folder, self.contribution.manifest.domain)
+        try:
+            return load_blocks(path)
+        except CorpusError as error:  # nobody's fault but the coordinator's
+            raise ConfigError(f"{error} Keep it anew with `molora coop text`.") from error
+
     @cached_property
     def losses(self) -> AdmissionLosses:
-        """Losses of the base and of the specialist on the admission sample, measured once.
+        """Losses of the base and of the specialist on the text that is here, measured once.
 
         Raises:
             AdapterError: If the adapter does not fit the base.
             ShapeError: If a token id lies outside the vocabulary.
         """
-        return AdmissionLosses(self.base_loss, self.measure(self.adapter, self.admission_blocks))
+        return AdmissionLosses(self.base_loss, self.measure(self.adapter, self.text))
 
     @cached_property
     def base_loss(self) -> float:
-        """Loss of the base on the admission sample, nats per token, measured once."""
-        return self.measure(None, self.admission_blocks)
+        """Loss of the base on the text that is here, nats per token, measured once."""
+        return self.measure(None, self.text)
 
     def measure(self, adapter: Adapter | None, blocks: Blocks) -> float:
         """Mean loss of an adapter, or of the base, nats per token; NaN or infinite if one is."""

@@ -183,7 +183,8 @@ def check_own_domain_loss(candidate: AdmissionCandidate) -> Finding | None:
 
     By its own statement it must be better than the base on the contributor's validation blocks;
     on the admission sample, measured here, it may be worse by the charter's threshold at most.
-    Where texts are private there is no such sample.
+    Where no sample is sent, it is measured on the coordinator's own public text of the domain, if
+    there is any; that is not the contributor's text, so a person decides on what is found.
     """
     manifest = candidate.contribution.manifest
     if not manifest.specialist_loss < manifest.base_loss:
@@ -192,17 +193,20 @@ def check_own_domain_loss(candidate: AdmissionCandidate) -> Finding | None:
             f"{manifest.specialist_loss:.4f} nats",
             "Train longer or with another learning rate, or keep the base.",
         )
-    if not candidate.has_admission_blocks:
-        return None  # its text is private: fitness will tell
+    if not candidate.has_text:
+        return None  # its text is private: other members will tell
     rise = candidate.charter.amendment.admission.max_loss_rise
     losses = candidate.losses
     is_finite = math.isfinite(losses.specialist) and math.isfinite(losses.base)
     if not (is_finite and losses.specialist <= losses.base + rise):
+        is_own = candidate.has_admission_blocks
+        text = "the admission sample" if is_own else "the coordinator's public text"
         return Finding(
-            f"at most {losses.base + rise:.4f} nats on the admission sample of "
-            f"'{manifest.domain}' (base {losses.base:.4f} + {rise:g})",
+            f"at most {losses.base + rise:.4f} nats on {text} of '{manifest.domain}' (base "
+            f"{losses.base:.4f} + {rise:g})",
             f"{losses.specialist:.4f} nats",
-            "Train on text like the admission sample, or lower the learning rate.",
+            f"Train on text like {text}, or lower the learning rate.",
+            quarantine=not is_own,
         )
     return None
 
@@ -221,7 +225,7 @@ def check_claimed_base(candidate: AdmissionCandidate) -> Finding | None:
 
     Its folder may name a base, which proves nothing, and another base of the same shapes takes it
     as well. So it has to show two things more than others. It is better than the base by a margin,
-    as stated on the contributor's validation blocks and as measured on the admission sample. And
+    as stated on the contributor's validation blocks and as measured on text of its domain. And
     it started from this base: with the rows and columns of every change shuffled, which keeps
     their sizes and nothing of the base's own coordinates, it gains much less.
 
@@ -235,12 +239,12 @@ def check_claimed_base(candidate: AdmissionCandidate) -> Finding | None:
     stated = manifest.base_loss - manifest.specialist_loss
     if not stated >= MIN_UNPROVEN_GAIN:  # written so that NaN is found
         wrong.append(f"{stated:.4f} nats by its own statement")
-    if candidate.has_admission_blocks:
+    if candidate.has_text:
         base, gain = candidate.losses.base, candidate.losses.base - candidate.losses.specialist
         if not gain >= MIN_UNPROVEN_GAIN:
-            wrong.append(f"{gain:.4f} nats on the admission sample")
+            wrong.append(f"{gain:.4f} nats on text of its domain")
         shuffled = [
-            base - candidate.measure(_shuffle(adapter, seed), candidate.admission_blocks)
+            base - candidate.measure(_shuffle(adapter, seed), candidate.text)
             for seed in range(SHUFFLES)
         ]
         best = max((each for each in shuffled if math.isfinite(each)), default=0.0)

@@ -45,7 +45,7 @@ def list_quoted(offenders: Sequence[str], *, shown: int = _SHOWN) -> str:
 
 @dataclass(frozen=True)
 class AdmissionLosses:
-    """Mean losses on a contribution's admission sample, nats per token; NaN where not finite."""
+    """Mean losses on the text that a contribution is judged on, nats per token; NaN where not finite."""
 
     base: float
     specialist: float
@@ -135,7 +135,7 @@ class AdmissionDecision:
         state: ADMITTED, QUARANTINED or REJECTED.
         refusals: What was found wrong; empty if admitted.
         checks: Names of the checks that ran, in order.
-        losses: What was measured on the admission sample; None if no check asked.
+        losses: What was measured on text; None if no check asked.
         notes: What a check only says, one line each; it decides nothing.
         effect: Modules that the adapter changes; None if its files were not read that far.
     """

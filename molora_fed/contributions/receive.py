@@ -86,6 +86,7 @@ def receive_contribution(
     plugins: Plugins | None = None,
     actor: str = "coordinator",
     progress: Progress | None = None,
+    public_folder: Path | None = None,
 ) -> Receipt:
     """Verify, store and judge a contribution; the same one again returns what was decided.
 
@@ -98,6 +99,7 @@ def receive_contribution(
         plugins: Where checks and kinds are looked up; the installed plugins by default.
         actor: Who does this, for the history.
         progress: Receives blocks done while losses are measured.
+        public_folder: Where the coordinator keeps public text of its own, if it does.
 
     Returns:
         A receipt, also for a contribution that is rejected; see `AdmissionDecision.check_admitted`.
@@ -129,7 +131,8 @@ def receive_contribution(
         raise
     if find_entry(ledger, contribution.id).state == ContributionState.RECEIVED:
         ledger.set_state(contribution.id, ContributionState.VERIFIED, actor=actor)
-    door = Door(ledger, store, charter, base, plugins or get_plugins(), actor, progress)
+    plugins = plugins or get_plugins()
+    door = Door(ledger, store, charter, base, plugins, actor, progress, public_folder)
     return door.judge(find_entry(ledger, contribution.id))
 
 
@@ -142,6 +145,7 @@ def admit_pending(
     plugins: Plugins | None = None,
     actor: str = "coordinator",
     progress: Progress | None = None,
+    public_folder: Path | None = None,
 ) -> list[Receipt]:
     """Judge what was verified but not decided, because a run was stopped in between.
 
@@ -150,7 +154,8 @@ def admit_pending(
     Returns:
         A receipt for each, in canonical order.
     """
-    door = Door(ledger, store, charter, base, plugins or get_plugins(), actor, progress)
+    plugins = plugins or get_plugins()
+    door = Door(ledger, store, charter, base, plugins, actor, progress, public_folder)
     return [door.judge(entry) for entry in ledger.contributions(ContributionState.VERIFIED)]
 
 
@@ -166,6 +171,7 @@ class Door:
         plugins: Where checks and kinds are looked up.
         actor: Who does this, for the history.
         progress: Receives blocks done while losses are measured.
+        public_folder: Where the coordinator keeps public text of its own, if it does.
     """
 
     ledger: Ledger
@@ -175,6 +181,7 @@ class Door:
     plugins: Plugins
     actor: str
     progress: Progress | None = None
+    public_folder: Path | None = None
 
     def decide(self, entry: LedgerEntry, *, accepted: Collection[str] = ()) -> AdmissionDecision:
         """What admission says of a contribution whose files were verified; nothing is written.
@@ -206,6 +213,7 @@ class Door:
             [load_stored(other, self.store) for other in others],
             self.ledger.find_amendment(entry.id),
             self.progress,
+            self.public_folder,
         )
         return admit(candidate, accepted=accepted)
 

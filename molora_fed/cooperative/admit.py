@@ -91,6 +91,7 @@ def receive_folders(
                     plugins=plugins or get_plugins(),
                     actor=actor,
                     progress=progress,
+                    public_folder=cooperative.public_folder,
                 )
             )
         except (AdapterError, LedgerError) as error:  # one folder's fault is not the others'

@@ -78,6 +78,11 @@ class Cooperative:
         return self.folder / "ledger.db"
 
     @property
+    def public_folder(self) -> Path:
+        """Folder of the coordinator's own public text, a file a domain."""
+        return self.folder / "public"
+
+    @property
     def store(self) -> BlobStore:
         """The files of contributions, by hash."""
         return BlobStore(self.folder / "blobs")

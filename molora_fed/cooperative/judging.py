@@ -152,6 +152,7 @@ def release(
             plugins or get_plugins(),
             actor,
             progress,
+            cooperative.public_folder,
         )
         decision = door.decide(entry, accepted=granted)
         data = {
@@ -248,5 +249,6 @@ def judge_pending(
         return []
     found = plugins or get_plugins()
     base = cooperative.load_base()
-    door = Door(ledger, cooperative.store, cooperative.charter, base, found, actor)
+    public = cooperative.public_folder
+    door = Door(ledger, cooperative.store, cooperative.charter, base, found, actor, None, public)
     return [door.judge(entry) for entry in pending]

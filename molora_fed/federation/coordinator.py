@@ -211,6 +211,7 @@ class CoordinatorWorker:
                 base=self._base,
                 plugins=self._plugins,
                 actor=ACTOR,
+                public_folder=self._cooperative.public_folder,
             )
 
     def _take(self, delivery: Delivery) -> None:
@@ -271,6 +272,7 @@ class CoordinatorWorker:
             base=self._base,
             plugins=self._plugins,
             actor=ACTOR,
+            public_folder=self._cooperative.public_folder,
         )
 
     def _is_time_to_fuse(self) -> bool:

@@ -5,6 +5,9 @@ import shutil
 import pytest
 
 from molora_fed.charter import load_charter
+from molora_fed.contributions.receive import build_receipt
+from molora_fed.contributions.states import ContributionState
+from molora_fed.cooperative.cooperative import open_cooperative
 
 
 @pytest.fixture
@@ -98,3 +101,36 @@ def test_what_train_made_is_listed_with_the_sums_to_come(molora, create, setup, 
     assert "masked sums, losses and gates, held-out text" in trained.out
     assert "What can be told from it" in trained.out and "Your sums are masked" in trained.out
     shutil.rmtree(tmp_path / "out")
+
+
+def test_newcomers_without_a_sample_are_measured_on_public_text(molora, create, setup, tmp_path):
+    _, folder = create("--steps", "12", "--kind", "lora", "--rank", "4")
+    command = ("train", "--cooperative", folder, "--domain", "abc", "--out", tmp_path / "out")
+    trained = molora(*command, "--data", setup.texts["abc"], "--threads", "1", "--name", "abc-1")
+    assert trained.code == 0, trained.err
+    text = ("coop", "text", folder, "--domain")
+    for domain, data, words in (
+        ("../abc", setup.texts["abc"], "expected lower-case letters"),
+        ("abc", tmp_path / "nowhere", "nowhere"),
+        ("nobodys", None, "nobodys"),
+    ):
+        refused = molora(*text, domain, *(() if data is None else ("--data", data)))
+        assert refused.code and words in refused.err and refused.err.count("\n") == 1
+    (tmp_path / "short.txt").write_text("A short text.")
+    refused = molora(*text, "abc", "--data", tmp_path / "short.txt")
+    assert "at least 8 blocks of 32 tokens" in refused.err and not (folder / "public").exists()
+
+    # Text of another kind, on which the adapter is worse than the base: a person decides.
+    (tmp_path / "other.txt").write_text("#%&@!+" * 400)
+    assert molora(*text, "abc", "--data", tmp_path / "other.txt").code == 0
+    assert molora("coop", "amend", folder, "--set", "admission.max_loss_rise=0").code == 0
+    held = molora("coop", "admit", folder, tmp_path / "out")
+    assert held.code and "QUARANTINED" in held.out
+    assert "on the coordinator's public text of 'abc'" in held.err
+    assert molora(*text, "abc", "--data", setup.texts["abc"]).code == 0
+    released = molora("coop", "release", folder, "abc-1")
+    assert released.code == 0, released.err
+    with open_cooperative(folder).read_ledger() as ledger:
+        (entry,) = ledger.contributions(ContributionState.ADMITTED)
+        losses = build_receipt(ledger, entry, known=True).decision.losses
+    assert losses.specialist < losses.base
