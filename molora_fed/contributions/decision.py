@@ -45,7 +45,7 @@ def list_quoted(offenders: Sequence[str], *, shown: int = _SHOWN) -> str:
 
 @dataclass(frozen=True)
 class AdmissionLosses:
-    """Mean losses on the text that a contribution is judged on, nats per token; NaN where not finite."""
+    """Mean losses on what a contribution is judged on, nats per token; NaN where not finite."""
 
     base: float
     specialist: float
