@@ -52,14 +52,14 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found[demo.name] = fuse_published(demo, Path(folder))
             write_json(kept, {"fusions": found})
-        losses = found[demo.name]["result"]["equal_weight"]
+        losses = found[demo.name]["equal_weight"]
         print(demo.name, {n: losses[f"fused:{n}"]["point"] for n in PAIRS[1:]}, flush=True)
     names = [demo.name for demo in arguments.demos]
     write_bytes(arguments.out, build_page(names, found, beside).encode())
 
 
 def fuse_published(demo: Path, folder: Path) -> dict[str, Any]:
-    """Fuse what a demo admitted: the result, bytes of statistics, processor seconds."""
+    """Fuse what a demo admitted: losses, bytes of statistics, processor seconds, rounds."""
     plugins, home = get_plugins(), demo / "cooperative"
     cooperative = open_cooperative(home)
     base, charter = cooperative.load_base(), publish(cooperative.charter)
@@ -97,7 +97,7 @@ def fuse_published(demo: Path, folder: Path) -> dict[str, Any]:
         base, charter, PrivateTexts(experts, asked), folder / "coordinator", plugins=plugins
     )
     return {
-        "result": result.result,
+        "equal_weight": result.result["equal_weight"],
         "bytes": size,
         "statistics_seconds": made,
         "seconds": time.process_time() - began,
@@ -136,7 +136,7 @@ def build_page(names: list[str], found: dict[str, Any], beside: dict[str, Any]) 
                 find_loss(r, key)
                 for r in (beside[name]["pooled"], beside[name]["private"]["masked"])
             )
-            mine = found[name]["result"]["equal_weight"].get(key)
+            mine = found[name]["equal_weight"].get(key)
             cells = ["-", "-"]
             if mine is not None:
                 cells = [quote(mine), f"{mine['point'] - private['point']:+.5f}"]
