@@ -204,7 +204,8 @@ def serve(cache: Path, asked: BinaryIO, answers: BinaryIO) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             with _logging_to(folder / LOG_FILE):
                 done = run_task(task, cache, teller)
-            gc.collect()  # a model in a reference cycle would stay beside the next task's
+            if done:  # a task of another process is asked for again and again
+                gc.collect()  # a model in a reference cycle would stay beside the next task's
             teller.tell({"event": "done" if done else "busy"})
         except Exception as error:
             write_bytes(folder / ERROR_FILE, "".join(traceback.format_exception(error)).encode())
