@@ -331,8 +331,8 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
         "are found by chance, as in memory, a few figures that were told would not be noticed. "
         "This rule was made after a first search of a masked federation, which counted every "
         "find: there it was short numbers and ends of longer ones, in 'ledger', 'mailbox' and on "
-        "the wire as often as decoys. Since then a number needs eight digits and to begin where it is found. "
-        "Sums over all documents of a member are what a private fusion asks for: of "
+        "the wire as often as decoys. Since then a number needs eight digits and to begin "
+        "where it is found. Sums over all documents of a member are what a private fusion asks for: of "
         "a member alone in its domain they are the domain's, of one of several the coordinator has "
         "them under robust sums only.",
         "",
