@@ -329,10 +329,11 @@ def build_page(parts: Sequence[Mapping[str, Any]]) -> str:
         "behind a stroke are decoys, each figure changed in its last bits or digits, which nobody "
         "has. More finds than decoys, p < 0.001 for a place and kind, are a problem; so where some "
         "are found by chance, as in memory, a few figures that were told would not be noticed. "
-        "This rule was made after a first search of a masked federation, which counted every "
-        "find: there it was short numbers and ends of longer ones, in 'ledger', 'mailbox' and on "
-        "the wire as often as decoys. Since then a number needs eight digits and to begin "
-        "where it is found. Sums over all documents of a member are what a private fusion asks for: of "
+        "This rule was made after a first search of a masked federation, which counted every find: "
+        "there it was short numbers and ends of longer ones, in 'ledger', 'mailbox' and on the "
+        "wire as often as decoys. Since then a number needs eight digits and to begin where it is "
+        "found. "
+        "Sums over all documents of a member are what a private fusion asks for: of "
         "a member alone in its domain they are the domain's, of one of several the coordinator has "
         "them under robust sums only.",
         "",
