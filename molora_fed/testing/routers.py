@@ -5,7 +5,7 @@ by changing the future.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,10 @@ from molora_fed.bank.views import RouterView
 from molora_fed.errors import PluginError, RoutingError
 from molora_fed.evaluation.evaluate import compute_router_losses, evaluate
 from molora_fed.guard import one_line
+from molora_fed.models.hidden_statistics import collect_statistics
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.probes import find_leak, same_views, step_through, take_rows
+from molora_fed.routing.published import make_published
 from molora_fed.routing.summed import Finished, SummedFit, plan_summed_fit
 from molora_fed.routing.summed_run import (
     add_plainly,
@@ -36,6 +38,7 @@ from molora_fed.testing.banks import (
     take_blocks,
 )
 from molora_fed.testing.findings import run_checks
+from molora_fed.types import BASE_EXPERT
 
 __all__ = ["check_router_conformance"]
 
@@ -255,6 +258,28 @@ def _fits_by_sums_whoever_has_the_text(case: _Case) -> str | None:
     return "expected a fit by sums to give the same router however text is shared out, got another"
 
 
+def _is_made_from_statistics_alone(case: _Case) -> str | None:
+    generator, width = torch.Generator().manual_seed(0), 4
+    names = [name for name in case.bank.expert_names if name != BASE_EXPERT]
+    domains = [case.bank.domains[place % len(case.bank.domains)] for place in range(len(names))]
+    statistics = {
+        name: collect_statistics(domain, [torch.randn(4, 16, width, generator=generator) + place])
+        for place, (name, domain) in enumerate(zip(names, domains, strict=True))
+    }
+    setting = replace(collect_setting([case.bank], case.options, 0), hidden_size=width)
+    try:
+        made = make_published(case.router, statistics, setting)
+    except RoutingError:
+        return None  # it is fitted on text only
+    again = make_published(case.router, dict(reversed(statistics.items())), setting)
+    tensors, same = made.state_tensors(), again.state_tensors()
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        return "expected finite numbers made of statistics, got others"
+    if tensors.keys() == same.keys() and all(torch.equal(tensors[n], same[n]) for n in tensors):
+        return None
+    return "expected the same router from the same statistics in any order, got another"
+
+
 _ALWAYS: tuple[_Check, ...] = (
     _gates_are_distributions,
     _fit_is_deterministic,
@@ -266,6 +291,7 @@ _ALWAYS: tuple[_Check, ...] = (
     _keeps_its_promise,
     _sums_add_up,
     _fits_by_sums_whoever_has_the_text,
+    _is_made_from_statistics_alone,
 )
 _CAUSAL: tuple[_Check, ...] = (_sees_no_future, _steps_like_the_full_form, _reorders_state)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from molora_kalavai.evidence import EvidenceOptions, ZeroTrainingEvidenceRouter
 from molora_kalavai.hidden import HiddenSums as LinearSums
+from molora_kalavai.lda import StatisticsRouter
 from molora_kalavai.linear import LinearOptions, LinearRouter, NoncausalLinearRouter
 
 from molora_fed.errors import PluginError
@@ -90,6 +91,17 @@ class LeavesItsBounds(LinearRouter):
         return _WildSums(setting, setting.options, cls)
 
 
+class BelievesTheFirst(StatisticsRouter):
+    """Its statistics have an order."""
+
+    @classmethod
+    def from_statistics(cls, statistics, setting):
+        made = super().from_statistics(statistics, setting)
+        shift = float(next(iter(statistics.values())).mean[0])
+        moved = {name: tensor + shift for name, tensor in made.state_tensors().items()}
+        return cls(setting.num_experts, made.options, moved)
+
+
 class TakesAnyBank(ZeroTrainingEvidenceRouter):
     @classmethod
     def fit(cls, bank, options, seed, progress=None):
@@ -108,6 +120,7 @@ class TakesAnyBank(ZeroTrainingEvidenceRouter):
         (TakesAnyBank, "HeldOutBank"),
         (AnswersForOneBlock, "two halves to add up"),
         (LeavesItsBounds, "within their bounds"),
+        (BelievesTheFirst, "same statistics in any order"),
     ],
 )
 def test_broken_router_is_caught(router, reason):
