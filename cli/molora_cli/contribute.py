@@ -57,13 +57,12 @@ def contribute(
     from molora_fed.cooperative.chat_tokens import find_chat_warnings
     from molora_fed.cooperative.checkpoints import import_checkpoint
     from molora_fed.cooperative.contribute import (
-        MeasuredAdapter,
         check_choices,
-        measure_given,
         open_charter_and_base,
         prepare_domain,
         sign_adapter,
     )
+    from molora_fed.cooperative.measured_adapter import MeasuredAdapter, measure_given
     from molora_fed.cooperative.outgoing import describe_outgoing
     from molora_fed.corpus.records import TextOptions
     from molora_fed.errors import ConfigError

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from molora_fed.models.base import Base
 
 __all__ = [
+    "CharterAndBase",
     "Cooperative",
     "amend_cooperative",
     "build_charter",
@@ -46,6 +47,19 @@ __all__ = [
 ]
 
 CHARTER_FILE = "cooperative.toml"
+
+
+@dataclass(frozen=True, eq=False)
+class CharterAndBase:
+    """A cooperative's charter with its base checkpoint loaded.
+
+    Attributes:
+        charter: The cooperative's charter.
+        base: Its base checkpoint, checked against the charter.
+    """
+
+    charter: Charter
+    base: "Base"
 
 
 @dataclass(frozen=True)

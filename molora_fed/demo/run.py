@@ -20,9 +20,9 @@ from molora_fed.charter import (
     SampleRules,
     TrainingRules,
 )
-from molora_fed.cooperative.contribute import CharterAndBase, prepare_domain
+from molora_fed.cooperative.contribute import prepare_domain
 from molora_fed.cooperative.controls import CONTROLS, PooledTraining
-from molora_fed.cooperative.cooperative import Cooperative
+from molora_fed.cooperative.cooperative import CharterAndBase, Cooperative
 from molora_fed.cooperative.create import BUILTIN_SOURCE, found_cooperative
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.demo.report import complete_result, generate_samples, write_demo_report

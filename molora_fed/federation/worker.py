@@ -59,7 +59,7 @@ from molora_fed.storage.keys import load_key, verify
 
 if TYPE_CHECKING:
     from molora_fed.contributions.contributed import Entrant
-    from molora_fed.cooperative.contribute import CharterAndBase
+    from molora_fed.cooperative.cooperative import CharterAndBase
     from molora_fed.corpus.prepare import Corpus
     from molora_fed.federation.sum_answers import SumAnswers
     from molora_fed.population.private_member import PrivateMember
@@ -200,8 +200,7 @@ class ContributorWorker:
         offer_contribution(home, recipe=self._recipe(charter))
 
     def _load_base(self, charter: Charter) -> "CharterAndBase":
-        from molora_fed.cooperative.contribute import CharterAndBase
-        from molora_fed.cooperative.cooperative import load_charter_base
+        from molora_fed.cooperative.cooperative import CharterAndBase, load_charter_base
 
         self._state.enter("CORPUS", "loading the base")
         compute = read_compute(self._home.root, self._settings.compute)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from molora_fed.charter import Amendment, CorpusRules, PrivacyRules, SampleRules, TrainingRules
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.contributions.states import ContributionState, CooperativeState
-from molora_fed.cooperative.contribute import MeasuredAdapter, sign_adapter
+from molora_fed.cooperative.contribute import sign_adapter
 from molora_fed.cooperative.cooperative import create_cooperative
+from molora_fed.cooperative.measured_adapter import MeasuredAdapter
 from molora_fed.errors import AdmissionError, FederationError, IncompatibleAdapterError
 from molora_fed.federation.client_dialogue import answer
 from molora_fed.federation.consent import (

@@ -242,7 +242,7 @@ def test_any_adapter_is_read_or_refused_in_one_line(tmp_path, adapters, door, da
 
 @pytest.mark.parametrize("data", [DEEP, DIGITS, b"[1]", b"NaN", b"{", b"x" * 600_000])
 def test_the_record_beside_an_adapter_from_elsewhere_is_read_within_bounds(tmp_path, data):
-    from molora_fed.cooperative.contribute import _read_record
+    from molora_fed.cooperative.measured_adapter import _read_record
 
     (tmp_path / "record.json").write_bytes(data)
     with pytest.raises(MoloraError, match="Delete the file and try again"):

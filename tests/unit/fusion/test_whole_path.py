@@ -21,7 +21,8 @@ from molora_fed.charter import (
 )
 from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.states import ContributionState
-from molora_fed.cooperative.contribute import CharterAndBase, make_contribution
+from molora_fed.cooperative.contribute import make_contribution
+from molora_fed.cooperative.cooperative import CharterAndBase
 from molora_fed.cooperative.create import found_cooperative
 from molora_fed.cooperative.fuse import fuse_contributions
 from molora_fed.corpus.documents import read_documents
