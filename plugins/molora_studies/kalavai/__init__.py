@@ -19,6 +19,7 @@ def register_studies(register: Register) -> None:
         ("pilot", "pilot:PilotStudy", "Forecasts from a tenth of the steps, scored"),
         ("published", "published:PublishedStudy", "Forecasts of the published runs, scored"),
         ("monolithic", "monolithic:MonolithicStudy", "Pooling the data instead, at equal cost"),
+        ("real-base", "real_base:RealBaseStudy", "The whole way on a pretrained base"),
         ("routers", "routers:RoutersStudy", "Every router and every baseline in one table"),
         ("scaling", "scaling:ScalingStudy", "From two to five specialists"),
         ("shared-init", "shared_init:SharedInitStudy", "Contributors' different checkpoints"),
