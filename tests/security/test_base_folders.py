@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from molora_fed.adapters.save import save_adapter
 from molora_fed.charter import Identity, load_charter
-from molora_fed.cooperative.contribute import _check_links, open_charter_and_base
+from molora_fed.cooperative.contribute import open_charter_and_base
 from molora_fed.cooperative.cooperative import create_cooperative
-from molora_fed.cooperative.measured_adapter import _read_record
+from molora_fed.cooperative.measured_adapter import _check_links, _read_record
 from molora_fed.errors import AdapterError, BaseCheckpointError
 from molora_fed.models.base import check_base, fetch_base, load_base, load_model
 from molora_fed.models.base_config import _find_faults
