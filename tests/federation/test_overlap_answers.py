@@ -382,6 +382,7 @@ def test_what_a_fusion_was_asked_stays_counted_when_it_is_begun_again(
             SimpleNamespace(
                 id=name,
                 adapter_folder=tmp_path,
+                statistics_path=None,
                 manifest=SimpleNamespace(
                     contributor=name, charter_identity=IDENTITY, files={}, domain="law",
                     contamination=None, training={}, held_out_query=None,
