@@ -226,6 +226,7 @@ def build_page(outcomes: list[dict[str, object]]) -> str:
             f"`{outcome['command']}`: {outcome['kills']} kills in {len(runs)} fusions of three "
             f"members from copies of the same homes; {same} of {len(runs)} ended with the router "
             f"of the undisturbed run at all four sides (SHA-256 {str(outcome['router'])[:16]}).",
+            *(["", str(outcome["note"])] if "note" in outcome else []),  # by hand, of that run
             "",
             "| fusion | killed | same bytes | seconds |",
             "|---|---|---|---|",
