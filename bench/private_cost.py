@@ -292,7 +292,8 @@ def build_page(found: Mapping[str, Any]) -> str:
         "",
         f"`python bench/private_cost.py demo --members {found['members']}`; a member holds "
         f"{found['blocks']['calibration']} calibration and {found['blocks']['held-out']} held-out "
-        f"blocks; {found['members'] + 1} experts. Processor seconds of one thread.",
+        f"blocks; {found['members'] + 1} experts; sums robust. Processor seconds of one thread. Of "
+        "masked sums each is some tenths of a second more at the coordinator ([sums](sums.md)).",
         "",
         "| | seconds |",
         "|---|---:|",
@@ -309,7 +310,8 @@ def build_page(found: Mapping[str, Any]) -> str:
         + ", ".join(f"{n:,} numbers in `{place}`" for place, n in found["numbers"].items())
         + ".",
         "",
-        "Peak memory of a process by number of contributors, MB (before the fusion, at its peak):",
+        "Peak memory of a process by number of contributors, MB (before the fusion, at its peak); "
+        "each is one run:",
         "",
         "| | " + " | ".join(f"{count}" for count in EXPERTS) + " |",
         "|---|" + "---|" * len(EXPERTS),
