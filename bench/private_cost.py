@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from private_fusion import drop_text, keep_private
+from private_fusion import keep_private
 from safetensors.torch import load_file, save_file
 
 from molora_fed.adapters.save import save_adapter
@@ -31,7 +31,7 @@ from molora_fed.contributions.contributed import Contributed
 from molora_fed.cooperative.cooperative import open_cooperative
 from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.fusion.fuse import fuse, fuse_texts
-from molora_fed.fusion.local_members import LocalMembers
+from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.fusion.private_texts import Check, Members, PrivateTexts
@@ -168,12 +168,14 @@ def measure_seconds(demo: Path, count: int) -> dict[str, Any]:
         fuse(base, charter, contributions, folder / "pooled", plugins=plugins)
         pooled = time.process_time() - began
         private = keep_private(charter, "robust")
-        members = open_members(base, private, contributions, folder)
+        experts = [drop_text(one) for one in contributions]
+        members = LocalMembers.open(
+            base, private, contributions, experts, folder, plugins=plugins
+        ).members
         spent: dict[str, float] = dict.fromkeys(members, 0.0)
         asked = Recording(private, watch(members, spent))
         asked.folder, asked.numbers = folder, {}
         began = time.process_time()
-        experts = [drop_text(one) for one in contributions]
         fuse_texts(base, private, PrivateTexts(experts, asked), folder / "here", plugins=plugins)
         whole = time.process_time() - began
         states = [tensor for asking in asked.questions for tensor in asking.state.values()]
@@ -191,26 +193,6 @@ def measure_seconds(demo: Path, count: int) -> dict[str, Any]:
         "numbers": asked.numbers,
         "states_bytes": sum(tensor.numel() * tensor.element_size() for tensor in states),
         "experts_bytes": adapters,
-    }
-
-
-def open_members(
-    base: Base, charter: Charter, contributions: list[Contributed], folder: Path
-) -> dict[str, FusionMember]:
-    """A member for each contribution."""
-    experts = [drop_text(one) for one in contributions]
-    return {
-        one.contributor: FusionMember(
-            base,
-            charter,
-            {Split.CALIBRATION: one.calibration, Split.HELD_OUT: one.held_out},
-            None,
-            experts,
-            name=one.contributor,
-            folder=folder / one.contributor,
-            plugins=get_plugins(),
-        )
-        for one in contributions
     }
 
 
@@ -257,15 +239,18 @@ def measure_memory(demo: Path, side: str, count: int, kept: Path) -> dict[str, i
             fuse(base, charter, contributions, folder / "pooled", plugins=get_plugins())
             return {"before": before, "peak": read_peak()}
         private = keep_private(charter, "robust")
+        experts = [drop_text(one) for one in contributions]
         asked: Members = Kept(kept)
         if side != "coordinator":
-            members = open_members(base, private, contributions, folder)
+            members = LocalMembers.open(
+                base, private, contributions, experts, folder, plugins=get_plugins()
+            ).members
             chosen = members if side == "record" else dict(list(members.items())[:1])
             asked = Recording(private, chosen)
             asked.folder, asked.numbers = kept, {}
             counts = {name: one.count().model_dump(mode="json") for name, one in chosen.items()}
             write_json(kept / "counts.json", counts)
-        texts = PrivateTexts([drop_text(one) for one in contributions], asked)
+        texts = PrivateTexts(experts, asked)
         fuse_texts(base, private, texts, folder / "here", plugins=get_plugins())
         return {"before": before, "peak": read_peak()}
 

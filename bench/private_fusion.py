@@ -21,18 +21,15 @@ from typing import Any
 import torch
 
 from molora_fed.charter import Charter
-from molora_fed.contributions.contributed import Contributed, Entrant, collect_contributed
+from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.cooperative import open_cooperative
 from molora_fed.cooperative.known_text import read_known_text
 from molora_fed.fusion.fuse import fuse, fuse_texts
-from molora_fed.fusion.local_members import LocalMembers
-from molora_fed.fusion.private_answers import FusionMember
+from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.private_texts import PrivateTexts
-from molora_fed.models.base import Base
-from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_bytes, write_json
-from molora_fed.types import Split
 
 ROUTERS = ("evidence", "evidence-mixed", "evidence-zero", "statistics", "linear")
 BARS = {"evidence": 0.001, "evidence-mixed": 0.001, "statistics": 0.0005, "linear": 0.02}
@@ -102,13 +99,15 @@ def fuse_both_ways(demo: Path, folder: Path) -> Ways:
     seconds["pooled"] = time.process_time() - began
     for way in WAYS:
         began = time.process_time()
-        members = open_members(
-            base, keep_private(charter, way), contributions, folder / way, plugins
+        private_charter = keep_private(charter, way)
+        experts = [drop_text(one) for one in contributions]
+        members = LocalMembers.open(
+            base, private_charter, contributions, experts, folder / way, plugins=plugins
         )
         result = fuse_texts(
             base,
             members.charter,
-            PrivateTexts([drop_text(one) for one in contributions], members),
+            PrivateTexts(experts, members),
             folder / way / "coordinator",
             plugins=plugins,
         )
@@ -132,37 +131,6 @@ def keep_private(charter: Charter, summing: str) -> Charter:
 
 def replace_model(model: Any, **changes: Any) -> Any:
     return model.model_copy(update=changes)
-
-
-def drop_text(one: Contributed) -> Entrant:
-    """A contribution as a coordinator has it that was sent no text."""
-    names = ("id", "contributor", "domain", "adapter", "contamination", "training")
-    return Entrant(**{name: getattr(one, name) for name in names})
-
-
-def open_members(
-    base: Base,
-    charter: Charter,
-    contributions: Sequence[Contributed],
-    folder: Path,
-    plugins: Plugins,
-) -> LocalMembers:
-    """A member for each contribution, with the blocks that it would have sent."""
-    experts = [drop_text(one) for one in contributions]
-    members: dict[str, FusionMember] = {}
-    for one in contributions:
-        assert one.calibration is not None
-        members[one.contributor] = FusionMember(
-            base,
-            charter,
-            {Split.CALIBRATION: one.calibration, Split.HELD_OUT: one.held_out},
-            one.train_text,
-            experts,
-            name=one.contributor,
-            folder=folder / one.contributor,
-            plugins=plugins,
-        )
-    return LocalMembers(charter, members)
 
 
 def find_loss(result: Mapping[str, Any], method: str) -> dict[str, float]:

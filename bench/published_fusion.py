@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from private_fusion import drop_text, find_loss, quote, replace_model
+from private_fusion import find_loss, quote, replace_model
 
 from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import collect_contributed
@@ -26,12 +26,10 @@ from molora_fed.cooperative.cooperative import open_cooperative
 from molora_fed.cooperative.known_text import read_known_text
 from molora_fed.cooperative.publish import measure_statistics
 from molora_fed.fusion.fuse import fuse_texts
-from molora_fed.fusion.local_members import LocalMembers
-from molora_fed.fusion.private_answers import FusionMember
+from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.private_texts import PrivateTexts
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_bytes, write_json
-from molora_fed.types import Split
 
 PAIRS = ("evidence-mixed", "statistics", "evidence-zero")
 
@@ -78,21 +76,7 @@ def fuse_published(demo: Path, folder: Path) -> dict[str, Any]:
         experts.append(replace(drop_text(one), statistics=path))
         size = path.stat().st_size
     made = time.process_time() - began
-    members = {
-        one.contributor: FusionMember(
-            base,
-            charter,
-            {Split.CALIBRATION: one.calibration, Split.HELD_OUT: one.held_out},
-            one.train_text,
-            experts,
-            name=one.contributor,
-            folder=folder / one.contributor,
-            plugins=plugins,
-        )
-        for one in contributions
-        if one.calibration is not None
-    }
-    asked = LocalMembers(charter, members)
+    asked = LocalMembers.open(base, charter, contributions, experts, folder, plugins=plugins)
     result = fuse_texts(
         base, charter, PrivateTexts(experts, asked), folder / "coordinator", plugins=plugins
     )

@@ -201,11 +201,14 @@ def check_own_domain_loss(candidate: AdmissionCandidate) -> Finding | None:
     if not (is_finite and losses.specialist <= losses.base + rise):
         is_own = candidate.has_admission_blocks
         text = "the admission sample" if is_own else "the coordinator's public text"
+        fix = f"Train on text like {text}, or lower the learning rate"
         return Finding(
             f"at most {losses.base + rise:.4f} nats on {text} of '{manifest.domain}' (base "
             f"{losses.base:.4f} + {rise:g})",
             f"{losses.specialist:.4f} nats",
-            f"Train on text like {text}, or lower the learning rate.",
+            f"{fix}."
+            if is_own
+            else f"{fix}; the coordinator admits it all the same with `molora coop release`.",
             quarantine=not is_own,
         )
     return None

@@ -1,13 +1,16 @@
 """Members of a private fusion in this process, through the calls that a federation makes."""
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
 from molora_fed.charter import Charter
+from molora_fed.contributions.contributed import Contributed, Entrant
 from molora_fed.corpus.overlap import list_shingles
 from molora_fed.fusion.held_out import Elsewhere
 from molora_fed.fusion.plan import FusionPlan
@@ -20,12 +23,20 @@ from molora_fed.fusion.sum_rounds import (
     TextCounts,
     list_exact,
 )
+from molora_fed.models.base import Base
+from molora_fed.plugins import Plugins
 from molora_fed.privacy.intersection import Receiver, Sender
 from molora_fed.privacy.sums.local import LocalMaskedSum
 from molora_fed.privacy.sums.robust import sum_by_group
 from molora_fed.privacy.sums.vectors import Total
+from molora_fed.types import Split
 
-__all__ = ["LocalMembers"]
+__all__ = ["LocalMembers", "drop_text"]
+
+
+def drop_text(one: Contributed) -> Entrant:
+    """A contribution as a coordinator has it that was sent no text."""
+    return Entrant(**{each.name: getattr(one, each.name) for each in fields(Entrant)})
 
 
 @dataclass(eq=False)
@@ -43,6 +54,42 @@ class LocalMembers:
     questions: list[SumQuestion] = field(default_factory=list)
     _counts: dict[str, TextCounts] = field(default_factory=dict)
     _recounted: dict[str, TextCounts] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        base: Base,
+        charter: Charter,
+        contributions: Sequence[Contributed],
+        experts: Sequence[Entrant],
+        folder: Path,
+        *,
+        plugins: Plugins,
+    ) -> Self:
+        """A member for each contribution, with the blocks that it would have sent.
+
+        Args:
+            base: The base checkpoint.
+            charter: Whose fusion it is.
+            contributions: What every member has at home.
+            experts: What the coordinator has of all, and sends to all.
+            folder: Gets a folder for each member.
+            plugins: Where routers, merges and kinds are registered.
+        """
+        members = {}
+        for one in contributions:
+            blocks = {Split.CALIBRATION: one.calibration, Split.HELD_OUT: one.held_out}
+            members[one.contributor] = FusionMember(
+                base,
+                charter,
+                {split: found for split, found in blocks.items() if found is not None},
+                one.train_text,
+                experts,
+                name=one.contributor,
+                folder=folder / one.contributor,
+                plugins=plugins,
+            )
+        return cls(charter, members)
 
     def begin(self, plan: FusionPlan) -> Mapping[str, TextCounts]:
         """See `Members`."""

@@ -7,13 +7,10 @@ import jsonschema
 import pytest
 from fusion_helpers import build_charter, build_cooperative
 
-from molora_fed.contributions.contributed import Entrant
 from molora_fed.fusion.fuse import fuse, fuse_texts
-from molora_fed.fusion.local_members import LocalMembers
-from molora_fed.fusion.private_answers import FusionMember
+from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.private_texts import PrivateTexts
 from molora_fed.plugins import load_plugins
-from molora_fed.types import Split
 
 SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "report.schema.json").read_text())
 ROUTERS = {"router": "evidence", "compare": ("evidence-zero", "statistics", "linear", "dispatch")}
@@ -34,27 +31,9 @@ def keep_private(charter, summing="masked"):
     return charter.model_copy(update={"identity": identity})
 
 
-def without_text(one):
-    names = ("id", "contributor", "domain", "adapter", "contamination", "training")
-    return Entrant(**{name: getattr(one, name) for name in names})
-
-
 def fuse_privately(base, charter, contributions, folder, plugins):
-    experts = [without_text(one) for one in contributions]
-    members = {
-        one.contributor: FusionMember(
-            base,
-            charter,
-            {Split.CALIBRATION: one.calibration, Split.HELD_OUT: one.held_out},
-            one.train_text,
-            experts,
-            name=one.contributor,
-            folder=folder / one.contributor,
-            plugins=plugins,
-        )
-        for one in contributions
-    }
-    asked = LocalMembers(charter, members)
+    experts = [drop_text(one) for one in contributions]
+    asked = LocalMembers.open(base, charter, contributions, experts, folder, plugins=plugins)
     texts = PrivateTexts(experts, asked)
     return fuse_texts(base, charter, texts, folder / "coordinator", plugins=plugins), asked
 

@@ -13,14 +13,12 @@ from molora_kalavai.discriminant import assume_constants, diagonalise
 from molora_kalavai.moments import collect_moments
 
 from molora_fed.bank import Expert, build_calibration_bank
-from molora_fed.contributions.contributed import Entrant
 from molora_fed.cooperative.publish import check_described, measure_statistics
 from molora_fed.errors import CharterError, CorpusError, RoutingError
 from molora_fed.fusion.boundary import NotMeasured
 from molora_fed.fusion.fuse import fuse, fuse_texts
-from molora_fed.fusion.local_members import LocalMembers
+from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.plan import check_published_router, plan_fusion
-from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.fusion.private_texts import PrivateTexts
 from molora_fed.fusion.published_fits import PublishedFits
 from molora_fed.fusion.published_rounds import plan_rounds
@@ -31,7 +29,6 @@ from molora_fed.routing.probes import find_leak, find_step_fault
 from molora_fed.routing.published import make_published
 from molora_fed.routing.summed import FitSetting
 from molora_fed.routing.top_k import limit_experts
-from molora_fed.types import Split
 
 SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "report.schema.json").read_text())
 ROUTERS = {"router": "statistics", "compare": ("evidence-zero", "evidence")}
@@ -54,7 +51,6 @@ def publish(charter, summing="masked", mode="statistics"):
 
 def fuse_apart(base, charter, contributions, folder, plugins):
     """As members who keep their text, with their statistics beside the adapters."""
-    names = ("id", "contributor", "domain", "adapter", "contamination", "training")
     experts = []
     for one in contributions:
         path = folder / f"{one.contributor}.safetensors"
@@ -62,21 +58,8 @@ def fuse_apart(base, charter, contributions, folder, plugins):
             found = measure_statistics(base, charter, one.calibration, folder / "states")
             found.save(path)
         statistics = path if charter.publishes_statistics else None
-        experts.append(Entrant(**{n: getattr(one, n) for n in names}, statistics=statistics))
-    members = {
-        one.contributor: FusionMember(
-            base,
-            charter,
-            {Split.CALIBRATION: one.calibration, Split.HELD_OUT: one.held_out},
-            one.train_text,
-            experts,
-            name=one.contributor,
-            folder=folder / one.contributor,
-            plugins=plugins,
-        )
-        for one in contributions
-    }
-    asked = LocalMembers(charter, members)
+        experts.append(replace(drop_text(one), statistics=statistics))
+    asked = LocalMembers.open(base, charter, contributions, experts, folder, plugins=plugins)
     texts = PrivateTexts(experts, asked)
     return fuse_texts(base, charter, texts, folder / "coordinator", plugins=plugins), asked
 
