@@ -1,0 +1,260 @@
+"""What a fused model remembers of the texts it has read: keys, values, and the router's state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from molora_fed.errors import RoutingError
+
+__all__ = ["FusedCache", "GrowingLayer"]
+
+_FIRST_ROOM = 64  # positions; doubled whenever they are full
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in memory that doubles, so that a step copies only its own."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values, (N, H, t, D_head), and return all so far, (N, H, T, D_head)."""
+        before = self.get_seq_length()
+        after = before + key_states.shape[-2]
+        if self._room is None or self._room[0].shape[-2] < after or not self._owns_room():
+            self._grow(key_states, value_states, before, after)
+        assert self._room is not None
+        self._room[0][..., before:after, :] = key_states
+        self._room[1][..., before:after, :] = value_states
+        self.keys, self.values = (room[..., :after, :] for room in self._room)
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def _owns_room(self) -> bool:
+        """Whether keys are still a view of the memory: reordering and the like replace them."""
+        return (
+            self._room is not None
+            and self.is_initialized
+            and self.keys.data_ptr() == self._room[0].data_ptr()
+            and self.keys.shape[0] == self._room[0].shape[0]
+        )
+
+    def _grow(self, keys: Tensor, values: Tensor, before: int, after: int) -> None:
+        size = _FIRST_ROOM
+        while size < after:
+            size *= 2
+        old = (self.keys, self.values) if before else None
+        rooms = []
+        for index, states in enumerate((keys, values)):
+            shape = list(states.shape)
+            shape[-2] = size
+            room = states.new_empty(shape)
+            if old is not None:
+                room[..., :before, :] = old[index]
+            rooms.append(room)
+        self.dtype, self.device = keys.dtype, keys.device
+        self._room = (rooms[0], rooms[1])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._room = None
+        super().reset()
+
+
+class FusedCache(Cache):
+    """Everything a fused model needs to read on: made by it, for it, and for the texts it has read.
+
+    Keys and values have a row for every expert and text, row e * B + b; those of blocks that all
+    experts share have one for every text. It refuses to go on with another model, other fixed
+    gates, or a text that does not begin with what was read.
+
+    Attributes:
+        owner: Fingerprint of the model that made it.
+        tokens: Token ids read so far, (B, T) int64.
+        state: The router's state, tensors with the batch first.
+        fixed: Gates given in place of the router's, (B, E), NaN where the router decides; or None.
+        kept: Experts that still run for each text, (B, k) int64; None for all of them.
+        held: Gates that stay from now on, (B, E); None while the router decides.
+        last: Logits of every expert after the last token, (E, B, V) float32; None if not needed.
+        gates: The last position's gates of every step so far, each (B, E).
+        columns: What an adapter router has read so far, (B, T, ...) by name.
+        base: Keys and values of the base beside a population.
+    """
+
+    def __init__(self, owner: str, config: Any) -> None:
+        super().__init__(layers=_make_layers(config))
+        self._config = config
+        self.owner = owner
+        self.tokens: Tensor | None = None
+        self.state: Mapping[str, Tensor] | None = None
+        self.fixed: Tensor | None = None
+        self.kept: Tensor | None = None
+        self.held: Tensor | None = None
+        self.last: Tensor | None = None
+        self.gates: list[Tensor] = []
+        self.columns: dict[str, Tensor] = {}
+        self.base: Cache | None = None
+
+    def make_base(self) -> Cache:
+        """The base's own keys and values, made at first use."""
+        if self.base is None:
+            self.base = Cache(layers=_make_layers(self._config))
+        return self.base
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether texts are read on from here alone."""
+        return self.tokens is not None
+
+    def check(self, owner: str, fixed: Tensor | None, rows: int) -> None:
+        """Refuse a cache of another model, of other gates, or of another number of texts.
+
+        Args:
+            owner: Fingerprint of the model that is about to read on.
+            fixed: Gates given for this step.
+            rows: Texts of this step.
+
+        Raises:
+            RoutingError: If it is another's.
+        """
+        if owner != self.owner:
+            raise RoutingError(
+                f"Cannot continue from a cache: expected one of this model, {owner[:12]}, got one "
+                f"of {self.owner[:12]}. Read the text again."
+            )
+        if self.tokens is None:
+            return
+        if rows != len(self.tokens):
+            raise RoutingError(
+                f"Cannot continue from a cache: expected {len(self.tokens)} texts, got {rows}. "
+                "Read the texts again."
+            )
+        same = (fixed is None) == (self.fixed is None) and (
+            fixed is None
+            or self.fixed is None
+            or torch.equal(fixed.nan_to_num(-1.0), self.fixed.nan_to_num(-1.0))
+        )
+        if not same:
+            raise RoutingError(
+                "Cannot continue from a cache: expected the gates it was made with, got others. "
+                "Read the text again."
+            )
+
+    def check_prefix(self, tokens: Tensor) -> None:
+        """Refuse texts that do not begin with what was read.
+
+        Args:
+            tokens: The whole texts, (B, T) integer.
+
+        Raises:
+            RoutingError: If they are others.
+        """
+        if self.tokens is None:
+            return
+        length = self.tokens.shape[1]
+        if not torch.equal(tokens[:, :length], self.tokens):
+            raise RoutingError(
+                f"Cannot continue from a cache: expected texts that begin with the {length} tokens "
+                "it was made of, got others. Read the texts again."
+            )
+
+    def add(self, tokens: Tensor) -> None:
+        """Note what was read, (B, t)."""
+        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
+
+    def hold(self) -> None:
+        """Keep each text's gates as they were at its last token."""
+        if self.held is None and self.gates:
+            self.held = self.gates[-1]
+
+    def narrow(self, count: int) -> None:
+        """Go on with each text's best experts alone; their gates stay, renormalised.
+
+        Args:
+            count: Experts that run on, at least 1.
+        """
+        if self.kept is not None or not self.gates:
+            return
+        gates = self.gates[-1]
+        batch, experts = gates.shape
+        if count >= experts:
+            self.hold()
+            return
+        kept = gates.argsort(dim=-1, descending=True, stable=True)[:, :count]
+        texts = torch.arange(batch, device=gates.device)
+        rows = (kept.t() * batch + texts).flatten()
+        for layer in self.layers:
+            if layer.is_initialized and layer.keys is not None and len(layer.keys) > batch:
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        chosen = gates.gather(1, kept)
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+        self.held = torch.zeros_like(gates).scatter(1, kept, chosen)
+        self.kept = kept
+        self.last = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make text b what text `beam_idx[b]` was, for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these texts, (n,) int64, in this order."""
+        if self.tokens is None:
+            return
+        batch = len(self.tokens)
+        for cache in (self, self.base):
+            for layer in [] if cache is None else cache.layers:
+                if layer.is_initialized and layer.keys is not None:
+                    rows = _spread(indices, batch, len(layer.keys))
+                    layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.tokens = self.tokens[indices]
+        if self.state is not None:
+            self.state = {name: tensor[indices] for name, tensor in self.state.items()}
+        self.fixed, self.kept, self.held = (
+            None if part is None else part[indices] for part in (self.fixed, self.kept, self.held)
+        )
+        self.last = None if self.last is None else self.last[:, indices]
+        self.gates = [gates[indices] for gates in self.gates]
+        self.columns = {name: column[indices] for name, column in self.columns.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every text, next to itself."""
+        if self.tokens is not None:
+            texts = torch.arange(len(self.tokens), device=self.tokens.device)
+            self.batch_select_indices(texts.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: a router's state cannot be taken back.
+
+        Raises:
+            RoutingError: If there is anything to take back.
+        """
+        if tokens_to_remove:
+            raise RoutingError(
+                "Cannot shorten the cache of a fused model: expected to read on, got "
+                f"{abs(tokens_to_remove)} tokens to take back. Read the text again."
+            )
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        super().reset()
+        self.tokens = self.state = self.fixed = self.kept = self.held = self.last = None
+        self.base = None
+        self.gates, self.columns = [], {}
+
+
+def _make_layers(config: Any) -> list[Any]:
+    """A layer of keys and values for each block; plain ones grow in place."""
+    layers = DynamicCache(config=config).layers
+    return [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in layers]
+
+
+def _spread(texts: Tensor, batch: int, rows: int) -> Tensor:
+    """Rows of these texts among rows e * B + b."""
+    starts = torch.arange(0, rows, batch, device=texts.device)
+    return (starts[:, None] + texts).flatten()

@@ -1,0 +1,87 @@
+"""What a fused model is made of, as a configuration of transformers: enough to build it empty."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from molora_fed.inference.expert_layers import LayerPlan
+
+__all__ = ["FusedConfig"]
+
+_TAKEN_OVER = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "initializer_range",
+)
+
+
+class FusedConfig(PreTrainedConfig):
+    """Configuration of a `FusedForCausalLM`.
+
+    Attributes:
+        base_config: The base's own configuration, as a dictionary with its `model_type`.
+        mixes: What is mixed: "distributions" (the experts' outputs) or "updates" (a population's
+            changes inside the layers).
+        experts: Experts or slots in the order of the gates: name, domain, contribution, hash.
+        layers: Which experts change which layer: {name: {"ranks": [...], "biases": bool}}; a rank
+            of 0 is a dense difference, None no change.
+        router: Registered name, options, top_k and shapes of what was learned; None where there is
+            one expert and nothing to weigh.
+        mixture: "probability" or "logit".
+        frozen_depth: K.
+        document_end: Token id after which a new document begins.
+        base_identity: Id, revision and fingerprints of the base; None if it was made by hand.
+        base_path: Where the base lies from the model's folder, if it is not inside.
+    """
+
+    model_type = "molora-fused"
+
+    def __init__(
+        self,
+        base_config: Mapping[str, Any] | None = None,
+        mixes: str = "distributions",
+        experts: Sequence[Mapping[str, Any]] = (),
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        router: Mapping[str, Any] | None = None,
+        mixture: str = "probability",
+        frozen_depth: int = 0,
+        document_end: int | None = None,
+        base_identity: Mapping[str, Any] | None = None,
+        base_path: str | None = None,
+        **others: Any,
+    ) -> None:
+        self.base_config = dict(base_config or {"model_type": "llama"})
+        self.mixes = mixes
+        self.experts = [dict(expert) for expert in experts] or [{"name": "base"}]
+        self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
+        self.router = None if router is None else dict(router)
+        self.mixture = mixture
+        self.frozen_depth = frozen_depth
+        self.document_end = document_end
+        self.base_identity = None if base_identity is None else dict(base_identity)
+        self.base_path = base_path
+        base = self.make_base_config()
+        for name in _TAKEN_OVER:
+            if hasattr(base, name):
+                others.setdefault(name, getattr(base, name))
+        super().__init__(**others)
+
+    def make_base_config(self) -> Any:
+        """The base's configuration as an object."""
+        values = dict(self.base_config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def plan(self) -> dict[str, LayerPlan]:
+        """Which experts change which layers, and how."""
+        return {
+            name: LayerPlan(tuple(layer["ranks"]), bool(layer["biases"]))
+            for name, layer in self.layers.items()
+        }

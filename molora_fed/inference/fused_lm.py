@@ -1,0 +1,781 @@
+"""The fused model as a causal language model of transformers.
+
+One class for everything that writes text: a fused model (a router mixes the experts' output
+distributions), an evolved one (an adapter router mixes low-rank updates inside the layers), a
+specialist, a base. Its logits are log-probabilities of the mixture, in nats.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
+
+from molora_fed.adapters.updates import LinearUpdate
+from molora_fed.bank.views import GateView, RouterView
+from molora_fed.errors import RoutingError, ShapeError
+from molora_fed.guard import guarded
+from molora_fed.inference.expert_layers import (
+    ExpertLinear,
+    Rows,
+    find_shared_inputs,
+    put_experts_in,
+)
+from molora_fed.inference.fused_cache import FusedCache
+from molora_fed.inference.fused_config import FusedConfig
+from molora_fed.models.layout import block_index, decoder_blocks
+from molora_fed.models.base import Base
+from molora_fed.plugins import Entry, get_plugins
+from molora_fed.population.contract import AdapterRouter
+from molora_fed.routing.contract import OutputRouter
+from molora_fed.routing.top_k import limit_experts
+from molora_fed.storage.compute import Compute
+from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.types import Mixture
+
+__all__ = ["FusedForCausalLM", "FusedOutput", "mix_distributions"]
+
+_LOGITS_AT_ONCE = 2**22  # numbers; bounds the memory of a prompt's evidence
+
+
+def mix_distributions(
+    logits: Tensor, normalisers: Tensor, gates: Tensor, mixture: Mixture
+) -> Tensor:
+    """Mix experts' next-token distributions.
+
+    Args:
+        logits: Of every expert, (E, B, T, V) float32.
+        normalisers: Their logarithm of the sum of exponentials, (E, B, T).
+        gates: (B, T, E), non-negative, summing to 1 over E.
+        mixture: "probability" (sum of distributions) or "logit" (normalised weighted product).
+
+    Returns:
+        Log-probabilities of the mixture, (B, T, V) in nats.
+
+    Raises:
+        ShapeError: If the shapes do not belong together.
+
+    Source: own derivation, see docs/routers.md; logit mixture: arXiv 2603.22755, section 3.
+    """
+    experts, *batch_tokens, _ = logits.shape
+    if tuple(gates.shape) != (*batch_tokens, experts):
+        raise ShapeError(
+            f"Cannot mix experts: expected gates of shape {(*batch_tokens, experts)}, "
+            f"got {tuple(gates.shape)}. Use a router fitted on these experts."
+        )
+    weights = gates.movedim(-1, 0)  # (E, B, T)
+    if mixture == "probability":
+        return torch.logsumexp(logits + (weights.log() - normalisers).unsqueeze(-1), dim=0)
+    # Each expert's normaliser is a constant over the vocabulary, which the softmax takes out.
+    return torch.log_softmax((logits * weights.unsqueeze(-1)).sum(0), dim=-1)
+
+
+@dataclass
+class FusedOutput(ModelOutput):
+    """What a fused model says about texts.
+
+    Attributes:
+        loss: Mean loss of the labels, nats; None without labels.
+        logits: Log-probabilities of the next token, (B, t, V) float32 nats.
+        past_key_values: What was read; None without a cache.
+        gates: Gates of the experts at the positions of `logits`, (B, t, E).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: FusedCache | None = None
+    gates: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One piece of the texts, on its way through a model.
+
+    Attributes:
+        tokens: (B, t) int64.
+        starts: True at a document's first token, (B, t) bool.
+        mask: 1 where there is text, (B, T) over all that was read; None where that is everywhere.
+        positions: (B, t); None where they follow from the cache.
+        cache: What was read before; None without one.
+        keep: Positions whose distributions are wanted.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    cache: FusedCache | None
+    keep: slice | Tensor
+
+
+class FusedForCausalLM(PreTrainedModel, GenerationMixin):
+    """Experts of one base and the router that mixes them, as one causal language model.
+
+    It generates as any model of transformers does: greedily, by sampling, with beams, streaming;
+    batches are padded on the left. It is for inference: nothing of it takes gradients.
+
+    Example:
+        model = FusedForCausalLM.from_pretrained("my-model")
+        tokens = model.generate(**tokenizer(["def main("], return_tensors="pt"))
+
+    Attributes:
+        model: The base, whose linear layers hold all experts' changes.
+        expert_names: Names of the experts, in the order of the gates.
+        base: The base with its tokenizer; None where its weights are inside and no more is known.
+        entry: Who registered the router; None if it was made by hand.
+    """
+
+    config_class = FusedConfig
+    config: FusedConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _is_stateful = True  # a router's state cannot be taken back
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: FusedConfig,
+        *,
+        model: Any = None,
+        base: Base | None = None,
+        router: OutputRouter | AdapterRouter | None = None,
+        entry: Entry | None = None,
+    ) -> None:
+        """Build it, empty where no parts are given.
+
+        Args:
+            config: What it is made of.
+            model: The base's model, changed in place: a copy made by `share_weights`; made if None.
+            base: The base it is of, with its tokenizer and folder.
+            router: The router; made of the config if None.
+            entry: Who registered the router.
+        """
+        super().__init__(config)
+        if model is None:
+            base_config = config.make_base_config()
+            base_config._attn_implementation = config._attn_implementation
+            model = AutoModelForCausalLM.from_config(base_config)
+        else:
+            for module in model.modules():
+                module._is_hf_initialized = True
+        self.model = model
+        self.base = base
+        self.expert_names = tuple(str(expert["name"]) for expert in config.experts)
+        self.entry = entry
+        self._expert_layers = put_experts_in(model, config.plan(), len(self.expert_names))
+        for layer in self._expert_layers.values():
+            layer._is_hf_initialized = True
+        if router is None and config.router is not None:
+            router, self.entry = _make_router(config, len(self.expert_names))
+        self.router = router
+        self._reads: frozenset[str] = frozenset()
+        if router is not None:
+            self._reads = frozenset(router.reads(router.options))
+            for module in router.modules():
+                module._is_hf_initialized = True
+        self._rows = Rows()
+        self._states: dict[str, Tensor] = {}
+        self._owner: str | None = None
+        self._is_laid_out = False
+        self._shared_depth = 0
+        self.post_init()
+
+    def fill(self, updates: Sequence[Mapping[str, LinearUpdate] | None]) -> None:
+        """Copy the experts' changes in.
+
+        Args:
+            updates: By full module name of the base, one mapping an expert; None is the base.
+        """
+        for name, layer in self._expert_layers.items():
+            layer.fill([None if changes is None else changes.get(name) for changes in updates])
+
+    # -- files ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *others: Any,
+        base_folder: Path | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Open a model in a local folder.
+
+        Args:
+            pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or whatever
+                `molora_fed.inference.opening.open_model` opens: a cooperative, a home, a run.
+            others: See transformers.
+            base_folder: Where the base is, where it is not inside; the recorded path if None.
+            settings: See transformers; `dtype` and `device_map` among them.
+
+        Raises:
+            MoloraError: If the base is missing or another one; whatever loading it refuses.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        config = settings.get("config") or _find_config(folder)
+        if config is not None and config.base_path is None:
+            model: Self = super().from_pretrained(folder, *others, **settings)
+            return model
+        from molora_fed.inference.fused_build import open_causal_lm, open_saved
+
+        compute = _read_compute(settings)
+        if config is None:
+            return open_causal_lm(folder, base_folder=base_folder, compute=compute)  # type: ignore[return-value]
+        return open_saved(folder, config, base_folder, compute)  # type: ignore[return-value]
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], *, with_base: bool = True, **settings: Any
+    ) -> None:
+        """Write the model into a folder, and the tokenizer where it is known.
+
+        Args:
+            save_directory: The folder.
+            with_base: Whether the base's weights are inside; without, the folder names the base by
+                id, revision, fingerprints and relative path.
+            settings: See transformers.
+
+        Raises:
+            RoutingError: If the base is to be named and is not known.
+        """
+        folder = Path(save_directory)
+        if with_base:
+            super().save_pretrained(folder, **settings)
+        else:
+            if self.base is None:
+                raise RoutingError(
+                    f"Cannot save '{folder}' without the base: expected to know the base's folder, "
+                    "got a model with the base inside. Save it with the base."
+                )
+            path = os.path.relpath(self.base.folder.resolve(), folder.resolve())
+            self.config.base_path = Path(path).as_posix()
+            try:
+                super().save_pretrained(folder, state_dict=self.list_own_tensors(), **settings)
+            finally:
+                self.config.base_path = None
+        if self.base is not None:
+            self.base.tokenizer.save_pretrained(folder)
+
+    def list_own_tensors(self) -> dict[str, Tensor]:
+        """What is not the base's: the experts' changes and the router's, by name."""
+        own = (".a", ".b", ".dense", ".biases")
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name.startswith("router.") or name.endswith(own)
+        }
+
+    # -- what transformers asks for ---------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's token embeddings."""
+        found: nn.Module = self.model.get_input_embeddings()
+        return found
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's head."""
+        found: nn.Module = self.model.get_output_embeddings()
+        return found
+
+    def get_decoder(self) -> Any:
+        """What turns tokens into the states that enter the head."""
+        return self.model.get_decoder()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Factors begin at zero, where they were made; the base and the router begin as theirs."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self._is_laid_out = False
+        return result
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over what decides the text: experts, router, dtype, and the base's identity."""
+        if self._owner is None:
+            config = self.config.to_dict()
+            parts = [config[name] for name in ("mixes", "experts", "router", "mixture")]
+            base = config["base_identity"] or {"object": id(self)}
+            state = {} if self.router is None else self.router.state_dict()
+            learned = {
+                name: hash_bytes(tensor.detach().cpu().double().numpy().tobytes())
+                for name, tensor in sorted(state.items())
+            }
+            self._owner = hash_bytes(canonical_json([base, str(self.dtype), learned, *parts]))
+        return self._owner
+
+    # -- generation -------------------------------------------------------------------------
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any
+    ) -> None:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise RoutingError(
+                    "Cannot generate: expected no cache implementation, got "
+                    f"'{generation_config.cache_implementation}'. A fused model keeps its own."
+                )
+            model_kwargs["past_key_values"] = self.make_cache()
+
+    def make_cache(self) -> FusedCache:
+        """An empty cache for this model."""
+        return FusedCache(self.fingerprint, self.model.config)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: FusedCache | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        evidence_from: str = "all",
+        experts_per_text: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """See transformers; what was read must be what the texts begin with."""
+        if past_key_values is not None:
+            past_key_values.check_prefix(input_ids)
+            if not is_first_iteration:
+                if experts_per_text is not None:
+                    past_key_values.narrow(experts_per_text)
+                if evidence_from == "prompt" and "evidence" in self._reads:
+                    past_key_values.hold()
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **others,
+        )
+        return prepared
+
+    # -- reading ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: FusedCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        document_starts: Tensor | None = None,
+        gates: Tensor | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> FusedOutput | tuple[Any, ...]:
+        """Read a piece of texts and say what comes next.
+
+        Args:
+            input_ids: Token ids that follow what the cache has read, (B, t).
+            attention_mask: 1 where there is text, (B, T) over everything read; padding comes
+                before a text.
+            position_ids: (B, t); counted from the mask if None.
+            past_key_values: What was read before.
+            labels: (B, t); -100 is left out of the loss.
+            use_cache: Whether to remember what was read; where a cache is given if None.
+            logits_to_keep: So many of the last positions, or these ones; 0 is all.
+            document_starts: True at a document's first token, (B, t); found by the end-of-text
+                token if None.
+            gates: Gates in place of the router's, (B, E), NaN in rows where the router decides;
+                experts of gate 0 do not run where no text needs them.
+            return_dict: Whether to return a `FusedOutput`; True if None.
+            others: Ignored, as transformers passes what models of other kinds take.
+
+        Raises:
+            ShapeError: If `input_ids` is not (B, t >= 1).
+            RoutingError: If the cache is another's, or the router reads the future of a text.
+        """
+        if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] < 1:
+            raise ShapeError(
+                "Cannot run fused model: expected token ids of shape (B, T) with T >= 1, got "
+                f"{None if input_ids is None else tuple(input_ids.shape)}. Tokenize a text that "
+                "is not empty."
+            )
+        if past_key_values is None and use_cache:
+            past_key_values = self.make_cache()
+        cache = past_key_values
+        if cache is not None:
+            cache.check(self.fingerprint, gates, len(input_ids))
+        piece = self._prepare(
+            input_ids, attention_mask, position_ids, cache, logits_to_keep, document_starts
+        )
+        if not self._is_laid_out:
+            self._lay_out()
+        if cache is not None and cache.tokens is None:
+            cache.fixed = gates
+        if isinstance(self.router, AdapterRouter):
+            logits, used = self._mix_updates(piece, gates)
+        else:
+            logits, used = self._mix_outputs(piece, gates)
+        if cache is not None:
+            cache.add(piece.tokens)
+            cache.gates.append(used[:, -1])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        output = FusedOutput(
+            loss=loss, logits=logits, past_key_values=cache, gates=used[:, piece.keep]
+        )
+        if return_dict is False:
+            found: tuple[Any, ...] = output.to_tuple()
+            return found
+        return output
+
+    def _prepare(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: FusedCache | None,
+        keep: int | Tensor,
+        starts: Tensor | None,
+    ) -> _Piece:
+        count = tokens.shape[1]
+        if mask is not None and bool(mask.all()):
+            mask = None
+        if mask is not None and positions is None:
+            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -count:]
+        elif mask is None and positions is not None and cache is not None:
+            positions = None  # they follow from the cache
+        if starts is None:
+            starts = self._find_starts(tokens, mask, cache)
+        kept: slice | Tensor = keep if isinstance(keep, Tensor) else slice(-keep or None, None)
+        return _Piece(tokens, starts, mask, positions, cache, kept)
+
+    def _find_starts(self, tokens: Tensor, mask: Tensor | None, cache: FusedCache | None) -> Tensor:
+        """True at a text's first token and after every end-of-text token, (B, t)."""
+        end = self.config.document_end
+        is_end = torch.zeros_like(tokens, dtype=torch.bool) if end is None else tokens == end
+        starts = torch.empty_like(is_end)
+        starts[:, 1:] = is_end[:, :-1]
+        if cache is None or cache.tokens is None:
+            starts[:, 0] = True
+        else:
+            starts[:, 0] = False if end is None else cache.tokens[:, -1] == end
+        if mask is not None:
+            before = torch.nn.functional.pad(mask, (1, 0))[:, -tokens.shape[1] - 1 : -1]
+            starts |= (mask[:, -tokens.shape[1] :] > 0) & (before == 0)
+        return starts
+
+    # -- experts' outputs -------------------------------------------------------------------
+
+    def _mix_outputs(self, piece: _Piece, fixed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities at the kept positions, and the gates of all, (B, t, E)."""
+        cache, experts = piece.cache, len(self.expert_names)
+        chosen = self._choose_experts(fixed, cache)
+        hidden = self._run_experts(piece, chosen)  # (k, B, t, D)
+        held = None if cache is None else cache.held
+        reads_evidence = "evidence" in self._reads and held is None and chosen is None
+        wanted = hidden[:experts, :, piece.keep]
+        logits = self._compute_logits(wanted)
+        normalisers = torch.logsumexp(logits, dim=-1)
+        evidence = None
+        if reads_evidence:
+            is_whole = wanted.shape[2] == hidden.shape[2]
+            known = (logits, normalisers) if is_whole else None
+            evidence = self._compute_evidence(piece, hidden[:experts], known)
+            if cache is not None:
+                cache.last = logits[:, :, -1]
+        gates = self._compute_gates(piece, hidden, evidence, fixed, chosen)
+        used = gates[:, piece.keep]
+        if chosen is not None:
+            index = chosen[:, None].expand(-1, used.shape[1], -1)
+            used = used.gather(-1, index)
+        return mix_distributions(logits, normalisers, used, self.config.mixture), gates
+
+    def _choose_experts(self, fixed: Tensor | None, cache: FusedCache | None) -> Tensor | None:
+        """Experts to run for each text, (B, k); None for all."""
+        if cache is not None and (cache.tokens is not None or cache.kept is not None):
+            return cache.kept
+        if fixed is None or bool(fixed.isnan().any()) or len(self.expert_names) == 1:
+            return None
+        count = int((fixed > 0).sum(-1).max())
+        if count >= len(self.expert_names):
+            return None
+        kept = fixed.argsort(dim=-1, descending=True, stable=True)[:, :count]
+        if cache is not None:
+            cache.kept = kept
+        return kept
+
+    def _run_experts(self, piece: _Piece, chosen: Tensor | None) -> Tensor:
+        """States that enter the head, (k, B, t, D); a row for the base is last if it is read."""
+        batch = len(piece.tokens)
+        if chosen is None:
+            count = len(self.expert_names) + self._has_base_row
+            owners = torch.arange(count, device=piece.tokens.device).repeat_interleave(batch)
+            is_folded = not self._has_base_row
+        else:
+            count, is_folded = chosen.shape[1], False
+            owners = chosen.t().flatten()
+        rows = Rows(expert=owners, num_experts=len(self.expert_names), is_folded=is_folded)
+        hidden = self._run(rows, piece, count, piece.cache)
+        return hidden.unflatten(0, (count, batch))
+
+    def _run(self, rows: Rows, piece: _Piece, count: int, cache: Any) -> Tensor:
+        """States that enter the head, (count * B, t, D)."""
+        self._rows = rows
+        self._copies, self._batch = count, len(piece.tokens)
+        for layer in self._expert_layers.values():
+            layer.rows = rows
+
+        def spread(value: Tensor | None) -> Tensor | None:
+            return value if value is None or count == 1 else value.repeat(count, 1)
+
+        output = self.model.get_decoder()(
+            input_ids=spread(piece.tokens),
+            attention_mask=spread(piece.mask),
+            position_ids=spread(piece.positions),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of states, (..., D) to (..., V) float32."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return logits.float()
+
+    def _compute_evidence(
+        self, piece: _Piece, hidden: Tensor, known: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """`log p_e(x_t | x_<t)` of the piece's tokens, (B, t, E); 0 at a document's first."""
+        tokens = piece.tokens
+        parts = []
+        last = None if piece.cache is None else piece.cache.last
+        if last is None:
+            parts.append(hidden.new_zeros((*hidden.shape[:2], 1), dtype=torch.float32))
+        else:
+            parts.append(
+                _look_up(last.unsqueeze(2), torch.logsumexp(last, -1)[..., None], tokens[:, :1])
+            )
+        if tokens.shape[1] > 1:
+            if known is not None:
+                logits, normalisers = known
+                parts.append(_look_up(logits[:, :, :-1], normalisers[:, :, :-1], tokens[:, 1:]))
+            else:
+                width = self.config.vocab_size * hidden.shape[0] * hidden.shape[1]
+                step = max(1, _LOGITS_AT_ONCE // width)
+                for at in range(0, tokens.shape[1] - 1, step):
+                    stop = min(at + step, tokens.shape[1] - 1)
+                    logits = self._compute_logits(hidden[:, :, at:stop])
+                    normalisers = torch.logsumexp(logits, -1)
+                    parts.append(_look_up(logits, normalisers, tokens[:, at + 1 : stop + 1]))
+        evidence = torch.cat(parts, dim=2).movedim(0, -1)
+        return evidence.masked_fill(piece.starts.unsqueeze(-1), 0.0)
+
+    def _compute_gates(
+        self,
+        piece: _Piece,
+        hidden: Tensor,
+        evidence: Tensor | None,
+        fixed: Tensor | None,
+        chosen: Tensor | None,
+    ) -> Tensor:
+        """Gates of the piece's positions, (B, t, E)."""
+        batch, count = piece.tokens.shape
+        experts, cache = len(self.expert_names), piece.cache
+        if cache is not None and cache.held is not None:
+            return cache.held[:, None].expand(-1, count, -1)
+        if experts == 1:
+            return hidden.new_ones(batch, count, 1, dtype=torch.float32)
+        if chosen is not None and fixed is not None:
+            return fixed[:, None].expand(-1, count, -1)
+        router = self.router
+        assert isinstance(router, OutputRouter)
+        view = RouterView(piece.starts, evidence=evidence, **self._read_hidden(hidden))
+        with nullcontext() if self.entry is None else guarded(self.entry, "gates"):
+            if cache is None:
+                gates = router.gates(view)
+            else:
+                state = cache.state if cache.state is not None else router.init_state(batch)
+                gates, cache.state = router.step(view, state)
+        if fixed is not None:
+            given = fixed[:, None].to(gates)
+            gates = torch.where(given.isnan(), gates, given)
+        return gates
+
+    def _read_hidden(self, hidden: Tensor) -> dict[str, Tensor]:
+        """The hidden states the router reads."""
+        experts = hidden[: len(self.expert_names)]
+        columns: dict[str, Tensor] = {}
+        if "prefix_hidden" in self._reads:
+            columns["prefix_hidden"] = self._states["prefix"][: hidden.shape[1]]
+        if "base_hidden" in self._reads:
+            columns["base_hidden"] = hidden[self._base_row]
+        if "mean_hidden" in self._reads:
+            columns["mean_hidden"] = experts.float().mean(0)
+        if "experts_hidden" in self._reads:
+            columns["experts_hidden"] = experts.movedim(0, 2)
+        return columns
+
+    # -- a population's updates -------------------------------------------------------------
+
+    def _mix_updates(self, piece: _Piece, fixed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities at the kept positions, and the gates of all, (B, t, P)."""
+        router, cache = self.router, piece.cache
+        assert isinstance(router, AdapterRouter)
+        columns = {"document_starts": piece.starts}
+        if "base_hidden" in self._reads:
+            nobody = Rows(expert=torch.full((len(piece.tokens),), -1), num_experts=0)
+            base = None if cache is None else cache.make_base()
+            columns["base_hidden"] = self._run(nobody, piece, 1, base)
+        if "embeddings" in self._reads:
+            columns["embeddings"] = self.get_input_embeddings()(piece.tokens)
+        if cache is not None:
+            # Gates may rest on all of the past, a running mean of it, say.
+            for name, column in columns.items():
+                before = cache.columns.get(name)
+                whole = column if before is None else torch.cat([before, column], dim=1)
+                cache.columns[name] = columns[name] = whole
+        count = piece.tokens.shape[1]
+        gates = router.compute_gates(GateView(**columns))[:, -count:]
+        if fixed is not None:
+            given = fixed[:, None].to(gates)
+            gates = torch.where(given.isnan(), gates, given)
+        hidden = self._run(Rows(gates=gates, num_experts=gates.shape[-1]), piece, 1, cache)
+        logits = self._compute_logits(hidden[:, piece.keep])
+        return torch.log_softmax(logits, dim=-1), gates
+
+    # -- layout -----------------------------------------------------------------------------
+
+    def _lay_out(self) -> None:
+        """Find what the layers share, once weights are where they stay."""
+        layers = [layer for layer in self._expert_layers.values() if layer.owners]
+        for layer in self._expert_layers.values():
+            if layer.group is not None:
+                layer.group.unpack()
+            layer.group = None
+            layer.rows = Rows(expert=torch.zeros(1, dtype=torch.long, device=self.device))
+        if layers:
+            for handle in getattr(self, "_handles", []):
+                handle.remove()
+            self._handles: list[Any] = []
+            for group in find_shared_inputs(self.model, layers):
+                for layer in group.layers:
+                    layer.group = group
+        self._share_blocks()
+        self._is_laid_out = True
+
+    @property
+    def _has_base_row(self) -> bool:
+        return "base_hidden" in self._reads and self._base_row == len(self.expert_names)
+
+    @property
+    def _base_row(self) -> int:
+        """The expert that is the base itself; one more than there are if none is."""
+        changing = {
+            expert
+            for layer in self.config.layers.values()
+            for expert, rank in enumerate(layer["ranks"])
+            if rank is not None
+        }
+        unchanged = [e for e in range(len(self.expert_names)) if e not in changing]
+        return unchanged[0] if unchanged else len(self.expert_names)
+
+    def _share_blocks(self) -> None:
+        """Let the first blocks, which nobody changes, run once for all experts."""
+        for handle in getattr(self, "_handles", []):
+            handle.remove()
+        self._handles = []
+        prefix, blocks = decoder_blocks(self.model)
+        changed = [block_index(name, prefix) for name in self.config.layers]
+        depth = min((index for index in changed if index is not None), default=0)
+        reuses = getattr(self.model.config.get_text_config(), "num_kv_shared_layers", None)
+        is_one = len(self.expert_names) == 1 or self.config.mixes == "updates"
+        add = self._handles.append
+        if "prefix_hidden" in self._reads:
+            block = blocks[self.config.frozen_depth]
+            add(block.register_forward_pre_hook(self._keep_prefix, with_kwargs=True))
+        if depth and not reuses and not is_one:
+            for block in blocks[:depth]:
+                add(block.register_forward_pre_hook(self._collapse, with_kwargs=True))
+            add(blocks[depth].register_forward_pre_hook(self._spread, with_kwargs=True))
+
+    def _keep_prefix(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._states["prefix"] = args[0] if args else kwargs["hidden_states"]
+
+    def _collapse(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Keep one expert's rows of everything a shared block is given."""
+        rows = self._copies * self._batch
+
+        def take(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(take(part) for part in value)
+            # Position vectors (T,) have no rows, whatever their length.
+            is_rows = isinstance(value, Tensor) and value.ndim > 1 and len(value) == rows
+            return value[: self._batch] if is_rows else value
+
+        return take(args), {name: take(value) for name, value in kwargs.items()}
+
+    def _spread(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Repeat the shared blocks' result for every expert."""
+
+        def repeat(hidden: Tensor) -> Tensor:
+            return hidden.repeat(self._copies, 1, 1)
+
+        if args:
+            return (repeat(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": repeat(kwargs["hidden_states"])}
+
+
+def _look_up(logits: Tensor, normalisers: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities (E, B, t) of tokens (B, t) under logits (E, B, t, V)."""
+    index = tokens.unsqueeze(-1).expand(len(logits), -1, -1, 1)
+    return logits.gather(-1, index).squeeze(-1) - normalisers
+
+
+def _make_router(config: FusedConfig, count: int) -> tuple[Any, Entry | None]:
+    """An empty router as the configuration describes it."""
+    described = config.router or {}
+    plugins = get_plugins()
+    # On the CPU, wherever the rest is made: routers have tensors that are no parameters.
+    with torch.device("cpu"):
+        if config.mixes == "updates":
+            registered = plugins.adapter_routers.resolve(described["name"])
+            options = registered.Options.model_validate(described["options"])
+            entry = plugins.adapter_routers.entry(described["name"])
+            return registered.build(count, config.hidden_size, options, 0), entry
+        router_class = plugins.routers.resolve(described["name"])
+        entry = plugins.routers.entry(described["name"])
+        if described["top_k"] is not None:
+            router_class = limit_experts(router_class, described["top_k"])
+        options = router_class.Options.model_validate(described["options"])
+        tensors = {name: torch.zeros(shape) for name, shape in described["shapes"].items()}
+        return router_class(count, options, tensors), entry
+
+
+def _find_config(folder: Path) -> FusedConfig | None:
+    """The configuration that `save_pretrained` wrote, or None."""
+    try:
+        values, _ = FusedConfig.get_config_dict(folder)
+    except OSError:
+        return None
+    if values.get("model_type") != FusedConfig.model_type:
+        return None
+    found: FusedConfig = FusedConfig.from_pretrained(folder)
+    return found
+
+
+def _read_compute(settings: Mapping[str, Any]) -> Compute:
+    """Where to run, of what transformers calls dtype and device_map."""
+    chosen = {"dtype": settings.get("dtype"), "device": settings.get("device_map")}
+    given = {name: str(value) for name, value in chosen.items() if value is not None}
+    return Compute.model_validate({n: v.removeprefix("torch.") for n, v in given.items()})
+
+
+AutoConfig.register("molora-fused", FusedConfig)
+AutoModelForCausalLM.register(FusedConfig, FusedForCausalLM)
