@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,14 @@ from molora_fed.bank.views import GateView, RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.guard import guarded
 from molora_fed.inference.expert_layers import (
-    ExpertLinear,
     Rows,
     find_shared_inputs,
     put_experts_in,
 )
 from molora_fed.inference.fused_cache import FusedCache
 from molora_fed.inference.fused_config import FusedConfig
-from molora_fed.models.layout import block_index, decoder_blocks
 from molora_fed.models.base import Base
+from molora_fed.models.layout import block_index, decoder_blocks
 from molora_fed.plugins import Entry, get_plugins
 from molora_fed.population.contract import AdapterRouter
 from molora_fed.routing.contract import OutputRouter
@@ -137,6 +136,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     config: FusedConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    packed_bytes: ClassVar[int] = 4 * 2**30
+    """Weights of linear layers up to so many bytes are packed on a processor: they take as much
+    memory again, and a token far less time."""
     _is_stateful = True  # a router's state cannot be taken back
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -187,7 +189,8 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         self._states: dict[str, Tensor] = {}
         self._owner: str | None = None
         self._is_laid_out = False
-        self._shared_depth = 0
+        self._handles: list[Any] = []
+        self.register_load_state_dict_post_hook(_forget_layout)
         self.post_init()
 
     def fill(self, updates: Sequence[Mapping[str, LinearUpdate] | None]) -> None:
@@ -520,7 +523,12 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             count, is_folded = chosen.shape[1], False
             owners = chosen.t().flatten()
-        rows = Rows(expert=owners, num_experts=len(self.expert_names), is_folded=is_folded)
+        rows = Rows(
+            expert=owners,
+            num_experts=len(self.expert_names),
+            is_folded=is_folded,
+            selection=None if chosen is None else tuple(sorted(set(chosen.flatten().tolist()))),
+        )
         hidden = self._run(rows, piece, count, piece.cache)
         return hidden.unflatten(0, (count, batch))
 
@@ -653,17 +661,16 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     # -- layout -----------------------------------------------------------------------------
 
     def _lay_out(self) -> None:
-        """Find what the layers share, once weights are where they stay."""
-        layers = [layer for layer in self._expert_layers.values() if layer.owners]
-        for layer in self._expert_layers.values():
-            if layer.group is not None:
-                layer.group.unpack()
+        """Find what the layers share, once weights are where they stay, and pack them."""
+        layers = list(self._expert_layers.values())
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for layer in layers:
             layer.group = None
-            layer.rows = Rows(expert=torch.zeros(1, dtype=torch.long, device=self.device))
-        if layers:
-            for handle in getattr(self, "_handles", []):
-                handle.remove()
-            self._handles: list[Any] = []
+            layer.rows = Rows()
+        num_bytes = sum(layer.weight.nbytes for layer in layers)
+        if self.device.type == "cpu" and num_bytes <= self.packed_bytes:
             for group in find_shared_inputs(self.model, layers):
                 for layer in group.layers:
                     layer.group = group
@@ -688,9 +695,6 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _share_blocks(self) -> None:
         """Let the first blocks, which nobody changes, run once for all experts."""
-        for handle in getattr(self, "_handles", []):
-            handle.remove()
-        self._handles = []
         prefix, blocks = decoder_blocks(self.model)
         changed = [block_index(name, prefix) for name in self.config.layers]
         depth = min((index for index in changed if index is not None), default=0)
@@ -730,6 +734,12 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         if args:
             return (repeat(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": repeat(kwargs["hidden_states"])}
+
+
+def _forget_layout(model: FusedForCausalLM, _: Any) -> None:
+    """Weights have changed: what was packed of them is made again."""
+    model._is_laid_out = False
+    model._owner = None
 
 
 def _look_up(logits: Tensor, normalisers: Tensor, tokens: Tensor) -> Tensor:
