@@ -45,6 +45,7 @@ __all__ = [
 FEW_ROWS = 64
 """Up to so many rows of a pass, weights are read packed and factors of all experts at once."""
 
+_FEWEST_ROWS = 4  # up to so many, small float32 products are faster as `A x^T`
 _BLOCK_RANKS = 256  # up to so many, the 16-bit factors B of one group are one block-diagonal matrix
 _SELECTIONS = 4  # sets of experts whose factors are kept apart
 
@@ -129,7 +130,8 @@ class _Factors:
     """Low-rank factors of some experts for the layers of one group.
 
     Attributes:
-        a: (R_all, D_in) over all layers, packed.
+        a: (R_all, D_in) over all layers.
+        packed_a: The same, packed.
         b: By layer (R_layer, D_out); None where a layer has none; one block-diagonal
             (R_all, sum of D_out) where `is_block`.
         sizes: R_layer by layer.
@@ -139,6 +141,7 @@ class _Factors:
     """
 
     a: Tensor
+    packed_a: Tensor
     b: tuple[Tensor | None, ...]
     sizes: tuple[int, ...]
     layout: tuple[int, ...]
@@ -189,7 +192,10 @@ class SharedInput:
         factors = self._select(rows.selection) if rows.num_experts else None
         if factors is None:
             return output.split(self._sizes, -1)
-        hidden = _multiply(flat, factors.a)
+        if flat.dtype == torch.float32 and 1 < len(flat) <= _FEWEST_ROWS:
+            hidden = torch.mm(factors.a, flat.t()).t()
+        else:
+            hidden = _multiply(flat, factors.packed_a)
         if not factors.is_single:
             hidden = hidden * rows.weigh(factors.layout, len(flat) // rows.count, flat)
         if factors.is_block and factors.b[0] is not None:
@@ -235,7 +241,8 @@ class SharedInput:
         if is_block:
             b = [torch.block_diag(*b)]
         return _Factors(
-            a=_pack(a),
+            a=a,
+            packed_a=_pack(a),
             b=tuple(part.t() if part.shape[1] else None for part in b),
             sizes=tuple(len(ranks) for ranks in kept),
             layout=layout,
