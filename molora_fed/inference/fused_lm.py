@@ -31,7 +31,9 @@ from molora_fed.inference.expert_layers import (
 from molora_fed.inference.fused_cache import FusedCache
 from molora_fed.inference.fused_config import FusedConfig
 from molora_fed.models.base import Base
+from molora_fed.models.head import Head, find_readout
 from molora_fed.models.layout import block_index, decoder_blocks
+from molora_fed.models.states import evaluating
 from molora_fed.plugins import Entry, get_plugins
 from molora_fed.population.contract import AdapterRouter
 from molora_fed.routing.contract import OutputRouter
@@ -162,11 +164,15 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             router: The router; made of the config if None.
             entry: Who registered the router.
         """
+        attention = config._attn_implementation
         super().__init__(config)
         if model is None:
             base_config = config.make_base_config()
-            base_config._attn_implementation = config._attn_implementation
-            model = AutoModelForCausalLM.from_config(base_config)
+            if attention is not None:
+                base_config._attn_implementation = attention
+            # In the dtype that is being loaded, whatever the base was in.
+            dtype = torch.get_default_dtype()
+            model = AutoModelForCausalLM.from_config(base_config, dtype=dtype)
         else:
             for module in model.modules():
                 module._is_hf_initialized = True
@@ -248,7 +254,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             settings: See transformers.
 
         Raises:
-            RoutingError: If the base is to be named and is not known.
+            RoutingError: If the base is to be named and is not known, or nothing is beside it.
         """
         folder = Path(save_directory)
         if with_base:
@@ -258,6 +264,11 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise RoutingError(
                     f"Cannot save '{folder}' without the base: expected to know the base's folder, "
                     "got a model with the base inside. Save it with the base."
+                )
+            if not self.config.layers:
+                raise RoutingError(
+                    f"Cannot save '{folder}' without the base: expected experts beside it, got a "
+                    "base or a specialist in one piece. Save it with the base."
                 )
             path = os.path.relpath(self.base.folder.resolve(), folder.resolve())
             self.config.base_path = Path(path).as_posix()
@@ -554,8 +565,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits of states, (..., D) to (..., V) float32."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits.float()
+        return self._head.compute_logits(hidden).float()
 
     def _compute_evidence(
         self, piece: _Piece, hidden: Tensor, known: tuple[Tensor, Tensor] | None
@@ -674,6 +684,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             for group in find_shared_inputs(self.model, layers):
                 for layer in group.layers:
                     layer.group = group
+        with evaluating(self.model):
+            readout = find_readout(self.model)
+        self._head = Head(self.get_decoder(), self.get_output_embeddings(), readout)
         self._share_blocks()
         self._is_laid_out = True
 
