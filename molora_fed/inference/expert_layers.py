@@ -45,7 +45,8 @@ __all__ = [
 FEW_ROWS = 64
 """Up to so many rows of a pass, weights are read packed and factors of all experts at once."""
 
-_BLOCK_RANKS = 64  # up to so many ranks, the factors B of one group are one block-diagonal matrix
+_FEWEST_ROWS = 4  # up to so many, small float32 products are faster as `A x^T`
+_BLOCK_RANKS = 256  # up to so many, the 16-bit factors B of one group are one block-diagonal matrix
 _SELECTIONS = 4  # sets of experts whose factors are kept apart
 
 
@@ -124,22 +125,15 @@ def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return functional.linear(inputs, weight, bias)
 
 
-def _multiply_and_add(inputs: Tensor, weight: Tensor, other: Tensor) -> Tensor:
-    """`other + inputs @ weight.T` of inputs (N, R) and other (N, D_out)."""
-    if weight.is_mkldnn:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, other, weight, None, "add")
-        return found
-    return torch.addmm(other, inputs, weight.t())
-
-
 @dataclass(frozen=True, eq=False)
 class _Factors:
     """Low-rank factors of some experts for the layers of one group.
 
     Attributes:
-        a: (R_all, D_in) over all layers, packed.
-        b: By layer (D_out, R_layer), packed; None where a layer has none; one block-diagonal
-            (sum of D_out, R_all) where `is_block`.
+        a: (R_all, D_in) over all layers.
+        packed_a: The same, packed.
+        b: By layer (R_layer, D_out); None where a layer has none; one block-diagonal
+            (R_all, sum of D_out) where `is_block`.
         sizes: R_layer by layer.
         layout: The expert of each of the R_all ranks.
         is_block: Whether `b` is one matrix for all layers.
@@ -147,6 +141,7 @@ class _Factors:
     """
 
     a: Tensor
+    packed_a: Tensor
     b: tuple[Tensor | None, ...]
     sizes: tuple[int, ...]
     layout: tuple[int, ...]
@@ -197,20 +192,20 @@ class SharedInput:
         factors = self._select(rows.selection) if rows.num_experts else None
         if factors is None:
             return output.split(self._sizes, -1)
-        hidden = _multiply(flat, factors.a)
+        if flat.dtype == torch.float32 and 1 < len(flat) <= _FEWEST_ROWS:
+            hidden = torch.mm(factors.a, flat.t()).t()
+        else:
+            hidden = _multiply(flat, factors.packed_a)
         if not factors.is_single:
             hidden = hidden * rows.weigh(factors.layout, len(flat) // rows.count, flat)
         if factors.is_block and factors.b[0] is not None:
-            return _multiply_and_add(hidden, factors.b[0], output).split(self._sizes, -1)
-        outputs, at = [], 0
-        for part, b, ranks in zip(
-            output.split(self._sizes, -1), factors.b, factors.sizes, strict=True
-        ):
+            return output.addmm_(hidden, factors.b[0]).split(self._sizes, -1)
+        outputs, at = output.split(self._sizes, -1), 0
+        for part, b, ranks in zip(outputs, factors.b, factors.sizes, strict=True):
             if b is not None:
-                part = _multiply_and_add(hidden[:, at : at + ranks], b, part)  # noqa: PLW2901
+                part.addmm_(hidden[:, at : at + ranks], b)
             at += ranks
-            outputs.append(part)
-        return tuple(outputs)
+        return outputs
 
     def _select(self, selection: tuple[int, ...] | None) -> _Factors | None:
         """The factors of some experts, made at their first use."""
@@ -241,15 +236,14 @@ class SharedInput:
             layer.b.detach()[:, ranks] if ranks else layer.matrix.new_zeros(layer.out_features, 0)
             for layer, ranks in zip(self.layers, kept, strict=True)
         ]
-        is_block = len(layout) <= _BLOCK_RANKS or len(self.layers) == 1
-        packed: tuple[Tensor | None, ...]
+        # One product of 16-bit numbers costs its call, whatever its size.
+        is_block = a.dtype != torch.float32 and len(layout) <= _BLOCK_RANKS
         if is_block:
-            packed = (_pack(torch.block_diag(*b)),)
-        else:
-            packed = tuple(_pack(part) if part.shape[1] else None for part in b)
+            b = [torch.block_diag(*b)]
         return _Factors(
-            a=_pack(a),
-            b=packed,
+            a=a,
+            packed_a=_pack(a),
+            b=tuple(part.t() if part.shape[1] else None for part in b),
             sizes=tuple(len(ranks) for ranks in kept),
             layout=layout,
             is_block=is_block,
