@@ -442,7 +442,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             logits, used = self._mix_outputs(piece, gates)
         if cache is not None:
-            cache.add(piece.tokens)
+            cache.add(piece.tokens, piece.mask)
             cache.gates.append(used[:, -1])
         loss = None
         if labels is not None:
@@ -465,8 +465,17 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         starts: Tensor | None,
     ) -> _Piece:
         count = tokens.shape[1]
+        before = 0 if cache is None else cache.get_seq_length()
+        if mask is not None and tuple(mask.shape) != (len(tokens), before + count):
+            raise ShapeError(
+                f"Cannot run fused model: expected an attention mask of shape (B, T) = "
+                f"{(len(tokens), before + count)}, got {tuple(mask.shape)}. Pass one of the whole "
+                "texts."
+            )
         if mask is not None and bool(mask.all()):
             mask = None
+        if cache is not None:
+            cache.check_padding(mask)
         if mask is not None and positions is None:
             positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -count:]
         elif mask is None and positions is not None and cache is not None:
