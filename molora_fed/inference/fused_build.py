@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from molora_fed.adapters.compatibility import applied, check_adapter_fits
 from molora_fed.adapters.updates import Adapter
@@ -92,19 +93,21 @@ def build_causal_lm(model: Model) -> FusedForCausalLM:
 
 def _build_plain(plain: PlainModel) -> FusedForCausalLM:
     own = plain.base.model
-    name, digest = "base", ""
+    title, digest = "base", ""
     if plain.adapter is not None:
         check_adapter_fits(plain.adapter, own)
         with applied(own, plain.adapter):
             own = share_weights(own)
             for module_name in plain.adapter.updates:
                 module = own.get_submodule(module_name)
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.clone()
-        name, digest = plain.adapter.name, plain.adapter.hash
+                for name, parameter in module.named_parameters(recurse=False):
+                    # Another parameter: the base's gets its numbers back in a moment.
+                    changed = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                    setattr(module, name, changed)
+        title, digest = plain.adapter.name, plain.adapter.hash
     else:
         own = share_weights(own)
-    config = _describe(plain.base, [{"name": name, "adapter": digest}], {}, mixture="probability")
+    config = _describe(plain.base, [{"name": title, "adapter": digest}], {}, mixture="probability")
     return FusedForCausalLM(config, model=own, base=plain.base)
 
 

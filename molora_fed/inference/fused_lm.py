@@ -32,7 +32,9 @@ from molora_fed.inference.expert_layers import (
 from molora_fed.inference.fused_cache import FusedCache
 from molora_fed.inference.fused_config import FusedConfig
 from molora_fed.models.base import Base
+from molora_fed.models.head import Head, find_readout
 from molora_fed.models.layout import block_index, decoder_blocks
+from molora_fed.models.states import evaluating
 from molora_fed.plugins import Entry, get_plugins
 from molora_fed.population.contract import AdapterRouter
 from molora_fed.routing.contract import OutputRouter
@@ -169,11 +171,15 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             router: The router; made of the config if None.
             entry: Who registered the router.
         """
+        attention = config._attn_implementation
         super().__init__(config)
         if model is None:
             base_config = config.make_base_config()
-            base_config._attn_implementation = config._attn_implementation
-            model = AutoModelForCausalLM.from_config(base_config)
+            if attention is not None:
+                base_config._attn_implementation = attention
+            # In the dtype that is being loaded, whatever the base was in.
+            dtype = torch.get_default_dtype()
+            model = AutoModelForCausalLM.from_config(base_config, dtype=dtype)
         else:
             for module in model.modules():
                 module._is_hf_initialized = True
@@ -255,7 +261,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             settings: See transformers.
 
         Raises:
-            RoutingError: If the base is to be named and is not known.
+            RoutingError: If the base is to be named and is not known, or nothing is beside it.
         """
         folder = Path(save_directory)
         if with_base:
@@ -265,6 +271,11 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise RoutingError(
                     f"Cannot save '{folder}' without the base: expected to know the base's folder, "
                     "got a model with the base inside. Save it with the base."
+                )
+            if not self.config.layers:
+                raise RoutingError(
+                    f"Cannot save '{folder}' without the base: expected experts beside it, got a "
+                    "base or a specialist in one piece. Save it with the base."
                 )
             path = os.path.relpath(self.base.folder.resolve(), folder.resolve())
             self.config.base_path = Path(path).as_posix()
@@ -431,7 +442,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             logits, used = self._mix_outputs(piece, gates)
         if cache is not None:
-            cache.add(piece.tokens)
+            cache.add(piece.tokens, piece.mask)
             cache.gates.append(used[:, -1])
         loss = None
         if labels is not None:
@@ -454,8 +465,17 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         starts: Tensor | None,
     ) -> _Piece:
         count = tokens.shape[1]
+        before = 0 if cache is None else cache.get_seq_length()
+        if mask is not None and tuple(mask.shape) != (len(tokens), before + count):
+            raise ShapeError(
+                f"Cannot run fused model: expected an attention mask of shape (B, T) = "
+                f"{(len(tokens), before + count)}, got {tuple(mask.shape)}. Pass one of the whole "
+                "texts."
+            )
         if mask is not None and bool(mask.all()):
             mask = None
+        if cache is not None:
+            cache.check_padding(mask)
         if mask is not None and positions is None:
             positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -count:]
         elif mask is None and positions is not None and cache is not None:
@@ -560,8 +580,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits of states, (..., D) to (..., V) float32."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits.float()
+        return self._head.compute_logits(hidden).float()
 
     def _compute_evidence(self, piece: _Piece, hidden: Tensor, known: Tensor | None) -> Tensor:
         """`log p_e(x_t | x_<t)` of the piece's tokens, (B, t, E); 0 at a document's first."""
@@ -674,6 +693,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             for group in find_shared_inputs(self.model, layers):
                 for layer in group.layers:
                     layer.group = group
+        with evaluating(self.model):
+            readout = find_readout(self.model)
+        self._head = Head(self.get_decoder(), self.get_output_embeddings(), readout)
         own_config = self.model.config
         if self.device.type == "cpu" and own_config._attn_implementation == "sdpa":
             own_config._attn_implementation_internal = ATTENTION

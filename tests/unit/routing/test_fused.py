@@ -1,17 +1,18 @@
 import pytest
 import torch
-from fused_helpers import ProbeRouter, build_fused, random_tokens
+from fused_helpers import (
+    ALL_COLUMNS,
+    ProbeRouter,
+    build_fused,
+    random_tokens,
+    reference_forward,
+)
 
 from molora_fed.adapters.compatibility import applied
-from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.models.base import load_base
-from molora_fed.models.forward import run_blocks
-from molora_fed.models.states import Capture
 from molora_fed.routing.fused import FusedModel, mix_distributions
 from molora_fed.testing import ARCHITECTURES
-
-ALL_COLUMNS = ("base_hidden", "prefix_hidden", "mean_hidden", "experts_hidden", "evidence")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -22,33 +23,6 @@ def base(request, tiny_checkpoint):
 @pytest.fixture(scope="module")
 def neox(tiny_checkpoint):
     return load_base(tiny_checkpoint())
-
-
-def reference_forward(fused, tokens, starts):
-    """One expert at a time, with `applied`: what the fused model must equal."""
-    model = fused.base.model
-    logits, hidden, logprob = [], [], []
-    for expert in fused.experts:
-        with applied(model, expert.adapter), torch.no_grad():
-            logits.append(model(tokens).logits.float())
-            (step,) = run_blocks(model, tokens, capture=Capture(hidden=True))
-            hidden.append(step.hidden.clone())
-            logprob.append(step.logprob.clone())
-    (step,) = run_blocks(model, tokens, capture=Capture(True, fused.frozen_depth))
-    view = RouterView(
-        starts,
-        base_hidden=step.hidden.clone(),
-        prefix_hidden=step.prefix.clone(),
-        mean_hidden=torch.stack(hidden).mean(0),
-        experts_hidden=torch.stack(hidden, dim=2),
-        evidence=torch.stack(logprob, dim=-1).masked_fill(starts[..., None], 0.0),
-    )
-    gates = fused.router.gates(view)
-    if fused.mixture == "logit":
-        mixed = torch.einsum("bte,ebtv->btv", gates, torch.stack(logits))
-        return torch.log_softmax(mixed, dim=-1), gates
-    weighted = torch.einsum("bte,ebtv->btv", gates, torch.stack(logits).softmax(-1))
-    return weighted.log(), gates
 
 
 @pytest.mark.parametrize("mixture", ["probability", "logit"])
