@@ -21,7 +21,7 @@ from molora_fed.forecasting.divergence import compute_gains
 from molora_fed.forecasting.records import parse_record
 from molora_fed.fusion.fuse import PHASES, fuse
 from molora_fed.fusion.texts import Control
-from molora_fed.inference.engines import FusedEngine
+from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.plugins import load_plugins
 from molora_fed.routing.bundle import load_fused, load_manifest
@@ -195,7 +195,7 @@ def test_the_saved_model_generates(fusion, cooperative):
     told = []
     fused = load_fused(fusion[0].fused_folder, base_folder=cooperative[0].folder)
     results = generate(
-        FusedEngine(fused),
+        build_causal_lm(fused),
         ["ab", "cd", "longer"],
         Sampling(max_new_tokens=5),
         progress=lambda *a, **_: told.append(a),
