@@ -28,6 +28,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from molora_fed.adapters.updates import Adapter, LinearUpdate
+from molora_fed.errors import RoutingError
 from molora_fed.models.layout import is_transposed
 from molora_fed.models.states import evaluating, make_probe
 
@@ -58,6 +59,7 @@ class Rows:
         expert: Index of each row's expert, (N,) int64; None where `gates` mix them.
         gates: Gates of the experts by row and position, (N, T, E); None where rows are experts.
         num_experts: E; 0 where no expert is added to the base.
+        positions: T, of every row.
         is_folded: Whether rows are experts in order, as many rows of each: row e * B + b.
         selection: Experts that occur, in rising order; None for all.
     """
@@ -65,6 +67,7 @@ class Rows:
     expert: Tensor | None = None
     gates: Tensor | None = None
     num_experts: int = 0
+    positions: int = 1
     is_folded: bool = False
     selection: tuple[int, ...] | None = None
     _weights: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
@@ -75,18 +78,33 @@ class Rows:
         rows = self.gates if self.expert is None else self.expert
         return 1 if rows is None else len(rows)
 
-    def weigh(self, layout: tuple[int, ...], positions: int, like: Tensor) -> Tensor:
+    def check(self, inputs: Tensor) -> None:
+        """Refuse a layer that is given other positions than the model.
+
+        Args:
+            inputs: What the layer is given, (N * T, D_in).
+
+        Raises:
+            RoutingError: If it is given more or fewer.
+        """
+        if len(inputs) != self.count * self.positions:
+            raise RoutingError(
+                f"Cannot add experts to a layer: expected {self.count * self.positions} positions, "
+                f"got {len(inputs)}. This model sends only some tokens through it; run its experts "
+                "one by one."
+            )
+
+    def weigh(self, layout: tuple[int, ...], like: Tensor) -> Tensor:
         """Weight of every rank at every position of every row.
 
         Args:
             layout: The expert of each rank, R_all of them.
-            positions: T, of every row.
             like: Whose dtype and device.
 
         Returns:
             (N * T, R_all).
         """
-        key = (layout, positions, like.dtype)
+        key = (layout, like.dtype)
         found = self._weights.get(key)
         if found is None:
             owner = torch.tensor(layout, device=like.device)
@@ -95,7 +113,7 @@ class Rows:
             else:
                 assert self.expert is not None
                 own = (self.expert[:, None] == owner).to(like.dtype)
-                found = own.repeat_interleave(positions, 0)
+                found = own.repeat_interleave(self.positions, 0)
             self._weights[key] = found
         return found
 
@@ -243,6 +261,8 @@ class SharedInput:
         output = _multiply(flat, self._get_weight(has_all), None if has_all else self._bias)
         if factors is None:
             return output.split(self._sizes, -1)
+        if rows.num_experts:
+            rows.check(flat)
         if has_all:
             output, hidden = output.split([self._width, len(factors.a)], -1)
             if self._bias is not None:
@@ -253,7 +273,7 @@ class SharedInput:
             return output.split(self._sizes, -1)
         own = hidden
         if not factors.is_single:
-            own = hidden * rows.weigh(factors.layout, len(flat) // rows.count, flat)
+            own = hidden * rows.weigh(factors.layout, flat)
         if factors.is_block and factors.b[0] is not None:
             return _multiply_and_add(own, factors.b[0], output).split(self._sizes, -1)
         outputs, at = output.split(self._sizes, -1), 0
@@ -408,6 +428,7 @@ class ExpertLinear(nn.Module):
             flat = inputs.reshape(-1, self.in_features)
             output = _multiply(flat, self.matrix, self.bias)
             if self.owners and rows.num_experts:
+                rows.check(flat)
                 output = self._add_low_rank(output, flat, rows)
         if self._has_others and rows.num_experts:
             output = self._add_others(output, flat, rows)
@@ -428,13 +449,14 @@ class ExpertLinear(nn.Module):
             part = output.unflatten(0, (experts, -1))[first : first + count]
             part.baddbmm_(torch.bmm(inputs, a), b)
             return output
-        hidden = _multiply(flat, self.a) * rows.weigh(self.owners, len(flat) // rows.count, flat)
+        hidden = _multiply(flat, self.a) * rows.weigh(self.owners, flat)
         return output.addmm_(hidden, self.b.t())
 
     def _add_others(self, output: Tensor, flat: Tensor, rows: Rows) -> Tensor:
         """Add dense differences and those of biases."""
+        rows.check(flat)
         assert rows.expert is not None
-        expert = rows.expert.repeat_interleave(len(flat) // rows.count)
+        expert = rows.expert.repeat_interleave(rows.positions)
         output = output.clone()  # it may be a part of a group's output
         for index, owner in enumerate(self.dense_owners):
             chosen = (expert == owner).nonzero().squeeze(1)

@@ -200,7 +200,6 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             self._reads = frozenset(router.reads(router.options))
             for module in router.modules():
                 module._is_hf_initialized = True
-        self._rows = Rows()
         self._states: dict[str, Tensor] = {}
         self._owner: str | None = None
         self._tokenizer: Any = None if base is None else base.tokenizer
@@ -601,7 +600,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _run(self, rows: Rows, piece: _Piece, count: int, cache: Any) -> Tensor:
         """States that enter the head, (count * B, t, D)."""
-        self._rows = rows
+        rows.positions = piece.tokens.shape[1]
         self._copies, self._batch = count, len(piece.tokens)
         for layer in self.expert_layers.values():
             layer.rows = rows

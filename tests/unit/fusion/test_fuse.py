@@ -177,7 +177,7 @@ def measure_saved(folder, contributions, base_folder):
     for c in contributions:
         tokens = torch.from_numpy(c.held_out.tokens).long()
         starts = torch.from_numpy(c.held_out.document_starts)
-        log_probs = fused.log_probs(tokens, starts)[:, :-1]
+        log_probs = build_causal_lm(fused)(tokens, document_starts=starts).logits[:, :-1]
         nll = -log_probs.gather(-1, tokens[:, 1:, None]).double()
         sums[c.domain] = sums.get(c.domain, 0.0) + float(nll.sum())
         counts[c.domain] = counts.get(c.domain, 0) + nll.numel()
@@ -332,7 +332,7 @@ def test_the_charter_limits_the_published_router_only(fusion, cooperative, plugi
     everyone = fusion[0].result
     assert (limited.result["top_k"], everyone["top_k"]) == (1, None)
     assert load_manifest(limited.fused_folder).router.top_k == 1
-    gates = limited.fused.forward(torch.arange(9)[None]).gates
+    gates = build_causal_lm(limited.fused)(torch.arange(9)[None]).gates
     assert (gates.amax(-1) == 1).all()
     for method, is_equal in (("evidence-mixed", False), ("evidence-zero", True)):
         losses = [r["losses"]["fused"][method] for r in (limited.result, everyone)]

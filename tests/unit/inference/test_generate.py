@@ -27,15 +27,14 @@ def neox(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("mixture", ["probability", "logit"])
-@pytest.mark.parametrize("prefill", [128, 5])
-def test_decoding_equals_the_full_form(base, mixture, prefill):
+def test_decoding_equals_the_full_form(base, mixture):
     fused = build_fused(base, columns=ALL_COLUMNS, mixture=mixture)
     prompt = random_tokens(2, 13)
     sampling = Sampling(max_new_tokens=12)
-    tokens, gates = decode_tokens(build_causal_lm(fused), prompt, sampling, prefill=prefill)
+    tokens, gates = decode_tokens(build_causal_lm(fused), prompt, sampling)
     text = torch.cat([prompt, tokens], dim=1)
-    full = fused.forward(text[:, :-1])
-    chosen = full.log_probs[:, 12:]
+    full = build_causal_lm(fused)(text[:, :-1])
+    chosen = full.logits[:, 12:]
     picked = chosen.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     # The token taken is the likeliest, up to what rounding can swap between near ties.
     assert (chosen.max(-1).values - picked).abs().max() < 1e-4
@@ -48,7 +47,9 @@ def test_evidence_of_the_prompt_alone_holds_the_gates(neox):
     held = Sampling(max_new_tokens=6, evidence_from="prompt")
     _, gates = decode_tokens(build_causal_lm(fused), prompt, held)
     torch.testing.assert_close(gates, gates[:, :1].expand_as(gates), atol=0, rtol=0)
-    torch.testing.assert_close(gates[:, 0], fused.forward(prompt).gates[:, -1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        gates[:, 0], build_causal_lm(fused)(prompt).gates[:, -1], atol=1e-4, rtol=0
+    )
     _, moving = decode_tokens(build_causal_lm(fused), prompt, Sampling(max_new_tokens=6))
     assert not torch.allclose(moving, gates, atol=1e-3)
 
@@ -99,7 +100,7 @@ def test_top_k_keeps_only_the_likeliest(neox):
     prompt = random_tokens(1, 6).expand(40, -1)
     options = Sampling(max_new_tokens=1, temperature=2.0, top_k=3, seed=5)
     tokens, _ = decode_tokens(build_causal_lm(fused), prompt, options)
-    best = fused.forward(prompt[:1]).log_probs[0, -1].topk(3).indices.tolist()
+    best = build_causal_lm(fused)(prompt[:1]).logits[0, -1].topk(3).indices.tolist()
     assert set(tokens.flatten().tolist()) <= set(best)
     assert len(set(tokens.flatten().tolist())) > 1
 
@@ -110,7 +111,7 @@ def test_sampled_tokens_follow_the_mixture(neox):
     tokens, _ = decode_tokens(
         build_causal_lm(fused), prompt, Sampling(max_new_tokens=1, temperature=1.0, seed=8)
     )
-    expected = fused.forward(prompt[:1]).log_probs[0, -1].exp()
+    expected = build_causal_lm(fused)(prompt[:1]).logits[0, -1].exp()
     found = torch.bincount(tokens.flatten(), minlength=len(expected)) / 2000
     assert (found - expected).abs().sum() < 0.4  # total variation; 257 cells, 2,000 draws
 

@@ -54,7 +54,11 @@ def test_every_kind_writes_text_that_names_its_gates(home):
         (text,) = generate(engine, "abc", Sampling(3))
         assert 1 <= len(text.tokens) <= 3
         gates[kind] = tuple(text.gates)
-    assert gates == {"fused": ("base", "one"), "evolved": ("g0-s0", "g0-s1", "g0-s2"), "base": ()}
+    assert gates == {
+        "fused": ("base", "one"),
+        "evolved": ("g0-s0", "g0-s1", "g0-s2"),
+        "base": ("base",),
+    }
 
 
 def test_a_specialist_needs_its_base(home):
