@@ -266,9 +266,7 @@ def test_what_cannot_be_read_is_refused(neox):
     with pytest.raises(ShapeError, match=r"expected token ids of shape \(B, T\)"):
         lm(input_ids=torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ShapeError, match="expected gates of shape"):
-        mix_distributions(
-            torch.zeros(3, 1, 2, 4), torch.zeros(3, 1, 2), torch.ones(1, 2, 2), "probability"
-        )
+        mix_distributions(torch.zeros(3, 1, 2, 4), torch.ones(1, 2, 2), "probability")
 
 
 # -- saved and loaded -----------------------------------------------------------------------
