@@ -48,10 +48,10 @@ class _Layer(StrictModel):
 class _Router(StrictModel):
     name: _Text
     options: dict[str, Any]
-    top_k: Annotated[int, Field(ge=1)] | None
+    top_k: Annotated[int, Field(ge=1)] | None = None
     shapes: Annotated[
         dict[_Text, Annotated[list[_Size], Field(max_length=8)]], Field(max_length=1_000)
-    ]
+    ] = Field(default_factory=dict)
 
 
 class _Described(StrictModel):
@@ -114,7 +114,7 @@ class FusedConfig(PreTrainedConfig):
         self.mixes: Literal["distributions", "updates"] = mixes
         self.experts = [dict(expert) for expert in experts] or [{"name": "base"}]
         self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
-        self.router = None if router is None else dict(router)
+        self.router = None if router is None else {"top_k": None, "shapes": {}, **router}
         self.mixture: Mixture = mixture
         self.frozen_depth = frozen_depth
         self.document_end = document_end
