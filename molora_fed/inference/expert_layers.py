@@ -131,10 +131,14 @@ def _can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
+def _is_worth_packing(like: Tensor, count: int) -> bool:
+    """Whether few rows of a weight of so many numbers are multiplied faster if it is packed."""
+    return (like.dtype != torch.float32 or count >= _SMALL) and _can_pack(like)
+
+
 def _pack(weight: Tensor) -> Tensor:
     """A weight (D_out, D_in) laid out for few rows; the same where packing does not pay."""
-    is_small = weight.dtype == torch.float32 and weight.numel() < _SMALL
-    if is_small or not _can_pack(weight):
+    if not _is_worth_packing(weight, weight.numel()):
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
     return packed
@@ -246,6 +250,8 @@ class SharedInput:
         # Without and with the factors A of all experts.
         self._weights: dict[bool, tuple[Tensor, Tensor | None]] = {}
         self._num_ranks = sum(len(layer.owners) for layer in layers)
+        count = (self._width + self._num_ranks) * layers[0].in_features
+        self._is_packed = _is_worth_packing(layers[0].matrix, count)
         self._factors: OrderedDict[tuple[int, ...] | None, _Factors | None] = OrderedDict()
         self._inputs: Tensor | None = None
         self._found: tuple[Tensor, ...] = ()
@@ -264,18 +270,18 @@ class SharedInput:
 
     def _multiply_all(self, inputs: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         flat = inputs.reshape(-1, inputs.shape[-1])
+        if not rows.num_experts:
+            # Packed, the factors A are a part of the weight; kept apart, they took memory again.
+            output = _multiply(flat, *self._get_weight(self._is_packed and self._num_ranks > 0))
+            return self._split(output[:, : self._width])
         factors = self._select(rows.selection)
         has_all = rows.selection is None and factors is not None
-        weight, bias = self._get_weight(has_all)
-        if has_all and not rows.num_experts and not weight.is_mkldnn:
-            has_all = False
-            weight, bias = weight[: self._width], None if bias is None else bias[: self._width]
-        output = _multiply(flat, weight, bias)
-        if has_all:
-            output, hidden = output.split_with_sizes([self._width, self._num_ranks], -1)
-        if factors is None or not rows.num_experts:
+        output = _multiply(flat, *self._get_weight(has_all))
+        if factors is None:
             return self._split(output)
         rows.check(flat)
+        if has_all:
+            output, hidden = output.split_with_sizes([self._width, self._num_ranks], -1)
         if not has_all:
             hidden = _multiply(flat, factors.packed_a)
         own = hidden
@@ -302,7 +308,13 @@ class SharedInput:
 
     def _get_weight(self, has_factors: bool) -> tuple[Tensor, Tensor | None]:
         """All layers' weights and biases, alone or with all experts' factors A; made once."""
-        if has_factors not in self._weights:
+        if has_factors in self._weights:
+            return self._weights[has_factors]
+        if self._num_ranks and not has_factors and not self._is_packed:
+            weight, bias = self._get_weight(True)
+            bias = None if bias is None else bias[: self._width]
+            self._weights[False] = weight[: self._width], bias
+        else:
             parts = [layer.matrix.detach() for layer in self.layers]
             biases = [layer.bias for layer in self.layers]
             has_bias = any(bias is not None for bias in biases)
