@@ -1,4 +1,4 @@
-"""One pass for all slots of a population, against PEFT and the base alone.
+"""A population's one pass with its router on, against PEFT with all adapters active in one pass.
 
     python bench/population.py --clock cpu --threads 1 --out docs/results/population_bench.json
     python bench/population.py --quick    # P = 2 and 8, few rounds
@@ -12,15 +12,16 @@ figure is the median over rounds, a spread the 10th to 90th percentile of the ra
 All slots change all linear layers. Where more programs run than there are cores, `--clock cpu`
 reads the process's own seconds; by the wall a short call then counts its neighbours' turns, too.
 
-Sides: the base; the mixture with its gates given; the mixture and the router `parallel-sigmoid`
-that makes them, which reads the base's states (so that the base's layers run first, without the
-output head) or its token embeddings; one PEFT pass with all adapters active, the strongest rival,
-which gives one output as the mixture does but adds every adapter whole, without gates; one PEFT
-pass a slot, which gives P outputs, the switches between slots not counted; the
-mixture's products alone, outside of the model.
+The rival is one PEFT pass with all adapters active: one output, as ours, but every adapter whole,
+without gates. One PEFT pass a slot gives P outputs; switches between slots are not counted. Ours is
+the evolved model as it is opened for inference, whose output are log-probabilities: with the router
+`parallel-sigmoid` on the base's states (so that the base's layers run first, without the output
+head), on its token embeddings, or with its gates given. Beside it is the form that trains, hooks on
+the base's own layers.
 
-limit = 1 + multiplications of the low-rank products / multiplications of the base. The mixture is
-checked against PEFT on logits, slot by slot, and with all gates at 1 against all adapters active.
+work = multiplications of ours, router on states, over those of PEFT's one pass: below 1 is no side
+that runs the base first. Ours is checked on logits against PEFT, slot by slot and with all gates at
+1 against all adapters active, and with the router on against the form that trains.
 """
 
 import argparse
@@ -44,12 +45,15 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from molora_fed.adapters.save import save_adapter
 from molora_fed.bank.views import GateView
+from molora_fed.inference.fused_build import build_causal_lm
+from molora_fed.inference.fused_lm import FusedForCausalLM
+from molora_fed.models.base import Base
 from molora_fed.models.layout import adaptable_modules, weight_of
+from molora_fed.population.bundle import EvolvedModel
 from molora_fed.population.contract import Population
 from molora_fed.population.mixture import Mixture
 from molora_fed.population.slots import make_population, slot_adapter
@@ -62,7 +66,17 @@ COUNTS = (2, 4, 8, 16)
 SHORT_CALLS = 5  # of a side in one round at 1 x 1, where any interruption outlasts a call
 SEED = 42
 BUILTIN = BuiltinBaseConfig()
-ONE_PASS = "PEFT, all adapters in one pass, without gates"
+ROUTER = "parallel-sigmoid"
+
+ONE_PASS = "PEFT, all adapters in one pass, no gates"
+SLOT_BY_SLOT = "PEFT, one pass a slot"
+BASE = "base"
+OURS = "ours, router on states"
+OURS_EMBEDDINGS = "ours, router on embeddings"
+OURS_GIVEN = "ours, gates given"
+TRAINING = "training form, router on states"
+TRAINING_GIVEN = "training form, gates given"
+MIXTURES = (OURS, OURS_EMBEDDINGS, OURS_GIVEN, TRAINING, TRAINING_GIVEN)
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -82,30 +96,30 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; milliseconds are medians over rounds."""
+    """One comparison.
+
+    Attributes:
+        milliseconds: By side, medians over rounds.
+        one_pass: Time of PEFT with all adapters in one pass over that of each mixture.
+        slot_by_slot: Time of one PEFT pass a slot over that of each mixture.
+        to_base: Time of each mixture over the base's.
+        work: Multiplications of ours, router on states, over those of PEFT's one pass.
+        largest_difference: Of log-probabilities, ours against PEFT and the form that trains.
+    """
 
     num_slots: int
     rank: int
     batch: int
     tokens: int
     milliseconds: dict[str, float]
-    mixture_to_base: Ratio
-    with_states_router_to_base: Ratio
-    with_embeddings_router_to_base: Ratio
-    one_pass_to_mixture: Ratio
-    one_pass_to_states_router: Ratio
-    one_pass_to_embeddings_router: Ratio
-    sequential_to_mixture: Ratio
-    sequential_to_states_router: Ratio
-    sequential_to_embeddings_router: Ratio
-    limit: float
-    limit_fraction: float
-    products_fraction: float
+    one_pass: dict[str, Ratio]
+    slot_by_slot: dict[str, Ratio]
+    to_base: dict[str, Ratio]
+    work: float
     largest_difference: float
-    one_pass_difference: float
 
 
-def build_base() -> Any:
+def build_base() -> Base:
     """A random GPT-NeoX of the built-in base's size."""
     torch.manual_seed(SEED)
     config = GPTNeoXConfig(
@@ -116,13 +130,14 @@ def build_base() -> Any:
         intermediate_size=4 * BUILTIN.hidden,
         max_position_embeddings=BUILTIN.block_size,
     )
-    return GPTNeoXForCausalLM(config).eval().requires_grad_(False)
+    model = GPTNeoXForCausalLM(config).eval().requires_grad_(False)
+    tokenizer, nothing = SimpleNamespace(eos_token_id=0), "0" * 64
+    return Base(Path(), model, tokenizer, nothing, nothing, nothing, {}, "random", "", None)
 
 
-def build_population(model: Any, num_slots: int, rank: int) -> Population:
+def build_population(base: Base, num_slots: int, rank: int) -> Population:
     """Random slots of one rank on all linear layers."""
-    base: Any = SimpleNamespace(model=model, weights="0" * 64)
-    adapters = [build_random_adapter(model, rank=rank, seed=s) for s in range(num_slots)]
+    adapters = [build_random_adapter(base.model, rank=rank, seed=s) for s in range(num_slots)]
     named = [(adapter.name, None, adapter) for adapter in adapters]
     return make_population(base, named, num_slots=num_slots)
 
@@ -152,40 +167,45 @@ class Sides:
     """
 
     def __init__(
-        self, model: Any, population: Population, batch: int, tokens: int, clock: Clock
+        self, base: Base, population: Population, batch: int, tokens: int, clock: Clock
     ) -> None:
-        self.model = model
+        self.model = base.model
         self.clock = clock
         self.num_slots = population.num_slots
-        self.mixture = Mixture(model, population)
-        self.peft = build_peft(model, population)
+        self.mixture = Mixture(self.model, population)
+        self.peft = build_peft(self.model, population)
         generator = torch.Generator().manual_seed(SEED)
         shape = (batch, tokens)
         self.tokens = torch.randint(0, BUILTIN.vocab_size, shape, generator=generator)
         self.starts = torch.zeros(shape, dtype=torch.bool)
         self.starts[:, 0] = True
-        self.gates = torch.rand(*shape, self.num_slots, generator=generator)
-        width = model.config.hidden_size
-        self.states_router = self._build_router(width, "base_hidden")
-        self.embeddings_router = self._build_router(width, "embeddings")
-        self.inputs = {
-            weight_of(module).shape[1]: torch.randn(batch * tokens, weight_of(module).shape[1])
-            for module in adaptable_modules(model, 0).values()
-        }
+        self.gates = torch.rand(batch, self.num_slots, generator=generator)
+        self.router = self._build_router(base, "base_hidden")
+        on_embeddings = self._build_router(base, "embeddings")
+        self.ours, self.ours_on_embeddings = (
+            build_causal_lm(EvolvedModel(base, population, router, ROUTER)).eval()
+            for router in (self.router, on_embeddings)
+        )
         self.calls = SHORT_CALLS if batch * tokens == 1 else 1
+        sides: dict[str, Callable[[], Tensor]] = {
+            BASE: self.run_base,
+            OURS: lambda: self.run_ours(self.ours),
+            OURS_EMBEDDINGS: lambda: self.run_ours(self.ours_on_embeddings),
+            OURS_GIVEN: lambda: self.run_ours(self.ours, self.gates),
+            TRAINING: self.run_training_form,
+            TRAINING_GIVEN: lambda: self.run_mixture(self.spread_gates()),
+        }
         self.timed: dict[str, Callable[[], float]] = {
-            "base": lambda: self.measure(self.run_base),
-            "mixture": lambda: self.measure(lambda: self.run_mixture(self.gates)),
-            "mixture and router on states": lambda: self.measure(self.run_with_states),
-            "mixture and router on embeddings": lambda: self.measure(self.run_with_embeddings),
             ONE_PASS: self.time_one_pass,
-            "PEFT, slot by slot": self.time_sequential,
-            "products alone": lambda: self.measure(self.run_products),
+            SLOT_BY_SLOT: self.time_slot_by_slot,
+            **{name: (lambda run=run: self.measure(run)) for name, run in sides.items()},
         }
 
-    def _build_router(self, width: int, reading: str) -> Any:
+    def _build_router(self, base: Base, reading: str) -> ParallelSigmoidRouter:
         options = ParallelSigmoidRouter.Options(input=reading)
-        return ParallelSigmoidRouter.build(self.num_slots, width, options, SEED)
+        router = ParallelSigmoidRouter.build(self.num_slots, base.hidden_size, options, SEED)
+        found: ParallelSigmoidRouter = router.eval()
+        return found
 
     def measure(self, run: Callable[[], Any]) -> float:
         """Seconds of the fastest call of this round."""
@@ -198,29 +218,28 @@ class Sides:
 
     def run_base(self) -> Tensor:
         """The model as it is."""
-        return self.model(input_ids=self.tokens, use_cache=False).logits
+        logits: Tensor = self.model(input_ids=self.tokens, use_cache=False).logits
+        return logits
+
+    def run_ours(self, lm: FusedForCausalLM, gates: Tensor | None = None) -> Tensor:
+        """The evolved model; its router decides if no gates (B, P) are given."""
+        found = lm(self.tokens, use_cache=False, document_starts=self.starts, gates=gates)
+        logits: Tensor = found.logits
+        return logits
+
+    def spread_gates(self) -> Tensor:
+        """The given gates at every token, (B, T, P)."""
+        return self.gates[:, None].expand(*self.tokens.shape, self.num_slots)
 
     def run_mixture(self, gates: Tensor) -> Tensor:
-        """One pass for all slots."""
+        """One pass of the form that trains."""
         with self.mixture.mixed(gates):
             return self.run_base()
 
-    def run_with_states(self) -> Tensor:
-        """Gates from the base's states, then the mixture."""
+    def run_training_form(self) -> Tensor:
+        """Gates from the base's states, then the form that trains."""
         hidden = self.model.base_model(input_ids=self.tokens, use_cache=False).last_hidden_state
-        return self.run_mixture(self.states_router(GateView(self.starts, base_hidden=hidden)))
-
-    def run_with_embeddings(self) -> Tensor:
-        """Gates from the token embeddings, then the mixture."""
-        embeddings = self.model.get_input_embeddings()(self.tokens)
-        view = GateView(self.starts, embeddings=embeddings)
-        return self.run_mixture(self.embeddings_router(view))
-
-    def run_products(self) -> None:
-        """Both low-rank products of every layer."""
-        for layer in self.mixture.layers:
-            hidden = functional.linear(self.inputs[layer.a.shape[1]], layer.a)
-            functional.linear(hidden, layer.b)
+        return self.run_mixture(self.router(GateView(self.starts, base_hidden=hidden)))
 
     def activate_all(self) -> None:
         """Let PEFT add all slots in one pass."""
@@ -229,14 +248,15 @@ class Sides:
 
     def run_peft(self) -> Tensor:
         """PEFT with what is active."""
-        return self.peft(input_ids=self.tokens, use_cache=False).logits
+        logits: Tensor = self.peft(input_ids=self.tokens, use_cache=False).logits
+        return logits
 
     def time_one_pass(self) -> float:
         """One pass with all adapters active; activating them is not timed."""
         self.activate_all()
         return self.measure(self.run_peft)
 
-    def time_sequential(self) -> float:
+    def time_slot_by_slot(self) -> float:
         """One pass a slot; choosing the slot is not timed."""
         seconds = 0.0
         for slot in range(self.num_slots):
@@ -245,38 +265,34 @@ class Sides:
         return seconds
 
     def find_largest_difference(self) -> float:
-        """Of logits, mixture with one slot's gate at 1 against PEFT with that adapter."""
-        largest = 0.0
+        """Of log-probabilities, between ours and the others."""
+        batch = len(self.tokens)
+        found = [(self.run_ours(self.ours), self.run_training_form())]
         for slot, one_hot in enumerate(torch.eye(self.num_slots)):
             self.peft.set_adapter(f"slot-{slot}", inference_mode=True)
-            largest = max(largest, self._compare(self.run_mixture(one_hot)))
-        return largest
-
-    def find_one_pass_difference(self) -> float:
-        """Of logits, mixture with all gates at 1 against PEFT with all adapters."""
+            found.append((self.run_ours(self.ours, one_hot.expand(batch, -1)), self.run_peft()))
         self.activate_all()
-        return self._compare(self.run_mixture(torch.ones(self.num_slots)))
+        ones = torch.ones(batch, self.num_slots)
+        found.append((self.run_ours(self.ours, ones), self.run_peft()))
+        return max(float((ours - other.log_softmax(-1)).abs().max()) for ours, other in found)
 
-    def _compare(self, found: Tensor) -> float:
-        return float((found - self.run_peft()).abs().max())
 
-
-def compute_limit(model: Any, num_ranks: int, tokens: int) -> float:
-    """1 + multiplications per token of the low-rank products over those of the base."""
+def compute_work(model: Any, num_ranks: int, tokens: int) -> float:
+    """Multiplications of ours with the router on states over those of PEFT's one pass."""
     shapes = [weight_of(module).shape for module in adaptable_modules(model, 0).values()]
     linear = sum(rows * columns for rows, columns in shapes)
-    head = model.get_output_embeddings().weight.numel()
+    head: int = model.get_output_embeddings().weight.numel()
     attention = 2 * BUILTIN.layers * BUILTIN.hidden * tokens  # scores, and their mean of values
     low_rank = sum(num_ranks * (rows + columns) for rows, columns in shapes)
-    return 1 + low_rank / (linear + head + attention)
+    return 1 + (linear + attention) / (linear + attention + head + low_rank)
 
 
 def compare(
-    model: Any, num_slots: int, rank: int, size: tuple[int, int], rounds: int, clock: Clock
+    base: Base, num_slots: int, rank: int, size: tuple[int, int], rounds: int, clock: Clock
 ) -> Row:
     """Time all sides, once in every round."""
-    sides = Sides(model, build_population(model, num_slots, rank), *size, clock)
-    differences = sides.find_largest_difference(), sides.find_one_pass_difference()
+    sides = Sides(base, build_population(base, num_slots, rank), *size, clock)
+    difference = sides.find_largest_difference()
     for run in sides.timed.values():
         run()
     seconds = {name: np.empty(rounds) for name in sides.timed}
@@ -288,51 +304,34 @@ def compare(
         low, median, high = np.quantile(seconds[over] / seconds[under], (0.1, 0.5, 0.9))
         return Ratio(float(median), float(low), float(high))
 
-    base, mixture, states, embeddings, one_pass, sequential, products = sides.timed
-    limit = compute_limit(model, num_slots * rank, size[1])
-    to_base = ratio(mixture, base)
-    median = {name: float(np.median(values)) for name, values in seconds.items()}
     return Row(
         num_slots=num_slots,
         rank=rank,
         batch=size[0],
         tokens=size[1],
-        milliseconds={name: 1000 * value for name, value in median.items()},
-        mixture_to_base=to_base,
-        with_states_router_to_base=ratio(states, base),
-        with_embeddings_router_to_base=ratio(embeddings, base),
-        one_pass_to_mixture=ratio(one_pass, mixture),
-        one_pass_to_states_router=ratio(one_pass, states),
-        one_pass_to_embeddings_router=ratio(one_pass, embeddings),
-        sequential_to_mixture=ratio(sequential, mixture),
-        sequential_to_states_router=ratio(sequential, states),
-        sequential_to_embeddings_router=ratio(sequential, embeddings),
-        limit=limit,
-        limit_fraction=limit / to_base.median,
-        products_fraction=median[products] / (median[mixture] - median[base]),
-        largest_difference=differences[0],
-        one_pass_difference=differences[1],
+        milliseconds={name: 1000 * float(np.median(found)) for name, found in seconds.items()},
+        one_pass={name: ratio(ONE_PASS, name) for name in MIXTURES},
+        slot_by_slot={name: ratio(SLOT_BY_SLOT, name) for name in MIXTURES},
+        to_base={name: ratio(name, BASE) for name in MIXTURES},
+        work=compute_work(base.model, num_slots * rank, size[1]),
+        largest_difference=difference,
     )
 
 
 def print_table(rows: list[Row]) -> None:
-    table = Table(title="One pass for P slots: against the base, and PEFT against it")
+    table = Table(title="PEFT, all adapters in one pass without gates, against a population's pass")
     columns = (
-        "P", "batch", "base ms", "mixture / base", "with router on states", "on embeddings",
-        "PEFT, one pass, no gates / mixture", "with router on states", "P PEFT passes / mixture",
-        "with router on states", "limit", "of limit", "products", "differs by",
+        "P", "batch", "base ms", "PEFT ms", *(f"PEFT / {name}" for name in MIXTURES),
+        f"P PEFT passes / {OURS}", f"{OURS} / base", "work", "differs by",
     )  # fmt: skip
     for name in columns:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
-            str(row.num_slots), f"{row.batch}x{row.tokens}", f"{row.milliseconds['base']:.2f}",
-            str(row.mixture_to_base), str(row.with_states_router_to_base),
-            str(row.with_embeddings_router_to_base), str(row.one_pass_to_mixture),
-            str(row.one_pass_to_states_router), str(row.sequential_to_mixture),
-            str(row.sequential_to_states_router), f"{row.limit:.2f}x",
-            f"{100 * row.limit_fraction:.0f} %", f"{100 * row.products_fraction:.0f} %",
-            f"{max(row.largest_difference, row.one_pass_difference):.0e}",
+            str(row.num_slots), f"{row.batch}x{row.tokens}", f"{row.milliseconds[BASE]:.2f}",
+            f"{row.milliseconds[ONE_PASS]:.2f}", *(str(row.one_pass[name]) for name in MIXTURES),
+            str(row.slot_by_slot[OURS]), str(row.to_base[OURS]), f"{row.work:.2f}",
+            f"{row.largest_difference:.0e}",
         )  # fmt: skip
     Console(width=220).print(table)
 
@@ -356,13 +355,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     clock = CLOCKS[arguments.clock]
     counts, rounds = ((2, 8), 8) if arguments.quick else (COUNTS, arguments.rounds)
-    model = build_base()
+    base = build_base()
     rows = []
     with torch.inference_mode():
         for size in SIZES:
             for num_slots in counts:
                 many = rounds if size[1] > 1 else 3 * rounds
-                rows.append(compare(model, num_slots, arguments.rank, size, many, clock))
+                rows.append(compare(base, num_slots, arguments.rank, size, many, clock))
     print_table(rows)
     if arguments.out:
         settings = {

@@ -80,7 +80,7 @@ class Rows:
     def count(self) -> int:
         """N, rows of the pass."""
         rows = self.gates if self.expert is None else self.expert
-        return 1 if rows is None else len(rows)
+        return 1 if rows is None else rows.shape[0]
 
     def check(self, inputs: Tensor) -> None:
         """Refuse a layer that is given other positions than the model.
@@ -91,7 +91,7 @@ class Rows:
         Raises:
             RoutingError: If it is given more or fewer.
         """
-        if len(inputs) != self.count * self.positions:
+        if inputs.shape[0] != self.count * self.positions:
             raise RoutingError(
                 f"Cannot add experts to a layer: expected {self.count * self.positions} positions, "
                 f"got {len(inputs)}. This model sends only some tokens through it; run its experts "
@@ -154,7 +154,7 @@ def _is_for_mkldnn(rows: int, weight: Tensor) -> bool:
 
 def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`inputs @ weight.T + bias` of inputs (N, D_in), by oneDNN where that is the faster way."""
-    if _is_for_mkldnn(len(inputs), weight):
+    if _is_for_mkldnn(inputs.shape[0], weight):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
         return found
     return functional.linear(inputs, weight, bias)
@@ -199,8 +199,8 @@ def _find_even(owners: tuple[int, ...]) -> tuple[int, int] | None:
 
 
 def _multiply_and_add(inputs: Tensor, weight: Tensor, other: Tensor) -> Tensor:
-    """`other + inputs @ weight.T`, inputs (N, R), weight (D_out, R); may change other (N, D_out)."""
-    if _is_for_mkldnn(len(inputs), weight):
+    """`other + inputs @ weight.T` of inputs (N, R), weight (D_out, R); `other` may be changed."""
+    if _is_for_mkldnn(inputs.shape[0], weight):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, other, weight, None, "add")
         return found
     return other.addmm_(inputs, weight.t())
@@ -308,8 +308,9 @@ class SharedInput:
 
     def _get_weight(self, has_factors: bool) -> tuple[Tensor, Tensor | None]:
         """All layers' weights and biases, alone or with all experts' factors A; made once."""
-        if has_factors in self._weights:
-            return self._weights[has_factors]
+        found = self._weights.get(has_factors)
+        if found is not None:
+            return found
         if self._num_ranks and not has_factors and not self._is_packed:
             weight, bias = self._get_weight(True)
             bias = None if bias is None else bias[: self._width]
@@ -332,7 +333,8 @@ class SharedInput:
     def _select(self, selection: tuple[int, ...] | None) -> _Factors | None:
         """The factors of some experts, made at their first use."""
         if selection in self._factors:
-            self._factors.move_to_end(selection)
+            if len(self._factors) > 1:
+                self._factors.move_to_end(selection)
             return self._factors[selection]
         made = self._make_factors(selection)
         self._factors[selection] = made

@@ -663,7 +663,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         rows.positions = piece.tokens.shape[1]
         self._copies, self._batch = count, len(piece.tokens)
         for layer in self.expert_layers.values():
-            layer.rows = rows
+            vars(layer)["rows"] = rows  # past what a module looks up when it is given something
 
         def spread(value: Tensor | None) -> Tensor | None:
             return value if value is None or count == 1 else value.repeat(count, 1)
@@ -754,6 +754,20 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _mix_updates(self, piece: _Piece, fixed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-probabilities at the kept positions, and the gates of all, (B, t, P)."""
+        if fixed is not None and not bool(fixed.isnan().any()):
+            # The router has nothing to decide, so that the base need not run for it.
+            gates = fixed[:, None].float().expand(-1, piece.tokens.shape[1], -1)
+        else:
+            gates = self._compute_update_gates(piece)
+            if fixed is not None:
+                given = fixed[:, None].to(gates)
+                gates = torch.where(given.isnan(), gates, given)
+        rows = Rows(gates=gates, num_experts=gates.shape[-1])
+        hidden = self._run(rows, piece, 1, piece.cache)
+        return self._compute_logprob(hidden[:, piece.keep]), gates
+
+    def _compute_update_gates(self, piece: _Piece) -> Tensor:
+        """The router's gates of the piece's positions, (B, t, P)."""
         router, cache = self.router, piece.cache
         assert isinstance(router, AdapterRouter)
         columns = {"document_starts": piece.starts}
@@ -769,13 +783,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 before = cache.columns.get(name)
                 whole = column if before is None else torch.cat([before, column], dim=1)
                 cache.columns[name] = columns[name] = whole
-        count = piece.tokens.shape[1]
-        gates = router.compute_gates(GateView(**columns))[:, -count:]
-        if fixed is not None:
-            given = fixed[:, None].to(gates)
-            gates = torch.where(given.isnan(), gates, given)
-        hidden = self._run(Rows(gates=gates, num_experts=gates.shape[-1]), piece, 1, cache)
-        return self._compute_logprob(hidden[:, piece.keep]), gates
+        return router.compute_gates(GateView(**columns))[:, -piece.tokens.shape[1] :]
 
     # -- layout -----------------------------------------------------------------------------
 

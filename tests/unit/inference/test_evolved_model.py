@@ -11,6 +11,7 @@ from molora_evolution.routers import SoftmaxEmbeddingMeanOptions, SoftmaxEmbeddi
 
 from molora_fed.bank.states import build_states
 from molora_fed.errors import BaseCheckpointError, ConfigError, PopulationError
+from molora_fed.inference import expert_layers
 from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.base import load_base
@@ -67,6 +68,34 @@ def test_text_read_piece_by_piece_is_text_read_at_once(tiny_checkpoint, tmp_path
         cache = steps[-1].past_key_values
     assert torch.cat([step.gates for step in steps], 1).allclose(gates, atol=1e-5)
     assert torch.cat([step.logits for step in steps], 1).allclose(whole, atol=1e-4)
+
+
+def test_given_gates_need_no_pass_of_the_base(base):
+    evolved, tokens = build_evolved(base), torch.arange(1, 13).view(2, 6)
+    lm, gates = build_causal_lm(evolved), torch.tensor([[0.2, 0.7, 0.1], [1.0, 0.0, 0.0]])
+    lm(tokens)  # lays the layers out
+    passes = []
+    handle = lm.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    found = lm(tokens, gates=gates)
+    assert len(passes) == 1 and torch.equal(found.gates, gates[:, None].expand(-1, 6, -1))
+    lm(tokens, gates=torch.full((2, 3), torch.nan))
+    assert len(passes) == 3  # the router reads the base's states
+    handle.remove()
+    with torch.no_grad(), Mixture(base.model, evolved.population).mixed(found.gates):
+        expected = base.model(input_ids=tokens).logits.log_softmax(-1)
+    torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
+    first = lm(tokens[:, :4], gates=gates, use_cache=True)
+    rest = lm(tokens[:, 4:], gates=gates, past_key_values=first.past_key_values)
+    torch.testing.assert_close(rest.logits, expected[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+def test_packed_layers_say_the_same_with_the_base_read_first(base, monkeypatch):
+    evolved, tokens = build_evolved(base), torch.arange(1, 13).view(2, 6)
+    found = build_causal_lm(evolved)(tokens)
+    monkeypatch.setattr(expert_layers, "_SMALL", 0)
+    packed = build_causal_lm(evolved)(tokens)
+    torch.testing.assert_close(packed.logits, found.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed.gates, found.gates, atol=1e-4, rtol=1e-4)
 
 
 def test_generating_is_deterministic_and_leaves_the_base_alone(base):

@@ -83,6 +83,15 @@ def test_packed_and_unpacked_say_the_same(neox, monkeypatch):
     assert all(layer.group is None for layer in unpacked.expert_layers.values())
 
 
+@pytest.mark.parametrize("changed", ["_SMALL", "_MUCH"])
+@pytest.mark.parametrize("length", [1, 90])
+def test_whoever_multiplies_says_the_same(neox, monkeypatch, changed, length):
+    fused, tokens = build_fused(neox), random_tokens(2, length)
+    found = build_causal_lm(fused)(tokens).logits
+    monkeypatch.setattr(expert_layers, changed, 0)  # all packed; oneDNN for whatever is not
+    torch.testing.assert_close(build_causal_lm(fused)(tokens).logits, found, atol=1e-4, rtol=1e-4)
+
+
 def test_weights_that_are_loaded_later_are_used(neox):
     lm, tokens = build_causal_lm(build_fused(neox)), random_tokens(1, 6)
     before = lm(tokens).logits
