@@ -663,7 +663,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         rows.positions = piece.tokens.shape[1]
         self._copies, self._batch = count, len(piece.tokens)
         for layer in self.expert_layers.values():
-            vars(layer)["rows"] = rows  # past what a module looks up when it is given something
+            layer.__dict__["rows"] = rows  # past what a module looks up when it is given something
 
         def spread(value: Tensor | None) -> Tensor | None:
             return value if value is None or count == 1 else value.repeat(count, 1)
