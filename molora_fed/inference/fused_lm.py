@@ -24,15 +24,14 @@ from molora_fed.bank.views import GateView, RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.guard import guarded
 from molora_fed.inference.expert_layers import (
-    ExpertLinear,
     Rows,
     find_shared_inputs,
     put_experts_in,
 )
 from molora_fed.inference.fused_cache import FusedCache
 from molora_fed.inference.fused_config import FusedConfig
-from molora_fed.models.layout import block_index, decoder_blocks
 from molora_fed.models.base import Base
+from molora_fed.models.layout import block_index, decoder_blocks
 from molora_fed.plugins import Entry, get_plugins
 from molora_fed.population.contract import AdapterRouter
 from molora_fed.routing.contract import OutputRouter

@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from molora_fed.federation.refusals import OnRefusal, ignore_refusal
+from molora_fed.serving.refusals import OnRefusal, ignore_refusal
 
 __all__ = ["Doorkeeper", "build_server", "run_server"]
 
