@@ -1,0 +1,344 @@
+"""Texts in one running batch that join and leave between steps.
+
+transformers batches texts of other lengths by padding on the left, and so does this: all running
+texts end at the same column, a text that joins is padded up to the longest, and columns that only
+padding is left in are cut off. A text sees its own columns alone, whoever stands beside it.
+
+Texts for which all experts run and texts for which one does are two batches: their keys and values
+have other numbers of rows.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from molora_fed.errors import ConfigError, RoutingError
+from molora_fed.inference.fused_cache import FusedCache, GrowingLayer
+from molora_fed.inference.fused_lm import FusedForCausalLM
+from molora_fed.inference.generate import PREFILL_TOKENS
+
+__all__ = ["Prediction", "PromptReading", "RunningBatch"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says comes next in one text.
+
+    Attributes:
+        log_probs: Of the next token, (V,) float32 nats.
+        gates: Of the experts behind it, (E,).
+    """
+
+    log_probs: Tensor
+    gates: Tensor
+
+
+@dataclass(eq=False)
+class PromptReading:
+    """A prompt that is read alone, piece by piece, before its text joins the others.
+
+    Attributes:
+        tokens: Its ids.
+        gates: Gates in place of the router's, (E,), NaN where the router decides.
+        cache: What was read.
+        read: Tokens read so far.
+        prediction: What comes after the prompt; None until it is read.
+        has_joined: Whether texts continue it; they own its cache then.
+    """
+
+    tokens: tuple[int, ...]
+    gates: Tensor
+    cache: FusedCache
+    read: int = 0
+    prediction: Prediction | None = None
+    has_joined: bool = False
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that are not read yet."""
+        return len(self.tokens) - self.read
+
+
+@dataclass(eq=False)
+class _Texts:
+    """Texts that are read together.
+
+    Attributes:
+        ids: Their ids, in the order of the rows.
+        cache: What was read.
+        mask: 1 where there is text, (B, T) int64.
+    """
+
+    ids: list[int]
+    cache: FusedCache
+    mask: Tensor
+
+
+@dataclass(eq=False)
+class _Changes:
+    """Who joins and leaves before the next step of a batch."""
+
+    joining: list[_Texts] = field(default_factory=list)
+    leaving: set[int] = field(default_factory=set)
+
+
+class RunningBatch:
+    """Reads many texts at once, each as if it were alone.
+
+    Not thread-safe: one thread owns it, and the model.
+    """
+
+    def __init__(self, model: FusedForCausalLM, *, piece: int = PREFILL_TOKENS) -> None:
+        """Take a model.
+
+        Args:
+            model: Any model that `FusedForCausalLM` opens.
+            piece: Tokens of a prompt that are read at once.
+
+        Raises:
+            ConfigError: If the base remembers its past otherwise than by keys and values.
+        """
+        for layer in model.make_cache().layers:
+            if type(layer) not in (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer):
+                raise ConfigError(
+                    "Cannot serve this base: expected layers of attention, got "
+                    f"{type(layer).__name__}, whose state cannot be padded. Use `molora generate`."
+                )
+        self._model = model
+        self._piece = piece
+        self._batches: dict[int, _Texts] = {}
+        self._changes: dict[int, _Changes] = {}
+        self._place: dict[int, int] = {}
+        self._next_id = 0
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    @property
+    def num_experts(self) -> int:
+        """E, of gates."""
+        return len(self._model.expert_names)
+
+    def begin(self, tokens: Sequence[int], gates: Tensor | None = None) -> PromptReading:
+        """Begin to read a prompt.
+
+        Args:
+            tokens: Its ids, at least one.
+            gates: Gates in place of the router's, (E,); None lets the router decide.
+
+        Raises:
+            RoutingError: If there are no tokens, or the gates are not (E,).
+        """
+        if not tokens:
+            raise RoutingError(
+                "Cannot read a prompt: expected at least one token, got none. Begin with the "
+                "end-of-text token."
+            )
+        fixed = torch.full((self.num_experts,), torch.nan) if gates is None else gates.float()
+        if fixed.shape != (self.num_experts,):
+            raise RoutingError(
+                f"Cannot read a prompt: expected gates of shape ({self.num_experts},), got "
+                f"{tuple(fixed.shape)}. Give one an expert."
+            )
+        return PromptReading(tuple(tokens), fixed.to(self._model.device), self._make_cache())
+
+    def read_on(self, prompt: PromptReading) -> Prediction | None:
+        """Read the next piece of a prompt.
+
+        Returns:
+            What comes after the prompt, once it is read to its end; None before.
+        """
+        piece = prompt.tokens[prompt.read : prompt.read + self._piece]
+        output = self._model(
+            input_ids=torch.tensor([piece], device=self._model.device),
+            past_key_values=prompt.cache,
+            gates=prompt.gates.unsqueeze(0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        prompt.read += len(piece)
+        if not prompt.tokens_left:
+            prompt.prediction = Prediction(output.logits[0, -1], output.gates[0, -1])
+        return prompt.prediction
+
+    def join(self, prompt: PromptReading, copies: int = 1) -> tuple[int, ...]:
+        """Add texts that continue a prompt.
+
+        Args:
+            prompt: Read to its end; it can be continued here once.
+            copies: How many texts.
+
+        Returns:
+            An id for each text, under which `step` wants its next token.
+
+        Raises:
+            RoutingError: If the prompt is not read to its end, or was continued before.
+        """
+        if prompt.prediction is None or prompt.has_joined:
+            raise RoutingError(
+                "Cannot continue a prompt: expected one read to its end and not continued yet, "
+                f"got {prompt.tokens_left} tokens left. Read it, once for each time."
+            )
+        prompt.has_joined = True
+        rows = tuple(range(self._next_id, self._next_id + copies))
+        self._next_id += copies
+        kept = prompt.cache.kept
+        place = 0 if kept is None else kept.shape[1]
+        mask = torch.ones(1, len(prompt.tokens), dtype=torch.long, device=self._model.device)
+        joining = self._find_changes(place).joining
+        for row in rows:
+            joining.append(_Texts([row], prompt.cache, mask))
+            self._place[row] = place
+        return rows
+
+    def leave(self, rows: Iterable[int]) -> None:
+        """Take texts out; their keys and values are freed before the next step."""
+        for row in rows:
+            self._find_changes(self._place.pop(row)).leaving.add(row)
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Prediction]:
+        """Read one token of every running text.
+
+        Args:
+            tokens: The next token of each text, by its id.
+
+        Returns:
+            What comes next, by text.
+
+        Raises:
+            RoutingError: If the tokens are not those of all running texts.
+        """
+        if tokens.keys() != self._place.keys():
+            raise RoutingError(
+                f"Cannot read on: expected a token for each of {len(self._place)} texts, got "
+                f"{len(tokens)}. Let texts that have ended leave."
+            )
+        found: dict[int, Prediction] = {}
+        for place in [*self._changes]:
+            self._apply_changes(place)
+        for texts in self._batches.values():
+            found |= self._read(texts, tokens)
+        return found
+
+    def _read(self, texts: _Texts, tokens: Mapping[int, int]) -> dict[int, Prediction]:
+        cache = texts.cache
+        texts.mask = pad(texts.mask, (0, 1), value=1)
+        chosen = torch.tensor([[tokens[row]] for row in texts.ids], device=self._model.device)
+        output = self._model(
+            input_ids=chosen,
+            attention_mask=texts.mask,
+            past_key_values=cache,
+            gates=cache.fixed,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        del cache.gates[:-1]  # every step's are kept for who reads them; nobody does here
+        logits, gates = output.logits[:, -1], output.gates[:, -1]
+        return {row: Prediction(logits[at], gates[at]) for at, row in enumerate(texts.ids)}
+
+    def _find_changes(self, place: int) -> _Changes:
+        return self._changes.setdefault(place, _Changes())
+
+    def _apply_changes(self, place: int) -> None:
+        changes = self._changes.pop(place)
+        parts = [one for one in changes.joining if one.ids[0] not in changes.leaving]
+        running = self._batches.pop(place, None)
+        if running is not None:
+            kept = [at for at, row in enumerate(running.ids) if row not in changes.leaving]
+            if len(kept) < len(running.ids):
+                running = _select(running, kept) if kept else None
+        parts = [*([] if running is None else [running]), *parts]
+        if parts:
+            self._batches[place] = parts[0] if len(parts) == 1 else self._put_together(parts)
+
+    def _put_together(self, parts: Sequence[_Texts]) -> _Texts:
+        """One batch of several, padded on the left to the longest; the parts stay as they are."""
+        length = max(part.mask.shape[1] for part in parts)
+        lacks = [length - part.mask.shape[1] for part in parts]
+        caches = [part.cache for part in parts]
+        counts = [len(part.ids) for part in parts]
+        whole = self._make_cache()
+
+        def stack(columns: Sequence[Tensor]) -> Tensor:
+            """Columns (B, T, ...) of all parts, zeros before those that lack some."""
+            filled = []
+            for column, lack in zip(columns, lacks, strict=True):
+                nothing = column.new_zeros(len(column), lack, *column.shape[2:])
+                filled.append(torch.cat([nothing, column], dim=1))
+            return torch.cat(filled)
+
+        whole.tokens = stack([_need(cache.tokens) for cache in caches])
+        for target, *sources in [
+            *zip(whole.layers, *(cache.layers for cache in caches), strict=True),
+            *zip(_base_of(whole), *(_base_of(cache) for cache in caches), strict=True),
+        ]:
+            if not sources[0].is_initialized:
+                continue
+            for name in ("keys", "values"):
+                copies = []
+                for source, lack, count in zip(sources, lacks, counts, strict=True):
+                    states = getattr(source, name)
+                    split = states.unflatten(0, (-1, count))  # (copies, B, H, T, D)
+                    copies.append(pad(split, (0, 0, lack, 0)))
+                setattr(target, name, torch.cat(copies, dim=1).flatten(0, 1))
+            target.is_initialized = True
+        states = [cache.state for cache in caches]
+        if states[0] is not None:
+            whole.state = {
+                name: torch.cat([_need(state)[name] for state in states]) for name in states[0]
+            }
+        for name, axis in (("fixed", 0), ("kept", 0), ("held", 0), ("last", 1)):
+            if getattr(caches[0], name) is not None:
+                setattr(whole, name, torch.cat([getattr(c, name) for c in caches], dim=axis))
+        whole.gates = [torch.cat([cache.gates[-1] for cache in caches])]
+        whole.columns = {n: stack([c.columns[n] for c in caches]) for n in caches[0].columns}
+        if "document_starts" in whole.columns:
+            # Padding is a document of its own.
+            whole.columns["document_starts"][:, 0] = True
+        ids = [row for part in parts for row in part.ids]
+        return _Texts(ids, whole, stack([part.mask for part in parts]))
+
+    def _make_cache(self) -> FusedCache:
+        """An empty cache whose layers keep all columns, those of sliding windows too.
+
+        A window's mask hides what lies before it. Layers that drop it would have to agree on how
+        much they dropped.
+        """
+        cache = self._model.make_cache()
+        cache.layers = [GrowingLayer() for _ in cache.layers]
+        cache.base = Cache(layers=[GrowingLayer() for _ in cache.layers])
+        return cache
+
+
+def _base_of(cache: FusedCache) -> list[Any]:
+    layers: list[Any] = _need(cache.base).layers
+    return layers
+
+
+def _need(value: Any) -> Any:
+    """What is there, for the type checker."""
+    assert value is not None
+    return value
+
+
+def _select(texts: _Texts, kept: Sequence[int]) -> _Texts:
+    """These rows alone, without the columns in which none of them has text."""
+    cache = texts.cache
+    cache.batch_select_indices(torch.tensor(kept, device=texts.mask.device))
+    mask = texts.mask[kept]
+    first = int((mask.sum(0) > 0).long().argmax())
+    if first:
+        mask = mask[:, first:]
+        cache.tokens = _need(cache.tokens)[:, first:]
+        cache.columns = {name: column[:, first:] for name, column in cache.columns.items()}
+        if "document_starts" in cache.columns:
+            cache.columns["document_starts"][:, 0] = True
+        for layer in [*cache.layers, *_base_of(cache)]:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[..., first:, :], layer.values[..., first:, :]
+    return _Texts([texts.ids[at] for at in kept], cache, mask)
