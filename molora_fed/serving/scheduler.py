@@ -348,17 +348,20 @@ class Scheduler:
         for row, text in self._texts.items():
             sampling = text.ticket.generation.sampling
             alike.setdefault((sampling.temperature, sampling.top_p), []).append(row)
+        stacks = {}
+        broken: list[int] = []
+        for key, rows in alike.items():
+            stacks[key] = torch.stack([self._texts[row].prediction.log_probs for row in rows])
+            is_broken = stacks[key].isnan().any(-1).tolist()
+            broken += [row for row, bad in zip(rows, is_broken, strict=True) if bad]
+        if broken:
+            self._fail(broken)
+            return self._choose()
         tokens: dict[int, int] = {}
-        for rows in alike.values():
-            log_probs = torch.stack([self._texts[row].prediction.log_probs for row in rows])
-            is_broken = log_probs.isnan().any(-1)
-            if bool(is_broken.any()):
-                bad = is_broken.tolist()
-                self._fail([row for row, broken in zip(rows, bad, strict=True) if broken])
-                return self._choose()
+        for key, rows in alike.items():
             sampling = self._texts[rows[0]].ticket.generation.sampling
             generators = [self._texts[row].generator for row in rows]
-            chosen = choose_tokens(log_probs, sampling, generators)
+            chosen = choose_tokens(stacks[key], sampling, generators)
             tokens |= dict(zip(rows, chosen.tolist(), strict=True))
         return tokens
 
