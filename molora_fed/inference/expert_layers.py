@@ -8,15 +8,22 @@ with the experts' low-rank factors one after the other along the rank: whatever 
 experts, a layer takes one product with the base's weight and two with the factors. The weights of
 the ranks say which experts a row is: 1 at its own expert's ranks and 0 elsewhere where rows are
 experts, the gates where one row is a mixture on the product B A.
+
+While decoding, a pass is mostly the reading of weights and the calling of operations. So layers
+that are given the same tensor (queries, keys and values) multiply at once, and on a processor
+their weights are packed for oneDNN, which reads them at the speed of the memory whatever the
+number of rows up to about 16 (docs/serving.md has the figures).
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mkldnn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
@@ -24,10 +31,23 @@ from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.models.layout import is_transposed
 from molora_fed.models.states import evaluating, make_probe
 
-__all__ = ["ExpertLinear", "Rows", "find_shared_inputs", "put_experts_in", "share_weights"]
+__all__ = [
+    "ExpertLinear",
+    "LayerPlan",
+    "Rows",
+    "SharedInput",
+    "find_shared_inputs",
+    "plan_layers",
+    "put_experts_in",
+    "share_weights",
+]
 
-FEW_ROWS = 16
-"""Up to so many rows, `W x^T` is faster than `x W^T` in float32 on a processor (docs/serving.md)."""
+FEW_ROWS = 64
+"""Up to so many rows of a pass, weights are read packed and factors of all experts at once."""
+
+_FEWEST_ROWS = 4  # up to so many, small float32 products are faster as `A x^T`
+_BLOCK_RANKS = 256  # up to so many, the 16-bit factors B of one group are one block-diagonal matrix
+_SELECTIONS = 4  # sets of experts whose factors are kept apart
 
 
 @dataclass
@@ -37,15 +57,23 @@ class Rows:
     Attributes:
         expert: Index of each row's expert, (N,) int64; None where `gates` mix them.
         gates: Gates of the experts by row and position, (N, T, E); None where rows are experts.
-        num_experts: E.
+        num_experts: E; 0 where no expert is added to the base.
         is_folded: Whether rows are experts in order, as many rows of each: row e * B + b.
+        selection: Experts that occur, in rising order; None for all.
     """
 
     expert: Tensor | None = None
     gates: Tensor | None = None
     num_experts: int = 0
     is_folded: bool = False
+    selection: tuple[int, ...] | None = None
     _weights: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def count(self) -> int:
+        """N, rows of the pass."""
+        rows = self.gates if self.expert is None else self.expert
+        return 1 if rows is None else len(rows)
 
     def weigh(self, layout: tuple[int, ...], positions: int, like: Tensor) -> Tensor:
         """Weight of every rank at every position of every row.
@@ -72,31 +100,59 @@ class Rows:
         return found
 
 
-def multiply(inputs: Tensor, weight: Tensor) -> Tensor:
-    """`inputs @ weight.T`, in the way that is fastest for few rows.
+def _can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies with this weight."""
+    if weight.device.type != "cpu" or not mkldnn.is_available() or torch.is_grad_enabled():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
 
-    In float32 on a processor the libraries' products of few rows are slow one way round, and
-    those of a single row slower than those of two.
 
-    Args:
-        inputs: (N, D_in).
-        weight: (D_out, D_in).
+def _pack(weight: Tensor) -> Tensor:
+    """A weight (D_out, D_in) laid out for few rows; the same where there is no packing."""
+    if not _can_pack(weight):
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
+    return packed
 
-    Returns:
-        (N, D_out); its memory may lie the other way round.
+
+def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`inputs @ weight.T + bias` of inputs (N, D_in), by oneDNN where that is the faster way."""
+    if weight.is_mkldnn or (weight.dtype == torch.float32 and _can_pack(weight)):
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return found
+    return functional.linear(inputs, weight, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class _Factors:
+    """Low-rank factors of some experts for the layers of one group.
+
+    Attributes:
+        a: (R_all, D_in) over all layers.
+        packed_a: The same, packed.
+        b: By layer (R_layer, D_out); None where a layer has none; one block-diagonal
+            (R_all, sum of D_out) where `is_block`.
+        sizes: R_layer by layer.
+        layout: The expert of each of the R_all ranks.
+        is_block: Whether `b` is one matrix for all layers.
+        is_single: Whether all ranks are of one expert.
     """
-    rows = inputs.shape[0]
-    if rows > FEW_ROWS or inputs.dtype != torch.float32 or inputs.device.type != "cpu":
-        return functional.linear(inputs, weight)
-    if rows == 1:
-        return torch.mm(weight, inputs.repeat(2, 1).t())[:, :1].t()
-    return torch.mm(weight, inputs.t()).t()
+
+    a: Tensor
+    packed_a: Tensor
+    b: tuple[Tensor | None, ...]
+    sizes: tuple[int, ...]
+    layout: tuple[int, ...]
+    is_block: bool
+    is_single: bool
 
 
 class SharedInput:
     """Layers that are given the same tensor, as queries, keys and values are.
 
-    The product with their factors A is made once for all of them.
+    The first of them that is called multiplies for all.
 
     Attributes:
         layers: The layers, in the order they are called in.
@@ -104,43 +160,95 @@ class SharedInput:
 
     def __init__(self, layers: Sequence["ExpertLinear"]) -> None:
         self.layers = tuple(layers)
-        self._factors: Tensor | None = None
-        self._layout: tuple[int, ...] = ()
-        self._at: dict[int, slice] = {}
+        self._place = {id(layer): index for index, layer in enumerate(layers)}
+        weights = [layer.matrix.detach() for layer in layers]
+        self._sizes = [len(weight) for weight in weights]
+        self._weight = _pack(torch.cat(weights) if len(weights) > 1 else weights[0])
+        biases = [layer.bias for layer in layers]
+        self._bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            parts = [
+                weight.new_zeros(len(weight)) if bias is None else bias.detach()
+                for weight, bias in zip(weights, biases, strict=True)
+            ]
+            self._bias = torch.cat(parts)
+        self._factors: OrderedDict[tuple[int, ...] | None, _Factors | None] = OrderedDict()
         self._inputs: Tensor | None = None
-        self._found: Tensor | None = None
+        self._found: tuple[Tensor, ...] = ()
 
-    def pack(self) -> None:
-        """Lay the layers' factors A one after the other; the layers keep views of it."""
-        whole = torch.cat([layer.a.detach() for layer in self.layers])
-        at = 0
-        for layer in self.layers:
-            part = slice(at, at + len(layer.a))
-            layer.a.data = whole[part]
-            self._at[id(layer)] = part
-            at = part.stop
-        self._factors = whole
-        self._layout = tuple(owner for layer in self.layers for owner in layer.owners)
-
-    def unpack(self) -> None:
-        """Forget what was laid out."""
-        self._factors = self._inputs = self._found = None
-
-    def multiply(self, layer: "ExpertLinear", inputs: Tensor, rows: Rows, positions: int) -> Tensor:
-        """A layer's weighted products `w * (A x)`, (N * T, R_all)."""
-        if self._factors is None:
-            self.pack()
-        assert self._factors is not None
+    def multiply(self, layer: "ExpertLinear", inputs: Tensor, rows: Rows) -> Tensor:
+        """A layer's output (N * T, D_out) for inputs (N, T, D_in) or (N * T, D_in)."""
         if self._inputs is not inputs:
-            flat = inputs.reshape(-1, inputs.shape[-1])
-            weights = rows.weigh(self._layout, positions, flat)
-            self._found = multiply(flat, self._factors) * weights
+            self._found = self._multiply_all(inputs, rows)
             self._inputs = inputs
-        assert self._found is not None
-        found = self._found[:, self._at[id(layer)]]
+        found = self._found[self._place[id(layer)]]
         if layer is self.layers[-1]:
-            self._inputs = self._found = None
+            self._inputs, self._found = None, ()
         return found
+
+    def _multiply_all(self, inputs: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        output = _multiply(flat, self._weight, self._bias)
+        factors = self._select(rows.selection) if rows.num_experts else None
+        if factors is None:
+            return output.split(self._sizes, -1)
+        if flat.dtype == torch.float32 and 1 < len(flat) <= _FEWEST_ROWS:
+            hidden = torch.mm(factors.a, flat.t()).t()
+        else:
+            hidden = _multiply(flat, factors.packed_a)
+        if not factors.is_single:
+            hidden = hidden * rows.weigh(factors.layout, len(flat) // rows.count, flat)
+        if factors.is_block and factors.b[0] is not None:
+            return output.addmm_(hidden, factors.b[0]).split(self._sizes, -1)
+        outputs, at = output.split(self._sizes, -1), 0
+        for part, b, ranks in zip(outputs, factors.b, factors.sizes, strict=True):
+            if b is not None:
+                part.addmm_(hidden[:, at : at + ranks], b)
+            at += ranks
+        return outputs
+
+    def _select(self, selection: tuple[int, ...] | None) -> _Factors | None:
+        """The factors of some experts, made at their first use."""
+        if selection in self._factors:
+            self._factors.move_to_end(selection)
+            return self._factors[selection]
+        made = self._make_factors(selection)
+        self._factors[selection] = made
+        if len(self._factors) > _SELECTIONS:
+            self._factors.popitem(last=False)
+        return made
+
+    def _make_factors(self, selection: tuple[int, ...] | None) -> _Factors | None:
+        kept = [
+            [r for r, e in enumerate(layer.owners) if selection is None or e in selection]
+            for layer in self.layers
+        ]
+        layout = tuple(
+            layer.owners[rank]
+            for layer, ranks in zip(self.layers, kept, strict=True)
+            for rank in ranks
+        )
+        if not layout:
+            return None
+        chosen = [(layer, ranks) for layer, ranks in zip(self.layers, kept, strict=True) if ranks]
+        a = torch.cat([layer.a.detach()[ranks] for layer, ranks in chosen])
+        b = [
+            layer.b.detach()[:, ranks] if ranks else layer.matrix.new_zeros(layer.out_features, 0)
+            for layer, ranks in zip(self.layers, kept, strict=True)
+        ]
+        # One product of 16-bit numbers costs its call, whatever its size.
+        is_block = a.dtype != torch.float32 and len(layout) <= _BLOCK_RANKS
+        if is_block:
+            b = [torch.block_diag(*b)]
+        return _Factors(
+            a=a,
+            packed_a=_pack(a),
+            b=tuple(part.t() if part.shape[1] else None for part in b),
+            sizes=tuple(len(ranks) for ranks in kept),
+            layout=layout,
+            is_block=is_block,
+            is_single=len(set(layout)) == 1 and selection is not None and len(selection) == 1,
+        )
 
 
 class ExpertLinear(nn.Module):
@@ -149,12 +257,14 @@ class ExpertLinear(nn.Module):
     Attributes:
         weight: The base's, as its own layer keeps it: (D_out, D_in), or (D_in, D_out).
         bias: The base's, (D_out,), or None.
-        a: Factors A of all experts, (R_all, D_in); no rows where nobody changes the layer.
+        a: Factors A of all experts, (R_all, D_in); missing where nobody has any.
         b: Factors B with their scales, (D_out, R_all).
-        dense: Weight differences of experts that have one, (n, D_out, D_in), or None.
-        biases: Bias differences by expert, (E, D_out), or None.
+        dense: Weight differences of experts that have one, (n, D_out, D_in).
+        biases: Bias differences by expert, (E, D_out).
         owners: The expert of each rank, R_all of them.
         dense_owners: The expert of each dense difference.
+        rows: What the rows of the pass under way are.
+        group: The layers that are given the same tensor; None while nothing is packed.
     """
 
     def __init__(
@@ -172,11 +282,10 @@ class ExpertLinear(nn.Module):
         self.weight = weight
         self.bias = bias
         self.transposed = transposed
-        self.in_features, self.out_features = (
-            weight.shape if transposed else (weight.shape[1], weight.shape[0])
-        )
+        self.out_features, self.in_features = self.matrix.shape
         self.owners = tuple(owners)
         self.dense_owners = tuple(dense_owners)
+        self.has_biases = has_biases
         place: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
 
         def make(*shape: int) -> nn.Parameter:
@@ -189,14 +298,20 @@ class ExpertLinear(nn.Module):
             self.dense = make(len(self.dense_owners), self.out_features, self.in_features)
         if has_biases:
             self.biases = make(num_experts, self.out_features)
-        self.has_biases = has_biases
+        ranks, rest = divmod(len(self.owners), num_experts)
+        even = tuple(expert for expert in range(num_experts) for _ in range(ranks))
+        self._is_even = bool(ranks) and not rest and self.owners == even
         self.rows = Rows()
         self.group: SharedInput | None = None
 
+    @property
+    def matrix(self) -> Tensor:
+        """The base's weight, (D_out, D_in)."""
+        return self.weight.t() if self.transposed else self.weight
+
     def fill(self, updates: Sequence[LinearUpdate | None]) -> None:
         """Copy the experts' changes in, one an expert or None; scales go into B."""
-        at = 0
-        dense = 0
+        at = dense = 0
         for expert, update in enumerate(updates):
             if update is None:
                 continue
@@ -213,50 +328,66 @@ class ExpertLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The layer's output for inputs (N, T, D_in), or (N * T, D_in) in some models."""
-        flat = inputs.reshape(-1, self.in_features)
-        weight = self.weight.t() if self.transposed else self.weight
-        output = multiply(flat, weight)
-        if self.bias is not None:
-            output = output + self.bias
         rows = self.rows
-        if self.owners and rows.num_experts:
-            self._add_low_rank(output, inputs, flat, rows)
-        if (self.dense_owners or self.has_biases) and rows.num_experts:
-            self._add_others(output, flat, rows)
+        positions = inputs.shape[:-1].numel()
+        if self.group is not None and positions <= FEW_ROWS:
+            output = self.group.multiply(self, inputs, rows)
+            flat = inputs.reshape(-1, self.in_features) if self._has_others else inputs
+        else:
+            flat = inputs.reshape(-1, self.in_features)
+            output = _multiply(flat, self.matrix, self.bias)
+            if self.owners and rows.num_experts:
+                output = self._add_low_rank(output, flat, rows)
+        if self._has_others and rows.num_experts:
+            output = self._add_others(output, flat, rows)
         return output.view(*inputs.shape[:-1], self.out_features)
 
-    def _add_low_rank(self, output: Tensor, inputs: Tensor, flat: Tensor, rows: Rows) -> None:
-        """Add the ranks' products in place."""
-        count = len(rows.gates) if rows.gates is not None else len(rows.expert)  # type: ignore[arg-type]
-        positions = len(flat) // count
+    @property
+    def _has_others(self) -> bool:
+        return bool(self.dense_owners) or self.has_biases
+
+    def _add_low_rank(self, output: Tensor, flat: Tensor, rows: Rows) -> Tensor:
+        """Add the ranks' products: by expert where rows are, by weight of each rank elsewhere."""
         experts = rows.num_experts
-        if rows.is_folded and len(flat) > FEW_ROWS and self._is_even(experts):
-            ranks = len(self.owners) // experts
-            inputs = flat.view(experts, -1, self.in_features)
-            a = self.a.view(experts, ranks, -1).transpose(1, 2)
-            b = self.b.view(-1, experts, ranks).permute(1, 2, 0)
-            output.view(experts, -1, self.out_features).baddbmm_(torch.bmm(inputs, a), b)
-            return
-        if self.group is not None:
-            hidden = self.group.multiply(self, inputs, rows, positions)
-        else:
-            hidden = multiply(flat, self.a) * rows.weigh(self.owners, positions, flat)
-        output.addmm_(hidden, self.b.t())
+        is_by_expert = rows.is_folded and rows.expert is not None
+        if is_by_expert and self._owns_slices(experts):
+            ranks = len(self.owners) // len(set(self.owners))
+            first = self.owners[0]
+            count = len(set(self.owners))
+            inputs = flat.view(experts, -1, self.in_features)[first : first + count]
+            a = self.a.view(count, ranks, -1).transpose(1, 2)
+            b = self.b.view(-1, count, ranks).permute(1, 2, 0)
+            part = output.view(experts, -1, self.out_features)[first : first + count]
+            part.baddbmm_(torch.bmm(inputs, a), b)
+            return output
+        hidden = _multiply(flat, self.a) * rows.weigh(self.owners, len(flat) // rows.count, flat)
+        return output.addmm_(hidden, self.b.t())
 
-    def _is_even(self, experts: int) -> bool:
-        ranks, rest = divmod(len(self.owners), experts)
-        return not rest and self.owners == tuple(e for e in range(experts) for _ in range(ranks))
+    def _owns_slices(self, experts: int) -> bool:
+        """Whether consecutive experts have as many ranks each."""
+        owners = sorted(set(self.owners))
+        ranks, rest = divmod(len(self.owners), len(owners))
+        consecutive = list(range(owners[0], owners[0] + len(owners)))
+        return (
+            not rest
+            and owners == consecutive
+            and self.owners == tuple(e for e in consecutive for _ in range(ranks))
+        )
 
-    def _add_others(self, output: Tensor, flat: Tensor, rows: Rows) -> None:
-        """Add dense differences and those of biases in place."""
+    def _add_others(self, output: Tensor, flat: Tensor, rows: Rows) -> Tensor:
+        """Add dense differences and those of biases."""
         assert rows.expert is not None
-        expert = rows.expert.repeat_interleave(len(flat) // len(rows.expert))
+        expert = rows.expert.repeat_interleave(len(flat) // rows.count)
+        output = output.clone()  # it may be a part of a group's output
         for index, owner in enumerate(self.dense_owners):
             chosen = (expert == owner).nonzero().squeeze(1)
             if len(chosen):
-                output[chosen] += multiply(flat[chosen], self.dense[index])
+                output[chosen] += _multiply(flat[chosen], self.dense[index])
         if self.has_biases:
-            output += self.biases[expert]
+            # A row of the base beside the experts has an index of its own, and no bias.
+            known = (expert >= 0) & (expert < len(self.biases))
+            output[known] += self.biases[expert[known]]
+        return output
 
 
 def share_weights(model: Any) -> Any:
@@ -334,7 +465,11 @@ def find_shared_inputs(model: Any, layers: Sequence[ExpertLinear]) -> list[Share
 
     Args:
         model: The model, with layers that hold experts' changes.
-        layers: Those that are changed by low-rank factors.
+        layers: Its linear layers.
+
+    Returns:
+        All layers that were called, by the tensor they were given; none where a layer is called
+        more than once a pass.
     """
     calls: list[tuple[ExpertLinear, Tensor]] = []  # the tensors are kept, so that none is reused
     handles = [
@@ -355,7 +490,6 @@ def find_shared_inputs(model: Any, layers: Sequence[ExpertLinear]) -> list[Share
         else:
             groups.append([layer])
         last = inputs
-    seen = [layer for layer, _ in calls]
-    if len(set(seen)) != len(seen):
+    if len({id(layer) for layer, _ in calls}) != len(calls):
         return []  # a layer that is called twice a pass
-    return [SharedInput(group) for group in groups if len(group) > 1]
+    return [SharedInput(group) for group in groups]

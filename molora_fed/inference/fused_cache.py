@@ -81,7 +81,7 @@ class FusedCache(Cache):
         fixed: Gates given in place of the router's, (B, E), NaN where the router decides; or None.
         kept: Experts that still run for each text, (B, k) int64; None for all of them.
         held: Gates that stay from now on, (B, E); None while the router decides.
-        last: Logits of every expert after the last token, (E, B, V) float32; None if not needed.
+        last: Log-probabilities of every expert after the last token, (E, B, V); None if not needed.
         gates: The last position's gates of every step so far, each (B, E).
         columns: What an adapter router has read so far, (B, T, ...) by name.
         base: Keys and values of the base beside a population.

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.bank.views import GateView, RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.guard import guarded
+from molora_fed.inference.attention import ATTENTION
 from molora_fed.inference.expert_layers import (
     Rows,
     find_shared_inputs,
@@ -42,18 +43,19 @@ from molora_fed.types import Mixture
 
 __all__ = ["FusedForCausalLM", "FusedOutput", "mix_distributions"]
 
+_LEAST = 1e-30  # a probability that float32 still resolves
 _LOGITS_AT_ONCE = 2**22  # numbers; bounds the memory of a prompt's evidence
 
 
-def mix_distributions(
-    logits: Tensor, normalisers: Tensor, gates: Tensor, mixture: Mixture
-) -> Tensor:
+def mix_distributions(expert_logprob: Tensor, gates: Tensor, mixture: Mixture) -> Tensor:
     """Mix experts' next-token distributions.
 
+    The logit mixture is taken over log-probabilities: each expert's normaliser is a constant over
+    the vocabulary, so the softmax of the gate-weighted sum is that of the logits themselves.
+
     Args:
-        logits: Of every expert, (E, B, T, V) float32.
-        normalisers: Their logarithm of the sum of exponentials, (E, B, T).
-        gates: (B, T, E), non-negative, summing to 1 over E.
+        expert_logprob: Log-probabilities of every expert, (E, B, T, V) in nats.
+        gates: Gates (B, T, E), non-negative, summing to 1 over E.
         mixture: "probability" (sum of distributions) or "logit" (normalised weighted product).
 
     Returns:
@@ -64,17 +66,22 @@ def mix_distributions(
 
     Source: own derivation, see docs/routers.md; logit mixture: arXiv 2603.22755, section 3.
     """
-    experts, *batch_tokens, _ = logits.shape
+    experts, *batch_tokens, _ = expert_logprob.shape
     if tuple(gates.shape) != (*batch_tokens, experts):
         raise ShapeError(
             f"Cannot mix experts: expected gates of shape {(*batch_tokens, experts)}, "
             f"got {tuple(gates.shape)}. Use a router fitted on these experts."
         )
-    weights = gates.movedim(-1, 0)  # (E, B, T)
-    if mixture == "probability":
-        return torch.logsumexp(logits + (weights.log() - normalisers).unsqueeze(-1), dim=0)
-    # Each expert's normaliser is a constant over the vocabulary, which the softmax takes out.
-    return torch.log_softmax((logits * weights.unsqueeze(-1)).sum(0), dim=-1)
+    if experts == 1:
+        return expert_logprob[0]
+    if mixture == "logit":
+        weighted = expert_logprob * gates.movedim(-1, 0).unsqueeze(-1)
+        return torch.log_softmax(weighted.sum(0), dim=-1)
+    # Nothing overflows, as neither factor is above 1; what underflows is done the careful way.
+    mixed = torch.einsum("bte,ebtv->btv", gates, expert_logprob.exp())
+    if bool(mixed.amin() >= _LEAST):
+        return mixed.log()
+    return torch.logsumexp(expert_logprob + gates.log().movedim(-1, 0).unsqueeze(-1), dim=0)
 
 
 @dataclass
@@ -136,6 +143,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     config: FusedConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    packed_bytes: ClassVar[int] = 4 * 2**30
+    """Weights of linear layers up to so many bytes are packed on a processor: they take as much
+    memory again, and a token far less time."""
     _is_stateful = True  # a router's state cannot be taken back
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -186,7 +196,8 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         self._states: dict[str, Tensor] = {}
         self._owner: str | None = None
         self._is_laid_out = False
-        self._shared_depth = 0
+        self._handles: list[Any] = []
+        self.register_load_state_dict_post_hook(_forget_layout)
         self.post_init()
 
     def fill(self, updates: Sequence[Mapping[str, LinearUpdate] | None]) -> None:
@@ -479,21 +490,20 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         held = None if cache is None else cache.held
         reads_evidence = "evidence" in self._reads and held is None and chosen is None
         wanted = hidden[:experts, :, piece.keep]
-        logits = self._compute_logits(wanted)
-        normalisers = torch.logsumexp(logits, dim=-1)
+        logprob = torch.log_softmax(self._compute_logits(wanted), dim=-1)
         evidence = None
         if reads_evidence:
             is_whole = wanted.shape[2] == hidden.shape[2]
-            known = (logits, normalisers) if is_whole else None
+            known = logprob if is_whole else None
             evidence = self._compute_evidence(piece, hidden[:experts], known)
             if cache is not None:
-                cache.last = logits[:, :, -1]
+                cache.last = logprob[:, :, -1]
         gates = self._compute_gates(piece, hidden, evidence, fixed, chosen)
         used = gates[:, piece.keep]
         if chosen is not None:
             index = chosen[:, None].expand(-1, used.shape[1], -1)
             used = used.gather(-1, index)
-        return mix_distributions(logits, normalisers, used, self.config.mixture), gates
+        return mix_distributions(logprob, used, self.config.mixture), gates
 
     def _choose_experts(self, fixed: Tensor | None, cache: FusedCache | None) -> Tensor | None:
         """Experts to run for each text, (B, k); None for all."""
@@ -519,7 +529,12 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             count, is_folded = chosen.shape[1], False
             owners = chosen.t().flatten()
-        rows = Rows(expert=owners, num_experts=len(self.expert_names), is_folded=is_folded)
+        rows = Rows(
+            expert=owners,
+            num_experts=len(self.expert_names),
+            is_folded=is_folded,
+            selection=None if chosen is None else tuple(sorted(set(chosen.flatten().tolist()))),
+        )
         hidden = self._run(rows, piece, count, piece.cache)
         return hidden.unflatten(0, (count, batch))
 
@@ -548,31 +563,25 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits.float()
 
-    def _compute_evidence(
-        self, piece: _Piece, hidden: Tensor, known: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def _compute_evidence(self, piece: _Piece, hidden: Tensor, known: Tensor | None) -> Tensor:
         """`log p_e(x_t | x_<t)` of the piece's tokens, (B, t, E); 0 at a document's first."""
         tokens = piece.tokens
-        parts = []
         last = None if piece.cache is None else piece.cache.last
         if last is None:
-            parts.append(hidden.new_zeros((*hidden.shape[:2], 1), dtype=torch.float32))
+            parts = [hidden.new_zeros((*hidden.shape[:2], 1), dtype=torch.float32)]
         else:
-            parts.append(
-                _look_up(last.unsqueeze(2), torch.logsumexp(last, -1)[..., None], tokens[:, :1])
-            )
-        if tokens.shape[1] > 1:
-            if known is not None:
-                logits, normalisers = known
-                parts.append(_look_up(logits[:, :, :-1], normalisers[:, :, :-1], tokens[:, 1:]))
-            else:
-                width = self.config.vocab_size * hidden.shape[0] * hidden.shape[1]
-                step = max(1, _LOGITS_AT_ONCE // width)
-                for at in range(0, tokens.shape[1] - 1, step):
-                    stop = min(at + step, tokens.shape[1] - 1)
-                    logits = self._compute_logits(hidden[:, :, at:stop])
-                    normalisers = torch.logsumexp(logits, -1)
-                    parts.append(_look_up(logits, normalisers, tokens[:, at + 1 : stop + 1]))
+            parts = [_look_up(last.unsqueeze(2), tokens[:, :1])]
+        end = tokens.shape[1] - 1
+        if known is not None and end:
+            parts.append(_look_up(known[:, :, :-1], tokens[:, 1:]))
+        elif end:
+            width = self.config.vocab_size * hidden.shape[0] * hidden.shape[1]
+            step = max(1, _LOGITS_AT_ONCE // width)
+            for at in range(0, end, step):
+                stop = min(at + step, end)
+                logits = self._compute_logits(hidden[:, :, at:stop])
+                found = torch.log_softmax(logits, dim=-1)
+                parts.append(_look_up(found, tokens[:, at + 1 : stop + 1]))
         evidence = torch.cat(parts, dim=2).movedim(0, -1)
         return evidence.masked_fill(piece.starts.unsqueeze(-1), 0.0)
 
@@ -652,20 +661,22 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     # -- layout -----------------------------------------------------------------------------
 
     def _lay_out(self) -> None:
-        """Find what the layers share, once weights are where they stay."""
-        layers = [layer for layer in self._expert_layers.values() if layer.owners]
-        for layer in self._expert_layers.values():
-            if layer.group is not None:
-                layer.group.unpack()
+        """Find what the layers share, once weights are where they stay, and pack them."""
+        layers = list(self._expert_layers.values())
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for layer in layers:
             layer.group = None
-            layer.rows = Rows(expert=torch.zeros(1, dtype=torch.long, device=self.device))
-        if layers:
-            for handle in getattr(self, "_handles", []):
-                handle.remove()
-            self._handles: list[Any] = []
+            layer.rows = Rows()
+        num_bytes = sum(layer.weight.nbytes for layer in layers)
+        if self.device.type == "cpu" and num_bytes <= self.packed_bytes:
             for group in find_shared_inputs(self.model, layers):
                 for layer in group.layers:
                     layer.group = group
+        own_config = self.model.config
+        if self.device.type == "cpu" and own_config._attn_implementation == "sdpa":
+            own_config._attn_implementation_internal = ATTENTION
         self._share_blocks()
         self._is_laid_out = True
 
@@ -687,9 +698,6 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _share_blocks(self) -> None:
         """Let the first blocks, which nobody changes, run once for all experts."""
-        for handle in getattr(self, "_handles", []):
-            handle.remove()
-        self._handles = []
         prefix, blocks = decoder_blocks(self.model)
         changed = [block_index(name, prefix) for name in self.config.layers]
         depth = min((index for index in changed if index is not None), default=0)
@@ -731,10 +739,16 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         return args, {**kwargs, "hidden_states": repeat(kwargs["hidden_states"])}
 
 
-def _look_up(logits: Tensor, normalisers: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities (E, B, t) of tokens (B, t) under logits (E, B, t, V)."""
-    index = tokens.unsqueeze(-1).expand(len(logits), -1, -1, 1)
-    return logits.gather(-1, index).squeeze(-1) - normalisers
+def _forget_layout(model: FusedForCausalLM, _: Any) -> None:
+    """Weights have changed: what was packed of them is made again."""
+    model._is_laid_out = False
+    model._owner = None
+
+
+def _look_up(logprob: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities (E, B, t) of tokens (B, t) among those of all, (E, B, t, V)."""
+    index = tokens.unsqueeze(-1).expand(len(logprob), -1, -1, 1)
+    return logprob.gather(-1, index).squeeze(-1)
 
 
 def _make_router(config: FusedConfig, count: int) -> tuple[Any, Entry | None]:
