@@ -291,6 +291,8 @@ def choose_tokens(
 def _filter(scores: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities of the tokens that are kept, (B, V); the rest is 0."""
     probabilities = torch.softmax(scores, dim=-1)
+    if sampling.top_p == 1 and not sampling.top_k:
+        return probabilities
     ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
     # A token is kept while those before it have not reached top_p: the first is always kept.
     kept = ordered.cumsum(-1) - ordered < sampling.top_p

@@ -34,7 +34,15 @@ from molora_fed.serving.requests import (
     TextRequest,
     parse_request,
 )
-from molora_fed.serving.scheduler import BusyError, Event, Failure, Generation, Scheduler, Ticket
+from molora_fed.serving.scheduler import (
+    BusyError,
+    Event,
+    Failure,
+    Generation,
+    Piece,
+    Scheduler,
+    Ticket,
+)
 from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = ["Api", "Limits", "is_loopback", "load_keys"]
@@ -364,12 +372,17 @@ class Api:
             raise ApiError(400, f"Expected n of at most {most}.", param="n", code="invalid_value")
 
         def emit_to(first: int) -> Callable[[Event], None]:
-            def emit(event: Event) -> None:
-                with suppress(RuntimeError):  # the loop is closed: nobody listens
-                    loop.call_soon_threadsafe(events.put_nowait, (first, event))
+            return lambda event: events.put_nowait((first, event))
 
-            return emit
+        def tell(told: Sequence[tuple[Ticket, Event]]) -> None:
+            for ticket, event in told:
+                ticket.emit(event)
 
+        def deliver(told: Sequence[tuple[Ticket, Event]]) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(tell, told)
+
+        self._scheduler.deliver = deliver
         emits = [emit_to(at * copies) for at in range(len(generations))]
         try:
             return self._scheduler.submit(generations, emits)
@@ -388,41 +401,45 @@ def _too_long(message: str) -> ApiError:
 
 async def _merge(
     answer: Answer, events: "asyncio.Queue[tuple[int, Event]]"
-) -> AsyncIterator[tuple[int, Any]]:
-    """Pieces of all texts as they come, taken into the answer.
+) -> AsyncIterator[list[tuple[int, Piece]]]:
+    """Pieces of all texts, taken into the answer: as many at once as have come.
 
     Raises:
         ApiError: If a text failed.
     """
     while not answer.is_whole:
-        first, event = await events.get()
-        if isinstance(event, Failure):
-            status, code = (503, "closing") if event.is_closing else (500, "internal_error")
-            raise ApiError(status, f"The text was not finished: {event.reason}.", code=code)
-        index = first + event.index
-        answer.add(index, event)
-        yield index, event
+        come = [await events.get()]
+        while not events.empty():
+            come.append(events.get_nowait())
+        pieces = []
+        for first, event in come:
+            if isinstance(event, Failure):
+                status, code = (503, "closing") if event.is_closing else (500, "internal_error")
+                message = f"The text was not finished: {event.reason}."
+                raise ApiError(status, message, code=code)
+            answer.add(first + event.index, event)
+            pieces.append((first + event.index, event))
+        yield pieces
 
 
 async def _send_answer(
-    exchange: "_Exchange", answer: Answer, pieces: AsyncIterator[tuple[int, Any]]
+    exchange: "_Exchange", answer: Answer, come: AsyncIterator[list[tuple[int, Piece]]]
 ) -> None:
-    async for _ in pieces:
+    async for _ in come:
         pass
     await exchange.send_json(answer.as_body())
 
 
 async def _send_chunks(
-    exchange: "_Exchange", answer: Answer, pieces: AsyncIterator[tuple[int, Any]]
+    exchange: "_Exchange", answer: Answer, come: AsyncIterator[list[tuple[int, Piece]]]
 ) -> None:
     """Server-sent events; the head goes out with the first, so that failures before have theirs."""
-    async for index, piece in pieces:
-        for chunk in answer.as_chunks(index, piece):
-            await exchange.send_event(_dump(chunk))
+    async for pieces in come:
+        chunks = [chunk for piece in pieces for chunk in answer.as_chunks(*piece)]
+        if chunks:
+            await exchange.send_events(*map(_dump, chunks))
     last = answer.as_last_chunk()
-    if last is not None:
-        await exchange.send_event(_dump(last))
-    await exchange.send_event(b"[DONE]")
+    await exchange.send_events(*([] if last is None else [_dump(last)]), b"[DONE]")
     await exchange.end_events()
 
 
@@ -526,14 +543,14 @@ class _Exchange:
         self.status = status
         await response(self._scope, self._receive, self._send)
 
-    async def send_event(self, data: bytes) -> None:
-        """One server-sent event."""
+    async def send_events(self, *events: bytes) -> None:
+        """Server-sent events, in one piece."""
         if not self.status:
             self.status, self._is_stream = 200, True
             headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
             start: Message = {"type": "http.response.start", "status": 200, "headers": headers}
             await self._send(start)
-        body = b"data: " + data + b"\n\n"
+        body = b"".join(b"data: " + data + b"\n\n" for data in events)
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def end_events(self) -> None:
@@ -544,7 +561,7 @@ class _Exchange:
         """Answer with an error: as the answer, or as the last event of a stream."""
         if self._is_stream:
             self.status = error.status
-            await self.send_event(_dump(error.as_body()))
+            await self.send_events(_dump(error.as_body()))
             await self.end_events()
             return
         if self.status:

@@ -79,6 +79,38 @@ class _Texts:
     mask: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Rows of a batch that go on, without the columns in which none of them has text.
+
+    Attributes:
+        ids: Their ids.
+        rows: Their places in the batch, int64.
+        count: Rows of the batch.
+        first: The first column with text.
+        length: Columns from there on.
+        cache: The batch's.
+        mask: The batch's.
+    """
+
+    ids: list[int]
+    rows: Tensor
+    count: int
+    first: int
+    length: int
+    cache: FusedCache
+    mask: Tensor
+
+    @classmethod
+    def of(cls, texts: _Texts, rows: Sequence[int]) -> "_Part":
+        """These rows of a batch."""
+        chosen = torch.tensor(rows, device=texts.mask.device)
+        first = int(texts.mask[chosen].any(0).long().argmax())
+        ids = [texts.ids[at] for at in rows]
+        length = texts.mask.shape[1] - first
+        return cls(ids, chosen, len(texts.ids), first, length, texts.cache, texts.mask)
+
+
 @dataclass(eq=False)
 class _Changes:
     """Who joins and leaves before the next step of a batch."""
@@ -246,60 +278,65 @@ class RunningBatch:
 
     def _apply_changes(self, place: int) -> None:
         changes = self._changes.pop(place)
-        parts = [one for one in changes.joining if one.ids[0] not in changes.leaving]
         running = self._batches.pop(place, None)
-        if running is not None:
-            kept = [at for at, row in enumerate(running.ids) if row not in changes.leaving]
-            if len(kept) < len(running.ids):
-                running = _select(running, kept) if kept else None
-        parts = [*([] if running is None else [running]), *parts]
+        parts = []
+        for texts in [*([] if running is None else [running]), *changes.joining]:
+            rows = [at for at, row in enumerate(texts.ids) if row not in changes.leaving]
+            if rows:
+                parts.append(_Part.of(texts, rows))
         if parts:
-            self._batches[place] = parts[0] if len(parts) == 1 else self._put_together(parts)
+            self._batches[place] = self._put_together(parts)
 
-    def _put_together(self, parts: Sequence[_Texts]) -> _Texts:
-        """One batch of several, padded on the left to the longest; the parts stay as they are."""
-        length = max(part.mask.shape[1] for part in parts)
-        lacks = [length - part.mask.shape[1] for part in parts]
-        caches = [part.cache for part in parts]
-        counts = [len(part.ids) for part in parts]
+    def _put_together(self, parts: Sequence["_Part"]) -> _Texts:
+        """One batch of rows of several, padded on the left to the longest; they stay as they are.
+
+        Every key and value is copied once, into memory that has room for more.
+        """
+        length = max(part.length for part in parts)
+        total = sum(len(part.ids) for part in parts)
         whole = self._make_cache()
 
         def stack(columns: Sequence[Tensor]) -> Tensor:
-            """Columns (B, T, ...) of all parts, zeros before those that lack some."""
-            filled = []
-            for column, lack in zip(columns, lacks, strict=True):
-                nothing = column.new_zeros(len(column), lack, *column.shape[2:])
-                filled.append(torch.cat([nothing, column], dim=1))
-            return torch.cat(filled)
+            """Rows of columns (B, T, ...), all that a part has read; zeros before shorter ones."""
+            result = columns[0].new_zeros(total, length, *columns[0].shape[2:])
+            at = 0
+            for part, column in zip(parts, columns, strict=True):
+                chosen = column[part.rows, part.first :]
+                result[at : at + len(chosen), length - part.length :] = chosen
+                at += len(chosen)
+            return result
 
-        whole.tokens = stack([_need(cache.tokens) for cache in caches])
+        def gather(name: str, axis: int = 0) -> Tensor | None:
+            """Rows of what each part's cache has of this name."""
+            found = [getattr(part.cache, name) for part in parts]
+            if found[0] is None:
+                return None
+            chosen = zip(found, parts, strict=True)
+            return torch.cat([one.index_select(axis, part.rows) for one, part in chosen], axis)
+
         for target, *sources in [
-            *zip(whole.layers, *(cache.layers for cache in caches), strict=True),
-            *zip(_base_of(whole), *(_base_of(cache) for cache in caches), strict=True),
+            *zip(whole.layers, *(part.cache.layers for part in parts), strict=True),
+            *zip(_base_of(whole), *(_base_of(part.cache) for part in parts), strict=True),
         ]:
-            if not sources[0].is_initialized:
-                continue
-            for name in ("keys", "values"):
-                copies = []
-                for source, lack, count in zip(sources, lacks, counts, strict=True):
-                    states = getattr(source, name)
-                    split = states.unflatten(0, (-1, count))  # (copies, B, H, T, D)
-                    copies.append(pad(split, (0, 0, lack, 0)))
-                setattr(target, name, torch.cat(copies, dim=1).flatten(0, 1))
-            target.is_initialized = True
-        states = [cache.state for cache in caches]
-        if states[0] is not None:
-            whole.state = {
-                name: torch.cat([_need(state)[name] for state in states]) for name in states[0]
-            }
-        for name, axis in (("fixed", 0), ("kept", 0), ("held", 0), ("last", 1)):
-            if getattr(caches[0], name) is not None:
-                setattr(whole, name, torch.cat([getattr(c, name) for c in caches], dim=axis))
-        whole.gates = [torch.cat([cache.gates[-1] for cache in caches])]
-        whole.columns = {n: stack([c.columns[n] for c in caches]) for n in caches[0].columns}
+            if sources[0].is_initialized:
+                rooms = [_copy_states(name, sources, parts, length) for name in ("keys", "values")]
+                target.adopt((rooms[0], rooms[1]), length)
+        whole.tokens = stack([_need(part.cache.tokens) for part in parts])
+        whole.columns = {
+            name: stack([part.cache.columns[name] for part in parts])
+            for name in parts[0].cache.columns
+        }
         if "document_starts" in whole.columns:
             # Padding is a document of its own.
             whole.columns["document_starts"][:, 0] = True
+        if parts[0].cache.state is not None:
+            whole.state = {
+                name: torch.cat([_need(part.cache.state)[name][part.rows] for part in parts])
+                for name in parts[0].cache.state
+            }
+        whole.fixed, whole.kept = gather("fixed"), gather("kept")
+        whole.held, whole.last = gather("held"), gather("last", 1)
+        whole.gates = [torch.cat([part.cache.gates[-1][part.rows] for part in parts])]
         ids = [row for part in parts for row in part.ids]
         return _Texts(ids, whole, stack([part.mask for part in parts]))
 
@@ -326,19 +363,25 @@ def _need(value: Any) -> Any:
     return value
 
 
-def _select(texts: _Texts, kept: Sequence[int]) -> _Texts:
-    """These rows alone, without the columns in which none of them has text."""
-    cache = texts.cache
-    cache.batch_select_indices(torch.tensor(kept, device=texts.mask.device))
-    mask = texts.mask[kept]
-    first = int((mask.sum(0) > 0).long().argmax())
-    if first:
-        mask = mask[:, first:]
-        cache.tokens = _need(cache.tokens)[:, first:]
-        cache.columns = {name: column[:, first:] for name, column in cache.columns.items()}
-        if "document_starts" in cache.columns:
-            cache.columns["document_starts"][:, 0] = True
-        for layer in [*cache.layers, *_base_of(cache)]:
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[..., first:, :], layer.values[..., first:, :]
-    return _Texts([texts.ids[at] for at in kept], cache, mask)
+def _copy_states(name: str, sources: Sequence[Any], parts: Sequence[_Part], length: int) -> Tensor:
+    """Keys or values of chosen rows of several batches, in memory with room for more.
+
+    Returns:
+        (N, H, size, D_head): rows e * B + b as in each source; zeros before shorter texts.
+    """
+    total = sum(len(part.ids) for part in parts)
+    split = [
+        getattr(source, name).unflatten(0, (-1, part.count))  # (copies, B, H, T, D_head)
+        for source, part in zip(sources, parts, strict=True)
+    ]
+    copies, _, heads, _, width = split[0].shape
+    size = GrowingLayer.choose_room(length)
+    room = split[0].new_empty(copies, total, heads, size, width)
+    at = 0
+    for states, part in zip(split, parts, strict=True):
+        after = at + len(part.ids)
+        lack = length - part.length
+        room[:, at:after, :, :lack] = 0.0  # hidden by the mask, but 0 * NaN is NaN
+        room[:, at:after, :, lack:length] = states[:, part.rows, :, part.first :]
+        at = after
+    return room.flatten(0, 1)

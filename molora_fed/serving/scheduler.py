@@ -111,6 +111,9 @@ class Failure:
 
 Event = Piece | Failure
 
+Deliver = Callable[[Sequence[tuple["Ticket", Event]]], None]
+"""Takes everything that one step has to tell, and calls `Ticket.emit` for each."""
+
 
 class Observer:
     """Told what happens, for metrics; does nothing by itself."""
@@ -155,8 +158,18 @@ class _Text:
     choices: list[TokenChoice] = field(default_factory=list)
 
 
+def _deliver_here(told: Sequence[tuple[Ticket, Event]]) -> None:
+    """Tell it in the scheduler's own thread."""
+    for ticket, event in told:
+        ticket.emit(event)
+
+
 class Scheduler:
-    """Continues prompts, many at once, in a thread of its own."""
+    """Continues prompts, many at once, in a thread of its own.
+
+    Attributes:
+        deliver: Called in that thread once a step; it must not wait.
+    """
 
     def __init__(
         self,
@@ -197,6 +210,8 @@ class Scheduler:
         self._is_ending = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._last_seconds: deque[float] = deque(maxlen=32)
+        self._told: list[tuple[Ticket, Event]] = []
+        self.deliver: Deliver = _deliver_here
 
     # -- for other threads ------------------------------------------------------------------
 
@@ -216,7 +231,7 @@ class Scheduler:
 
         Args:
             generations: What is to be continued; each has at most `max_texts` copies.
-            emits: Whom to tell of each; called in the scheduler's thread, and must not wait.
+            emits: Whom to tell of each; `deliver` calls them.
 
         Raises:
             BusyError: If too many wait, or it ends.
@@ -262,7 +277,9 @@ class Scheduler:
                 Exception
             ) as error:  # whatever a model or a router raises; the next may fare well
                 self._fail_running(_describe(error))
+            self._flush()
         self._end()
+        self._flush()
 
     def _turn(self) -> None:
         self._drop_cancelled()
@@ -271,6 +288,15 @@ class Scheduler:
         self._write()
         waiting = len(self._waiting) + len(self._reading)
         self._observer.on_change(waiting=waiting, running=len(self._texts))
+
+    def _tell(self, ticket: Ticket, event: Event) -> None:
+        self._told.append((ticket, event))
+
+    def _flush(self) -> None:
+        """Hand over what is to be told, all at once: a thread that is woken often slows this."""
+        if self._told:
+            told, self._told = self._told, []
+            self.deliver(told)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -310,7 +336,7 @@ class Scheduler:
                     continue
             except Exception as error:  # of this prompt alone
                 self._reading.popleft()
-                ticket.emit(Failure(_describe(error)))
+                self._tell(ticket, Failure(_describe(error)))
                 continue
             self._reading.popleft()
             waited = time.monotonic() - ticket.since
@@ -335,6 +361,7 @@ class Scheduler:
         used = [text.prediction.gates for text in self._texts.values()]
         for row, token in tokens.items():
             self._take(row, token)
+        self._flush()  # while the model reads on, others may write what it said
         going_on = {row: tokens[row] for row in self._texts}
         if going_on:
             predictions = self._batch.step(going_on)
@@ -371,7 +398,7 @@ class Scheduler:
         for row in [row for row, text in self._texts.items() if text.ticket in tickets]:
             self._remove(row)
         for ticket in tickets:
-            ticket.emit(Failure("the model's probabilities are not numbers"))
+            self._tell(ticket, Failure("the model's probabilities are not numbers"))
 
     def _take(self, row: int, token: int) -> None:
         """Add a token to a text, tell what it made certain, and take the text out if it ended."""
@@ -401,7 +428,7 @@ class Scheduler:
             mean = tuple((text.gates / len(text.tokens)).tolist())
             self._remove(row)
         choices, text.choices = tuple(text.choices), []
-        text.ticket.emit(Piece(text.index, said, len(text.tokens), choices, finish, mean))
+        self._tell(text.ticket, Piece(text.index, said, len(text.tokens), choices, finish, mean))
 
     def _remove(self, row: int) -> None:
         text = self._texts.pop(row)
@@ -416,7 +443,7 @@ class Scheduler:
         self._batch.leave(self._texts)
         self._texts.clear()
         for ticket in tickets:
-            ticket.emit(Failure(reason))
+            self._tell(ticket, Failure(reason))
 
     def _end(self) -> None:
         with self._changed:
@@ -426,7 +453,7 @@ class Scheduler:
         self._batch.leave(self._texts)
         self._texts.clear()
         for ticket in dict.fromkeys(left):
-            ticket.emit(Failure("the server stops", is_closing=True))
+            self._tell(ticket, Failure("the server stops", is_closing=True))
         self._observer.on_change(waiting=0, running=0)
 
 

@@ -1,6 +1,7 @@
 """Serving a model over HTTP, from opening it to the last answer."""
 
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ __all__ = ["ApiSettings", "serve_api"]
 
 _GRACE_SECONDS = 5
 """From the end of the last text to the end of the last answer."""
+_SWITCH_SECONDS = 2e-4
+"""How long the thread of connections may keep the interpreter from the model's, which gives it up
+at every operation and would wait for it hundreds of times a step."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,14 @@ def _run(
 
     server.handle_exit = end  # type: ignore[method-assign, assignment]
     scheduler.start()
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         address = f"http://{format_server(settings.host, port)}/v1"
         on_ready(address, tuple(served.gates))
         run_server(server, sockets=[listening])
     finally:
+        sys.setswitchinterval(switch_interval)
         api.close()
         scheduler.stop()
 

@@ -71,9 +71,11 @@ class TextStream:
     def _hand_out(self, *, is_last: bool = False) -> str:
         if self.is_stopped:
             return ""
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        places = [(self._held.find(stop), len(stop)) for stop in self._stop]
+        found = [(at + length, at) for at, length in places if at >= 0]
         if found:
-            certain, self.is_stopped = min(found), True
+            # The first that is complete, the longest of equals: whatever the tokens are.
+            (_, certain), self.is_stopped = min(found), True
         else:
             certain = len(self._held) if is_last else len(self._held) - self._count_open()
         piece, self._held = self._held[:certain], self._held[certain:]

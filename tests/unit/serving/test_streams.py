@@ -53,6 +53,7 @@ def test_a_token_that_ends_the_text_has_none():
         ("say END. more", ["END."], "say "),
         ("say EN and ENDs", ["END"], "say EN and "),
         ("aab", ["ab", "aab"], ""),
+        ("baa", ["a", "baa"], "b"),
         ("nothing", ["!"], "nothing"),
         ("half EN", ["END"], "half EN"),
         ("schön ß", ["ß"], "schön "),
@@ -65,7 +66,7 @@ def test_stop_strings_over_tokens(text, stop, expected):
 
 
 @given(st.text(alphabet="abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4)))
-def test_no_piece_holds_anything_of_a_stop_string(text, stop):
+def test_the_first_complete_stop_string_ends_the_text(text, stop):
     pieces, _ = stream(encode(text), stop=stop)
-    places = [text.find(one) for one in stop if one in text]
-    assert "".join(pieces) == text[: min(places, default=len(text))]
+    ends = [(text.find(one) + len(one), text.find(one)) for one in stop if one in text]
+    assert "".join(pieces) == text[: min(ends)[1] if ends else len(text)]
