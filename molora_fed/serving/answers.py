@@ -165,7 +165,9 @@ class _Completion(Answer):
             "tokens": tokens,
             "token_logprobs": [_bound(one.log_prob) for one in chosen],
             "top_logprobs": [
-                {name(token): _bound(log_prob) for token, log_prob in one.top} for one in chosen
+                # Best last, so that it stays where tokens, as parts of characters, look alike.
+                {name(token): _bound(log_prob) for token, log_prob in reversed(one.top)}
+                for one in chosen
             ],
             "text_offset": offsets,
         }

@@ -20,7 +20,7 @@ from molora_fed.serving.models import ServedModel
 from molora_fed.serving.scheduler import Scheduler
 from molora_fed.storage.compute import Compute
 
-__all__ = ["ApiSettings", "serve_api"]
+__all__ = ["ApiSettings", "listen", "serve_api"]
 
 _GRACE_SECONDS = 5
 """From the end of the last text to the end of the last answer."""
@@ -88,7 +88,7 @@ def serve_api(
             f"Cannot serve on {settings.host} without keys: expected --key-file, or this machine's "
             "own address, got neither. Give keys, or --insecure to let everybody in."
         )
-    with _listen(settings.host, settings.port) as listening:
+    with listen(settings.host, settings.port) as listening:
         model = open_causal_lm(folder, base_folder=base_folder, compute=compute)
         _run(model, settings, keys, listening, on_ready, log)
 
@@ -157,7 +157,7 @@ def _run(
         scheduler.stop()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that is bound, so that the port is ours while the model is opened.
 
     Raises:
