@@ -2,9 +2,15 @@
 
 import torch
 
+from molora_fed.adapters.compatibility import applied
+from molora_fed.bank.views import RouterView
+from molora_fed.models.forward import run_blocks
+from molora_fed.models.states import Capture
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.testing import build_random_adapter
+
+ALL_COLUMNS = ("base_hidden", "prefix_hidden", "mean_hidden", "experts_hidden", "evidence")
 
 
 class ProbeOptions(RouterOptions):
@@ -89,3 +95,30 @@ def build_fused(
 def random_tokens(batch, length, seed=0, vocabulary=256):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocabulary, (batch, length), generator=generator)
+
+
+def reference_forward(fused, tokens, starts):
+    """One expert at a time, with `applied`: what the fused model must equal."""
+    model = fused.base.model
+    logits, hidden, logprob = [], [], []
+    for expert in fused.experts:
+        with applied(model, expert.adapter), torch.no_grad():
+            logits.append(model(tokens).logits.float())
+            (step,) = run_blocks(model, tokens, capture=Capture(hidden=True))
+            hidden.append(step.hidden.clone())
+            logprob.append(step.logprob.clone())
+    (step,) = run_blocks(model, tokens, capture=Capture(True, fused.frozen_depth))
+    view = RouterView(
+        starts,
+        base_hidden=step.hidden.clone(),
+        prefix_hidden=step.prefix.clone(),
+        mean_hidden=torch.stack(hidden).mean(0),
+        experts_hidden=torch.stack(hidden, dim=2),
+        evidence=torch.stack(logprob, dim=-1).masked_fill(starts[..., None], 0.0),
+    )
+    gates = fused.router.gates(view)
+    if fused.mixture == "logit":
+        mixed = torch.einsum("bte,ebtv->btv", gates, torch.stack(logits))
+        return torch.log_softmax(mixed, dim=-1), gates
+    weighted = torch.einsum("bte,ebtv->btv", gates, torch.stack(logits).softmax(-1))
+    return weighted.log(), gates

@@ -95,6 +95,7 @@ class FusedCache(Cache):
     Attributes:
         owner: Fingerprint of the model that made it.
         tokens: Token ids read so far, (B, T) int64.
+        mask: False where they are padding, (B, T) bool; None where nothing is.
         state: The router's state, tensors with the batch first.
         fixed: Gates given in place of the router's, (B, E), NaN where the router decides; or None.
         kept: Experts that still run for each text, (B, k) int64; None for all of them.
@@ -110,6 +111,7 @@ class FusedCache(Cache):
         self._config = config
         self.owner = owner
         self.tokens: Tensor | None = None
+        self.mask: Tensor | None = None
         self.state: Mapping[str, Tensor] | None = None
         self.fixed: Tensor | None = None
         self.kept: Tensor | None = None
@@ -182,9 +184,32 @@ class FusedCache(Cache):
                 "it was made of, got others. Read the texts again."
             )
 
-    def add(self, tokens: Tensor) -> None:
-        """Note what was read, (B, t)."""
+    def check_padding(self, mask: Tensor | None) -> None:
+        """Refuse texts that were padded otherwise when they were read.
+
+        Args:
+            mask: 1 where there is text, (B, T) of the whole texts; None where that is everywhere.
+
+        Raises:
+            RoutingError: If other positions were read as padding.
+        """
+        if self.tokens is None:
+            return
+        begins = None if mask is None else mask[:, : self.tokens.shape[1]].bool()
+        if begins is None or self.mask is None:
+            same = self.mask is None and (begins is None or bool(begins.all()))
+        else:
+            same = torch.equal(begins, self.mask)
+        if not same:
+            raise RoutingError(
+                "Cannot continue from a cache: expected the padding it was made with, got another. "
+                "Pass the attention mask of the whole texts, or read them again."
+            )
+
+    def add(self, tokens: Tensor, mask: Tensor | None) -> None:
+        """Note what was read, (B, t), and where there is text in all of it, (B, T) or None."""
         self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
+        self.mask = None if mask is None else mask.bool()
 
     def hold(self) -> None:
         """Keep each text's gates as they were at its last token."""
@@ -233,8 +258,9 @@ class FusedCache(Cache):
         self.tokens = self.tokens[indices]
         if self.state is not None:
             self.state = {name: tensor[indices] for name, tensor in self.state.items()}
-        self.fixed, self.kept, self.held = (
-            None if part is None else part[indices] for part in (self.fixed, self.kept, self.held)
+        rows = (self.mask, self.fixed, self.kept, self.held)
+        self.mask, self.fixed, self.kept, self.held = (
+            None if part is None else part[indices] for part in rows
         )
         self.last = None if self.last is None else self.last[:, indices]
         self.gates = [gates[indices] for gates in self.gates]
@@ -261,7 +287,8 @@ class FusedCache(Cache):
     def reset(self) -> None:
         """Forget everything that was read."""
         super().reset()
-        self.tokens = self.state = self.fixed = self.kept = self.held = self.last = None
+        self.tokens = self.mask = self.state = None
+        self.fixed = self.kept = self.held = self.last = None
         self.base = None
         self.gates, self.columns = [], {}
 
