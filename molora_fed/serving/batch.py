@@ -20,9 +20,11 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from molora_fed.errors import ConfigError, RoutingError
 from molora_fed.inference.fused_cache import FusedCache, GrowingLayer
 from molora_fed.inference.fused_lm import FusedForCausalLM
-from molora_fed.inference.generate import PREFILL_TOKENS
 
-__all__ = ["Prediction", "PromptReading", "RunningBatch"]
+__all__ = ["PIECE_TOKENS", "Prediction", "PromptReading", "RunningBatch"]
+
+PIECE_TOKENS = 128
+"""Tokens of prompts that are read between two steps of the running texts."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class RunningBatch:
     Not thread-safe: one thread owns it, and the model.
     """
 
-    def __init__(self, model: FusedForCausalLM, *, piece: int = PREFILL_TOKENS) -> None:
+    def __init__(self, model: FusedForCausalLM, *, piece: int = PIECE_TOKENS) -> None:
         """Take a model.
 
         Args:
@@ -134,7 +136,9 @@ class RunningBatch:
 
         Raises:
             ConfigError: If the base remembers its past otherwise than by keys and values.
+            RoutingError: If the router reads the future of a text.
         """
+        model.check_causal()
         for layer in model.make_cache().layers:
             if type(layer) not in (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer):
                 raise ConfigError(
@@ -338,7 +342,9 @@ class RunningBatch:
         whole.held, whole.last = gather("held"), gather("last", 1)
         whole.gates = [torch.cat([part.cache.gates[-1][part.rows] for part in parts])]
         ids = [row for part in parts for row in part.ids]
-        return _Texts(ids, whole, stack([part.mask for part in parts]))
+        mask = stack([part.mask for part in parts])
+        whole.mask = None if bool(mask.all()) else mask.bool()
+        return _Texts(ids, whole, mask)
 
     def _make_cache(self) -> FusedCache:
         """An empty cache whose layers keep all columns, those of sliding windows too.

@@ -2,18 +2,40 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from molora_fed.errors import ConfigError
+from molora_fed.inference.fused_build import open_causal_lm
 from molora_fed.inference.fused_lm import FusedForCausalLM
-from molora_fed.models.base import Base
 from molora_fed.serving.requests import ApiError
+from molora_fed.storage.compute import Compute
 from molora_fed.storage.untrusted import clean
 
-__all__ = ["ServedModel"]
+__all__ = ["ServedModel", "open_served"]
+
+
+def open_served(
+    folder: Path, *, base_folder: Path | None = None, compute: Compute | None = None
+) -> FusedForCausalLM:
+    """Open whatever model is in a folder, one that `save_pretrained` wrote, too.
+
+    Args:
+        folder: The folder.
+        base_folder: Where its base is, if it is elsewhere than recorded.
+        compute: Where to run, and in which dtype.
+
+    Raises:
+        MoloraError: Whatever opening it refuses.
+    """
+    if not folder.is_dir():  # transformers would take it for a name on the network
+        return open_causal_lm(folder, base_folder=base_folder, compute=compute)
+    compute = compute or Compute()
+    chosen = {"dtype": compute.dtype, "device_map": compute.device}
+    settings = {name: value for name, value in chosen.items() if value != "auto"}
+    return FusedForCausalLM.from_pretrained(folder, base_folder=base_folder, **settings)
 
 
 class ServedModel:
@@ -31,14 +53,8 @@ class ServedModel:
         """Take a model.
 
         Raises:
-            ConfigError: If its tokenizer is not known.
+            RoutingError: If no tokenizer is beside it.
         """
-        if model.base is None:
-            raise ConfigError(
-                "Cannot serve the model: expected a tokenizer with it, got none. Save the model "
-                "with its tokenizer."
-            )
-        base: Base = model.base
         self.experts = _distinguish([clean(name, 100) for name in model.expert_names])
         is_mixture = model.config.mixes == "updates"
         self.gates: dict[str, Tensor | None] = {}
@@ -54,11 +70,11 @@ class ServedModel:
         else:
             self.name = self.experts[0]
             self.gates[self.name] = None
-        self.max_positions = base.max_positions
-        self.ends = _find_ends(base)
-        self.start = int(base.tokenizer.eos_token_id)
+        self.max_positions = model.max_positions
+        self.ends = _find_ends(model)
+        self.start = int(model.tokenizer.eos_token_id)
         # Tokenizers are not for several threads at once.
-        self._tokenizer = copy.deepcopy(base.tokenizer)
+        self._tokenizer = copy.deepcopy(model.tokenizer)
 
     def copy_tokenizer(self) -> Any:
         """A tokenizer for another thread."""
@@ -147,11 +163,10 @@ def _distinguish(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _find_ends(base: Base) -> frozenset[int]:
+def _find_ends(model: FusedForCausalLM) -> frozenset[int]:
     """The end-of-text token, and others that the base's settings of generation name."""
-    settings = getattr(base.model, "generation_config", None)
-    named = getattr(settings, "eos_token_id", None)
+    source = model if model.base is None else model.base.model
+    named = getattr(getattr(source, "generation_config", None), "eos_token_id", None)
     others = named if isinstance(named, list) else [named]
-    return frozenset(
-        {int(base.tokenizer.eos_token_id), *(int(one) for one in others if one is not None)}
-    )
+    ids = [model.tokenizer.eos_token_id, *others]
+    return frozenset(int(one) for one in ids if one is not None)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from molora_fed.errors import MoloraError
-from molora_fed.inference.generate import PREFILL_TOKENS, Sampling, choose_tokens, make_generator
-from molora_fed.serving.batch import Prediction, PromptReading, RunningBatch
+from molora_fed.inference.generate import Sampling, choose_tokens, make_generator
+from molora_fed.serving.batch import PIECE_TOKENS, Prediction, PromptReading, RunningBatch
 from molora_fed.serving.streams import TextStream
 
 __all__ = [
@@ -179,7 +179,7 @@ class Scheduler:
         ends: frozenset[int],
         max_texts: int = 64,
         max_waiting: int = 128,
-        piece: int = PREFILL_TOKENS,
+        piece: int = PIECE_TOKENS,
         threads: int | None = None,
         observer: Observer | None = None,
     ) -> None:

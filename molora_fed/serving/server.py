@@ -9,14 +9,13 @@ from pathlib import Path
 from types import FrameType
 
 from molora_fed.errors import ConfigError, PortTakenError
-from molora_fed.inference.fused_build import open_causal_lm
 from molora_fed.inference.fused_lm import FusedForCausalLM
 from molora_fed.serving.addresses import format_server
 from molora_fed.serving.api import Api, Limits, is_loopback, load_keys
 from molora_fed.serving.batch import RunningBatch
 from molora_fed.serving.connections import Doorkeeper, build_server, run_server
 from molora_fed.serving.metrics import Metrics
-from molora_fed.serving.models import ServedModel
+from molora_fed.serving.models import ServedModel, open_served
 from molora_fed.serving.scheduler import Scheduler
 from molora_fed.storage.compute import Compute
 
@@ -89,7 +88,7 @@ def serve_api(
             "own address, got neither. Give keys, or --insecure to let everybody in."
         )
     with listen(settings.host, settings.port) as listening:
-        model = open_causal_lm(folder, base_folder=base_folder, compute=compute)
+        model = open_served(folder, base_folder=base_folder, compute=compute)
         _run(model, settings, keys, listening, on_ready, log)
 
 

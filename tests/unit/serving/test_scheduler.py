@@ -7,9 +7,8 @@ import torch
 from process_helpers import wait_until
 from serving_helpers import HeldBatch, build_model
 
-from molora_fed.inference.engines import build_engine
+from molora_fed.inference.fused_build import open_causal_lm
 from molora_fed.inference.generate import Sampling, generate
-from molora_fed.inference.opening import open_model
 from molora_fed.serving.batch import RunningBatch
 from molora_fed.serving.models import ServedModel
 from molora_fed.serving.scheduler import BusyError, Failure, Generation, Scheduler
@@ -81,9 +80,9 @@ def office(model):
 
 
 def test_a_greedy_text_is_that_of_generate(tiny_checkpoint, office, model):
-    engine = build_engine(open_model(tiny_checkpoint("llama")))
+    plain = open_causal_lm(tiny_checkpoint("llama"))
     base = office().ask(PROMPTS[1], temperature=0.0, gates=torch.tensor([0.0, 0.0, 1.0]))
-    assert base.text == generate(engine, PROMPTS[1], Sampling(8))[0].text
+    assert base.text == generate(plain, PROMPTS[1], Sampling(8))[0].text
 
 
 def test_a_seed_gives_one_text_in_whatever_company(office):
