@@ -57,7 +57,9 @@ class HeldBatch(RunningBatch):
 class RunningApi:
     """An API that answers, and what is behind it."""
 
-    def __init__(self, model, batch, *, keys=(), limits=None, any_host=False, **more):
+    def __init__(
+        self, model, batch, *, keys=(), limits=None, any_host=False, head_seconds=10.0, **more
+    ):
         self.served = ServedModel(model)
         self.batch = batch
         self.metrics = Metrics(self.served.experts)
@@ -69,7 +71,7 @@ class RunningApi:
             observer=self.metrics,
             **more,
         )
-        self.doorkeeper = Doorkeeper()
+        self.doorkeeper = Doorkeeper(head_seconds=head_seconds)
         self.api = Api(
             self.served,
             self.scheduler,

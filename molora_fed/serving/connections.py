@@ -102,9 +102,10 @@ class Connection(H11Protocol):
         """Take bytes in; the time runs on until they make up a head."""
         cycle = self.cycle
         super().data_received(data)
-        if self.cycle is not cycle and self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+        if self.cycle is not cycle:
+            if self._waiting is not None:
+                self._waiting.cancel()
+                self._waiting = None
         elif self._waiting is None and (cycle is None or cycle.response_complete):
             self._wait()
 

@@ -263,6 +263,19 @@ def test_too_many_requests_are_told_when_to_come_again(model):
         assert [answer.status_code for answer in answers] == [200, 200]
 
 
+def test_a_later_answer_on_a_connection_may_take_longer_than_a_head(model):
+    """Heads have a time; once one is there, even the second of a connection, it is over."""
+    with serving(model, held=True, head_seconds=0.3) as api, api.client() as client:
+        body = {"model": "fused", "prompt": "a", "max_tokens": 2}
+        api.batch.allow(1)
+        assert client.post("/v1/completions", json=body).status_code == 200
+        threading.Timer(1.0, api.batch.free).start()
+        assert client.post("/v1/completions", json=body).status_code == 200
+        with socket.create_connection(("127.0.0.1", api.port), timeout=30) as silent:
+            silent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost:")
+            assert silent.recv(1) == b""
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_frees_its_place(model, stream):
     with serving(model, held=True, max_texts=1) as api:
