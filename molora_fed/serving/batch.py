@@ -8,8 +8,10 @@ Texts for which all experts run and texts for which one does are two batches: th
 have other numbers of rows.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,6 +123,26 @@ class _Changes:
     leaving: set[int] = field(default_factory=set)
 
 
+class _Memory:
+    """Two blocks for keys or values of each layer, in turn: one is read while one is written.
+
+    Blocks of ever other sizes, taken from the system's heap, would leave holes that grow for hours.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[int, str], list[Tensor]] = {}
+
+    def take(self, layer: int, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Memory that nobody reads, of this shape; what it holds means nothing."""
+        needed = math.prod(shape)
+        turns = self._blocks.setdefault((layer, name), [])
+        block = turns.pop(0) if len(turns) == 2 else None
+        if block is None or len(block) < needed:
+            block = like.new_empty(needed + needed // 4)
+        turns.append(block)
+        return block[:needed].view(shape)
+
+
 class RunningBatch:
     """Reads many texts at once, each as if it were alone.
 
@@ -148,6 +170,7 @@ class RunningBatch:
         self._model = model
         self._piece = piece
         self._batches: dict[int, _Texts] = {}
+        self._memory: dict[int, _Memory] = {}
         self._changes: dict[int, _Changes] = {}
         self._place: dict[int, int] = {}
         self._next_id = 0
@@ -289,12 +312,19 @@ class RunningBatch:
             if rows:
                 parts.append(_Part.of(texts, rows))
         if parts:
-            self._batches[place] = self._put_together(parts)
+            memory = self._memory.setdefault(place, _Memory())
+            self._batches[place] = self._put_together(parts, memory)
+        else:
+            self._memory.pop(place, None)
 
-    def _put_together(self, parts: Sequence["_Part"]) -> _Texts:
+    def _put_together(self, parts: Sequence["_Part"], memory: _Memory) -> _Texts:
         """One batch of rows of several, padded on the left to the longest; they stay as they are.
 
         Every key and value is copied once, into memory that has room for more.
+
+        Args:
+            parts: The rows.
+            memory: Of the batch that they become.
         """
         length = max(part.length for part in parts)
         total = sum(len(part.ids) for part in parts)
@@ -318,13 +348,16 @@ class RunningBatch:
             chosen = zip(found, parts, strict=True)
             return torch.cat([one.index_select(axis, part.rows) for one, part in chosen], axis)
 
-        for target, *sources in [
-            *zip(whole.layers, *(part.cache.layers for part in parts), strict=True),
-            *zip(_base_of(whole), *(_base_of(part.cache) for part in parts), strict=True),
-        ]:
-            if sources[0].is_initialized:
-                rooms = [_copy_states(name, sources, parts, length) for name in ("keys", "values")]
-                target.adopt((rooms[0], rooms[1]), length)
+        layers = zip(_layers_of(whole), *(_layers_of(part.cache) for part in parts), strict=True)
+        for index, (target, *sources) in enumerate(layers):
+            if not sources[0].is_initialized:
+                continue
+            rooms = []
+            for name in ("keys", "values"):
+                states = [getattr(source, name) for source in sources]
+                make = partial(memory.take, index, name, states[0])
+                rooms.append(_copy_states(states, parts, length, make))
+            target.adopt((rooms[0], rooms[1]), length)
         whole.tokens = stack([_need(part.cache.tokens) for part in parts])
         whole.columns = {
             name: stack([part.cache.columns[name] for part in parts])
@@ -358,9 +391,9 @@ class RunningBatch:
         return cache
 
 
-def _base_of(cache: FusedCache) -> list[Any]:
-    layers: list[Any] = _need(cache.base).layers
-    return layers
+def _layers_of(cache: FusedCache) -> list[Any]:
+    """All layers, those of a base beside a population last."""
+    return [*cache.layers, *_need(cache.base).layers]
 
 
 def _need(value: Any) -> Any:
@@ -369,25 +402,34 @@ def _need(value: Any) -> Any:
     return value
 
 
-def _copy_states(name: str, sources: Sequence[Any], parts: Sequence[_Part], length: int) -> Tensor:
+def _copy_states(
+    states: Sequence[Tensor],
+    parts: Sequence[_Part],
+    length: int,
+    make: Callable[[tuple[int, ...]], Tensor],
+) -> Tensor:
     """Keys or values of chosen rows of several batches, in memory with room for more.
 
+    Args:
+        states: Of each batch, (copies * B, H, T, D_head): rows e * B + b.
+        parts: The rows.
+        length: Columns that they get.
+        make: Gives memory of a shape.
+
     Returns:
-        (N, H, size, D_head): rows e * B + b as in each source; zeros before shorter texts.
+        (copies * N, H, size, D_head), with zeros before shorter texts.
     """
     total = sum(len(part.ids) for part in parts)
     split = [
-        getattr(source, name).unflatten(0, (-1, part.count))  # (copies, B, H, T, D_head)
-        for source, part in zip(sources, parts, strict=True)
-    ]
+        one.unflatten(0, (-1, part.count)) for one, part in zip(states, parts, strict=True)
+    ]  # (copies, B, H, T, D_head)
     copies, _, heads, _, width = split[0].shape
-    size = GrowingLayer.choose_room(length)
-    room = split[0].new_empty(copies, total, heads, size, width)
+    room = make((copies, total, heads, GrowingLayer.choose_room(length), width))
     at = 0
-    for states, part in zip(split, parts, strict=True):
+    for one, part in zip(split, parts, strict=True):
         after = at + len(part.ids)
         lack = length - part.length
         room[:, at:after, :, :lack] = 0.0  # hidden by the mask, but 0 * NaN is NaN
-        room[:, at:after, :, lack:length] = states[:, part.rows, :, part.first :]
+        room[:, at:after, :, lack:length] = one[:, part.rows, :, part.first :]
         at = after
     return room.flatten(0, 1)
