@@ -42,23 +42,20 @@ def generate(
     dtype: Dtype = None,
 ) -> None:
     """Continue a text with a fused or an evolved model."""
-    from molora_fed.inference.engines import build_engine
+    from molora_fed.inference.fused_build import open_causal_lm
     from molora_fed.inference.generate import Sampling
     from molora_fed.inference.generate import generate as generate_text
-    from molora_fed.inference.opening import open_model
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value)
     with reporting("loading the model", transient=True) as progress:
-        engine = build_engine(
-            open_model(
-                fused,
-                kinds=("fused", "evolved"),
-                base_folder=base,
-                compute=ask_compute(device, dtype),
-            )
+        model = open_causal_lm(
+            fused,
+            kinds=("fused", "evolved"),
+            base_folder=base,
+            compute=ask_compute(device, dtype),
         )
         progress.phase("generating")
-        (generation,) = generate_text(engine, prompt, sampling, progress=progress)
+        (generation,) = generate_text(model, prompt, sampling, progress=progress)
     text = generation.prompt + generation.text
     # A terminal obeys what it is shown; a file takes every character as it is.
     print(clean_lines(text) if sys.stdout.isatty() else text)

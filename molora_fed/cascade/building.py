@@ -77,8 +77,8 @@ class _Loader:
         self, name: str, source: BaseSource | SpecialistSource | FusedSource | EvolvedSource
     ) -> CascadeModel:
         from molora_fed.cascade.local import LocalModel
-        from molora_fed.inference.engines import Model, PlainModel, build_engine
-        from molora_fed.inference.opening import open_model
+        from molora_fed.inference.fused_build import build_causal_lm
+        from molora_fed.inference.opening import Model, PlainModel, open_model
 
         model: Model
         match source:
@@ -94,7 +94,7 @@ class _Loader:
                     compute=self._compute,
                     plugins=self._plugins,
                 )
-        return LocalModel(name, build_engine(model))
+        return LocalModel(name, build_causal_lm(model))
 
     def _optional(self, path: Path | None) -> Path | None:
         return None if path is None else self._root / path

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from molora_fed.cascade.contract import Request, Sample
-from molora_fed.inference.engines import Engine
-from molora_fed.inference.generate import (
-    PREFILL_TOKENS,
-    Sampling,
-    decode_tokens,
-    make_generator,
-    mark_start,
-)
+from molora_fed.inference.flops import count_cost
+from molora_fed.inference.fused_lm import FusedForCausalLM
+from molora_fed.inference.generate import Sampling, decode_tokens, make_generator, mark_start
 
 __all__ = ["LocalModel"]
 
@@ -36,23 +31,24 @@ class LocalModel:
 
     is_local = True
 
-    def __init__(self, name: str, engine: Engine) -> None:
+    def __init__(self, name: str, model: FusedForCausalLM) -> None:
         """Put a model behind the interface.
 
         Args:
             name: Unique in a cascade.
-            engine: What reads and writes.
+            model: What reads and writes.
 
         Raises:
             RoutingError: If its router is not causal.
         """
-        engine.check_causal()
+        model.check_causal()
         self.name = name
-        self.fingerprint = engine.fingerprint()
-        self._engine = engine
-        self._tokenizer = engine.base.tokenizer
-        self._device = engine.base.model.device
-        self._positions = engine.base.max_positions
+        self.fingerprint = model.fingerprint
+        self._model = model
+        self._cost = count_cost(model)
+        self._tokenizer = model.tokenizer
+        self._device = model.device
+        self._positions = model.max_positions
 
     def sample(self, requests: Sequence[Request]) -> Sequence[Sample]:
         """Answer requests; those that differ in their seed alone are one batch.
@@ -94,7 +90,7 @@ class LocalModel:
         return Sample(
             "",
             prompt_tokens=sum(len(before) + len(after) for before, after in pairs),
-            flops=sum(self._engine.cost.count(len(a) + len(b), 0) for a, b in pairs),
+            flops=sum(self._cost.count(len(a) + len(b), 0) for a, b in pairs),
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -114,11 +110,11 @@ class LocalModel:
             return 0.0
         tokens = torch.tensor([before + after], device=self._device)
         targets = torch.tensor(after, device=self._device)
-        read = tokens[:, :-1].split(PREFILL_TOKENS, dim=1)
-        starts = mark_start(tokens[:, :-1]).split(PREFILL_TOKENS, dim=1)
-        with self._engine.read(1) as reader:
-            pieces = [reader.step(*piece)[0][0] for piece in zip(read, starts, strict=True)]
-        log_probs = torch.cat(pieces)[-len(after) :]  # (answer tokens, V)
+        read = tokens[:, :-1]
+        output = self._model(
+            read, document_starts=mark_start(read), logits_to_keep=len(after), use_cache=True
+        )
+        log_probs = output.logits[0]  # (answer tokens, V)
         return float(log_probs.gather(-1, targets.unsqueeze(-1)).double().sum())
 
     def _sample_batch(self, requests: Sequence[Request]) -> list[Sample]:
@@ -139,7 +135,7 @@ class LocalModel:
                 text=text,
                 prompt_tokens=len(ids),
                 new_tokens=count,
-                flops=self._engine.cost.count(len(ids), count),
+                flops=self._cost.count(len(ids), count),
                 seconds=seconds,
             )
             for text, count in written
@@ -157,7 +153,7 @@ class LocalModel:
 
         prompt = torch.tensor([ids] * len(requests), device=self._device)
         decode_tokens(
-            self._engine,
+            self._model,
             prompt,
             Sampling(first.max_new_tokens, first.temperature),
             generators=[make_generator(one.seed, 0) for one in requests],

@@ -14,7 +14,7 @@ from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.local import LocalContributor
 from molora_fed.federation.sent import count_sent
-from molora_fed.inference.engines import FusedEngine
+from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.runtime import limit_threads
 from molora_fed.reporting.methods import BUDGET_SECONDS
@@ -74,7 +74,7 @@ def generate_samples(
     # Single tokens are too little work to share: threads would mostly wait for each other.
     with limit_threads(1):
         sampling = Sampling(NEW_TOKENS, TEMPERATURE, top_p=TOP_P, seed=seed)
-        texts = generate(FusedEngine(fused), prompts, sampling)
+        texts = generate(build_causal_lm(fused), prompts, sampling)
     return [
         {"domain": domain, "prompt": text.prompt, "text": text.text, "experts": text.gates}
         for domain, text in zip(domains, texts, strict=True)

@@ -28,6 +28,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from molora_fed.adapters.updates import Adapter, LinearUpdate
+from molora_fed.errors import RoutingError
 from molora_fed.models.layout import is_transposed
 from molora_fed.models.states import evaluating, make_probe
 
@@ -45,7 +46,7 @@ __all__ = [
 FEW_ROWS = 64
 """Up to so many rows of a pass, weights are read packed and factors of all experts at once."""
 
-_FEWEST_ROWS = 4  # up to so many, small float32 products are faster as `A x^T`
+_WIDE = 1024  # outputs from which on experts multiply each their own factors B
 _BLOCK_RANKS = 256  # up to so many, the 16-bit factors B of one group are one block-diagonal matrix
 _SELECTIONS = 4  # sets of experts whose factors are kept apart
 
@@ -58,6 +59,7 @@ class Rows:
         expert: Index of each row's expert, (N,) int64; None where `gates` mix them.
         gates: Gates of the experts by row and position, (N, T, E); None where rows are experts.
         num_experts: E; 0 where no expert is added to the base.
+        positions: T, of every row.
         is_folded: Whether rows are experts in order, as many rows of each: row e * B + b.
         selection: Experts that occur, in rising order; None for all.
     """
@@ -65,6 +67,7 @@ class Rows:
     expert: Tensor | None = None
     gates: Tensor | None = None
     num_experts: int = 0
+    positions: int = 1
     is_folded: bool = False
     selection: tuple[int, ...] | None = None
     _weights: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
@@ -75,18 +78,33 @@ class Rows:
         rows = self.gates if self.expert is None else self.expert
         return 1 if rows is None else len(rows)
 
-    def weigh(self, layout: tuple[int, ...], positions: int, like: Tensor) -> Tensor:
+    def check(self, inputs: Tensor) -> None:
+        """Refuse a layer that is given other positions than the model.
+
+        Args:
+            inputs: What the layer is given, (N * T, D_in).
+
+        Raises:
+            RoutingError: If it is given more or fewer.
+        """
+        if len(inputs) != self.count * self.positions:
+            raise RoutingError(
+                f"Cannot add experts to a layer: expected {self.count * self.positions} positions, "
+                f"got {len(inputs)}. This model sends only some tokens through it; run its experts "
+                "one by one."
+            )
+
+    def weigh(self, layout: tuple[int, ...], like: Tensor) -> Tensor:
         """Weight of every rank at every position of every row.
 
         Args:
             layout: The expert of each rank, R_all of them.
-            positions: T, of every row.
             like: Whose dtype and device.
 
         Returns:
             (N * T, R_all).
         """
-        key = (layout, positions, like.dtype)
+        key = (layout, like.dtype)
         found = self._weights.get(key)
         if found is None:
             owner = torch.tensor(layout, device=like.device)
@@ -95,7 +113,7 @@ class Rows:
             else:
                 assert self.expert is not None
                 own = (self.expert[:, None] == owner).to(like.dtype)
-                found = own.repeat_interleave(positions, 0)
+                found = own.repeat_interleave(self.positions, 0)
             self._weights[key] = found
         return found
 
@@ -125,6 +143,52 @@ def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return functional.linear(inputs, weight, bias)
 
 
+def _add_by_expert(
+    output: Tensor, hidden: Tensor, at: int, b: Tensor, num_experts: int, even: tuple[int, int]
+) -> None:
+    """Add each expert's own product in place: its rows' own ranks times its own factor B.
+
+    Args:
+        output: (E * n, D_out).
+        hidden: Products of all rows with the factors A of all experts, (E * n, ranks).
+        at: Where this layer's ranks begin in `hidden`.
+        b: (R_layer, D_out).
+        num_experts: E.
+        even: First and number of the experts that have factors.
+    """
+    first, count = even
+    rows = len(output) // num_experts
+    ranks = len(b) // count
+    step = hidden.stride(0)
+    # Expert i's rows and ranks: n rows further down and R ranks further right than i - 1's.
+    own = hidden.as_strided(
+        (count, rows, ranks),
+        (rows * step + ranks, step, 1),
+        hidden.storage_offset() + first * rows * step + at,
+    )
+    part = output.unflatten(0, (num_experts, rows))[first : first + count]
+    part.baddbmm_(own, b.unflatten(0, (count, ranks)))
+
+
+def _find_even(owners: tuple[int, ...]) -> tuple[int, int] | None:
+    """First and number of experts if they are consecutive and have as many ranks each."""
+    experts = sorted(set(owners))
+    if not experts:
+        return None
+    ranks = len(owners) // len(experts)
+    first, count = experts[0], len(experts)
+    even = tuple(e for e in range(first, first + count) for _ in range(ranks))
+    return (first, count) if owners == even else None
+
+
+def _multiply_and_add(inputs: Tensor, weight: Tensor, other: Tensor) -> Tensor:
+    """`other + inputs @ weight.T` of inputs (N, R), weight (D_out, R), other (N, D_out)."""
+    if weight.is_mkldnn:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, other, weight, None, "add")
+        return found
+    return torch.addmm(other, inputs, weight.t())
+
+
 @dataclass(frozen=True, eq=False)
 class _Factors:
     """Low-rank factors of some experts for the layers of one group.
@@ -136,6 +200,8 @@ class _Factors:
             (R_all, sum of D_out) where `is_block`.
         sizes: R_layer by layer.
         layout: The expert of each of the R_all ranks.
+        even: First and number of the experts that change all layers, consecutive and with as many
+            ranks each; None elsewhere.
         is_block: Whether `b` is one matrix for all layers.
         is_single: Whether all ranks are of one expert.
     """
@@ -145,6 +211,7 @@ class _Factors:
     b: tuple[Tensor | None, ...]
     sizes: tuple[int, ...]
     layout: tuple[int, ...]
+    even: tuple[int, int] | None
     is_block: bool
     is_single: bool
 
@@ -163,7 +230,8 @@ class SharedInput:
         self._place = {id(layer): index for index, layer in enumerate(layers)}
         weights = [layer.matrix.detach() for layer in layers]
         self._sizes = [len(weight) for weight in weights]
-        self._weight = _pack(torch.cat(weights) if len(weights) > 1 else weights[0])
+        self._width = sum(self._sizes)
+        self._weights: dict[bool, Tensor] = {}  # without and with the factors A of all experts
         biases = [layer.bias for layer in layers]
         self._bias: Tensor | None = None
         if any(bias is not None for bias in biases):
@@ -188,24 +256,45 @@ class SharedInput:
 
     def _multiply_all(self, inputs: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         flat = inputs.reshape(-1, inputs.shape[-1])
-        output = _multiply(flat, self._weight, self._bias)
-        factors = self._select(rows.selection) if rows.num_experts else None
+        factors = self._select(rows.selection)
+        has_all = rows.selection is None and factors is not None
+        output = _multiply(flat, self._get_weight(has_all), None if has_all else self._bias)
         if factors is None:
             return output.split(self._sizes, -1)
-        if flat.dtype == torch.float32 and 1 < len(flat) <= _FEWEST_ROWS:
-            hidden = torch.mm(factors.a, flat.t()).t()
+        if rows.num_experts:
+            rows.check(flat)
+        if has_all:
+            output, hidden = output.split([self._width, len(factors.a)], -1)
+            if self._bias is not None:
+                output += self._bias
         else:
             hidden = _multiply(flat, factors.packed_a)
+        if not rows.num_experts:
+            return output.split(self._sizes, -1)
+        own = hidden
         if not factors.is_single:
-            hidden = hidden * rows.weigh(factors.layout, len(flat) // rows.count, flat)
+            own = hidden * rows.weigh(factors.layout, flat)
         if factors.is_block and factors.b[0] is not None:
-            return output.addmm_(hidden, factors.b[0]).split(self._sizes, -1)
+            return _multiply_and_add(own, factors.b[0], output).split(self._sizes, -1)
         outputs, at = output.split(self._sizes, -1), 0
         for part, b, ranks in zip(outputs, factors.b, factors.sizes, strict=True):
-            if b is not None:
-                part.addmm_(hidden[:, at : at + ranks], b)
+            if b is None:
+                continue
+            if factors.even is not None and rows.is_folded and part.shape[1] >= _WIDE:
+                _add_by_expert(part, hidden, at, b, rows.num_experts, factors.even)
+            else:
+                part.addmm_(own[:, at : at + ranks], b)
             at += ranks
         return outputs
+
+    def _get_weight(self, has_factors: bool) -> Tensor:
+        """All layers' weights, packed at their first use, alone or with all experts' factors A."""
+        if has_factors not in self._weights:
+            parts = [layer.matrix.detach() for layer in self.layers]
+            if has_factors:
+                parts += [layer.a.detach() for layer in self.layers if layer.owners]
+            self._weights[has_factors] = _pack(torch.cat(parts))
+        return self._weights[has_factors]
 
     def _select(self, selection: tuple[int, ...] | None) -> _Factors | None:
         """The factors of some experts, made at their first use."""
@@ -240,10 +329,14 @@ class SharedInput:
         is_block = a.dtype != torch.float32 and len(layout) <= _BLOCK_RANKS
         if is_block:
             b = [torch.block_diag(*b)]
+        evens = {_find_even(layer.owners) for layer, _ in chosen}
         return _Factors(
             a=a,
             packed_a=_pack(a),
-            b=tuple(part.t() if part.shape[1] else None for part in b),
+            b=(_pack(b[0]),)
+            if is_block
+            else tuple(p.t().contiguous() if p.shape[1] else None for p in b),
+            even=evens.pop() if len(evens) == 1 and selection is None else None,
             sizes=tuple(len(ranks) for ranks in kept),
             layout=layout,
             is_block=is_block,
@@ -298,9 +391,7 @@ class ExpertLinear(nn.Module):
             self.dense = make(len(self.dense_owners), self.out_features, self.in_features)
         if has_biases:
             self.biases = make(num_experts, self.out_features)
-        ranks, rest = divmod(len(self.owners), num_experts)
-        even = tuple(expert for expert in range(num_experts) for _ in range(ranks))
-        self._is_even = bool(ranks) and not rest and self.owners == even
+        self._even = _find_even(self.owners)
         self.rows = Rows()
         self.group: SharedInput | None = None
 
@@ -337,6 +428,7 @@ class ExpertLinear(nn.Module):
             flat = inputs.reshape(-1, self.in_features)
             output = _multiply(flat, self.matrix, self.bias)
             if self.owners and rows.num_experts:
+                rows.check(flat)
                 output = self._add_low_rank(output, flat, rows)
         if self._has_others and rows.num_experts:
             output = self._add_others(output, flat, rows)
@@ -349,35 +441,22 @@ class ExpertLinear(nn.Module):
     def _add_low_rank(self, output: Tensor, flat: Tensor, rows: Rows) -> Tensor:
         """Add the ranks' products: by expert where rows are, by weight of each rank elsewhere."""
         experts = rows.num_experts
-        is_by_expert = rows.is_folded and rows.expert is not None
-        if is_by_expert and self._owns_slices(experts):
-            ranks = len(self.owners) // len(set(self.owners))
-            first = self.owners[0]
-            count = len(set(self.owners))
-            inputs = flat.view(experts, -1, self.in_features)[first : first + count]
-            a = self.a.view(count, ranks, -1).transpose(1, 2)
-            b = self.b.view(-1, count, ranks).permute(1, 2, 0)
-            part = output.view(experts, -1, self.out_features)[first : first + count]
+        if rows.is_folded and self._even is not None:
+            first, count = self._even
+            inputs = flat.unflatten(0, (experts, -1))[first : first + count]
+            a = self.a.unflatten(0, (count, -1)).transpose(1, 2)
+            b = self.b.unflatten(1, (count, -1)).permute(1, 2, 0)
+            part = output.unflatten(0, (experts, -1))[first : first + count]
             part.baddbmm_(torch.bmm(inputs, a), b)
             return output
-        hidden = _multiply(flat, self.a) * rows.weigh(self.owners, len(flat) // rows.count, flat)
+        hidden = _multiply(flat, self.a) * rows.weigh(self.owners, flat)
         return output.addmm_(hidden, self.b.t())
-
-    def _owns_slices(self, experts: int) -> bool:
-        """Whether consecutive experts have as many ranks each."""
-        owners = sorted(set(self.owners))
-        ranks, rest = divmod(len(self.owners), len(owners))
-        consecutive = list(range(owners[0], owners[0] + len(owners)))
-        return (
-            not rest
-            and owners == consecutive
-            and self.owners == tuple(e for e in consecutive for _ in range(ranks))
-        )
 
     def _add_others(self, output: Tensor, flat: Tensor, rows: Rows) -> Tensor:
         """Add dense differences and those of biases."""
+        rows.check(flat)
         assert rows.expert is not None
-        expert = rows.expert.repeat_interleave(len(flat) // rows.count)
+        expert = rows.expert.repeat_interleave(rows.positions)
         output = output.clone()  # it may be a part of a group's output
         for index, owner in enumerate(self.dense_owners):
             chosen = (expert == owner).nonzero().squeeze(1)

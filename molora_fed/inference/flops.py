@@ -8,23 +8,11 @@ Source: the usual count, e.g. arXiv 2001.08361, section 2.1, with the output hea
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-from molora_fed.adapters.updates import Adapter, LinearUpdate
+from molora_fed.inference.fused_lm import FusedForCausalLM
 from molora_fed.models.layout import block_index, decoder_blocks
-from molora_fed.population.contract import Population
-from molora_fed.routing.fused import FusedModel
 
-__all__ = [
-    "TokenCost",
-    "count_evolved",
-    "count_fused",
-    "count_plain",
-    "count_weights",
-]
+__all__ = ["TokenCost", "count_cost"]
 
 
 @dataclass(frozen=True)
@@ -53,63 +41,26 @@ class TokenCost:
         return float(2 * self.weights * positions + 4 * self.attention * contexts)
 
 
-def count_weights(model: Any, *, below: int | None = None) -> int:
-    """Weights of linear layers, output head included and embeddings not.
+def count_cost(model: FusedForCausalLM) -> TokenCost:
+    """What a token costs: every expert's row, blocks that all share once, updates as products.
+
+    A router that reads the base's state costs one more row where the base is no expert; beside a
+    population the base runs once more.
 
     Args:
-        model: A causal language model.
-        below: Only those in decoder blocks before this one.
+        model: The model.
     """
-    prefix, _ = decoder_blocks(model)
-    total = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            block = block_index(name, prefix)
-            if below is None or (block is not None and block < below):
-                total += module.weight.numel()
-    return total
-
-
-def _count_attention(model: Any, *, blocks: int | None = None) -> int:
-    config = model.config.get_text_config()
+    rows, depth = model.num_rows, model.config.frozen_depth
+    shared = depth if model.config.mixes == "distributions" and rows > 1 else 0
+    prefix, _ = decoder_blocks(model.model)
+    weights = 0
+    for name, layer in model.expert_layers.items():
+        block = block_index(name, prefix)
+        is_shared = block is not None and block < shared
+        own = [p.numel() for p in layer.parameters() if p is not layer.weight and p.ndim > 1]
+        weights += layer.weight.numel() * (1 if is_shared else rows) + sum(own)
+    config = model.model.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return int(width * (config.num_hidden_layers if blocks is None else blocks))
-
-
-def _count_update(update: LinearUpdate) -> int:
-    return sum(part.numel() for part in (update.a, update.b, update.dense) if part is not None)
-
-
-def _count_adapter(adapter: Adapter | None) -> int:
-    if adapter is None:
-        return 0
-    return sum(_count_update(update) for update in adapter.updates.values())
-
-
-def count_plain(model: Any) -> TokenCost:
-    """A base, or a specialist whose updates are added to its weights."""
-    return TokenCost(count_weights(model), _count_attention(model))
-
-
-def count_fused(fused: FusedModel) -> TokenCost:
-    """A fused model: all experts, blocks they share once, their updates as products of their own.
-
-    A router that reads the base's state costs one more row where the base is no expert.
-    """
-    model, shared = fused.base.model, fused.frozen_depth
-    adapters = [expert.adapter for expert in fused.experts]
-    reads = fused.router.reads(fused.router.options)
-    rows = len(adapters) + int("base_hidden" in reads and None not in adapters)
-    again = rows - 1
-    weights = rows * count_weights(model) - again * count_weights(model, below=shared)
-    attention = rows * _count_attention(model) - again * _count_attention(model, blocks=shared)
-    return TokenCost(weights + sum(map(_count_adapter, adapters)), attention)
-
-
-def count_evolved(model: Any, population: Population, *, reads_base: bool) -> TokenCost:
-    """An evolved model: the mixture, and the base beside it where the router reads its states."""
-    passes = 1 + int(reads_base)
-    updates = [one for slot in population.slots for one in slot.updates.values()]
-    weights = passes * count_weights(model) + sum(map(_count_update, updates))
-    return TokenCost(weights, passes * _count_attention(model))
+    blocks = config.num_hidden_layers * rows - shared * (rows - 1)
+    return TokenCost(weights, int(width * blocks))

@@ -12,27 +12,38 @@ from torch import nn
 from molora_fed.adapters.compatibility import applied, check_adapter_fits
 from molora_fed.adapters.updates import Adapter
 from molora_fed.errors import RoutingError
-from molora_fed.inference.engines import Model, PlainModel
 from molora_fed.inference.expert_layers import plan_layers, share_weights
 from molora_fed.inference.fused_config import FusedConfig
 from molora_fed.inference.fused_lm import FusedForCausalLM
-from molora_fed.inference.opening import open_model
+from molora_fed.inference.opening import Model, ModelKind, PlainModel, open_model
 from molora_fed.models.base import Base
+from molora_fed.plugins import Plugins
 from molora_fed.population.bundle import EvolvedModel
+from molora_fed.population.files import fingerprint_population
+from molora_fed.population.router_files import pack_router
 from molora_fed.population.slots import slot_adapter
 from molora_fed.routing.bundle import BaseEntry, load_recorded_base
 from molora_fed.routing.fused import FusedModel
 from molora_fed.routing.top_k import TopKRouter
 from molora_fed.storage.compute import Compute
+from molora_fed.storage.files import hash_bytes
 
 __all__ = ["build_causal_lm", "open_causal_lm", "open_saved"]
 
 
 def open_causal_lm(
-    folder: Path, *, base_folder: Path | None = None, compute: Compute | None = None
+    folder: Path,
+    *,
+    kinds: Sequence[ModelKind] = ("fused", "evolved", "specialist", "base"),
+    base_folder: Path | None = None,
+    compute: Compute | None = None,
+    plugins: Plugins | None = None,
 ) -> FusedForCausalLM:
-    """Open whatever model is in a folder; see `open_model` for arguments and errors."""
-    return build_causal_lm(open_model(folder, base_folder=base_folder, compute=compute))
+    """Open the model in a folder; see `open_model` for arguments and errors."""
+    model = open_model(
+        folder, kinds=kinds, base_folder=base_folder, compute=compute, plugins=plugins
+    )
+    return build_causal_lm(model)
 
 
 def open_saved(
@@ -107,7 +118,9 @@ def _build_plain(plain: PlainModel) -> FusedForCausalLM:
         title, digest = plain.adapter.name, plain.adapter.hash
     else:
         own = share_weights(own)
-    config = _describe(plain.base, [{"name": title, "adapter": digest}], {}, mixture="probability")
+    made_from = ["specialist", digest] if digest else ["base"]
+    experts = [{"name": title, "adapter": digest}]
+    config = _describe(plain.base, experts, {}, made_from=made_from)
     return FusedForCausalLM(config, model=own, base=plain.base)
 
 
@@ -129,6 +142,19 @@ def _build_fused(fused: FusedModel) -> FusedForCausalLM:
         "shapes": {name: list(t.shape) for name, t in router.state_tensors().items()},
     }
     adapters = [expert.adapter for expert in fused.experts]
+    learned = {
+        key: hash_bytes(tensor.detach().cpu().float().numpy().tobytes())
+        for key, tensor in router.state_tensors().items()
+    }
+    made_from = [
+        "fused",
+        [[e.name, None if e.adapter is None else e.adapter.hash] for e in fused.experts],
+        fused.router_name,
+        described["options"],
+        learned,
+        described["top_k"],
+        fused.mixture,
+    ]
     config = _describe(
         fused.base,
         experts,
@@ -136,6 +162,7 @@ def _build_fused(fused: FusedModel) -> FusedForCausalLM:
         router=described,
         mixture=fused.mixture,
         frozen_depth=fused.frozen_depth,
+        made_from=made_from,
     )
     return _fill(config, fused.base, adapters, router, fused.entry)
 
@@ -150,6 +177,8 @@ def _build_evolved(evolved: EvolvedModel) -> FusedForCausalLM:
         "shapes": {name: list(t.shape) for name, t in router.state_dict().items()},
     }
     experts = [{"name": adapter.name, "adapter": adapter.hash} for adapter in adapters]
+    packed = hash_bytes(pack_router(router, evolved.router_name))
+    made_from = ["evolved", fingerprint_population(population), evolved.router_name, packed]
     config = _describe(
         evolved.base,
         experts,
@@ -157,6 +186,7 @@ def _build_evolved(evolved: EvolvedModel) -> FusedForCausalLM:
         mixes="updates",
         router=described,
         frozen_depth=population.frozen_depth,
+        made_from=made_from,
     )
     return _fill(config, evolved.base, adapters, router, router.entry)
 

@@ -39,6 +39,8 @@ class FusedConfig(PreTrainedConfig):
         frozen_depth: K.
         document_end: Token id after which a new document begins.
         base_identity: Id, revision and fingerprints of the base; None if it was made by hand.
+        made_from: What beside the base and the dtype decides the text, hashes in place of numbers;
+            None if it was made by hand.
         base_path: Where the base lies from the model's folder, if it is not inside.
     """
 
@@ -55,6 +57,7 @@ class FusedConfig(PreTrainedConfig):
         frozen_depth: int = 0,
         document_end: int | None = None,
         base_identity: Mapping[str, Any] | None = None,
+        made_from: Sequence[Any] | None = None,
         base_path: str | None = None,
         **others: Any,
     ) -> None:
@@ -67,6 +70,7 @@ class FusedConfig(PreTrainedConfig):
         self.frozen_depth = frozen_depth
         self.document_end = document_end
         self.base_identity = None if base_identity is None else dict(base_identity)
+        self.made_from = None if made_from is None else list(made_from)
         self.base_path = base_path
         base = self.make_base_config()
         for name in _TAKEN_OVER:

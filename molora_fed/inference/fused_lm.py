@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
@@ -45,6 +45,7 @@ from molora_fed.types import Mixture
 
 __all__ = ["FusedForCausalLM", "FusedOutput", "mix_distributions"]
 
+_POSITIONS = "max_position_embeddings"
 _LEAST = 1e-30  # a probability that float32 still resolves
 _LOGITS_AT_ONCE = 2**22  # numbers; bounds the memory of a prompt's evidence
 
@@ -139,6 +140,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         expert_names: Names of the experts, in the order of the gates.
         base: The base with its tokenizer; None where its weights are inside and no more is known.
         entry: Who registered the router; None if it was made by hand.
+        expert_layers: Its linear layers, by full name in the base.
     """
 
     config_class = FusedConfig
@@ -187,8 +189,8 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         self.base = base
         self.expert_names = tuple(str(expert["name"]) for expert in config.experts)
         self.entry = entry
-        self._expert_layers = put_experts_in(model, config.plan(), len(self.expert_names))
-        for layer in self._expert_layers.values():
+        self.expert_layers = put_experts_in(model, config.plan(), len(self.expert_names))
+        for layer in self.expert_layers.values():
             layer._is_hf_initialized = True
         if router is None and config.router is not None:
             router, self.entry = _make_router(config, len(self.expert_names))
@@ -198,9 +200,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             self._reads = frozenset(router.reads(router.options))
             for module in router.modules():
                 module._is_hf_initialized = True
-        self._rows = Rows()
         self._states: dict[str, Tensor] = {}
         self._owner: str | None = None
+        self._tokenizer: Any = None if base is None else base.tokenizer
         self._is_laid_out = False
         self._handles: list[Any] = []
         self.register_load_state_dict_post_hook(_forget_layout)
@@ -212,7 +214,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             updates: By full module name of the base, one mapping an expert; None is the base.
         """
-        for name, layer in self._expert_layers.items():
+        for name, layer in self.expert_layers.items():
             layer.fill([None if changes is None else changes.get(name) for changes in updates])
 
     # -- files ------------------------------------------------------------------------------
@@ -321,18 +323,53 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides the text: experts, router, dtype, and the base's identity."""
+        """SHA-256 over what decides the text: base, experts, router, dtype."""
         if self._owner is None:
-            config = self.config.to_dict()
-            parts = [config[name] for name in ("mixes", "experts", "router", "mixture")]
-            base = config["base_identity"] or {"object": id(self)}
-            state = {} if self.router is None else self.router.state_dict()
-            learned = {
-                name: hash_bytes(tensor.detach().cpu().double().numpy().tobytes())
-                for name, tensor in sorted(state.items())
-            }
-            self._owner = hash_bytes(canonical_json([base, str(self.dtype), learned, *parts]))
+            identity, made_from = self.config.base_identity, self.config.made_from
+            if identity is None or made_from is None:  # made by hand
+                identity, made_from = {"weights": "", "tokenizer": ""}, ["object", id(self)]
+            sort, *parts = made_from
+            base = [identity["weights"], identity["tokenizer"], str(self.dtype)]
+            self._owner = hash_bytes(canonical_json([sort, *base, *parts]))
         return self._owner
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer.
+
+        Raises:
+            RoutingError: If the folder it was opened from has none.
+        """
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self.name_or_path, local_files_only=True
+                )
+            except (OSError, ValueError) as error:
+                raise RoutingError(
+                    f"Cannot read text with '{self.name_or_path}': expected a tokenizer beside the "
+                    f"model, got {' '.join(str(error).split())[:200]}. Save the tokenizer there."
+                ) from error
+        return self._tokenizer
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest text it can read; None if its config sets no limit."""
+        limit = getattr(self.config.make_base_config().get_text_config(), _POSITIONS, None)
+        return None if limit is None else int(limit)
+
+    def check_causal(self) -> None:
+        """Refuse to write with a router that reads the future of a text.
+
+        Raises:
+            RoutingError: If it does.
+        """
+        if isinstance(self.router, OutputRouter) and not self.router.causal:
+            name = (self.config.router or {}).get("name")
+            raise RoutingError(
+                f"Cannot generate with router '{name}': expected a causal router, got one that "
+                "reads the future of a text. Fuse with another router."
+            )
 
     # -- generation -------------------------------------------------------------------------
 
@@ -622,9 +659,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _run(self, rows: Rows, piece: _Piece, count: int, cache: Any) -> Tensor:
         """States that enter the head, (count * B, t, D)."""
-        self._rows = rows
+        rows.positions = piece.tokens.shape[1]
         self._copies, self._batch = count, len(piece.tokens)
-        for layer in self._expert_layers.values():
+        for layer in self.expert_layers.values():
             layer.rows = rows
 
         def spread(value: Tensor | None) -> Tensor | None:
@@ -743,7 +780,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _lay_out(self) -> None:
         """Find what the layers share, once weights are where they stay, and pack them."""
-        layers = list(self._expert_layers.values())
+        layers = list(self.expert_layers.values())
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -763,6 +800,13 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             own_config._attn_implementation_internal = ATTENTION
         self._share_blocks()
         self._is_laid_out = True
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a pass for each text: experts, and the base where it is read and is none."""
+        if self.config.mixes == "updates":
+            return 1 + ("base_hidden" in self._reads)
+        return len(self.expert_names) + self._has_base_row
 
     @property
     def _has_base_row(self) -> bool:

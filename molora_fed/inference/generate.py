@@ -1,4 +1,4 @@
-"""Text from a model: greedy or sampled, with a cache, a router stepping along; one loop for all.
+"""Text from a model: greedy or sampled, by the loop of transformers.
 
 Prompts of one length are decoded together and prompts of other lengths apart, so nothing is ever
 padded; each prompt draws from its own generator, so its text does not depend on its neighbours.
@@ -6,19 +6,24 @@ padded; each prompt draws from its own generator, so its text does not depend on
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from molora_fed.errors import ConfigError
-from molora_fed.inference.engines import Engine
-from molora_fed.models.base import Base
+from molora_fed.inference.fused_lm import FusedForCausalLM
 from molora_fed.storage.files import hash_bytes
 from molora_fed.types import Progress
 
 __all__ = [
-    "PREFILL_TOKENS",
     "EvidenceSource",
     "GeneratedText",
     "Sampling",
@@ -31,9 +36,6 @@ __all__ = [
 
 EvidenceSource = Literal["prompt", "all"]
 """Whether a router that reads evidence also reads that of the tokens it generated."""
-
-PREFILL_TOKENS = 128
-"""Positions of a prompt read at once: bounds the memory of experts' distributions."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class GeneratedText:
 
 
 def generate(
-    engine: Engine,
+    model: FusedForCausalLM,
     prompts: str | Sequence[str],
     sampling: Sampling | None = None,
     *,
@@ -106,7 +108,7 @@ def generate(
     """Continue prompts.
 
     Args:
-        engine: The model.
+        model: The model.
         prompts: One or several texts; an empty one starts a new document.
         sampling: How tokens are chosen.
         progress: Receives tokens done and tokens in all, over all prompts.
@@ -120,35 +122,32 @@ def generate(
     """
     sampling = sampling or Sampling()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    tokenizer = engine.base.tokenizer
+    tokenizer = model.tokenizer
     start = [tokenizer.eos_token_id]
     encoded = [tokenizer.encode(text, add_special_tokens=False) or start for text in texts]
     for ids in encoded:
-        _check_length(engine.base, len(ids), sampling)
-    groups = list(_group_by_length(encoded, engine.max_rows))
+        _check_length(model, len(ids), sampling)
+    groups = list(_group_by_length(encoded))
     results: dict[int, GeneratedText] = {}
     for done, rows in enumerate(groups):
-        prompt = torch.tensor([encoded[i] for i in rows], device=engine.base.model.device)
         tokens, gates = decode_tokens(
-            engine,
-            prompt,
+            model,
+            torch.tensor([encoded[i] for i in rows]),
             sampling,
             generators=[make_generator(sampling.seed, row) for row in rows],
             progress=_shift(progress, done, len(groups)),
         )
         for row, index in enumerate(rows):
-            results[index] = _describe(engine, texts[index], tokens[row], gates[row])
+            results[index] = _describe(model, texts[index], tokens[row], gates[row])
     return [results[index] for index in range(len(texts))]
 
 
-def _group_by_length(encoded: Sequence[Sequence[int]], max_rows: int | None) -> Iterator[list[int]]:
+def _group_by_length(encoded: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Places of prompts that are decoded together."""
     by_length: dict[int, list[int]] = {}
     for index, ids in enumerate(encoded):
         by_length.setdefault(len(ids), []).append(index)
-    for _, rows in sorted(by_length.items()):
-        size = max_rows or len(rows)
-        yield from (rows[at : at + size] for at in range(0, len(rows), size))
+    yield from (rows for _, rows in sorted(by_length.items()))
 
 
 def _shift(progress: Progress | None, group: int, groups: int) -> Progress | None:
@@ -163,9 +162,9 @@ def _shift(progress: Progress | None, group: int, groups: int) -> Progress | Non
     return shifted
 
 
-def _describe(engine: Engine, prompt: str, tokens: Tensor, gates: Tensor) -> GeneratedText:
+def _describe(model: FusedForCausalLM, prompt: str, tokens: Tensor, gates: Tensor) -> GeneratedText:
     """Cut at the end-of-text token and turn ids into text."""
-    tokenizer = engine.base.tokenizer
+    tokenizer = model.tokenizer
     ids = tokens.tolist()
     is_finished = tokenizer.eos_token_id in ids
     if is_finished:
@@ -176,25 +175,24 @@ def _describe(engine: Engine, prompt: str, tokens: Tensor, gates: Tensor) -> Gen
         text=tokenizer.decode(ids, skip_special_tokens=True),
         tokens=tuple(ids),
         is_finished=is_finished,
-        gates=dict(zip(engine.gate_names, mean, strict=True)),
+        gates=dict(zip(model.expert_names, mean, strict=True)),
     )
 
 
 def decode_tokens(
-    engine: Engine,
+    model: FusedForCausalLM,
     prompt: Tensor,
     sampling: Sampling,
     *,
     generators: Sequence[torch.Generator] | None = None,
     document_starts: Tensor | None = None,
     find_ended: Callable[[Tensor], Tensor] | None = None,
-    prefill: int = PREFILL_TOKENS,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Continue token ids of one length: the one token loop.
+    """Continue token ids of one length.
 
     Args:
-        engine: The model.
+        model: The model.
         prompt: Token ids, (B, P), integer.
         sampling: How tokens are chosen.
         generators: Random numbers of each row; streams 0 .. B-1 of the sampling's seed if None.
@@ -202,7 +200,6 @@ def decode_tokens(
             token if None.
         find_ended: Told the tokens (B,) just chosen, says which rows end with them, (B,) bool;
             those of the end-of-text token if None.
-        prefill: Positions of a prompt read at once.
         progress: Receives tokens done and tokens in all.
 
     Returns:
@@ -212,43 +209,82 @@ def decode_tokens(
     Raises:
         RoutingError: If the model's router is not causal.
     """
-    end = engine.base.tokenizer.eos_token_id
-    prompt = prompt.to(device=engine.base.model.device, dtype=torch.long)
+    model.check_causal()
+    prompt = prompt.to(device=model.device, dtype=torch.long)
     if generators is None:
         generators = [make_generator(sampling.seed, row) for row in range(len(prompt))]
-    if document_starts is None:
-        document_starts = engine.base.find_document_starts(prompt)
-    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    no_start = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
-    chosen: list[Tensor] = []
-    used: list[Tensor] = []
-    with engine.read(len(prompt)) as reader:
-        for at in range(0, prompt.shape[1], prefill):
-            piece = slice(at, at + prefill)
-            log_probs, gates = reader.step(prompt[:, piece], document_starts[:, piece], last=True)
-        if sampling.evidence_from == "prompt":
-            reader.hold_gates()
-        while True:
-            token = choose_tokens(log_probs[:, -1], sampling, generators)
-            token = torch.where(ended, torch.full_like(token, end), token)
-            ended = ended | (token == end if find_ended is None else find_ended(token))
-            chosen.append(token)
-            used.append(gates)
-            if progress is not None:
-                progress(len(chosen), sampling.max_new_tokens)
-            if len(chosen) == sampling.max_new_tokens or bool(ended.all()):
-                break
-            log_probs, gates = reader.step(token.unsqueeze(1), no_start, last=True)
-    return torch.stack(chosen, dim=1), torch.cat(used, dim=1)
+    end = int(model.tokenizer.eos_token_id)
+    cache = model.make_cache()
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, pad_token_id=end
+    )
+    settings.eos_token_id = None  # rows end as `find_ended` says
+    given = {} if document_starts is None else {"document_starts": document_starts}
+    ended = _Ended(end, find_ended, prompt, sampling, progress)
+    text = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([_Choose(sampling, generators)]),
+        stopping_criteria=StoppingCriteriaList([ended]),
+        past_key_values=cache,
+        evidence_from=sampling.evidence_from,
+        **given,
+    )
+    return text[:, prompt.shape[1] :], torch.stack(cache.gates, dim=1)
 
 
-def _check_length(base: Base, prompt_tokens: int, sampling: Sampling) -> None:
+class _Choose(LogitsProcessor):
+    """Chooses each row's token by its own generator, and leaves it as the only one."""
+
+    def __init__(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> None:
+        self._sampling = sampling
+        self._generators = generators
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Scores (B, V) with the chosen tokens' at 0 and all others at minus infinity."""
+        if self._sampling.temperature == 0:
+            return scores
+        tokens = choose_tokens(scores, self._sampling, self._generators)
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
+
+
+class _Ended(StoppingCriteria):
+    """Says which rows have ended; those go on with end-of-text tokens."""
+
+    def __init__(
+        self,
+        end: int,
+        find_ended: Callable[[Tensor], Tensor] | None,
+        prompt: Tensor,
+        sampling: Sampling,
+        progress: Progress | None,
+    ) -> None:
+        self.eos_token_id = torch.tensor([end])  # tells `generate` to pad rows that have ended
+        self._end = end
+        self._find_ended = find_ended
+        self._length = prompt.shape[1]
+        self._ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+        self._most = sampling.max_new_tokens
+        self._progress = progress
+
+    def __call__(self, input_ids: Any, scores: Any, **others: Any) -> Any:
+        """Which rows have ended by now, (B,) bool."""
+        tokens = input_ids[:, -1]
+        found = tokens == self._end if self._find_ended is None else self._find_ended(tokens)
+        self._ended = self._ended | found
+        if self._progress is not None:
+            self._progress(input_ids.shape[1] - self._length, self._most)
+        return self._ended
+
+
+def _check_length(model: FusedForCausalLM, prompt_tokens: int, sampling: Sampling) -> None:
     """Refuse to go beyond the base's positions.
 
     Raises:
         ConfigError: If prompt and new tokens exceed them.
     """
-    limit = base.max_positions
+    limit = model.max_positions
     length = prompt_tokens + sampling.max_new_tokens
     if limit is not None and length > limit:
         raise ConfigError(

@@ -1,21 +1,40 @@
 """Opening a model from its folder, whatever it is: fused, evolved, a specialist or a base."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from molora_fed.adapters.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from molora_fed.adapters.files import check_adapter_fits, load_adapter
+from molora_fed.adapters.updates import Adapter
 from molora_fed.errors import ConfigError
-from molora_fed.inference.engines import Model, PlainModel
-from molora_fed.models.base import load_base
+from molora_fed.models.base import Base, load_base
 from molora_fed.models.runtime import choose_placement
 from molora_fed.plugins import Plugins, get_plugins
-from molora_fed.population.bundle import find_evolved, load_evolved
+from molora_fed.population.bundle import EvolvedModel, find_evolved, load_evolved
 from molora_fed.routing.bundle import find_fused, has_fused, load_fused
+from molora_fed.routing.fused import FusedModel
 from molora_fed.storage.compute import Compute
 
-__all__ = ["ModelKind", "open_model"]
+__all__ = ["Model", "ModelKind", "PlainModel", "open_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class PlainModel:
+    """A base checkpoint, or a specialist of it.
+
+    Attributes:
+        base: The base, or any checkpoint loaded as one.
+        adapter: What the specialist adds to it; None for the base itself.
+    """
+
+    base: Base
+    adapter: Adapter | None = None
+
+
+Model = PlainModel | FusedModel | EvolvedModel
+"""Everything that writes text."""
 
 ModelKind = Literal["fused", "evolved", "specialist", "base"]
 

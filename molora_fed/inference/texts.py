@@ -11,7 +11,7 @@ from molora_fed.corpus.documents import read_documents
 from molora_fed.corpus.records import TextOptions
 from molora_fed.errors import ConfigError, CorpusError
 from molora_fed.evaluation.evaluate import Evaluation, evaluate
-from molora_fed.inference.engines import Model, PlainModel
+from molora_fed.inference.opening import Model, PlainModel
 from molora_fed.models.base import Base
 from molora_fed.models.batches import fit_batch
 from molora_fed.population.bundle import EvolvedModel

@@ -12,7 +12,7 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from tests.test_pipeline_mixin import PipelineTesterMixin
-from transformers import GPTNeoXConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from molora_fed.inference.fused_config import FusedConfig
 from molora_fed.inference.fused_lm import FusedForCausalLM

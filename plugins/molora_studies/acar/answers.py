@@ -14,7 +14,9 @@ from molora_fed.cascade.contract import CascadeTask, Request, Sample, TaskSplit
 from molora_fed.cascade.escalation import hide_answer
 from molora_fed.cascade.local import LocalModel
 from molora_fed.cascade.retrieval import Example, Retrieval
-from molora_fed.inference.engines import Engine, FusedEngine, PlainEngine, PlainModel
+from molora_fed.inference.fused_build import build_causal_lm
+from molora_fed.inference.fused_lm import FusedForCausalLM
+from molora_fed.inference.opening import PlainModel
 from molora_fed.models.base import Base, load_base
 from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import Plugins, get_plugins
@@ -51,11 +53,11 @@ class _Models:
     adapters: Mapping[str, Adapter]
     scorers: Mapping[str, LocalModel]
 
-    def open(self, name: str | None) -> Engine:
+    def open(self, name: str | None) -> FusedForCausalLM:
         """A member, or the probe."""
         if name is None:
-            return PlainEngine(PlainModel(self.probe))
-        return PlainEngine(PlainModel(self.base, self.adapters[name]))
+            return build_causal_lm(PlainModel(self.probe))
+        return build_causal_lm(PlainModel(self.base, self.adapters[name]))
 
 
 def _load_models(settings: Mapping[str, Any], context: TaskContext, plugins: Plugins) -> _Models:
@@ -69,8 +71,8 @@ def _load_models(settings: Mapping[str, Any], context: TaskContext, plugins: Plu
     experts = tuple(FusedExpert(name, adapter) for name, adapter in adapters.items())
     fused = FusedModel(base, experts, router, ROUTER, "probability", 0)
     scorers = {
-        "base": LocalModel("base", PlainEngine(PlainModel(base))),
-        "fused": LocalModel("fused", FusedEngine(fused)),
+        "base": LocalModel("base", build_causal_lm(PlainModel(base))),
+        "fused": LocalModel("fused", build_causal_lm(fused)),
     }
     return _Models(probe, base, adapters, scorers)
 
@@ -106,8 +108,8 @@ def _ask(
     context: TaskContext,
 ) -> list[list[Sample]]:
     """Samples of one model on every task: N of the probe, one of a member."""
-    engine = models.open(name)
-    fingerprint = engine.fingerprint()
+    model = models.open(name)
+    fingerprint = model.fingerprint
     count = settings["samples"] if name is None else 1
     requests = [
         Request(
@@ -122,7 +124,7 @@ def _ask(
         for task, prompt in zip(tasks, prompts, strict=True)
         for number in range(count)
     ]
-    samples = sample_in_batches(engine, requests, context.progress)
+    samples = sample_in_batches(model, requests, context.progress)
     return [samples[at : at + count] for at in range(0, len(samples), count)]
 
 

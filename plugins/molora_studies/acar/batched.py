@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from molora_fed.cascade.contract import Request, Sample
-from molora_fed.inference.engines import Engine
+from molora_fed.inference.flops import count_cost
+from molora_fed.inference.fused_lm import FusedForCausalLM
 from molora_fed.inference.generate import Sampling, decode_tokens, make_generator, mark_start
 from molora_fed.types import Progress
 from molora_studies.acar.models import STOP
@@ -31,49 +32,48 @@ def _group(lengths: Sequence[int], requests: Sequence[Request]) -> Iterator[list
 
 
 def sample_in_batches(
-    engine: Engine,
+    model: FusedForCausalLM,
     requests: Sequence[Request],
     progress: Progress | None = None,
 ) -> list[Sample]:
     """Answer requests of any prompts, each up to the end of its first line.
 
     Args:
-        engine: The model, of one token a byte.
+        model: The model, of one token a byte.
         requests: What is asked.
         progress: Told how many are answered.
 
     Returns:
         A sample for each, in order; without times.
     """
-    tokenizer = engine.base.tokenizer
+    tokenizer, cost = model.tokenizer, count_cost(model)
     prompts = [tokenizer.encode(one.prompt, add_special_tokens=False) for one in requests]
     found: dict[int, Sample] = {}
     for places in _group([len(prompt) for prompt in prompts], requests):
         rows = torch.tensor([prompts[place] for place in places])
-        written = _write(engine, rows, [requests[place] for place in places])
+        written = _write(model, rows, [requests[place] for place in places])
         for place, (text, count) in zip(places, written, strict=True):
             length = len(prompts[place])
-            found[place] = Sample(text, length, count, flops=engine.cost.count(length, count))
+            found[place] = Sample(text, length, count, flops=cost.count(length, count))
         if progress is not None:
             progress(len(found), len(requests))
     return [found[place] for place in range(len(requests))]
 
 
 def _write(
-    engine: Engine, prompts: torch.Tensor, requests: Sequence[Request]
+    model: FusedForCausalLM, prompts: torch.Tensor, requests: Sequence[Request]
 ) -> list[tuple[str, int]]:
     """Text and number of new tokens of every row, the stop counted and left out."""
-    tokenizer, first = engine.base.tokenizer, requests[0]
+    tokenizer, first = model.tokenizer, requests[0]
     stops = [tokenizer.eos_token_id, *tokenizer.encode(STOP, add_special_tokens=False)]
     ends = torch.tensor(stops)
     tokens, _ = decode_tokens(
-        engine,
+        model,
         prompts,
         Sampling(first.max_new_tokens, first.temperature),
         generators=[make_generator(one.seed, 0) for one in requests],
         document_starts=mark_start(prompts),
         find_ended=lambda chosen: torch.isin(chosen, ends.to(chosen.device)),
-        prefill=prompts.shape[1],
     )
     written = []
     for row in tokens.tolist():

@@ -37,7 +37,8 @@ from scipy.stats import spearmanr
 
 from molora_fed.cascade.contract import Request
 from molora_fed.cascade.local import LocalModel
-from molora_fed.inference.engines import PlainEngine, PlainModel
+from molora_fed.inference.fused_build import build_causal_lm
+from molora_fed.inference.opening import PlainModel
 from molora_fed.models.base import load_base
 
 SEED = 5
@@ -141,7 +142,7 @@ def test_training_lowers_the_loss_and_repeats(study):
 
 
 def test_a_batch_of_prompts_says_what_prompts_alone_say(study):
-    engine = PlainEngine(PlainModel(load_base(study["base"].folder / "base")))
+    engine = build_causal_lm(PlainModel(load_base(study["base"].folder / "base")))
     alone = LocalModel("base", engine)
     requests = [
         Request(prompt, seed, 12, temperature, ("\n",))

@@ -11,14 +11,13 @@ from molora_fed.adapters.compatibility import applied
 from molora_fed.cascade.contract import CountsScoring, Request, Scorer
 from molora_fed.cascade.local import LocalModel
 from molora_fed.errors import RoutingError
-from molora_fed.inference.engines import (
-    EvolvedEngine,
-    FusedEngine,
-    PlainModel,
-    build_engine,
-)
-from molora_fed.inference.flops import count_fused, count_plain
+from molora_fed.inference.expert_layers import share_weights
+from molora_fed.inference.flops import count_cost
+from molora_fed.inference.fused_build import build_causal_lm
+from molora_fed.inference.fused_config import FusedConfig
+from molora_fed.inference.fused_lm import FusedForCausalLM
 from molora_fed.inference.generate import Sampling, generate
+from molora_fed.inference.opening import PlainModel
 from molora_fed.models.base import load_base
 from molora_fed.population.bundle import EvolvedModel
 from molora_fed.population.slots import make_population
@@ -54,7 +53,7 @@ def build_evolved(base, adapters):
 
 
 def open_local(model, name="model"):
-    return LocalModel(name, build_engine(model))
+    return LocalModel(name, build_causal_lm(model))
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +92,10 @@ def test_each_sample_follows_from_its_own_seed(models, kind):
 
 def test_greedy_text_is_that_of_generate(base, adapters, models):
     (sample,) = models["fused"].sample(requests(0, temperature=0.0))
-    (expected,) = generate(FusedEngine(build_fused(base, adapters)), PROMPT, Sampling(6))
+    (expected,) = generate(build_causal_lm(build_fused(base, adapters)), PROMPT, Sampling(6))
     assert sample.text == expected.text and sample.new_tokens == len(expected.tokens)
     (sample,) = models["evolved"].sample(requests(0, temperature=0.0))
-    (expected,) = generate(EvolvedEngine(build_evolved(base, adapters)), PROMPT, Sampling(6))
+    (expected,) = generate(build_causal_lm(build_evolved(base, adapters)), PROMPT, Sampling(6))
     assert sample.text == expected.text
 
 
@@ -167,7 +166,8 @@ def test_counted_operations_are_those_of_torch(tiny_model, architecture, prompt_
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(torch.ones(1, prompt_tokens, dtype=torch.long), use_cache=False)
-    cost = count_plain(model)
+    config = FusedConfig(base_config=model.config.to_dict())
+    cost = count_cost(FusedForCausalLM(config, model=share_weights(model)))
     # torch counts the whole square of the attention, of which a causal model needs the half.
     square = 4 * cost.attention * prompt_tokens**2
     causal = cost.count(prompt_tokens, 0) - 2 * cost.weights * prompt_tokens
@@ -178,18 +178,19 @@ def test_counted_operations_are_those_of_torch(tiny_model, architecture, prompt_
 
 
 def test_writing_costs_as_much_as_reading_the_text_but_its_last_token(base):
-    cost = count_plain(base.model)
+    cost = count_cost(build_causal_lm(PlainModel(base)))
     assert cost.count(10, 5) == cost.count(14, 0)
     assert cost.count(10, 1) == cost.count(10, 0)
 
 
 def test_a_fused_model_costs_its_experts_and_shared_blocks_once(base, adapters):
     fused = build_fused(base, adapters)
-    plain, cost = count_plain(base.model), count_fused(fused)
+    plain, cost = (count_cost(build_causal_lm(model)) for model in (PlainModel(base), fused))
     factors = sum(
         u.a.numel() + u.b.numel() for adapter in adapters for u in adapter.updates.values()
     )
     assert cost.weights == 3 * plain.weights + factors
     shared = FusedModel(base, fused.experts, fused.router, "evidence-zero", "probability", 1)
-    assert cost.weights > count_fused(shared).weights > plain.weights
-    assert count_fused(shared).attention == 3 * plain.attention - 2 * plain.attention // 2
+    less = count_cost(build_causal_lm(shared))
+    assert cost.weights > less.weights > plain.weights
+    assert less.attention == 3 * plain.attention - 2 * plain.attention // 2

@@ -21,7 +21,7 @@ from molora_fed.forecasting.divergence import compute_gains
 from molora_fed.forecasting.records import parse_record
 from molora_fed.fusion.fuse import PHASES, fuse
 from molora_fed.fusion.texts import Control
-from molora_fed.inference.engines import FusedEngine
+from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.plugins import load_plugins
 from molora_fed.routing.bundle import load_fused, load_manifest
@@ -177,7 +177,7 @@ def measure_saved(folder, contributions, base_folder):
     for c in contributions:
         tokens = torch.from_numpy(c.held_out.tokens).long()
         starts = torch.from_numpy(c.held_out.document_starts)
-        log_probs = fused.log_probs(tokens, starts)[:, :-1]
+        log_probs = build_causal_lm(fused)(tokens, document_starts=starts).logits[:, :-1]
         nll = -log_probs.gather(-1, tokens[:, 1:, None]).double()
         sums[c.domain] = sums.get(c.domain, 0.0) + float(nll.sum())
         counts[c.domain] = counts.get(c.domain, 0) + nll.numel()
@@ -195,7 +195,7 @@ def test_the_saved_model_generates(fusion, cooperative):
     told = []
     fused = load_fused(fusion[0].fused_folder, base_folder=cooperative[0].folder)
     results = generate(
-        FusedEngine(fused),
+        build_causal_lm(fused),
         ["ab", "cd", "longer"],
         Sampling(max_new_tokens=5),
         progress=lambda *a, **_: told.append(a),
@@ -332,7 +332,7 @@ def test_the_charter_limits_the_published_router_only(fusion, cooperative, plugi
     everyone = fusion[0].result
     assert (limited.result["top_k"], everyone["top_k"]) == (1, None)
     assert load_manifest(limited.fused_folder).router.top_k == 1
-    gates = limited.fused.forward(torch.arange(9)[None]).gates
+    gates = build_causal_lm(limited.fused)(torch.arange(9)[None]).gates
     assert (gates.amax(-1) == 1).all()
     for method, is_equal in (("evidence-mixed", False), ("evidence-zero", True)):
         losses = [r["losses"]["fused"][method] for r in (limited.result, everyone)]

@@ -28,7 +28,7 @@ from molora_fed.cooperative.fuse import fuse_contributions
 from molora_fed.corpus.documents import read_documents
 from molora_fed.corpus.prepare import prepare_corpus
 from molora_fed.fusion.fuse import fuse
-from molora_fed.inference.engines import FusedEngine
+from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.layout import block_index, decoder_blocks
 from molora_fed.routing.bundle import load_fused
@@ -106,7 +106,7 @@ def test_whole_path(name, tiny_checkpoint, tmp_path):
         reloaded = load_fused(outcome.fused_folder, base_folder=cooperative.base_folder)
         with torch.no_grad():
             first, again = (
-                generate(FusedEngine(model), "abcd abcd", Sampling(6, 1.0, seed=3))[0]
+                generate(build_causal_lm(model), "abcd abcd", Sampling(6, 1.0, seed=3))[0]
                 for model in (outcome.fused, reloaded)
             )
         assert first.text == again.text

@@ -11,7 +11,7 @@ from molora_evolution.routers import SoftmaxEmbeddingMeanOptions, SoftmaxEmbeddi
 
 from molora_fed.bank.states import build_states
 from molora_fed.errors import BaseCheckpointError, ConfigError, PopulationError
-from molora_fed.inference.engines import EvolvedEngine
+from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.base import load_base
 from molora_fed.population.bundle import EvolvedModel, find_evolved, load_evolved, save_evolved
@@ -58,7 +58,7 @@ def test_text_read_piece_by_piece_is_text_read_at_once(tiny_checkpoint, tmp_path
         with Mixture(base.model, evolved.population).mixed(gates):
             whole = base.model(input_ids=batch.tokens).logits.log_softmax(-1)
     starts = torch.from_numpy(blocks.document_starts)
-    with EvolvedEngine(evolved).read(2) as reader:
+    with build_causal_lm(evolved).read(2) as reader:
         steps = [
             reader.step(batch.tokens[:, a:b], starts[:, a:b])
             for a, b in ((0, 5), (5, 6), (6, 7), (7, 16))
@@ -71,14 +71,14 @@ def test_generating_is_deterministic_and_leaves_the_base_alone(base):
     evolved = build_evolved(base)
     before = {n: v.clone() for n, v in base.model.state_dict().items()}
     sampling = Sampling(max_new_tokens=6, temperature=1.0, seed=4)
-    first, again = (generate(EvolvedEngine(evolved), ["ab", ""], sampling) for _ in range(2))
+    first, again = (generate(build_causal_lm(evolved), ["ab", ""], sampling) for _ in range(2))
     assert first == again and len(first) == 2
     assert first[0].gates.keys() == {"g0-s0", "g0-s1", "g0-s2"}
     assert all(torch.equal(v, before[n]) for n, v in base.model.state_dict().items())
-    greedy = generate(EvolvedEngine(evolved), "ab", Sampling(max_new_tokens=3))[0]
+    greedy = generate(build_causal_lm(evolved), "ab", Sampling(max_new_tokens=3))[0]
     assert len(greedy.tokens) == 3 or greedy.is_finished
     with pytest.raises(ConfigError, match="expected at most 128"):
-        generate(EvolvedEngine(evolved), "ab", Sampling(max_new_tokens=500))
+        generate(build_causal_lm(evolved), "ab", Sampling(max_new_tokens=500))
 
 
 def test_saved_and_loaded_again_wherever_it_was_moved(saved, base, tmp_path):
@@ -93,8 +93,8 @@ def test_saved_and_loaded_again_wherever_it_was_moved(saved, base, tmp_path):
     shutil.copytree(folder, moved)
     with pytest.raises(BaseCheckpointError, match="Say where the base is"):
         load_evolved(moved)
-    text = generate(EvolvedEngine(load_evolved(moved, base_folder=base.folder)), "ab")
-    assert text == generate(EvolvedEngine(evolved), "ab")
+    text = generate(build_causal_lm(load_evolved(moved, base_folder=base.folder)), "ab")
+    assert text == generate(build_causal_lm(evolved), "ab")
 
 
 def test_a_damaged_folder_is_refused(saved, tiny_checkpoint):

@@ -20,9 +20,9 @@ from molora_fed.bank import Expert, build_held_out_bank
 from molora_fed.bank.views import GateView
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BaseCheckpointError, RoutingError, ShapeError
-from molora_fed.inference.engines import PlainModel
 from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.fused_lm import FusedForCausalLM, mix_distributions
+from molora_fed.inference.opening import PlainModel
 from molora_fed.models.base import load_base
 from molora_fed.models.forward import run_blocks
 from molora_fed.models.runtime import Placement

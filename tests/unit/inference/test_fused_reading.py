@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.inference.engines import PlainModel
 from molora_fed.inference.fused_build import build_causal_lm
+from molora_fed.inference.opening import PlainModel
 from molora_fed.models.base import load_base
 from molora_fed.population.bundle import EvolvedModel
 from molora_fed.testing import build_random_adapter

@@ -9,9 +9,9 @@ from molora_kalavai.uniform import UniformRouter
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.save import save_adapter
 from molora_fed.errors import ConfigError
-from molora_fed.inference.engines import PlainModel, build_engine
+from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.generate import Sampling, generate
-from molora_fed.inference.opening import open_model
+from molora_fed.inference.opening import PlainModel, open_model
 from molora_fed.inference.texts import evaluate_texts
 from molora_fed.models.base import load_base
 from molora_fed.population.bundle import EvolvedModel, save_evolved
@@ -50,11 +50,15 @@ def test_a_folder_of_several_models_gives_the_first_kind_asked_for(home):
 def test_every_kind_writes_text_that_names_its_gates(home):
     gates = {}
     for kind in ("fused", "evolved", "base"):
-        engine = build_engine(open_model(home, kinds=(kind,)))
+        engine = build_causal_lm(open_model(home, kinds=(kind,)))
         (text,) = generate(engine, "abc", Sampling(3))
         assert 1 <= len(text.tokens) <= 3
         gates[kind] = tuple(text.gates)
-    assert gates == {"fused": ("base", "one"), "evolved": ("g0-s0", "g0-s1", "g0-s2"), "base": ()}
+    assert gates == {
+        "fused": ("base", "one"),
+        "evolved": ("g0-s0", "g0-s1", "g0-s2"),
+        "base": ("base",),
+    }
 
 
 def test_a_specialist_needs_its_base(home):

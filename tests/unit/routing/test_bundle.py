@@ -11,6 +11,7 @@ from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.save import save_adapter
 from molora_fed.errors import AdapterError, BaseCheckpointError, MoloraError, RoutingError
 from molora_fed.errors import UnknownNameError as Unknown
+from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.routing.bundle import load_fused, load_manifest, save_fused
@@ -59,12 +60,12 @@ def saved(tiny_checkpoint, tmp_path):
 def test_a_saved_model_loads_wherever_its_folder_went(saved, plugins, tmp_path):
     fused, home = saved
     tokens = random_tokens(2, 12)
-    expected = fused.forward(tokens)
+    expected = build_causal_lm(fused)(tokens)
     home.rename(tmp_path / "elsewhere")
     moved = load_fused(tmp_path / "elsewhere" / "fused", plugins=plugins)
-    output = moved.forward(tokens)
+    output = build_causal_lm(moved)(tokens)
     torch.testing.assert_close(output.gates, expected.gates, atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.log_probs, expected.log_probs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=0)
     assert [(e.name, e.domain, e.contribution) for e in moved.experts] == [
         (e.name, e.domain, e.contribution) for e in fused.experts
     ]
@@ -118,9 +119,9 @@ def test_a_limit_on_experts_is_kept(saved, plugins):
     assert save_fused(limited, home / "limited", adapters=folders).router.top_k == 2
     loaded = load_fused(home / "limited", plugins=plugins)
     tokens = random_tokens(2, 9)
-    gates = loaded.forward(tokens).gates
+    gates = build_causal_lm(loaded)(tokens).gates
     assert ((gates > 0).sum(-1) == 2).all()
-    torch.testing.assert_close(gates, limited.forward(tokens).gates, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gates, build_causal_lm(limited)(tokens).gates, atol=1e-5, rtol=0)
     assert load_manifest(home / "fused").router.top_k is None
 
 
@@ -154,7 +155,7 @@ def test_a_changed_manifest_is_refused_in_one_line(saved, plugins, change, match
     _, home = saved
     edit(home, change)
     with pytest.raises(MoloraError, match=match) as caught:
-        load_fused(home / "fused", plugins=plugins).forward(random_tokens(1, 4))
+        build_causal_lm(load_fused(home / "fused", plugins=plugins))(random_tokens(1, 4))
     assert "\n" not in str(caught.value)
 
 

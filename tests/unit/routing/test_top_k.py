@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from molora_fed.charter import FusionRules
 from molora_fed.errors import RoutingError
-from molora_fed.inference.engines import FusedEngine
+from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.generate import Sampling, decode_tokens
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
@@ -110,29 +110,29 @@ def test_decoding_with_top_k_equals_the_full_form(base, mixture, top_k):
         build_fused(base, columns=("base_hidden", "evidence"), mixture=mixture), ProbeRouter, top_k
     )
     prompt = random_tokens(2, 9)
-    tokens, gates = decode_tokens(FusedEngine(fused), prompt, Sampling(max_new_tokens=8))
-    full = fused.forward(torch.cat([prompt, tokens], dim=1)[:, :-1])
+    tokens, gates = decode_tokens(build_causal_lm(fused), prompt, Sampling(max_new_tokens=8))
+    full = build_causal_lm(fused)(torch.cat([prompt, tokens], dim=1)[:, :-1])
     torch.testing.assert_close(gates, full.gates[:, 8:], atol=1e-4, rtol=1e-4)
     assert ((gates > 0).sum(-1) <= top_k).all()
-    assert torch.isfinite(full.log_probs).all()
+    assert torch.isfinite(full.logits).all()
 
 
 def test_top_one_is_the_expert_alone(base):
     fused = limit(build_fused(base, columns=("base_hidden",)), ProbeRouter, 1)
     tokens = random_tokens(1, 10)
-    output = fused.forward(tokens)
+    output = build_causal_lm(fused)(tokens)
     chosen = output.gates.argmax(-1)[0]
     for expert in chosen.unique().tolist():
         alone = FusedModel(
             fused.base, (fused.experts[expert],), UniformRouter(1, UniformRouter.Options()),
             "uniform", "probability", fused.frozen_depth,
-        ).log_probs(tokens)  # fmt: skip
+        ).logits(tokens)  # fmt: skip
         at = chosen == expert
-        torch.testing.assert_close(output.log_probs[0, at], alone[0, at], atol=1e-4, rtol=0)
+        torch.testing.assert_close(output.logits[0, at], alone[0, at], atol=1e-4, rtol=0)
 
 
 def test_a_limited_noncausal_router_cannot_decode(base):
     drawn = build_fused(base, columns=("base_hidden",))
     fused = limit(drawn, NoncausalRouter, 2)
     with pytest.raises(RoutingError, match="expected a causal router"):
-        decode_tokens(FusedEngine(fused), random_tokens(1, 4), Sampling(max_new_tokens=2))
+        decode_tokens(build_causal_lm(fused), random_tokens(1, 4), Sampling(max_new_tokens=2))
