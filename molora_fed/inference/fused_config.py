@@ -20,6 +20,7 @@ _TAKEN_OVER = (
     "pad_token_id",
     "tie_word_embeddings",
     "initializer_range",
+    "use_cache",
 )
 
 

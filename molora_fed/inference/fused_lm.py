@@ -150,6 +150,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     packed_bytes: ClassVar[int] = 4 * 2**30
     """Weights of linear layers up to so many bytes are packed on a processor: they take as much
     memory again, and a token far less time."""
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"router"}
     _is_stateful = True  # a router's state cannot be taken back
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -222,7 +223,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | PathLike[str],
+        pretrained_model_name_or_path: str | PathLike[str] | None,
         *others: Any,
         base_folder: Path | None = None,
         **settings: Any,
@@ -239,6 +240,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             MoloraError: If the base is missing or another one; whatever loading it refuses.
         """
+        if pretrained_model_name_or_path is None:  # made of a configuration and tensors alone
+            made: Self = super().from_pretrained(None, *others, **settings)
+            return made
         folder = Path(pretrained_model_name_or_path)
         config = settings.get("config") or _find_config(folder)
         if config is not None and config.base_path is None:
@@ -317,7 +321,18 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         """Factors begin at zero, where they were made; the base and the router begin as theirs."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        # A router's gates are made in its own dtype, whatever the layers' is.
+        router = self._modules.pop("router", None)
+        try:
+            result = super()._apply(fn, recurse)
+        finally:
+            self._modules["router"] = router
+        if router is not None:
+            router._apply(move, recurse)
         self._is_laid_out = False
         return result
 
