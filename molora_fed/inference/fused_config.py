@@ -20,7 +20,6 @@ _TAKEN_OVER = (
     "pad_token_id",
     "tie_word_embeddings",
     "initializer_range",
-    "use_cache",
 )
 
 
@@ -46,6 +45,7 @@ class FusedConfig(PreTrainedConfig):
     """
 
     model_type = "molora-fused"
+    use_cache = True
 
     def __init__(
         self,
