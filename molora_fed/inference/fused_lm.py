@@ -198,7 +198,8 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         self.router = router
         self._reads: frozenset[str] = frozenset()
         if router is not None:
-            self._reads = frozenset(router.reads(router.options))
+            options: Any = router.options
+            self._reads = frozenset(router.reads(options))
             for module in router.modules():
                 module._is_hf_initialized = True
         self._states: dict[str, Tensor] = {}
@@ -252,8 +253,8 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
         compute = _read_compute(settings)
         if config is None:
-            return open_causal_lm(folder, base_folder=base_folder, compute=compute)  # type: ignore[return-value]
-        return open_saved(folder, config, base_folder, compute)  # type: ignore[return-value]
+            return open_causal_lm(folder, base_folder=base_folder, compute=compute)
+        return open_saved(folder, config, base_folder, compute)
 
     def save_pretrained(
         self, save_directory: str | PathLike[str], *, with_base: bool = True, **settings: Any
