@@ -136,10 +136,12 @@ class FusedTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     def _check_hidden_states_for_generate(self, *_: Any, **__: Any) -> None:
         """They are log-probabilities here."""
 
-    def _check_past_key_values_for_generate(self, batch_size: int, *others: Any) -> None:
+    def _check_past_key_values_for_generate(
+        self, batch_size: int, *others: Any, **named: Any
+    ) -> None:
         """Keys and values have a row for every expert and text."""
         experts = len(self.model_tester.get_config().experts)
-        super()._check_past_key_values_for_generate(batch_size * experts, *others)
+        super()._check_past_key_values_for_generate(batch_size * experts, *others, **named)
 
 
 class FusedGPT2Test(FusedTest):
