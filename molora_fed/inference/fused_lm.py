@@ -6,8 +6,8 @@ specialist, a base. Its logits are log-probabilities of the mixture, in nats.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -203,6 +203,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             for module in router.modules():
                 module._is_hf_initialized = True
         self._states: dict[str, Tensor] = {}
+        self._alone: Tensor | None = None  # (1, E)
         self._owner: str | None = None
         self._tokenizer: Any = None if base is None else base.tokenizer
         self._is_laid_out = False
@@ -387,6 +388,32 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 "reads the future of a text. Fuse with another router."
             )
 
+    @contextmanager
+    def alone(self, name: str) -> Iterator[Self]:
+        """Be one expert for a while: one load evaluates every specialist and the fused model.
+
+        Args:
+            name: One of `expert_names`.
+
+        Yields:
+            This model, whose texts are that expert's where no gates are given; only it runs.
+
+        Raises:
+            RoutingError: If there is no such expert.
+        """
+        if name not in self.expert_names:
+            raise RoutingError(
+                f"Cannot be '{name}' alone: expected one of {', '.join(self.expert_names)}. "
+                "Name an expert of this model."
+            )
+        before = self._alone
+        index = self.expert_names.index(name)
+        self._alone = torch.eye(len(self.expert_names))[index : index + 1]
+        try:
+            yield self
+        finally:
+            self._alone = before
+
     # -- generation -------------------------------------------------------------------------
 
     def _prepare_cache_for_generation(
@@ -539,6 +566,8 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{None if input_ids is None else tuple(input_ids.shape)}. Tokenize a text that "
                 "is not empty."
             )
+        if gates is None and self._alone is not None:
+            gates = self._alone.to(input_ids.device).expand(len(input_ids), -1)
         if past_key_values is None and use_cache:
             past_key_values = self.make_cache()
         cache = past_key_values
