@@ -94,6 +94,7 @@ class FusedConfig(PreTrainedConfig):
     """
 
     model_type = "molora-fused"
+    use_cache = True
 
     def __init__(
         self,

@@ -6,8 +6,8 @@ specialist, a base. Its logits are log-probabilities of the mixture, in nats.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -150,6 +150,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     packed_bytes: ClassVar[int] = 4 * 2**30
     """Weights of linear layers up to so many bytes are packed on a processor: they take as much
     memory again, and a token far less time."""
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"router"}
     _is_stateful = True  # a router's state cannot be taken back
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -202,6 +203,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             for module in router.modules():
                 module._is_hf_initialized = True
         self._states: dict[str, Tensor] = {}
+        self._alone: Tensor | None = None  # (1, E)
         self._owner: str | None = None
         self._tokenizer: Any = None if base is None else base.tokenizer
         self._is_laid_out = False
@@ -223,7 +225,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | PathLike[str],
+        pretrained_model_name_or_path: str | PathLike[str] | None,
         *others: Any,
         base_folder: Path | None = None,
         **settings: Any,
@@ -240,6 +242,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             MoloraError: If the base is missing or another one; whatever loading it refuses.
         """
+        if pretrained_model_name_or_path is None:  # made of a configuration and tensors alone
+            made: Self = super().from_pretrained(None, *others, **settings)
+            return made
         folder = Path(pretrained_model_name_or_path)
         config = settings.get("config") or _find_config(folder)
         if config is not None and config.base_path is None:
@@ -318,7 +323,18 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         """Factors begin at zero, where they were made; the base and the router begin as theirs."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        # A router's gates are made in its own dtype, whatever the layers' is.
+        router = self._modules.pop("router", None)
+        try:
+            result = super()._apply(fn, recurse)
+        finally:
+            self._modules["router"] = router
+        if router is not None:
+            router._apply(move, recurse)
         self._is_laid_out = False
         return result
 
@@ -371,6 +387,32 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"Cannot generate with router '{name}': expected a causal router, got one that "
                 "reads the future of a text. Fuse with another router."
             )
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[Self]:
+        """Be one expert for a while: one load evaluates every specialist and the fused model.
+
+        Args:
+            name: One of `expert_names`.
+
+        Yields:
+            This model, whose texts are that expert's where no gates are given; only it runs.
+
+        Raises:
+            RoutingError: If there is no such expert.
+        """
+        if name not in self.expert_names:
+            raise RoutingError(
+                f"Cannot be '{name}' alone: expected one of {', '.join(self.expert_names)}. "
+                "Name an expert of this model."
+            )
+        before = self._alone
+        index = self.expert_names.index(name)
+        self._alone = torch.eye(len(self.expert_names))[index : index + 1]
+        try:
+            yield self
+        finally:
+            self._alone = before
 
     # -- generation -------------------------------------------------------------------------
 
@@ -524,6 +566,8 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{None if input_ids is None else tuple(input_ids.shape)}. Tokenize a text that "
                 "is not empty."
             )
+        if gates is None and self._alone is not None:
+            gates = self._alone.to(input_ids.device).expand(len(input_ids), -1)
         if past_key_values is None and use_cache:
             past_key_values = self.make_cache()
         cache = past_key_values

@@ -321,6 +321,35 @@ def test_each_text_has_gates_of_its_own(fused, lm, neox):
             assert found[row].tolist() == greedy(neox.model, tokens[row : row + 1])[0].tolist()
 
 
+def test_one_load_is_every_specialist_and_the_model(fused, lm, neox):
+    tokens = random_tokens(2, 6)
+    before = greedy(lm, tokens)
+    for expert in fused.experts:
+        with applied(neox.model, expert.adapter), torch.no_grad():
+            expected = neox.model(tokens).logits.log_softmax(-1)
+            text = greedy(neox.model, tokens).tolist()
+        with lm.alone(expert.name) as alone:
+            assert alone is lm
+            torch.testing.assert_close(lm(input_ids=tokens).logits, expected, **CLOSE)
+            assert greedy(lm, tokens).tolist() == text
+            gates = torch.full((2, 3), torch.nan)  # gates that are given come first
+            torch.testing.assert_close(
+                lm(input_ids=tokens, gates=gates).logits[:, -1].argmax(-1), before[:, 6]
+            )
+    assert greedy(lm, tokens).tolist() == before.tolist()
+    missing = pytest.raises(RoutingError, match="expected one of expert-0, base, expert-2")
+    with missing, lm.alone("nobody"):
+        pass
+
+
+def test_a_cache_is_of_one_expert_or_of_all(lm):
+    tokens = random_tokens(2, 6)
+    cache = lm.make_cache()
+    lm(input_ids=tokens[:, :3], past_key_values=cache)
+    with lm.alone("base"), pytest.raises(RoutingError, match="expected the gates"):
+        lm(input_ids=tokens[:, 3:], past_key_values=cache)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
