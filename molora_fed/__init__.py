@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from molora_fed.evaluation.evaluate import Evaluation as Evaluation
     from molora_fed.evaluation.evaluate import evaluate as evaluate
     from molora_fed.hookspecs import Register as Register
+    from molora_fed.inference.fused_lm import FusedForCausalLM as FusedForCausalLM
     from molora_fed.models.base import Base as Base
     from molora_fed.models.base import load_base as load_base
     from molora_fed.population.contract import AdapterRouter as AdapterRouter
@@ -67,6 +68,7 @@ _NAMES = {
     "errors": ("MoloraError",),
     "evaluation.evaluate": ("Evaluation", "evaluate"),
     "hookspecs": ("Register",),
+    "inference.fused_lm": ("FusedForCausalLM",),
     "models.base": ("Base", "load_base"),
     "population.contract": (
         "AdapterRouter", "AdapterRouterOptions", "Fitness", "LifecycleOperator", "LifecycleState",

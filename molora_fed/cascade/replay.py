@@ -1,9 +1,10 @@
 """Replaying a trace: every decision again from its recorded samples, or from the models."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from math import isclose
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +37,9 @@ from molora_fed.plugins import Plugins, get_plugins
 __all__ = ["ReplayReport", "Replayer", "replay_trace"]
 
 MAX_DIFFERENCES = 1_000
+SCORE_TOLERANCE = 1e-3
+"""Nats a text's log-likelihood may differ by when it is asked for again: other versions of the
+libraries, and of this one, add in another order."""
 _SETTINGS = ("samples", "temperature", "member_temperature", "max_new_tokens", "stop", "seed")
 
 
@@ -252,12 +256,18 @@ class Replayer:
         )
         calls = [
             [
-                replace(call, samples=tuple(replace(s, seconds=0.0) for s in call.samples))
+                replace(
+                    call, scores=(), samples=tuple(replace(s, seconds=0.0) for s in call.samples)
+                )
                 for call in made
             ]
             for made in (recorded.calls, decision.calls)
         ]
-        if calls[0] != calls[1]:
+        scores = [
+            [score for call in made for score in call.scores]
+            for made in (recorded.calls, decision.calls)
+        ]
+        if calls[0] != calls[1] or not _are_close(*scores):
             self._report(f"task '{recorded.task.id}': what the judge is told now differs")
 
     def report(self) -> ReplayReport:
@@ -310,6 +320,14 @@ def replay_trace(
             "Only traces of `molora cascade run` can be replayed."
         )
     return replayer.report()
+
+
+def _are_close(recorded: Sequence[float], again: Sequence[float]) -> bool:
+    """Whether scores are the same but for rounding."""
+    return len(recorded) == len(again) and all(
+        isclose(one, other, abs_tol=SCORE_TOLERANCE)
+        for one, other in zip(recorded, again, strict=True)
+    )
 
 
 def _plain(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ FEW_ROWS = 64
 """Up to so many rows of a pass, weights are read packed and factors of all experts at once."""
 
 _WIDE = 1024  # outputs from which on experts multiply each their own factors B
-_BLOCK_RANKS = 256  # up to so many, the 16-bit factors B of one group are one block-diagonal matrix
+_BLOCK_RANKS = 512  # up to so many, the 16-bit factors B of one group are one block-diagonal matrix
 _SELECTIONS = 4  # sets of experts whose factors are kept apart
 
 
@@ -181,14 +181,6 @@ def _find_even(owners: tuple[int, ...]) -> tuple[int, int] | None:
     return (first, count) if owners == even else None
 
 
-def _multiply_and_add(inputs: Tensor, weight: Tensor, other: Tensor) -> Tensor:
-    """`other + inputs @ weight.T` of inputs (N, R), weight (D_out, R), other (N, D_out)."""
-    if weight.is_mkldnn:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, other, weight, None, "add")
-        return found
-    return torch.addmm(other, inputs, weight.t())
-
-
 @dataclass(frozen=True, eq=False)
 class _Factors:
     """Low-rank factors of some experts for the layers of one group.
@@ -275,7 +267,7 @@ class SharedInput:
         if not factors.is_single:
             own = hidden * rows.weigh(factors.layout, flat)
         if factors.is_block and factors.b[0] is not None:
-            return _multiply_and_add(own, factors.b[0], output).split(self._sizes, -1)
+            return output.add_(_multiply(own, factors.b[0])).split(self._sizes, -1)
         outputs, at = output.split(self._sizes, -1), 0
         for part, b, ranks in zip(outputs, factors.b, factors.sizes, strict=True):
             if b is None:

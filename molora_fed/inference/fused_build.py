@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -27,6 +28,7 @@ from molora_fed.routing.fused import FusedModel
 from molora_fed.routing.top_k import TopKRouter
 from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import hash_bytes
+from molora_fed.storage.settings import describe_offenders
 
 __all__ = ["build_causal_lm", "open_causal_lm", "open_saved"]
 
@@ -62,7 +64,14 @@ def open_saved(
         BaseCheckpointError: If the base is not there, or is another one.
     """
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
-    entry = BaseEntry(path=config.base_path, dtype=dtype, identity=config.base_identity)
+    described = {"path": config.base_path, "dtype": dtype, "identity": config.base_identity}
+    try:
+        entry = BaseEntry.model_validate(described)
+    except ValidationError as error:
+        raise RoutingError(
+            f"Cannot open '{folder}': expected a valid config.json, got "
+            f"{describe_offenders(error, whole='config.json')}. Save it again."
+        ) from error
     base = load_recorded_base(folder, entry, base_folder, compute)
     config.base_path = None
     model = FusedForCausalLM(config, model=share_weights(base.model), base=base)

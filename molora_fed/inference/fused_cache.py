@@ -178,10 +178,10 @@ class FusedCache(Cache):
         if self.tokens is None:
             return
         length = self.tokens.shape[1]
-        if not torch.equal(tokens[:, :length], self.tokens):
+        if tokens.shape[1] <= length or not torch.equal(tokens[:, :length], self.tokens):
             raise RoutingError(
                 f"Cannot continue from a cache: expected texts that begin with the {length} tokens "
-                "it was made of, got others. Read the texts again."
+                "it was made of and go on, got others. Read the texts again."
             )
 
     def check_padding(self, mask: Tensor | None) -> None:
@@ -220,14 +220,13 @@ class FusedCache(Cache):
         """Go on with each text's best experts alone; their gates stay, renormalised.
 
         Args:
-            count: Experts that run on, at least 1.
+            count: Experts that run on, at least 1; all of them go on as before.
         """
         if self.kept is not None or not self.gates:
             return
         gates = self.gates[-1]
         batch, experts = gates.shape
         if count >= experts:
-            self.hold()
             return
         kept = gates.argsort(dim=-1, descending=True, stable=True)[:, :count]
         texts = torch.arange(batch, device=gates.device)

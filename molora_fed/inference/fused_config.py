@@ -1,11 +1,16 @@
 """What a fused model is made of, as a configuration of transformers: enough to build it empty."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, TypeAdapter, ValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
+from molora_fed.charter import BaseIdentity
+from molora_fed.errors import RoutingError
 from molora_fed.inference.expert_layers import LayerPlan
+from molora_fed.storage.settings import StrictModel, describe_offenders
+from molora_fed.types import Mixture
 
 __all__ = ["FusedConfig"]
 
@@ -21,6 +26,50 @@ _TAKEN_OVER = (
     "tie_word_embeddings",
     "initializer_range",
 )
+
+
+_Text = Annotated[str, Field(max_length=300)]
+_Rank = Annotated[int, Field(ge=0, le=65_536)]
+_Size = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class _Expert(StrictModel):
+    name: Annotated[str, Field(min_length=1, max_length=300)]
+    domain: _Text | None = None
+    contribution: _Text | None = None
+    adapter: _Text | None = None
+
+
+class _Layer(StrictModel):
+    ranks: Annotated[list[_Rank | None], Field(max_length=10_000)]
+    biases: bool
+
+
+class _Router(StrictModel):
+    name: _Text
+    options: dict[str, Any]
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    shapes: Annotated[
+        dict[_Text, Annotated[list[_Size], Field(max_length=8)]], Field(max_length=1_000)
+    ] = Field(default_factory=dict)
+
+
+class _Described(StrictModel):
+    """What a configuration may say; a file from outside is refused otherwise."""
+
+    mixes: Literal["distributions", "updates"]
+    experts: Annotated[list[_Expert], Field(min_length=1, max_length=10_000)]
+    layers: Annotated[dict[_Text, _Layer], Field(max_length=100_000)]
+    router: _Router | None
+    mixture: Mixture
+    frozen_depth: Annotated[int, Field(ge=0, le=100_000)]
+    document_end: Annotated[int, Field(ge=0)] | None
+    base_identity: BaseIdentity | None
+    made_from: Annotated[list[Any], Field(min_length=1)] | None
+    base_path: _Text | None
+
+
+_DESCRIBED = TypeAdapter(_Described)
 
 
 class FusedConfig(PreTrainedConfig):
@@ -45,15 +94,16 @@ class FusedConfig(PreTrainedConfig):
     """
 
     model_type = "molora-fused"
+    use_cache = True
 
     def __init__(
         self,
         base_config: Mapping[str, Any] | None = None,
-        mixes: str = "distributions",
+        mixes: Literal["distributions", "updates"] = "distributions",
         experts: Sequence[Mapping[str, Any]] = (),
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         router: Mapping[str, Any] | None = None,
-        mixture: str = "probability",
+        mixture: Mixture = "probability",
         frozen_depth: int = 0,
         document_end: int | None = None,
         base_identity: Mapping[str, Any] | None = None,
@@ -62,21 +112,46 @@ class FusedConfig(PreTrainedConfig):
         **others: Any,
     ) -> None:
         self.base_config = dict(base_config or {"model_type": "llama"})
-        self.mixes = mixes
+        self.mixes: Literal["distributions", "updates"] = mixes
         self.experts = [dict(expert) for expert in experts] or [{"name": "base"}]
         self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
-        self.router = None if router is None else dict(router)
-        self.mixture = mixture
+        self.router = None if router is None else {"top_k": None, "shapes": {}, **router}
+        self.mixture: Mixture = mixture
         self.frozen_depth = frozen_depth
         self.document_end = document_end
         self.base_identity = None if base_identity is None else dict(base_identity)
         self.made_from = None if made_from is None else list(made_from)
         self.base_path = base_path
+        self._check()
         base = self.make_base_config()
         for name in _TAKEN_OVER:
             if hasattr(base, name):
                 others.setdefault(name, getattr(base, name))
         super().__init__(**others)
+
+    def _check(self) -> None:
+        """Refuse what cannot be built.
+
+        Raises:
+            RoutingError: If a value is malformed, or a layer's ranks are not one an expert.
+        """
+        try:
+            _DESCRIBED.validate_python(
+                {name: getattr(self, name) for name in _Described.model_fields}
+            )
+        except ValidationError as error:
+            raise RoutingError(
+                "Cannot build a fused model: expected a valid config.json, got "
+                f"{describe_offenders(error, whole='config.json')}. Save the model again."
+            ) from error
+        count = len(self.experts)
+        wrong = [name for name, layer in self.layers.items() if len(layer["ranks"]) != count]
+        if wrong or (self.router is None and count > 1):
+            what = f"{len(wrong)} layers with others" if wrong else "no router"
+            raise RoutingError(
+                f"Cannot build a fused model: expected ranks and a router for {count} experts, got "
+                f"{what}. Save the model again."
+            )
 
     def make_base_config(self) -> Any:
         """The base's configuration as an object."""

@@ -6,8 +6,8 @@ specialist, a base. Its logits are log-probabilities of the mixture, in nats.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -150,6 +150,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     packed_bytes: ClassVar[int] = 4 * 2**30
     """Weights of linear layers up to so many bytes are packed on a processor: they take as much
     memory again, and a token far less time."""
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"router"}
     _is_stateful = True  # a router's state cannot be taken back
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -197,10 +198,12 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         self.router = router
         self._reads: frozenset[str] = frozenset()
         if router is not None:
-            self._reads = frozenset(router.reads(router.options))
+            options: Any = router.options
+            self._reads = frozenset(router.reads(options))
             for module in router.modules():
                 module._is_hf_initialized = True
         self._states: dict[str, Tensor] = {}
+        self._alone: Tensor | None = None  # (1, E)
         self._owner: str | None = None
         self._tokenizer: Any = None if base is None else base.tokenizer
         self._is_laid_out = False
@@ -222,7 +225,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | PathLike[str],
+        pretrained_model_name_or_path: str | PathLike[str] | None,
         *others: Any,
         base_folder: Path | None = None,
         **settings: Any,
@@ -239,6 +242,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             MoloraError: If the base is missing or another one; whatever loading it refuses.
         """
+        if pretrained_model_name_or_path is None:  # made of a configuration and tensors alone
+            made: Self = super().from_pretrained(None, *others, **settings)
+            return made
         folder = Path(pretrained_model_name_or_path)
         config = settings.get("config") or _find_config(folder)
         if config is not None and config.base_path is None:
@@ -248,8 +254,8 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
 
         compute = _read_compute(settings)
         if config is None:
-            return open_causal_lm(folder, base_folder=base_folder, compute=compute)  # type: ignore[return-value]
-        return open_saved(folder, config, base_folder, compute)  # type: ignore[return-value]
+            return open_causal_lm(folder, base_folder=base_folder, compute=compute)
+        return open_saved(folder, config, base_folder, compute)
 
     def save_pretrained(
         self, save_directory: str | PathLike[str], *, with_base: bool = True, **settings: Any
@@ -317,7 +323,18 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         """Factors begin at zero, where they were made; the base and the router begin as theirs."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        # A router's gates are made in its own dtype, whatever the layers' is.
+        router = self._modules.pop("router", None)
+        try:
+            result = super()._apply(fn, recurse)
+        finally:
+            self._modules["router"] = router
+        if router is not None:
+            router._apply(move, recurse)
         self._is_laid_out = False
         return result
 
@@ -371,6 +388,32 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 "reads the future of a text. Fuse with another router."
             )
 
+    @contextmanager
+    def alone(self, name: str) -> Iterator[Self]:
+        """Be one expert for a while: one load evaluates every specialist and the fused model.
+
+        Args:
+            name: One of `expert_names`.
+
+        Yields:
+            This model, whose texts are that expert's where no gates are given; only it runs.
+
+        Raises:
+            RoutingError: If there is no such expert.
+        """
+        if name not in self.expert_names:
+            raise RoutingError(
+                f"Cannot be '{name}' alone: expected one of {', '.join(self.expert_names)}. "
+                "Name an expert of this model."
+            )
+        before = self._alone
+        index = self.expert_names.index(name)
+        self._alone = torch.eye(len(self.expert_names))[index : index + 1]
+        try:
+            yield self
+        finally:
+            self._alone = before
+
     # -- generation -------------------------------------------------------------------------
 
     def _prepare_cache_for_generation(
@@ -398,27 +441,85 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         evidence_from: str = "all",
         experts_per_text: int | None = None,
         document_starts: Tensor | None = None,
-        **others: Any,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """See transformers; what was read must be what the texts begin with."""
+        """See transformers; what was read must be what the texts begin with.
+
+        Args:
+            input_ids: The whole texts, (B, T); at first a piece of them.
+            next_sequence_length: How many of the tokens are new; see transformers.
+            past_key_values: What was read before.
+            attention_mask: 1 where there is text, (B, T) of the whole texts.
+            is_first_iteration: Whether nothing was generated yet.
+            evidence_from: With "prompt", a router that reads evidence keeps the gates it had after
+                the prompt; with "all" it goes on learning from what is generated.
+            experts_per_text: How many of the best experts at a prompt's end go on with its text,
+                their gates kept and renormalised; all if None.
+            document_starts: True at a document's first token of the prompts, (B, P); see `forward`.
+            kwargs: See `forward`.
+
+        Raises:
+            RoutingError: If a cache is another's or of other texts, or a setting cannot be.
+        """
+        self._check_settings(evidence_from, experts_per_text, past_key_values)
         if past_key_values is not None:
-            past_key_values.check_prefix(input_ids)
             if not is_first_iteration:
+                past_key_values.check_prefix(input_ids)
                 if experts_per_text is not None:
                     past_key_values.narrow(experts_per_text)
                 if evidence_from == "prompt" and "evidence" in self._reads:
                     past_key_values.hold()
-        if is_first_iteration and document_starts is not None:
-            others["document_starts"] = document_starts
+            if document_starts is not None:
+                read = past_key_values.get_seq_length()
+                count = next_sequence_length or input_ids.shape[1]
+                document_starts = document_starts[:, read : read + count]
+                if not document_starts.shape[1]:
+                    document_starts = None
+        elif document_starts is not None and not is_first_iteration:
+            raise RoutingError(
+                "Cannot generate: expected a cache with document_starts, got use_cache=False. "
+                "Use the cache."
+            )
         prepared: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
-            **others,
+            **kwargs,
         )
+        prepared["document_starts"] = document_starts
         return prepared
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """See transformers; the whole prompts are needed, and go on with what a cache has read."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            _check_class(cache)
+            cache.check_prefix(input_ids)
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _check_settings(self, evidence_from: str, experts: int | None, cache: Any) -> None:
+        """Refuse settings of generation that cannot be."""
+        expected, got = "", ""
+        if evidence_from not in ("prompt", "all"):
+            expected, got = "evidence_from 'prompt' or 'all'", repr(evidence_from)
+        elif experts is not None and experts < 1:
+            expected, got = "experts_per_text of at least 1", str(experts)
+        elif experts is not None and self.config.mixes == "updates":
+            expected, got = "a model that mixes distributions", "experts_per_text of a population"
+        elif cache is None and (experts is not None or evidence_from == "prompt"):
+            expected, got = "a cache with experts_per_text or evidence_from", "use_cache=False"
+        if expected:
+            raise RoutingError(
+                f"Cannot generate: expected {expected}, got {got}. Correct these settings."
+            )
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -465,10 +566,13 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{None if input_ids is None else tuple(input_ids.shape)}. Tokenize a text that "
                 "is not empty."
             )
+        if gates is None and self._alone is not None:
+            gates = self._alone.to(input_ids.device).expand(len(input_ids), -1)
         if past_key_values is None and use_cache:
             past_key_values = self.make_cache()
         cache = past_key_values
         if cache is not None:
+            _check_class(cache)
             cache.check(self.fingerprint, gates, len(input_ids))
         piece = self._prepare(
             input_ids, attention_mask, position_ids, cache, logits_to_keep, document_starts
@@ -818,6 +922,15 @@ def _look_up(logprob: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities (E, B, t) of tokens (B, t) among those of all, (E, B, t, V)."""
     index = tokens.unsqueeze(-1).expand(len(logprob), -1, -1, 1)
     return logprob.gather(-1, index).squeeze(-1)
+
+
+def _check_class(cache: Any) -> None:
+    """Refuse a cache that was not made by `make_cache`."""
+    if not isinstance(cache, FusedCache):
+        raise RoutingError(
+            f"Cannot read on: expected a cache of this model, got a {type(cache).__name__}. "
+            "Let it make its own, or use make_cache()."
+        )
 
 
 def _make_router(config: FusedConfig, count: int) -> tuple[Any, Entry | None]:

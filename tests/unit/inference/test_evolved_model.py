@@ -58,13 +58,15 @@ def test_text_read_piece_by_piece_is_text_read_at_once(tiny_checkpoint, tmp_path
         with Mixture(base.model, evolved.population).mixed(gates):
             whole = base.model(input_ids=batch.tokens).logits.log_softmax(-1)
     starts = torch.from_numpy(blocks.document_starts)
-    with build_causal_lm(evolved).read(2) as reader:
-        steps = [
-            reader.step(batch.tokens[:, a:b], starts[:, a:b])
-            for a, b in ((0, 5), (5, 6), (6, 7), (7, 16))
-        ]
-    assert torch.cat([g for _, g in steps], 1).allclose(gates, atol=1e-5)
-    assert torch.cat([p for p, _ in steps], 1).allclose(whole, atol=1e-4)
+    lm, cache, steps = build_causal_lm(evolved), None, []
+    for a, b in ((0, 5), (5, 6), (6, 7), (7, 16)):
+        piece = batch.tokens[:, a:b]
+        steps.append(
+            lm(piece, past_key_values=cache, use_cache=True, document_starts=starts[:, a:b])
+        )
+        cache = steps[-1].past_key_values
+    assert torch.cat([step.gates for step in steps], 1).allclose(gates, atol=1e-5)
+    assert torch.cat([step.logits for step in steps], 1).allclose(whole, atol=1e-4)
 
 
 def test_generating_is_deterministic_and_leaves_the_base_alone(base):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fused_helpers import build_fused, random_tokens
+from molora_kalavai.uniform import UniformRouter
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.errors import IncompatibleAdapterError, RoutingError
@@ -17,6 +18,15 @@ from molora_fed.testing.models import build_random_adapter
 @pytest.fixture(scope="module")
 def neox(tiny_checkpoint):
     return load_base(tiny_checkpoint())
+
+
+def build_uniform(base, adapters, frozen_depth=0):
+    """All experts alike at every position."""
+    experts = tuple(FusedExpert(f"e{place}", adapter) for place, adapter in enumerate(adapters))
+    router = UniformRouter(len(experts), UniformRouter.Options())
+    return build_causal_lm(
+        FusedModel(base, experts, router, "uniform", "probability", frozen_depth)
+    )
 
 
 def count_rows(lm, tokens):
@@ -36,16 +46,10 @@ def count_rows(lm, tokens):
 
 @pytest.mark.parametrize("frozen_depth", [0, 1])
 def test_blocks_nobody_changes_run_once_for_all_and_others_once_for_all_rows(neox, frozen_depth):
-    experts = tuple(
-        FusedExpert(
-            f"e{seed}", build_random_adapter(neox.model, seed=seed, frozen_depth=frozen_depth)
-        )
-        for s in range(3)
-    )
-    fused = build_fused(neox)
-    lm = build_causal_lm(
-        FusedModel(neox, experts, fused.router, "evidence", "probability", frozen_depth)
-    )
+    adapters = [
+        build_random_adapter(neox.model, seed=seed, frozen_depth=frozen_depth) for seed in range(3)
+    ]
+    lm = build_uniform(neox, adapters, frozen_depth)
     lm(random_tokens(2, 5))  # lays the layers out
     found = count_rows(lm, random_tokens(2, 7))
     prefix, _ = decoder_blocks(neox.model)
@@ -56,7 +60,7 @@ def test_blocks_nobody_changes_run_once_for_all_and_others_once_for_all_rows(neo
 
 
 def test_the_weights_are_read_once_for_layers_that_are_given_the_same(neox, monkeypatch):
-    lm = build_causal_lm(build_fused(neox))
+    lm = build_uniform(neox, [None, *(build_random_adapter(neox.model, seed=s) for s in (0, 1))])
     tokens = random_tokens(1, 4)
     cache = lm(tokens, use_cache=True).past_key_values
     groups = {id(layer.group) for layer in lm.expert_layers.values()}
@@ -94,10 +98,7 @@ def test_half_precision_factors_keep_their_scale(neox):
     for update in expert.updates.values():
         object.__setattr__(update, "a", update.a.bfloat16())
         object.__setattr__(update, "b", update.b.bfloat16())
-    fused, tokens = build_fused(neox), random_tokens(1, 6)
-    experts = (FusedExpert("half", expert), FusedExpert("base", None))
-    router = type(fused.router)(2, fused.router.options)
-    lm = build_causal_lm(FusedModel(neox, experts, router, "evidence", "probability", 0))
+    lm, tokens = build_uniform(neox, [expert, None]), random_tokens(1, 6)
     found = lm(tokens, gates=torch.tensor([[1.0, 0.0]])).logits
     with applied(neox.model, expert), torch.no_grad():
         expected = neox.model(tokens).logits.log_softmax(-1)

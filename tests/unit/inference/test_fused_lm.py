@@ -13,6 +13,7 @@ from fused_helpers import (
     random_tokens,
     reference_forward,
 )
+from molora_kalavai.evidence import EvidenceRouter
 from molora_kalavai.uniform import UniformRouter
 
 from molora_fed.adapters.compatibility import applied
@@ -266,9 +267,7 @@ def test_what_cannot_be_read_is_refused(neox):
     with pytest.raises(ShapeError, match=r"expected token ids of shape \(B, T\)"):
         lm(input_ids=torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ShapeError, match="expected gates of shape"):
-        mix_distributions(
-            torch.zeros(3, 1, 2, 4), torch.zeros(3, 1, 2), torch.ones(1, 2, 2), "probability"
-        )
+        mix_distributions(torch.zeros(3, 1, 2, 4), torch.ones(1, 2, 2), "probability")
 
 
 # -- saved and loaded -----------------------------------------------------------------------
@@ -347,3 +346,19 @@ def test_loaded_in_another_dtype(neox, with_base, tmp_path):
     error = (half(input_ids=tokens).logits - lm(input_ids=tokens).logits).abs()
     assert 0 < error.mean() < 0.1
     assert half.fingerprint != lm.fingerprint
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_router_keeps_its_numbers_whatever_the_layers_are_in(neox, with_base, tmp_path):
+    fused = build_fused(neox)
+    weights, prior = torch.tensor([0.3, 1.1, 0.9]), torch.tensor([0.1, 0.2, 0.7]).log()
+    router = EvidenceRouter(3, EvidenceRouter.Options(), {"weights": weights, "prior": prior})
+    lm = build_causal_lm(replace(fused, router=router, router_name="evidence"))
+    lm.save_pretrained(tmp_path, with_base=with_base)
+    half = FusedForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    moved = FusedForCausalLM.from_pretrained(tmp_path).to(torch.bfloat16)
+    for found in (half, moved):
+        assert torch.equal(found.router.weights, weights)
+        assert torch.equal(found.router.prior, prior)
+    tokens, _ = two_documents()
+    torch.testing.assert_close(half(input_ids=tokens).logits, moved(input_ids=tokens).logits)

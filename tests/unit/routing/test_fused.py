@@ -106,12 +106,6 @@ def test_mixtures_are_normalised(neox):
         torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, 6), atol=1e-5, rtol=0)
 
 
-def test_document_starts_are_found_by_the_end_of_text_token(neox):
-    fused = build_fused(neox)
-    tokens = torch.tensor([[5, 256, 7, 8]])
-    assert fused.find_document_starts(tokens).tolist() == [[True, False, True, False]]
-
-
 def test_shapes_are_checked(neox):
     fused = build_fused(neox)
     with pytest.raises(ShapeError, match=r"expected token ids of shape \(B, T\)"):
