@@ -131,10 +131,11 @@ def test_curl_and_a_client_that_goes(server):
     body = {"model": "fused", "prompt": "abc", "max_tokens": 100, "stream": True}
     command = [curl, "-sN", f"{server.url}/completions", "-H", "Content-Type: application/json"]
     done = subprocess.run(
-        [*command, "-d", json.dumps({**body, "max_tokens": 5})],
+        [*command, "-d", json.dumps({**body, "max_tokens": 5, "seed": 1})],
         capture_output=True, text=True, check=True, timeout=SECONDS,
     )  # fmt: skip
-    assert done.stdout.count("data: ") == 6 or "data: [DONE]" in done.stdout
+    assert done.stdout.startswith('data: {"id":"cmpl-')
+    assert done.stdout.endswith("data: [DONE]\n\n")
     # Many texts at once make the first of them slow enough to leave.
     going = [
         subprocess.Popen([*command, "-d", json.dumps({**body, "n": 16})], stdout=subprocess.PIPE)
@@ -153,7 +154,7 @@ def test_curl_and_a_client_that_goes(server):
 def test_a_signal_ends_it_after_what_runs(fused_once, number):
     with serving(fused_once / "out", "--base", fused_once / "tiny" / "base") as server:
         stream = server.client().completions.create(
-            model="fused", prompt="abc", max_tokens=100, n=16, stream=True
+            model="fused", prompt="abc", max_tokens=100, n=16, seed=1, stream=True
         )
         first = next(stream)
         server.process.send_signal(number)
@@ -165,6 +166,20 @@ def test_a_signal_ends_it_after_what_runs(fused_once, number):
         lines = err.splitlines()
         assert lines[-1] == "stopped" and "POST /v1/completions 200" in lines[-2]
         assert not any("abc" in line for line in lines)
+
+
+def test_texts_that_take_too_long_after_a_signal_end_with_an_error(fused_once):
+    base = fused_once / "tiny" / "base"
+    with serving(fused_once / "out", "--base", base, "--finish-seconds", 0) as server:
+        stream = server.client().completions.create(
+            model="fused", prompt="abc", max_tokens=100, n=16, seed=1, stream=True
+        )
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="the server stops"):
+            list(stream)
+        server.process.communicate(timeout=SECONDS)
+        assert server.process.returncode == 0
 
 
 def test_keys(fused_once, tmp_path):

@@ -1,5 +1,6 @@
 """The API over real connections: forms as OpenAI's, refusals by name, limits, clients that go."""
 
+import asyncio
 import hashlib
 import json
 import socket
@@ -266,7 +267,7 @@ def test_too_many_requests_are_told_when_to_come_again(model):
 def test_a_later_answer_on_a_connection_may_take_longer_than_a_head(model):
     """Heads have a time; once one is there, even the second of a connection, it is over."""
     with serving(model, held=True, head_seconds=0.3) as api, api.client() as client:
-        body = {"model": "fused", "prompt": "a", "max_tokens": 2}
+        body = {"model": "fused", "prompt": "a", "max_tokens": 2, "seed": 1}
         api.batch.allow(1)
         assert client.post("/v1/completions", json=body).status_code == 200
         threading.Timer(1.0, api.batch.free).start()
@@ -276,10 +277,40 @@ def test_a_later_answer_on_a_connection_may_take_longer_than_a_head(model):
             assert silent.recv(1) == b""
 
 
+def test_a_client_that_does_not_read_is_not_waited_for(model, monkeypatch):
+    """Neither its answer nor its error goes out; then its connection is closed."""
+    monkeypatch.setattr("molora_fed.serving.api.REFUSAL_SECONDS", 0.1)
+    body = json.dumps({"model": "fused", "prompt": "a", "seed": 1, "stream": True}).encode()
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    stuck = []
+
+    async def ask(api):
+        messages = [{"type": "http.request", "body": body}]
+        never = asyncio.Event()
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await never.wait()
+
+        async def send(message):
+            await never.wait()
+
+        await api({**scope, "client": ("127.0.0.1", 9)}, receive, send)
+
+    with serving(model, limits=Limits(request_seconds=0.3)) as api:
+        api.api._on_stuck = stuck.append
+        asyncio.run(ask(api.api))
+        assert stuck == [("127.0.0.1", 9)]
+        wait_until(lambda: len(api.batch) == 0 and api.running == 0)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_frees_its_place(model, stream):
     with serving(model, held=True, max_texts=1) as api:
-        body = json.dumps({"model": "fused", "prompt": "a", "max_tokens": 60, "stream": stream})
+        asked = {"model": "fused", "prompt": "a", "max_tokens": 60, "seed": 1, "stream": stream}
+        body = json.dumps(asked)
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
         gone = socket.create_connection(("127.0.0.1", api.port))
         gone.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
