@@ -1,7 +1,6 @@
 """A base as a GGUF file: metadata, vocabulary and tensors, as llama.cpp reads them."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ __all__ = ["write_base", "write_tensors"]
 
 _FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
 _TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_HEADS = {"gptneox": ("embed_out.weight", "gpt_neox.embed_in.weight")}
-"""Where llama.cpp needs a head of its own: its name, and what it is tied to."""
+_HEAD = "output.weight"
 
 
 def write_base(
@@ -49,15 +47,9 @@ def write_base(
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     layout.add_metadata(writer)
     _add_vocabulary(base, writer)
-    tensors = dict(_list_tensors(base, layout))
-    write_tensors(
-        writer,
-        {
-            name: (values, dtype if values.ndim > 1 else "float32")
-            for name, values in tensors.items()
-        },
-        progress,
-    )
+    tensors = _collect_tensors(base, layout)
+    dtypes = {name: dtype if len(v.shape) > 1 else "float32" for name, v in tensors.items()}
+    write_tensors(writer, {name: (v, dtypes[name]) for name, v in tensors.items()}, progress)
 
 
 def write_tensors(
@@ -100,15 +92,21 @@ def _convert(values: Tensor, dtype: str) -> NDArray[Any]:
     return plain
 
 
-def _list_tensors(base: Base, layout: GgufLayout) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by llama.cpp's names, in its order; what is tied comes once."""
-    seen = dict(base.model.named_parameters())
-    head, tied = _HEADS.get(layout.name, ("", ""))
-    if head and head not in seen:
-        seen[head] = seen[tied]
-    for name, values in seen.items():
-        module = name.rpartition(".")[0]
-        yield layout.find_name(name), layout.order_rows(module, values.detach())
+def _collect_tensors(base: Base, layout: GgufLayout) -> dict[str, Tensor]:
+    """Tensors by llama.cpp's names, each parameter once."""
+    model = base.model
+    tensors: dict[str, Tensor] = {}
+    for name, values in model.named_parameters():
+        there = layout.find_name(name)
+        if there in tensors:
+            raise BaseCheckpointError(
+                f"Cannot write base '{base.folder}' as GGUF: expected one tensor for '{there}', "
+                f"got '{name}' besides another. Export with --to peft or --to merged."
+            )
+        tensors[there] = layout.order_rows(name.rpartition(".")[0], values.detach())
+    if layout.needs_head and _HEAD not in tensors:  # tied to the embeddings
+        tensors[_HEAD] = model.get_output_embeddings().weight.detach()
+    return tensors
 
 
 def _add_vocabulary(base: Base, writer: Any) -> None:

@@ -39,6 +39,11 @@ class GgufLayout:
     notes: tuple[str, ...]
     _names: Any
 
+    @property
+    def needs_head(self) -> bool:
+        """Whether llama.cpp wants a head of its own even if it is tied to the embeddings."""
+        return self.name == "gptneox"
+
     def find_name(self, tensor: str) -> str:
         """llama.cpp's name of a tensor, from its full name in the base.
 
@@ -146,11 +151,11 @@ def find_layout(base: Base) -> GgufLayout:
         if str(config.hidden_act) not in _TANH_GELU:
             notes.append(
                 f"The base's activation is {config.hidden_act}; llama.cpp computes GELU by its "
-                "tanh form, so that logits differ in the third digit."
+                "tanh form, which is near it and not the same."
             )
         notes.append(
-            "llama.cpp reads GELU from a table of 16-bit numbers on a CPU, so that logits differ "
-            "by some thousandths."
+            "On a CPU llama.cpp reads GELU from a table of 16-bit numbers: log-probabilities of "
+            "the built-in base differ by up to 0.001 nats for it."
         )
     name = KNOWN[kind]
     number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)

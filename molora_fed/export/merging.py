@@ -96,8 +96,8 @@ def write_checkpoint(
 ) -> None:
     """Write the base with the weighted sum of its specialists in its weights.
 
-    Products are computed in float32 and added to the weight before it is rounded to the dtype of
-    the base's files. What was tied stays tied; tokenizer, chat template and generation config are
+    Products and sums are computed in float64, and rounded to the dtype of the base's files once.
+    What was tied stays tied; tokenizer, chat template and generation config are
     the base's own files.
 
     Args:
@@ -134,11 +134,18 @@ def write_checkpoint(
             shutil.copyfile(found, target / name)
 
 
+def _multiply(update: LinearUpdate) -> Tensor:
+    """The weight difference, (D_out, D_in) float64."""
+    if update.a is not None and update.b is not None:
+        return update.scale * (update.b.double() @ update.a.double())
+    return torch.as_tensor(update.dense).double()
+
+
 def _add(base: Any, merged: Any, terms: Sequence[tuple[LinearUpdate, float]]) -> None:
     """Write the base's weight and bias plus the terms into a module of the merged model."""
     total = weight_of(base).double()
     for update, weight in terms:
-        total += weight * update.product().double()
+        total += weight * _multiply(update)
     weight_of(merged).copy_(total)
     biases = [(update.bias, weight) for update, weight in terms if update.bias is not None]
     bias, target = bias_of(base), bias_of(merged)
