@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,43 @@ SPLIT = (
 TOP = 100
 """Tokens whose log-probabilities are compared at each prompt."""
 RANDOM_RANKS = (4, 8)
+MIXTURE = "the mixture of mixture.json"
+INTRODUCTION = f"""
+`molora export` wrote every form; the tool loaded it and gave log-probabilities, which are compared
+with our own in float32, nats. Of PEFT and transformers: all tokens at all positions of {len(TEXTS)}
+prompts. Of llama-server: its {TOP} likeliest tokens after each prompt. *Effect* is how far the
+adapters move our own log-probabilities from the base's, in the mean; *mean* and *largest* are how
+far the tool is from us; *beside a shift* is the largest without what all tokens of an answer share.
+
+- **PEFT and the merged adapter** differ by the order of float32 sums.
+- **A merged checkpoint** is as exact as the dtype of the base's files: in bfloat16 its distance is
+  that of rounding, as the row with our weights rounded likewise shows. The merged adapter has
+  none of it.
+- **llama-server on the built-in base** (GPT-NeoX) reads GELU from a table of 16-bit numbers on a
+  CPU. With the same table in our model the distance falls to that of float32 sums.
+- **llama-server on SmolLM2** is apart by a constant for each answer: it adds up the probabilities
+  of all 49,152 tokens one by one in 32 bits.
+- **A GGUF base in bfloat16**, the default where the files are, makes llama.cpp round activations to
+  bfloat16 too; with `--dtype float32` it does not.
+
+A request without `lora` gets the scales of the command, which is why mixture.json starts the
+server with `--lora-scaled`: with `--lora` it would get all adapters at scale 1.
+
+`demo/cooperative` is of the demo at seed 42 ([demo](demo/README.md)); `specialists/` are trainings
+of the study of a pretrained base ([real-base](kalavai/real-base.md)): without `--adapters` the
+bench makes random ones.
+
+llama-server is no package of this project. It was built from the source package
+`llama-cpp-python` 0.3.36 outside of it, and named with `--llama-server`:
+
+```
+cmake -S vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \\
+  -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+cmake --build build --target llama-server
+```
+
+It ran with `--cache-type-k f32 --cache-type-v f32 --flash-attn off`, so that nothing but the above
+is rounded."""
 
 
 def main() -> None:
@@ -117,9 +154,8 @@ def make_fused(folder: Path, adapters: Sequence[Path], out: Path) -> Path:
 def measure(folder: Path, work: Path, binary: Path | None) -> dict[str, Any]:
     """All exports of one model, each compared with our own numbers."""
     work.mkdir(parents=True)
-    subject = open_subject(folder)
-    prompts = [subject.base.tokenizer(text)["input_ids"] for text in TEXTS]
-    weights = dict(choose_weights(subject, None).values)
+    ours = Reference.of(open_subject(folder))
+    subject, weights = ours.subject, ours.weights
     seconds = {}
     for name, more in {
         "peft": ["--to", "peft"],
@@ -135,8 +171,7 @@ def measure(folder: Path, work: Path, binary: Path | None) -> dict[str, Any]:
         command += ["--out", str(work / name), *more]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds[name] = time.perf_counter() - start
-    rows = [*compare_peft(subject, prompts, weights, work)]
-    rows += compare_checkpoint(subject, prompts, weights, work / "checkpoint")
+    rows = [*compare_peft(ours, work), *compare_checkpoint(ours, work / "checkpoint")]
     result = {
         "base": subject.base.id,
         "dtype": file_dtype(subject.base),
@@ -144,16 +179,16 @@ def measure(folder: Path, work: Path, binary: Path | None) -> dict[str, Any]:
             each.name: {"kind": each.adapter.kind, "rank": each.adapter.max_rank}
             for each in subject.specialists
         },
-        "weights": weights,
+        "weights": dict(weights),
         "export_seconds": seconds,
         "rows": rows,
     }
     if binary is None:
         print("llama-server: skipped, no --llama-server was given.")
         return result
-    rows += compare_llama(subject, prompts, weights, work / "gguf", binary, result)
+    rows += compare_llama(ours, work / "gguf", binary, result)
     if (work / "gguf-as-is").is_dir():
-        rows += compare_file_dtype(subject, prompts, weights, work / "gguf-as-is", binary)
+        rows += compare_file_dtype(ours, work / "gguf-as-is", binary)
     return result
 
 
@@ -182,46 +217,70 @@ def read_logprobs(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         ]
 
 
-def describe(what: str, tool: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Any:
-    """How far log-probabilities are apart, all positions and tokens."""
-    gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)])
-    return {
-        "export": what,
-        "tool": tool,
-        "compared": gaps.numel(),
-        "largest_nats": float(gaps.max()),
-        "mean_nats": float(gaps.mean()),
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Our own numbers of one model.
+
+    Attributes:
+        subject: The model.
+        prompts: Token ids of each text.
+        weights: The mixture that is exported by itself.
+        base: Log-probabilities of the base alone.
+    """
+
+    subject: Subject
+    prompts: Sequence[Sequence[int]]
+    weights: Mapping[str, float]
+    base: Sequence[Tensor]
+
+    @staticmethod
+    def of(subject: Subject) -> "Reference":
+        """The numbers of a model."""
+        prompts = [subject.base.tokenizer(text)["input_ids"] for text in TEXTS]
+        base = read_logprobs(subject.base.model, prompts)
+        return Reference(subject, prompts, choose_weights(subject, None).values, base)
+
+    def at(self, weights: Mapping[str, float]) -> list[Tensor]:
+        """Log-probabilities with the weighted changes, (T, V) nats of each prompt."""
+        with mixed(self.subject, weights) as model:
+            return read_logprobs(model, self.prompts)
+
+    def compare(
+        self, what: str, tool: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]
+    ) -> dict[str, Any]:
+        """How far log-probabilities are apart, and from the base's, all positions and tokens."""
+        gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)])
+        moved = torch.cat([(a - b).abs().flatten() for a, b in zip(ours, self.base, strict=True)])
+        return {
+            "export": what,
+            "tool": tool,
+            "compared": gaps.numel(),
+            "mean_effect_nats": float(moved.mean()),
+            "largest_nats": float(gaps.max()),
+            "mean_nats": float(gaps.mean()),
+        }
+
+
+def compare_peft(ours: Reference, work: Path) -> Iterator[Any]:
+    base = str(ours.subject.base.folder)
+    cases = {
+        f"peft, {each.name}": (work / "peft" / each.name, {each.name: 1.0})
+        for each in ours.subject.specialists
     }
+    cases["merged adapter"] = (work / "adapter", ours.weights)
+    for what, (folder, weights) in cases.items():
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        theirs = read_logprobs(PeftModel.from_pretrained(plain, str(folder)).eval(), ours.prompts)
+        yield ours.compare(what, "PEFT", ours.at(weights), theirs)
 
 
-def plain_base(subject: Subject) -> Any:
-    folder = str(subject.base.folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def compare_peft(
-    subject: Subject, prompts: Sequence[Any], weights: Mapping[str, float], work: Path
-) -> Iterator[Any]:
-    for each in subject.specialists:
-        with mixed(subject, {each.name: 1.0}) as model:
-            ours = read_logprobs(model, prompts)
-        theirs = PeftModel.from_pretrained(plain_base(subject), str(work / "peft" / each.name))
-        yield describe(f"peft, {each.name}", "PEFT", ours, read_logprobs(theirs.eval(), prompts))
-    with mixed(subject, weights) as model:
-        ours = read_logprobs(model, prompts)
-    theirs = PeftModel.from_pretrained(plain_base(subject), str(work / "adapter"))
-    yield describe("merged adapter", "PEFT", ours, read_logprobs(theirs.eval(), prompts))
-
-
-def compare_checkpoint(
-    subject: Subject, prompts: Sequence[Any], weights: Mapping[str, float], folder: Path
-) -> Iterator[Any]:
+def compare_checkpoint(ours: Reference, folder: Path) -> Iterator[Any]:
+    subject, weights = ours.subject, ours.weights
     theirs = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-    with mixed(subject, weights) as model:
-        ours = read_logprobs(model, prompts)
     dtype = DTYPES[file_dtype(subject.base)]
+    names = sorted({name for each in subject.specialists for name in each.adapter.updates})
     equal = total = 0
-    for name in sorted({name for each in subject.specialists for name in each.adapter.updates}):
+    for name in names:
         exact = weight_of(subject.base.model.get_submodule(name)).double()
         for each in subject.specialists:
             update = each.adapter.updates.get(name)
@@ -231,68 +290,60 @@ def compare_checkpoint(
         written = weight_of(theirs.get_submodule(name))
         equal += int((exact.to(dtype).float() == written).sum())
         total += written.numel()
-    row = describe("merged checkpoint", "transformers", ours, read_logprobs(theirs, prompts))
-    config = json.loads((folder / "config.json").read_text())
+    found = read_logprobs(theirs, ours.prompts)
+    row = ours.compare("merged checkpoint", "transformers", ours.at(weights), found)
     head, embedding = theirs.get_output_embeddings(), theirs.get_input_embeddings()
-    row["dtype"] = config["dtype"]
+    row["dtype"] = json.loads((folder / "config.json").read_text())["dtype"]
     row["tied"] = head.weight is embedding.weight
     row["equal_numbers_fraction"] = equal / total
     yield row
+    if dtype is not torch.float32:
+        with mixed(subject, weights) as model, torch.no_grad():
+            for name in names:
+                weight = weight_of(model.get_submodule(name))
+                weight.copy_(weight.to(dtype).float())
+            rounded = read_logprobs(model, ours.prompts)
+        what = f"merged checkpoint, our weights rounded to {file_dtype(subject.base)} too"
+        yield ours.compare(what, "transformers", rounded, found)
 
 
 def compare_llama(
-    subject: Subject,
-    prompts: Sequence[Any],
-    weights: Mapping[str, float],
-    folder: Path,
-    binary: Path,
-    result: dict[str, Any],
-) -> list[Any]:
+    ours: Reference, folder: Path, binary: Path, result: dict[str, Any]
+) -> Iterator[Any]:
+    subject = ours.subject
     mixture = json.loads((folder / "mixture.json").read_text())
     names = [each.name for each in subject.specialists]
-    scales = {"no adapter": {}, "the mixture of mixture.json": dict(weights)}
-    scales |= {f"{name} at {scale:g}": {name: scale} for name in names for scale in (1.0, 0.5)}
-    scales["the first at 0.7, the last at -0.3"] = {names[0]: 0.7, names[-1]: -0.3}
-    rows = []
+    cases: dict[str, Mapping[str, float]] = {"no adapter": {}}
+    cases |= {f"{name} at {scale:g}": {name: scale} for name in names for scale in (1.0, 0.5)}
+    cases["the first at 0.7, the last at -0.3"] = {names[0]: 0.7, names[-1]: -0.3}
     with serving(binary.resolve(), shlex.split(mixture["command"])[1:], folder) as server:
         result["loaded"] = server.list_adapters()
         split = [
             (server.tokenize(text), subject.base.tokenizer(text)["input_ids"]) for text in SPLIT
         ]
         result["texts_split_alike"] = f"{sum(a == b for a, b in split)} of {len(split)}"
-        for title, values in scales.items():
+        for what, values in cases.items():
             lora = [{"id": i, "scale": values.get(name, 0.0)} for i, name in enumerate(names)]
-            if title.startswith("the mixture"):
-                lora = mixture["request"]["lora"]
-            with mixed(subject, values) as model:
-                ours = read_logprobs(model, prompts)
-            row, shown = ask(server, lora, prompts, ours)
-            rows.append({"export": f"gguf, {title}", "tool": "llama-server", **row})
-            if title.startswith("the mixture"):
-                result["shown"] = show(subject.base, shown, ours[0][-1], lora)
-            if title.startswith("the mixture") and subject.base.model.config.model_type != "llama":
-                with mixed(subject, values) as model, rounding_gelu(model):
-                    row, _ = ask(server, lora, prompts, read_logprobs(model, prompts))
-                title = f"{title}, our GELU rounded to 16 bits too"
-                rows.append({"export": f"gguf, {title}", "tool": "llama-server", **row})
-    return rows
+            yield ask(server, lora, ours, ours.at(values), f"gguf, {what}")[0]
+        lora = mixture["request"]["lora"]
+        own = ours.at(ours.weights)
+        row, answer = ask(server, lora, ours, own, f"gguf, {MIXTURE}")
+        yield row
+        yield ask(server, None, ours, own, f"gguf, {MIXTURE} by a request without `lora`")[0]
+        result["shown"] = show(subject.base, answer, own[0][-1], lora)
+        if subject.base.model.config.model_type != "llama":
+            with mixed(subject, ours.weights) as model, rounding_gelu(model):
+                rounded = read_logprobs(model, ours.prompts)
+            what = f"gguf, {MIXTURE}, our GELU rounded to 16 bits too"
+            yield ask(server, lora, ours, rounded, what)[0]
 
 
-def compare_file_dtype(
-    subject: Subject,
-    prompts: Sequence[Any],
-    weights: Mapping[str, float],
-    folder: Path,
-    binary: Path,
-) -> Iterator[Any]:
+def compare_file_dtype(ours: Reference, folder: Path, binary: Path) -> Iterator[Any]:
     """The mixture on a base in the dtype of its files, in which llama.cpp multiplies then."""
     mixture = json.loads((folder / "mixture.json").read_text())
-    with mixed(subject, weights) as model:
-        ours = read_logprobs(model, prompts)
+    what = f"gguf in {file_dtype(ours.subject.base)}, {MIXTURE}"
     with serving(binary.resolve(), shlex.split(mixture["command"])[1:], folder) as server:
-        row, _ = ask(server, mixture["request"]["lora"], prompts, ours)
-    what = f"gguf in {file_dtype(subject.base)}, the mixture of mixture.json"
-    yield {"export": what, "tool": "llama-server", **row}
+        yield ask(server, mixture["request"]["lora"], ours, ours.at(ours.weights), what)[0]
 
 
 @contextmanager
@@ -319,23 +370,27 @@ def rounding_gelu(model: Any) -> Iterator[None]:
 
 
 def ask(
-    server: Server, lora: Sequence[Any], prompts: Sequence[Any], ours: Sequence[Tensor]
+    server: Server, lora: Sequence[Any] | None, ours: Reference, own: Sequence[Tensor], what: str
 ) -> tuple[dict[str, Any], dict[int, float]]:
     """The server's likeliest tokens after each prompt, against ours; and the first answer."""
     gaps: list[float] = []
     shifted: list[float] = []
+    moved: list[float] = []
     alike = 0
-    answers = [server.ask(ids, lora, TOP) for ids in prompts]
-    for answer, logprobs in zip(answers, ours, strict=True):
+    answers = [server.ask(ids, lora, TOP) for ids in ours.prompts]
+    for answer, logprobs, base in zip(answers, own, ours.base, strict=True):
         apart = [value - float(logprobs[-1, token]) for token, value in answer.items()]
         gaps += [abs(gap) for gap in apart]
-        # What all tokens share is the normaliser, which the server sums in 32 bits.
         shifted += [abs(gap - statistics.mean(apart)) for gap in apart]
+        moved += [abs(float(logprobs[-1, token] - base[-1, token])) for token in answer]
         alike += max(answer, key=answer.__getitem__) == int(logprobs[-1].argmax())
     row = {
+        "export": what,
+        "tool": "llama-server",
         "compared": len(gaps),
+        "mean_effect_nats": statistics.mean(moved),
         "largest_nats": max(gaps),
-        "mean_nats": sum(gaps) / len(gaps),
+        "mean_nats": statistics.mean(gaps),
         "largest_beside_shift_nats": max(shifted),
         "likeliest_alike": f"{alike} of {len(answers)}",
     }
@@ -381,10 +436,7 @@ def render(found: Mapping[str, Any], command: str) -> str:
         f"`{command}`",
         "",
         "Versions: " + ", ".join(f"{name} {v}" for name, v in found["versions"].items()) + ".",
-        "Differences of log-probabilities to our own, nats: of PEFT and transformers all tokens at",
-        f"all positions of {len(TEXTS)} prompts, of llama-server its {found['top']} likeliest "
-        "after each prompt;",
-        "the last column leaves out what all tokens of an answer share, the normaliser.",
+        *INTRODUCTION.splitlines(),
     ]
     for title, model in found["models"].items():
         members = ", ".join(
@@ -398,8 +450,8 @@ def render(found: Mapping[str, Any], command: str) -> str:
             "",
             f"Base {model['base']}, files in {model['dtype']}; {members}. Mixture: {weights}.",
             "",
-            "| export | tool | compared | largest | mean | largest beside a shift |",
-            "|---|---|---:|---:|---:|---:|",
+            "| export | tool | compared | effect | mean | largest | beside a shift |",
+            "|---|---|---:|---:|---:|---:|---:|",
         ]
         lines += [render_row(row) for row in model["rows"]]
         checkpoint = next(row for row in model["rows"] if "tied" in row)
@@ -418,8 +470,9 @@ def render(found: Mapping[str, Any], command: str) -> str:
 def render_row(row: Mapping[str, Any]) -> str:
     shift = row.get("largest_beside_shift_nats")
     return (
-        f"| {row['export']} | {row['tool']} | {row['compared']:,} | {row['largest_nats']:.1e} "
-        f"| {row['mean_nats']:.1e} | {'' if shift is None else f'{shift:.1e}'} |"
+        f"| {row['export']} | {row['tool']} | {row['compared']:,} "
+        f"| {row['mean_effect_nats']:.1e} | {row['mean_nats']:.1e} | {row['largest_nats']:.1e} "
+        f"| {'' if shift is None else f'{shift:.1e}'} |"
     )
 
 

@@ -37,20 +37,20 @@ class Server:
         self._client = client
 
     def ask(
-        self, tokens: Sequence[int], lora: Sequence[Mapping[str, Any]], count: int
+        self, tokens: Sequence[int], lora: Sequence[Mapping[str, Any]] | None, count: int
     ) -> dict[int, float]:
         """Log-probabilities of the likeliest next tokens, nats, by id.
 
         Args:
             tokens: The prompt.
-            lora: The request's adapters and scales.
+            lora: The request's adapters and scales; None leaves the field out.
             count: How many.
         """
         answer = self._post(
             "/completion",
             {
                 "prompt": list(tokens),
-                "lora": list(lora),
+                **({} if lora is None else {"lora": list(lora)}),
                 "n_predict": 1,
                 "n_probs": count,
                 "temperature": 0.0,

@@ -108,32 +108,44 @@ def _use(card: Card) -> Iterator[str]:
         if not card.subject.specialists:
             yield from ("```", "llama-server -m base.gguf", "```")
             return
-        yield from ("```", build_command(card.subject), "```", "")
-        yield "Every request chooses its own mixture, which holds for all of its text:"
         values = card.weights.values if card.weights else {}
+        yield from ("```", build_command(card.subject, values), "```", "")
+        yield "A request without `lora` gets the scales of the command. Any other chooses its own"
+        yield "mixture, which holds for all of its text; adapters it does not name have scale 0:"
         body = {"prompt": "TEXT", "lora": build_request(card.subject, values)}
         yield from ("", "```", "curl http://127.0.0.1:8080/completion -d \\")
         yield f"  '{json.dumps(body)}'"
         yield "```"
+        yield ""
+        yield 'The base alone is `"lora": [{"id": 0, "scale": 0}]`; an empty list counts as none.'
         if card.subject.gates:
             yield ""
             yield "`mixture.json` has such a list for each domain: the router's mean gates there."
         return
+    place, is_whole = _find_place(card)
     yield "```python"
-    if card.to == "merged" and card.merge == "checkpoint":
+    if is_whole:
         yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
         yield ""
-        yield 'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
-        yield 'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'
+        yield f'model = AutoModelForCausalLM.from_pretrained("{place}")'
+        yield f'tokenizer = AutoTokenizer.from_pretrained("{place}")'
     else:
-        first = card.rows[0][0]
-        name = "" if first == WEIGHTS_FILE else f"/{first}"
         yield "from peft import PeftModel"
         yield "from transformers import AutoModelForCausalLM"
         yield ""
         yield 'base = AutoModelForCausalLM.from_pretrained("BASE_FOLDER")'
-        yield f'model = PeftModel.from_pretrained(base, "THIS_FOLDER{name}")'
+        yield f'model = PeftModel.from_pretrained(base, "{place}")'
     yield "```"
+
+
+def _find_place(card: Card) -> tuple[str, bool]:
+    """The folder that the example loads, and whether it is a whole checkpoint."""
+    if card.to == "merged":
+        return "THIS_FOLDER", card.merge == "checkpoint"
+    if card.rows[0][0] == WEIGHTS_FILE:  # the README of one adapter
+        return "THIS_FOLDER", False
+    low_rank = [each.name for each in card.subject.specialists if each.is_low_rank]
+    return f"THIS_FOLDER/{(low_rank or [card.rows[0][0]])[0]}", not low_rank
 
 
 def _contents(card: Card) -> Iterator[str]:

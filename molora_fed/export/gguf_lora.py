@@ -63,10 +63,18 @@ def build_request(subject: Subject, weights: Mapping[str, float]) -> list[dict[s
     ]
 
 
-def build_command(subject: Subject) -> str:
-    """The command that serves the files, run in their folder; ids follow the order of --lora."""
-    files = ",".join(f"{each.name}.gguf" for each in subject.specialists)
-    return f"llama-server -m base.gguf --lora {files} --lora-init-without-apply"
+def build_command(subject: Subject, weights: Mapping[str, float]) -> str:
+    """The command that serves the files, run in their folder; ids follow the order of the list.
+
+    A request that names no adapter gets the scales of the command: of `--lora` they would be 1,
+    all adapters added up in full, with `--lora-init-without-apply` too.
+
+    Args:
+        subject: Base and specialists.
+        weights: Scale of each specialist by name; missing ones get 0.
+    """
+    files = [f"{each.name}.gguf:{weights.get(each.name, 0.0)!r}" for each in subject.specialists]
+    return f"llama-server -m base.gguf --lora-scaled {','.join(files)}"
 
 
 def write_mixture(subject: Subject, weights: Weights, file: Path) -> None:
@@ -85,7 +93,7 @@ def write_mixture(subject: Subject, weights: Weights, file: Path) -> None:
             {"id": index, "name": each.name, "file": f"{each.name}.gguf", "domain": each.domain}
             for index, each in enumerate(subject.specialists)
         ],
-        "command": build_command(subject),
+        "command": build_command(subject, weights.values),
         "weights": weights.source,
         "request": {"lora": build_request(subject, weights.values)},
     }

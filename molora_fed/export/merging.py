@@ -19,6 +19,7 @@ from molora_fed.export.subject import Specialist, Subject
 from molora_fed.models.base import Base
 from molora_fed.models.base_files import find_file, load_json_file, quiet_transformers
 from molora_fed.models.layout import bias_of, weight_of
+from molora_fed.models.runtime import check_memory
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.types import TOKENIZER_FILES, Progress
 
@@ -107,9 +108,16 @@ def write_checkpoint(
         progress: Told the modules that are done.
 
     Raises:
+        ComputeError: If there is too little memory for a copy of the base.
         OSError: On I/O errors.
     """
     base = subject.base
+    check_memory(
+        sum(values.numel() for values in base.model.parameters()) * torch.float32.itemsize,
+        torch.device("cpu"),
+        what=f"Cannot merge into a copy of base '{base.folder}'",
+        fix="Use --as adapter, or a machine with more memory.",
+    )
     merged = copy.deepcopy(base.model).to(DTYPES[file_dtype(base)])
     chosen = [each for each in subject.specialists if weights[each.name]]
     modules = list(dict.fromkeys(name for each in chosen for name in each.adapter.updates))

@@ -52,7 +52,7 @@ def test_without_a_report_nothing_is_said_of_losses(subject, tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     assert "## Losses" not in text and "## Forecast" not in text
     assert "no report of these adapters" in text and "none was recorded" in text
-    assert "llama-server -m base.gguf --lora a.gguf,b.gguf" in text
+    assert "llama-server -m base.gguf --lora-scaled a.gguf:1.0,b.gguf:0.0" in text
 
 
 def test_a_malformed_report_costs_its_part_only(subject, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from adaptation_helpers import build_population, build_router
 
 from molora_fed.adapters.save import save_adapter
@@ -14,6 +15,7 @@ from molora_fed.export.subject import Specialist, choose_weights, open_subject
 from molora_fed.models.base import load_base
 from molora_fed.population.bundle import save_evolved
 from molora_fed.population.evolution import Branch
+from molora_fed.population.mixture import Mixture
 from molora_fed.testing import build_random_adapter
 
 
@@ -99,7 +101,9 @@ def test_a_specialist_is_named_by_its_folder(tiny_checkpoint, tmp_path):
     assert [each.name for each in subject.specialists] == ["Gro-e-Liebe"]
 
 
-def test_slots_of_an_evolved_model(tiny_checkpoint, tmp_path, our_logits, peft_logits):
+def test_slots_of_an_evolved_model_are_merged_as_if_gates_were_constant(
+    tiny_checkpoint, tmp_path, tokens, our_logits, peft_logits
+):
     checkpoint = tiny_checkpoint("gpt_neox")
     base = load_base(checkpoint)
     branch = Branch(build_population(base), build_router().eval())
@@ -108,9 +112,14 @@ def test_slots_of_an_evolved_model(tiny_checkpoint, tmp_path, our_logits, peft_l
     assert (subject.kind, subject.mixture) == ("evolved", "layers")
     names = [each.name for each in subject.specialists]
     assert names == ["g0-s0", "g0-s1", "g0-s2"]
-    export_model(subject, tmp_path / "out", Choices("merged", weights="g0-s0=0.5"))
+    export_model(subject, tmp_path / "out", Choices("merged", weights="g0-s0=0.5,g0-s1=1"))
     found = peft_logits(checkpoint, tmp_path / "out")
-    assert (found - our_logits(subject, {"g0-s0": 0.5})).abs().max() < 2e-5
+    population = branch.population
+    gates = torch.tensor([0.5, 1.0, 0.0]).expand(*tokens.shape, 3)
+    with torch.no_grad(), Mixture(base.model, population).mixed(gates):
+        constant = base.model(tokens).logits
+    assert (found - constant).abs().max() < 2e-5
+    assert (constant - our_logits(subject, {})).abs().max() > 0.01
 
 
 def test_names_are_apart_on_every_system(folder):

@@ -213,9 +213,11 @@ def test_requests_hold_the_weights_and_ids_follow_the_command(subject, tmp_path)
     export_model(subject, tmp_path / "out", Choices("gguf", weights="a=0.25,b=-1"))
     mixture = json.loads((tmp_path / "out" / "mixture.json").read_text())
     assert mixture["request"] == {"lora": [{"id": 0, "scale": 0.25}, {"id": 1, "scale": -1.0}]}
-    assert mixture["command"].split()[:3] == ["llama-server", "-m", "base.gguf"]
-    files = mixture["command"].split("--lora ")[1].split()[0].split(",")
-    assert files == [each["file"] for each in mixture["adapters"]] == ["a.gguf", "b.gguf"]
+    words = mixture["command"].split()
+    assert words == [
+        "llama-server", "-m", "base.gguf", "--lora-scaled", "a.gguf:0.25,b.gguf:-1.0"
+    ]  # fmt: skip
+    assert [each["file"] for each in mixture["adapters"]] == ["a.gguf", "b.gguf"]
     assert "requests_by_domain" not in mixture  # no report says them
 
 

@@ -94,6 +94,8 @@ def test_a_dense_specialist_becomes_a_checkpoint_and_says_so(
     done = export_model(subject, tmp_path / "out", PEFT)
     (note,) = done.notes
     assert note.startswith("dense: its differences are dense") and "--rank" in note
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(base, "THIS_FOLDER/thin")' in text
     ours = our_logits(subject, {"dense": 1.0})
     torch.testing.assert_close(plain_logits(tmp_path / "out" / "dense"), ours, rtol=1e-5, atol=2e-5)
     found = peft_logits(checkpoint, tmp_path / "out" / "thin")
