@@ -19,6 +19,7 @@ __all__ = ["write_base", "write_tensors"]
 _FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
 _TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _HEAD = "output.weight"
+_MAX_HALF = float(np.finfo(np.float16).max)
 
 
 def write_base(
@@ -86,6 +87,11 @@ def _convert(values: Tensor, dtype: str) -> NDArray[Any]:
 
     plain: NDArray[Any] = values.detach().float().contiguous().numpy()
     if dtype == "float16":
+        if float(np.abs(plain).max()) > _MAX_HALF:
+            raise BaseCheckpointError(
+                f"Cannot write the base in float16: expected numbers of at most {_MAX_HALF:g}, got "
+                f"{float(np.abs(plain).max()):g}. Use --dtype bfloat16 or float32."
+            )
         return plain.astype(np.float16)
     if dtype == "bfloat16":
         return gguf.quants.quantize(plain, gguf.GGMLQuantizationType.BF16)

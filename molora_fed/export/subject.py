@@ -18,6 +18,7 @@ from molora_fed.population.slots import slot_adapter
 from molora_fed.reporting.report import find_report, load_report
 from molora_fed.routing.fused import FusedModel
 from molora_fed.storage.compute import Compute
+from molora_fed.storage.untrusted import clean
 from molora_fed.types import BASE_EXPERT
 
 __all__ = ["Specialist", "Subject", "Weights", "choose_weights", "open_subject"]
@@ -73,12 +74,19 @@ class Subject:
 
     @property
     def gates(self) -> dict[str, dict[str, float]]:
-        """The router's mean gates on held-out text by domain and expert; empty if not recorded."""
-        found = ((self.report or {}).get("gates") or {}).get(self.router) or {}
-        return {
-            domain: {name: float(gate) for name, gate in gates.items()}
-            for domain, gates in found.items()
-        }
+        """The router's mean gates on held-out text by domain and expert; empty if not recorded.
+
+        A report comes from anywhere: what is no finite number is not recorded.
+        """
+        try:
+            found = {
+                clean(domain): {str(name): float(gate) for name, gate in gates.items()}
+                for domain, gates in (self.report or {})["gates"][self.router].items()
+            }
+        except (AttributeError, LookupError, TypeError, ValueError):
+            return {}
+        whole = all(math.isfinite(gate) for gates in found.values() for gate in gates.values())
+        return found if whole else {}
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,8 @@ def _find_report(folder: Path, specialists: tuple[Specialist, ...]) -> Mapping[s
             report = load_report(find_report(place))
         except ConfigError:
             continue
-        hashes = report["fingerprints"].get("adapters", {})
+        prints = report["fingerprints"]
+        hashes = prints.get("adapters") if isinstance(prints, Mapping) else None
         if hashes == {each.name: each.adapter.hash for each in specialists}:
             return report
     return None

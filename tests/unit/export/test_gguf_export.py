@@ -187,6 +187,13 @@ def test_a_base_in_16_bits(dtype, subject, tmp_path):
         assert np.array_equal(restore(subject, name.rpartition(".")[0], plain), rounded), name
 
 
+def test_numbers_too_large_for_float16_are_refused(subject, tmp_path):
+    subject.base.model.get_input_embeddings().weight[3, 5] = 1e5
+    with pytest.raises(BaseCheckpointError, match="at most 65504, got 100000"):
+        export_model(subject, tmp_path / "out", Choices("gguf", dtype="float16"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_a_tied_head(architecture, tmp_path):
     model = build_tiny_model(architecture)

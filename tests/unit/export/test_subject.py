@@ -67,6 +67,16 @@ def test_a_report_of_other_adapters_is_no_report(folder, kept):
     assert weights.values == {"a": 0.5, "b": 0.5} and weights.source.startswith("equal")
 
 
+@pytest.mark.parametrize(
+    "gates", [None, [], {"uniform": 3}, {"uniform": {"x": {"a": "much", "b": 1}}}]
+)
+def test_malformed_gates_are_none(folder, kept, gates):
+    write_report(folder)
+    subject = open_subject(folder)
+    broken = replace(subject, report={**subject.report, "gates": gates})
+    assert broken.gates == {} and choose_weights(broken, None).source.startswith("equal")
+
+
 def test_weights_that_were_asked_for(folder):
     subject = open_subject(folder)
     assert choose_weights(subject, " b = 1e-1 ").values == {"a": 0.0, "b": 0.1}
