@@ -37,6 +37,7 @@ GROUPS = {
     ),
     "User of the result": (
         ("generate", "generate:generate", "Continue a text with a fused or an evolved model"),
+        ("export", "export:export", "Write a model for PEFT, transformers or llama.cpp"),
         ("evaluate", "evaluate:evaluate", "Measure base, specialists and the model on your text"),
         (
             "cascade",
