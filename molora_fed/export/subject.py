@@ -9,8 +9,7 @@ from typing import Any
 
 from molora_fed.adapters.updates import Adapter
 from molora_fed.errors import ConfigError
-from molora_fed.inference.engines import Model, PlainModel
-from molora_fed.inference.opening import open_model
+from molora_fed.inference.opening import Model, PlainModel, open_model
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.population.bundle import EvolvedModel
