@@ -43,7 +43,7 @@ from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.types import Mixture
 
-__all__ = ["FusedForCausalLM", "FusedOutput", "mix_distributions"]
+__all__ = ["FusedForCausalLM", "FusedOutput", "find_config", "mix_distributions"]
 
 _POSITIONS = "max_position_embeddings"
 _LEAST = 1e-30  # a probability that float32 still resolves
@@ -246,8 +246,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             made: Self = super().from_pretrained(None, *others, **settings)
             return made
         folder = Path(pretrained_model_name_or_path)
-        config = settings.get("config") or _find_config(folder)
+        config = settings.get("config") or find_config(folder)
         if config is not None and config.base_path is None:
+            settings["local_files_only"] = True
             model: Self = super().from_pretrained(folder, *others, **settings)
             return model
         from molora_fed.inference.fused_build import open_causal_lm, open_saved
@@ -953,10 +954,12 @@ def _make_router(config: FusedConfig, count: int) -> tuple[Any, Entry | None]:
         return router_class(count, options, tensors), entry
 
 
-def _find_config(folder: Path) -> FusedConfig | None:
+def find_config(folder: Path) -> FusedConfig | None:
     """The configuration that `save_pretrained` wrote, or None."""
+    if not (folder / "config.json").is_file():  # nothing is looked for anywhere else
+        return None
     try:
-        values, _ = FusedConfig.get_config_dict(folder)
+        values, _ = FusedConfig.get_config_dict(folder, local_files_only=True)
     except OSError:
         return None
     if values.get("model_type") != FusedConfig.model_type:
