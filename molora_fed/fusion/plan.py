@@ -63,6 +63,13 @@ class FusionPlan:
         return self.charter.identity.adapters
 
     @property
+    def shortlist(self) -> int | None:
+        """Experts that a member measures on all of its text; None if that is all of them."""
+        size = self.charter.amendment.fusion.shortlist
+        is_short = size is not None and size < len(self.experts) and self.charter.is_summed
+        return size if is_short else None
+
+    @property
     def own_domain(self) -> dict[str, str]:
         """Domain each specialist was trained on."""
         return {c.contributor: c.domain for c in self.contributions}
@@ -85,7 +92,7 @@ def plan_fusion(
     Raises:
         BaseCheckpointError: If the base is not the charter's.
         CharterError: If the charter does not fuse by a router, or a router's options are wrong;
-            all of them are named.
+            all of them are named. If a router reads what a shortlist of experts cannot stand for.
         ConfigError: If there is no contribution, or names clash.
         UnknownNameError: If nobody registers a router or a merge.
     """
@@ -101,6 +108,12 @@ def plan_fusion(
     readings: frozenset[Reading] = frozenset().union(
         *(router.reads(options) for router, options in routers.values())
     )
+    if fusion.shortlist is not None and charter.is_summed and "mean_hidden" in readings:
+        raise CharterError(
+            f"Cannot fuse cooperative '{charter.identity.name}' with fusion.shortlist: expected "
+            "routers that read no mean of all experts' states, got one that reads 'mean_hidden'. "
+            "Amend fusion.shortlist, or choose another router or input."
+        )
     base_experts = [Expert(BASE_EXPERT, None)] if fusion.base_expert else []
     specialists = [
         Expert(
