@@ -55,7 +55,8 @@ def choose_blocks(blocks: Blocks, count: int) -> Blocks:
         count: How many are wanted; all if there are no more.
     """
     seen: set[int] = set()
-    fresh, others = [], []
+    fresh: list[int] = []
+    others: list[int] = []
     for index, clusters in enumerate(blocks.clusters[:, 1:]):
         new = set(clusters.tolist()) - seen
         (fresh if new else others).append(index)

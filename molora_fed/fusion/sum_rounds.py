@@ -357,6 +357,12 @@ class SumRounds:
         gates[self.domains.index(said.domain)] = torch.stack(rows)
         return {**self._pack(MOMENTS, said.moments, said.domain), GATES: gates}
 
+    def count_cost(self) -> int:
+        """Most numbers of a held-out answer that say what shortlists cost."""
+        _, routers = self.limit_fits()
+        entries = self._lay_out_moments(SHORTLIST, routers, SHORTLIST).values()
+        return sum(entry.size for entry in entries) if self._plan.shortlist else 0
+
     def pack_cost(self, cost: Moments, domain: str) -> dict[str, Tensor]:
         """What a member's shortlist costs as parts of its vector."""
         return self._pack(SHORTLIST, cost, domain)

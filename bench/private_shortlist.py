@@ -1,0 +1,384 @@
+"""What a shortlist of experts saves the members of a private fusion, and what it costs.
+
+    python bench/private_shortlist.py demo --work FOLDER --out docs/results/private_shortlist.md
+
+`demo` is a folder of `molora demo`: its base and its texts are used. Each member trains an adapter
+on a share of its domain's train text, and holds a share of the domain's other blocks; blocks count
+as documents. All members are in this process, of one thread. FOLDER gets adapters and columns;
+stopped and called again, it goes on.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from private_fusion import keep_private
+
+from molora_fed.bank import CalibrationBank, HeldOutBank, build_calibration_bank
+from molora_fed.bank import build_held_out_bank as build_held_out
+from molora_fed.charter import AdapterRules, Charter, FusionRules, TrainingRules
+from molora_fed.contributions.contributed import Contributed, Entrant
+from molora_fed.cooperative.cooperative import open_cooperative
+from molora_fed.corpus.blocks import Blocks, load_blocks
+from molora_fed.evaluation.evaluate import compute_router_losses
+from molora_fed.evaluation.moments import estimate, measure_moments
+from molora_fed.evaluation.summed_report import SummedEvaluation
+from molora_fed.fusion.fuse import fuse_texts
+from molora_fed.fusion.local_members import LocalMembers, drop_text
+from molora_fed.fusion.plan import FusionPlan, plan_fusion
+from molora_fed.fusion.private_answers import FusionMember
+from molora_fed.fusion.private_texts import Check, PrivateTexts
+from molora_fed.fusion.shortlist import (
+    CHOICE_BLOCKS,
+    choose_blocks,
+    choose_experts,
+)
+from molora_fed.fusion.sum_rounds import HELD_OUT, SumQuestion, SumRounds
+from molora_fed.models.base import Base
+from molora_fed.plugins import get_plugins
+from molora_fed.privacy.sums.vectors import Total
+from molora_fed.routing.contract import OutputRouter
+from molora_fed.routing.summed_run import fit_by_sums
+from molora_fed.storage.files import hash_bytes, write_bytes, write_json
+from molora_fed.training.specialists import train_specialist
+from molora_fed.types import BASE_EXPERT, Split
+
+RULES = FusionRules(compare=("evidence", "evidence-zero"), merges=())
+TRAINING = TrainingRules(kind="svd", rank=64, steps=300, batch=4, validate_every=100)
+BLOCKS = {Split.CALIBRATION: 64, Split.HELD_OUT: 64}
+WHOLE = {Split.CALIBRATION: 150, Split.HELD_OUT: 160}  # of the member whose seconds are taken
+SIZES = (4, 8)
+CHOICES = (2, 4, 8, 16, BLOCKS[Split.CALIBRATION])
+DRAWS = 400
+COSTS = (4, 8, 16, 32)
+
+
+class Keeping(LocalMembers):
+    """Members that keep the rounds of their fusion."""
+
+    rounds: SumRounds
+
+    def add_up(self, question: SumQuestion, rounds: SumRounds, check: Check) -> Total:
+        """See `Members`."""
+        self.rounds = rounds
+        return super().add_up(question, rounds, check)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Base, charter and everybody's blocks and adapters.
+
+    Attributes:
+        base: Of the demo.
+        charter: Of a private fusion with robust sums.
+        contributions: With their samples.
+        folder: Gets everything that is made.
+    """
+
+    base: Base
+    charter: Charter
+    contributions: Sequence[Contributed]
+    folder: Path
+
+    @property
+    def experts(self) -> list[Entrant]:
+        """What everybody gets."""
+        return [drop_text(one) for one in self.contributions]
+
+    def limit(self, size: int | None) -> Charter:
+        """The charter with a shortlist of so many."""
+        rules = self.charter.amendment.fusion.model_copy(update={"shortlist": size})
+        amendment = self.charter.amendment.model_copy(update={"fusion": rules})
+        return self.charter.model_copy(update={"amendment": amendment})
+
+    def fuse(self, size: int | None) -> tuple[dict[str, Any], Keeping]:
+        """A private fusion of all members."""
+        charter, plugins = self.limit(size), get_plugins()
+        asked = Keeping.open(
+            self.base, charter, self.contributions, self.experts, self.folder / "members",
+            plugins=plugins,
+        )  # fmt: skip
+        out = self.folder / f"fused-{size}"
+        texts = PrivateTexts(self.experts, asked)
+        return fuse_texts(self.base, charter, texts, out, plugins=plugins).result, asked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("demo", type=Path, help="folder of `molora demo`")
+    parser.add_argument("--members", type=int, default=20)
+    parser.add_argument("--work", type=Path, required=True, help="gets adapters and columns")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/private_shortlist.md"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    kept = arguments.out.with_suffix(".json")
+    found: dict[str, Any] = json.loads(kept.read_bytes()) if kept.is_file() else {}
+    table = open_table(arguments.demo, arguments.members, arguments.work)
+    steps: dict[str, Callable[[], Any]] = {
+        "fusions": partial(compare_fusions, table),
+        "choices": partial(compare_choices, table),
+        "seconds": partial(measure_seconds, table, arguments.demo),
+    }
+    found |= {"members": arguments.members, "blocks": {str(s): n for s, n in BLOCKS.items()}}
+    for name, step in steps.items():
+        if name not in found:
+            found[name] = step()
+            write_json(kept, found)
+            print(name, json.dumps(found[name]), flush=True)
+    write_bytes(arguments.out, build_page(found).encode())
+
+
+def open_table(demo: Path, count: int, folder: Path) -> Table:
+    """Train what is not trained yet, and cut everybody's blocks."""
+    cooperative = open_cooperative(demo / "cooperative")
+    base = cooperative.load_base()
+    amendment = cooperative.charter.amendment.model_copy(update={"fusion": RULES})
+    charter = cooperative.charter.model_copy(update={"amendment": amendment})
+    texts = sorted((demo / "contributors").glob("*/corpus"))
+    made = []
+    for number in range(count):
+        corpus, share = texts[number % len(texts)], number // len(texts)
+        name = f"member-{number:02d}"
+        train = load_blocks(corpus / "train.safetensors")
+        specialist = train_specialist(
+            base,
+            train.select(slice(share, None, -(-count // len(texts)))),
+            load_blocks(corpus / "validation.safetensors").take(64),
+            kind=TRAINING.kind,
+            rules=AdapterRules(),
+            training=TRAINING,
+            seed=number,
+            threads=1,
+            folder=folder / "adapters" / name,
+        )
+        print(name, corpus.parent.name, specialist.base_loss, specialist.loss, flush=True)
+        cut = {split: take(corpus, split, share, BLOCKS[split]) for split in BLOCKS}
+        made.append(
+            Contributed(
+                id=hash_bytes(name.encode()),
+                contributor=name,
+                domain=corpus.parent.name,
+                adapter=specialist.adapter_folder,
+                calibration=cut[Split.CALIBRATION],
+                held_out=cut[Split.HELD_OUT],
+            )
+        )
+    ordered = sorted(made, key=lambda one: one.id)
+    return Table(base, keep_private(charter, "robust"), ordered, folder)
+
+
+def take(corpus: Path, split: Split, share: int, count: int) -> Blocks:
+    """A share of a split's blocks, each a document of its own."""
+    blocks = load_blocks(corpus / f"{split}.safetensors").select(
+        slice(share * count, (share + 1) * count)
+    )
+    each = np.repeat(np.arange(len(blocks), dtype=np.int32)[:, None], blocks.block_size, axis=1)
+    return replace(blocks, documents=each, clusters=each)
+
+
+def compare_fusions(table: Table) -> dict[str, Any]:
+    """Fusions with shortlists beside the one with all columns."""
+    whole, everybody = table.fuse(None)
+    rows = {"all": {"losses": read_losses(whole)}}
+    for size in SIZES:
+        short, asked = table.fuse(size)
+        (question,) = [one for one in asked.questions if one.place == HELD_OUT]
+        rows[str(size)] = {
+            "losses": read_losses(short),
+            # The routers of the shortlists, asked of members that have all columns.
+            "true": ask_whole(everybody, question),
+            "said": short["sums"]["shortlist"],
+        }
+    return rows
+
+
+def read_losses(result: Mapping[str, Any]) -> dict[str, float]:
+    """Equal-weight loss of every router, and of the base."""
+    names = ["base", *(f"fused:{name}" for name in result["losses"]["fused"])]
+    return {name: result["equal_weight"][name]["point"] for name in names}
+
+
+def ask_whole(everybody: Keeping, question: SumQuestion) -> dict[str, float]:
+    """Loss of some routers on all members' held-out blocks, all columns there."""
+    total = everybody.add_up(question, everybody.rounds, lambda parts, members: None)
+    said = everybody.rounds.unpack_held_out(total.parts, question.routers, total.members)
+    found = SummedEvaluation.add(everybody.rounds.compare(question.routers), said)
+    return {f"fused:{name}": found.equal_weight(f"fused:{name}") for name in question.routers}
+
+
+def compare_choices(table: Table) -> dict[str, Any]:
+    """Ways to choose a shortlist, by what a router that is fitted with it loses."""
+    plan = plan_fusion(table.base, table.charter, table.experts, get_plugins())
+    whole = [open_calibration(table, plan, one, None) for one in table.contributions]
+    held_out = [open_held_out(table, plan, one, ()) for one in table.contributions]
+    ranked = {"all": fit_and_measure(plan, whole, held_out)}
+    best = {
+        size: [
+            choose_experts(bank, size, one.contributor)
+            for bank, one in zip(whole, table.contributions, strict=True)
+        ]
+        for size in SIZES
+    }
+    rows: dict[str, Any] = {"all": {"loss": ranked["all"][0]}}
+    coverage: dict[str, Any] = {}
+    for size in SIZES:
+        ways = {
+            **{str(n): choose_by_blocks(table, plan, size, n) for n in CHOICES},
+            "means": choose_by_means(table, whole, size),
+        }
+        for way, chosen in ways.items():
+            banks = [
+                open_calibration(table, plan, one, mine)
+                for one, mine in zip(table.contributions, chosen, strict=True)
+            ]
+            loss, router = fit_and_measure(plan, banks, held_out)
+            same = [
+                len(mine & theirs) / size for mine, theirs in zip(chosen, best[size], strict=True)
+            ]
+            rows[f"{size} {way}"] = {"loss": loss, "agreeing": float(np.mean(same))}
+            print(size, way, rows[f"{size} {way}"], flush=True)
+            if way == str(CHOICE_BLOCKS):
+                coverage[str(size)] = draw_costs(table, plan, chosen, held_out, router)
+    return {"ways": rows, "coverage": coverage}
+
+
+def choose_by_blocks(table: Table, plan: FusionPlan, size: int, count: int) -> list[frozenset[str]]:
+    """By losses on so many calibration blocks, as members do."""
+    found = []
+    for one in table.contributions:
+        assert one.calibration is not None
+        some = choose_blocks(one.calibration, count)
+        bank = build_calibration_bank(
+            bank_folder(table, one), table.base, plan.experts, [some], **plan.bank
+        )
+        found.append(choose_experts(bank, size, one.contributor))
+    return found
+
+
+def choose_by_means(
+    table: Table, banks: Sequence[CalibrationBank], size: int
+) -> list[frozenset[str]]:
+    """By the distance of the means of the base's states, which everybody would publish."""
+    means = [bank.base_hidden.double().mean(dim=(0, 1)) for bank in banks]  # type: ignore[union-attr]
+    names = [one.contributor for one in table.contributions]
+    found = []
+    for own in range(len(names)):
+        far = torch.stack([(means[own] - other).norm() for other in means])
+        nearest = [names[index] for index in far.argsort(stable=True).tolist()]
+        found.append(frozenset([BASE_EXPERT, *nearest][:size]))
+    return found
+
+
+def bank_folder(table: Table, one: Contributed) -> Path:
+    """Where a member of `Table.fuse` keeps its columns."""
+    return table.folder / "members" / one.contributor / "bank"
+
+
+def open_calibration(
+    table: Table, plan: FusionPlan, one: Contributed, chosen: frozenset[str] | None
+) -> CalibrationBank:
+    """A member's bank; None measures all experts."""
+    assert one.calibration is not None
+    names = list_others(plan, chosen) if chosen is not None else ()
+    return build_calibration_bank(
+        bank_folder(table, one), table.base, plan.experts, [one.calibration],
+        stand_ins=names, **plan.bank,
+    )  # fmt: skip
+
+
+def open_held_out(
+    table: Table, plan: FusionPlan, one: Contributed, names: Sequence[str]
+) -> HeldOutBank:
+    """A member's held-out bank, all blocks; the base stands for some."""
+    return build_held_out(
+        bank_folder(table, one), table.base, plan.experts, [one.held_out],
+        stand_ins=names, **plan.bank,
+    )  # fmt: skip
+
+
+def list_others(plan: FusionPlan, chosen: frozenset[str]) -> list[str]:
+    return [expert.name for expert in plan.experts if expert.name not in chosen]
+
+
+def fit_and_measure(
+    plan: FusionPlan, banks: Sequence[CalibrationBank], held_out: Sequence[HeldOutBank]
+) -> tuple[float, OutputRouter]:
+    """Fit the published router on members' banks; its loss where all columns are there."""
+    router, options = plan.routers[plan.router]
+    fitted, _ = fit_by_sums(router, banks, options, plan.charter.amendment.seed)
+    by_domain: dict[str, list[float]] = {}
+    for bank in held_out:
+        loss = float(compute_router_losses(bank, fitted).nll.double().mean())
+        by_domain.setdefault(bank.domains[0], []).append(loss)
+    return float(np.mean([np.mean(losses) for losses in by_domain.values()])), fitted
+
+
+def draw_costs(
+    table: Table,
+    plan: FusionPlan,
+    chosen: Sequence[frozenset[str]],
+    held_out: Sequence[HeldOutBank],
+    router: OutputRouter,
+) -> dict[str, Any]:
+    """How often the interval of a cost from a few blocks holds the cost on all of them."""
+    by_domain: dict[str, list[NDArray[np.float64]]] = {}
+    for one, mine, whole in zip(table.contributions, chosen, held_out, strict=True):
+        short = open_held_out(table, plan, one, list_others(plan, mine))
+        more, less = (compute_router_losses(bank, router).nll for bank in (short, whole))
+        each = (more.double() - less.double()).sum(dim=1).numpy()
+        by_domain.setdefault(one.domain, []).append(each)
+    tokens = held_out[0].block_size - 1
+    true = float(np.mean([np.mean(parts) for parts in by_domain.values()])) / tokens
+    draw = np.random.default_rng(0)
+    rows = {}
+    for count in COSTS:
+        held, widths = 0, []
+        for _ in range(DRAWS):
+            moments = []
+            for parts in by_domain.values():
+                some = np.concatenate([draw.choice(each, count, replace=False) for each in parts])
+                counts = np.full(len(some), float(tokens))
+                moments.append(measure_moments(counts, {"cost": some}))
+            found = estimate(moments, ["cost"] * len(moments))
+            held += found["low"] <= true <= found["high"]
+            widths.append((found["high"] - found["low"]) / 2)
+        rows[str(count)] = {"covered": held / DRAWS, "half_width": float(np.mean(widths))}
+    return {"true": true, "draws": rows}
+
+
+def measure_seconds(table: Table, demo: Path) -> dict[str, Any]:
+    """Processor seconds of one member with as much text as members have by default."""
+    first = table.contributions[0]
+    corpus = demo / "contributors" / first.domain / "corpus"
+    blocks = {split: take(corpus, split, 0, count) for split, count in WHOLE.items()}
+    rows = {}
+    for size in (None, *SIZES):
+        _, asked = table.fuse(size)
+        with tempfile.TemporaryDirectory() as scratch:
+            member = FusionMember(
+                table.base, table.limit(size), blocks, None, table.experts,
+                name=first.contributor, folder=Path(scratch), plugins=get_plugins(),
+            )  # fmt: skip
+            began = time.process_time()
+            for question in asked.questions:
+                member.measure(question, asked.rounds)
+            rows[str(size or "all")] = time.process_time() - began
+    return rows
+
+
+def build_page(found: Mapping[str, Any]) -> str:
+    """The page of results."""
+    return json.dumps(found, indent=1)
+
+
+if __name__ == "__main__":
+    main()
