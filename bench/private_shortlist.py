@@ -53,8 +53,8 @@ from molora_fed.training.specialists import train_specialist
 from molora_fed.types import BASE_EXPERT, Split
 
 RULES = FusionRules(compare=("evidence", "evidence-zero"), merges=())
-TRAINING = TrainingRules(kind="svd", rank=64, steps=300, batch=4, validate_every=100)
-BLOCKS = {Split.CALIBRATION: 64, Split.HELD_OUT: 64}
+TRAINING = TrainingRules(kind="svd", rank=64, steps=150, batch=4, validate_every=75)
+BLOCKS = {Split.CALIBRATION: 48, Split.HELD_OUT: 48}
 WHOLE = {Split.CALIBRATION: 150, Split.HELD_OUT: 160}  # of the member whose seconds are taken
 SIZES = (4, 8)
 CHOICES = (2, 4, 8, 16, BLOCKS[Split.CALIBRATION])
