@@ -39,6 +39,7 @@ from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.fusion.private_texts import Check, PrivateTexts
 from molora_fed.fusion.shortlist import (
     CHOICE_BLOCKS,
+    COST_BLOCKS,
     choose_blocks,
     choose_experts,
 )
@@ -377,7 +378,99 @@ def measure_seconds(table: Table, demo: Path) -> dict[str, Any]:
 
 def build_page(found: Mapping[str, Any]) -> str:
     """The page of results."""
-    return json.dumps(found, indent=1)
+    every = found["members"] + 1
+    blocks, seconds = found["blocks"], found["seconds"]
+    fusions, choices = found["fusions"], found["choices"]
+    whole = fusions["all"]["losses"]
+    lines = [
+        "# Shortlists of experts in a private fusion",
+        "",
+        "`python bench/private_shortlist.py demo --work FOLDER`; "
+        f"{found['members']} members in four domains, {every} experts: an adapter each, kind "
+        f"`{TRAINING.kind}` of rank {TRAINING.rank}, {TRAINING.steps} steps on a share of its "
+        f"domain's train text. A member holds {blocks['calibration']} calibration and "
+        f"{blocks['held-out']} held-out blocks, which count as documents. Losses in nats per "
+        "token, equal weight over domains; one training, so differences below some thousandths "
+        "say little.",
+        "",
+        "## What it saves",
+        "",
+        f"One member with {WHOLE[Split.CALIBRATION]} calibration and {WHOLE[Split.HELD_OUT]} "
+        f"held-out blocks; all experts run on {CHOICE_BLOCKS} of the ones and {COST_BLOCKS} of the "
+        "others. Processor seconds of one thread, answers to all questions included.",
+        "",
+        "| | blocks run through an expert | of all | seconds |",
+        "|---|---:|---:|---:|",
+    ]
+    total = sum(WHOLE.values())
+    for size in ("all", *map(str, SIZES)):
+        runs = every * total
+        if size != "all":
+            runs = int(size) * total + every * (CHOICE_BLOCKS + COST_BLOCKS)
+        lines.append(
+            f"| {name_size(size, every)} | {runs:,} | {runs / (every * total):.0%} | "
+            f"{seconds[size]:.1f} |"
+        )
+    lines += [
+        "",
+        "## What it costs",
+        "",
+        f"*True*: the router that was fitted with shortlists, on all columns, as the fused model "
+        f"runs; the base alone has {whole['base']:.4f}. *In the report*: the same router where "
+        "the base stands in. *Said*: what the report says of their difference.",
+        "",
+        "| router | shortlist | true | more than without | in the report | less true "
+        "| said, with its interval |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    for method in (name for name in whole if name != "base"):
+        router = method.removeprefix("fused:")
+        lines.append(f"| `{router}` | none | {whole[method]:.4f} | | {whole[method]:.4f} | | |")
+        for size in map(str, SIZES):
+            row = fusions[size]
+            true, said = row["true"][method], row["said"]["cost_nats"][router]
+            lines.append(
+                f"| | {size} | {true:.4f} | {true - whole[method]:+.4f} | "
+                f"{row['losses'][method]:.4f} | {row['losses'][method] - true:+.4f} | "
+                f"{said['point']:+.4f} [{said['low']:+.4f}, {said['high']:+.4f}] |"
+            )
+    lines += [
+        "",
+        "## How experts are chosen",
+        "",
+        "True loss of the published router by the way shortlists were chosen, and the share of "
+        "each shortlist that is on the one from all calibration blocks. *Means*: the nearest means "
+        "of the base's states over calibration text, which every member would have to publish. "
+        f"With all columns: {choices['ways']['all']['loss']:.4f}.",
+        "",
+        "| chosen by | " + " | ".join(f"{size}: loss | agreeing" for size in SIZES) + " |",
+        "|---|" + "---:|---:|" * len(SIZES),
+    ]
+    for way in (*map(str, CHOICES), "means"):
+        cells = [choices["ways"][f"{size} {way}"] for size in SIZES]
+        text = " | ".join(f"{one['loss']:.4f} | {one['agreeing']:.0%}" for one in cells)
+        lines.append(f"| {way if way == 'means' else f'{way} blocks'} | {text} |")
+    lines += [
+        "",
+        "## Whether the interval holds what it should",
+        "",
+        f"{DRAWS} draws of so many held-out blocks of each member: how often the interval of the "
+        "published router's cost holds the cost on all of them, and half its width. Blocks are "
+        f"drawn from {blocks['held-out']} without replacement, so that more is covered than would "
+        "be of new text.",
+        "",
+        "| blocks a member | " + " | ".join(f"{s}: covered | half width" for s in SIZES) + " |",
+        "|---|" + "---:|---:|" * len(SIZES),
+    ]
+    for count in map(str, COSTS):
+        rows = [choices["coverage"][str(size)]["draws"][count] for size in SIZES]
+        text = " | ".join(f"{one['covered']:.1%} | {one['half_width']:.4f}" for one in rows)
+        lines.append(f"| {count} | {text} |")
+    return "\n".join([*lines, ""])
+
+
+def name_size(size: str, every: int) -> str:
+    return f"all {every} experts" if size == "all" else f"shortlist of {size}"
 
 
 if __name__ == "__main__":
