@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from private_cost import watch
 from private_fusion import keep_private
+from safetensors.torch import load_file
 
-from molora_fed.bank import CalibrationBank, HeldOutBank, build_calibration_bank
-from molora_fed.bank import build_held_out_bank as build_held_out
+from molora_fed.bank import CalibrationBank, build_calibration_bank, build_held_out_bank
 from molora_fed.charter import AdapterRules, Charter, FusionRules, TrainingRules
 from molora_fed.contributions.contributed import Contributed, Entrant
 from molora_fed.cooperative.cooperative import open_cooperative
@@ -48,7 +48,6 @@ from molora_fed.models.base import Base
 from molora_fed.plugins import get_plugins
 from molora_fed.privacy.sums.vectors import Total
 from molora_fed.routing.contract import OutputRouter
-from molora_fed.routing.summed_run import fit_by_sums
 from molora_fed.storage.files import hash_bytes, write_bytes, write_json
 from molora_fed.training.specialists import train_specialist
 from molora_fed.types import BASE_EXPERT, Split
@@ -61,6 +60,8 @@ SIZES = (4, 8)
 CHOICES = (4, 8, BLOCKS[Split.CALIBRATION])
 DRAWS = 400
 COSTS = (4, 8, 16, 32)
+TOKENS = 127.0  # predicted in a block
+Costs = dict[str, list[NDArray[np.float64]]]
 
 
 class Keeping(LocalMembers):
@@ -220,38 +221,27 @@ def ask_whole(everybody: Keeping, question: SumQuestion) -> dict[str, float]:
 
 
 def compare_choices(table: Table) -> dict[str, Any]:
-    """Ways to choose a shortlist, by what a router that is fitted with it loses."""
+    """Ways to choose a shortlist, by what the router fitted without any loses by the stand-ins."""
     plan = plan_fusion(table.base, table.charter, table.experts, get_plugins())
-    whole = [open_calibration(table, plan, one, None) for one in table.contributions]
-    held_out = [open_held_out(table, plan, one, ()) for one in table.contributions]
-    loss, _ = fit_and_measure(plan, whole, held_out)
-    best = {
-        size: [
-            choose_experts(bank, size, one.contributor)
-            for bank, one in zip(whole, table.contributions, strict=True)
-        ]
-        for size in SIZES
-    }
-    rows: dict[str, Any] = {"all": {"loss": loss}}
+    kind, options = plan.routers[plan.router]
+    state = load_file(table.folder / "fused-None" / "fused" / "router.safetensors")
+    router = kind(len(plan.experts), options, state)
+    whole = [open_calibration(table, plan, one) for one in table.contributions]
+    rows: dict[str, Any] = {}
     coverage: dict[str, Any] = {}
     for size in SIZES:
+        best = choose_by_blocks(table, plan, size, BLOCKS[Split.CALIBRATION])
         ways = {
             **{str(n): choose_by_blocks(table, plan, size, n) for n in CHOICES},
             "means": choose_by_means(table, whole, size),
         }
         for way, chosen in ways.items():
-            banks = [
-                open_calibration(table, plan, one, mine)
-                for one, mine in zip(table.contributions, chosen, strict=True)
-            ]
-            loss, router = fit_and_measure(plan, banks, held_out)
-            same = [
-                len(mine & theirs) / size for mine, theirs in zip(chosen, best[size], strict=True)
-            ]
-            rows[f"{size} {way}"] = {"loss": loss, "agreeing": float(np.mean(same))}
+            costs = measure_costs(table, plan, chosen, router)
+            same = [len(mine & theirs) / size for mine, theirs in zip(chosen, best, strict=True)]
+            rows[f"{size} {way}"] = {"cost": average(costs), "agreeing": float(np.mean(same))}
             print(size, way, rows[f"{size} {way}"], flush=True)
             if way == str(CHOICE_BLOCKS):
-                coverage[str(size)] = draw_costs(table, plan, chosen, held_out, router)
+                coverage[str(size)] = draw_costs(costs)
     return {"ways": rows, "coverage": coverage}
 
 
@@ -287,71 +277,51 @@ def bank_folder(table: Table, one: Contributed) -> Path:
     return table.folder / "members" / one.contributor / "bank"
 
 
-def open_calibration(
-    table: Table, plan: FusionPlan, one: Contributed, chosen: frozenset[str] | None
-) -> CalibrationBank:
-    """A member's bank; None measures all experts."""
+def open_calibration(table: Table, plan: FusionPlan, one: Contributed) -> CalibrationBank:
+    """A member's bank, all experts measured."""
     assert one.calibration is not None
-    names = list_others(plan, chosen) if chosen is not None else ()
     return build_calibration_bank(
-        bank_folder(table, one), table.base, plan.experts, [one.calibration],
-        stand_ins=names, **plan.bank,
-    )  # fmt: skip
+        bank_folder(table, one), table.base, plan.experts, [one.calibration], **plan.bank
+    )
 
 
-def open_held_out(
-    table: Table, plan: FusionPlan, one: Contributed, names: Sequence[str]
-) -> HeldOutBank:
-    """A member's held-out bank, all blocks; the base stands for some."""
-    return build_held_out(
-        bank_folder(table, one), table.base, plan.experts, [one.held_out],
-        stand_ins=names, **plan.bank,
-    )  # fmt: skip
+def measure_costs(
+    table: Table, plan: FusionPlan, chosen: Sequence[frozenset[str]], router: OutputRouter
+) -> Costs:
+    """What a router loses by stand-ins on every held-out block, nats per token, by domain."""
+    costs: Costs = {}
+    for one, mine in zip(table.contributions, chosen, strict=True):
+        others = [expert.name for expert in plan.experts if expert.name not in mine]
+        more, less = (
+            compute_router_losses(
+                build_held_out_bank(
+                    bank_folder(table, one), table.base, plan.experts, [one.held_out],
+                    stand_ins=names, **plan.bank,
+                ),
+                router,
+            ).nll
+            for names in (others, ())
+        )  # fmt: skip
+        costs.setdefault(one.domain, []).append((more.double() - less.double()).mean(1).numpy())
+    return costs
 
 
-def list_others(plan: FusionPlan, chosen: frozenset[str]) -> list[str]:
-    return [expert.name for expert in plan.experts if expert.name not in chosen]
+def average(costs: Costs) -> float:
+    """Equal weight over domains."""
+    return float(np.mean([np.mean(parts) for parts in costs.values()]))
 
 
-def fit_and_measure(
-    plan: FusionPlan, banks: Sequence[CalibrationBank], held_out: Sequence[HeldOutBank]
-) -> tuple[float, OutputRouter]:
-    """Fit the published router on members' banks; its loss where all columns are there."""
-    router, options = plan.routers[plan.router]
-    fitted, _ = fit_by_sums(router, banks, options, plan.charter.amendment.seed)
-    by_domain: dict[str, list[float]] = {}
-    for bank in held_out:
-        loss = float(compute_router_losses(bank, fitted).nll.double().mean())
-        by_domain.setdefault(bank.domains[0], []).append(loss)
-    return float(np.mean([np.mean(losses) for losses in by_domain.values()])), fitted
-
-
-def draw_costs(
-    table: Table,
-    plan: FusionPlan,
-    chosen: Sequence[frozenset[str]],
-    held_out: Sequence[HeldOutBank],
-    router: OutputRouter,
-) -> dict[str, Any]:
+def draw_costs(costs: Costs) -> dict[str, Any]:
     """How often the interval of a cost from a few blocks holds the cost on all of them."""
-    by_domain: dict[str, list[NDArray[np.float64]]] = {}
-    for one, mine, whole in zip(table.contributions, chosen, held_out, strict=True):
-        short = open_held_out(table, plan, one, list_others(plan, mine))
-        more, less = (compute_router_losses(bank, router).nll for bank in (short, whole))
-        each = (more.double() - less.double()).sum(dim=1).numpy()
-        by_domain.setdefault(one.domain, []).append(each)
-    tokens = held_out[0].block_size - 1
-    true = float(np.mean([np.mean(parts) for parts in by_domain.values()])) / tokens
-    draw = np.random.default_rng(0)
+    true, draw = average(costs), np.random.default_rng(0)
     rows = {}
     for count in COSTS:
         held, widths = 0, []
         for _ in range(DRAWS):
             moments = []
-            for parts in by_domain.values():
+            for parts in costs.values():
                 some = np.concatenate([draw.choice(each, count, replace=False) for each in parts])
-                counts = np.full(len(some), float(tokens))
-                moments.append(measure_moments(counts, {"cost": some}))
+                moments.append(measure_moments(np.full(len(some), TOKENS), {"cost": some * TOKENS}))
             found = estimate(moments, ["cost"] * len(moments))
             held += found["low"] <= true <= found["high"]
             widths.append((found["high"] - found["low"]) / 2)
@@ -444,17 +414,18 @@ def build_page(found: Mapping[str, Any]) -> str:
         "",
         "## How experts are chosen",
         "",
-        "True loss of the published router by the way shortlists were chosen, and the share of "
-        "each shortlist that is on the one from all calibration blocks. *Means*: the nearest means "
-        "of the base's states over calibration text, which every member would have to publish. "
-        f"With all columns: {choices['ways']['all']['loss']:.4f}.",
+        "What the published router, fitted with all columns, loses where the base stands in, nats "
+        "on all held-out blocks, by the way shortlists were chosen; and the share of each "
+        f"shortlist that is on the one from all {blocks['calibration']} calibration blocks. "
+        "*Means*: the nearest means of the base's states over calibration text, which every "
+        "member would have to publish.",
         "",
-        "| chosen by | " + " | ".join(f"{size}: loss | agreeing" for size in SIZES) + " |",
+        "| chosen by | " + " | ".join(f"{size}: cost | agreeing" for size in SIZES) + " |",
         "|---|" + "---:|---:|" * len(SIZES),
     ]
     for way in (*map(str, CHOICES), "means"):
         cells = [choices["ways"][f"{size} {way}"] for size in SIZES]
-        text = " | ".join(f"{one['loss']:.4f} | {one['agreeing']:.0%}" for one in cells)
+        text = " | ".join(f"{one['cost']:+.4f} | {one['agreeing']:.0%}" for one in cells)
         lines.append(f"| {way if way == 'means' else f'{way} blocks'} | {text} |")
     lines += [
         "",
