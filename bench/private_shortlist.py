@@ -24,7 +24,7 @@ from private_cost import watch
 from private_fusion import keep_private
 from safetensors.torch import load_file
 
-from molora_fed.bank import CalibrationBank, build_calibration_bank, build_held_out_bank
+from molora_fed.bank import build_calibration_bank, build_held_out_bank
 from molora_fed.charter import AdapterRules, Charter, FusionRules, TrainingRules
 from molora_fed.contributions.contributed import Contributed, Entrant
 from molora_fed.cooperative.cooperative import open_cooperative
@@ -87,12 +87,14 @@ class Table:
         charter: Of a private fusion with robust sums.
         contributions: With their samples.
         folder: Gets everything that is made.
+        gains: What each adapter takes off its domain's validation loss, nats.
     """
 
     base: Base
     charter: Charter
     contributions: Sequence[Contributed]
     folder: Path
+    gains: Sequence[float]
 
     @property
     def experts(self) -> list[Entrant]:
@@ -133,7 +135,8 @@ def main() -> None:
         "seconds": partial(measure_seconds, table, arguments.demo),
         "choices": partial(compare_choices, table),
     }
-    found |= {"members": arguments.members, "blocks": {str(s): n for s, n in BLOCKS.items()}}
+    found |= {"members": arguments.members, "gains": [min(table.gains), max(table.gains)]}
+    found |= {"blocks": {str(s): n for s, n in BLOCKS.items()}}
     for name, step in steps.items():
         if name not in found:
             found[name] = step()
@@ -149,7 +152,7 @@ def open_table(demo: Path, count: int, folder: Path) -> Table:
     amendment = cooperative.charter.amendment.model_copy(update={"fusion": RULES})
     charter = cooperative.charter.model_copy(update={"amendment": amendment})
     texts = sorted((demo / "contributors").glob("*/corpus"))
-    made = []
+    made, gains = [], []
     for number in range(count):
         corpus, share = texts[number % len(texts)], number // len(texts)
         name = f"member-{number:02d}"
@@ -165,7 +168,7 @@ def open_table(demo: Path, count: int, folder: Path) -> Table:
             threads=1,
             folder=folder / "adapters" / name,
         )
-        print(name, corpus.parent.name, specialist.base_loss, specialist.loss, flush=True)
+        gains.append(specialist.base_loss - specialist.loss)
         cut = {split: take(corpus, split, share, BLOCKS[split]) for split in BLOCKS}
         made.append(
             Contributed(
@@ -178,7 +181,7 @@ def open_table(demo: Path, count: int, folder: Path) -> Table:
             )
         )
     ordered = sorted(made, key=lambda one: one.id)
-    return Table(base, keep_private(charter, "robust"), ordered, folder)
+    return Table(base, keep_private(charter, "robust"), ordered, folder, gains)
 
 
 def take(corpus: Path, split: Split, share: int, count: int) -> Blocks:
@@ -226,14 +229,13 @@ def compare_choices(table: Table) -> dict[str, Any]:
     kind, options = plan.routers[plan.router]
     state = load_file(table.folder / "fused-None" / "fused" / "router.safetensors")
     router = kind(len(plan.experts), options, state)
-    whole = [open_calibration(table, plan, one) for one in table.contributions]
     rows: dict[str, Any] = {}
     coverage: dict[str, Any] = {}
     for size in SIZES:
         best = choose_by_blocks(table, plan, size, BLOCKS[Split.CALIBRATION])
         ways = {
             **{str(n): choose_by_blocks(table, plan, size, n) for n in CHOICES},
-            "means": choose_by_means(table, whole, size),
+            "means": choose_by_means(table, plan, size),
         }
         for way, chosen in ways.items():
             costs = measure_costs(table, plan, chosen, router)
@@ -258,11 +260,17 @@ def choose_by_blocks(table: Table, plan: FusionPlan, size: int, count: int) -> l
     return found
 
 
-def choose_by_means(
-    table: Table, banks: Sequence[CalibrationBank], size: int
-) -> list[frozenset[str]]:
+def choose_by_means(table: Table, plan: FusionPlan, size: int) -> list[frozenset[str]]:
     """By the distance of the means of the base's states, which everybody would publish."""
-    means = [bank.base_hidden.double().mean(dim=(0, 1)) for bank in banks]  # type: ignore[union-attr]
+    means = []
+    for one in table.contributions:
+        assert one.calibration is not None
+        bank = build_calibration_bank(
+            bank_folder(table, one), table.base, plan.experts[:1], [one.calibration],
+            **{**plan.bank, "readings": frozenset({"base_hidden"})},
+        )  # fmt: skip
+        assert bank.base_hidden is not None
+        means.append(bank.base_hidden.double().mean(dim=(0, 1)))
     names = [one.contributor for one in table.contributions]
     found = []
     for own in range(len(names)):
@@ -275,14 +283,6 @@ def choose_by_means(
 def bank_folder(table: Table, one: Contributed) -> Path:
     """Where a member of `Table.fuse` keeps its columns."""
     return table.folder / "members" / one.contributor / "bank"
-
-
-def open_calibration(table: Table, plan: FusionPlan, one: Contributed) -> CalibrationBank:
-    """A member's bank, all experts measured."""
-    assert one.calibration is not None
-    return build_calibration_bank(
-        bank_folder(table, one), table.base, plan.experts, [one.calibration], **plan.bank
-    )
 
 
 def measure_costs(
@@ -357,14 +357,15 @@ def build_page(found: Mapping[str, Any]) -> str:
     every = found["members"] + 1
     blocks, seconds = found["blocks"], found["seconds"]
     fusions, choices = found["fusions"], found["choices"]
-    whole = fusions["all"]["losses"]
+    whole, (least, most) = fusions["all"]["losses"], found["gains"]
     lines = [
         "# Shortlists of experts in a private fusion",
         "",
         "`python bench/private_shortlist.py demo --work FOLDER`; "
         f"{found['members']} members in four domains, {every} experts: an adapter each, kind "
         f"`{TRAINING.kind}` of rank {TRAINING.rank}, {TRAINING.steps} steps on a share of its "
-        f"domain's train text. A member holds {blocks['calibration']} calibration and "
+        f"domain's train text, which took {least:.3f} to {most:.3f} nats off "
+        f"its domain's validation loss. A member holds {blocks['calibration']} calibration and "
         f"{blocks['held-out']} held-out blocks, which count as documents. Losses in nats per "
         "token, equal weight over domains; one training, so differences below some thousandths "
         "say little.",
