@@ -62,6 +62,7 @@ class Rows:
         positions: T, of every row.
         is_folded: Whether rows are experts in order, as many rows of each: row e * B + b.
         selection: Experts that occur, in rising order; None for all.
+        is_merged: Whether the one expert that occurs is read from weights it is merged into.
     """
 
     expert: Tensor | None = None
@@ -70,6 +71,7 @@ class Rows:
     positions: int = 1
     is_folded: bool = False
     selection: tuple[int, ...] | None = None
+    is_merged: bool = False
     _weights: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -233,6 +235,7 @@ class SharedInput:
             ]
             self._bias = torch.cat(parts)
         self._factors: OrderedDict[tuple[int, ...] | None, _Factors | None] = OrderedDict()
+        self._merged: tuple[int, Tensor] | None = None
         self._inputs: Tensor | None = None
         self._found: tuple[Tensor, ...] = ()
 
@@ -248,6 +251,9 @@ class SharedInput:
 
     def _multiply_all(self, inputs: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         flat = inputs.reshape(-1, inputs.shape[-1])
+        if rows.is_merged and rows.selection is not None:
+            merged = _multiply(flat, self._merge(rows.selection[0]), self._bias)
+            return merged.split(self._sizes, -1)
         factors = self._select(rows.selection)
         has_all = rows.selection is None and factors is not None
         output = _multiply(flat, self._get_weight(has_all), None if has_all else self._bias)
@@ -287,6 +293,21 @@ class SharedInput:
                 parts += [layer.a.detach() for layer in self.layers if layer.owners]
             self._weights[has_factors] = _pack(torch.cat(parts))
         return self._weights[has_factors]
+
+    def _merge(self, expert: int) -> Tensor:
+        """All layers' weights with one expert's product added, packed; of one expert at a time."""
+        if self._merged is None or self._merged[0] != expert:
+            parts = []
+            for layer in self.layers:
+                ranks = [rank for rank, owner in enumerate(layer.owners) if owner == expert]
+                weight = layer.matrix.detach()
+                if ranks:
+                    product = layer.b.detach()[:, ranks].float() @ layer.a.detach()[ranks].float()
+                    weight = (weight.float() + product).to(weight.dtype)
+                parts.append(weight)
+            self._merged = None  # the former one's memory comes first
+            self._merged = (expert, _pack(torch.cat(parts)))
+        return self._merged[1]
 
     def _select(self, selection: tuple[int, ...] | None) -> _Factors | None:
         """The factors of some experts, made at their first use."""

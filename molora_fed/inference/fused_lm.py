@@ -151,6 +151,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     """Weights of linear layers up to so many bytes are packed on a processor: they take as much
     memory again, and a token far less time."""
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"router"}
+    merge_after: ClassVar[int | None] = 32
+    """Tokens that one expert decodes alone before it is merged into packed weights of its own, of
+    one expert at a time; None never merges."""
     _is_stateful = True  # a router's state cannot be taken back
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -207,6 +210,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         self._owner: str | None = None
         self._tokenizer: Any = None if base is None else base.tokenizer
         self._is_laid_out = False
+        self._lone_steps: tuple[int | None, int] = (None, 0)
         self._handles: list[Any] = []
         self.register_load_state_dict_post_hook(_forget_layout)
         self.post_init()
@@ -694,14 +698,26 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             count, is_folded = chosen.shape[1], False
             owners = chosen.t().flatten()
+        selection = None if chosen is None else tuple(sorted(set(chosen.flatten().tolist())))
         rows = Rows(
             expert=owners,
             num_experts=len(self.expert_names),
             is_folded=is_folded,
-            selection=None if chosen is None else tuple(sorted(set(chosen.flatten().tolist()))),
+            selection=selection,
+            is_merged=self._is_worth_merging(selection, piece.tokens.shape[1]),
         )
         hidden = self._run(rows, piece, count, piece.cache)
         return hidden.unflatten(0, (count, batch))
+
+    def _is_worth_merging(self, selection: tuple[int, ...] | None, positions: int) -> bool:
+        """Whether one expert has been decoding alone for so long that merging it pays."""
+        if selection is None or len(selection) > 1 or self.merge_after is None:
+            self._lone_steps = (None, 0)
+            return False
+        expert, steps = self._lone_steps
+        steps = steps + (positions == 1) if expert == selection[0] else int(positions == 1)
+        self._lone_steps = (selection[0], steps)
+        return positions == 1 and steps > self.merge_after
 
     def _run(self, rows: Rows, piece: _Piece, count: int, cache: Any) -> Tensor:
         """States that enter the head, (count * B, t, D)."""
