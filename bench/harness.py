@@ -1,7 +1,7 @@
 """lm-evaluation-harness, unchanged, on a demo's fused model and on every specialist, in one load.
 
-`python bench/harness.py DEMO --out docs/results/lm_eval.md`, a few minutes on one core; needs the
-extra `eval`. For each domain there is a task of choices (which of four pieces follows a held-out
+`python bench/harness.py DEMO --out docs/results/lm_eval.json`, a minute on one core; needs the
+extra `eval`; the page is written beside the JSON. For each domain there is a task of choices (which of four pieces follows a held-out
 document's beginning; the other three are of the other domains) and one of bits per byte.
 """
 
@@ -112,7 +112,7 @@ def write_page(result: dict[str, Any], out: Path) -> None:
         f"Held-out documents of {WHOLE} tokens: {counts}. One core.",
         "",
         f"`python bench/harness.py DEMO --documents {result['asked']} --out "
-        "docs/results/lm_eval.md` (DEMO: the folder of `molora demo --seed 42`)",
+        "docs/results/lm_eval.json` (DEMO: the folder of `molora demo --seed 42`)",
         "",
         "Bits per byte (lower is better):",
         "",
@@ -184,8 +184,8 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         return
     text = json.dumps(result, indent=1, sort_keys=True) + "\n"
-    args.out.with_suffix(".json").write_text(text, encoding="utf-8")
-    write_page(result, args.out)
+    args.out.write_text(text, encoding="utf-8")
+    write_page(result, args.out.with_suffix(".md"))
 
 
 if __name__ == "__main__":
