@@ -1,8 +1,9 @@
 """lm-evaluation-harness, unchanged, on a demo's fused model and on every specialist, in one load.
 
 `python bench/harness.py DEMO --out docs/results/lm_eval.json`, a minute on one core; needs the
-extra `eval`; the page is written beside the JSON. For each domain there is a task of choices (which of four pieces follows a held-out
-document's beginning; the other three are of the other domains) and one of bits per byte.
+extra `eval`; the page is written beside the JSON. For each domain there is a task of choices (which
+of four pieces follows a held-out document's beginning; the other three are of the other domains)
+and one of bits per byte.
 """
 
 import argparse

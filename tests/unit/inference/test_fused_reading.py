@@ -67,7 +67,7 @@ def pieces(draw, length):
     return [after - before for before, after in pairwise(edges)]
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_pieces_are_the_whole(lm, data):
     tokens = data.draw(texts())
@@ -81,7 +81,7 @@ def test_pieces_are_the_whole(lm, data):
     assert cache.get_seq_length() == tokens.shape[1]
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_a_batch_is_each_text_alone_however_it_is_padded(lm, data):
     alone = [data.draw(texts(batch=1)) for _ in range(data.draw(st.integers(1, 3)))]
@@ -106,7 +106,7 @@ def test_a_batch_is_each_text_alone_however_it_is_padded(lm, data):
             torch.testing.assert_close(found[width - text.shape[1] :], expected, **CLOSE)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_rows_that_are_rearranged_go_on_as_those_texts(lm, data):
     """As beam search does: texts are repeated, dropped and swapped between steps."""
@@ -152,7 +152,7 @@ def test_a_cache_is_used_again_after_a_reset(lm):
 # -- what is refused ------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_a_text_that_begins_otherwise_is_always_refused(lm, data):
     tokens = data.draw(texts(length=data.draw(st.integers(2, 12))))
