@@ -659,7 +659,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         held = None if cache is None else cache.held
         reads_evidence = "evidence" in self._reads and held is None and chosen is None
         wanted = hidden[:experts, :, piece.keep]
-        logprob = torch.log_softmax(self._compute_logits(wanted), dim=-1)
+        logprob = self._compute_logprob(wanted)
         evidence = None
         if reads_evidence:
             is_whole = wanted.shape[2] == hidden.shape[2]
@@ -739,9 +739,11 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _compute_logits(self, hidden: Tensor) -> Tensor:
-        """Logits of states, (..., D) to (..., V) float32."""
-        return self._head.compute_logits(hidden).float()
+    def _compute_logprob(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of states, (..., D) to (..., V) float32 nats."""
+        logits = self._head.compute_logits(hidden).float()
+        # In place: for many tokens, fresh memory takes as long as the normalising.
+        return torch.log_softmax(logits, dim=-1, out=logits)
 
     def _compute_evidence(self, piece: _Piece, hidden: Tensor, known: Tensor | None) -> Tensor:
         """`log p_e(x_t | x_<t)` of the piece's tokens, (B, t, E); 0 at a document's first."""
@@ -759,8 +761,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             step = max(1, _LOGITS_AT_ONCE // width)
             for at in range(0, end, step):
                 stop = min(at + step, end)
-                logits = self._compute_logits(hidden[:, :, at:stop])
-                found = torch.log_softmax(logits, dim=-1)
+                found = self._compute_logprob(hidden[:, :, at:stop])
                 parts.append(_look_up(found, tokens[:, at + 1 : stop + 1]))
         evidence = torch.cat(parts, dim=2).movedim(0, -1)
         return evidence.masked_fill(piece.starts.unsqueeze(-1), 0.0)
@@ -835,8 +836,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             given = fixed[:, None].to(gates)
             gates = torch.where(given.isnan(), gates, given)
         hidden = self._run(Rows(gates=gates, num_experts=gates.shape[-1]), piece, 1, cache)
-        logits = self._compute_logits(hidden[:, piece.keep])
-        return torch.log_softmax(logits, dim=-1), gates
+        return self._compute_logprob(hidden[:, piece.keep]), gates
 
     # -- layout -----------------------------------------------------------------------------
 
