@@ -99,7 +99,10 @@ def write_page(found: list[tuple[str, str, str]], generation: str, out: Path) ->
         f"`GenerationTesterMixin` {generation} on `FusedForCausalLM` with three experts of unequal "
         "ranks, one of them the base, and a router of evidence, on a Llama and on a GPT-2 "
         f"(Conv1D, tied head). torch {torch.__version__}. None of these files is kept here. "
-        "Tests that compare hidden states compare log-probabilities.",
+        "Tests that compare hidden states compare log-probabilities, and a cache's keys and values "
+        "are expected to have a row for every expert and text. Not run: `PipelineTesterMixin` (it "
+        "reads models from the hub) and the mixins of training, tensor parallelism and FSDP (the "
+        "model is for inference, on one device).",
         "",
         "`python bench/transformers_tests.py --sdist FILE --repository FILE --out "
         "docs/results/transformers_tests.md` (`make transformers-tests`)",

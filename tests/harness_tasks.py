@@ -28,6 +28,7 @@ doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 metric_list:
   - {{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}
+  - {{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}
 """
 UNTIL = """\
 task: {name}

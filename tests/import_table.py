@@ -39,6 +39,7 @@ ALLOWED: dict[str, str] = {
     "inference": f"{_MEASURING} population",
     "reporting": "contributions forecasting population",
     "testing": "models adapters bank routing evaluation population",
+    "export": f"{_MEASURING} population inference reporting",
     "cooperative": _BELOW_COOPERATIVE,
     "serving": f"{_MEASURING} population inference",
     "federation": f"{_BELOW_COOPERATIVE} inference testing cooperative serving",
@@ -46,7 +47,9 @@ ALLOWED: dict[str, str] = {
     "demo": f"{_BELOW_COOPERATIVE} inference testing cooperative serving federation",
     # The public face hands names on from wherever they are; who imports one of them from
     # `molora_fed` counts as importing it from there.
-    "face": f"{_BELOW_COOPERATIVE} inference testing cooperative serving federation cascade",
+    "face": (
+        f"{_BELOW_COOPERATIVE} inference testing export cooperative serving federation cascade"
+    ),
     "molora_kalavai": f"{_MEASURING} contributions forecasting",
     "molora_evolution": f"{_MEASURING} training population",
     "molora_acar": "cascade",

@@ -12,7 +12,9 @@ experts, the gates where one row is a mixture on the product B A.
 While decoding, a pass is mostly the reading of weights and the calling of operations. So layers
 that are given the same tensor (queries, keys and values) multiply at once, and on a processor
 their weights are packed for oneDNN, which reads them at the speed of the memory whatever the
-number of rows up to about 16 (docs/serving.md has the figures).
+number of rows up to about 16 (docs/serving.md has the figures). A call of oneDNN takes 10
+microseconds more than one of PyTorch's own library, so that few rows of a small weight are
+multiplied by the latter, and many rows of any weight by the former, which is twice as fast.
 """
 
 import copy
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends import mkldnn
 from torch.nn import functional
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from molora_fed.adapters.updates import Adapter, LinearUpdate
@@ -46,6 +49,8 @@ __all__ = [
 FEW_ROWS = 64
 """Up to so many rows of a pass, weights are read packed and factors of all experts at once."""
 
+_SMALL = 2**18  # a float32 weight of fewer numbers is not packed
+_MUCH = 2**20  # multiplications from which on oneDNN repays its call with a float32 weight as it is
 _WIDE = 1024  # outputs from which on experts multiply each their own factors B
 _BLOCK_RANKS = 512  # up to so many, the 16-bit factors B of one group are one block-diagonal matrix
 _SELECTIONS = 4  # sets of experts whose factors are kept apart
@@ -62,6 +67,7 @@ class Rows:
         positions: T, of every row.
         is_folded: Whether rows are experts in order, as many rows of each: row e * B + b.
         selection: Experts that occur, in rising order; None for all.
+        is_merged: Whether the one expert that occurs is read from weights it is merged into.
     """
 
     expert: Tensor | None = None
@@ -70,6 +76,7 @@ class Rows:
     positions: int = 1
     is_folded: bool = False
     selection: tuple[int, ...] | None = None
+    is_merged: bool = False
     _weights: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -128,16 +135,25 @@ def _can_pack(weight: Tensor) -> bool:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """A weight (D_out, D_in) laid out for few rows; the same where there is no packing."""
-    if not _can_pack(weight):
+    """A weight (D_out, D_in) laid out for few rows; the same where packing does not pay."""
+    is_small = weight.dtype == torch.float32 and weight.numel() < _SMALL
+    if is_small or not _can_pack(weight):
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
     return packed
 
 
+def _is_for_mkldnn(rows: int, weight: Tensor) -> bool:
+    """Whether oneDNN is the faster way to multiply so many rows with a weight."""
+    if weight.is_mkldnn:
+        return True
+    is_much = rows * weight.numel() >= _MUCH
+    return is_much and weight.dtype == torch.float32 and _can_pack(weight)
+
+
 def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`inputs @ weight.T + bias` of inputs (N, D_in), by oneDNN where that is the faster way."""
-    if weight.is_mkldnn or (weight.dtype == torch.float32 and _can_pack(weight)):
+    if _is_for_mkldnn(len(inputs), weight):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
         return found
     return functional.linear(inputs, weight, bias)
@@ -181,6 +197,14 @@ def _find_even(owners: tuple[int, ...]) -> tuple[int, int] | None:
     return (first, count) if owners == even else None
 
 
+def _multiply_and_add(inputs: Tensor, weight: Tensor, other: Tensor) -> Tensor:
+    """`other + inputs @ weight.T`, inputs (N, R), weight (D_out, R); may change other (N, D_out)."""
+    if _is_for_mkldnn(len(inputs), weight):
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, other, weight, None, "add")
+        return found
+    return other.addmm_(inputs, weight.t())
+
+
 @dataclass(frozen=True, eq=False)
 class _Factors:
     """Low-rank factors of some experts for the layers of one group.
@@ -220,24 +244,20 @@ class SharedInput:
     def __init__(self, layers: Sequence["ExpertLinear"]) -> None:
         self.layers = tuple(layers)
         self._place = {id(layer): index for index, layer in enumerate(layers)}
-        weights = [layer.matrix.detach() for layer in layers]
-        self._sizes = [len(weight) for weight in weights]
+        self._sizes = [layer.out_features for layer in layers]
         self._width = sum(self._sizes)
-        self._weights: dict[bool, Tensor] = {}  # without and with the factors A of all experts
-        biases = [layer.bias for layer in layers]
-        self._bias: Tensor | None = None
-        if any(bias is not None for bias in biases):
-            parts = [
-                weight.new_zeros(len(weight)) if bias is None else bias.detach()
-                for weight, bias in zip(weights, biases, strict=True)
-            ]
-            self._bias = torch.cat(parts)
+        # Without and with the factors A of all experts.
+        self._weights: dict[bool, tuple[Tensor, Tensor | None]] = {}
+        self._num_ranks = sum(len(layer.owners) for layer in layers)
         self._factors: OrderedDict[tuple[int, ...] | None, _Factors | None] = OrderedDict()
+        self._merged: tuple[int, Tensor, Tensor | None] | None = None
         self._inputs: Tensor | None = None
         self._found: tuple[Tensor, ...] = ()
 
     def multiply(self, layer: "ExpertLinear", inputs: Tensor, rows: Rows) -> Tensor:
         """A layer's output (N * T, D_out) for inputs (N, T, D_in) or (N * T, D_in)."""
+        if len(self.layers) == 1:
+            return self._multiply_all(inputs, rows)[0]
         if self._inputs is not inputs:
             self._found = self._multiply_all(inputs, rows)
             self._inputs = inputs
@@ -248,27 +268,28 @@ class SharedInput:
 
     def _multiply_all(self, inputs: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         flat = inputs.reshape(-1, inputs.shape[-1])
+        if rows.is_merged and rows.selection is not None:
+            return self._split(_multiply(flat, *self._merge(rows.selection[0])))
         factors = self._select(rows.selection)
         has_all = rows.selection is None and factors is not None
-        output = _multiply(flat, self._get_weight(has_all), None if has_all else self._bias)
-        if factors is None:
-            return output.split(self._sizes, -1)
-        if rows.num_experts:
-            rows.check(flat)
+        weight, bias = self._get_weight(has_all)
+        if has_all and not rows.num_experts and not weight.is_mkldnn:
+            has_all = False
+            weight, bias = weight[: self._width], None if bias is None else bias[: self._width]
+        output = _multiply(flat, weight, bias)
         if has_all:
-            output, hidden = output.split([self._width, len(factors.a)], -1)
-            if self._bias is not None:
-                output += self._bias
-        else:
+            output, hidden = output.split_with_sizes([self._width, self._num_ranks], -1)
+        if factors is None or not rows.num_experts:
+            return self._split(output)
+        rows.check(flat)
+        if not has_all:
             hidden = _multiply(flat, factors.packed_a)
-        if not rows.num_experts:
-            return output.split(self._sizes, -1)
         own = hidden
         if not factors.is_single:
             own = hidden * rows.weigh(factors.layout, flat)
         if factors.is_block and factors.b[0] is not None:
-            return output.add_(_multiply(own, factors.b[0])).split(self._sizes, -1)
-        outputs, at = output.split(self._sizes, -1), 0
+            return self._split(output.add_(_multiply(own, factors.b[0])))
+        outputs, at = self._split(output), 0
         for part, b, ranks in zip(outputs, factors.b, factors.sizes, strict=True):
             if b is None:
                 continue
@@ -279,14 +300,50 @@ class SharedInput:
             at += ranks
         return outputs
 
-    def _get_weight(self, has_factors: bool) -> Tensor:
-        """All layers' weights, packed at their first use, alone or with all experts' factors A."""
+    def _split(self, output: Tensor) -> tuple[Tensor, ...]:
+        """The layers' own outputs."""
+        if len(self.layers) == 1:
+            return (output,)
+        return tuple(output.split_with_sizes(self._sizes, -1))
+
+    def _get_weight(self, has_factors: bool) -> tuple[Tensor, Tensor | None]:
+        """All layers' weights and biases, alone or with all experts' factors A; made once."""
         if has_factors not in self._weights:
             parts = [layer.matrix.detach() for layer in self.layers]
+            bias = self._make_bias()
             if has_factors:
                 parts += [layer.a.detach() for layer in self.layers if layer.owners]
-            self._weights[has_factors] = _pack(torch.cat(parts))
+                if bias is not None:
+                    bias = pad(bias, (0, self._num_ranks))
+            self._weights[has_factors] = _pack(torch.cat(parts)), bias
         return self._weights[has_factors]
+
+    def _make_bias(self) -> Tensor | None:
+        """All layers' biases, zeros where one has none; None if none has one."""
+        biases = [layer.bias for layer in self.layers]
+        if all(bias is None for bias in biases):
+            return None
+        return torch.cat(
+            [
+                layer.matrix.new_zeros(layer.out_features) if bias is None else bias.detach()
+                for layer, bias in zip(self.layers, biases, strict=True)
+            ]
+        )
+
+    def _merge(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """All layers' weights with one expert's product added, and biases; of one at a time."""
+        if self._merged is None or self._merged[0] != expert:
+            parts = []
+            for layer in self.layers:
+                ranks = [rank for rank, owner in enumerate(layer.owners) if owner == expert]
+                weight = layer.matrix.detach()
+                if ranks:
+                    product = layer.b.detach()[:, ranks].float() @ layer.a.detach()[ranks].float()
+                    weight = (weight.float() + product).to(weight.dtype)
+                parts.append(weight)
+            self._merged = None  # the former one's memory comes first
+            self._merged = (expert, _pack(torch.cat(parts)), self._make_bias())
+        return self._merged[1:]
 
     def _select(self, selection: tuple[int, ...] | None) -> _Factors | None:
         """The factors of some experts, made at their first use."""
@@ -384,6 +441,7 @@ class ExpertLinear(nn.Module):
         if has_biases:
             self.biases = make(num_experts, self.out_features)
         self._even = _find_even(self.owners)
+        self._has_others = bool(dense_owners) or has_biases
         self.rows = Rows()
         self.group: SharedInput | None = None
 
@@ -426,10 +484,6 @@ class ExpertLinear(nn.Module):
             output = self._add_others(output, flat, rows)
         return output.view(*inputs.shape[:-1], self.out_features)
 
-    @property
-    def _has_others(self) -> bool:
-        return bool(self.dense_owners) or self.has_biases
-
     def _add_low_rank(self, output: Tensor, flat: Tensor, rows: Rows) -> Tensor:
         """Add the ranks' products: by expert where rows are, by weight of each rank elsewhere."""
         experts = rows.num_experts
@@ -442,7 +496,7 @@ class ExpertLinear(nn.Module):
             part.baddbmm_(torch.bmm(inputs, a), b)
             return output
         hidden = _multiply(flat, self.a) * rows.weigh(self.owners, flat)
-        return output.addmm_(hidden, self.b.t())
+        return _multiply_and_add(hidden, self.b, output)
 
     def _add_others(self, output: Tensor, flat: Tensor, rows: Rows) -> Tensor:
         """Add dense differences and those of biases."""

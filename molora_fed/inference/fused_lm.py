@@ -43,7 +43,7 @@ from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.types import Mixture
 
-__all__ = ["FusedForCausalLM", "FusedOutput", "mix_distributions"]
+__all__ = ["FusedForCausalLM", "FusedOutput", "find_config", "mix_distributions"]
 
 _POSITIONS = "max_position_embeddings"
 _LEAST = 1e-30  # a probability that float32 still resolves
@@ -151,6 +151,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     """Weights of linear layers up to so many bytes are packed on a processor: they take as much
     memory again, and a token far less time."""
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"router"}
+    merge_after: ClassVar[int | None] = 32
+    """Tokens that one expert decodes alone before it is merged into packed weights of its own, of
+    one expert at a time; None never merges."""
     _is_stateful = True  # a router's state cannot be taken back
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -207,6 +210,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         self._owner: str | None = None
         self._tokenizer: Any = None if base is None else base.tokenizer
         self._is_laid_out = False
+        self._lone_steps: tuple[int | None, int] = (None, 0)
         self._handles: list[Any] = []
         self.register_load_state_dict_post_hook(_forget_layout)
         self.post_init()
@@ -246,8 +250,9 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             made: Self = super().from_pretrained(None, *others, **settings)
             return made
         folder = Path(pretrained_model_name_or_path)
-        config = settings.get("config") or _find_config(folder)
+        config = settings.get("config") or find_config(folder)
         if config is not None and config.base_path is None:
+            settings["local_files_only"] = True
             model: Self = super().from_pretrained(folder, *others, **settings)
             return model
         from molora_fed.inference.fused_build import open_causal_lm, open_saved
@@ -654,7 +659,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         held = None if cache is None else cache.held
         reads_evidence = "evidence" in self._reads and held is None and chosen is None
         wanted = hidden[:experts, :, piece.keep]
-        logprob = torch.log_softmax(self._compute_logits(wanted), dim=-1)
+        logprob = self._compute_logprob(wanted)
         evidence = None
         if reads_evidence:
             is_whole = wanted.shape[2] == hidden.shape[2]
@@ -693,14 +698,26 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             count, is_folded = chosen.shape[1], False
             owners = chosen.t().flatten()
+        selection = None if chosen is None else tuple(sorted(set(chosen.flatten().tolist())))
         rows = Rows(
             expert=owners,
             num_experts=len(self.expert_names),
             is_folded=is_folded,
-            selection=None if chosen is None else tuple(sorted(set(chosen.flatten().tolist()))),
+            selection=selection,
+            is_merged=self._is_worth_merging(selection, piece.tokens.shape[1]),
         )
         hidden = self._run(rows, piece, count, piece.cache)
         return hidden.unflatten(0, (count, batch))
+
+    def _is_worth_merging(self, selection: tuple[int, ...] | None, positions: int) -> bool:
+        """Whether one expert has been decoding alone for so long that merging it pays."""
+        if selection is None or len(selection) > 1 or self.merge_after is None:
+            self._lone_steps = (None, 0)
+            return False
+        expert, steps = self._lone_steps
+        steps = steps + (positions == 1) if expert == selection[0] else int(positions == 1)
+        self._lone_steps = (selection[0], steps)
+        return positions == 1 and steps > self.merge_after
 
     def _run(self, rows: Rows, piece: _Piece, count: int, cache: Any) -> Tensor:
         """States that enter the head, (count * B, t, D)."""
@@ -722,9 +739,11 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _compute_logits(self, hidden: Tensor) -> Tensor:
-        """Logits of states, (..., D) to (..., V) float32."""
-        return self._head.compute_logits(hidden).float()
+    def _compute_logprob(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of states, (..., D) to (..., V) float32 nats."""
+        logits = self._head.compute_logits(hidden).float()
+        # In place: for many tokens, fresh memory takes as long as the normalising.
+        return torch.log_softmax(logits, dim=-1, out=logits)
 
     def _compute_evidence(self, piece: _Piece, hidden: Tensor, known: Tensor | None) -> Tensor:
         """`log p_e(x_t | x_<t)` of the piece's tokens, (B, t, E); 0 at a document's first."""
@@ -742,8 +761,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             step = max(1, _LOGITS_AT_ONCE // width)
             for at in range(0, end, step):
                 stop = min(at + step, end)
-                logits = self._compute_logits(hidden[:, :, at:stop])
-                found = torch.log_softmax(logits, dim=-1)
+                found = self._compute_logprob(hidden[:, :, at:stop])
                 parts.append(_look_up(found, tokens[:, at + 1 : stop + 1]))
         evidence = torch.cat(parts, dim=2).movedim(0, -1)
         return evidence.masked_fill(piece.starts.unsqueeze(-1), 0.0)
@@ -818,8 +836,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             given = fixed[:, None].to(gates)
             gates = torch.where(given.isnan(), gates, given)
         hidden = self._run(Rows(gates=gates, num_experts=gates.shape[-1]), piece, 1, cache)
-        logits = self._compute_logits(hidden[:, piece.keep])
-        return torch.log_softmax(logits, dim=-1), gates
+        return self._compute_logprob(hidden[:, piece.keep]), gates
 
     # -- layout -----------------------------------------------------------------------------
 
@@ -953,10 +970,12 @@ def _make_router(config: FusedConfig, count: int) -> tuple[Any, Entry | None]:
         return router_class(count, options, tensors), entry
 
 
-def _find_config(folder: Path) -> FusedConfig | None:
+def find_config(folder: Path) -> FusedConfig | None:
     """The configuration that `save_pretrained` wrote, or None."""
+    if not (folder / "config.json").is_file():  # nothing is looked for anywhere else
+        return None
     try:
-        values, _ = FusedConfig.get_config_dict(folder)
+        values, _ = FusedConfig.get_config_dict(folder, local_files_only=True)
     except OSError:
         return None
     if values.get("model_type") != FusedConfig.model_type:

@@ -290,10 +290,19 @@ def build_saved(base, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "with_base"),
-    [*((kind, True) for kind in KINDS), *((kind, False) for kind in KINDS if kind != "plain")],
+    ("architecture", "kind", "with_base"),
+    [
+        *(("gpt_neox", kind, True) for kind in KINDS),
+        *(("gpt_neox", kind, False) for kind in KINDS if kind != "plain"),
+        *((other, "fused", other != "llama") for other in ARCHITECTURES[1:]),
+        ("gpt2", "fused", False),
+        ("gpt2", "plain", True),
+    ],
 )
-def test_saved_and_loaded_it_says_the_same(base, kind, with_base, tmp_path):
+def test_saved_and_loaded_it_says_the_same(
+    tiny_checkpoint, architecture, kind, with_base, tmp_path
+):
+    base = load_base(tiny_checkpoint(architecture))
     lm = build_causal_lm(build_saved(base, kind))
     tokens, _ = two_documents()
     before = lm(input_ids=tokens)
