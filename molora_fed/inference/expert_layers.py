@@ -198,7 +198,7 @@ def _find_even(owners: tuple[int, ...]) -> tuple[int, int] | None:
 
 
 def _multiply_and_add(inputs: Tensor, weight: Tensor, other: Tensor) -> Tensor:
-    """`other + inputs @ weight.T`, inputs (N, R), weight (D_out, R); may change other (N, D_out)."""
+    """`other + inputs @ weight.T`, inputs (N, R), weight (D_out, R); may change `other`."""
     if _is_for_mkldnn(len(inputs), weight):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, other, weight, None, "add")
         return found

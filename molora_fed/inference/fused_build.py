@@ -14,8 +14,8 @@ from molora_fed.adapters.compatibility import applied, check_adapter_fits
 from molora_fed.adapters.updates import Adapter
 from molora_fed.errors import RoutingError
 from molora_fed.inference.expert_layers import plan_layers, share_weights
-from molora_fed.inference.fused_config import FusedConfig
-from molora_fed.inference.fused_lm import FusedForCausalLM, find_config
+from molora_fed.inference.fused_config import FusedConfig, find_config
+from molora_fed.inference.fused_lm import FusedForCausalLM
 from molora_fed.inference.opening import Model, ModelKind, PlainModel, open_model
 from molora_fed.models.base import Base
 from molora_fed.models.runtime import choose_placement

@@ -22,7 +22,8 @@ from molora_fed.bank.views import GateView
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BaseCheckpointError, RoutingError, ShapeError
 from molora_fed.inference.fused_build import build_causal_lm
-from molora_fed.inference.fused_lm import FusedForCausalLM, mix_distributions
+from molora_fed.inference.fused_lm import FusedForCausalLM
+from molora_fed.inference.mixing import mix_distributions
 from molora_fed.inference.opening import PlainModel
 from molora_fed.models.base import load_base
 from molora_fed.models.forward import run_blocks
