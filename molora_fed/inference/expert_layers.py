@@ -12,7 +12,7 @@ experts, the gates where one row is a mixture on the product B A.
 While decoding, a pass is mostly the reading of weights and the calling of operations. So layers
 that are given the same tensor (queries, keys and values) multiply at once, and on a processor
 their weights are packed for oneDNN, which reads them at the speed of the memory whatever the
-number of rows up to about 16 (docs/serving.md has the figures). A call of oneDNN takes 10
+number of rows up to about 16 (docs/causal_lm.md has the figures). A call of oneDNN takes 10
 microseconds more than one of PyTorch's own library, so that few rows of a small weight are
 multiplied by the latter, and many rows of any weight by the former, which is twice as fast.
 """
