@@ -9,7 +9,7 @@ LONG := docs/results/rebuild/test-long.txt
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-processes test-long chaos smollm2 real-base lint types check bench clean
+.PHONY: demo test test-processes test-long transformers-tests chaos smollm2 real-base lint types check bench clean
 
 demo: $(STAMP)  ## A whole federation on this machine, a few minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molora demo
@@ -22,6 +22,10 @@ test-processes: $(STAMP)  ## Whole federations, and commands in many real proces
 
 test-long: $(STAMP)  ## By hand; what it says is kept
 	$(PYTEST) -v --no-header --durations=0 -m long | tee $(LONG)
+
+transformers-tests: $(STAMP)  ## transformers' own tests on the fused model, from TRANSFORMERS_SDIST and TRANSFORMERS_REPOSITORY
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt parameterized
+	$(BIN)/python bench/transformers_tests.py --out docs/results/transformers_tests.md
 
 chaos: $(STAMP)  ## By hand: hundreds of faults, hours; stopped and called again, it goes on
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python bench/chaos.py

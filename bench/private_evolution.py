@@ -40,7 +40,6 @@ from molora_fed.cooperative.evolve import PooledTexts, PrivateTexts, evolve_cont
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.corpus.prepare import load_corpus
-from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor, run_local
@@ -48,6 +47,7 @@ from molora_fed.federation.status import FederationEvent
 from molora_fed.models.base import Base
 from molora_fed.plugins import get_plugins
 from molora_fed.population.private_member import PrivateMember
+from molora_fed.serving.addresses import find_free_port
 from molora_fed.storage.files import write_bytes, write_json
 from molora_fed.storage.values import find_cache_folder
 from molora_fed.testing.models import Table

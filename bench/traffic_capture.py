@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.mailbox import read_json
+from molora_fed.serving.addresses import find_free_port
 from molora_fed.storage.files import write_bytes, write_json
 from molora_fed.testing.traffic import RecordingLine
 from molora_fed.types import Split

@@ -381,6 +381,8 @@ class FusionRules(StrictModel):
         fallback: Router published instead where every refit still loses a domain, if it loses
             fewer; empty publishes the collapsed one.
         headline: Gain predictors whose forecasts stand above the others; empty for none.
+        shortlist: Experts that a member whose text stays at home measures on all of it, the base
+            and its own among them; None measures all.
     """
 
     mode: Literal["router", "population"] = "router"
@@ -398,6 +400,7 @@ class FusionRules(StrictModel):
     headline: tuple[str, ...] = Field(
         default=_UNNAMED_HEADLINE, exclude_if=lambda names: tuple(names) == _UNNAMED_HEADLINE
     )
+    shortlist: int | None = Field(default=None, ge=2, exclude_if=lambda size: size is None)
 
 
 class Amendment(StrictModel):

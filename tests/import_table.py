@@ -39,13 +39,17 @@ ALLOWED: dict[str, str] = {
     "inference": f"{_MEASURING} population",
     "reporting": "contributions forecasting population",
     "testing": "models adapters bank routing evaluation population",
+    "export": f"{_MEASURING} population inference reporting",
     "cooperative": _BELOW_COOPERATIVE,
-    "federation": f"{_BELOW_COOPERATIVE} inference testing cooperative",
-    "cascade": f"{_BELOW_COOPERATIVE} inference testing cooperative",
-    "demo": f"{_BELOW_COOPERATIVE} inference testing cooperative federation",
+    "serving": f"{_MEASURING} population inference",
+    "federation": f"{_BELOW_COOPERATIVE} inference testing cooperative serving",
+    "cascade": f"{_BELOW_COOPERATIVE} inference testing cooperative serving",
+    "demo": f"{_BELOW_COOPERATIVE} inference testing cooperative serving federation",
     # The public face hands names on from wherever they are; who imports one of them from
     # `molora_fed` counts as importing it from there.
-    "face": f"{_BELOW_COOPERATIVE} inference testing cooperative federation cascade",
+    "face": (
+        f"{_BELOW_COOPERATIVE} inference testing export cooperative serving federation cascade"
+    ),
     "molora_kalavai": f"{_MEASURING} contributions forecasting",
     "molora_evolution": f"{_MEASURING} training population",
     "molora_acar": "cascade",

@@ -17,10 +17,10 @@ from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write
 from molora_fed.errors import FederationError
 from molora_fed.federation import contributor as joining
 from molora_fed.federation.acceptance import read_connection
-from molora_fed.federation.addresses import find_free_port
-from molora_fed.federation.connections import build_server, run_server
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings
+from molora_fed.serving.addresses import find_free_port
+from molora_fed.serving.connections import build_server, run_server
 
 FEDERATION_TESTS = Path(__file__).parent / "federation"
 

@@ -37,6 +37,9 @@ GROUPS = {
     ),
     "User of the result": (
         ("generate", "generate:generate", "Continue a text with a fused or an evolved model"),
+        ("chat", "chat:chat", "Talk with a model in the terminal"),
+        ("api", "api:api", "Serve a model and its members as an API like OpenAI's"),
+        ("export", "export:export", "Write a model for PEFT, transformers or llama.cpp"),
         ("evaluate", "evaluate:evaluate", "Measure base, specialists and the model on your text"),
         (
             "cascade",

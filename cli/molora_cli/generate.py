@@ -35,6 +35,12 @@ def generate(
     evidence_from: Annotated[
         Evidence, typer.Option(help="Whether gates go on learning from the generated tokens.")
     ] = Evidence.ALL,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="So many of the best experts go on after the prompt; all if None."
+        ),
+    ] = None,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,
@@ -46,7 +52,9 @@ def generate(
     from molora_fed.inference.generate import Sampling
     from molora_fed.inference.generate import generate as generate_text
 
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value)
+    sampling = Sampling(
+        max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value, experts
+    )
     with reporting("loading the model", transient=True) as progress:
         model = open_causal_lm(
             fused,

@@ -1,6 +1,6 @@
 """Builds banks: announces their size, then one pass per expert, resumable after each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,12 +48,14 @@ class BankPlan:
         mixture: How the bank's `nll` mixes.
         batch: Blocks per forward pass that are wanted; by tokens if None.
         frozen_depth: K, for `prefix_hidden`.
+        stand_ins: Names of experts that are not run: the base's columns stand for theirs.
     """
 
     readings: frozenset[Reading]
     mixture: Mixture
     batch: int | None
     frozen_depth: int
+    stand_ins: Collection[str]
 
 
 def build_calibration_bank(
@@ -66,6 +68,7 @@ def build_calibration_bank(
     mixture: Mixture = "probability",
     batch: int | None = None,
     frozen_depth: int = 0,
+    stand_ins: Collection[str] = (),
     progress: Progress | None = None,
 ) -> CalibrationBank:
     """Build, or find again, the bank that routers are fitted on.
@@ -80,6 +83,7 @@ def build_calibration_bank(
         batch: Blocks per forward pass, by tokens if None; fewer where the device's memory does not
             suffice (`molora_fed.models.batches`).
         frozen_depth: K, for `prefix_hidden`.
+        stand_ins: Names of experts that are not run: the base's columns stand for theirs.
         progress: Receives blocks done and in all over all passes, with `bank_bytes` and `expert`.
 
     Returns:
@@ -96,7 +100,7 @@ def build_calibration_bank(
             "Cannot build a calibration bank: expected no held-out blocks, got some. "
             "Use the calibration split; held-out blocks are for reports."
         )
-    plan = BankPlan(readings, mixture, batch, frozen_depth)
+    plan = BankPlan(readings, mixture, batch, frozen_depth, stand_ins)
     return _build(CalibrationBank, folder, base, experts, blocks, plan, progress)
 
 
@@ -110,6 +114,7 @@ def build_held_out_bank(
     mixture: Mixture = "probability",
     batch: int | None = None,
     frozen_depth: int = 0,
+    stand_ins: Collection[str] = (),
     kept: Sequence[NDArray[np.bool_]] | None = None,
     progress: Progress | None = None,
 ) -> HeldOutBank:
@@ -128,7 +133,7 @@ def build_held_out_bank(
             "Cannot build a held-out bank: expected only held-out blocks, got others. "
             "Use the held-out split."
         )
-    plan = BankPlan(readings, mixture, batch, frozen_depth)
+    plan = BankPlan(readings, mixture, batch, frozen_depth, stand_ins)
     return _build(HeldOutBank, folder, base, experts, blocks, plan, progress, kept)
 
 
@@ -178,7 +183,8 @@ def _build(
         )
         for part, mask in chosen
     ]
-    order = _run_passes(makers, experts, made, num_bytes, progress, resumes=resumes)
+    run = [Expert(e.name, None) if e.name in plan.stand_ins else e for e in experts]
+    order = _run_passes(makers, run, made, num_bytes, progress, resumes=resumes)
     return kind(
         **describe_blocks(shown),
         **open_columns(folder, makers, order, wanted),
@@ -206,7 +212,7 @@ def _run_passes(
     """Make what is missing, one expert in memory at a time; returns the experts' hashes."""
     order = [_hash_of(expert) for expert in experts]
     passes = [*enumerate(experts)]
-    if "" not in order:
+    if order[0]:
         passes.insert(0, (-1, Expert("base", None)))
     total = len(passes) * sum(len(maker.blocks) for maker in makers)
     done = 0

@@ -12,7 +12,7 @@ from typing import Any
 from molora_fed.contributions.reading import Event, LedgerReader, LedgerRecord
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative.cooperative import Cooperative
-from molora_fed.errors import TraceError, describe_mismatch
+from molora_fed.errors import SignatureError, TraceError, describe_mismatch
 from molora_fed.storage.files import hash_bytes, write_bytes
 from molora_fed.storage.keys import build_public_pem, load_key
 from molora_fed.tracing.reading import read_records
@@ -21,7 +21,13 @@ from molora_fed.tracing.segments import list_segments
 from molora_fed.tracing.verifying import verify
 from molora_fed.tracing.writing import TraceWriter
 
-__all__ = ["TRACE_FOLDER", "Audit", "build_audit_records", "record_cooperative"]
+__all__ = [
+    "TRACE_FOLDER",
+    "Audit",
+    "build_audit_records",
+    "find_trace_root",
+    "record_cooperative",
+]
 
 TRACE_FOLDER = "trace"
 KEY_FILE = "public.pem"
@@ -92,6 +98,26 @@ def record_cooperative(cooperative: Cooperative) -> Audit:
         write_bytes(folder / KEY_FILE, public.encode())
     root = verify(folder, public).checkpoints[-1].root
     return Audit(folder, folder / KEY_FILE, len(fresh), len(records), root)
+
+
+def find_trace_root(folder: Path) -> str:
+    """Merkle root of the last signed checkpoint of a cooperative's trace, hex.
+
+    Args:
+        folder: The cooperative's folder, or one in it; its own key file is trusted.
+
+    Returns:
+        "" if no trace was recorded there, or it does not verify.
+    """
+    for place in (folder, folder.resolve().parent):
+        trace = place / TRACE_FOLDER
+        if (trace / KEY_FILE).is_file():
+            try:
+                report = verify(trace, (trace / KEY_FILE).read_text(encoding="utf-8"))
+            except (TraceError, SignatureError, OSError, ValueError):
+                return ""
+            return report.checkpoints[-1].root if report.ok and report.checkpoints else ""
+    return ""
 
 
 def build_audit_records(ledger: LedgerReader) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -290,8 +290,9 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
             in mode "population" an adapter router, fitness scope or lifecycle operator.
         AdapterError: If the kind refuses its options.
         CharterError: If `[amendment.training]` asks for an adapter that `[identity]` forbids, or
-            the quorum for more contributions than are expected, or if its router cannot be made
-            from published statistics where it has to be.
+            the quorum for more contributions than are expected, or a shortlist of experts where
+            no member measures, or if its router cannot be made from published statistics where it
+            has to be.
     """
     rules, training = charter.identity.adapters, charter.amendment.training
     fusion = charter.amendment.fusion
@@ -318,6 +319,9 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
     expected, quorum = charter.amendment.expected, charter.amendment.quorum
     if expected and quorum > expected:
         problems.append((f"a quorum of at most the {expected} expected", str(quorum)))
+    if fusion.shortlist is not None and not charter.is_summed:
+        way = f"{charter.identity.privacy_mode}, mode {fusion.mode}, shortlist {fusion.shortlist}"
+        problems.append(("no fusion.shortlist but where members measure at home", way))
     _raise_problems(f"Cannot use charter '{charter.identity.name}'", problems)
     if charter.publishes_statistics and fusion.mode == "router":
         from molora_fed.fusion.plan import check_published_router

@@ -20,6 +20,7 @@ from molora_fed.contributions.manifest import Manifest
 from molora_fed.fusion.claims import MAX_MEASURERS
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, build_routers
 from molora_fed.fusion.published_rounds import plan_rounds
+from molora_fed.fusion.shortlist import CHOICE_BLOCKS, COST_BLOCKS
 from molora_fed.fusion.sum_rounds import (
     HELD_OUT,
     LOSSES,
@@ -151,7 +152,7 @@ def _list_sums(
         times=max(1, members - 1),
     )  # fmt: skip
     way = "masked sums" if is_masked else "sums"
-    for what, numbers, times in _group_places(rounds.limits):
+    for what, numbers, times in _group_places(rounds.limits, rounds.count_cost()):
         size = numbers * (SUM_BITS // 8) + _FILE_BYTES
         yield OutgoingRow(f"{way}, {what}", 0, 0, size, exact=False, numbers=numbers, times=times)
     if is_masked:
@@ -160,7 +161,7 @@ def _list_sums(
         yield OutgoingRow(what, 0, 0, size, exact=False, times=len(rounds.limits))
 
 
-def _group_places(limits: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+def _group_places(limits: dict[str, int], cost: int) -> Iterator[tuple[str, int, int]]:
     """Places that follow each other and ask for equally many numbers: what, numbers, how often."""
     if LOSSES in limits:
         yield "losses of base and adapters, calibration text", limits[LOSSES], 1
@@ -177,7 +178,8 @@ def _group_places(limits: dict[str, int]) -> Iterator[tuple[str, int, int]]:
         again = sorted(n for p, n in limits.items() if p.startswith(kind) and p.split()[1] != "0")
         for numbers, same in groupby(again):
             yield f"only if a router loses a domain, {what}", numbers, len(list(same))
-    yield "losses and gates, held-out text", limits[HELD_OUT], 1
+    also = f" (and {cost} numbers: what your shortlist loses)" if cost else ""
+    yield f"losses and gates, held-out text{also}", limits[HELD_OUT], 1
 
 
 def _plan_rounds(
@@ -263,11 +265,21 @@ def _tell_sums(charter: Charter, members: int, domains: int, *, is_known: bool) 
     summed = "losses and of gates"
     if not charter.publishes_statistics:
         summed = "losses, of gates, and for some routers of hidden states"
+    size = charter.amendment.fusion.shortlist
+    shortlist: tuple[str, ...] = ()
+    if size is not None:
+        shortlist = (
+            f"You measure {size} experts on all of your text where there are more, and choose them "
+            f"at home, on {CHOICE_BLOCKS} calibration blocks. Whoever sees your losses sees which "
+            "they are, for the others' are the base's. What fused models lose by it is told as "
+            f"sums over {COST_BLOCKS} of your held-out blocks.",
+        )
     return (
         "No text, no token ids and no value of a single document, block or token leave. Sums are "
         "over all of your calibration or held-out text, four document clusters at least: of "
         f"{summed}.",
         *ways[charter.identity.summing],
+        *shortlist,
         f"Up to {MAX_MEASURERS} times the coordinator is told the mean losses of the base and of "
         "another member's adapter on your calibration text, and its number of documents: yours "
         "alone, whatever the way of summing. You are drawn for it by a hash.",

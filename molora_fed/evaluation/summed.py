@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Compared",
     "MemberSums",
+    "hide_reason",
     "measure_alone",
     "measure_sums",
     "name_difference",
@@ -245,11 +246,7 @@ def measure_sums(
     except BankError:
         raise
     except (PluginError, RoutingError) as error:
-        raise RoutingError(
-            f"Cannot evaluate router '{running}' on the text of '{who}': expected gates and losses "
-            "as its contract says, got others. The reason may hold a figure of one document and "
-            "stays with that contributor: correct the router, or leave it out."
-        ) from error
+        raise hide_reason(running, who) from error
     losses = {name: found.sums[name] for name in compared.methods}
     more = {name_difference(a, b): losses[a] - losses[b] for a, b in compared.pairs}
     moments = measure_moments(found.clusters.counts, {**losses, **more})
@@ -258,6 +255,15 @@ def measure_sums(
         for name in routers
     }
     return MemberSums(domain, moments, gates)
+
+
+def hide_reason(router: str, who: str) -> RoutingError:
+    """What is told of a router that fails on a member's text: which one, and nothing else."""
+    return RoutingError(
+        f"Cannot evaluate router '{router}' on the text of '{who}': expected gates and losses "
+        "as its contract says, got others. The reason may hold a figure of one document and "
+        "stays with that contributor: correct the router, or leave it out."
+    )
 
 
 def _check_own(bank: "Bank", least: int, who: str) -> tuple[str, ...]:

@@ -142,12 +142,15 @@ class SummedEvaluation:
         by_domain: Moments of each domain, its members' added up.
         gates: Mean gate by router, domain and expert.
         members: Number of members by domain.
+        shortlist: What is said of shortlists of experts, JSON values; None where all members
+            measured all experts.
     """
 
     compared: Compared
     by_domain: Mapping[str, Moments]
     gates: Mapping[str, Mapping[str, Mapping[str, float]]]
     members: Mapping[str, int]
+    shortlist: Mapping[str, Any] | None = None
 
     @classmethod
     def add(cls, compared: Compared, answers: Sequence[MemberSums]) -> "SummedEvaluation":
@@ -193,6 +196,7 @@ class SummedEvaluation:
             and what is left out.
         """
         alone, methods = self.compared.alone, self.compared.methods
+        more = 0 if self.shortlist is None else 3 + 3 * len(self.compared.routers)
         plain = [name for name in self._table.list_plain() if name != "domain_oracle"]
         return {
             **compose_summed(self.by_domain, alone, methods, self.gates),
@@ -201,8 +205,9 @@ class SummedEvaluation:
                 "members": dict(self.members),
                 "clusters": {domain: own.clusters for domain, own in self.by_domain.items()},
                 "tokens": {domain: int(own.tokens) for domain, own in self.by_domain.items()},
-                "numbers": self.compared.count_numbers(),
+                "numbers": self.compared.count_numbers() + more,
                 "left_out": dict(_LEFT_OUT),
+                **({} if self.shortlist is None else {"shortlist": dict(self.shortlist)}),
             },
         }
 

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import httpx
 
 from molora_fed.errors import ConfigError, FederationError, ServerUnreachableError
-from molora_fed.federation.addresses import format_server, parse_server
 from molora_fed.federation.certificates import hash_certificate
 from molora_fed.federation.envelopes import parse_letter
 from molora_fed.federation.gateway import INVITATION_PATH
@@ -20,6 +19,7 @@ from molora_fed.federation.letters import CharterLetter
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.members import Redemption, build_redemption_bytes
 from molora_fed.federation.signing import open_charter
+from molora_fed.serving.addresses import format_server, parse_server
 from molora_fed.storage.files import make_home, replace_folder, write_bytes, write_json
 from molora_fed.storage.keys import (
     build_public_pem,

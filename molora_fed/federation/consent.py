@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from molora_fed.charter import Amendment, Charter
 from molora_fed.federation.homes import ContributorHome
@@ -24,6 +24,7 @@ class _AskedSums(UntrustedModel):
     base_expert: bool
     calibration: int
     held_out: int
+    shortlist: int | None = Field(default=None, exclude_if=lambda size: size is None)
 
     def covers(self, other: "_AskedSums") -> bool:
         """Whether another amendment asks for nothing that this one does not."""
@@ -34,6 +35,8 @@ class _AskedSums(UntrustedModel):
             and other.base_expert <= self.base_expert
             and other.calibration <= self.calibration
             and other.held_out <= self.held_out
+            # Without one more losses are told, with one which of the experts are on it.
+            and other.shortlist == self.shortlist
         )
 
 
@@ -47,6 +50,7 @@ def _describe_sums(amendment: Amendment) -> _AskedSums:
         base_expert=rules.base_expert,
         calibration=samples.calibration,
         held_out=samples.held_out,
+        shortlist=rules.shortlist,
     )
 
 

@@ -11,12 +11,6 @@ from typing import Any
 
 from molora_fed.charter import Charter, load_charter
 from molora_fed.errors import CharterError, FederationError, ServerUnreachableError
-from molora_fed.federation.addresses import (
-    check_loopback,
-    find_trouble,
-    format_server,
-    parse_server,
-)
 from molora_fed.federation.consent import (
     give_consent,
     has_consent,
@@ -37,6 +31,12 @@ from molora_fed.federation.supervise import (
 )
 from molora_fed.federation.worker_mail import (
     is_described,
+)
+from molora_fed.serving.addresses import (
+    check_loopback,
+    find_trouble,
+    format_server,
+    parse_server,
 )
 
 __all__ = ["ContributorSupervisor", "join"]

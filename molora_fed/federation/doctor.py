@@ -22,7 +22,6 @@ from packaging.requirements import InvalidRequirement, Requirement
 from molora_fed.charter import load_charter
 from molora_fed.errors import FederationError, MoloraError
 from molora_fed.federation.acceptance import read_connection
-from molora_fed.federation.addresses import parse_server
 from molora_fed.federation.certificates import RENEW_DAYS, ServerCertificate
 from molora_fed.federation.confine import describe_confinement
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
@@ -31,6 +30,7 @@ from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.overview import NOT_RUNNING, read_contributor, read_server
 from molora_fed.federation.supervise import is_running
 from molora_fed.plugins import Plugins
+from molora_fed.serving.addresses import parse_server
 from molora_fed.storage.locks import is_held
 from molora_fed.storage.untrusted import clean
 

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from molora_fed.federation.refusals import OnRefusal, ignore_refusal
+from molora_fed.serving.refusals import OnRefusal, ignore_refusal
 from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = ["INVITATION_BYTES", "INVITATION_PATH", "Gateway", "Limits", "Refusal"]

@@ -19,7 +19,6 @@ from molora_fed.errors import (
     MoloraError,
     StorageError,
 )
-from molora_fed.federation.addresses import DEFAULT_PORT, format_server, parse_server
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.envelopes import open_letter
 from molora_fed.federation.gateway import INVITATION_BYTES, Refusal
@@ -27,6 +26,7 @@ from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.letters import CharterLetter
 from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.members import Members, Redemption
+from molora_fed.serving.addresses import DEFAULT_PORT, format_server, parse_server
 from molora_fed.storage.files import (
     canonical_json,
     hash_bytes,

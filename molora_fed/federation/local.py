@@ -12,13 +12,13 @@ from typing import Any
 
 from molora_fed.cooperative.known_text import write_known_text
 from molora_fed.errors import FederationError
-from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.contributor import join
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.server import serve
 from molora_fed.federation.status import FederationEvent, OnEvent
 from molora_fed.federation.supervise import sigterm_as_interrupt
+from molora_fed.serving.addresses import find_free_port
 from molora_fed.storage.compute import Compute
 
 __all__ = ["LocalContributor", "note_known_text", "run_local"]

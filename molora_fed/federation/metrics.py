@@ -19,8 +19,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 
 from molora_fed.errors import MoloraError
-from molora_fed.federation.addresses import check_port_free
 from molora_fed.federation.overview import ContributorOverview, MemberRow, ServerOverview
+from molora_fed.serving.addresses import check_port_free
 from molora_fed.storage.untrusted import clean
 
 __all__ = ["serve_metrics"]

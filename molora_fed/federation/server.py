@@ -9,12 +9,6 @@ from pathlib import Path
 
 from molora_fed.charter import load_charter
 from molora_fed.errors import FederationError, MoloraError
-from molora_fed.federation.addresses import (
-    DEFAULT_PORT,
-    check_loopback,
-    check_port_free,
-    is_healthy,
-)
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.fleet import Fleet, connect_fleet
 from molora_fed.federation.homes import COORDINATOR_HOME, CoordinatorHome
@@ -32,6 +26,12 @@ from molora_fed.federation.supervise import (
     parse_answer,
     raise_recorded,
     sigterm_as_interrupt,
+)
+from molora_fed.serving.addresses import (
+    DEFAULT_PORT,
+    check_loopback,
+    check_port_free,
+    is_healthy,
 )
 from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import make_home

@@ -18,7 +18,6 @@ from typing import Any
 
 from molora_fed.charter import load_charter
 from molora_fed.errors import CharterError, ConfigError, FederationError
-from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.consent import (
     give_consent,
     has_consent,
@@ -36,6 +35,7 @@ from molora_fed.federation.supervise import (
     raise_recorded,
     sigterm_as_interrupt,
 )
+from molora_fed.serving.addresses import find_free_port
 from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import write_json
 from molora_fed.storage.values import count_cores

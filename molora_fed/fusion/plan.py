@@ -63,6 +63,13 @@ class FusionPlan:
         return self.charter.identity.adapters
 
     @property
+    def shortlist(self) -> int | None:
+        """Experts that a member measures on all of its text; None if that is all of them."""
+        size = self.charter.amendment.fusion.shortlist
+        is_short = size is not None and size < len(self.experts) and self.charter.is_summed
+        return size if is_short else None
+
+    @property
     def own_domain(self) -> dict[str, str]:
         """Domain each specialist was trained on."""
         return {c.contributor: c.domain for c in self.contributions}
@@ -85,7 +92,7 @@ def plan_fusion(
     Raises:
         BaseCheckpointError: If the base is not the charter's.
         CharterError: If the charter does not fuse by a router, or a router's options are wrong;
-            all of them are named.
+            all of them are named. See `build_routers`, too.
         ConfigError: If there is no contribution, or names clash.
         UnknownNameError: If nobody registers a router or a merge.
     """
@@ -176,7 +183,8 @@ def build_routers(
             left out then. None takes every failure as an error.
 
     Raises:
-        CharterError: If its options are wrong; all of them are named.
+        CharterError: If its options are wrong; all of them are named. If it reads the experts'
+            average state where members measure shortlists of experts.
         PluginError: If the plugin of the published router fails.
         UnknownNameError: If nobody registers a router.
     """
@@ -192,12 +200,18 @@ def build_routers(
                 error=CharterError,
                 fix="Correct [amendment.fusion.options].",
             )
-            _check_readings(plugins.routers.entry(name), router, chosen)
+            reads = _check_readings(plugins.routers.entry(name), router, chosen)
         except PluginError as error:
             if on_failed is None or name == fusion.router:
                 raise
             on_failed(name, f"{FAILED}{error}")
             continue
+        if fusion.shortlist is not None and charter.is_summed and "mean_hidden" in reads:
+            raise CharterError(
+                f"Cannot use charter '{charter.identity.name}': expected routers that do not read "
+                f"the experts' average state, of which a shortlist knows some, got '{name}'. "
+                "Leave out fusion.shortlist, or choose another router or input."
+            )
         if name == fusion.router and fusion.top_k is not None:
             router = limit_experts(router, fusion.top_k)
         routers[name] = (router, chosen)
@@ -224,8 +238,10 @@ def check_published_router(charter: Charter, plugins: Plugins) -> None:
         ) from error
 
 
-def _check_readings(entry: Entry, router: type[OutputRouter], options: RouterOptions) -> None:
-    """Refuse a router that reads what no bank has."""
+def _check_readings(
+    entry: Entry, router: type[OutputRouter], options: RouterOptions
+) -> frozenset[str]:
+    """What a router reads; one that reads what no bank has is refused."""
     with guarded(entry, "reads"):
         reads = frozenset(router.reads(options))
     known = frozenset(get_args(Reading))
@@ -236,3 +252,4 @@ def _check_readings(entry: Entry, router: type[OutputRouter], options: RouterOpt
             expected=f"columns among {', '.join(sorted(known))}",
             got=", ".join(sorted(map(str, reads - known))),
         )
+    return reads

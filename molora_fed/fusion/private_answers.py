@@ -5,7 +5,7 @@ these banks what a question asks for. Whatever goes wrong on a text is told at h
 reason may hold a figure of one document.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Contributed, Entrant
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import CorpusError, PluginError, RoutingError
+from molora_fed.evaluation.moments import Moments
 from molora_fed.evaluation.summed import measure_alone, measure_sums
 from molora_fed.fusion.boundary import NotMeasured, check_fitted, measure_merges
 from molora_fed.fusion.claims import measure_claims
@@ -35,9 +36,17 @@ from molora_fed.fusion.held_out import (
     list_known,
 )
 from molora_fed.fusion.plan import FusionPlan, plan_fusion
+from molora_fed.fusion.shortlist import (
+    CHOICE_BLOCKS,
+    COST_BLOCKS,
+    choose_blocks,
+    choose_experts,
+    measure_cost,
+)
 from molora_fed.fusion.sum_rounds import HELD_OUT, SumQuestion, SumRounds, TextCounts
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
+from molora_fed.routing.contract import OutputRouter
 from molora_fed.types import Progress, Split
 
 __all__ = ["FusionMember"]
@@ -93,6 +102,7 @@ class FusionMember:
                 f"blocks, got {len(calibration)} and {len(held_out)}. Use more text."
             )
         self._choice: HeldOutChoice | None = None
+        self._stand_ins: frozenset[str] | None = None
         self._own = Contributed(
             **vars(own), held_out=held_out, calibration=calibration, train_text=corpus
         )
@@ -142,7 +152,9 @@ class FusionMember:
         counts = self._count(self._at_home)
         if not measured:
             return counts
-        bank, who = self._open_calibration(progress), self._own.contributor
+        who = self._own.contributor
+        others = self._names - frozenset(measured) if self.plan.shortlist else ()
+        bank = self._open_calibration(progress, stand_ins=others)
         return counts.model_copy(update={"claims": measure_claims(bank, measured, who=who)})
 
     def compare(self, elsewhere: Elsewhere) -> TextCounts:
@@ -205,7 +217,10 @@ class FusionMember:
                     self._probe(question, rounds, self._open_calibration(progress))
                 baselines = self._measure_merges(bank)
                 said = measure_sums(bank, routers, baselines, who=name, progress=progress)
-                return rounds.pack_held_out(said, question.routers)
+                found = rounds.pack_held_out(said, question.routers)
+                if self.plan.shortlist:
+                    found |= rounds.pack_cost(self._measure_cost(routers, progress), domain)
+                return found
             calibration = self._open_calibration(progress)
             found = rounds.measure(question, calibration)
             if question.kind == rounds.probed:
@@ -238,26 +253,76 @@ class FusionMember:
             )
         return found
 
-    def _open_calibration(self, progress: Progress | None) -> CalibrationBank:
+    @property
+    def _names(self) -> frozenset[str]:
+        return frozenset(expert.name for expert in self.plan.experts)
+
+    def _choose_stand_ins(self, progress: Progress | None) -> frozenset[str]:
+        """Experts that are not on the shortlist: they are run on a few blocks only."""
+        if self._stand_ins is None:
+            size, chosen = self.plan.shortlist, self._names
+            if size is not None:
+                assert self._own.calibration is not None
+                some = choose_blocks(self._own.calibration, CHOICE_BLOCKS)
+                probed = self._build_calibration(some, progress, ())
+                chosen = choose_experts(probed, size, self._own.contributor)
+            self._stand_ins = self._names - chosen
+        return self._stand_ins
+
+    def _measure_cost(
+        self, routers: Mapping[str, OutputRouter], progress: Progress | None
+    ) -> Moments:
+        """What the shortlist costs, on blocks that it was not chosen by."""
+        some = choose_blocks(self._own.held_out.select(self._kept), COST_BLOCKS)
+        short, whole = (
+            build_held_out_bank(
+                self._folder,
+                self._base,
+                self.plan.experts,
+                [some],
+                stand_ins=names,
+                progress=progress,
+                **self.plan.bank,
+            )
+            for names in (self._choose_stand_ins(progress), ())
+        )
+        return measure_cost(whole, short, routers, who=self._own.contributor)
+
+    def _open_calibration(
+        self, progress: Progress | None, *, stand_ins: Collection[str] | None = None
+    ) -> CalibrationBank:
         assert self._own.calibration is not None
+        names = self._choose_stand_ins(progress) if stand_ins is None else stand_ins
+        return self._build_calibration(self._own.calibration, progress, names)
+
+    def _build_calibration(
+        self, blocks: Blocks, progress: Progress | None, stand_ins: Collection[str]
+    ) -> CalibrationBank:
         return build_calibration_bank(
             self._folder,
             self._base,
             self.plan.experts,
-            [self._own.calibration],
+            [blocks],
+            stand_ins=stand_ins,
             progress=progress,
             **self.plan.bank,
         )
 
-    def _open_held_out(self, progress: Progress | None) -> HeldOutBank:
+    @property
+    def _kept(self) -> NDArray[np.bool_]:
+        """Which held-out blocks count, (N,)."""
         choice = self._choice or self._at_home
         choice.check_kept()
+        return choice.overlaps[self._own.contributor].kept
+
+    def _open_held_out(self, progress: Progress | None) -> HeldOutBank:
         return build_held_out_bank(
             self._folder,
             self._base,
             self.plan.experts,
             [self._own.held_out],
-            kept=[choice.overlaps[self._own.contributor].kept],
+            kept=[self._kept],
+            stand_ins=self._choose_stand_ins(progress),
             progress=progress,
             **self.plan.bank,
         )

@@ -22,6 +22,7 @@ from molora_fed.fusion.collapse import GuardedRouter
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.fusion.published_fits import PublishedFits
 from molora_fed.fusion.published_rounds import PublishedRounds, plan_rounds
+from molora_fed.fusion.shortlist import describe_shortlist
 from molora_fed.fusion.sum_rounds import (
     HELD_OUT,
     SumQuestion,
@@ -200,7 +201,12 @@ class _PrivateRun:
         for name in sorted(self._counts.keys() - set(total.members)):
             self._missing.add("member", name, f"{FAILED}not in the held-out figures: it had left")
         members = Counter(self._counts[name].domain for name in total.members)
-        return replace(found, members={domain: members[domain] for domain in found.by_domain})
+        found = replace(found, members={domain: members[domain] for domain in found.by_domain})
+        costs = self._rounds.unpack_cost(total.parts, names, total.members)
+        if not costs:
+            return found
+        said_of = describe_shortlist(self._plan, costs, self._counts, total.members)
+        return replace(found, shortlist=said_of)
 
     def describe(self) -> dict[str, Any]:
         """See `TextsRun`; of texts that stay where they are there are no fingerprints."""

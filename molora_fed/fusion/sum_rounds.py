@@ -24,6 +24,7 @@ from molora_fed.fusion.boundary import label_merge
 from molora_fed.fusion.claims import Claim
 from molora_fed.fusion.collapse import SummedJudgement
 from molora_fed.fusion.plan import FusionPlan
+from molora_fed.fusion.shortlist import COST_BLOCKS
 from molora_fed.guard import guarded
 from molora_fed.privacy.sums.vectors import Part, VectorLayout
 from molora_fed.routing.contract import OutputRouter
@@ -44,6 +45,7 @@ __all__ = [
     "LOSSES",
     "MAX_FUSIONS",
     "MOMENTS",
+    "SHORTLIST",
     "SUM_BITS",
     "TRIM_SHARE",
     "SumQuestion",
@@ -60,7 +62,7 @@ SUM_BITS: Final = 64
 """Of the words that masked sums are added up in."""
 TRIM_SHARE = 0.2
 """Of a domain's members, cut at each end of every coordinate of a robust sum."""
-ALONE, MOMENTS, GATES = "alone", "moments", "gates"
+ALONE, MOMENTS, GATES, SHORTLIST = "alone", "moments", "gates", "shortlist"
 HELD_OUT = "held-out"
 FIRST_FIT, LOSSES = "fit 0 0", "losses"
 """The first question of a fusion: where routers are fitted by sums, and where they are not."""
@@ -169,8 +171,8 @@ def name_fusion(charter: Charter, contributions: Iterable[str]) -> str:
 
 def list_exact(layout: VectorLayout) -> frozenset[str]:
     """Parts that hold each document's figures once: no share of them can be cut off."""
-    names = (part.name for part in layout.parts)
-    return frozenset(n for n in names if n.split(".")[0] in (ALONE, MOMENTS, GATES))
+    names, once = (part.name for part in layout.parts), (ALONE, MOMENTS, GATES, SHORTLIST)
+    return frozenset(n for n in names if n.split(".")[0] in once)
 
 
 class SumRounds:
@@ -211,6 +213,7 @@ class SumRounds:
         self._most = {
             ALONE: samples.calibration * (size - 1),
             HELD_OUT: samples.held_out * (size - 1),
+            SHORTLIST: COST_BLOCKS * (size - 1),
         }
 
     def plan_fit(self, name: str, attempt: int) -> SummedFit:
@@ -278,6 +281,8 @@ class SumRounds:
             entries |= self._lay_out_moments(MOMENTS, compared.columns, HELD_OUT)
             shape = (len(self.domains), len(question.routers), len(self._experts))
             entries[GATES] = SumEntry(shape, float(self._most[HELD_OUT]))
+            if self._plan.shortlist:
+                entries |= self._lay_out_moments(SHORTLIST, question.routers, SHORTLIST)
         else:
             for name, task in self.list_tasks(question):
                 for entry, described in task.entries(question.of(name)).items():
@@ -352,6 +357,16 @@ class SumRounds:
         gates[self.domains.index(said.domain)] = torch.stack(rows)
         return {**self._pack(MOMENTS, said.moments, said.domain), GATES: gates}
 
+    def count_cost(self) -> int:
+        """Most numbers of a held-out answer that say what shortlists cost."""
+        _, routers = self.limit_fits()
+        entries = self._lay_out_moments(SHORTLIST, routers, SHORTLIST).values()
+        return sum(entry.size for entry in entries) if self._plan.shortlist else 0
+
+    def pack_cost(self, cost: Moments, domain: str) -> dict[str, Tensor]:
+        """What a member's shortlist costs as parts of its vector."""
+        return self._pack(SHORTLIST, cost, domain)
+
     def unpack_alone(
         self, parts: Mapping[str, Tensor], members: Iterable[str]
     ) -> list[tuple[str, Moments]]:
@@ -395,6 +410,24 @@ class SumRounds:
             found.append(MemberSums.from_json(said, compared, domain=domain, who=who))
         return found
 
+    def unpack_cost(
+        self, parts: Mapping[str, Tensor], routers: Sequence[str], members: Iterable[str]
+    ) -> list[tuple[str, Moments]]:
+        """What shortlists cost by domain; nothing where there is none. See `unpack_alone`."""
+        found = []
+        for domain, own in self._group(members).items() if self._plan.shortlist else ():
+            who = self._describe(domain, own)
+            moments = self._read(SHORTLIST, parts, domain, routers, who)
+            most = self._most[SHORTLIST] * len(own)
+            if moments.tokens > most:
+                raise SumError(
+                    f"Cannot use the figures of '{who}': expected a shortlist's cost on {most} "
+                    f"tokens at most, got {moments.tokens:.0f}. Run the same molora-fed version "
+                    "everywhere."
+                )
+            found.append((domain, moments))
+        return found
+
     def check(
         self, question: SumQuestion, parts: Mapping[str, Tensor], members: Sequence[str]
     ) -> None:
@@ -410,6 +443,7 @@ class SumRounds:
         """
         if question.kind == HELD_OUT:
             self.unpack_held_out(parts, question.routers, members)
+            self.unpack_cost(parts, question.routers, members)
         elif question.is_first:
             self.unpack_alone(parts, members)
         elif question.kind == "judge":
@@ -494,7 +528,7 @@ class SumRounds:
                 f"tokens, got {counts}. Run the same molora-fed version everywhere."
             )
         # Rounding must not make a square smaller than what it is the square of.
-        slack = (self._most[HELD_OUT if name == MOMENTS else ALONE] * _LARGEST_LOSS) ** 2 * _SLACK
+        slack = (self._most[HELD_OUT if name == MOMENTS else name] * _LARGEST_LOSS) ** 2 * _SLACK
         sums = zip(rows["x"], (xx + slack for xx in rows["xx"]), rows["xn"], strict=True)
         said = Moments(whole[0], whole[1], whole[2], dict(zip(columns, sums, strict=True)))
         return Moments.from_json(said.to_json(), columns, who=who)

@@ -1,1 +1,1 @@
-"""Using a fused or evolved model: open, generate, evaluate texts."""
+"""Using a model: open, read and write as a causal language model, evaluate texts."""

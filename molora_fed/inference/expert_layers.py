@@ -12,7 +12,7 @@ experts, the gates where one row is a mixture on the product B A.
 While decoding, a pass is mostly the reading of weights and the calling of operations. So layers
 that are given the same tensor (queries, keys and values) multiply at once, and on a processor
 their weights are packed for oneDNN, which reads them at the speed of the memory whatever the
-number of rows up to about 16 (docs/serving.md has the figures). A call of oneDNN takes 10
+number of rows up to about 16 (docs/causal_lm.md has the figures). A call of oneDNN takes 10
 microseconds more than one of PyTorch's own library, so that few rows of a small weight are
 multiplied by the latter, and many rows of any weight by the former, which is twice as fast.
 """
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends import mkldnn
 from torch.nn import functional
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from molora_fed.adapters.updates import Adapter, LinearUpdate
@@ -51,7 +52,7 @@ FEW_ROWS = 64
 _SMALL = 2**18  # a float32 weight of fewer numbers is not packed
 _MUCH = 2**20  # multiplications from which on oneDNN repays its call with a float32 weight as it is
 _WIDE = 1024  # outputs from which on experts multiply each their own factors B
-_BLOCK_RANKS = 256  # up to so many, the 16-bit factors B of one group are one block-diagonal matrix
+_BLOCK_RANKS = 512  # up to so many, the 16-bit factors B of one group are one block-diagonal matrix
 _SELECTIONS = 4  # sets of experts whose factors are kept apart
 
 
@@ -66,6 +67,7 @@ class Rows:
         positions: T, of every row.
         is_folded: Whether rows are experts in order, as many rows of each: row e * B + b.
         selection: Experts that occur, in rising order; None for all.
+        is_merged: Whether the one expert that occurs is read from weights it is merged into.
     """
 
     expert: Tensor | None = None
@@ -74,6 +76,7 @@ class Rows:
     positions: int = 1
     is_folded: bool = False
     selection: tuple[int, ...] | None = None
+    is_merged: bool = False
     _weights: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -253,6 +256,7 @@ class SharedInput:
         count = (self._width + self._num_ranks) * layers[0].in_features
         self._is_packed = _is_worth_packing(layers[0].matrix, count)
         self._factors: OrderedDict[tuple[int, ...] | None, _Factors | None] = OrderedDict()
+        self._merged: tuple[int, Tensor, Tensor | None] | None = None
         self._inputs: Tensor | None = None
         self._found: tuple[Tensor, ...] = ()
 
@@ -270,6 +274,8 @@ class SharedInput:
 
     def _multiply_all(self, inputs: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         flat = inputs.reshape(-1, inputs.shape[-1])
+        if rows.is_merged and rows.selection is not None:
+            return self._split(_multiply(flat, *self._merge(rows.selection[0])))
         if not rows.num_experts:
             # Packed, the factors A are a part of the weight; kept apart, they took memory again.
             output = _multiply(flat, *self._get_weight(self._is_packed and self._num_ranks > 0))
@@ -288,7 +294,7 @@ class SharedInput:
         if not factors.is_single:
             own = hidden * rows.weigh(factors.layout, flat)
         if factors.is_block and factors.b[0] is not None:
-            return self._split(_multiply_and_add(own, factors.b[0], output))
+            return self._split(output.add_(_multiply(own, factors.b[0])))
         outputs, at = self._split(output), 0
         for part, b, ranks in zip(outputs, factors.b, factors.sizes, strict=True):
             if b is None:
@@ -317,18 +323,40 @@ class SharedInput:
             self._weights[False] = weight[: self._width], bias
         else:
             parts = [layer.matrix.detach() for layer in self.layers]
-            biases = [layer.bias for layer in self.layers]
-            has_bias = any(bias is not None for bias in biases)
-            bias_parts = [
-                part.new_zeros(len(part)) if bias is None else bias.detach()
-                for part, bias in zip(parts, biases, strict=True)
-            ]
+            bias = self._make_bias()
             if has_factors:
                 parts += [layer.a.detach() for layer in self.layers if layer.owners]
-                bias_parts.append(parts[0].new_zeros(self._num_ranks))
-            weight = _pack(torch.cat(parts))
-            self._weights[has_factors] = weight, torch.cat(bias_parts) if has_bias else None
+                if bias is not None:
+                    bias = pad(bias, (0, self._num_ranks))
+            self._weights[has_factors] = _pack(torch.cat(parts)), bias
         return self._weights[has_factors]
+
+    def _make_bias(self) -> Tensor | None:
+        """All layers' biases, zeros where one has none; None if none has one."""
+        biases = [layer.bias for layer in self.layers]
+        if all(bias is None for bias in biases):
+            return None
+        return torch.cat(
+            [
+                layer.matrix.new_zeros(layer.out_features) if bias is None else bias.detach()
+                for layer, bias in zip(self.layers, biases, strict=True)
+            ]
+        )
+
+    def _merge(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """All layers' weights with one expert's product added, and biases; of one at a time."""
+        if self._merged is None or self._merged[0] != expert:
+            parts = []
+            for layer in self.layers:
+                ranks = [rank for rank, owner in enumerate(layer.owners) if owner == expert]
+                weight = layer.matrix.detach()
+                if ranks:
+                    product = layer.b.detach()[:, ranks].float() @ layer.a.detach()[ranks].float()
+                    weight = (weight.float() + product).to(weight.dtype)
+                parts.append(weight)
+            self._merged = None  # the former one's memory comes first
+            self._merged = (expert, _pack(torch.cat(parts)), self._make_bias())
+        return self._merged[1:]
 
     def _select(self, selection: tuple[int, ...] | None) -> _Factors | None:
         """The factors of some experts, made at their first use."""

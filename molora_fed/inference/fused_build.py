@@ -14,10 +14,11 @@ from molora_fed.adapters.compatibility import applied, check_adapter_fits
 from molora_fed.adapters.updates import Adapter
 from molora_fed.errors import RoutingError
 from molora_fed.inference.expert_layers import plan_layers, share_weights
-from molora_fed.inference.fused_config import FusedConfig
+from molora_fed.inference.fused_config import FusedConfig, find_config
 from molora_fed.inference.fused_lm import FusedForCausalLM
 from molora_fed.inference.opening import Model, ModelKind, PlainModel, open_model
 from molora_fed.models.base import Base
+from molora_fed.models.runtime import choose_placement
 from molora_fed.plugins import Plugins
 from molora_fed.population.bundle import EvolvedModel
 from molora_fed.population.files import fingerprint_population
@@ -41,7 +42,20 @@ def open_causal_lm(
     compute: Compute | None = None,
     plugins: Plugins | None = None,
 ) -> FusedForCausalLM:
-    """Open the model in a folder; see `open_model` for arguments and errors."""
+    """Open the model in a folder, saved by `save_pretrained` or not.
+
+    See `open_model` for arguments and errors.
+    """
+    config = find_config(folder)
+    sort = None if config is None else (config.made_from or [None])[0]
+    if config is not None and sort in kinds:
+        if config.base_path is not None:
+            return open_saved(folder, config, base_folder, compute or Compute())
+        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        place = choose_placement(compute or Compute(), dtype)
+        opened = FusedForCausalLM.from_pretrained(folder, dtype=place.dtype)
+        opened.to(place.device)
+        return opened
     model = open_model(
         folder, kinds=kinds, base_folder=base_folder, compute=compute, plugins=plugins
     )

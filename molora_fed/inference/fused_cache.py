@@ -36,6 +36,26 @@ class GrowingLayer(DynamicLayer):
         self.is_initialized = True
         return self.keys, self.values
 
+    def adopt(self, rooms: tuple[Tensor, Tensor], length: int) -> None:
+        """Go on from keys and values that lie in memory with room for more.
+
+        Args:
+            rooms: Memory of keys and of values, each (N, H, size, D_head).
+            length: Positions of it that are read, at most size.
+        """
+        self._room = rooms
+        self.keys, self.values = (room[..., :length, :] for room in rooms)
+        self.dtype, self.device = rooms[0].dtype, rooms[0].device
+        self.is_initialized = True
+
+    @staticmethod
+    def choose_room(length: int) -> int:
+        """Positions of memory for a text of this length that goes on."""
+        size = _FIRST_ROOM
+        while size <= length:
+            size *= 2
+        return size
+
     def _owns_room(self) -> bool:
         """Whether keys are still a view of the memory: reordering and the like replace them."""
         return (
@@ -46,9 +66,7 @@ class GrowingLayer(DynamicLayer):
         )
 
     def _grow(self, keys: Tensor, values: Tensor, before: int, after: int) -> None:
-        size = _FIRST_ROOM
-        while size < after:
-            size *= 2
+        size = self.choose_room(after - 1)
         old = (self.keys, self.values) if before else None
         rooms = []
         for index, states in enumerate((keys, values)):

@@ -1,18 +1,22 @@
 """What a fused model is made of, as a configuration of transformers: enough to build it empty."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
 from molora_fed.charter import BaseIdentity
 from molora_fed.errors import RoutingError
 from molora_fed.inference.expert_layers import LayerPlan
+from molora_fed.plugins import Entry, get_plugins
+from molora_fed.routing.top_k import limit_experts
 from molora_fed.storage.settings import StrictModel, describe_offenders
 from molora_fed.types import Mixture
 
-__all__ = ["FusedConfig"]
+__all__ = ["FusedConfig", "find_config", "make_router"]
 
 _TAKEN_OVER = (
     "vocab_size",
@@ -94,6 +98,7 @@ class FusedConfig(PreTrainedConfig):
     """
 
     model_type = "molora-fused"
+    use_cache = True
 
     def __init__(
         self,
@@ -163,3 +168,37 @@ class FusedConfig(PreTrainedConfig):
             name: LayerPlan(tuple(layer["ranks"]), bool(layer["biases"]))
             for name, layer in self.layers.items()
         }
+
+
+def make_router(config: FusedConfig, count: int) -> tuple[Any, Entry | None]:
+    """An empty router as the configuration describes it."""
+    described = config.router or {}
+    plugins = get_plugins()
+    # On the CPU, wherever the rest is made: routers have tensors that are no parameters.
+    with torch.device("cpu"):
+        if config.mixes == "updates":
+            registered = plugins.adapter_routers.resolve(described["name"])
+            options = registered.Options.model_validate(described["options"])
+            entry = plugins.adapter_routers.entry(described["name"])
+            return registered.build(count, config.hidden_size, options, 0), entry
+        router_class = plugins.routers.resolve(described["name"])
+        entry = plugins.routers.entry(described["name"])
+        if described["top_k"] is not None:
+            router_class = limit_experts(router_class, described["top_k"])
+        options = router_class.Options.model_validate(described["options"])
+        tensors = {name: torch.zeros(shape) for name, shape in described["shapes"].items()}
+        return router_class(count, options, tensors), entry
+
+
+def find_config(folder: Path) -> FusedConfig | None:
+    """The configuration that `save_pretrained` wrote, or None."""
+    if not (folder / "config.json").is_file():  # nothing is looked for anywhere else
+        return None
+    try:
+        values, _ = FusedConfig.get_config_dict(folder, local_files_only=True)
+    except OSError:
+        return None
+    if values.get("model_type") != FusedConfig.model_type:
+        return None
+    found: FusedConfig = FusedConfig.from_pretrained(folder)
+    return found

@@ -6,8 +6,8 @@ specialist, a base. Its logits are log-probabilities of the mixture, in nats.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,71 +20,24 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from molora_fed.adapters.updates import LinearUpdate
-from molora_fed.bank.views import GateView, RouterView
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.guard import guarded
-from molora_fed.inference.attention import ATTENTION
 from molora_fed.inference.expert_layers import (
-    Rows,
-    find_shared_inputs,
     put_experts_in,
 )
+from molora_fed.inference.expert_pass import ExpertPass, Piece
 from molora_fed.inference.fused_cache import FusedCache
-from molora_fed.inference.fused_config import FusedConfig
+from molora_fed.inference.fused_config import FusedConfig, find_config, make_router
+from molora_fed.inference.mixing import Mixer, OutputMixer, UpdateMixer
 from molora_fed.models.base import Base
-from molora_fed.models.head import Head, find_readout
-from molora_fed.models.layout import block_index, decoder_blocks
-from molora_fed.models.states import evaluating
-from molora_fed.plugins import Entry, get_plugins
+from molora_fed.plugins import Entry
 from molora_fed.population.contract import AdapterRouter
 from molora_fed.routing.contract import OutputRouter
-from molora_fed.routing.top_k import limit_experts
 from molora_fed.storage.compute import Compute
 from molora_fed.storage.files import canonical_json, hash_bytes
-from molora_fed.types import Mixture
 
-__all__ = ["FusedForCausalLM", "FusedOutput", "mix_distributions"]
+__all__ = ["FusedForCausalLM", "FusedOutput"]
 
 _POSITIONS = "max_position_embeddings"
-_LEAST = 1e-30  # a probability that float32 still resolves
-_LOGITS_AT_ONCE = 2**22  # numbers; bounds the memory of a prompt's evidence
-
-
-def mix_distributions(expert_logprob: Tensor, gates: Tensor, mixture: Mixture) -> Tensor:
-    """Mix experts' next-token distributions.
-
-    The logit mixture is taken over log-probabilities: each expert's normaliser is a constant over
-    the vocabulary, so the softmax of the gate-weighted sum is that of the logits themselves.
-
-    Args:
-        expert_logprob: Log-probabilities of every expert, (E, B, T, V) in nats.
-        gates: Gates (B, T, E), non-negative, summing to 1 over E.
-        mixture: "probability" (sum of distributions) or "logit" (normalised weighted product).
-
-    Returns:
-        Log-probabilities of the mixture, (B, T, V) in nats.
-
-    Raises:
-        ShapeError: If the shapes do not belong together.
-
-    Source: own derivation, see docs/routers.md; logit mixture: arXiv 2603.22755, section 3.
-    """
-    experts, *batch_tokens, _ = expert_logprob.shape
-    if tuple(gates.shape) != (*batch_tokens, experts):
-        raise ShapeError(
-            f"Cannot mix experts: expected gates of shape {(*batch_tokens, experts)}, "
-            f"got {tuple(gates.shape)}. Use a router fitted on these experts."
-        )
-    if experts == 1:
-        return expert_logprob[0]
-    if mixture == "logit":
-        weighted = expert_logprob * gates.movedim(-1, 0).unsqueeze(-1)
-        return torch.log_softmax(weighted.sum(0), dim=-1)
-    # Nothing overflows, as neither factor is above 1; what underflows is done the careful way.
-    mixed = torch.einsum("bte,ebtv->btv", gates, expert_logprob.exp())
-    if bool(mixed.amin() >= _LEAST):
-        return mixed.log()
-    return torch.logsumexp(expert_logprob + gates.log().movedim(-1, 0).unsqueeze(-1), dim=0)
 
 
 @dataclass
@@ -102,27 +55,6 @@ class FusedOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: FusedCache | None = None
     gates: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One piece of the texts, on its way through a model.
-
-    Attributes:
-        tokens: (B, t) int64.
-        starts: True at a document's first token, (B, t) bool.
-        mask: 1 where there is text, (B, T) over all that was read; None where that is everywhere.
-        positions: (B, t); None where they follow from the cache.
-        cache: What was read before; None without one.
-        keep: Positions whose distributions are wanted.
-    """
-
-    tokens: Tensor
-    starts: Tensor
-    mask: Tensor | None
-    positions: Tensor | None
-    cache: FusedCache | None
-    keep: slice | Tensor
 
 
 class FusedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -150,6 +82,10 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     packed_bytes: ClassVar[int] = 4 * 2**30
     """Weights of linear layers up to so many bytes are packed on a processor: they take as much
     memory again, and a token far less time."""
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"router"}
+    merge_after: ClassVar[int | None] = 32
+    """Tokens that one expert decodes alone before it is merged into packed weights of its own, of
+    one expert at a time; None never merges."""
     _is_stateful = True  # a router's state cannot be taken back
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -193,7 +129,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         for layer in self.expert_layers.values():
             layer._is_hf_initialized = True
         if router is None and config.router is not None:
-            router, self.entry = _make_router(config, len(self.expert_names))
+            router, self.entry = make_router(config, len(self.expert_names))
         self.router = router
         self._reads: frozenset[str] = frozenset()
         if router is not None:
@@ -201,11 +137,15 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             self._reads = frozenset(router.reads(options))
             for module in router.modules():
                 module._is_hf_initialized = True
-        self._states: dict[str, Tensor] = {}
+        self._alone: Tensor | None = None  # (1, E)
         self._owner: str | None = None
         self._tokenizer: Any = None if base is None else base.tokenizer
-        self._is_laid_out = False
-        self._handles: list[Any] = []
+        self._pass = ExpertPass(self, self.expert_layers, self._reads)
+        self._mixer: Mixer
+        if isinstance(router, AdapterRouter):
+            self._mixer = UpdateMixer(self._pass, router, self.get_input_embeddings())
+        else:
+            self._mixer = OutputMixer(self._pass, config, self.expert_names, router, self.entry)
         self.register_load_state_dict_post_hook(_forget_layout)
         self.post_init()
 
@@ -223,7 +163,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | PathLike[str],
+        pretrained_model_name_or_path: str | PathLike[str] | None,
         *others: Any,
         base_folder: Path | None = None,
         **settings: Any,
@@ -240,9 +180,13 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             MoloraError: If the base is missing or another one; whatever loading it refuses.
         """
+        if pretrained_model_name_or_path is None:  # made of a configuration and tensors alone
+            made: Self = super().from_pretrained(None, *others, **settings)
+            return made
         folder = Path(pretrained_model_name_or_path)
-        config = settings.get("config") or _find_config(folder)
+        config = settings.get("config") or find_config(folder)
         if config is not None and config.base_path is None:
+            settings["local_files_only"] = True
             model: Self = super().from_pretrained(folder, *others, **settings)
             return model
         from molora_fed.inference.fused_build import open_causal_lm, open_saved
@@ -318,8 +262,19 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         """Factors begin at zero, where they were made; the base and the router begin as theirs."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
-        self._is_laid_out = False
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        # A router's gates are made in its own dtype, whatever the layers' is.
+        router = self._modules.pop("router", None)
+        try:
+            result = super()._apply(fn, recurse)
+        finally:
+            self._modules["router"] = router
+        if router is not None:
+            router._apply(move, recurse)
+        self._pass.is_laid_out = False
         return result
 
     @property
@@ -359,6 +314,11 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         limit = getattr(self.config.make_base_config().get_text_config(), _POSITIONS, None)
         return None if limit is None else int(limit)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of a pass for each text: experts, and the base where it is read and is none."""
+        return self._pass.num_rows
+
     def check_causal(self) -> None:
         """Refuse to write with a router that reads the future of a text.
 
@@ -371,6 +331,32 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"Cannot generate with router '{name}': expected a causal router, got one that "
                 "reads the future of a text. Fuse with another router."
             )
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[Self]:
+        """Be one expert for a while: one load evaluates every specialist and the fused model.
+
+        Args:
+            name: One of `expert_names`.
+
+        Yields:
+            This model, whose texts are that expert's where no gates are given; only it runs.
+
+        Raises:
+            RoutingError: If there is no such expert.
+        """
+        if name not in self.expert_names:
+            raise RoutingError(
+                f"Cannot be '{name}' alone: expected one of {', '.join(self.expert_names)}. "
+                "Name an expert of this model."
+            )
+        before = self._alone
+        index = self.expert_names.index(name)
+        self._alone = torch.eye(len(self.expert_names))[index : index + 1]
+        try:
+            yield self
+        finally:
+            self._alone = before
 
     # -- generation -------------------------------------------------------------------------
 
@@ -524,6 +510,8 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{None if input_ids is None else tuple(input_ids.shape)}. Tokenize a text that "
                 "is not empty."
             )
+        if gates is None and self._alone is not None:
+            gates = self._alone.to(input_ids.device).expand(len(input_ids), -1)
         if past_key_values is None and use_cache:
             past_key_values = self.make_cache()
         cache = past_key_values
@@ -533,14 +521,11 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         piece = self._prepare(
             input_ids, attention_mask, position_ids, cache, logits_to_keep, document_starts
         )
-        if not self._is_laid_out:
-            self._lay_out()
+        if not self._pass.is_laid_out:
+            self._pass.lay_out()
         if cache is not None and cache.tokens is None:
             cache.fixed = gates
-        if isinstance(self.router, AdapterRouter):
-            logits, used = self._mix_updates(piece, gates)
-        else:
-            logits, used = self._mix_outputs(piece, gates)
+        logits, used = self._mixer.mix(piece, gates)
         if cache is not None:
             cache.add(piece.tokens, piece.mask)
             cache.gates.append(used[:, -1])
@@ -563,7 +548,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         cache: FusedCache | None,
         keep: int | Tensor,
         starts: Tensor | None,
-    ) -> _Piece:
+    ) -> Piece:
         count = tokens.shape[1]
         before = 0 if cache is None else cache.get_seq_length()
         if mask is not None and tuple(mask.shape) != (len(tokens), before + count):
@@ -583,7 +568,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         if starts is None:
             starts = self._find_starts(tokens, mask, cache)
         kept: slice | Tensor = keep if isinstance(keep, Tensor) else slice(-keep or None, None)
-        return _Piece(tokens, starts, mask, positions, cache, kept)
+        return Piece(tokens, starts, mask, positions, cache, kept)
 
     def _find_starts(self, tokens: Tensor, mask: Tensor | None, cache: FusedCache | None) -> Tensor:
         """True at a text's first token and after every end-of-text token, (B, t)."""
@@ -600,292 +585,11 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             starts |= (mask[:, -tokens.shape[1] :] > 0) & (before == 0)
         return starts
 
-    # -- experts' outputs -------------------------------------------------------------------
-
-    def _mix_outputs(self, piece: _Piece, fixed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Log-probabilities at the kept positions, and the gates of all, (B, t, E)."""
-        cache, experts = piece.cache, len(self.expert_names)
-        chosen = self._choose_experts(fixed, cache)
-        hidden = self._run_experts(piece, chosen)  # (k, B, t, D)
-        held = None if cache is None else cache.held
-        reads_evidence = "evidence" in self._reads and held is None and chosen is None
-        wanted = hidden[:experts, :, piece.keep]
-        logprob = self._compute_logprob(wanted)
-        evidence = None
-        if reads_evidence:
-            is_whole = wanted.shape[2] == hidden.shape[2]
-            known = logprob if is_whole else None
-            evidence = self._compute_evidence(piece, hidden[:experts], known)
-            if cache is not None:
-                cache.last = logprob[:, :, -1]
-        gates = self._compute_gates(piece, hidden, evidence, fixed, chosen)
-        used = gates[:, piece.keep]
-        if chosen is not None:
-            index = chosen[:, None].expand(-1, used.shape[1], -1)
-            used = used.gather(-1, index)
-        return mix_distributions(logprob, used, self.config.mixture), gates
-
-    def _choose_experts(self, fixed: Tensor | None, cache: FusedCache | None) -> Tensor | None:
-        """Experts to run for each text, (B, k); None for all."""
-        if cache is not None and (cache.tokens is not None or cache.kept is not None):
-            return cache.kept
-        if fixed is None or bool(fixed.isnan().any()) or len(self.expert_names) == 1:
-            return None
-        count = int((fixed > 0).sum(-1).max())
-        if count >= len(self.expert_names):
-            return None
-        kept = fixed.argsort(dim=-1, descending=True, stable=True)[:, :count]
-        if cache is not None:
-            cache.kept = kept
-        return kept
-
-    def _run_experts(self, piece: _Piece, chosen: Tensor | None) -> Tensor:
-        """States that enter the head, (k, B, t, D); a row for the base is last if it is read."""
-        batch = len(piece.tokens)
-        if chosen is None:
-            count = len(self.expert_names) + self._has_base_row
-            owners = torch.arange(count, device=piece.tokens.device).repeat_interleave(batch)
-            is_folded = not self._has_base_row
-        else:
-            count, is_folded = chosen.shape[1], False
-            owners = chosen.t().flatten()
-        rows = Rows(
-            expert=owners,
-            num_experts=len(self.expert_names),
-            is_folded=is_folded,
-            selection=None if chosen is None else tuple(sorted(set(chosen.flatten().tolist()))),
-        )
-        hidden = self._run(rows, piece, count, piece.cache)
-        return hidden.unflatten(0, (count, batch))
-
-    def _run(self, rows: Rows, piece: _Piece, count: int, cache: Any) -> Tensor:
-        """States that enter the head, (count * B, t, D)."""
-        rows.positions = piece.tokens.shape[1]
-        self._copies, self._batch = count, len(piece.tokens)
-        for layer in self.expert_layers.values():
-            layer.__dict__["rows"] = rows  # past what a module looks up when it is given something
-
-        def spread(value: Tensor | None) -> Tensor | None:
-            return value if value is None or count == 1 else value.repeat(count, 1)
-
-        output = self.model.get_decoder()(
-            input_ids=spread(piece.tokens),
-            attention_mask=spread(piece.mask),
-            position_ids=spread(piece.positions),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
-    def _compute_logprob(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities of states, (..., D) to (..., V) float32 nats."""
-        logits = self._head.compute_logits(hidden).float()
-        # In place: for many tokens, fresh memory takes as long as the normalising.
-        return torch.log_softmax(logits, dim=-1, out=logits)
-
-    def _compute_evidence(self, piece: _Piece, hidden: Tensor, known: Tensor | None) -> Tensor:
-        """`log p_e(x_t | x_<t)` of the piece's tokens, (B, t, E); 0 at a document's first."""
-        tokens = piece.tokens
-        last = None if piece.cache is None else piece.cache.last
-        if last is None:
-            parts = [hidden.new_zeros((*hidden.shape[:2], 1), dtype=torch.float32)]
-        else:
-            parts = [_look_up(last.unsqueeze(2), tokens[:, :1])]
-        end = tokens.shape[1] - 1
-        if known is not None and end:
-            parts.append(_look_up(known[:, :, :-1], tokens[:, 1:]))
-        elif end:
-            width = self.config.vocab_size * hidden.shape[0] * hidden.shape[1]
-            step = max(1, _LOGITS_AT_ONCE // width)
-            for at in range(0, end, step):
-                stop = min(at + step, end)
-                found = self._compute_logprob(hidden[:, :, at:stop])
-                parts.append(_look_up(found, tokens[:, at + 1 : stop + 1]))
-        evidence = torch.cat(parts, dim=2).movedim(0, -1)
-        return evidence.masked_fill(piece.starts.unsqueeze(-1), 0.0)
-
-    def _compute_gates(
-        self,
-        piece: _Piece,
-        hidden: Tensor,
-        evidence: Tensor | None,
-        fixed: Tensor | None,
-        chosen: Tensor | None,
-    ) -> Tensor:
-        """Gates of the piece's positions, (B, t, E)."""
-        batch, count = piece.tokens.shape
-        experts, cache = len(self.expert_names), piece.cache
-        if cache is not None and cache.held is not None:
-            return cache.held[:, None].expand(-1, count, -1)
-        if experts == 1:
-            return hidden.new_ones(batch, count, 1, dtype=torch.float32)
-        if chosen is not None and fixed is not None:
-            return fixed[:, None].expand(-1, count, -1)
-        router = self.router
-        assert isinstance(router, OutputRouter)
-        view = RouterView(piece.starts, evidence=evidence, **self._read_hidden(hidden))
-        with nullcontext() if self.entry is None else guarded(self.entry, "gates"):
-            if cache is None:
-                gates = router.gates(view)
-            else:
-                state = cache.state if cache.state is not None else router.init_state(batch)
-                gates, cache.state = router.step(view, state)
-        if fixed is not None:
-            given = fixed[:, None].to(gates)
-            gates = torch.where(given.isnan(), gates, given)
-        return gates
-
-    def _read_hidden(self, hidden: Tensor) -> dict[str, Tensor]:
-        """The hidden states the router reads."""
-        experts = hidden[: len(self.expert_names)]
-        columns: dict[str, Tensor] = {}
-        if "prefix_hidden" in self._reads:
-            columns["prefix_hidden"] = self._states["prefix"][: hidden.shape[1]]
-        if "base_hidden" in self._reads:
-            columns["base_hidden"] = hidden[self._base_row]
-        if "mean_hidden" in self._reads:
-            columns["mean_hidden"] = experts.float().mean(0)
-        if "experts_hidden" in self._reads:
-            columns["experts_hidden"] = experts.movedim(0, 2)
-        return columns
-
-    # -- a population's updates -------------------------------------------------------------
-
-    def _mix_updates(self, piece: _Piece, fixed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Log-probabilities at the kept positions, and the gates of all, (B, t, P)."""
-        if fixed is not None and not bool(fixed.isnan().any()):
-            # The router has nothing to decide, so that the base need not run for it.
-            gates = fixed[:, None].float().expand(-1, piece.tokens.shape[1], -1)
-        else:
-            gates = self._compute_update_gates(piece)
-            if fixed is not None:
-                given = fixed[:, None].to(gates)
-                gates = torch.where(given.isnan(), gates, given)
-        rows = Rows(gates=gates, num_experts=gates.shape[-1])
-        hidden = self._run(rows, piece, 1, piece.cache)
-        return self._compute_logprob(hidden[:, piece.keep]), gates
-
-    def _compute_update_gates(self, piece: _Piece) -> Tensor:
-        """The router's gates of the piece's positions, (B, t, P)."""
-        router, cache = self.router, piece.cache
-        assert isinstance(router, AdapterRouter)
-        columns = {"document_starts": piece.starts}
-        if "base_hidden" in self._reads:
-            nobody = Rows(expert=torch.full((len(piece.tokens),), -1), num_experts=0)
-            base = None if cache is None else cache.make_base()
-            columns["base_hidden"] = self._run(nobody, piece, 1, base)
-        if "embeddings" in self._reads:
-            columns["embeddings"] = self.get_input_embeddings()(piece.tokens)
-        if cache is not None:
-            # Gates may rest on all of the past, a running mean of it, say.
-            for name, column in columns.items():
-                before = cache.columns.get(name)
-                whole = column if before is None else torch.cat([before, column], dim=1)
-                cache.columns[name] = columns[name] = whole
-        return router.compute_gates(GateView(**columns))[:, -piece.tokens.shape[1] :]
-
-    # -- layout -----------------------------------------------------------------------------
-
-    def _lay_out(self) -> None:
-        """Find what the layers share, once weights are where they stay, and pack them."""
-        layers = list(self.expert_layers.values())
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        for layer in layers:
-            layer.group = None
-            layer.rows = Rows()
-        num_bytes = sum(layer.weight.nbytes for layer in layers)
-        if self.device.type == "cpu" and num_bytes <= self.packed_bytes:
-            for group in find_shared_inputs(self.model, layers):
-                for layer in group.layers:
-                    layer.group = group
-        with evaluating(self.model):
-            readout = find_readout(self.model)
-        self._head = Head(self.get_decoder(), self.get_output_embeddings(), readout)
-        own_config = self.model.config
-        if self.device.type == "cpu" and own_config._attn_implementation == "sdpa":
-            own_config._attn_implementation_internal = ATTENTION
-        self._share_blocks()
-        self._is_laid_out = True
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of a pass for each text: experts, and the base where it is read and is none."""
-        if self.config.mixes == "updates":
-            return 1 + ("base_hidden" in self._reads)
-        return len(self.expert_names) + self._has_base_row
-
-    @property
-    def _has_base_row(self) -> bool:
-        return "base_hidden" in self._reads and self._base_row == len(self.expert_names)
-
-    @property
-    def _base_row(self) -> int:
-        """The expert that is the base itself; one more than there are if none is."""
-        changing = {
-            expert
-            for layer in self.config.layers.values()
-            for expert, rank in enumerate(layer["ranks"])
-            if rank is not None
-        }
-        unchanged = [e for e in range(len(self.expert_names)) if e not in changing]
-        return unchanged[0] if unchanged else len(self.expert_names)
-
-    def _share_blocks(self) -> None:
-        """Let the first blocks, which nobody changes, run once for all experts."""
-        prefix, blocks = decoder_blocks(self.model)
-        changed = [block_index(name, prefix) for name in self.config.layers]
-        depth = min((index for index in changed if index is not None), default=0)
-        reuses = getattr(self.model.config.get_text_config(), "num_kv_shared_layers", None)
-        is_one = len(self.expert_names) == 1 or self.config.mixes == "updates"
-        add = self._handles.append
-        if "prefix_hidden" in self._reads:
-            block = blocks[self.config.frozen_depth]
-            add(block.register_forward_pre_hook(self._keep_prefix, with_kwargs=True))
-        if depth and not reuses and not is_one:
-            for block in blocks[:depth]:
-                add(block.register_forward_pre_hook(self._collapse, with_kwargs=True))
-            add(blocks[depth].register_forward_pre_hook(self._spread, with_kwargs=True))
-
-    def _keep_prefix(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._states["prefix"] = args[0] if args else kwargs["hidden_states"]
-
-    def _collapse(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Keep one expert's rows of everything a shared block is given."""
-        rows = self._copies * self._batch
-
-        def take(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(take(part) for part in value)
-            # Position vectors (T,) have no rows, whatever their length.
-            is_rows = isinstance(value, Tensor) and value.ndim > 1 and len(value) == rows
-            return value[: self._batch] if is_rows else value
-
-        return take(args), {name: take(value) for name, value in kwargs.items()}
-
-    def _spread(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Repeat the shared blocks' result for every expert."""
-
-        def repeat(hidden: Tensor) -> Tensor:
-            return hidden.repeat(self._copies, 1, 1)
-
-        if args:
-            return (repeat(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": repeat(kwargs["hidden_states"])}
-
 
 def _forget_layout(model: FusedForCausalLM, _: Any) -> None:
     """Weights have changed: what was packed of them is made again."""
-    model._is_laid_out = False
+    model._pass.is_laid_out = False
     model._owner = None
-
-
-def _look_up(logprob: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities (E, B, t) of tokens (B, t) among those of all, (E, B, t, V)."""
-    index = tokens.unsqueeze(-1).expand(len(logprob), -1, -1, 1)
-    return logprob.gather(-1, index).squeeze(-1)
 
 
 def _check_class(cache: Any) -> None:
@@ -895,38 +599,6 @@ def _check_class(cache: Any) -> None:
             f"Cannot read on: expected a cache of this model, got a {type(cache).__name__}. "
             "Let it make its own, or use make_cache()."
         )
-
-
-def _make_router(config: FusedConfig, count: int) -> tuple[Any, Entry | None]:
-    """An empty router as the configuration describes it."""
-    described = config.router or {}
-    plugins = get_plugins()
-    # On the CPU, wherever the rest is made: routers have tensors that are no parameters.
-    with torch.device("cpu"):
-        if config.mixes == "updates":
-            registered = plugins.adapter_routers.resolve(described["name"])
-            options = registered.Options.model_validate(described["options"])
-            entry = plugins.adapter_routers.entry(described["name"])
-            return registered.build(count, config.hidden_size, options, 0), entry
-        router_class = plugins.routers.resolve(described["name"])
-        entry = plugins.routers.entry(described["name"])
-        if described["top_k"] is not None:
-            router_class = limit_experts(router_class, described["top_k"])
-        options = router_class.Options.model_validate(described["options"])
-        tensors = {name: torch.zeros(shape) for name, shape in described["shapes"].items()}
-        return router_class(count, options, tensors), entry
-
-
-def _find_config(folder: Path) -> FusedConfig | None:
-    """The configuration that `save_pretrained` wrote, or None."""
-    try:
-        values, _ = FusedConfig.get_config_dict(folder)
-    except OSError:
-        return None
-    if values.get("model_type") != FusedConfig.model_type:
-        return None
-    found: FusedConfig = FusedConfig.from_pretrained(folder)
-    return found
 
 
 def _read_compute(settings: Mapping[str, Any]) -> Compute:

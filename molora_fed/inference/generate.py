@@ -50,6 +50,8 @@ class Sampling:
         seed: Same seed, prompts and model give the same text.
         evidence_from: With "prompt", a router that reads evidence keeps the gates it had after
             the prompt; with "all" it goes on learning from the tokens that were chosen.
+        experts_per_text: So many of the best experts after the prompt write its text, their gates
+            kept; all of them if None.
     """
 
     max_new_tokens: int = 64
@@ -58,6 +60,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     evidence_from: EvidenceSource = "all"
+    experts_per_text: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range, all of them at once.
@@ -71,6 +74,7 @@ class Sampling:
             "top_k >= 0": self.top_k >= 0,
             "top_p in (0, 1]": 0 < self.top_p <= 1,
             "evidence_from 'prompt' or 'all'": self.evidence_from in ("prompt", "all"),
+            "experts_per_text >= 1": self.experts_per_text is None or self.experts_per_text >= 1,
         }
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:
@@ -229,6 +233,7 @@ def decode_tokens(
         stopping_criteria=StoppingCriteriaList([ended]),
         past_key_values=cache,
         evidence_from=sampling.evidence_from,
+        experts_per_text=sampling.experts_per_text,
         **given,
     )
     return text[:, prompt.shape[1] :], torch.stack(cache.gates, dim=1)
@@ -327,6 +332,8 @@ def choose_tokens(
 def _filter(scores: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities of the tokens that are kept, (B, V); the rest is 0."""
     probabilities = torch.softmax(scores, dim=-1)
+    if sampling.top_p == 1 and not sampling.top_k:
+        return probabilities
     ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
     # A token is kept while those before it have not reached top_p: the first is always kept.
     kept = ordered.cumsum(-1) - ordered < sampling.top_p

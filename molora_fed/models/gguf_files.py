@@ -15,7 +15,7 @@ from molora_fed.models.base_files import quiet_transformers
 from molora_fed.models.runtime import check_memory
 from molora_fed.storage.untrusted import clean
 
-__all__ = ["GGUF_SUFFIX", "convert_gguf"]
+__all__ = ["GGUF_SUFFIX", "check_gguf", "convert_gguf"]
 
 GGUF_SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
@@ -40,10 +40,7 @@ def convert_gguf(file: Path, folder: Path) -> str:
         ComputeError: If there is too little memory.
     """
     what = f"Cannot read '{file}'"
-    if find_spec("gguf") is None:
-        raise ConfigError(
-            f"{what}: expected the package gguf, got none. Run `pip install molora-fed[gguf]`."
-        )
+    check_gguf(what)
     try:
         with file.open("rb") as stream:
             if stream.read(len(_MAGIC)) != _MAGIC:
@@ -64,6 +61,21 @@ def convert_gguf(file: Path, folder: Path) -> str:
             f"{type(error).__name__}: {clean(error, 200)}. Download it again, or use a checkpoint "
             "of safetensors files."
         ) from error
+
+
+def check_gguf(what: str) -> None:
+    """Check that the package for GGUF files is there.
+
+    Args:
+        what: What it is needed for, as the start of an error.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    if find_spec("gguf") is None:
+        raise ConfigError(
+            f"{what}: expected the package gguf, got none. Run `pip install molora-fed[gguf]`."
+        )
 
 
 def _convert(file: Path, folder: Path) -> str:

@@ -84,7 +84,21 @@ def describe_privacy(result: Mapping[str, Any]) -> str:
         )
     clusters = ", ".join(f"{d} {n:,}" for d, n in sorted(result["sums"]["clusters"].items()))
     parts.append(f"Document clusters: {clusters}.")
+    if "shortlist" in result["sums"]:
+        parts.append(_describe_shortlist(result["sums"]["shortlist"], result["router"]))
     return " ".join(parts)
+
+
+def _describe_shortlist(found: Mapping[str, Any], router: str) -> str:
+    passes, cost = found["block_passes"], found["cost_nats"][router]
+    saved = 1 - passes["shortlist"] / passes["all"]
+    return (
+        f"Each member measured {found['experts']} of {found['of']} experts on all of its text, "
+        f"chosen on {found['choice_blocks']} calibration blocks; losses of the others are the "
+        f"base's ({saved:.0%} of the passes saved). On {found['cost_blocks']} held-out blocks a "
+        f"member, where all were measured, {router} lost {cost['point']:+.4f} nats "
+        f"[{cost['low']:+.4f}, {cost['high']:+.4f}] more with these shortlists than with all."
+    )
 
 
 def list_claims(result: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from process_helpers import find_processes, wait_until
 
-from molora_fed.federation.addresses import find_free_port
+from molora_fed.serving.addresses import find_free_port
 
 SECONDS = 60
 

@@ -9,6 +9,7 @@ from molora_kalavai.evidence import ZeroTrainingEvidenceRouter
 
 from molora_fed.bank import HeldOutBank
 from molora_fed.evaluation.summed import Compared
+from molora_fed.fusion.shortlist import CHOICE_BLOCKS, COST_BLOCKS
 from molora_fed.testing import build_synthetic_bank, take_blocks
 
 PAGE = (Path(__file__).parents[2] / "docs" / "private_fusion.md").read_text(encoding="utf-8")
@@ -34,3 +35,10 @@ def test_its_numbers_are_the_ones_in_force():
     assert len(compared.others) == 2 + 1 + 2  # K = R + B + 2
     report_keys = re.findall(r"^\| `([a-z_.]+)` \|", PAGE, flags=re.MULTILINE)
     assert report_keys == ["excess_nats", "baseline_gain_percent.domain_oracle"]
+
+
+def test_blocks_of_shortlists_are_the_ones_in_force():
+    assert f"run on {CHOICE_BLOCKS} calibration blocks" in PAGE
+    assert f"On {COST_BLOCKS} held-out blocks" in PAGE
+    scaling = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"{CHOICE_BLOCKS + COST_BLOCKS}/310 (M + 1)" in scaling

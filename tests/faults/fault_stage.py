@@ -19,10 +19,10 @@ from molora_fed.charter import (
 )
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.federation.acceptance import accept_invitation
-from molora_fed.federation.addresses import find_free_port, is_healthy
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.invitations import make_invitation
 from molora_fed.models.base import load_base
+from molora_fed.serving.addresses import find_free_port, is_healthy
 from molora_fed.storage.files import hash_file
 from molora_fed.testing.models import build_tiny_checkpoint
 

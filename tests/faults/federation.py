@@ -25,9 +25,9 @@ from faults import (
 from process_helpers import Mount, find_processes
 from relay import Relay
 
-from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.supervise import parse_answer
+from molora_fed.serving.addresses import find_free_port
 
 __all__ = ["FederationRun", "prepare_stage"]
 

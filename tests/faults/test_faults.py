@@ -15,7 +15,7 @@ from process_helpers import wait_until
 from relay import Relay
 from transport_helpers import serving
 
-from molora_fed.federation.connections import Doorkeeper
+from molora_fed.serving.connections import Doorkeeper
 
 MEMBERS_FAULTS = [
     Fault("kill", "alpha", "node", "joined", 0.5, 0.0),

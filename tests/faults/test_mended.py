@@ -17,9 +17,7 @@ from transport_helpers import make_cooperative, serving
 
 from molora_fed.errors import FederationError, StorageError
 from molora_fed.federation import certificates
-from molora_fed.federation.addresses import find_trouble
 from molora_fed.federation.certificates import ServerCertificate
-from molora_fed.federation.connections import Doorkeeper
 from molora_fed.federation.contributor import FAREWELL_SECONDS, ContributorSupervisor
 from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.fleet import NOT_A_MEMBER, WRONG_CLOCK
@@ -31,6 +29,8 @@ from molora_fed.federation.letters import Refusal
 from molora_fed.federation.server import STALE_SECONDS, ServerSupervisor
 from molora_fed.federation.supervise import raise_recorded
 from molora_fed.federation.wire import pack_envelope
+from molora_fed.serving.addresses import find_trouble
+from molora_fed.serving.connections import Doorkeeper
 from molora_fed.storage.keys import build_public_pem, load_or_make_key
 
 

@@ -18,7 +18,6 @@ from transport_helpers import make_cooperative
 
 from molora_fed.errors import ConfigError, PortTakenError
 from molora_fed.federation import certificates, doctor
-from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.contributor import ContributorSupervisor
 from molora_fed.federation.doctor import examine
@@ -36,6 +35,7 @@ from molora_fed.federation.server_app import MailRelay
 from molora_fed.federation.status import FederationEvent
 from molora_fed.federation.traffic import SERVER, Traffic, read_traffic
 from molora_fed.plugins import get_plugins
+from molora_fed.serving.addresses import find_free_port
 from molora_fed.storage.files import make_home, write_json
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key, sign
 

@@ -22,7 +22,6 @@ from molora_fed.contributions.states import CooperativeState
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.cooperative.evolve import PrivateTexts, evolve_contributions
 from molora_fed.corpus.prepare import load_corpus
-from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.local import LocalContributor, run_local
@@ -30,6 +29,7 @@ from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.population.bundle import load_evolved
 from molora_fed.population.private_member import PrivateMember
+from molora_fed.serving.addresses import find_free_port
 from molora_fed.testing.models import Table
 from molora_fed.testing.traffic import RecordingLine, find_text, find_tokens
 from molora_fed.types import Split

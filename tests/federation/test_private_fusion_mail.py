@@ -20,9 +20,9 @@ PHASES = ("keys", "shares", "masked", "agreement", "revealed")
 TRIO = ("alpha", "beta", "gamma")
 
 
-def build_stage(root, checkpoint, summing="masked", expected=3):
+def build_stage(root, checkpoint, summing="masked", expected=3, rules=RULES):
     privacy = PrivacyRules(mode="private", summing=summing)
-    amendment = Amendment(expected=expected, training=TRAINING, fusion=RULES, samples=SAMPLES)
+    amendment = Amendment(expected=expected, training=TRAINING, fusion=rules, samples=SAMPLES)
     return Stage(root, checkpoint, amendment, privacy=privacy)
 
 
@@ -41,6 +41,25 @@ def test_a_federation_fuses_texts_that_stay_with_their_owners(tmp_path, tiny_che
         home = ContributorHome(tmp_path / domain)
         assert (home.result / "fused" / "router.safetensors").is_file()
     assert not list((tmp_path / "server" / "private" / "answers").glob("*/*"))
+
+
+def test_members_with_shortlists_vouch_for_adapters_and_say_what_was_lost(
+    tmp_path, tiny_checkpoint
+):
+    rules = RULES.model_copy(update={"shortlist": 2})
+    stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), rules=rules)
+    stage.run(*TRIO)
+    report = read_report(tmp_path)
+    found = report["sums"]["shortlist"]
+    assert (found["experts"], found["of"]) == (2, 4)
+    assert found["cost_nats"].keys() == {"evidence", "evidence-zero"}
+    assert found["block_passes"]["shortlist"] < found["block_passes"]["all"]
+    # Whoever measures another's adapter runs it, on its shortlist or not.
+    claims = [one for said in report["claims"].values() for one in said.values()]
+    assert claims and all(one["loss"] != one["base"] for one in claims)
+    assert "Each member measured 2 of 4 experts" in (
+        tmp_path / "server" / "report" / "report.html"
+    ).read_text(encoding="utf-8")
 
 
 @pytest.mark.processes

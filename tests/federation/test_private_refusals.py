@@ -254,9 +254,13 @@ def test_an_amendment_that_asks_for_more_asks_again(tmp_path, tiny_checkpoint):
     assert all(has_consent(home, change(charter, **each)) for each in same)
     asked = (
         {"restarts": 2}, {"compare": ("linear",)}, {"merges": ("average",)}, {"samples": more},
-        {"options": {"prior": False}}, {"mode": "population"},
+        {"options": {"prior": False}}, {"mode": "population"}, {"shortlist": 3},
     )  # fmt: skip
     assert not any(has_consent(home, change(charter, **each)) for each in asked)
+    give_consent(home, change(charter, shortlist=3))
+    assert has_consent(home, change(charter, shortlist=3))
+    assert not has_consent(home, charter)  # which tells the losses of all experts
+    give_consent(home, charter)
     robust = charter.identity.model_copy(update={"summing": "robust"})
     assert not has_consent(home, charter.model_copy(update={"identity": robust}))
     # Whoever agreed when sums were not listed is asked again; nonsense agrees to nothing.

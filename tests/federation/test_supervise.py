@@ -19,12 +19,6 @@ from molora_fed.errors import (
     ServerUnreachableError,
     UnknownNameError,
 )
-from molora_fed.federation.addresses import (
-    check_loopback,
-    check_port_free,
-    find_free_port,
-    parse_server,
-)
 from molora_fed.federation.contributor import join
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.mailbox import hold_lock
@@ -35,6 +29,12 @@ from molora_fed.federation.supervise import (
     parse_answer,
     raise_recorded,
     record_errors,
+)
+from molora_fed.serving.addresses import (
+    check_loopback,
+    check_port_free,
+    find_free_port,
+    parse_server,
 )
 
 # A process with a child that is detached and deaf to SIGTERM, as Flower's can be.

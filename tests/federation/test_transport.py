@@ -13,12 +13,12 @@ import pytest
 from process_helpers import find_processes, wait_until
 
 from molora_fed.charter import Amendment, BaseIdentity, Charter, Identity, write_charter
-from molora_fed.federation.addresses import find_free_port
 from molora_fed.federation.contributor import join
 from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings
 from molora_fed.federation.messages import describe_folder
 from molora_fed.federation.supervise import parse_answer
+from molora_fed.serving.addresses import find_free_port
 
 HERE = Path(__file__).parent
 

@@ -10,7 +10,7 @@ import pytest
 from transport_helpers import serving as serve_app
 
 from molora_fed.federation.certificates import ServerCertificate, hash_certificate
-from molora_fed.federation.connections import Doorkeeper
+from molora_fed.serving.connections import Doorkeeper
 
 
 async def answer(scope, receive, send):

@@ -14,7 +14,6 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from transport_helpers import serving
 
-from molora_fed.federation.connections import Doorkeeper
 from molora_fed.federation.envelopes import Envelope
 from molora_fed.federation.flower import node as nodes
 from molora_fed.federation.flower.fleet import GOOD_SECONDS, _Once, build_fleet_app
@@ -23,6 +22,7 @@ from molora_fed.federation.flower.node import FleetNode
 from molora_fed.federation.letters import Refusal, State
 from molora_fed.federation.messages import Part, PartName
 from molora_fed.federation.wire import pack_envelope, unpack_envelope
+from molora_fed.serving.connections import Doorkeeper
 from molora_fed.storage.files import hash_bytes
 from molora_fed.storage.keys import build_public_pem, load_or_make_key
 

@@ -13,12 +13,12 @@ from flwr.supercore.control import ControlHttpClient
 from transport_helpers import CLOSED_PATHS, StandInServer, wait_until
 
 from molora_fed.federation import flower
-from molora_fed.federation.addresses import find_free_port, is_healthy
 from molora_fed.federation.contributor import NODE_MODULE
 from molora_fed.federation.flower import FLOWER_VERSION
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.supervise import ProcessGroup, build_flower_environment
+from molora_fed.serving.addresses import find_free_port, is_healthy
 from molora_fed.storage.keys import build_public_pem, load_key
 
 pytestmark = pytest.mark.processes

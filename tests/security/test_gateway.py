@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from molora_fed.federation.gateway import Gateway, Limits, Refusal
-from molora_fed.federation.refusals import FewRefusals
+from molora_fed.serving.refusals import FewRefusals
 
 BODIES = {"/v1/fleet/push-messages": 100, "/v1/fleet/push-object": 50}
 

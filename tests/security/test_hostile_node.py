@@ -14,7 +14,6 @@ from process_helpers import find_processes, wait_until
 
 from molora_fed.charter import write_charter
 from molora_fed.federation import contributor as joining
-from molora_fed.federation.addresses import find_free_port, is_healthy
 from molora_fed.federation.contributor import join
 from molora_fed.federation.homes import ContributorHome, CoordinatorHome
 from molora_fed.federation.join_settings import JoinSettings
@@ -23,6 +22,7 @@ from molora_fed.federation.supervise import build_flower_environment
 from molora_fed.federation.worker_mail import (
     offer_contribution,
 )
+from molora_fed.serving.addresses import find_free_port, is_healthy
 from molora_fed.storage.keys import build_public_pem, key_fingerprint, load_or_make_key
 
 HERE = Path(__file__).parent

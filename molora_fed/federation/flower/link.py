@@ -21,7 +21,6 @@ from starlette.datastructures import Headers
 
 from molora_fed.federation.certificates import ServerCertificate
 from molora_fed.federation.confine import confine
-from molora_fed.federation.connections import Doorkeeper, build_server, run_server
 from molora_fed.federation.flower.fleet import FLEET_BODIES, build_fleet_app, read_node_key
 from molora_fed.federation.flower.grid import LinkGrid, build_state_factory
 from molora_fed.federation.gateway import Gateway
@@ -29,8 +28,9 @@ from molora_fed.federation.homes import CoordinatorHome
 from molora_fed.federation.invitations import answer_redemption
 from molora_fed.federation.logs import log, start_logging, take_records
 from molora_fed.federation.members import Members
-from molora_fed.federation.refusals import FewRefusals
 from molora_fed.federation.server_app import carry_mail
+from molora_fed.serving.connections import Doorkeeper, build_server, run_server
+from molora_fed.serving.refusals import FewRefusals
 from molora_fed.storage.files import hash_bytes
 
 LOOK_SECONDS = 60.0

@@ -64,6 +64,20 @@ def test_a_private_fusion_sends_no_text_and_lists_every_sum():
     ]
 
 
+def test_a_shortlists_numbers_and_what_they_tell_are_listed():
+    plain = build_charter(domains=DOMAINS, fusion={"router": "evidence", "compare": ()})
+    short = build_charter(
+        domains=DOMAINS, fusion={"router": "evidence", "compare": (), "shortlist": 3}
+    )
+    rows = [list_sums(charter)[-1] for charter in (plain, short)]
+    cost = 4 * (3 + 3 * 2)  # domains; clusters, tokens and squares; router and fallback
+    assert rows[1].what.endswith(f"(and {cost} numbers: what your shortlist loses)")
+    assert rows[1].numbers == rows[0].numbers + cost and rows[1].times == rows[0].times
+    told = [line for line in describe(short).told if "3 experts on all of your text" in line]
+    assert len(told) == 1 and "which they are" in told[0]
+    assert not any("experts on all of your text" in line for line in describe(plain).told)
+
+
 def count_columns(*, specialists, routers, baselines):
     """As docs/private_fusion.md has it."""
     others = routers + baselines + 2

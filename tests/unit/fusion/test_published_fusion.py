@@ -95,6 +95,23 @@ def test_routers_come_of_statistics_and_all_else_is_measured(
     )
 
 
+def test_of_a_shortlist_all_that_is_lost_is_in_the_figures(cooperative, plugins, tmp_path):
+    """Nothing is fitted, so routers are the same; and what the figures are off by is said."""
+    base, contributions = cooperative
+    rules = {**ROUTERS, "merges": ()}
+    whole, short = (
+        fuse_apart(
+            base, publish(build_charter(base, **rules, shortlist=size)), contributions,
+            tmp_path / str(size), plugins,
+        )[0].result
+        for size in (None, 2)
+    )  # fmt: skip
+    jsonschema.validate(short, SCHEMA)
+    for name, cost in short["sums"]["shortlist"]["cost_nats"].items():
+        more, less = (one["equal_weight"][f"fused:{name}"]["point"] for one in (short, whole))
+        assert cost["point"] == pytest.approx(more - less, abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def described(cooperative, tmp_path_factory):
     """Statistics of each contributor by name, and a bank of all their text in one place."""

@@ -129,3 +129,26 @@ def test_a_layer_that_sees_only_some_tokens_is_refused(neox):
     lm.expert_layers[name].register_forward_pre_hook(lambda _m, args: (args[0][:, :-1],))
     with pytest.raises(RoutingError, match="sends only some tokens"):
         lm(random_tokens(1, 90))
+
+
+def test_an_expert_that_decodes_alone_for_long_is_merged_and_says_the_same(neox, monkeypatch):
+    adapters = [None, *(build_random_adapter(neox.model, seed=seed) for seed in (0, 1))]
+    lm, tokens = build_uniform(neox, adapters), random_tokens(1, 12)
+
+    def read(expert, merge_after):
+        monkeypatch.setattr(type(lm), "merge_after", merge_after)
+        gates = torch.eye(3)[expert][None]
+        cache, steps = None, []
+        for at in range(tokens.shape[1]):
+            output = lm(tokens[:, at : at + 1], past_key_values=cache, use_cache=True, gates=gates)
+            cache = output.past_key_values
+            steps.append(output.logits)
+        return torch.cat(steps, dim=1)
+
+    for expert in (1, 2, 1):
+        expected = read(expert, None)
+        torch.testing.assert_close(read(expert, 4), expected, atol=1e-4, rtol=1e-4)
+        groups = [layer.group for layer in lm.expert_layers.values() if layer.group is not None]
+        merged = [group for group in groups if group._merged is not None]
+        assert {group._merged[0] for group in merged} <= {expert}
+        assert not groups or merged

@@ -290,7 +290,9 @@ def test_one_expert_of_a_text_is_that_specialist(fused, lm, neox):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_two_experts_of_a_text_keep_their_share(lm, beams):
+def test_two_experts_of_a_text_keep_their_share(neox, beams):
+    lm = build_causal_lm(build_fused(neox, columns=("mean_hidden",)))
+    lm.router.projection.data *= 0.1  # gates that all count
     tokens = random_tokens(3, 6, seed=4)
     found = greedy(lm, tokens, experts_per_text=2, num_beams=beams)
     if beams > 1:
@@ -299,6 +301,7 @@ def test_two_experts_of_a_text_keep_their_share(lm, beams):
     scores, texts = read_on(lm, tokens, 6, experts_per_text=2)
     assert texts.tolist() == found.tolist()
     gates = lm(input_ids=tokens).gates[:, -1]
+    assert gates.min() > 0.02
     kept = gates * (gates >= gates.sort(-1, descending=True).values[:, 1:2])
     fixed = lm(input_ids=texts, gates=kept / kept.sum(-1, keepdim=True)).logits
     torch.testing.assert_close(scores[:, 1:], fixed[:, 6:-1], **CLOSE)
@@ -319,6 +322,35 @@ def test_each_text_has_gates_of_its_own(fused, lm, neox):
     for row, expert in enumerate(fused.experts):
         with applied(neox.model, expert.adapter):
             assert found[row].tolist() == greedy(neox.model, tokens[row : row + 1])[0].tolist()
+
+
+def test_one_load_is_every_specialist_and_the_model(fused, lm, neox):
+    tokens = random_tokens(2, 6)
+    before = greedy(lm, tokens)
+    for expert in fused.experts:
+        with applied(neox.model, expert.adapter), torch.no_grad():
+            expected = neox.model(tokens).logits.log_softmax(-1)
+            text = greedy(neox.model, tokens).tolist()
+        with lm.alone(expert.name) as alone:
+            assert alone is lm
+            torch.testing.assert_close(lm(input_ids=tokens).logits, expected, **CLOSE)
+            assert greedy(lm, tokens).tolist() == text
+            gates = torch.full((2, 3), torch.nan)  # gates that are given come first
+            torch.testing.assert_close(
+                lm(input_ids=tokens, gates=gates).logits[:, -1].argmax(-1), before[:, 6]
+            )
+    assert greedy(lm, tokens).tolist() == before.tolist()
+    missing = pytest.raises(RoutingError, match="expected one of expert-0, base, expert-2")
+    with missing, lm.alone("nobody"):
+        pass
+
+
+def test_a_cache_is_of_one_expert_or_of_all(lm):
+    tokens = random_tokens(2, 6)
+    cache = lm.make_cache()
+    lm(input_ids=tokens[:, :3], past_key_values=cache)
+    with lm.alone("base"), pytest.raises(RoutingError, match="expected the gates"):
+        lm(input_ids=tokens[:, 3:], past_key_values=cache)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from fused_helpers import (
     random_tokens,
     reference_forward,
 )
+from molora_kalavai.evidence import EvidenceRouter
 from molora_kalavai.uniform import UniformRouter
 
 from molora_fed.adapters.compatibility import applied
@@ -21,7 +22,8 @@ from molora_fed.bank.views import GateView
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import BaseCheckpointError, RoutingError, ShapeError
 from molora_fed.inference.fused_build import build_causal_lm
-from molora_fed.inference.fused_lm import FusedForCausalLM, mix_distributions
+from molora_fed.inference.fused_lm import FusedForCausalLM
+from molora_fed.inference.mixing import mix_distributions
 from molora_fed.inference.opening import PlainModel
 from molora_fed.models.base import load_base
 from molora_fed.models.forward import run_blocks
@@ -289,10 +291,19 @@ def build_saved(base, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "with_base"),
-    [*((kind, True) for kind in KINDS), *((kind, False) for kind in KINDS if kind != "plain")],
+    ("architecture", "kind", "with_base"),
+    [
+        *(("gpt_neox", kind, True) for kind in KINDS),
+        *(("gpt_neox", kind, False) for kind in KINDS if kind != "plain"),
+        *((other, "fused", other != "llama") for other in ARCHITECTURES[1:]),
+        ("gpt2", "fused", False),
+        ("gpt2", "plain", True),
+    ],
 )
-def test_saved_and_loaded_it_says_the_same(base, kind, with_base, tmp_path):
+def test_saved_and_loaded_it_says_the_same(
+    tiny_checkpoint, architecture, kind, with_base, tmp_path
+):
+    base = load_base(tiny_checkpoint(architecture))
     lm = build_causal_lm(build_saved(base, kind))
     tokens, _ = two_documents()
     before = lm(input_ids=tokens)
@@ -345,3 +356,19 @@ def test_loaded_in_another_dtype(neox, with_base, tmp_path):
     error = (half(input_ids=tokens).logits - lm(input_ids=tokens).logits).abs()
     assert 0 < error.mean() < 0.1
     assert half.fingerprint != lm.fingerprint
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_router_keeps_its_numbers_whatever_the_layers_are_in(neox, with_base, tmp_path):
+    fused = build_fused(neox)
+    weights, prior = torch.tensor([0.3, 1.1, 0.9]), torch.tensor([0.1, 0.2, 0.7]).log()
+    router = EvidenceRouter(3, EvidenceRouter.Options(), {"weights": weights, "prior": prior})
+    lm = build_causal_lm(replace(fused, router=router, router_name="evidence"))
+    lm.save_pretrained(tmp_path, with_base=with_base)
+    half = FusedForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    moved = FusedForCausalLM.from_pretrained(tmp_path).to(torch.bfloat16)
+    for found in (half, moved):
+        assert torch.equal(found.router.weights, weights)
+        assert torch.equal(found.router.prior, prior)
+    tokens, _ = two_documents()
+    torch.testing.assert_close(half(input_ids=tokens).logits, moved(input_ids=tokens).logits)

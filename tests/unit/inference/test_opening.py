@@ -9,7 +9,7 @@ from molora_kalavai.uniform import UniformRouter
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.save import save_adapter
 from molora_fed.errors import ConfigError
-from molora_fed.inference.fused_build import build_causal_lm
+from molora_fed.inference.fused_build import build_causal_lm, open_causal_lm
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.inference.opening import PlainModel, open_model
 from molora_fed.inference.texts import evaluate_texts
@@ -90,3 +90,24 @@ def test_no_model_is_one_line_that_names_what_was_looked_for(home, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="expected one of evolved"):
         open_model(home / "fused", kinds=("evolved",))
+
+
+def test_a_saved_model_is_opened_as_what_it_was(home, tmp_path):
+    for kind in ("fused", "evolved", "base"):
+        model = open_causal_lm(home, kinds=(kind,))
+        model.save_pretrained(tmp_path / kind)
+        again = open_causal_lm(tmp_path / kind, kinds=(kind,))
+        assert again.fingerprint == model.fingerprint
+        texts = [generate(one, "abc", Sampling(4)) for one in (model, again)]
+        assert texts[0] == texts[1]
+    with pytest.raises(ConfigError, match="expected one of specialist, got none"):
+        open_causal_lm(tmp_path / "fused", kinds=("specialist",))
+
+
+def test_the_best_experts_after_the_prompt_write_on(home):
+    model = open_causal_lm(home, kinds=("fused",))
+    (text,) = generate(model, "abc", Sampling(4, experts_per_text=1))
+    held = list(text.gates.values())
+    assert sum(gate > 0.5 for gate in held) == 1 and sum(held) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ConfigError, match="experts_per_text >= 1"):
+        Sampling(4, experts_per_text=0)

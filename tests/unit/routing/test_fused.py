@@ -11,7 +11,7 @@ from fused_helpers import (
 from molora_fed.adapters.compatibility import applied
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.inference.fused_build import build_causal_lm
-from molora_fed.inference.fused_lm import mix_distributions
+from molora_fed.inference.mixing import mix_distributions
 from molora_fed.models.base import load_base
 from molora_fed.routing.fused import FusedModel
 from molora_fed.testing import ARCHITECTURES

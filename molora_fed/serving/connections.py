@@ -6,6 +6,7 @@ in time is closed, and if there are too many, the oldest that never showed a mem
 
 import asyncio
 import resource
+import socket
 import ssl
 import weakref
 from collections import deque
@@ -15,7 +16,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from molora_fed.federation.refusals import OnRefusal, ignore_refusal
+from molora_fed.serving.refusals import OnRefusal, ignore_refusal
 
 __all__ = ["Doorkeeper", "build_server", "run_server"]
 
@@ -52,6 +53,12 @@ class Doorkeeper:
         connection = self._open.get(address)
         if connection is not None:
             connection.is_member = True
+
+    def drop(self, address: tuple[str, int]) -> None:
+        """End the connection of an address that does not read what it asked for."""
+        connection = self._open.get(address)
+        if connection is not None:
+            self.close(connection, "Closed: it does not read its answer")
 
     def add(self, connection: "Connection") -> None:
         """Take in a new connection; if there are too many, an old one goes."""
@@ -95,9 +102,10 @@ class Connection(H11Protocol):
         """Take bytes in; the time runs on until they make up a head."""
         cycle = self.cycle
         super().data_received(data)
-        if self.cycle is not cycle and self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+        if self.cycle is not cycle:
+            if self._waiting is not None:
+                self._waiting.cancel()
+                self._waiting = None
         elif self._waiting is None and (cycle is None or cycle.response_complete):
             self._wait()
 
@@ -153,6 +161,7 @@ def build_server(
     port: int,
     doorkeeper: Doorkeeper,
     certificate: tuple[str, str] | None = None,
+    finish_seconds: int = 3,
 ) -> uvicorn.Server:
     """A server of an ASGI application; `run_server` serves.
 
@@ -162,6 +171,7 @@ def build_server(
         port: Port to listen on.
         doorkeeper: Limits on connections.
         certificate: PEM files of certificate chain and key, for TLS 1.3; None serves plain HTTP.
+        finish_seconds: How long requests under way may go on when the server ends.
 
     Returns:
         The server; its `config.ssl` is the TLS context, into which a renewed certificate can be
@@ -179,7 +189,7 @@ def build_server(
         log_level="warning",
         server_header=False,
         timeout_keep_alive=75,  # above the longest pause of a node, 3 s, by far
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=finish_seconds,
         ssl_certfile=chain,
         ssl_keyfile=key,
     )
@@ -189,14 +199,20 @@ def build_server(
     return uvicorn.Server(config)
 
 
-def run_server(server: uvicorn.Server, on_refusal: OnRefusal = ignore_refusal) -> None:
+def run_server(
+    server: uvicorn.Server,
+    on_refusal: OnRefusal = ignore_refusal,
+    *,
+    sockets: list[socket.socket] | None = None,
+) -> None:
     """Serve until SIGTERM, SIGINT or `server.should_exit`.
 
     Args:
         server: As `build_server` makes it.
         on_refusal: Told of each connection that is closed before it has TLS.
+        sockets: Bound ones to listen on, in place of the server's host and port.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _OPEN_FILES)), hard))
     with asyncio.Runner(loop_factory=lambda: _Loop(on_refusal)) as runner:
-        runner.run(server.serve())
+        runner.run(server.serve(sockets))

@@ -1,0 +1,1 @@
+"""Fused models, evolved ones and specialists in the forms that other programs load."""
