@@ -11,7 +11,7 @@ from molora_fed.inference.expert_layers import ExpertLinear, Rows, find_shared_i
 from molora_fed.inference.fused_cache import FusedCache
 from molora_fed.models.head import Head, find_readout
 from molora_fed.models.layout import block_index, decoder_blocks
-from molora_fed.models.states import evaluating
+from molora_fed.models.states import can_resume, evaluating, resuming
 
 if TYPE_CHECKING:
     from molora_fed.inference.fused_lm import FusedForCausalLM
@@ -49,6 +49,7 @@ class ExpertPass:
         layers: The base's linear layers with all experts' changes, by full name.
         is_laid_out: Whether what layers share has been found since weights last moved.
         prefix: What entered the block at the frozen depth in the last pass, (rows, t, D).
+        shared_depth: Blocks whose output the base's own pass makes for a population's, too.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class ExpertPass:
         self.layers = layers
         self.is_laid_out = False
         self.prefix: Tensor | None = None
+        self.shared_depth = 0
+        self._shared: Tensor | None = None
         self._lone_steps: tuple[int | None, int] = (None, 0)
         self._handles: list[Any] = []
         self._copies = self._batch = 1
@@ -122,6 +125,21 @@ class ExpertPass:
             use_cache=cache is not None,
         )
         hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def run_on(self, rows: Rows, piece: Piece) -> Tensor:
+        """What `run` gives, (B, t, D), after a pass of the base over the same piece.
+
+        Blocks that nobody changes are not run again.
+        """
+        depth, cache = self.shared_depth, piece.cache
+        if not depth or (cache is not None and not cache.skip(depth, 0)):
+            return self.run(rows, piece, 1, cache)
+        assert self._shared is not None
+        with resuming(self._model, depth, self._shared):
+            hidden = self.run(rows, piece, 1, cache)
+        if cache is not None:
+            cache.skip(depth, piece.tokens.shape[1])
         return hidden
 
     def compute_logprob(self, hidden: Tensor) -> Tensor:
@@ -189,6 +207,11 @@ class ExpertPass:
         if "prefix_hidden" in self._reads:
             block = blocks[self._config.frozen_depth]
             add(block.register_forward_pre_hook(self._keep_prefix, with_kwargs=True))
+        self.shared_depth = 0
+        is_read_first = self._config.mixes == "updates" and "base_hidden" in self._reads
+        if is_read_first and depth and not reuses and can_resume(self._model, depth):
+            self.shared_depth = depth
+            add(blocks[depth].register_forward_pre_hook(self._keep_shared, with_kwargs=True))
         if depth and not reuses and not is_one:
             for block in blocks[:depth]:
                 add(block.register_forward_pre_hook(self._collapse, with_kwargs=True))
@@ -196,6 +219,9 @@ class ExpertPass:
 
     def _keep_prefix(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.prefix = args[0] if args else kwargs["hidden_states"]
+
+    def _keep_shared(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._shared = args[0] if args else kwargs["hidden_states"]
 
     def _collapse(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Keep one expert's rows of everything a shared block is given."""

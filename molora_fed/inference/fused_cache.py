@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from molora_fed.errors import RoutingError
 
-__all__ = ["FusedCache", "GrowingLayer"]
+__all__ = ["FusedCache", "GrowingLayer", "SkippedLayer"]
 
 _FIRST_ROOM = 64  # positions; doubled whenever they are full
 
@@ -85,6 +85,26 @@ class GrowingLayer(DynamicLayer):
         super().reset()
 
 
+class SkippedLayer(DynamicLayer):
+    """Of a block that does not run: how long its past is, no keys and values.
+
+    Attributes:
+        length: Positions so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def get_seq_length(self) -> int:
+        """Positions so far."""
+        return self.length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+
+
 class FusedCache(Cache):
     """Everything a fused model needs to read on: made by it, for it, and for the texts it has read.
 
@@ -126,6 +146,26 @@ class FusedCache(Cache):
         if self.base is None:
             self.base = Cache(layers=_make_layers(self._config))
         return self.base
+
+    def skip(self, depth: int, positions: int) -> bool:
+        """Note that the first blocks do not run, as the base's own pass has made their output.
+
+        Args:
+            depth: So many blocks.
+            positions: How many positions they skip now; 0 before a pass.
+
+        Returns:
+            Whether they can be left out: not so where other keys and values depend on theirs, or
+            they have run before.
+        """
+        skipped = self.layers[:depth]
+        if self.tokens is None and all(type(layer) is GrowingLayer for layer in skipped):
+            self.layers[:depth] = skipped = [SkippedLayer() for _ in skipped]
+        if not all(isinstance(layer, SkippedLayer) for layer in skipped):
+            return False
+        for layer in skipped:
+            layer.length += positions
+        return True
 
     @property
     def is_sequential(self) -> bool:
@@ -289,6 +329,7 @@ class FusedCache(Cache):
         self.tokens = self.mask = self.state = None
         self.fixed = self.kept = self.held = self.last = None
         self.base = None
+        self.layers = _make_layers(self._config)
         self.gates, self.columns = [], {}
 
 

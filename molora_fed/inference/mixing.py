@@ -232,13 +232,14 @@ class UpdateMixer:
         if fixed is not None and not bool(fixed.isnan().any()):
             # The router has nothing to decide, so that the base need not run for it.
             gates = fixed[:, None].float().expand(-1, piece.tokens.shape[1], -1)
+            rows = Rows(gates=gates, num_experts=gates.shape[-1])
+            hidden = self._pass.run(rows, piece, 1, piece.cache)
         else:
             gates = self._compute_gates(piece)
             if fixed is not None:
                 given = fixed[:, None].to(gates)
                 gates = torch.where(given.isnan(), gates, given)
-        rows = Rows(gates=gates, num_experts=gates.shape[-1])
-        hidden = self._pass.run(rows, piece, 1, piece.cache)
+            hidden = self._pass.run_on(Rows(gates=gates, num_experts=gates.shape[-1]), piece)
         return self._pass.compute_logprob(hidden[:, piece.keep]), gates
 
     def _compute_gates(self, piece: Piece) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,15 +13,19 @@ from molora_evolution.routers import SoftmaxEmbeddingMeanOptions, SoftmaxEmbeddi
 from molora_fed.bank.states import build_states
 from molora_fed.errors import BaseCheckpointError, ConfigError, PopulationError
 from molora_fed.inference import expert_layers
+from molora_fed.inference.expert_layers import ExpertLinear
 from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.generate import Sampling, generate
 from molora_fed.models.base import load_base
+from molora_fed.models.layout import decoder_blocks
 from molora_fed.population.bundle import EvolvedModel, find_evolved, load_evolved, save_evolved
 from molora_fed.population.evolution import Branch
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.losses import evaluate_population
 from molora_fed.population.mixture import Mixture
 from molora_fed.population.router_files import pack_router
+from molora_fed.population.slots import make_population
+from molora_fed.testing.models import build_random_adapter
 
 
 def build_evolved(base, name="parallel-sigmoid"):
@@ -87,6 +92,42 @@ def test_given_gates_need_no_pass_of_the_base(base):
     first = lm(tokens[:, :4], gates=gates, use_cache=True)
     rest = lm(tokens[:, 4:], gates=gates, past_key_values=first.past_key_values)
     torch.testing.assert_close(rest.logits, expected[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gemma2", "gpt2"])
+def test_blocks_that_no_slot_changes_run_once(tiny_checkpoint, kind):
+    base = load_base(tiny_checkpoint(kind))
+    adapters = [
+        build_random_adapter(base.model, rank=2, seed=seed, frozen_depth=1) for seed in (1, 2, 3)
+    ]
+    named = [(adapter.name, None, adapter) for adapter in adapters]
+    evolved = replace(build_evolved(base), population=make_population(base, named, num_slots=3))
+    lm, tokens = build_causal_lm(evolved), torch.arange(1, 25).view(2, 12)
+    found = lm(tokens)
+    with torch.no_grad(), Mixture(base.model, evolved.population).mixed(found.gates):
+        expected = base.model(input_ids=tokens).logits.log_softmax(-1)
+    torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
+
+    _, blocks = decoder_blocks(lm.model)
+    given = [[], []]
+    for block, kept in zip(blocks, given, strict=False):
+        layer = next(m for m in block.modules() if isinstance(m, ExpertLinear))
+        layer.register_forward_hook(lambda _m, _a, _o, kept=kept: kept.append(1))
+    cache, steps = None, []
+    for a, b in ((0, 5), (5, 6), (6, 12)):
+        mask = torch.ones(2, b, dtype=torch.long)
+        steps.append(lm(tokens[:, a:b], attention_mask=mask, past_key_values=cache, use_cache=True))
+        cache = steps[-1].past_key_values
+        cache.batch_select_indices(torch.tensor([0, 1]))
+    torch.testing.assert_close(torch.cat([s.logits for s in steps], 1), expected, atol=1e-4, rtol=0)
+    assert len(given[1]) == 6 and len(given[0]) == (6 if kind == "gemma2" else 3)
+
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), tokens], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    first = lm(padded[:, :7], attention_mask=mask[:, :7], use_cache=True)
+    rest = lm(padded[:, 7:], attention_mask=mask, past_key_values=first.past_key_values)
+    torch.testing.assert_close(rest.logits, expected[:, 4:], atol=1e-4, rtol=0)
 
 
 def test_packed_layers_say_the_same_with_the_base_read_first(base, monkeypatch):
