@@ -19,8 +19,8 @@ the evolved model as it is opened for inference, whose output are log-probabilit
 head), on its token embeddings, or with its gates given. Beside it is the form that trains, hooks on
 the base's own layers.
 
-work = multiplications of ours, router on states, over those of PEFT's one pass: above 1 at any P,
-as the base runs first. Ours is checked on logits against PEFT, slot by slot and with all gates at
+work = multiplications of ours, router on states, over those of PEFT's one pass; above 1 at any P:
+the base runs first. Ours is checked on logits against PEFT, slot by slot and with all gates at
 1 against all adapters active, and with the router on against the form that trains.
 """
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from molora_fed.inference.attention import ATTENTION
-from molora_fed.inference.expert_layers import ExpertLinear, Rows, find_shared_inputs
+from molora_fed.inference.expert_layers import ExpertLinear, find_shared_inputs
 from molora_fed.inference.fused_cache import FusedCache
+from molora_fed.inference.shared_inputs import Rows
 from molora_fed.models.head import Head, find_readout
 from molora_fed.models.layout import block_index, decoder_blocks
 from molora_fed.models.states import can_resume, evaluating, resuming

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from molora_fed.bank.views import GateView, RouterView
 from molora_fed.errors import ShapeError
 from molora_fed.guard import guarded
-from molora_fed.inference.expert_layers import Rows
 from molora_fed.inference.expert_pass import ExpertPass, Piece
 from molora_fed.inference.fused_cache import FusedCache
 from molora_fed.inference.fused_config import FusedConfig
+from molora_fed.inference.shared_inputs import Rows
 from molora_fed.plugins import Entry
 from molora_fed.population.contract import AdapterRouter
 from molora_fed.routing.contract import OutputRouter

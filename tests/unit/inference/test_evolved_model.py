@@ -12,7 +12,7 @@ from molora_evolution.routers import SoftmaxEmbeddingMeanOptions, SoftmaxEmbeddi
 
 from molora_fed.bank.states import build_states
 from molora_fed.errors import BaseCheckpointError, ConfigError, PopulationError
-from molora_fed.inference import expert_layers
+from molora_fed.inference import shared_inputs
 from molora_fed.inference.expert_layers import ExpertLinear
 from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.inference.generate import Sampling, generate
@@ -133,7 +133,7 @@ def test_blocks_that_no_slot_changes_run_once(tiny_checkpoint, kind):
 def test_packed_layers_say_the_same_with_the_base_read_first(base, monkeypatch):
     evolved, tokens = build_evolved(base), torch.arange(1, 13).view(2, 6)
     found = build_causal_lm(evolved)(tokens)
-    monkeypatch.setattr(expert_layers, "_SMALL", 0)
+    monkeypatch.setattr(shared_inputs, "_SMALL", 0)
     packed = build_causal_lm(evolved)(tokens)
     torch.testing.assert_close(packed.logits, found.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(packed.gates, found.gates, atol=1e-4, rtol=1e-4)

@@ -7,7 +7,7 @@ from molora_kalavai.uniform import UniformRouter
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.errors import IncompatibleAdapterError, RoutingError
-from molora_fed.inference import expert_layers
+from molora_fed.inference import shared_inputs
 from molora_fed.inference.fused_build import build_causal_lm
 from molora_fed.models.base import load_base
 from molora_fed.models.layout import adaptable_modules, block_index, decoder_blocks
@@ -65,10 +65,8 @@ def test_the_weights_are_read_once_for_layers_that_are_given_the_same(neox, monk
     cache = lm(tokens, use_cache=True).past_key_values
     groups = {id(layer.group) for layer in lm.expert_layers.values()}
     calls = []
-    original = expert_layers._multiply
-    monkeypatch.setattr(
-        expert_layers, "_multiply", lambda *args: calls.append(1) or original(*args)
-    )
+    original = shared_inputs.multiply
+    monkeypatch.setattr(shared_inputs, "multiply", lambda *args: calls.append(1) or original(*args))
     lm(tokens[:, :1], past_key_values=cache)
     if None not in {layer.group for layer in lm.expert_layers.values()}:
         assert len(calls) == len(groups)  # one product a group, all experts' factors A within
@@ -88,7 +86,7 @@ def test_packed_and_unpacked_say_the_same(neox, monkeypatch):
 def test_whoever_multiplies_says_the_same(neox, monkeypatch, changed, length):
     fused, tokens = build_fused(neox), random_tokens(2, length)
     found = build_causal_lm(fused)(tokens).logits
-    monkeypatch.setattr(expert_layers, changed, 0)  # all packed; oneDNN for whatever is not
+    monkeypatch.setattr(shared_inputs, changed, 0)  # all packed; oneDNN for whatever is not
     torch.testing.assert_close(build_causal_lm(fused)(tokens).logits, found, atol=1e-4, rtol=1e-4)
 
 
