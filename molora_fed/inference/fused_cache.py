@@ -264,21 +264,30 @@ class FusedCache(Cache):
         """
         if self.kept is not None or not self.gates:
             return
-        gates = self.gates[-1]
-        batch, experts = gates.shape
-        if count >= experts:
+        self.choose(self.gates[-1], count)
+        if self.kept is None:
             return
-        kept = gates.argsort(dim=-1, descending=True, stable=True)[:, :count]
-        texts = torch.arange(batch, device=gates.device)
-        rows = (kept.t() * batch + texts).flatten()
+        batch = len(self.kept)
+        texts = torch.arange(batch, device=self.kept.device)
+        rows = (self.kept.t() * batch + texts).flatten()
         for layer in self.layers:
             if layer.is_initialized and layer.keys is not None and len(layer.keys) > batch:
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-        chosen = gates.gather(1, kept)
-        chosen = chosen / chosen.sum(-1, keepdim=True)
-        self.held = torch.zeros_like(gates).scatter(1, kept, chosen)
-        self.kept = kept
         self.last = None
+
+    def choose(self, gates: Tensor, count: int) -> None:
+        """Keep each text's experts with the largest gates; their gates stay, renormalised.
+
+        Args:
+            gates: (B, E).
+            count: Experts that are kept, at least 1; nothing changes where that is all of them.
+        """
+        if count >= gates.shape[1]:
+            return
+        self.kept = gates.argsort(dim=-1, descending=True, stable=True)[:, :count]
+        chosen = gates.gather(1, self.kept)
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+        self.held = torch.zeros_like(gates).scatter(1, self.kept, chosen)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make text b what text `beam_idx[b]` was, for beam search."""

@@ -447,7 +447,29 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             _check_class(cache)
             cache.check_prefix(input_ids)
+            experts = model_kwargs.get("experts_per_text")
+            if experts is not None and cache.tokens is None and model_kwargs.get("gates") is None:
+                self._choose_experts(input_ids, cache, experts, model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    @torch.no_grad()
+    def _choose_experts(
+        self, tokens: Tensor, cache: FusedCache, experts: int, given: dict[str, Any]
+    ) -> None:
+        """Choose each prompt's experts before any of them runs, where the base's states decide."""
+        mixer = self._mixer
+        if (
+            not isinstance(mixer, OutputMixer)
+            or not mixer.reads_base_alone
+            or self._alone is not None
+        ):
+            return
+        self._check_settings("all", experts, cache)
+        mask, starts = given.get("attention_mask"), given.get("document_starts")
+        piece = self._prepare(tokens, mask, None, None, 1, starts)
+        if not self._pass.is_laid_out:
+            self._pass.lay_out()
+        cache.choose(mixer.compute_base_gates(piece), experts)
 
     def _check_settings(self, evidence_from: str, experts: int | None, cache: Any) -> None:
         """Refuse settings of generation that cannot be."""

@@ -127,6 +127,28 @@ class OutputMixer:
             used = used.gather(-1, index)
         return mix_distributions(logprob, used, self._config.mixture), gates
 
+    @property
+    def reads_base_alone(self) -> bool:
+        """Whether gates need no expert to run: they rest on the base's states."""
+        states = {"base_hidden", "prefix_hidden"}
+        return bool(self._reads) and self._reads <= states and len(self._names) > 1
+
+    def compute_base_gates(self, piece: Piece) -> Tensor:
+        """Gates after whole texts, (B, E), of one pass of the base."""
+        batch = len(piece.tokens)
+        rows = Rows(expert=torch.zeros(batch, dtype=torch.long, device=piece.tokens.device))
+        hidden = self._pass.run(rows, piece, 1, None)
+        columns: dict[str, Tensor] = {}
+        if "base_hidden" in self._reads:
+            columns["base_hidden"] = hidden
+        if "prefix_hidden" in self._reads:
+            assert self._pass.prefix is not None
+            columns["prefix_hidden"] = self._pass.prefix[:batch]
+        assert self._router is not None
+        with nullcontext() if self._entry is None else guarded(self._entry, "gates"):
+            gates = self._router.gates(RouterView(piece.starts, **columns))
+        return gates[:, -1]
+
     def _choose_experts(self, fixed: Tensor | None, cache: FusedCache | None) -> Tensor | None:
         """Experts to run for each text, (B, k); None for all."""
         if cache is not None and (cache.tokens is not None or cache.kept is not None):

@@ -307,6 +307,31 @@ def test_two_experts_of_a_text_keep_their_share(neox, beams):
     torch.testing.assert_close(scores[:, 1:], fixed[:, 6:-1], **CLOSE)
 
 
+@pytest.mark.parametrize("columns", [("base_hidden",), ("prefix_hidden",)])
+def test_where_the_bases_states_decide_only_the_chosen_experts_run(neox, columns):
+    lm, tokens = build_causal_lm(build_fused(neox, columns=columns)), random_tokens(3, 9)
+    gates = lm(tokens).gates[:, -1]
+    best = gates.argmax(-1)
+    rows = []
+    name = next(reversed([n for n in lm.expert_layers if n.startswith("gpt_neox.layers")]))
+    handle = lm.expert_layers[name].register_forward_pre_hook(
+        lambda _m, args: rows.append(args[0].shape[0])
+    )
+    found = greedy(lm, tokens, experts_per_text=1)
+    handle.remove()
+    assert set(rows) == {3}  # the base over the prompts, then one expert a text
+    alone = [greedy(lm, tokens[b : b + 1], gates=torch.eye(3)[best[b]][None]) for b in range(3)]
+    assert found.tolist() == torch.cat(alone).tolist()
+    two = lm.generate(
+        tokens, max_new_tokens=3, do_sample=False, experts_per_text=2, pad_token_id=0,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    held = two.past_key_values.held
+    kept = gates.topk(2).values / gates.topk(2).values.sum(-1, keepdim=True)
+    torch.testing.assert_close(held.topk(2).values, kept, atol=1e-5, rtol=1e-4)
+    assert (held > 0).sum(-1).tolist() == [2, 2, 2]
+
+
 def test_each_text_has_gates_of_its_own(fused, lm, neox):
     """One batch: a specialist, a mixture, and one that the router decides."""
     tokens = random_tokens(3, 6)
