@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from serve_sides import DENSE, OWN, PLAIN, RANK, SPARSE, Workshop
 from torch import nn
+from torch.autograd.profiler import profile
 from torch.backends import mkldnn
-from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["Need", "Shape", "count_need", "measure_calls", "measure_machine", "read_shape"]
 
@@ -127,15 +127,17 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, float
     Args:
         device: Where.
         dtype: Of the numbers; on a processor their matrix is packed as a model's weights are.
+            Bytes are read in float32, too: how fast memory is does not depend on the dtype.
     """
-    read = torch.randn(_READ, device=device, dtype=dtype)
-    size = read.nbytes
-    seconds = _time_product(read, 1)
-    del read
+    speeds = []
+    for read_dtype in {dtype, torch.float32}:
+        read = torch.randn(_READ, device=device, dtype=read_dtype)
+        speeds.append(read.nbytes / _time_product(read, 1))
+        del read
     rows, outputs, inputs = _COMPUTED
     computed = _time_product(torch.randn(outputs, inputs, device=device, dtype=dtype), rows)
     return {
-        "bytes_per_second": size / seconds,
+        "bytes_per_second": max(speeds),
         "operations_per_second": 2 * rows * outputs * inputs / computed,
     }
 
@@ -178,7 +180,7 @@ def measure_calls(workshop: Workshop, prompt: torch.Tensor) -> dict[str, int]:
         if name == SPARSE:
             cache.narrow(1)
         model(input_ids=token, past_key_values=cache)
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        with profile(use_kineto=False) as recorded:
             model(input_ids=token, past_key_values=cache)
         calls[name] = sum(event.count for event in recorded.key_averages())
     return calls

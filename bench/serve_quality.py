@@ -2,9 +2,10 @@
 
 A text's first half is the prompt. Its second half is scored with teacher forcing: dense, where the
 router decides at each token; with the gates it had after the prompt held; and with the one or two
-best experts of that moment alone. Texts are held-out, each of another document; those that change
-domain begin with one document's half and go on with another's, so that the gates are decided at the
-last token of the first.
+best experts of that moment alone. The best expert in hindsight is the one with the smallest loss on
+the scored half of a text: no choice of one expert is better. Texts are held-out, each of another
+document; those that change domain begin with one document's half and go on with another's, so that
+the gates are decided at the last token of the first.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +21,9 @@ from torch import Tensor
 from molora_fed.corpus.blocks import load_blocks
 from molora_fed.inference.fused_build import open_causal_lm
 
-__all__ = ["WAYS", "collect_texts", "continue_texts", "measure_quality", "resample_mean"]
+__all__ = ["BEST", "WAYS", "collect_texts", "continue_texts", "measure_quality", "resample_mean"]
 
+BEST = "best expert in hindsight"
 _RESAMPLES = 2_000
 _BATCH = 32
 _SEED = 42
@@ -34,23 +36,30 @@ WAYS: dict[str, Callable[[Any], None]] = {
 
 
 def collect_texts(demo: Path, most: int) -> dict[str, Tensor]:
-    """Held-out blocks that lie in one document, one a cluster of near-duplicates.
+    """The first tokens of held-out documents, one a cluster of near-duplicates.
 
     Args:
         demo: A folder of a demo, with `contributors`.
-        most: Texts of a domain at most.
+        most: Documents of a domain at most.
 
     Returns:
-        Token ids by domain, (n, T) int64, n the same for all.
+        Token ids by domain, (n, T) int64: T of a block, documents at least as long, n the same for
+        all domains.
     """
     texts = {}
     for file in sorted((demo / "contributors").glob("*/corpus/held-out.safetensors")):
-        blocks = load_blocks(file)
-        inside = (blocks.documents == blocks.documents[:, :1]).all(1)
-        rows = np.flatnonzero(inside)
-        _, first = np.unique(blocks.clusters[rows, 0], return_index=True)
-        chosen = rows[np.sort(first)][:most]
-        texts[blocks.domain] = torch.from_numpy(blocks.tokens[chosen]).long()
+        blocks = load_blocks(file).in_text_order()
+        if blocks is None:
+            raise SystemExit(f"Cannot use '{file}': expected a whole split, got a sample of one.")
+        tokens, owners = blocks.tokens.reshape(-1), blocks.documents.reshape(-1)
+        size = blocks.block_size
+        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        starts = starts[starts + size <= len(tokens)]
+        starts = starts[owners[starts] == owners[starts + size - 1]]
+        _, first = np.unique(blocks.clusters.reshape(-1)[starts], return_index=True)
+        chosen = starts[np.sort(first)][:most]
+        rows = tokens[chosen[:, None] + np.arange(size)]
+        texts[blocks.domain] = torch.from_numpy(rows).long()
     count = min(map(len, texts.values()))
     return {domain: tokens[:count] for domain, tokens in texts.items()}
 
@@ -76,20 +85,24 @@ def splice_texts(texts: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def continue_texts(model: Any, texts: Tensor, decide: Callable[[Any], None]) -> Tensor:
+def continue_texts(
+    model: Any, texts: Tensor, decide: Callable[[Any], None], gates: Tensor | None = None
+) -> Tensor:
     """Mean loss of each text's second half, (n,) nats a token.
 
     Args:
         model: A fused model.
         texts: Token ids, (n, T).
         decide: Told the cache after the prompt.
+        gates: Gates in place of the router's, (E,); None for the router's.
     """
     half, losses = texts.shape[1] // 2, []
     for part in texts.split(_BATCH):
         cache = model.make_cache()
-        first = model(part[:, :half], past_key_values=cache, logits_to_keep=1).logits
+        fixed = {} if gates is None else {"gates": gates.expand(len(part), -1)}
+        first = model(part[:, :half], past_key_values=cache, logits_to_keep=1, **fixed).logits
         decide(cache)
-        rest = model(part[:, half:-1], past_key_values=cache).logits
+        rest = model(part[:, half:-1], past_key_values=cache, **fixed).logits
         logprob = torch.cat([first, rest], dim=1)
         found = logprob.gather(-1, part[:, half:].unsqueeze(-1)).squeeze(-1)
         losses.append(-found.mean(1))
@@ -120,16 +133,18 @@ def measure_quality(demo: Path, most: int) -> dict[str, Any]:
     }
     rows: dict[str, Any] = {}
     for kind, tokens in kinds.items():
-        losses = {
-            way: continue_texts(model, tokens.to(model.device), decide).double().cpu().numpy()
-            for way, decide in WAYS.items()
-        }
+        own = tokens.to(model.device)
+        found = {way: continue_texts(model, own, decide) for way, decide in WAYS.items()}
+        alone = torch.eye(len(model.expert_names), device=model.device)
+        each = [continue_texts(model, own, WAYS["dense"], gates) for gates in alone]
+        found[BEST] = torch.stack(each).amin(0)
+        losses = {way: one.double().cpu().numpy() for way, one in found.items()}
         rows[kind] = {
             way: {
-                "loss": resample_mean(found),
-                "above_dense": resample_mean(found - losses["dense"]),
+                "loss": resample_mean(one),
+                "above_dense": resample_mean(one - losses["dense"]),
             }
-            for way, found in losses.items()
+            for way, one in losses.items()
         }
         rows[kind]["texts"] = len(tokens)
     return {
