@@ -251,8 +251,8 @@ def build_page(
         "One text. Bytes: numbers that must be read from memory; operations: two for each "
         "multiplication, every adapter's own rows only; calls: operators of torch, nested ones "
         "too. The limit is the longer of reading and multiplying at the speeds of one large "
-        f"product, measured beside: {_list_machine(cells)}. Where a base is small enough for the caches, it "
-        "is no limit of reading.",
+        f"product, measured beside: {_list_machine(cells)}. A base that fits into the caches can "
+        "be read faster.",
         _list_costs(cells),
     )  # fmt: skip
     lines += _section(
