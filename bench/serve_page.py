@@ -8,7 +8,7 @@ import numpy as np
 from molora_studies.framework.contract import Figure
 from molora_studies.framework.render import draw_figure
 from serve_limits import Need
-from serve_quality import BEST, WAYS
+from serve_quality import BEST, OWN_DOMAIN, WAYS
 from serve_sides import BASES, DENSE, DRAWN, ROWS, SIDES, SPARSE
 
 __all__ = ["Ratio", "build_page", "compare", "draw_page", "find_base"]
@@ -179,15 +179,19 @@ def _list_memory(cells: Cells) -> list[str]:
 
 
 def _list_quality(cell: Mapping[str, Any]) -> list[str]:
+    columns = [*list(WAYS)[1:], OWN_DOMAIN, BEST]
     rows = []
     for kind in sorted(cell["rows"], key=lambda kind: (kind.startswith("changing"), kind)):
         ways = cell["rows"][kind]
         row = [kind, str(ways["texts"]), f"{ways['dense']['loss'][0]:.4f}"]
-        for way in (*list(WAYS)[1:], BEST):
-            mean, low, high = ways[way]["above_dense"]
-            row.append(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+        for way in columns:
+            if way in ways:
+                mean, low, high = ways[way]["above_dense"]
+                row.append(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+            else:
+                row.append("-")
         rows.append(row)
-    return _table(["texts", "number", "dense, nats", *list(WAYS)[1:], BEST], rows)
+    return _table(["texts", "number", "dense, nats", *columns], rows)
 
 
 def _list_served(load: Mapping[str, Any] | None) -> list[str]:
@@ -286,8 +290,9 @@ def build_page(
             "beginning of a document of its own: the first half is the prompt, the second half is "
             "scored, in nats a token. Above dense: mean and 95 % interval over documents. 'Gates "
             "held' runs all experts with the gates they had after the prompt; one or two experts "
-            "are those with the largest; the best expert in hindsight is what no choice of one "
-            "expert can beat. In 'changing domain' the scored half is another domain's. "
+            "are those with the largest; its domain's expert was trained on the text's domain, "
+            "and the best expert in hindsight is what no choice of one expert can beat. In "
+            "'changing domain' the scored half is another domain's. "
             f"Bar for one expert on one domain: {QUALITY_BAR} nats.",
             _list_quality(quality),
         )

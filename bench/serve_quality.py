@@ -3,9 +3,10 @@
 A text's first half is the prompt. Its second half is scored with teacher forcing: dense, where the
 router decides at each token; with the gates it had after the prompt held; and with the one or two
 best experts of that moment alone. The best expert in hindsight is the one with the smallest loss on
-the scored half of a text: no choice of one expert is better. Texts are held-out, each of another
-document; those that change domain begin with one document's half and go on with another's, so that
-the gates are decided at the last token of the first.
+the scored half of a text: no choice of one expert is better. Its domain's expert is who was trained
+on the text's domain. Texts are held-out, each of another document; those that change domain begin
+with one document's half and go on with another's, so that the gates are decided at the last token
+of the first.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,9 +22,18 @@ from torch import Tensor
 from molora_fed.corpus.blocks import load_blocks
 from molora_fed.inference.fused_build import open_causal_lm
 
-__all__ = ["BEST", "WAYS", "collect_texts", "continue_texts", "measure_quality", "resample_mean"]
+__all__ = [
+    "BEST",
+    "OWN_DOMAIN",
+    "WAYS",
+    "collect_texts",
+    "continue_texts",
+    "measure_quality",
+    "resample_mean",
+]
 
 BEST = "best expert in hindsight"
+OWN_DOMAIN = "its domain's expert"
 _RESAMPLES = 2_000
 _BATCH = 32
 _SEED = 42
@@ -126,18 +136,25 @@ def measure_quality(demo: Path, most: int) -> dict[str, Any]:
     """
     model = open_causal_lm(demo / "cooperative", kinds=("fused",))
     texts = collect_texts(demo, most)
-    kinds = {
-        **{f"one domain: {domain}": tokens for domain, tokens in texts.items()},
-        "one domain, all": torch.cat(list(texts.values())),
-        "changing domain": splice_texts(texts),
+    trained_on = [expert["domain"] for expert in model.config.experts]
+    kinds = {f"one domain: {domain}": tokens for domain, tokens in texts.items()}
+    owners = {
+        f"one domain: {domain}": [trained_on.index(domain)] * len(tokens)
+        for domain, tokens in texts.items()
     }
+    owners["one domain, all"] = [expert for each in owners.values() for expert in each]
+    kinds["one domain, all"] = torch.cat(list(texts.values()))
+    kinds["changing domain"] = splice_texts(texts)
     rows: dict[str, Any] = {}
     for kind, tokens in kinds.items():
         own = tokens.to(model.device)
         found = {way: continue_texts(model, own, decide) for way, decide in WAYS.items()}
         alone = torch.eye(len(model.expert_names), device=model.device)
-        each = [continue_texts(model, own, WAYS["dense"], gates) for gates in alone]
-        found[BEST] = torch.stack(each).amin(0)
+        each = torch.stack([continue_texts(model, own, WAYS["dense"], g) for g in alone])  # (E, n)
+        found[BEST] = each.amin(0)
+        if kind in owners:
+            expert = torch.tensor(owners[kind], device=each.device)
+            found[OWN_DOMAIN] = each.gather(0, expert[None])[0]
         losses = {way: one.double().cpu().numpy() for way, one in found.items()}
         rows[kind] = {
             way: {

@@ -1,5 +1,6 @@
 """The sides of bench/serve.py: whatever continues a batch of texts, timed token by token."""
 
+import copy
 import itertools
 import tempfile
 import time
@@ -278,7 +279,7 @@ class Workshop:
         self.base, self.num_experts = base, num_experts
         outline = base.model
         if outline.device.type != "cpu":  # random numbers are drawn on a processor
-            outline = share_weights(base.model).to("cpu")
+            outline = copy.deepcopy(base.model).to("cpu")
         self.adapters: list[Adapter] = [
             build_random_adapter(outline, rank=RANK, seed=seed) for seed in range(1, num_experts)
         ]
