@@ -1,6 +1,6 @@
 """Speed and memory of serving: a fused model beside its base, PEFT and plain loops.
 
-    python bench/serve.py --out docs/results/serve.json       # an hour or two on two cores
+    python bench/serve.py --demo FOLDER --out docs/results/serve.json   # hours on two cores
     python bench/serve.py --quick --out FILE.json             # small sizes, few rounds
     python bench/serve.py --out FILE.json --cells smollm2/float32/E4 memory
     python bench/serve.py --out FILE.json --page              # only the page and the figure again

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from serve_sides import DENSE, OWN, PLAIN, RANK, SPARSE, Workshop
 from torch import nn
-from torch.autograd.profiler import profile
+from torch.autograd.profiler_legacy import profile
 from torch.backends import mkldnn
 
 __all__ = ["Need", "Shape", "count_need", "measure_calls", "measure_machine", "read_shape"]
@@ -180,7 +180,7 @@ def measure_calls(workshop: Workshop, prompt: torch.Tensor) -> dict[str, int]:
         if name == SPARSE:
             cache.narrow(1)
         model(input_ids=token, past_key_values=cache)
-        with profile(use_kineto=False) as recorded:
+        with profile() as recorded:
             model(input_ids=token, past_key_values=cache)
         calls[name] = sum(event.count for event in recorded.key_averages())
     return calls
