@@ -102,8 +102,10 @@ def _list_bars(cells: Cells) -> list[str]:
                 share = seconds[0] / float(np.median(sides[side]["token"]))
                 cost = [f"{seconds[0] / seconds[1]:.2f}x", f"{100 * share:.0f} %"]
             verdict = judge(ratio, bar)
-            rows.append([f"{side}, {dtype}", experts, str(ratio), f"{bar:.1f}x", verdict, *cost])
-    header = ["side", "E", "time of a token, to the base", "bar", "held"]
+            fastest = sides[side]["fastest"] / min(sides[name]["fastest"] for name in BASES)
+            shown = [experts, str(ratio), f"{fastest:.2f}x", f"{bar:.1f}x", verdict, *cost]
+            rows.append([f"{side}, {dtype}", *shown])
+    header = ["side", "E", "time of a token, to the base", "fastest tokens", "bar", "held"]
     return _table([*header, "least possible", "of the limit"], rows)
 
 

@@ -53,7 +53,11 @@ def make_sides(bench, **tokens):
     named = {getattr(bench.sides, name): values for name, values in tokens.items()}
     rounds = len(next(iter(named.values())))
     return {
-        side: {"token": named.get(side, [1.0] * rounds), "prefill": [2.0] * rounds}
+        side: {
+            "token": named.get(side, [1.0] * rounds),
+            "fastest": min(named.get(side, [1.0])),
+            "prefill": [2.0] * rounds,
+        }
         for side in bench.sides.SIDES
     }
 
@@ -216,9 +220,9 @@ def test_the_page_tells_bars_limits_and_load(bench):
         },
     }
     page = bench.page.build_page({"settings": SETTINGS, "cells": cells}, load, None)
-    dense = "| ours, dense, float32 | E4 | 1.33x (1.31-1.35) | 1.4x | yes | 1.00x | 38 % |"
+    dense = "| ours, dense, float32 | E4 | 1.33x (1.31-1.35) | 1.30x | 1.4x | yes | 1.00x | 38 % |"
     assert dense in page
-    assert "| ours, sparse, float32 | E4 | 1.23x (1.21-1.25) | 1.1x | no |" in page
+    assert "| ours, sparse, float32 | E4 | 1.23x (1.21-1.25) | 1.20x | 1.1x | no |" in page
     assert "| concurrent | 64 | 90.0 | 200 | 500 | 0 |" in page
     assert "## Memory" not in page
     without = bench.page.build_page({"settings": SETTINGS, "cells": cells}, None, None)
