@@ -1,0 +1,172 @@
+"""What deciding once costs in loss, on a real fused model; for bench/serve.py.
+
+A text's first half is the prompt. Its second half is scored with teacher forcing: dense, where the
+router decides at each token; with the gates it had after the prompt held; and with the one or two
+best experts of that moment alone. The best expert in hindsight is the one with the smallest loss on
+the scored half of a text: no choice of one expert is better. Its domain's expert is who was trained
+on the text's domain. Texts are held-out, each of another document; those that change domain begin
+with one document's half and go on with another's, so that the gates are decided at the last token
+of the first.
+"""
+
+from collections.abc import Callable, Mapping
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molora_fed.corpus.blocks import load_blocks
+from molora_fed.inference.fused_build import open_causal_lm
+
+__all__ = [
+    "BEST",
+    "OWN_DOMAIN",
+    "WAYS",
+    "collect_texts",
+    "continue_texts",
+    "measure_quality",
+    "resample_mean",
+]
+
+BEST = "best expert in hindsight"
+OWN_DOMAIN = "its domain's expert"
+_RESAMPLES = 2_000
+_BATCH = 32
+_SEED = 42
+WAYS: dict[str, Callable[[Any], None]] = {
+    "dense": lambda cache: None,
+    "gates held": lambda cache: cache.hold(),
+    "two experts": lambda cache: cache.narrow(2),
+    "one expert": lambda cache: cache.narrow(1),
+}
+
+
+def collect_texts(demo: Path, most: int) -> dict[str, Tensor]:
+    """The first tokens of held-out documents, one a cluster of near-duplicates.
+
+    Args:
+        demo: A folder of a demo, with `contributors`.
+        most: Documents of a domain at most.
+
+    Returns:
+        Token ids by domain, (n, T) int64: T of a block, documents at least as long, n the same for
+        all domains.
+    """
+    texts = {}
+    for file in sorted((demo / "contributors").glob("*/corpus/held-out.safetensors")):
+        blocks = load_blocks(file).in_text_order()
+        if blocks is None:
+            raise SystemExit(f"Cannot use '{file}': expected a whole split, got a sample of one.")
+        tokens, owners = blocks.tokens.reshape(-1), blocks.documents.reshape(-1)
+        size = blocks.block_size
+        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        starts = starts[starts + size <= len(tokens)]
+        starts = starts[owners[starts] == owners[starts + size - 1]]
+        _, first = np.unique(blocks.clusters.reshape(-1)[starts], return_index=True)
+        chosen = starts[np.sort(first)][:most]
+        rows = tokens[chosen[:, None] + np.arange(size)]
+        texts[blocks.domain] = torch.from_numpy(rows).long()
+    count = min(map(len, texts.values()))
+    return {domain: tokens[:count] for domain, tokens in texts.items()}
+
+
+def splice_texts(texts: Mapping[str, Tensor]) -> Tensor:
+    """Texts (n, T) whose first half is of one domain and whose second half is of another.
+
+    Each document begins one text and ends one; all pairs of domains occur as often, but for one.
+    """
+    pairs = list(permutations(texts, 2))
+    half = next(iter(texts.values())).shape[1] // 2
+    spliced, used = [], {domain: [0, 0] for domain in texts}
+    count = min(map(len, texts.values()))
+    for turn in range(count * len(texts)):
+        one, other = pairs[turn % len(pairs)]
+        begin, end = used[one][0], used[other][1]
+        if begin >= count or end >= count:
+            continue
+        spliced.append(torch.cat([texts[one][begin, :half], texts[other][end, half:]]))
+        used[one][0] += 1
+        used[other][1] += 1
+    return torch.stack(spliced)
+
+
+@torch.no_grad()
+def continue_texts(
+    model: Any, texts: Tensor, decide: Callable[[Any], None], gates: Tensor | None = None
+) -> Tensor:
+    """Mean loss of each text's second half, (n,) nats a token.
+
+    Args:
+        model: A fused model.
+        texts: Token ids, (n, T).
+        decide: Told the cache after the prompt.
+        gates: Gates in place of the router's, (E,); None for the router's.
+    """
+    half, losses = texts.shape[1] // 2, []
+    for part in texts.split(_BATCH):
+        cache = model.make_cache()
+        fixed = {} if gates is None else {"gates": gates.expand(len(part), -1)}
+        first = model(part[:, :half], past_key_values=cache, logits_to_keep=1, **fixed).logits
+        decide(cache)
+        rest = model(part[:, half:-1], past_key_values=cache, **fixed).logits
+        logprob = torch.cat([first, rest], dim=1)
+        found = logprob.gather(-1, part[:, half:].unsqueeze(-1)).squeeze(-1)
+        losses.append(-found.mean(1))
+    return torch.cat(losses)
+
+
+def resample_mean(values: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean of independent values and its 95 % percentile interval by the bootstrap."""
+    generator = np.random.default_rng(_SEED)
+    draws = generator.integers(0, len(values), (_RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def measure_quality(demo: Path, most: int) -> dict[str, Any]:
+    """Losses of every way on texts of one domain and on texts that change it.
+
+    Args:
+        demo: A folder of a demo, with `cooperative` and `contributors`.
+        most: Texts of a domain at most.
+    """
+    model = open_causal_lm(demo / "cooperative", kinds=("fused",))
+    texts = collect_texts(demo, most)
+    trained_on = [expert["domain"] for expert in model.config.experts]
+    kinds = {f"one domain: {domain}": tokens for domain, tokens in texts.items()}
+    owners = {
+        f"one domain: {domain}": [trained_on.index(domain)] * len(tokens)
+        for domain, tokens in texts.items()
+    }
+    owners["one domain, all"] = [expert for each in owners.values() for expert in each]
+    kinds["one domain, all"] = torch.cat(list(texts.values()))
+    kinds["changing domain"] = splice_texts(texts)
+    rows: dict[str, Any] = {}
+    for kind, tokens in kinds.items():
+        own = tokens.to(model.device)
+        found = {way: continue_texts(model, own, decide) for way, decide in WAYS.items()}
+        alone = torch.eye(len(model.expert_names), device=model.device)
+        each = torch.stack([continue_texts(model, own, WAYS["dense"], g) for g in alone])  # (E, n)
+        found[BEST] = each.amin(0)
+        if kind in owners:
+            expert = torch.tensor(owners[kind], device=each.device)
+            found[OWN_DOMAIN] = each.gather(0, expert[None])[0]
+        losses = {way: one.double().cpu().numpy() for way, one in found.items()}
+        rows[kind] = {
+            way: {
+                "loss": resample_mean(one),
+                "above_dense": resample_mean(one - losses["dense"]),
+            }
+            for way, one in losses.items()
+        }
+        rows[kind]["texts"] = len(tokens)
+    return {
+        "experts": len(model.expert_names),
+        "router": (model.config.router or {}).get("name"),
+        "tokens": next(iter(texts.values())).shape[1],
+        "rows": rows,
+    }
