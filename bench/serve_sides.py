@@ -33,8 +33,8 @@ from molora_fed.adapters.updates import Adapter
 from molora_fed.bank.views import RouterView
 from molora_fed.inference.expert_layers import share_weights
 from molora_fed.inference.fused_build import build_causal_lm
-from molora_fed.inference.fused_lm import mix_distributions
 from molora_fed.inference.generate import Sampling, decode_tokens, mark_start
+from molora_fed.inference.mixing import mix_distributions
 from molora_fed.inference.opening import PlainModel
 from molora_fed.models.base import Base, load_base
 from molora_fed.models.runtime import Placement

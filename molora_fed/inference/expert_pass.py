@@ -87,26 +87,27 @@ class ExpertPass:
         else:
             count, is_folded = chosen.shape[1], False
             owners = chosen.t().flatten()
-        selection = None if chosen is None else tuple(sorted(set(chosen.flatten().tolist())))
         rows = Rows(
             expert=owners,
             num_experts=len(self._names),
             is_folded=is_folded,
-            selection=selection,
-            is_merged=self._is_worth_merging(selection, piece.tokens.shape[1]),
+            merged=self._find_merged(chosen, piece.tokens.shape[1]),
         )
         hidden = self.run(rows, piece, count, piece.cache)
         return hidden.unflatten(0, (count, batch))
 
-    def _is_worth_merging(self, selection: tuple[int, ...] | None, positions: int) -> bool:
-        """Whether one expert has been decoding alone for so long that merging it pays."""
-        if selection is None or len(selection) > 1 or self._owner.merge_after is None:
+    def _find_merged(self, chosen: Tensor | None, positions: int) -> int | None:
+        """The one expert that has been decoding alone for so long that merging it pays."""
+        experts = set() if chosen is None else set(chosen.flatten().tolist())
+        if len(experts) != 1 or self._owner.merge_after is None:
             self._lone_steps = (None, 0)
-            return False
-        expert, steps = self._lone_steps
-        steps = steps + (positions == 1) if expert == selection[0] else int(positions == 1)
-        self._lone_steps = (selection[0], steps)
-        return positions == 1 and steps > self._owner.merge_after
+            return None
+        (expert,) = experts
+        last, steps = self._lone_steps
+        steps = (steps if last == expert else 0) + (positions == 1)
+        self._lone_steps = (expert, steps)
+        is_long = positions == 1 and steps > self._owner.merge_after
+        return expert if is_long else None
 
     def run(self, rows: Rows, piece: Piece, count: int, cache: Any) -> Tensor:
         """States that enter the head, (count * B, t, D)."""

@@ -8,7 +8,6 @@ microseconds more than one of PyTorch's own library, so that few rows of a small
 multiplied by the latter, and many rows of any weight by the former, which is twice as fast.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,6 @@ _SMALL = 2**18  # a float32 weight of fewer numbers is not packed
 _MUCH = 2**20  # multiplications from which on oneDNN repays its call with a float32 weight as it is
 _WIDE = 1024  # outputs from which on experts multiply each their own factors B
 _BLOCK_RANKS = 512  # up to so many, the 16-bit factors B of one group are one block-diagonal matrix
-_SELECTIONS = 4  # sets of experts whose factors are kept apart
 
 
 @dataclass
@@ -46,8 +44,7 @@ class Rows:
         num_experts: E; 0 where no expert is added to the base.
         positions: T, of every row.
         is_folded: Whether rows are experts in order, as many rows of each: row e * B + b.
-        selection: Experts that occur, in rising order; None for all.
-        is_merged: Whether the one expert that occurs is read from weights it is merged into.
+        merged: The one expert that occurs, where it is read from weights it is merged into.
     """
 
     expert: Tensor | None = None
@@ -55,8 +52,7 @@ class Rows:
     num_experts: int = 0
     positions: int = 1
     is_folded: bool = False
-    selection: tuple[int, ...] | None = None
-    is_merged: bool = False
+    merged: int | None = None
     _weights: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -191,11 +187,9 @@ def multiply_and_add(inputs: Tensor, weight: Tensor, other: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """Low-rank factors of some experts for the layers of one group.
+    """All experts' factors B for the layers of one group, and how their ranks lie.
 
     Attributes:
-        a: (R_all, D_in) over all layers.
-        packed_a: The same, packed.
         b: By layer (R_layer, D_out); None where a layer has none; one block-diagonal
             (R_all, sum of D_out) where `is_block`.
         sizes: R_layer by layer.
@@ -203,17 +197,13 @@ class _Factors:
         even: First and number of the experts that change all layers, consecutive and with as many
             ranks each; None elsewhere.
         is_block: Whether `b` is one matrix for all layers.
-        is_single: Whether all ranks are of one expert.
     """
 
-    a: Tensor
-    packed_a: Tensor
     b: tuple[Tensor | None, ...]
     sizes: tuple[int, ...]
     layout: tuple[int, ...]
     even: tuple[int, int] | None
     is_block: bool
-    is_single: bool
 
 
 class SharedInput:
@@ -230,12 +220,11 @@ class SharedInput:
         self._place = {id(layer): index for index, layer in enumerate(layers)}
         self._sizes = [layer.out_features for layer in layers]
         self._width = sum(self._sizes)
-        # Without and with the factors A of all experts.
-        self._weights: dict[bool, tuple[Tensor, Tensor | None]] = {}
+        self._weight: tuple[Tensor, Tensor | None] | None = None
         self._num_ranks = sum(len(layer.owners) for layer in layers)
         count = (self._width + self._num_ranks) * layers[0].in_features
         self._is_packed = _is_worth_packing(layers[0].matrix, count)
-        self._factors: OrderedDict[tuple[int, ...] | None, _Factors | None] = OrderedDict()
+        self._factors: _Factors | None = None
         self._merged: tuple[int, Tensor, Tensor | None] | None = None
         self._inputs: Tensor | None = None
         self._found: tuple[Tensor, ...] = ()
@@ -254,25 +243,22 @@ class SharedInput:
 
     def _multiply_all(self, inputs: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         flat = inputs.reshape(-1, inputs.shape[-1])
-        if rows.is_merged and rows.selection is not None:
-            return self._split(multiply(flat, *self._merge(rows.selection[0])))
+        if rows.merged is not None:
+            return self._split(multiply(flat, *self._merge(rows.merged)))
+        weight, bias = self._get_weight()
+        if not rows.num_experts and not self._is_packed:
+            bias = None if bias is None else bias[: self._width]
+            return self._split(multiply(flat, weight[: self._width], bias))
+        output = multiply(flat, weight, bias)
+        if not self._num_ranks:
+            return self._split(output)
+        # Packed, the factors A are a part of the weight; kept apart, they took memory again.
+        output, hidden = output.split_with_sizes([self._width, self._num_ranks], -1)
         if not rows.num_experts:
-            # Packed, the factors A are a part of the weight; kept apart, they took memory again.
-            output = multiply(flat, *self._get_weight(self._is_packed and self._num_ranks > 0))
-            return self._split(output[:, : self._width])
-        factors = self._select(rows.selection)
-        has_all = rows.selection is None and factors is not None
-        output = multiply(flat, *self._get_weight(has_all))
-        if factors is None:
             return self._split(output)
         rows.check(flat)
-        if has_all:
-            output, hidden = output.split_with_sizes([self._width, self._num_ranks], -1)
-        if not has_all:
-            hidden = multiply(flat, factors.packed_a)
-        own = hidden
-        if not factors.is_single:
-            own = hidden * rows.weigh(factors.layout, flat)
+        factors = self._get_factors()
+        own = hidden * rows.weigh(factors.layout, flat)
         if factors.is_block and factors.b[0] is not None:
             return self._split(output.add_(multiply(own, factors.b[0])))
         outputs, at = self._split(output), 0
@@ -292,24 +278,16 @@ class SharedInput:
             return (output,)
         return tuple(output.split_with_sizes(self._sizes, -1))
 
-    def _get_weight(self, has_factors: bool) -> tuple[Tensor, Tensor | None]:
-        """All layers' weights and biases, alone or with all experts' factors A; made once."""
-        found = self._weights.get(has_factors)
-        if found is not None:
-            return found
-        if self._num_ranks and not has_factors and not self._is_packed:
-            weight, bias = self._get_weight(True)
-            bias = None if bias is None else bias[: self._width]
-            self._weights[False] = weight[: self._width], bias
-        else:
+    def _get_weight(self) -> tuple[Tensor, Tensor | None]:
+        """All layers' weights with all experts' factors A below, and biases; made once."""
+        if self._weight is None:
             parts = [layer.matrix.detach() for layer in self.layers]
+            parts += [layer.a.detach() for layer in self.layers if layer.owners]
             bias = self._make_bias()
-            if has_factors:
-                parts += [layer.a.detach() for layer in self.layers if layer.owners]
-                if bias is not None:
-                    bias = pad(bias, (0, self._num_ranks))
-            self._weights[has_factors] = _pack(torch.cat(parts)), bias
-        return self._weights[has_factors]
+            if bias is not None:
+                bias = pad(bias, (0, self._num_ranks))
+            self._weight = _pack(torch.cat(parts)), bias
+        return self._weight
 
     def _make_bias(self) -> Tensor | None:
         """All layers' biases, zeros where one has none; None if none has one."""
@@ -338,50 +316,28 @@ class SharedInput:
             self._merged = (expert, _pack(torch.cat(parts)), self._make_bias())
         return self._merged[1:]
 
-    def _select(self, selection: tuple[int, ...] | None) -> _Factors | None:
-        """The factors of some experts, made at their first use."""
-        if selection in self._factors:
-            if len(self._factors) > 1:
-                self._factors.move_to_end(selection)
-            return self._factors[selection]
-        made = self._make_factors(selection)
-        self._factors[selection] = made
-        if len(self._factors) > _SELECTIONS:
-            self._factors.popitem(last=False)
-        return made
+    def _get_factors(self) -> _Factors:
+        """All experts' factors B, made once."""
+        if self._factors is None:
+            self._factors = self._make_factors()
+        return self._factors
 
-    def _make_factors(self, selection: tuple[int, ...] | None) -> _Factors | None:
-        kept = [
-            [r for r, e in enumerate(layer.owners) if selection is None or e in selection]
+    def _make_factors(self) -> _Factors:
+        changed = [layer for layer in self.layers if layer.owners]
+        layout = tuple(owner for layer in changed for owner in layer.owners)
+        b = [
+            layer.b.detach() if layer.owners else layer.matrix.new_zeros(layer.out_features, 0)
             for layer in self.layers
         ]
-        layout = tuple(
-            layer.owners[rank]
-            for layer, ranks in zip(self.layers, kept, strict=True)
-            for rank in ranks
-        )
-        if not layout:
-            return None
-        chosen = [(layer, ranks) for layer, ranks in zip(self.layers, kept, strict=True) if ranks]
-        a = torch.cat([layer.a.detach()[ranks] for layer, ranks in chosen])
-        b = [
-            layer.b.detach()[:, ranks] if ranks else layer.matrix.new_zeros(layer.out_features, 0)
-            for layer, ranks in zip(self.layers, kept, strict=True)
-        ]
         # One product of 16-bit numbers costs its call, whatever its size.
-        is_block = a.dtype != torch.float32 and len(layout) <= _BLOCK_RANKS
-        if is_block:
-            b = [torch.block_diag(*b)]
-        evens = {find_even(layer.owners) for layer, _ in chosen}
+        is_block = b[0].dtype != torch.float32 and len(layout) <= _BLOCK_RANKS
+        evens = {find_even(layer.owners) for layer in changed}
         return _Factors(
-            a=a,
-            packed_a=_pack(a),
-            b=(_pack(b[0]),)
+            b=(_pack(torch.block_diag(*b)),)
             if is_block
-            else tuple(p.t().contiguous() if p.shape[1] else None for p in b),
-            even=evens.pop() if len(evens) == 1 and selection is None else None,
-            sizes=tuple(len(ranks) for ranks in kept),
+            else tuple(part.t().contiguous() if part.shape[1] else None for part in b),
+            even=evens.pop() if len(evens) == 1 else None,
+            sizes=tuple(part.shape[1] for part in b),
             layout=layout,
             is_block=is_block,
-            is_single=len(set(layout)) == 1 and selection is not None and len(selection) == 1,
         )

@@ -58,6 +58,9 @@ GONE = 499
 
 Result = TypeVar("Result")
 
+_DRAIN_BYTES = 65_536  # of a body that is refused, so much is read before the answer
+_DRAIN_SECONDS = 1.0  # for so long
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -572,5 +575,10 @@ class _Exchange:
         if error.status == 401:
             headers["www_authenticate"] = "Bearer"
         if not self._has_body and self.method not in ("GET", "HEAD"):
-            headers["connection"] = "close"  # what is left of the body is not read
+            # A client that is still sending when the connection closes does not see the answer.
+            with suppress(ApiError, _GoneError, TimeoutError):
+                async with asyncio.timeout(_DRAIN_SECONDS):
+                    await self.read_body(_DRAIN_BYTES)
+            if not self._has_body:
+                headers["connection"] = "close"  # what is left of the body is not read
         await self.send_json(error.as_body(), error.status, **headers)
