@@ -247,7 +247,7 @@ def build_page(
         "Bars",
         f"One text, {_TITLES['smollm2']}. A bar is held if the whole spread is at or below it. The "
         "least possible is the ratio of the two limits below, the last column the share of the "
-        "side's own limit in its time. Sparse keeps one expert after the prompt, which is merged into "
+        "side's own limit in its time. Sparse keeps one expert after the prompt, merged into "
         "weights of its own after 32 tokens: the median token of 96 is one of those.",
         _list_bars(cells),
     )
