@@ -258,7 +258,7 @@ def measure_sums(
 
 
 def hide_reason(router: str, who: str) -> RoutingError:
-    """What is told of a router that fails on a member's text: which one, and nothing else."""
+    """The error for a router that fails on a member's text: it names the router and no reason."""
     return RoutingError(
         f"Cannot evaluate router '{router}' on the text of '{who}': expected gates and losses "
         "as its contract says, got others. The reason may hold a figure of one document and "

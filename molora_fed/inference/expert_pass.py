@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class ExpertPass:
         self.prefix: Tensor | None = None
         self.shared_depth = 0
         self._shared: Tensor | None = None
-        self._lone_steps: tuple[int | None, int] = (None, 0)
+        self._lone: tuple[ref[FusedCache], int] | None = None
         self._handles: list[Any] = []
         self._copies = self._batch = 1
 
@@ -91,23 +92,27 @@ class ExpertPass:
             expert=owners,
             num_experts=len(self._names),
             is_folded=is_folded,
-            merged=self._find_merged(chosen, piece.tokens.shape[1]),
+            merged=self._find_merged(chosen, piece),
         )
         hidden = self.run(rows, piece, count, piece.cache)
         return hidden.unflatten(0, (count, batch))
 
-    def _find_merged(self, chosen: Tensor | None, positions: int) -> int | None:
-        """The one expert that has been decoding alone for so long that merging it pays."""
+    def _find_merged(self, chosen: Tensor | None, piece: Piece) -> int | None:
+        """The one expert that has been decoding alone for so long that merging it pays.
+
+        Tokens are counted from one cache's last longer piece on, so that the same texts are read
+        with the same weights whatever was read before, and two caches in turn merge nothing.
+        """
         experts = set() if chosen is None else set(chosen.flatten().tolist())
-        if len(experts) != 1 or self._owner.merge_after is None:
-            self._lone_steps = (None, 0)
+        cache, limit = piece.cache, self._owner.merge_after
+        if cache is None or limit is None or len(experts) != 1 or piece.tokens.shape[1] > 1:
+            self._lone = None
             return None
         (expert,) = experts
-        last, steps = self._lone_steps
-        steps = (steps if last == expert else 0) + (positions == 1)
-        self._lone_steps = (expert, steps)
-        is_long = positions == 1 and steps > self._owner.merge_after
-        return expert if is_long else None
+        is_same = self._lone is not None and self._lone[0]() is cache
+        steps = 1 + (self._lone[1] if is_same and self._lone is not None else 0)
+        self._lone = ref(cache), steps
+        return expert if steps > limit else None
 
     def run(self, rows: Rows, piece: Piece, count: int, cache: Any) -> Tensor:
         """States that enter the head, (count * B, t, D)."""

@@ -167,11 +167,6 @@ class FusedCache(Cache):
             layer.length += positions
         return True
 
-    @property
-    def is_sequential(self) -> bool:
-        """Whether texts are read on from here alone."""
-        return self.tokens is not None
-
     def check(self, owner: str, fixed: Tensor | None, rows: int) -> None:
         """Refuse a cache of another model, of other gates, or of another number of texts.
 

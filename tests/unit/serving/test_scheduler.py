@@ -17,7 +17,7 @@ PROMPTS = ["a", "Hello, world", "def f(x):\n    return", "x" * 40]
 
 
 class Listener:
-    """Collects what is told of one generation."""
+    """Collects the events of one generation."""
 
     def __init__(self):
         self.events = []
