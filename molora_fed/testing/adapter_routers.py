@@ -13,13 +13,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from molora_fed.bank.views import GateReading, GateView
-from molora_fed.errors import PluginError, PopulationError
+from molora_fed.errors import PopulationError
 from molora_fed.population.contract import AdapterRouter, AdapterRouterOptions
 from molora_fed.population.router_probes import build_synthetic_view, find_range_fault
 from molora_fed.routing.probes import find_leak, same_views
-from molora_fed.testing.findings import run_checks
+from molora_fed.testing.findings import CheckResult, examine, refuse_broken
 
-__all__ = ["build_synthetic_view", "check_adapter_router_conformance"]
+__all__ = [
+    "build_synthetic_view",
+    "check_adapter_router_conformance",
+    "examine_adapter_router",
+]
 
 NUM_SLOTS, WIDTH = 4, 8
 TOLERANCE = 1e-6
@@ -37,20 +41,25 @@ def check_adapter_router_conformance(
     Raises:
         PluginError: Naming every rule that is broken, with what was found.
     """
+    title, page = f"Adapter router '{router.__name__}'", "docs/populations.md"
+    refuse_broken(title, examine_adapter_router(router, options), page=page)
+
+
+def examine_adapter_router(
+    router: type[AdapterRouter], options: AdapterRouterOptions | None = None
+) -> tuple[CheckResult, ...]:
+    """What `check_adapter_router_conformance` finds, one result a check.
+
+    Args:
+        router: The class that is registered.
+        options: Its options; its defaults if None.
+    """
     chosen = router.Options() if options is None else options
     reads, known = router.reads(chosen), frozenset(get_args(GateReading))
     if not reads <= known:
-        raise PluginError(
-            f"Adapter router '{router.__name__}' breaks its contract: expected reads among "
-            f"{sorted(known)}, got {sorted(reads)}. Correct `reads`."
-        )
-    case = _Case(router, chosen, reads)
-    broken = run_checks(_CHECKS, case)
-    if broken:
-        raise PluginError(
-            f"Adapter router '{router.__name__}' breaks its contract: {'; '.join(broken)}. "
-            "See docs/populations.md."
-        )
+        problem = f"expected reads among {sorted(known)}, got {sorted(reads)}"
+        return (CheckResult("reads columns that views have", problem),)
+    return examine(_CHECKS, _Case(router, chosen, reads))
 
 
 @dataclass(frozen=True)

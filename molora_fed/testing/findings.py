@@ -1,17 +1,32 @@
 """What checks of a contract find: one that raises is a finding like any other."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
+from molora_fed.errors import PluginError
 from molora_fed.guard import one_line
 
-__all__ = ["run_checks"]
+__all__ = ["CheckResult", "examine", "refuse_broken"]
 
 Case = TypeVar("Case")
 
 
-def run_checks(checks: Iterable[Callable[[Case], str | None]], case: Case) -> list[str]:
-    """All that is wrong, one text each.
+@dataclass(frozen=True)
+class CheckResult:
+    """What one check of a conformance kit found.
+
+    Attributes:
+        name: What it checks, in a few words: "gates are distributions".
+        problem: "expected ..., got ..."; None if nothing is wrong.
+    """
+
+    name: str
+    problem: str | None = None
+
+
+def examine(checks: Iterable[Callable[[Case], str | None]], case: Case) -> tuple[CheckResult, ...]:
+    """Run all checks; one that raises has found something, and the others go on.
 
     Args:
         checks: Each describes what it found wrong, or gives None.
@@ -19,11 +34,26 @@ def run_checks(checks: Iterable[Callable[[Case], str | None]], case: Case) -> li
     """
     found = []
     for check in checks:
+        name = check.__name__.strip("_").replace("_", " ")
         try:
-            text = check(case)
+            problem = check(case)
         except Exception as error:  # whatever a stranger's code raises
-            what = check.__name__.strip("_").replace("_", " ")
-            text = f"expected '{what}', got {type(error).__name__}: {one_line(str(error))}"
-        if text is not None:
-            found.append(text)
-    return found
+            problem = f"expected '{name}', got {type(error).__name__}: {one_line(str(error))}"
+        found.append(CheckResult(name, problem))
+    return tuple(found)
+
+
+def refuse_broken(title: str, results: Sequence[CheckResult], *, page: str) -> None:
+    """Raise if any check found something.
+
+    Args:
+        title: What was checked, e.g. "Router 'MyRouter'".
+        results: What the checks found.
+        page: Page of the documentation that has the contract.
+
+    Raises:
+        PluginError: Naming every rule that is broken, with what was found.
+    """
+    broken = [result.problem for result in results if result.problem is not None]
+    if broken:
+        raise PluginError(f"{title} breaks its contract: {'; '.join(broken)}. See {page}.")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.bank.views import RouterView
-from molora_fed.errors import PluginError, RoutingError
+from molora_fed.errors import RoutingError
 from molora_fed.evaluation.evaluate import compute_router_losses, evaluate
 from molora_fed.guard import one_line
 from molora_fed.models.hidden_statistics import collect_statistics
@@ -37,10 +37,10 @@ from molora_fed.testing.banks import (
     permute_experts,
     take_blocks,
 )
-from molora_fed.testing.findings import run_checks
+from molora_fed.testing.findings import CheckResult, examine, refuse_broken
 from molora_fed.types import BASE_EXPERT
 
-__all__ = ["check_router_conformance"]
+__all__ = ["check_router_conformance", "examine_router"]
 
 STEP_TOLERANCE = 1e-4
 ORDER_TOLERANCE_NATS = 0.02
@@ -60,30 +60,34 @@ def check_router_conformance(
     Raises:
         PluginError: Naming every rule that is broken, with what was found.
     """
+    title, page = f"Router '{router.__name__}'", "docs/writing_plugins.md"
+    refuse_broken(title, examine_router(router, options), page=page)
+
+
+def examine_router(
+    router: type[OutputRouter], options: RouterOptions | None = None
+) -> tuple[CheckResult, ...]:
+    """What `check_router_conformance` finds, one result a check.
+
+    Args:
+        router: The class that is registered.
+        options: Its options; its defaults if None.
+    """
     chosen = router.Options() if options is None else options
     reads = router.reads(chosen)
     if not reads <= ALL_READINGS:
-        raise PluginError(
-            f"Router '{router.__name__}' breaks its contract: expected reads among "
-            f"{sorted(ALL_READINGS)}, got {sorted(reads)}. Correct `reads`."
-        )
+        problem = f"expected reads among {sorted(ALL_READINGS)}, got {sorted(reads)}"
+        return (CheckResult("reads columns that banks have", problem),)
     bank = build_synthetic_bank(readings=reads)
     held_out = build_synthetic_bank(HeldOutBank, seed=1, readings=reads)
     try:
         fitted = router.fit(bank, chosen, 0)
     except Exception as error:  # nothing can be asked of a router that cannot be fitted
-        raise PluginError(
-            f"Router '{router.__name__}' breaks its contract: expected a fitted router, got "
-            f"{type(error).__name__}: {one_line(str(error))}. See docs/writing_plugins.md."
-        ) from error
+        problem = f"expected a fitted router, got {type(error).__name__}: {one_line(str(error))}"
+        return (CheckResult("fits on a calibration bank", problem),)
     case = _Case(router, chosen, bank, held_out, fitted)
     checks = [*_ALWAYS, *(_CAUSAL if router.causal else (_refuses_to_step,))]
-    broken = run_checks(checks, case)
-    if broken:
-        raise PluginError(
-            f"Router '{router.__name__}' breaks its contract: {'; '.join(broken)}. "
-            "See docs/writing_plugins.md."
-        )
+    return examine(checks, case)
 
 
 @dataclass(frozen=True)
