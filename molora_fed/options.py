@@ -32,6 +32,7 @@ __all__ = [
     "name_choices",
     "open_callable",
     "open_choice",
+    "read_choice",
     "read_options",
 ]
 
@@ -82,7 +83,7 @@ class Choice(StrictModel):
 
     name: str
     label: str = Field(default="", pattern=r"^([a-z][a-z0-9]*(-[a-z0-9]+)*)?$", max_length=63)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
 
     @model_validator(mode="before")
     @classmethod
@@ -91,6 +92,8 @@ class Choice(StrictModel):
 
     @model_serializer(mode="wrap")
     def _write(self, write: SerializerFunctionWrapHandler) -> Any:
+        if not isinstance(self, Choice):  # in a copy that was made without being checked
+            return write(self)
         if self.is_plain:
             return self.name
         return {key: value for key, value in write(self).items() if value}
@@ -176,7 +179,8 @@ def read_options(
         MoloraError: Of the class given, if the options are wrong; all offending keys are named.
     """
     target = registry.resolve(name)
-    model = target.Options if isinstance(target, type) else PluginOptions
+    # A function has no options: none are known.
+    model = getattr(target, "Options", PluginOptions)
     what = f"Cannot use {registry.kind} '{name}'"
     return target, check_options(model, options, what=what, error=error, fix=fix)
 
@@ -209,8 +213,8 @@ def open_callable(
         return target(chosen)
 
 
-def open_choice(registry: Registry, choice: Choice, *, key: str) -> Any:
-    """What is called for a choice of a charter.
+def read_choice(registry: Registry, choice: Choice, *, key: str) -> tuple[Any, Any]:
+    """The target of a choice of a charter, and its options.
 
     Args:
         registry: Where its name is looked up.
@@ -219,8 +223,14 @@ def open_choice(registry: Registry, choice: Choice, *, key: str) -> Any:
 
     Raises:
         CharterError: If its options are wrong; all offending keys are named.
-        MoloraError: See `open_callable`.
+        MoloraError: See `read_options`.
     """
+    fix = _say_where(choice, key)
+    return read_options(registry, choice.name, choice.options, error=CharterError, fix=fix)
+
+
+def open_choice(registry: Registry, choice: Choice, *, key: str) -> Any:
+    """What is called for a choice of a charter; see `read_choice` and `open_callable`."""
     fix = _say_where(choice, key)
     return open_callable(registry, choice.name, choice.options, fix=fix)
 
@@ -249,13 +259,7 @@ def check_choices(chosen: Iterable[tuple[Registry, str, Iterable[Choice]]]) -> N
     problems: list[str] = []
     for registry, key, choice in listed:
         try:
-            read_options(
-                registry,
-                choice.name,
-                choice.options,
-                error=CharterError,
-                fix=_say_where(choice, key),
-            )
+            read_choice(registry, choice, key=key)
         except CharterError as error:
             problems.append(str(error))
         except PluginError:

@@ -111,7 +111,7 @@ class OperatorRules(StrictModel):
     """
 
     name: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
 
 
 class PopulationRules(StrictModel):
@@ -147,7 +147,7 @@ class PopulationRules(StrictModel):
     rank: int = Field(default=8, ge=1)
     filling: Literal["clone", "fresh"] = "clone"
     router: str = _UNNAMED_SLOT_ROUTER
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     scope: Choice = Choice(name=_UNNAMED_SCOPE)
     lifecycle: tuple[OperatorRules, ...] = tuple(
         OperatorRules(name=operator) for operator in _UNNAMED_OPERATORS
