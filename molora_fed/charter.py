@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from molora_fed.errors import CharterError
-from molora_fed.options import Choice, Choices, name_choices
+from molora_fed.storage.options import Choice, Choices, name_choices
 from molora_fed.rules import (
     MIN_MEMBERS,
     OperatorRules,

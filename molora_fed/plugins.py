@@ -54,7 +54,7 @@ _KIND_METHODS = ("prepare", "export", "load")
 def check_callable(target: Any) -> str | None:
     """Describe why a function, or a class with options that is called once made, cannot be used.
 
-    See `molora_fed.options.Configurable`; None if it can.
+    See `molora_fed.storage.options.Configurable`; None if it can.
     """
     if not inspect.isclass(target):
         return check_function(target)

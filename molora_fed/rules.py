@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from molora_fed.errors import ConfigError
-from molora_fed.options import Choice, name_choices
+from molora_fed.storage.options import Choice, name_choices
 from molora_fed.storage.settings import StrictModel
 
 __all__ = [

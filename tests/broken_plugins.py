@@ -35,7 +35,7 @@ from molora_fed.corpus.documents import open_domain
 from molora_fed.errors import PluginError
 from molora_fed.fusion.boundary import PROBED_BLOCKS
 from molora_fed.fusion.fuse import fuse
-from molora_fed.options import Choice
+from molora_fed.storage.options import Choice
 from molora_fed.plugins import Plugins, load_plugins
 from molora_fed.population.contract import (
     AdapterRouter,

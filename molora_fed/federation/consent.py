@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 from molora_fed.charter import Amendment, Charter
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.options import Choice
+from molora_fed.storage.options import Choice
 from molora_fed.storage.files import write_json
 from molora_fed.storage.settings import UntrustedModel
 

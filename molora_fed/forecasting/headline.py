@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molora_fed.options import Choice, list_settings
+from molora_fed.storage.options import Choice, list_settings
 from molora_fed.plugins import Plugins
 from molora_fed.types import Case, Forecast
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from molora_fed.errors import PopulationError
 from molora_fed.guard import guarded, refuse
-from molora_fed.options import Choice, open_choice
+from molora_fed.storage.options import Choice, open_choice
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.population.contract import (
     AdapterRouter,
@@ -83,8 +83,8 @@ def compute_fitness(scope: Choice, table: LossTable, plugins: Plugins) -> Fitnes
             faults.append(f"{name} of shape {found.shape}, not finite {shape}")
     if faults:
         raise PopulationError(
-            f"Cannot use fitness scope '{scope.key}': expected a finite fitness of {slots} slots and "
-            f"{domains} domains, got {'; '.join(faults)}. Correct the scope."
+            f"Cannot use fitness scope '{scope.key}': expected a finite fitness of {slots} slots "
+            f"and {domains} domains, got {'; '.join(faults)}. Correct the scope."
         )
     return replace(fitness, scope=scope.key)
 

@@ -12,7 +12,7 @@ from molora_fed.bank.views import GateReading
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
 from molora_fed.models.base import Base
-from molora_fed.options import Choice, check_choices
+from molora_fed.storage.options import Choice, check_choices
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation import adapt
 from molora_fed.population.adaptation_config import AdaptationConfig

@@ -8,7 +8,7 @@ from molora_fed.charter import load_charter
 from molora_fed.contributions.receive import build_receipt
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative.cooperative import open_cooperative
-from molora_fed.options import name_choices
+from molora_fed.storage.options import name_choices
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from molora_fed.charter import (
     write_charter,
 )
 from molora_fed.errors import CharterError
-from molora_fed.options import name_choices
+from molora_fed.storage.options import name_choices
 
 BASE = BaseIdentity(id="tiny", weights="a" * 64, tokenizer="b" * 64)
 CHARTER = Charter(identity=Identity(name="coop", base=BASE))

@@ -7,7 +7,7 @@ from molora_fed.cooperative.amend import amend_by_settings, apply_settings, list
 from molora_fed.cooperative.cooperative import create_cooperative, open_cooperative
 from molora_fed.errors import CharterError, LedgerError, UnknownNameError
 from molora_fed.models.base import load_base
-from molora_fed.options import name_choices
+from molora_fed.storage.options import name_choices
 
 
 @pytest.fixture

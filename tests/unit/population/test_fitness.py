@@ -13,7 +13,7 @@ from molora_fed.bank.states import build_states
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
 from molora_fed.models.base import load_base
-from molora_fed.options import Choice
+from molora_fed.storage.options import Choice
 from molora_fed.plugins import load_plugins
 from molora_fed.population import fitness as fitness_module
 from molora_fed.population.contract import Fitness, LossTable
