@@ -28,9 +28,9 @@ from molora_fed.cooperative.known_text import read_known_text
 from molora_fed.fusion.fuse import fuse, fuse_texts
 from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.private_texts import PrivateTexts
-from molora_fed.storage.options import name_choices
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_bytes, write_json
+from molora_fed.storage.options import name_choices
 
 ROUTERS = ("evidence", "evidence-mixed", "evidence-zero", "statistics", "linear")
 BARS = {"evidence": 0.001, "evidence-mixed": 0.001, "statistics": 0.0005, "linear": 0.02}

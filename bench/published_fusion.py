@@ -28,9 +28,9 @@ from molora_fed.cooperative.publish import measure_statistics
 from molora_fed.fusion.fuse import fuse_texts
 from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.private_texts import PrivateTexts
-from molora_fed.storage.options import name_choices
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_bytes, write_json
+from molora_fed.storage.options import name_choices
 
 PAIRS = ("evidence-mixed", "statistics", "evidence-zero")
 

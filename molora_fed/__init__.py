@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from molora_fed.inference.fused_lm import FusedForCausalLM as FusedForCausalLM
     from molora_fed.models.base import Base as Base
     from molora_fed.models.base import load_base as load_base
-    from molora_fed.storage.options import Configurable as Configurable
-    from molora_fed.storage.options import PluginOptions as PluginOptions
     from molora_fed.population.contract import AdapterRouter as AdapterRouter
     from molora_fed.population.contract import AdapterRouterOptions as AdapterRouterOptions
     from molora_fed.population.contract import Fitness as Fitness
@@ -47,6 +45,8 @@ if TYPE_CHECKING:
     from molora_fed.routing.contract import RouterOptions as RouterOptions
     from molora_fed.routing.contract import RouterState as RouterState
     from molora_fed.routing.fused import FusedModel as FusedModel
+    from molora_fed.storage.options import Configurable as Configurable
+    from molora_fed.storage.options import PluginOptions as PluginOptions
     from molora_fed.types import Case as Case
     from molora_fed.types import Document as Document
     from molora_fed.types import Finding as Finding

@@ -13,7 +13,6 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from molora_fed.errors import CharterError
-from molora_fed.storage.options import Choice, Choices, name_choices
 from molora_fed.rules import (
     MIN_MEMBERS,
     OperatorRules,
@@ -24,6 +23,7 @@ from molora_fed.rules import (
     choose_privacy,
 )
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
+from molora_fed.storage.options import Choice, Choices, name_choices
 from molora_fed.storage.settings import StrictModel, describe_offenders
 from molora_fed.storage.toml import parse_toml
 from molora_fed.types import Mixture

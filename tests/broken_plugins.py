@@ -35,7 +35,6 @@ from molora_fed.corpus.documents import open_domain
 from molora_fed.errors import PluginError
 from molora_fed.fusion.boundary import PROBED_BLOCKS
 from molora_fed.fusion.fuse import fuse
-from molora_fed.storage.options import Choice
 from molora_fed.plugins import Plugins, load_plugins
 from molora_fed.population.contract import (
     AdapterRouter,
@@ -47,6 +46,7 @@ from molora_fed.population.lifecycle import compute_fitness, open_operators, run
 from molora_fed.population.router_files import open_router
 from molora_fed.population.setup import build_start
 from molora_fed.routing.contract import OutputRouter
+from molora_fed.storage.options import Choice
 from molora_fed.types import Document, Finding, Forecast
 
 ORIGIN = "broken (molora-broken 0.1.0)"

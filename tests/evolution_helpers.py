@@ -11,7 +11,6 @@ from adaptation_helpers import build_counting_blocks, build_population, build_ro
 from molora_fed import hookimpl
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.models.base import load_base
-from molora_fed.storage.options import Choice
 from molora_fed.plugins import load_plugins
 from molora_fed.population.adaptation_config import AdaptationConfig
 from molora_fed.population.contract import Birth, LifecycleOperator
@@ -20,6 +19,7 @@ from molora_fed.population.generations import evolve
 from molora_fed.population.lifecycle import open_operators
 from molora_fed.population.pooled import PooledData
 from molora_fed.population.split import carve_blocks
+from molora_fed.storage.options import Choice
 
 ADAPTATION = AdaptationConfig(
     steps=4, batch=4, seed=0, threads=1, learning_rate=1e-2, checkpoint_every=2

@@ -39,8 +39,8 @@ from molora_fed.errors import (
 from molora_fed.guard import guarded, refuse
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.hidden_statistics import compute_statistics_bytes, load_statistics
-from molora_fed.storage.options import Choice, open_choice
 from molora_fed.plugins import Entry, Plugins
+from molora_fed.storage.options import Choice, open_choice
 from molora_fed.types import Finding, Progress, Split
 
 if TYPE_CHECKING:

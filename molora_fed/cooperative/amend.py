@@ -15,8 +15,8 @@ from molora_fed.cooperative.cooperative import (
     check_charter_names,
 )
 from molora_fed.errors import CharterError, describe_mismatch
-from molora_fed.storage.options import Choice
 from molora_fed.plugins import Plugins, get_plugins
+from molora_fed.storage.options import Choice
 from molora_fed.storage.settings import describe_offenders
 from molora_fed.storage.values import parse_names
 

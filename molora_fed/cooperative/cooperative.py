@@ -26,11 +26,11 @@ from molora_fed.contributions.ledger import Ledger, LedgerReader, create_ledger
 from molora_fed.contributions.reading import sign_amendment
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import CharterError, describe_mismatch
-from molora_fed.storage.options import check_choices
 from molora_fed.plugins import Plugins, Registry, get_plugins
 from molora_fed.storage.compute import Compute, read_compute
 from molora_fed.storage.files import make_home
 from molora_fed.storage.keys import build_public_pem, load_key, load_or_make_key
+from molora_fed.storage.options import check_choices
 from molora_fed.types import Progress
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pydantic import Field, ValidationError
 from molora_fed.charter import Amendment, Charter
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.storage.options import Choice
 from molora_fed.storage.files import write_json
+from molora_fed.storage.options import Choice
 from molora_fed.storage.settings import UntrustedModel
 
 __all__ = ["give_consent", "has_consent"]

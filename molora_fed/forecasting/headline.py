@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molora_fed.storage.options import Choice, list_settings
 from molora_fed.plugins import Plugins
+from molora_fed.storage.options import Choice, list_settings
 from molora_fed.types import Case, Forecast
 
 __all__ = ["Headline", "choose_headline"]

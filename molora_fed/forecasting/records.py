@@ -13,8 +13,8 @@ from typing import Any
 from molora_fed.errors import CharterError, ConfigError, PluginError
 from molora_fed.forecasting.matrices import leave_out_group
 from molora_fed.guard import guarded, refuse
-from molora_fed.storage.options import Choice, list_settings, open_choice
 from molora_fed.plugins import Plugins, Registry
+from molora_fed.storage.options import Choice, list_settings, open_choice
 from molora_fed.types import Case, Forecast, LossMatrix, Outcome, Reference
 
 __all__ = [

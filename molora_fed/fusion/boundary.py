@@ -19,11 +19,11 @@ from molora_fed.forecasting.records import FAILED
 from molora_fed.fusion.collapse import GuardedRouter
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.guard import guarded, refuse
-from molora_fed.storage.options import Choice, open_choice
 from molora_fed.plugins import Entry
 from molora_fed.routing.contract import OutputRouter
 from molora_fed.routing.probes import find_leak, find_step_fault
 from molora_fed.routing.top_k import TopKRouter
+from molora_fed.storage.options import Choice, open_choice
 from molora_fed.types import Progress
 
 __all__ = [

@@ -18,11 +18,11 @@ from molora_fed.forecasting.records import FAILED
 from molora_fed.guard import guarded, refuse
 from molora_fed.models.base import Base, check_base
 from molora_fed.models.batches import fit_batch
-from molora_fed.storage.options import check_choices, read_choice
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.published import check_published
 from molora_fed.routing.top_k import limit_experts
+from molora_fed.storage.options import check_choices, read_choice
 from molora_fed.types import BASE_EXPERT, Reading
 
 __all__ = [

@@ -16,9 +16,9 @@ from molora_fed.charter import Charter
 from molora_fed.forecasting.headline import Headline
 from molora_fed.forecasting.records import ForecastRecord
 from molora_fed.fusion.plan import FusionPlan
-from molora_fed.storage.options import list_settings
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import TopKRouter
+from molora_fed.storage.options import list_settings
 
 __all__ = ["FusionOutcome", "build_result"]
 

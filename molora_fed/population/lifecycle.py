@@ -15,7 +15,6 @@ import numpy as np
 
 from molora_fed.errors import PopulationError
 from molora_fed.guard import guarded, refuse
-from molora_fed.storage.options import Choice, open_choice
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.population.contract import (
     AdapterRouter,
@@ -26,6 +25,7 @@ from molora_fed.population.contract import (
     Population,
 )
 from molora_fed.population.slots import check_slots
+from molora_fed.storage.options import Choice, open_choice
 from molora_fed.storage.seeds import derive_seed
 from molora_fed.storage.settings import open_options
 

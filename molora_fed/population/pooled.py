@@ -12,7 +12,6 @@ from molora_fed.bank.views import GateReading
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
 from molora_fed.models.base import Base
-from molora_fed.storage.options import Choice, check_choices
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation import adapt
 from molora_fed.population.adaptation_config import AdaptationConfig
@@ -24,6 +23,7 @@ from molora_fed.population.lifecycle import compute_fitness
 from molora_fed.population.losses import compute_mean_gates, measure_population, sum_clusters
 from molora_fed.population.split import Carved, Part
 from molora_fed.storage.files import hash_bytes
+from molora_fed.storage.options import Choice, check_choices
 from molora_fed.types import Progress
 
 __all__ = ["PooledData", "select_clusters"]

@@ -21,7 +21,6 @@ from molora_fed.evaluation.composition import name_fused, name_specialist
 from molora_fed.evaluation.moments import Moments, add_by_domain, build_stand_ins
 from molora_fed.evaluation.summed import name_difference
 from molora_fed.evaluation.summed_report import compose_summed
-from molora_fed.storage.options import Choice, check_choices
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation import Factor
 from molora_fed.population.adaptation_config import AdaptationConfig
@@ -34,6 +33,7 @@ from molora_fed.population.questions import Answer, Ask, Question
 from molora_fed.population.rounds import PlannedRound, split_rounds
 from molora_fed.population.router_files import load_router, save_router
 from molora_fed.storage.files import write_json
+from molora_fed.storage.options import Choice, check_choices
 from molora_fed.types import Progress
 
 __all__ = [

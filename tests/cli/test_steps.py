@@ -9,8 +9,8 @@ import pytest
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.cooperative import open_cooperative
-from molora_fed.storage.options import name_choices
 from molora_fed.storage.files import hash_file
+from molora_fed.storage.options import name_choices
 
 
 @pytest.fixture(scope="module")

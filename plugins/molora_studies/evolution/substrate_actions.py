@@ -16,7 +16,6 @@ from molora_fed.corpus.blocks import Blocks
 from molora_fed.corpus.prepare import Corpus
 from molora_fed.models.base import Base, load_base
 from molora_fed.models.base_files import copy_checkpoint, quiet_transformers
-from molora_fed.storage.options import Choice
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.adaptation_config import AdaptationConfig
 from molora_fed.population.contract import Population
@@ -29,6 +28,7 @@ from molora_fed.population.router_files import open_router
 from molora_fed.population.slots import make_population
 from molora_fed.population.split import Carved, Shares, carve_blocks
 from molora_fed.storage.files import replace_folder, storage_errors
+from molora_fed.storage.options import Choice
 from molora_fed.types import Split
 from molora_studies.evolution.substrate import EvolutionSettings
 from molora_studies.framework.actions import open_base, open_corpus

@@ -13,7 +13,6 @@ from molora_fed.bank.states import build_states
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
 from molora_fed.models.base import load_base
-from molora_fed.storage.options import Choice
 from molora_fed.plugins import load_plugins
 from molora_fed.population import fitness as fitness_module
 from molora_fed.population.contract import Fitness, LossTable
@@ -22,6 +21,7 @@ from molora_fed.population.fitness import check_losses, compute_effects, measure
 from molora_fed.population.lifecycle import compute_fitness
 from molora_fed.population.mixture import Mixture
 from molora_fed.population.slots import make_population
+from molora_fed.storage.options import Choice
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import Split
 
