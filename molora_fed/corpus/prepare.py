@@ -291,9 +291,9 @@ def prepare_corpus(
     characters = sum(len(document.text) for document in everything)
     key = _compute_key(domain, everything, tokenizer, rules, shard)
     found = _find_prepared(folder, key)
-    said = {"files": inventory.to_json() if inventory else None, "options": dict(options or {})}
+    files, options = inventory.to_json() if inventory else None, dict(options or {})
     if found is not None:
-        return replace(found, report=replace(found.report, **said))
+        return replace(found, report=replace(found.report, files=files, options=options))
     try:
         whole = split_documents(everything, seed=rules.split_seed, progress=progress)
     except CorpusError as error:
@@ -304,7 +304,7 @@ def prepare_corpus(
     part = _take_shard(whole, shard)
     blocks = _pack(domain, part, tokenizer, rules.block_size)
     report = _build_report(domain, whole, part, blocks, shard, rules.block_size)
-    report = replace(report, **said)
+    report = replace(report, files=files, options=options)
     _check_blocks(report)
     if folder is not None:
         with replace_folder(folder) as temporary:
