@@ -54,6 +54,7 @@ __all__ = [
     "Refusal",
     "Stage",
     "admit",
+    "find_stage",
     "needs",
 ]
 
@@ -113,7 +114,7 @@ def needs(stage: Stage) -> Callable[[_Check], _Check]:
 def find_stage(check: Callable[..., Any]) -> Stage:
     """What a check needs."""
     call: object = getattr(check, "__call__", None)  # noqa: B004 (of an instance, its method)
-    found: Stage = getattr(check, "stage", getattr(call, "stage", Stage.MODEL))
+    found: Stage = getattr(call, "stage", getattr(check, "stage", Stage.MODEL))
     return found
 
 

@@ -80,6 +80,30 @@ def test_the_headlines_predictors_are_left_out_where_usual(tmp_path):
     assert load_charter(tmp_path) == charter
 
 
+def test_a_plain_choice_is_written_as_its_name(tmp_path):
+    """So that amendments that were signed before there were tables have the bytes they had."""
+    before = Amendment().model_dump(mode="json")
+    assert before["fusion"]["compare"] == ["evidence", "evidence-zero", "linear"]
+    assert (before["fusion"]["merges"], before["admission"]["checks"]) == (["average"], [])
+    assert before["population"]["scope"] == "per-domain"
+    assert "predictors" not in before["fusion"]
+    tables = [{"name": "linear", "label": "slow", "options": {"rate": 0.5, "sizes": [1, 2]}}]
+    fusion = FusionRules(compare=("linear", *tables), predictors=tables)
+    charter = CHARTER.model_copy(update={"amendment": Amendment(fusion=fusion)})
+    write_charter(charter, tmp_path / "cooperative.toml")
+    assert load_charter(tmp_path) == charter
+    again = read_amendment(charter.amendment.model_dump(mode="json"))
+    assert again == charter.amendment
+    assert again.model_dump(mode="json")["fusion"]["compare"] == ["linear", *tables]
+    assert list(again.fusion.routers) == [again.fusion.router, "linear", "slow", "evidence-zero"]
+
+
+def test_the_same_plain_name_twice_is_one_choice():
+    fusion = FusionRules(router="linear", options={"rate": 1}, compare=("linear", "a", "a"))
+    assert list(fusion.routers) == ["linear", "a", "evidence-zero"]
+    assert fusion.routers["linear"].options == {"rate": 1}
+
+
 def test_any_change_of_the_identity_changes_its_hash():
     other = Identity(name="coop", base=BASE.model_copy(update={"weights": "c" * 64}))
     assert Charter(identity=other).identity_hash != CHARTER.identity_hash

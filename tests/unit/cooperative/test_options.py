@@ -1,25 +1,46 @@
 """One charter with labels and options of every kind: what is admitted, fused and evolved."""
 
 import io
+import json
+import random
 from dataclasses import replace
+from pathlib import Path
 
+import jsonschema
 import pytest
-from growing_helpers import contribute, found
+from fusion_helpers import build_charter, build_cooperative
+from growing_helpers import SAMPLES, contribute, found
 from rich.console import Console
 
 from molora_fed import Configurable, Finding, Fitness, Forecast, PluginOptions, hookimpl
+from molora_fed.charter import Amendment, CorpusRules, PrivacyRules, TrainingRules
 from molora_fed.cooperative.amend import amend_by_settings
-from molora_fed.cooperative.cooperative import open_cooperative
+from molora_fed.cooperative.contribute import (
+    make_contribution,
+    open_charter_and_base,
+    prepare_domain,
+)
+from molora_fed.cooperative.cooperative import create_cooperative, open_cooperative
 from molora_fed.cooperative.evolve import evolve_cooperative
 from molora_fed.cooperative.fuse import fuse_contributions
+from molora_fed.cooperative.outgoing import describe_outgoing
+from molora_fed.cooperative.publish import measure_statistics
 from molora_fed.corpus.documents import open_domain
-from molora_fed.errors import CharterError, ConfigError
+from molora_fed.corpus.prepare import load_report
+from molora_fed.errors import CharterError, ConfigError, TrainingError
+from molora_fed.fusion.fuse import fuse, fuse_texts
+from molora_fed.fusion.local_members import LocalMembers, drop_text
+from molora_fed.fusion.plan import check_published_router
+from molora_fed.fusion.private_texts import PrivateTexts
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.population.fitness import compute_effects
 from molora_fed.population.lineage import read_lineage
 from molora_fed.reporting.summary import build_summary
+from molora_fed.storage.keys import load_or_make_key
 from molora_fed.types import Document
+
+SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "report.schema.json").read_text())
 
 
 class ScaleOptions(PluginOptions):
@@ -76,7 +97,10 @@ class CountOptions(PluginOptions):
 
 class Counting(Configurable[CountOptions]):
     def __call__(self):
-        return [Document(f"{n}.txt", f"text {n}") for n in range(self.options.count)]
+        draw = random.Random(0)
+        for number in range(self.options.count):
+            words = (draw.choice("abcd") * 2 + str(draw.randrange(10)) for _ in range(12))
+            yield Document(f"{number}.txt", " ".join(words))
 
 
 class Mine:
@@ -270,3 +294,93 @@ def test_a_domain_reads_with_its_options(plugins):
         open_domain("counting", plugins, {"cound": 3})
     with pytest.raises(ConfigError, match=r"among the keys none, got field"):
         open_domain("python", plugins, {"field": "x"})
+
+
+def fuse_privately(base, charter, contributions, folder, plugins):
+    experts = [drop_text(one) for one in contributions]
+    members = LocalMembers.open(base, charter, contributions, experts, folder, plugins=plugins)
+    texts = PrivateTexts(experts, members)
+    return fuse_texts(base, charter, texts, folder / "coordinator", plugins=plugins).result
+
+
+def test_members_at_home_measure_by_labels(tiny_checkpoint, plugins, tmp_path):
+    """Routers fitted by sums and merges have the labels of the charter, as on pooled text."""
+    base, contributions = build_cooperative(tiny_checkpoint(), tmp_path / "adapters")
+    pooled = build_charter(
+        base,
+        router="evidence",
+        compare=(
+            {"name": "evidence", "label": "evidence-plain", "options": {"decays": [1.0]}},
+            {"name": "evidence-zero", "label": "nothing-fitted"},
+        ),
+        merges=({"name": "scaled", "label": "scaled-half", "options": {"scale": 0.5}},),
+        predictors=({"name": "constant", "options": {"gain": 2.0}},),
+    )
+    private = pooled.identity.model_copy(update={"privacy_mode": "private"})
+    charter = pooled.model_copy(update={"identity": private})
+    mine = fuse_privately(base, charter, contributions, tmp_path / "private", plugins)
+    theirs = fuse(base, pooled, contributions, tmp_path / "pooled", plugins=plugins).result
+    jsonschema.validate(mine, SCHEMA)
+    losses = mine["losses"]["fused"]
+    assert losses.keys() == {"evidence", "evidence-plain", "evidence-zero", "nothing-fitted"}
+    assert losses["nothing-fitted"] == pytest.approx(losses["evidence-zero"], abs=1e-9)
+    for router, found_losses in theirs["losses"]["fused"].items():
+        assert losses[router] == pytest.approx(found_losses, abs=1e-3), router
+    assert mine["losses"]["scaled-half"] == pytest.approx(theirs["losses"]["scaled-half"], abs=1e-5)
+    assert mine["forecasts"]["constant"]["point"] == 2.0
+    assert mine["settings"] == theirs["settings"]
+    told = describe_outgoing(charter, plugins, width=32).told
+    assert (
+        "Router 'evidence-plain', which is 'evidence', has the charter's options "
+        '{"decays":[1.0]}.' in told
+    )
+
+
+def test_routers_of_published_statistics_have_labels(tiny_checkpoint, plugins, tmp_path):
+    base, contributions = build_cooperative(tiny_checkpoint(), tmp_path / "adapters")
+    pooled = build_charter(
+        base, router="statistics", compare=({"name": "evidence-zero", "label": "nothing-fitted"},)
+    )
+    published = pooled.identity.model_copy(update={"privacy_mode": "statistics"})
+    charter = pooled.model_copy(update={"identity": published})
+    check_published_router(charter, plugins)
+    described = []
+    for one in contributions:
+        path = tmp_path / f"{one.contributor}.safetensors"
+        measure_statistics(base, charter, one.calibration, tmp_path / "states").save(path)
+        described.append(replace(one, statistics=path))
+    result = fuse_privately(base, charter, described, tmp_path / "private", plugins)
+    losses = result["losses"]["fused"]
+    assert losses.keys() == {"statistics", "nothing-fitted", "evidence-zero"}
+    assert losses["nothing-fitted"] == pytest.approx(losses["evidence-zero"], abs=1e-9)
+
+
+def test_a_training_records_the_options_of_its_domain_and_sends_none(base, plugins, tmp_path):
+    training = TrainingRules(kind="lora", rank=2, steps=2, batch=2, validate_every=1)
+    amendment = Amendment(training=training, samples=SAMPLES)
+    cooperative = create_cooperative(
+        tmp_path / "coop",
+        "trained",
+        base,
+        corpus=CorpusRules(block_size=16),
+        amendment=amendment,
+        privacy=PrivacyRules(mode="pooled"),
+    )
+    under = open_charter_and_base(cooperative.folder)
+    out = tmp_path / "out"
+
+    def train(**options):
+        corpus = prepare_domain(under, "counting", (), out, options=options, plugins=plugins)
+        key = load_or_make_key(tmp_path / "key.pem")
+        return corpus, make_contribution(under, corpus, out, key=key, plugins=plugins)
+
+    corpus, made = train(count=240)
+    assert load_report(out / "corpus").options == corpus.report.options == {"count": 240}
+    assert made.adapter.record["domain_options"] == {"count": 240}
+    assert json.loads((out / "record.json").read_text())["domain_options"] == {"count": 240}
+    assert "domain_options" not in made.contribution.manifest.training
+    assert train(count=240)[1].contribution.id == made.contribution.id
+    with pytest.raises(TrainingError, match="differs in .*domain_options"):
+        train(count=241)
+    with pytest.raises(ConfigError, match="Leave out --data"):
+        prepare_domain(under, "counting", (out,), out, options={"count": 2}, plugins=plugins)
