@@ -380,7 +380,7 @@ def test_a_training_records_the_options_of_its_domain_and_sends_none(base, plugi
     assert json.loads((out / "record.json").read_text())["domain_options"] == {"count": 240}
     assert "domain_options" not in made.contribution.manifest.training
     assert train(count=240)[1].contribution.id == made.contribution.id
-    with pytest.raises(TrainingError, match="differs in .*domain_options"):
+    with pytest.raises(TrainingError, match=r"differs in .*domain_options"):
         train(count=241)
     with pytest.raises(ConfigError, match="Leave out --data"):
         prepare_domain(under, "counting", (out,), out, options={"count": 2}, plugins=plugins)
