@@ -47,7 +47,7 @@ from molora_fed.population.lifecycle import compute_fitness, open_operators, run
 from molora_fed.population.router_files import open_router
 from molora_fed.population.setup import build_start
 from molora_fed.routing.contract import OutputRouter
-from molora_fed.storage.options import Choice, name_choices
+from molora_fed.storage.options import name_choices
 from molora_fed.types import Document, Finding, Forecast
 
 ORIGIN = "broken (molora-broken 0.1.0)"
@@ -675,7 +675,7 @@ def _measure(workshop: Workshop, case: "Broken") -> None:
     ones = torch.ones(4).double().numpy()
     domain_of = torch.tensor([0, 0, 1, 1]).numpy()
     table = LossTable(("a", "b"), domain_of, ones, ones, ones, ones[None].repeat(2, 0), 3)
-    compute_fitness(Choice(name=case.name), table, load("fitness_scopes", case.name, case.target))
+    compute_fitness(case.name, table, load("fitness_scopes", case.name, case.target))
 
 
 _TASK = CascadeTask("1", "echo", "say 1:", "normalised-text", "1")

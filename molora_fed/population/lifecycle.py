@@ -25,7 +25,7 @@ from molora_fed.population.contract import (
     Population,
 )
 from molora_fed.population.slots import check_slots
-from molora_fed.storage.options import Choice, open_choice
+from molora_fed.storage.options import open_callable
 from molora_fed.storage.seeds import derive_seed
 from molora_fed.storage.settings import open_options
 
@@ -47,13 +47,22 @@ class Step:
     entry: Entry | None = None
 
 
-def compute_fitness(scope: Choice, table: LossTable, plugins: Plugins) -> Fitness:
+def compute_fitness(
+    scope: str,
+    table: LossTable,
+    plugins: Plugins,
+    options: Mapping[str, Any] | None = None,
+    *,
+    label: str = "",
+) -> Fitness:
     """Fitness of every slot by a registered scope.
 
     Args:
-        scope: The scope; the fitness is called by its label, if it has one.
+        scope: Registered name.
         table: Losses per cluster.
-        plugins: Where its name is looked up.
+        plugins: Where the name is looked up.
+        options: Its options; None or empty takes all defaults.
+        label: What the fitness calls its scope; its name if empty.
 
     Raises:
         UnknownNameError: If no plugin registers it.
@@ -62,13 +71,15 @@ def compute_fitness(scope: Choice, table: LossTable, plugins: Plugins) -> Fitnes
             should, or numbers that are not finite.
         PluginError: If the scope fails, or returns no fitness of its name.
     """
-    name, entry = scope.name, plugins.fitness_scopes.entry(scope.name)
-    measure = open_choice(plugins.fitness_scopes, scope, key="population.scope")
+    entry = plugins.fitness_scopes.entry(scope)
+    measure = open_callable(
+        plugins.fitness_scopes, scope, options, fix="Correct amendment.population.scope."
+    )
     with guarded(entry, "fitness"):
         fitness = measure(copy.deepcopy(table))
-    if not isinstance(fitness, Fitness) or fitness.scope != name:
+    if not isinstance(fitness, Fitness) or fitness.scope != scope:
         got = fitness.scope if isinstance(fitness, Fitness) else type(fitness).__name__
-        raise refuse(entry, "fitness", expected=f"a Fitness of scope '{name}'", got=repr(got))
+        raise refuse(entry, "fitness", expected=f"a Fitness of scope '{scope}'", got=repr(got))
     slots, domains = len(table.without), len(table.domains)
     wanted = {
         "values": (slots,),
@@ -83,10 +94,10 @@ def compute_fitness(scope: Choice, table: LossTable, plugins: Plugins) -> Fitnes
             faults.append(f"{name} of shape {found.shape}, not finite {shape}")
     if faults:
         raise PopulationError(
-            f"Cannot use fitness scope '{scope.key}': expected a finite fitness of {slots} slots "
+            f"Cannot use fitness scope '{scope}': expected a finite fitness of {slots} slots "
             f"and {domains} domains, got {'; '.join(faults)}. Correct the scope."
         )
-    return replace(fitness, scope=scope.key)
+    return replace(fitness, scope=label or scope)
 
 
 def open_operators(

@@ -115,7 +115,8 @@ class PooledData:
             progress=progress,
         )
         table = select_clusters(table, self._carved.fitness.counts())
-        return compute_fitness(self._scope, table, self._plugins)
+        scope = self._scope
+        return compute_fitness(scope.name, table, self._plugins, scope.options, label=scope.label)
 
     def compare(
         self,

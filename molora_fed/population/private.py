@@ -245,7 +245,8 @@ class PrivateData:
             without=np.stack([full + stand_ins.columns[name] for name in slots]),
             passes=1 + len(slots),
         )
-        return compute_fitness(self._scope, table, self._plugins)
+        scope = self._scope
+        return compute_fitness(scope.name, table, self._plugins, scope.options, label=scope.label)
 
     def compare(
         self,

@@ -11,6 +11,7 @@ from pydantic import (
     AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -19,6 +20,7 @@ from typing_extensions import TypeVar
 from molora_fed.errors import CharterError, MoloraError, PluginError
 from molora_fed.guard import guarded
 from molora_fed.plugins import Registry
+from molora_fed.storage.files import canonical_json
 from molora_fed.storage.settings import StrictModel, check_options
 
 __all__ = [
@@ -84,6 +86,15 @@ class Choice(StrictModel):
     name: str
     label: str = Field(default="", pattern=r"^([a-z][a-z0-9]*(-[a-z0-9]+)*)?$", max_length=63)
     options: dict[str, Any] = Field(default={})
+
+    @field_validator("options")
+    @classmethod
+    def _can_be_signed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        try:
+            canonical_json(options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected values that JSON has, got {error}") from error
+        return options
 
     @model_validator(mode="before")
     @classmethod

@@ -98,6 +98,13 @@ def test_a_plain_choice_is_written_as_its_name(tmp_path):
     assert list(again.fusion.routers) == [again.fusion.router, "linear", "slow", "evidence-zero"]
 
 
+@pytest.mark.parametrize("value", ["inf", "2026-01-01", "[nan]"])
+def test_options_are_what_can_be_signed(value):
+    text = f'[amendment.fusion]\nmerges = [{{name = "a", options = {{x = {value}}}}}]\n'
+    with pytest.raises(CharterError, match=r"merges\.0\.options: .*values that JSON has"):
+        parse_charter(text)
+
+
 def test_the_same_plain_name_twice_is_one_choice():
     fusion = FusionRules(router="linear", options={"rate": 1}, compare=("linear", "a", "a"))
     assert list(fusion.routers) == ["linear", "a", "evidence-zero"]

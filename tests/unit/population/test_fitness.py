@@ -21,7 +21,6 @@ from molora_fed.population.fitness import check_losses, compute_effects, measure
 from molora_fed.population.lifecycle import compute_fitness
 from molora_fed.population.mixture import Mixture
 from molora_fed.population.slots import make_population
-from molora_fed.storage.options import Choice
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import Split
 
@@ -255,7 +254,7 @@ def test_one_domain_has_no_fitness_per_domain():
 @pytest.mark.parametrize("name", load_plugins().fitness_scopes.names())
 def test_registered_scopes_give_a_fitness(name):
     table = build_table([[0.1, 0.2], [0.0, 0.1], [0.3, 0.3]], noise=0.1)
-    fitness = compute_fitness(Choice(name=name), table, load_plugins())
+    fitness = compute_fitness(name, table, load_plugins())
     assert isinstance(fitness, Fitness) and fitness.scope == name
     assert fitness.by_domain.shape == (3, 2) and (fitness.errors >= 0).all()
 
@@ -272,7 +271,7 @@ def test_a_scope_that_breaks_the_contract_is_named():
     plugin = type("Plugin", (), hooks)
     plugins = load_plugins(extra=[("broken 1", plugin)])
     with pytest.raises(PopulationError) as caught:
-        compute_fitness(Choice(name="broken"), build_table([[0.1, 0.2]]), plugins)
+        compute_fitness("broken", build_table([[0.1, 0.2]]), plugins)
     assert "scope 'broken'" in str(caught.value)
     assert "values of shape (2,)" in str(caught.value) and "by_domain" in str(caught.value)
     assert "errors" not in str(caught.value)
