@@ -39,7 +39,10 @@ def register_routers(register: Register) -> None:
 
 @hookspec
 def register_gain_predictors(register: Register) -> None:
-    """Register gain predictors: `(Case, Sequence[Outcome]) -> Forecast | None`, see `register_domains`."""
+    """Register gain predictors: `(Case, Sequence[Outcome]) -> Forecast | None`.
+
+    A function or a class with options, see `register_domains`.
+    """
 
 
 @hookspec

@@ -1,8 +1,11 @@
 """The charter's identity is fixed by its content, and bad charters are refused in one line."""
 
+from datetime import date
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from molora_fed.charter import (
     Amendment,
@@ -98,11 +101,10 @@ def test_a_plain_choice_is_written_as_its_name(tmp_path):
     assert list(again.fusion.routers) == [again.fusion.router, "linear", "slow", "evidence-zero"]
 
 
-@pytest.mark.parametrize("value", ["inf", "2026-01-01", "[nan]"])
+@pytest.mark.parametrize("value", [float("inf"), date(2026, 1, 1), [float("nan")]])
 def test_options_are_what_can_be_signed(value):
-    text = f'[amendment.fusion]\nmerges = [{{name = "a", options = {{x = {value}}}}}]\n'
-    with pytest.raises(CharterError, match=r"merges\.0\.options: .*values that JSON has"):
-        parse_charter(text)
+    with pytest.raises(ValidationError, match="values that JSON has"):
+        FusionRules(merges=[{"name": "a", "options": {"x": value}}])
 
 
 def test_the_same_plain_name_twice_is_one_choice():
