@@ -24,6 +24,7 @@ from own_text import LANGUAGES, read_pages
 from molora_fed.charter import CorpusRules, SampleRules
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.corpus.clusters import index_shingles
+from molora_fed.corpus.documents import open_domain
 from molora_fed.corpus.overlap import (
     MAX_BLOCK_OVERLAP,
     KnownText,
@@ -127,7 +128,7 @@ class Texts:
 def read_domain(domain: str) -> list[Document]:
     if domain in LANGUAGES:
         return read_pages(domain)
-    return list(get_plugins().domains.resolve(domain)())
+    return list(open_domain(domain, get_plugins())())
 
 
 def main() -> None:

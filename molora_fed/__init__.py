@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from molora_fed.routing.contract import RouterOptions as RouterOptions
     from molora_fed.routing.contract import RouterState as RouterState
     from molora_fed.routing.fused import FusedModel as FusedModel
+    from molora_fed.storage.options import Configurable as Configurable
+    from molora_fed.storage.options import PluginOptions as PluginOptions
     from molora_fed.types import Case as Case
     from molora_fed.types import Document as Document
     from molora_fed.types import Finding as Finding
@@ -70,6 +72,7 @@ _NAMES = {
     "hookspecs": ("Register",),
     "inference.fused_lm": ("FusedForCausalLM",),
     "models.base": ("Base", "load_base"),
+    "storage.options": ("Configurable", "PluginOptions"),
     "population.contract": (
         "AdapterRouter", "AdapterRouterOptions", "Fitness", "LifecycleOperator", "LifecycleState",
         "LossTable", "OperatorOptions", "Population",

@@ -39,17 +39,24 @@ def register_routers(register: Register) -> None:
 
 @hookspec
 def register_gain_predictors(register: Register) -> None:
-    """Register gain predictors: callables `(Case, Sequence[Outcome]) -> Forecast | None`."""
+    """Register gain predictors: `(Case, Sequence[Outcome]) -> Forecast | None`.
+
+    A function or a class with options, see `register_domains`.
+    """
 
 
 @hookspec
 def register_admission_checks(register: Register) -> None:
-    """Register admission checks: callables `(Candidate) -> Finding | None`."""
+    """Register admission checks: `(Candidate) -> Finding | None`, see `register_domains`."""
 
 
 @hookspec
 def register_domains(register: Register) -> None:
-    """Register domains: callables `() -> Iterable[Document]` that read local text."""
+    """Register domains: `() -> Iterable[Document]`, which read local text.
+
+    A target of this hook and of others whose targets are called is a function, or a class with
+    options whose instances are called so: a subclass of `molora_fed.Configurable`.
+    """
 
 
 @hookspec
@@ -59,7 +66,7 @@ def register_adapter_kinds(register: Register) -> None:
 
 @hookspec
 def register_merges(register: Register) -> None:
-    """Register merges: callables `(Sequence[Adapter], *, name, seed) -> Adapter`."""
+    """Register merges: `(Sequence[Adapter], *, name, seed) -> Adapter`, see `register_domains`."""
 
 
 @hookspec
@@ -74,7 +81,7 @@ def register_adapter_routers(register: Register) -> None:
 
 @hookspec
 def register_fitness_scopes(register: Register) -> None:
-    """Register fitness scopes: callables `(LossTable) -> Fitness`."""
+    """Register fitness scopes: `(LossTable) -> Fitness`, see `register_domains`."""
 
 
 @hookspec

@@ -27,6 +27,7 @@ from molora_fed.cascade.contract import (
     open_extractor,
     open_judge,
 )
+from molora_fed.charter import FusionRules
 from molora_fed.contributions.admission import AdmissionCandidate, admit
 from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.receive import load_admitted
@@ -46,6 +47,7 @@ from molora_fed.population.lifecycle import compute_fitness, open_operators, run
 from molora_fed.population.router_files import open_router
 from molora_fed.population.setup import build_start
 from molora_fed.routing.contract import OutputRouter
+from molora_fed.storage.options import name_choices
 from molora_fed.types import Document, Finding, Forecast
 
 ORIGIN = "broken (molora-broken 0.1.0)"
@@ -554,7 +556,7 @@ class Workshop:
     def fuse(self, plugins: Plugins | None = None, **rules: Any) -> dict[str, Any]:
         """Content of result.json."""
         charter = self.cooperative.charter
-        fusion = charter.amendment.fusion.model_copy(update=rules)
+        fusion = FusionRules.model_validate({**charter.amendment.fusion.model_dump(), **rules})
         amended = charter.amendment.model_copy(update={"fusion": fusion})
         return fuse(
             self.base,
@@ -628,7 +630,8 @@ def _resolve(suffix: str, workshop: Workshop, case: "Broken") -> None:
 def _admit(workshop: Workshop, case: "Broken") -> str | None:
     """A contribution is quarantined for it, and the reason says why."""
     charter = workshop.cooperative.charter
-    rules = charter.amendment.admission.model_copy(update={"checks": (case.name,)})
+    checks = name_choices(case.name)
+    rules = charter.amendment.admission.model_copy(update={"checks": checks})
     amended = charter.amendment.model_copy(update={"admission": rules})
     decision = admit(
         AdmissionCandidate(

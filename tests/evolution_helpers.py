@@ -19,6 +19,7 @@ from molora_fed.population.generations import evolve
 from molora_fed.population.lifecycle import open_operators
 from molora_fed.population.pooled import PooledData
 from molora_fed.population.split import carve_blocks
+from molora_fed.storage.options import Choice
 
 ADAPTATION = AdaptationConfig(
     steps=4, batch=4, seed=0, threads=1, learning_rate=1e-2, checkpoint_every=2
@@ -95,7 +96,7 @@ def build_data(base, folder, *, count=40, draws=2, plugins=PLUGINS, scope="per-d
     blocks = [build_counting_blocks(domain, count=count) for domain in ("down", "up")]
     carved = carve_blocks(blocks, draws=draws, seed=0)
     return PooledData(
-        base, carved, frozenset({"base_hidden"}), folder, scope=scope, plugins=plugins
+        base, carved, frozenset({"base_hidden"}), folder, scope=Choice(name=scope), plugins=plugins
     )
 
 

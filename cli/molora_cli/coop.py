@@ -57,8 +57,8 @@ def create(
     compare: Annotated[
         str | None,
         typer.Option(
-            help="Routers reported beside it, separated by commas, or empty; the charter's default "
-            "if not given."
+            help="Routers reported beside it, separated by commas, or empty, or a TOML list with "
+            "options; the charter's default if not given."
         ),
     ] = None,
     mixture: Annotated[
@@ -98,6 +98,7 @@ def create(
         TrainingRules,
         choose_privacy,
     )
+    from molora_fed.cooperative.amend import apply_settings
     from molora_fed.cooperative.create import found_cooperative
     from molora_fed.errors import ConfigError
     from molora_fed.models.batches import choose_batch
@@ -116,8 +117,6 @@ def create(
     rules = choose_privacy(name, privacy, summing)
     chosen: dict[str, object] = {"router": rules.router if router is None else router}
     chosen["compare"] = rules.comparisons
-    if compare is not None:
-        chosen["compare"] = parse_names(compare) if compare else ()
     amendment = Amendment(
         domains=parse_names(domains) if domains else (),
         expected=expected,
@@ -127,6 +126,8 @@ def create(
         training=TrainingRules(kind=kind, rank=rank, steps=steps),
         fusion=FusionRules.model_validate({"mixture": mixture.value, **chosen}),
     )
+    if compare is not None:
+        amendment = apply_settings(amendment, [f"fusion.compare={compare}"])
     home = folder or Path(name)
     with reporting() as progress:
         cooperative, made = found_cooperative(

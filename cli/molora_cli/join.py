@@ -17,6 +17,7 @@ from molora_cli.shared_options import (
     Checkpointing,
     CountedTokens,
     Device,
+    DomainOption,
     Dtype,
     Launcher,
     LearningRate,
@@ -55,6 +56,7 @@ def join(
             help="Text files, folders or datasets:ID; repeatable. Without: the registered domain."
         ),
     ] = None,
+    domain_option: DomainOption = None,
     text_field: TextField = "",
     loss_on: CountedTokens = "all",
     adapter: Annotated[
@@ -119,7 +121,7 @@ def join(
     from molora_fed.federation.worker_mail import (
         is_described,
     )
-    from molora_fed.storage.values import count_cores, parse_shard
+    from molora_fed.storage.values import count_cores, parse_options, parse_shard
 
     if not (yes or dry_run) and not sys.stdin.isatty():
         raise ConfigError(
@@ -175,6 +177,7 @@ def join(
         ),
         text_field=text_field,
         loss_on=loss_on,
+        domain_options=parse_options(domain_option or ()),
     )
     where = home or Path(f"contributor-{domain}")
     own_home = ContributorHome(where)

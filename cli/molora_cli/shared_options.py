@@ -16,6 +16,7 @@ __all__ = [
     "Checkpointing",
     "CountedTokens",
     "Device",
+    "DomainOption",
     "Dtype",
     "Launcher",
     "LearningRate",
@@ -47,6 +48,10 @@ SummingWay = Annotated[
 TextField = Annotated[
     str,
     typer.Option(help="Field of records that holds the text, e.g. post.body; found by name."),
+]
+DomainOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Option of the registered domain, KEY=VALUE; repeatable."),
 ]
 CountedTokens = Annotated[
     LossOn,

@@ -19,6 +19,7 @@ from molora_cli.shared_options import (
     Checkpointing,
     CountedTokens,
     Device,
+    DomainOption,
     Dtype,
     Launcher,
     LearningRate,
@@ -43,6 +44,7 @@ def train(
             help="Text files, folders or datasets:ID; repeatable. Without: the registered domain."
         ),
     ] = None,
+    domain_option: DomainOption = None,
     text_field: TextField = "",
     loss_on: CountedTokens = "all",
     kind: Annotated[
@@ -118,7 +120,14 @@ def train(
         make_home(out)
         progress.phase("preparing the text")
         corpus = prepare_domain(
-            under, domain, data or (), out, shard=share, text=text, progress=progress
+            under,
+            domain,
+            data or (),
+            out,
+            shard=share,
+            text=text,
+            options=parse_options(domain_option or ()),
+            progress=progress,
         )
     show(*build_text_tables(corpus.report.files), build_corpus_table(corpus.report))
     with reporting("training") as progress:

@@ -29,7 +29,7 @@ from molora_fed.cooperative.measured_adapter import (
     measure_trained,
 )
 from molora_fed.cooperative.publish import check_described, measure_statistics
-from molora_fed.corpus.documents import open_domain, read_documents
+from molora_fed.corpus.documents import check_domain_options, open_domain, read_documents
 from molora_fed.corpus.inventory import Inventory
 from molora_fed.corpus.prepare import Corpus, prepare_corpus
 from molora_fed.corpus.records import TextOptions
@@ -111,6 +111,7 @@ def prepare_domain(
     *,
     shard: tuple[int, int] = (0, 1),
     text: TextOptions | None = None,
+    options: Mapping[str, Any] | None = None,
     plugins: Plugins | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
@@ -123,6 +124,7 @@ def prepare_domain(
         folder: Gets `corpus/`.
         shard: (i, n): share i of n of the domain's documents.
         text: How files are read, and which tokens count in the training loss.
+        options: Options of the registered domain.
         plugins: Where domains are registered; the installed plugins by default.
         progress: Receives documents compared of all.
 
@@ -131,13 +133,15 @@ def prepare_domain(
 
     Raises:
         UnknownNameError: If there are no data and nobody registers the domain.
+        ConfigError: If the domain does not know its options, or there are data beside them.
         CorpusError: If there is too little text, or it cannot be read.
     """
     plugins = plugins or get_plugins()
+    check_domain_options(domain, data, options)
     inventory: Inventory | None = None
     documents: Iterable[Document]
     if not data:
-        documents = open_domain(domain, plugins)()
+        documents = open_domain(domain, plugins, options)()
     else:
         inventory = Inventory()
         tokenizer = under.base.tokenizer
@@ -151,6 +155,7 @@ def prepare_domain(
             folder=folder / "corpus",
             shard=shard,
             inventory=inventory,
+            options=options,
             progress=progress,
         )
     except CorpusError as error:
@@ -272,6 +277,7 @@ def make_contribution(
             folder=training_folder or folder,
             choices=choices,
             plugins=plugins,
+            domain_options=corpus.report.options,
             evaluation_batch=charter.identity.corpus.evaluation_batch,
             on_memory=on_memory,
             progress=progress,
@@ -328,7 +334,8 @@ def sign_adapter(
         charter=under.charter,
         contributor=name,
         domain=corpus.domain,
-        training=adapter.record,
+        # Options of a domain may hold paths of this machine: they stay in the record here.
+        training={k: v for k, v in adapter.record.items() if k != "domain_options"},
         base_loss=adapter.base_loss,
         specialist_loss=adapter.loss,
         contamination=contamination,

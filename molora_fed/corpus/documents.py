@@ -1,7 +1,7 @@
 """Reads a contributor's own text: files of many kinds, and folders of them."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,14 +12,16 @@ from molora_fed.corpus.parquet import DATASETS
 from molora_fed.corpus.raw_text import UnreadableError
 from molora_fed.corpus.readers import DATA_SET, FileKind, SourceFile, find_kind
 from molora_fed.corpus.records import RecordReader, TextOptions
-from molora_fed.errors import CorpusError
+from molora_fed.errors import ConfigError, CorpusError
 from molora_fed.guard import guarded, one_line, refuse
 from molora_fed.plugins import Plugins
 from molora_fed.storage.files import is_file, is_folder, resolve_inside
+from molora_fed.storage.options import open_callable
 from molora_fed.storage.untrusted import clean
 from molora_fed.types import Document, Markup
 
 __all__ = [
+    "check_domain_options",
     "is_data_set",
     "open_domain",
     "read_documents",
@@ -27,6 +29,7 @@ __all__ = [
 
 _SHOWN_PROBLEMS = 3
 _SHOWN_PATHS = 5
+_FIX = "Correct --domain-option KEY=VALUE."
 _EXAMPLES = (".txt", ".md", ".jsonl", ".csv", ".html", ".parquet", ".py")
 
 _DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")
@@ -257,19 +260,39 @@ def _check_read(
     )
 
 
-def open_domain(name: str, plugins: Plugins) -> Callable[[], Iterator[Document]]:
+def check_domain_options(
+    domain: str, data: Collection[Path], options: Mapping[str, Any] | None
+) -> None:
+    """Refuse options of a registered domain beside text that is read instead.
+
+    Raises:
+        ConfigError: If both are given.
+    """
+    if data and options:
+        raise ConfigError(
+            f"Cannot read domain '{domain}' with options: expected the registered domain's text, "
+            f"got data and the options {', '.join(options)}. Leave out --data or --domain-option."
+        )
+
+
+def open_domain(
+    name: str, plugins: Plugins, options: Mapping[str, Any] | None = None
+) -> Callable[[], Iterator[Document]]:
     """The reader of a registered domain; what it yields is checked as it comes.
 
     Args:
         name: Registered name.
         plugins: Where it is registered.
+        options: Its options; None or empty takes all defaults.
 
     Raises:
         UnknownNameError: If nobody registers it.
-        PluginError: From the reader: if the domain's code fails, or yields what is no document.
+        ConfigError: If the options are wrong; all offending keys are named.
+        PluginError: If it cannot be made; from the reader, if the domain's code fails, or yields
+            what is no document.
     """
     entry, place = plugins.domains.entry(name), "reading"
-    target = plugins.domains.resolve(name)
+    target = open_callable(plugins.domains, name, options, error=ConfigError, fix=_FIX)
 
     def read() -> Iterator[Document]:
         with guarded(entry, place):

@@ -257,6 +257,7 @@ def prepare_corpus(
     folder: Path | None = None,
     shard: tuple[int, int] = (0, 1),
     inventory: Inventory | None = None,
+    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
     """Turn a domain's documents into blocks, or load them if the same were prepared before.
@@ -270,6 +271,7 @@ def prepare_corpus(
         shard: Index of this contributor among those who share the domain, and their number;
             the shards are disjoint in every split.
         inventory: What was read and left out, filled by the documents as they come; for the report.
+        options: Options of the registered domain that the documents are of, for the report.
         progress: Called with documents compared of all.
 
     Returns:
@@ -289,9 +291,9 @@ def prepare_corpus(
     characters = sum(len(document.text) for document in everything)
     key = _compute_key(domain, everything, tokenizer, rules, shard)
     found = _find_prepared(folder, key)
-    files = inventory.to_json() if inventory else None
+    files, options = inventory.to_json() if inventory else None, dict(options or {})
     if found is not None:
-        return replace(found, report=replace(found.report, files=files))
+        return replace(found, report=replace(found.report, files=files, options=options))
     try:
         whole = split_documents(everything, seed=rules.split_seed, progress=progress)
     except CorpusError as error:
@@ -302,7 +304,7 @@ def prepare_corpus(
     part = _take_shard(whole, shard)
     blocks = _pack(domain, part, tokenizer, rules.block_size)
     report = _build_report(domain, whole, part, blocks, shard, rules.block_size)
-    report = replace(report, files=files)
+    report = replace(report, files=files, options=options)
     _check_blocks(report)
     if folder is not None:
         with replace_folder(folder) as temporary:

@@ -1,7 +1,7 @@
 """What a prepared corpus holds: counts and contamination, per split and per domain."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from molora_fed.types import Split
@@ -55,6 +55,7 @@ class CorpusReport:
         block_size: T, tokens per block.
         files: What was read of which files and what was left out, see
             `molora_fed.corpus.inventory.Inventory.to_json`; None for text that is no files.
+        options: Options of the registered domain that the text is of.
     """
 
     domain: str
@@ -67,6 +68,7 @@ class CorpusReport:
     splits: Mapping[str, SplitReport]
     block_size: int
     files: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def contamination(self) -> float:
@@ -84,6 +86,8 @@ class CorpusReport:
         values = asdict(self)
         if self.files is None:
             del values["files"]
+        if not self.options:
+            del values["options"]
         return values | {
             "splits": {str(name): asdict(split) for name, split in self.splits.items()},
             "shard": list(self.shard),
@@ -100,13 +104,14 @@ def parse_report(value: Mapping[str, Any]) -> CorpusReport:
         TypeError: If a field has the wrong form.
         ValueError: If a split is unknown.
     """
-    fields = {name: value[name] for name in CorpusReport.__dataclass_fields__ if name != "files"}
+    needed = CorpusReport.__dataclass_fields__.keys() - {"files", "options"}
+    fields = {name: value[name] for name in needed}
     index, num_shards = value["shard"]
     fields["shard"] = (index, num_shards)
     fields["splits"] = {
         str(Split(name)): SplitReport(**split) for name, split in value["splits"].items()
     }
-    return CorpusReport(**fields, files=value.get("files"))
+    return CorpusReport(**fields, files=value.get("files"), options=dict(value.get("options", {})))
 
 
 def build_contamination_report(reports: Iterable[CorpusReport]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What a contributor joins with: checked before anything is started, then kept in its home."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ class JoinSettings:
         compute: Where models are to run, and in which dtype; the home's settings where it says
             nothing.
         training: What it trains otherwise than the charter says.
+        domain_options: Options of the registered domain.
     """
 
     name: str
@@ -55,6 +57,7 @@ class JoinSettings:
     loss_on: LossOn = "all"
     compute: Compute = field(default_factory=Compute)
     training: TrainingChoices = field(default_factory=TrainingChoices)
+    domain_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> "TextOptions":
@@ -72,7 +75,7 @@ class JoinSettings:
 
         Raises:
             ConfigError: If a name is malformed or reserved, there is no adapter where one is said
-                to be, or no such launcher.
+                to be, no such launcher, or the domain does not know its options.
             AdapterError: If the adapter cannot be used, as far as its config and headers tell.
             CorpusError: If there is no readable text at the paths.
             UnknownNameError: If there are no paths, and nobody registers the domain.
@@ -80,16 +83,17 @@ class JoinSettings:
         check_name("domain", self.domain)
         # Without a name of its own, the one to come: see `prepare_home`.
         check_name("name", self.name or f"{self.domain}-123456")
-        if self.data:
-            from molora_fed.corpus.documents import read_documents
+        from molora_fed.corpus.documents import check_domain_options, open_domain, read_documents
 
+        check_domain_options(self.domain, self.data, self.domain_options)
+        if self.data:
             # To the end where only answers count: whether there are any is known only there.
             documents = read_documents(self.data, self.text)
             next(documents) if self.loss_on == "all" else deque(documents, maxlen=0)
         else:
             from molora_fed.plugins import get_plugins
 
-            get_plugins().domains.entry(self.domain)
+            open_domain(self.domain, get_plugins(), self.domain_options)
         self.check_adapter()
         self.training.split_launcher()
 
@@ -124,6 +128,7 @@ class JoinSettings:
             "training": self.training.model_dump(exclude_defaults=True),
             "text_field": self.text_field,
             "loss_on": "" if self.loss_on == "all" else self.loss_on,
+            "domain_options": dict(self.domain_options),
         }
         return {
             "name": self.name,
@@ -166,6 +171,7 @@ class JoinSettings:
                 # Missing in homes from before there were these.
                 text_field=str(value.get("text_field", "")),
                 loss_on=value.get("loss_on", "all"),
+                domain_options=dict(value.get("domain_options", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FederationError(

@@ -68,6 +68,8 @@ __all__ = ["ContributorWorker", "main"]
 
 _FUSION_FOLDER = "fusion"
 
+_LEFT_OUT = ("text_field", "loss_on", "domain_options")
+"""Settings that a recipe says only where they are not as usual."""
 _PHASES = {
     "training": ("TRAINING", ""),
     "measuring": ("TRAINING", "measuring the adapter trained earlier"),
@@ -178,7 +180,7 @@ class ContributorWorker:
                     "adapter": kept["adapter"],
                     "shard": kept["shard"],
                     **self._settings.training.describe(),
-                    **{name: kept[name] for name in ("text_field", "loss_on") if name in kept},
+                    **{name: kept[name] for name in _LEFT_OUT if name in kept},
                 }
             )
         )
@@ -219,6 +221,7 @@ class ContributorWorker:
             self._home.root,
             shard=settings.shard,
             text=settings.text,
+            options=settings.domain_options,
             plugins=self._plugins,
             progress=self._state.progress,
         )

@@ -25,6 +25,7 @@ from molora_fed.population.contract import (
     Population,
 )
 from molora_fed.population.slots import check_slots
+from molora_fed.storage.options import open_callable
 from molora_fed.storage.seeds import derive_seed
 from molora_fed.storage.settings import open_options
 
@@ -46,23 +47,36 @@ class Step:
     entry: Entry | None = None
 
 
-def compute_fitness(scope: str, table: LossTable, plugins: Plugins) -> Fitness:
+def compute_fitness(
+    scope: str,
+    table: LossTable,
+    plugins: Plugins,
+    options: Mapping[str, Any] | None = None,
+    *,
+    label: str = "",
+) -> Fitness:
     """Fitness of every slot by a registered scope.
 
     Args:
         scope: Registered name.
         table: Losses per cluster.
         plugins: Where the name is looked up.
+        options: Its options; None or empty takes all defaults.
+        label: What the fitness calls its scope; its name if empty.
 
     Raises:
         UnknownNameError: If no plugin registers it.
+        CharterError: If its options are wrong.
         PopulationError: If the losses cannot be used, or the scope returns other shapes than it
             should, or numbers that are not finite.
         PluginError: If the scope fails, or returns no fitness of its name.
     """
     entry = plugins.fitness_scopes.entry(scope)
+    measure = open_callable(
+        plugins.fitness_scopes, scope, options, fix="Correct amendment.population.scope."
+    )
     with guarded(entry, "fitness"):
-        fitness = plugins.fitness_scopes.resolve(scope)(copy.deepcopy(table))
+        fitness = measure(copy.deepcopy(table))
     if not isinstance(fitness, Fitness) or fitness.scope != scope:
         got = fitness.scope if isinstance(fitness, Fitness) else type(fitness).__name__
         raise refuse(entry, "fitness", expected=f"a Fitness of scope '{scope}'", got=repr(got))
@@ -80,10 +94,10 @@ def compute_fitness(scope: str, table: LossTable, plugins: Plugins) -> Fitness:
             faults.append(f"{name} of shape {found.shape}, not finite {shape}")
     if faults:
         raise PopulationError(
-            f"Cannot use fitness scope '{scope}': expected a finite fitness of {slots} slots and "
-            f"{domains} domains, got {'; '.join(faults)}. Correct the scope."
+            f"Cannot use fitness scope '{scope}': expected a finite fitness of {slots} slots "
+            f"and {domains} domains, got {'; '.join(faults)}. Correct the scope."
         )
-    return fitness
+    return replace(fitness, scope=label or scope)
 
 
 def open_operators(

@@ -23,6 +23,7 @@ from molora_fed.population.lifecycle import compute_fitness
 from molora_fed.population.losses import compute_mean_gates, measure_population, sum_clusters
 from molora_fed.population.split import Carved, Part
 from molora_fed.storage.files import hash_bytes
+from molora_fed.storage.options import Choice, check_choices
 from molora_fed.types import Progress
 
 __all__ = ["PooledData", "select_clusters"]
@@ -42,7 +43,7 @@ class PooledData:
         readings: frozenset[GateReading],
         folder: Path,
         *,
-        scope: str,
+        scope: Choice,
         plugins: Plugins,
         batch: int = 16,
         progress: Progress | None = None,
@@ -54,7 +55,7 @@ class PooledData:
             carved: The blocks.
             readings: What the router reads.
             folder: Where states lie; a bank's folder will do.
-            scope: Registered fitness scope.
+            scope: Fitness scope.
             plugins: Where it is looked up.
             batch: Blocks per forward pass.
             progress: Told the blocks done and in all.
@@ -65,7 +66,7 @@ class PooledData:
         self._scope = scope
         self._plugins = plugins
         self._batch = batch
-        plugins.fitness_scopes.entry(scope)
+        check_choices([(plugins.fitness_scopes, "population.scope", [scope])])
 
         def build(blocks: Sequence[Blocks]) -> tuple[BaseStates, ...]:
             return build_states(base, blocks, readings, folder, batch=batch, progress=progress)
@@ -79,7 +80,7 @@ class PooledData:
         carved = self._carved
         return {
             "base": self._base.weights,
-            "scope": self._scope,
+            "scope": self._scope.model_dump(mode="json"),
             "batch": self._batch,
             "adaptation": [own.fingerprint for own in carved.adaptation],
             "fitness": _describe(carved.fitness),
@@ -114,7 +115,8 @@ class PooledData:
             progress=progress,
         )
         table = select_clusters(table, self._carved.fitness.counts())
-        return compute_fitness(self._scope, table, self._plugins)
+        scope = self._scope
+        return compute_fitness(scope.name, table, self._plugins, scope.options, label=scope.label)
 
     def compare(
         self,

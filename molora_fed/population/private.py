@@ -33,6 +33,7 @@ from molora_fed.population.questions import Answer, Ask, Question
 from molora_fed.population.rounds import PlannedRound, split_rounds
 from molora_fed.population.router_files import load_router, save_router
 from molora_fed.storage.files import write_json
+from molora_fed.storage.options import Choice, check_choices
 from molora_fed.types import Progress
 
 __all__ = [
@@ -151,7 +152,7 @@ class PrivateData:
         members: Sequence[Member],
         ask: Ask,
         *,
-        scope: str,
+        scope: Choice,
         rounds: int,
         router_name: str,
         plugins: Plugins,
@@ -161,7 +162,7 @@ class PrivateData:
         Args:
             members: Who is asked, in the order of their ids, which is that of answers.
             ask: Asks them.
-            scope: Registered fitness scope.
+            scope: Fitness scope.
             rounds: Rounds of an adaptation.
             router_name: The name the router is registered under.
             plugins: Where scope and router are looked up.
@@ -173,12 +174,12 @@ class PrivateData:
         self._rounds = rounds
         self._router_name = router_name
         self._plugins = plugins
-        plugins.fitness_scopes.entry(scope)
+        check_choices([(plugins.fitness_scopes, "population.scope", [scope])])
 
     def describe(self) -> Mapping[str, Any]:
         """See `EvolutionData`."""
         return {
-            "scope": self._scope,
+            "scope": self._scope.model_dump(mode="json"),
             "rounds": self._rounds,
             "members": [asdict(one) for one in self._members],
         }
@@ -244,7 +245,8 @@ class PrivateData:
             without=np.stack([full + stand_ins.columns[name] for name in slots]),
             passes=1 + len(slots),
         )
-        return compute_fitness(self._scope, table, self._plugins)
+        scope = self._scope
+        return compute_fitness(scope.name, table, self._plugins, scope.options, label=scope.label)
 
     def compare(
         self,

@@ -1,5 +1,6 @@
 """The methods a report compares, and the phases it times: names, order, losses, intervals."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,14 @@ __all__ = [
     "Method",
     "as_label",
     "compute_equal_weight",
+    "describe_choice",
     "describe_controls",
     "describe_excess",
     "describe_replacement",
     "list_control_costs",
     "list_failures",
     "list_methods",
+    "list_settings",
     "mask_controls",
     "order_phases",
 ]
@@ -260,6 +263,34 @@ def describe_replacement(result: Mapping[str, Any]) -> str | None:
                 f"above their best expert): '{found['replaced_by']}' published instead."
             )
     return None
+
+
+def describe_choice(value: str | Mapping[str, Any]) -> str:
+    """What a charter chose: a plain name, or with label and options.
+
+    Args:
+        value: As a charter writes a `Choice`.
+    """
+    if isinstance(value, str):
+        return value
+    name, options = value["name"], value.get("options", {})
+    label = value.get("label", "") or name
+    said = [name] if label != name else []
+    said += [f"{key} = {json.dumps(one)}" for key, one in options.items()]
+    return f"{label} ({', '.join(said)})" if said else str(label)
+
+
+def list_settings(result: Mapping[str, Any]) -> list[str]:
+    """One line for each router, merge and predictor that has a label or options.
+
+    Args:
+        result: Content of report.json.
+    """
+    return [
+        f"{kind} {describe_choice({**one, 'label': key})}"
+        for kind, chosen in sorted(result.get("settings", {}).items())
+        for key, one in sorted(chosen.items())
+    ]
 
 
 def list_failures(result: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,13 @@ from molora_fed.errors import ConfigError
 from molora_fed.population.lineage import Lineage, read_lineage
 from molora_fed.reporting.figures import PALETTE, draw_cells, draw_losses, save_figure, tidy_axes
 from molora_fed.reporting.lineage import draw_lineage
-from molora_fed.reporting.methods import MALFORMED, as_label, list_methods, mask_controls
+from molora_fed.reporting.methods import (
+    MALFORMED,
+    as_label,
+    describe_choice,
+    list_methods,
+    mask_controls,
+)
 from molora_fed.reporting.overlap import OVERLAP_COLUMNS, describe_overlap, list_overlap
 from molora_fed.storage.files import write_bytes
 from molora_fed.storage.untrusted import clean, parse_json
@@ -162,6 +168,7 @@ def _render(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["clean"] = mask_controls
+    environment.filters["describe_choice"] = describe_choice
     inlined = {name: base64.b64encode(data).decode() for name, data in images.items()}
     generations: Sequence[Mapping[str, Any]] = result["generations"]
     return environment.get_template("population.html.j2").render(

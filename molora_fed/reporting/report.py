@@ -18,6 +18,7 @@ from molora_fed.reporting.methods import (
     list_control_costs,
     list_failures,
     list_methods,
+    list_settings,
     mask_controls,
     order_phases,
 )
@@ -148,6 +149,7 @@ def render_html(result: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         claims=(CLAIM_COLUMNS, list_claims(result)),
         replaced=describe_replacement(result),
         failures=list_failures(result),
+        settings=list_settings(result),
     )
 
 

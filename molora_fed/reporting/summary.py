@@ -18,6 +18,7 @@ from molora_fed.reporting.methods import (
     list_control_costs,
     list_failures,
     list_methods,
+    list_settings,
     mask_controls,
     order_phases,
 )
@@ -361,7 +362,8 @@ def build_summary(result: Mapping[str, Any]) -> RenderableType:
         result: Content of report.json.
     """
     headline = build_headline_text(result)
-    losses = _explain_below(build_loss_table(result), list_failures(result))
+    settings = [f"Options: {line}" for line in list_settings(result)]
+    losses = _explain_below(build_loss_table(result), [*settings, *list_failures(result)])
     gain = _describe_gain(result)
     # What was published comes first where it is not what the charter chose.
     parts: list[RenderableType] = [gain] if headline is None else [gain, headline]

@@ -42,6 +42,7 @@ _ADAPTER_FOLDER = "adapter"
 _RECORD = "record.json"
 _LEFT_OUT = (
     "options",
+    "domain_options",
     "loss_on",
     "train_targets",
     "num_train_targets",
@@ -100,6 +101,7 @@ class AdapterJob:
         rules: Limits of the adapter.
         config: Settings of the loop.
         options: Options of the kind.
+        domain_options: Options of the registered domain that the text is of.
         train_targets: Which tokens to train on count in the loss, (N, T); None counts all.
         watched_targets: Which tokens the best weights are chosen by, (N'', T); None counts all.
         train_starts: Where documents start that are read alone in training, (N, T); None reads
@@ -117,6 +119,7 @@ class AdapterJob:
     rules: AdapterRules
     config: TrainConfig
     options: Mapping[str, Any] = field(default_factory=dict)
+    domain_options: Mapping[str, Any] = field(default_factory=dict)
     train_targets: NDArray[np.bool_] | None = None
     watched_targets: NDArray[np.bool_] | None = None
     train_starts: NDArray[np.bool_] | None = None
@@ -139,6 +142,7 @@ class AdapterJob:
             "settings": self.config.describe(),
             # Left out where empty: so are they in records from before there were any.
             **({"options": dict(self.options)} if self.options else {}),
+            **({"domain_options": dict(self.domain_options)} if self.domain_options else {}),
             **self._describe_targets(),
             **self._describe_starts(),
             **self.team.describe(),

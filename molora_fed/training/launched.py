@@ -122,6 +122,7 @@ def _read_job(described: Mapping[str, Any], place: Path, team: Team) -> AdapterJ
             **{**described["config"], "threads": max(1, config.threads // neighbours)}
         ),
         options=described["options"],
+        domain_options=described["domain_options"],
         team=team,
         **{name: arrays.get(name) for name in ARRAYS},
     )

@@ -124,6 +124,7 @@ def _write_job(job: AdapterJob, folder: Path, place: Path) -> None:
         "rules": job.rules.model_dump(mode="json"),
         "config": asdict(job.config),
         "options": dict(job.options),
+        "domain_options": dict(job.domain_options),
         # What was launched ends with the process that asked for it.
         "host": platform.node(),
         "process": os.getpid(),

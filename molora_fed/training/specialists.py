@@ -1,7 +1,9 @@
 """Specialists: the base trained on one domain under a charter's rules and shipped as an adapter."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from molora_fed.charter import AdapterRules, TrainingRules
 from molora_fed.corpus.blocks import Blocks
@@ -66,6 +68,7 @@ def train_specialist(
     folder: Path,
     choices: TrainingChoices | None = None,
     plugins: Plugins | None = None,
+    domain_options: Mapping[str, Any] | None = None,
     evaluation_batch: int = 16,
     on_memory: OnMemory | None = None,
     progress: Progress | None = None,
@@ -86,6 +89,7 @@ def train_specialist(
             trains in the processes that this one starts.
         plugins: Where the kind is looked up; the installed plugins by default, and always in
             launched processes.
+        domain_options: Options of the registered domain that the text is of, for the record.
         evaluation_batch: Blocks per forward pass when a loss is measured, from the charter.
         on_memory: Told the bytes that the training needs beside the base, about, and those that
             are free, before its first step; in launched processes nobody is told.
@@ -135,6 +139,7 @@ def train_specialist(
         config=config,
         # Another kind than the one the rules speak of has options of its own: its defaults.
         options=training.options if kind == training.kind else {},
+        domain_options=domain_options or {},
         train_targets=train_blocks.targets,
         watched_targets=watched.targets,
         train_starts=train_blocks.document_starts if chosen.reset_documents else None,

@@ -10,6 +10,7 @@ from molora_fed.contributions.manifest import load_contribution
 from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.cooperative import open_cooperative
 from molora_fed.storage.files import hash_file
+from molora_fed.storage.options import name_choices
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,21 @@ def test_create_writes_the_options_into_the_charter(molora, tmp_path, tiny_check
     assert (training.kind, training.rank, training.steps) == ("delta", 8, 7)
     fusion = amendment.fusion
     assert (fusion.router, fusion.compare, fusion.mixture) == (
-        "linear", ("evidence-zero",), "logit",
+        "linear", name_choices("evidence-zero"), "logit",
     )  # fmt: skip
+
+
+def test_a_cooperative_is_created_with_options_of_its_compared_routers(
+    molora, tmp_path, tiny_checkpoint
+):
+    common = ("--base", tiny_checkpoint(), "--folder", tmp_path / "c", "--block-size", 16)
+    table = '["evidence", {name = "linear", label = "slow", options = {%s = 1}}]'
+    refused = molora("coop", "create", "one", *common, "--compare", table % "stepz")
+    assert refused.code and refused.err.count("\n") == 1 and "stepz" in refused.err
+    assert molora("coop", "create", "one", *common, "--compare", table % "steps").code == 0
+    compare = open_cooperative(tmp_path / "c").charter.amendment.fusion.compare
+    assert [one.key for one in compare] == ["evidence", "slow"]
+    assert compare[1].options == {"steps": 1}
 
 
 def test_a_quorum_above_what_is_expected_is_refused_in_one_line(molora, tmp_path, tiny_checkpoint):

@@ -13,7 +13,7 @@ from import_table import ALLOWED, PACKAGES, REPOSITORY
 import molora_fed
 
 MAX_CHAIN = 14  # folders on the longest way down
-MAX_ROOT_MODULES = 8
+MAX_ROOT_MODULES = 9
 FACE = molora_fed._MODULE_OF
 
 

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from molora_fed import Configurable, Document, PluginOptions, hookimpl
 from molora_fed.errors import ConfigError, CorpusError
 from molora_fed.federation.envelopes import keep_letter
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.join_settings import JoinSettings, prepare_home
 from molora_fed.federation.letters import Acknowledgement
+from molora_fed.plugins import load_plugins
 from molora_fed.training.choices import TrainingChoices
 
 
@@ -86,6 +88,42 @@ def test_a_wrong_way_to_read_text_is_said_before_anything_is_written(error, fiel
     with pytest.raises(error):
         prepare_home(home, JoinSettings("me", "mine", (tmp_path / "a.jsonl",), **fields))
     assert not home.root.exists()
+
+
+def read_some(count):
+    return [Document(f"{n}.txt", "text") for n in range(count)]
+
+
+class SomeOptions(PluginOptions):
+    count: int = 1
+
+
+class Some(Configurable[SomeOptions]):
+    def __call__(self):
+        return read_some(self.options.count)
+
+
+class SomeText:
+    @hookimpl
+    def register_domains(self, register):
+        register("some", Some, summary="Some text", source="test")
+
+
+def test_options_of_a_domain_are_checked_and_kept(tmp_path, monkeypatch):
+    plugins = load_plugins([("mine (molora-mine 0.1.0)", SomeText())])
+    monkeypatch.setattr("molora_fed.plugins.get_plugins", lambda: plugins)
+    home = ContributorHome(tmp_path / "home")
+    for options, data, why in (
+        ({"cound": 3}, (), "cound: Extra inputs"),
+        ({"count": "many"}, (), "count: Input should be a valid integer"),
+        ({"count": 3}, (tmp_path,), "Leave out --data or --domain-option"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            prepare_home(home, JoinSettings("me", "some", data, domain_options=options))
+        assert not home.root.exists()
+    settings = prepare_home(home, JoinSettings("me", "some", domain_options={"count": 3}))
+    assert settings.domain_options == {"count": 3} == home.read_settings().domain_options
+    assert "domain_options" not in JoinSettings("me", "some").to_json()
 
 
 def test_a_data_set_of_the_hub_is_no_path():

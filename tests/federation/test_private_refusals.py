@@ -37,6 +37,7 @@ from molora_fed.fusion.sum_rounds import name_fusion
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import load_key, load_or_make_key
+from molora_fed.storage.options import Choice, name_choices
 
 pytestmark = pytest.mark.processes
 
@@ -234,6 +235,9 @@ def test_another_signer_ends_nothing_and_another_amendment_asks_to_join_again(
     assert not ContributorHome(tmp_path / "alpha").refused_file.exists()
 
 
+SLOW = (Choice(name="evidence-zero", label="slow", options={"heat": 0.5}),)
+
+
 def change(charter, **fusion):
     samples = fusion.pop("samples", charter.amendment.samples)
     rules = charter.amendment.fusion.model_copy(update=fusion)
@@ -253,13 +257,18 @@ def test_an_amendment_that_asks_for_more_asks_again(tmp_path, tiny_checkpoint):
     same = ({}, {"restarts": 0}, {"compare": ()}, {"samples": less}, {"collapse_nats": 1.0})
     assert all(has_consent(home, change(charter, **each)) for each in same)
     asked = (
-        {"restarts": 2}, {"compare": ("linear",)}, {"merges": ("average",)}, {"samples": more},
-        {"options": {"prior": False}}, {"mode": "population"}, {"shortlist": 3},
+        {"restarts": 2}, {"compare": name_choices("linear")}, {"merges": name_choices("average")},
+        {"samples": more}, {"options": {"prior": False}}, {"mode": "population"}, {"shortlist": 3},
+        {"compare": SLOW}, {"merges": (Choice(name="ties", options={"density": 0.2}),)},
     )  # fmt: skip
     assert not any(has_consent(home, change(charter, **each)) for each in asked)
     give_consent(home, change(charter, shortlist=3))
     assert has_consent(home, change(charter, shortlist=3))
     assert not has_consent(home, charter)  # which tells the losses of all experts
+    give_consent(home, change(charter, compare=SLOW))
+    assert has_consent(home, change(charter, compare=SLOW))
+    other = (SLOW[0].model_copy(update={"options": {"heat": 0.1}}),)
+    assert not has_consent(home, change(charter, compare=other))
     give_consent(home, charter)
     robust = charter.identity.model_copy(update={"summing": "robust"})
     assert not has_consent(home, charter.model_copy(update={"identity": robust}))

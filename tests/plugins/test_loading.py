@@ -1,15 +1,18 @@
 """Plugins load whole or not at all, clashes name both origins, and order never matters."""
 
+import abc
 import itertools
 import subprocess
 import sys
 import types
 
 import pytest
+from pydantic import BaseModel
 
-from molora_fed import hookimpl
-from molora_fed.errors import PluginError, UnknownNameError
+from molora_fed import Configurable, PluginOptions, hookimpl
+from molora_fed.errors import ConfigError, PluginError, UnknownNameError
 from molora_fed.plugins import load_plugins
+from molora_fed.storage.options import open_callable
 
 
 def build_plugin(**registrations):
@@ -130,6 +133,64 @@ def test_contract_is_checked_on_first_use():
     plugins = load_plugins(extra=[("stranger 1.0", plugin)])
     with pytest.raises(PluginError, match=r"router 'hollow' of stranger 1\.0.*fit"):
         plugins.routers.resolve("hollow")
+
+
+class Shift(PluginOptions):
+    by: float = 1.0
+
+
+class Shifted(Configurable[Shift]):
+    def __call__(self, case, past):
+        return self.options.by
+
+
+class Begun(Shifted, abc.ABC):
+    @abc.abstractmethod
+    def more(self):
+        """Nobody says what."""
+
+
+class Loose(BaseModel):
+    by: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        (Shifted, ""),
+        (predict_nothing, ""),
+        (type("Other", (Shifted,), {"name": "other"}), "expected the class attribute name"),
+        (type("Plain", (Configurable,), {}), "instances can be called"),
+        (type("Loose", (Shifted,), {"Options": Loose}), "refuse unknown keys"),
+        (type("Bare", (), {"__call__": predict_nothing}), "a pydantic model as attribute"),
+        (Begun, "abstract methods"),
+    ],
+)
+def test_what_is_called_is_a_function_or_a_class_with_options(target, problem):
+    plugins = load_plugins([("stranger 1.0", build_plugin(gain_predictors=[("mine", target)]))])
+    if not problem:
+        assert plugins.gain_predictors.resolve("mine") is target
+    else:
+        with pytest.raises(PluginError, match=problem):
+            plugins.gain_predictors.resolve("mine")
+
+
+def test_a_callable_is_made_with_its_options_under_the_guard():
+    def fail(self, options):
+        raise RuntimeError("no")
+
+    failing = type("Failing", (Shifted,), {"__init__": fail})
+    entries = [("mine", Shifted), ("plain", predict_nothing), ("failing", failing)]
+    registry = load_plugins([("stranger 1.0", build_plugin(gain_predictors=entries))])
+    registry = registry.gain_predictors
+    assert open_callable(registry, "mine")(None, ()) == 1.0
+    assert open_callable(registry, "mine", {"by": 2.0})(None, ()) == 2.0
+    assert open_callable(registry, "plain") is predict_nothing
+    for name in ("mine", "plain"):
+        with pytest.raises(ConfigError, match=f"gain predictor '{name}'.*bi: Extra.* Mend it"):
+            open_callable(registry, name, {"bi": 2.0}, error=ConfigError, fix="Mend it.")
+    with pytest.raises(PluginError, match=r"'failing' of stranger 1\.0 failed in construction"):
+        open_callable(registry, "failing")
 
 
 def test_unknown_name_lists_near_and_all_names():

@@ -1,8 +1,11 @@
 """The charter's identity is fixed by its content, and bad charters are refused in one line."""
 
+from datetime import date
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from molora_fed.charter import (
     Amendment,
@@ -17,6 +20,7 @@ from molora_fed.charter import (
     write_charter,
 )
 from molora_fed.errors import CharterError
+from molora_fed.storage.options import name_choices
 
 BASE = BaseIdentity(id="tiny", weights="a" * 64, tokenizer="b" * 64)
 CHARTER = Charter(identity=Identity(name="coop", base=BASE))
@@ -52,7 +56,10 @@ def test_a_router_that_nobody_named_stays_the_one_it_was():
     head += f'tokenizer = "{"b" * 64}"\n'
     for text in (head, head + "[amendment]\nseed = 7\n[amendment.fusion]\nrestarts = 1\n"):
         fusion = parse_charter(text).amendment.fusion
-        assert (fusion.router, fusion.compare) == ("evidence", ("evidence-zero", "linear"))
+        assert (fusion.router, fusion.compare) == (
+            "evidence",
+            name_choices("evidence-zero", "linear"),
+        )
     assert read_amendment({"number": 2}).fusion.router == "evidence"
     named = {"fusion": {"router": "linear", "compare": []}}
     assert read_amendment(named).fusion.router == "linear"
@@ -74,6 +81,36 @@ def test_the_headlines_predictors_are_left_out_where_usual(tmp_path):
     charter = CHARTER.model_copy(update={"amendment": Amendment(fusion=fusion)})
     write_charter(charter, tmp_path / "cooperative.toml")
     assert load_charter(tmp_path) == charter
+
+
+def test_a_plain_choice_is_written_as_its_name(tmp_path):
+    """So that amendments that were signed before there were tables have the bytes they had."""
+    before = Amendment().model_dump(mode="json")
+    assert before["fusion"]["compare"] == ["evidence", "evidence-zero", "linear"]
+    assert (before["fusion"]["merges"], before["admission"]["checks"]) == (["average"], [])
+    assert before["population"]["scope"] == "per-domain"
+    assert "predictors" not in before["fusion"]
+    tables = [{"name": "linear", "label": "slow", "options": {"rate": 0.5, "sizes": [1, 2]}}]
+    fusion = FusionRules(compare=("linear", *tables), predictors=tables)
+    charter = CHARTER.model_copy(update={"amendment": Amendment(fusion=fusion)})
+    write_charter(charter, tmp_path / "cooperative.toml")
+    assert load_charter(tmp_path) == charter
+    again = read_amendment(charter.amendment.model_dump(mode="json"))
+    assert again == charter.amendment
+    assert again.model_dump(mode="json")["fusion"]["compare"] == ["linear", *tables]
+    assert list(again.fusion.routers) == [again.fusion.router, "linear", "slow", "evidence-zero"]
+
+
+@pytest.mark.parametrize("value", [float("inf"), date(2026, 1, 1), [float("nan")]])
+def test_options_are_what_can_be_signed(value):
+    with pytest.raises(ValidationError, match="values that JSON has"):
+        FusionRules(merges=[{"name": "a", "options": {"x": value}}])
+
+
+def test_the_same_plain_name_twice_is_one_choice():
+    fusion = FusionRules(router="linear", options={"rate": 1}, compare=("linear", "a", "a"))
+    assert list(fusion.routers) == ["linear", "a", "evidence-zero"]
+    assert fusion.routers["linear"].options == {"rate": 1}
 
 
 def test_any_change_of_the_identity_changes_its_hash():

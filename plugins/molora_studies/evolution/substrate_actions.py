@@ -28,6 +28,7 @@ from molora_fed.population.router_files import open_router
 from molora_fed.population.slots import make_population
 from molora_fed.population.split import Carved, Shares, carve_blocks
 from molora_fed.storage.files import replace_folder, storage_errors
+from molora_fed.storage.options import Choice
 from molora_fed.types import Split
 from molora_studies.evolution.substrate import EvolutionSettings
 from molora_studies.framework.actions import open_base, open_corpus
@@ -176,7 +177,7 @@ def open_replicate(settings: Mapping[str, Any], needs: Sequence[Done], threads: 
         blocks.carved if guarded else replace(blocks.carved, guard=()),
         readings,
         states.folder / "states",
-        scope=chosen.scope,
+        scope=Choice(name=chosen.scope),
         plugins=plugins,
         batch=EVAL_BATCH,
     )

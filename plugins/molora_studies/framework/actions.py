@@ -7,6 +7,7 @@ from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.charter import AdapterRules, CorpusRules, TrainingRules
 from molora_fed.corpus.blocks import Blocks
+from molora_fed.corpus.documents import open_domain
 from molora_fed.corpus.prepare import Corpus, load_corpus, prepare_corpus
 from molora_fed.models.base import Base, fetch_base, load_base
 from molora_fed.models.base_files import copy_checkpoint, quiet_transformers
@@ -37,7 +38,7 @@ _UNLIMITED = 2**62
 
 
 def _read_documents(domain: str) -> list[Document]:
-    return list(get_plugins().domains.resolve(domain)())
+    return list(open_domain(domain, get_plugins())())
 
 
 def make_base(settings: Mapping[str, Any], context: TaskContext) -> dict[str, Any]:

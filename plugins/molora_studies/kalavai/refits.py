@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.charter import CorpusRules, FusionRules
+from molora_fed.corpus.documents import open_domain
 from molora_fed.corpus.prepare import prepare_corpus
 from molora_fed.evaluation.evaluate import compute_domain_losses, compute_router_losses
 from molora_fed.fusion.collapse import choose_published, fit_guarded
@@ -58,7 +59,7 @@ def prepare_part(settings: Mapping[str, Any], context: TaskContext) -> dict[str,
     """Prepare a part of a domain under a name of its own into `corpus/`."""
     corpus = prepare_corpus(
         settings["domain"],
-        get_plugins().domains.resolve(settings["of"])(),
+        open_domain(settings["of"], get_plugins())(),
         open_base(context.needs[0]).tokenizer,
         rules=CorpusRules(block_size=settings["block_size"]),
         folder=context.folder / "corpus",

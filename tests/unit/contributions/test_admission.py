@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from molora_fed import hookimpl
+from molora_fed import Configurable, PluginOptions, hookimpl
 from molora_fed.charter import AdapterRules, AdmissionRules, Amendment, SampleRules
 from molora_fed.contributions.admission import (
     AdmissionCandidate,
     AdmissionDecision,
     Stage,
     admit,
+    find_stage,
     needs,
 )
 from molora_fed.contributions.states import ContributionState
@@ -46,9 +47,9 @@ MANIFEST_CHECKS = ("charter-identity", "quantised-base", "required-samples", "si
 def judge(charter, base, plugins):
     """`judge(contribution, ...)`: what admission decides."""
 
-    def run(contribution, **changes):
+    def run(contribution, accepted=(), **changes):
         arguments = {"charter": charter, "base": base, "plugins": plugins, **changes}
-        return admit(AdmissionCandidate(contribution, **arguments))
+        return admit(AdmissionCandidate(contribution, **arguments), accepted=accepted)
 
     return run
 
@@ -410,6 +411,63 @@ def test_refusal_outweighs_quarantine(judge_with, contribute):
 
     both = judge_with(needs(Stage.ADAPTER)(poison), contribute("two", specialist_loss=9.0))
     assert both.state == ContributionState.REJECTED
+
+
+class WordOptions(PluginOptions):
+    word: str = "a word"
+
+
+@needs(Stage.MANIFEST)
+class Wants(Configurable[WordOptions]):
+    def __call__(self, candidate):
+        return Finding(self.options.word, "nothing", "Ask.", quarantine=True)
+
+
+class WantsLater(Wants):
+    @needs(Stage.ADAPTER)
+    def __call__(self, candidate):
+        return super().__call__(candidate)
+
+
+def test_a_check_with_options_says_its_stage_and_is_known_by_its_label(judge, contribute, charter):
+    plugins = load_plugins([("extra", Extra(Wants))])
+    checks = [
+        {"name": "extra", "options": {"word": "one"}},
+        {"name": "extra", "label": "other-extra", "options": {"word": "two"}},
+    ]
+    named = charter.amendment.model_copy(update={"admission": AdmissionRules(checks=checks)})
+    under = charter.model_copy(update={"amendment": named})
+    decision = judge(contribute(), plugins=plugins, charter=under)
+    assert [(one.check, one.expected) for one in decision.refusals] == [
+        ("extra", "one"), ("other-extra", "two"),
+    ]  # fmt: skip
+    accepted = judge(contribute(), plugins=plugins, charter=under, accepted=["other-extra"])
+    assert [one.check for one in accepted.refusals] == ["extra"]
+    options = WordOptions()
+    stages = [find_stage(check(options)) for check in (Wants, WantsLater)]
+    assert stages == [Stage.MANIFEST, Stage.ADAPTER]
+    assert find_stage(lambda candidate: None) == Stage.MODEL
+
+
+def test_no_label_stands_in_place_of_a_check_of_the_core(judge, contribute, charter):
+    plugins = load_plugins([("extra", Extra(Wants))])
+    checks = [{"name": "extra", "label": "signature", "options": {"word": "one"}}]
+    named = charter.amendment.model_copy(update={"admission": AdmissionRules(checks=checks)})
+    under = charter.model_copy(update={"amendment": named})
+    assert judge(contribute(), plugins=plugins, charter=under).state == ContributionState.ADMITTED
+
+
+def test_wrong_options_of_a_check_quarantine(judge, contribute, charter):
+    """As a check that fails does: nobody may be let in or refused for them."""
+    plugins = load_plugins([("extra", Extra(Wants))])
+    checks = [{"name": "extra", "options": {"wort": "one"}}]
+    named = charter.amendment.model_copy(update={"admission": AdmissionRules(checks=checks)})
+    decision = judge(
+        contribute(), plugins=plugins, charter=charter.model_copy(update={"amendment": named})
+    )
+    assert decision.state == ContributionState.QUARANTINED
+    (refusal,) = decision.refusals
+    assert refusal.failed and "wort" in refusal.found
 
 
 def test_an_installed_check_that_no_charter_names_does_not_run(judge, contribute):

@@ -7,6 +7,7 @@ from molora_fed.cooperative.amend import amend_by_settings, apply_settings, list
 from molora_fed.cooperative.cooperative import create_cooperative, open_cooperative
 from molora_fed.errors import CharterError, LedgerError, UnknownNameError
 from molora_fed.models.base import load_base
+from molora_fed.storage.options import name_choices
 
 
 @pytest.fixture
@@ -32,13 +33,54 @@ def test_settings_reach_every_level():
     assert changed.domains == ("legal", "art")
     assert (changed.training.steps, changed.training.learning_rate) == (600, 1e-3)
     fusion = changed.fusion
-    assert (fusion.router, fusion.compare) == ("linear", ("evidence-zero",))
+    assert (fusion.router, fusion.compare) == ("linear", name_choices("evidence-zero"))
     assert (fusion.options, fusion.base_expert) == ({"weight_decay": 0.5}, False)
     assert changed.admission.max_start_gap == 0.1
     assert changed.number == 0
     again = apply_settings(changed, ["training.learning_rate=none", "domains="])
     assert again.training.learning_rate is None and again.domains == ()
     assert again.fusion == fusion
+
+
+def test_another_router_leaves_the_options_of_the_one_before():
+    steps = {"steps": 5}
+    before = apply_settings(Amendment(), ["fusion.router=linear", "fusion.options.steps=5"])
+    assert before.fusion.options == steps
+    assert apply_settings(before, ["fusion.router=linear"]).fusion.options == steps
+    assert apply_settings(before, ["fusion.router=mlp"]).fusion.options == {}
+    for settings in (
+        ["fusion.router=mlp", "fusion.options.width=8"],
+        ["fusion.options.width=8", "fusion.router=mlp"],
+        ["fusion.options={width = 8}", "fusion.router=mlp"],
+    ):
+        assert apply_settings(before, settings).fusion.options == {"width": 8}
+    kind = apply_settings(Amendment(), ["training.options.precision=int8", "training.kind=svd"])
+    assert kind.training.options == {"precision": "int8"}
+    assert apply_settings(kind, ["training.kind=lora"]).training.options == {}
+    slots = apply_settings(Amendment(), ["population.options.a=1", "population.router=other"])
+    assert slots.population.options == {"a": 1}
+    assert apply_settings(slots, ["population.router=third"]).population.options == {}
+
+
+def test_options_and_lists_are_unset():
+    before = apply_settings(Amendment(), ["fusion.options={a = 1, b = 2}"])
+    assert apply_settings(before, ["fusion.options.a=none"]).fusion.options == {"b": 2}
+    assert apply_settings(before, ["fusion.options=none"]).fusion.options == {}
+    assert apply_settings(before, ["fusion.compare=none"]).fusion.compare == ()
+
+
+def test_choices_are_set_by_words_or_tables():
+    table = '{name = "linear", label = "slow", options = {rate = 0.1}}'
+    for text in (f'["a", {table}]', f"['a', {table}]"):
+        compare = apply_settings(Amendment(), [f"fusion.compare={text}"]).fusion.compare
+        assert [one.key for one in compare] == ["a", "slow"]
+        assert compare[1].options == {"rate": 0.1}
+    words = apply_settings(Amendment(), ["fusion.compare=a, b"]).fusion.compare
+    assert words == name_choices("a", "b")
+    scope = ["population.scope.options.floor=0.5", "population.scope=worst"]
+    for settings in (scope, scope[::-1]):
+        chosen = apply_settings(Amendment(), settings).population.scope
+        assert (chosen.name, chosen.options) == ("worst", {"floor": 0.5})
 
 
 def test_changes_are_listed_by_key():
@@ -64,6 +106,8 @@ def test_changes_are_listed_by_key():
         ("training.steps=0", r"training\.steps: Input should be greater than or equal to 1"),
         ("training.steps=many", r"training\.steps: Input should be a valid integer"),
         ("training=3", "training: Input should be a valid dictionary"),
+        ('fusion.compare=["a", {"name": "b"}]', "'fusion.compare': expected a list or table"),
+        ('fusion.compare=[{name = "a", lable = "b"}]', r"fusion\.compare\.0\.lable: Extra"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(setting, message):
