@@ -3,10 +3,11 @@
 import arrow_router
 import pytest
 import torch
-from arrow_router import ArrowOptions, ArrowRouter
+from arrow_router import ArrowOptions, ArrowRouter, Meddler
 from fusion_helpers import build_charter, build_cooperative, fuse_apart, publish
 
 from molora_fed.cooperative.outgoing import _plan_rounds
+from molora_fed.errors import PluginError
 from molora_fed.fusion.fuse import fuse
 from molora_fed.plugins import load_plugins
 from molora_fed.testing import check_router_conformance
@@ -34,6 +35,11 @@ def pooled(cooperative, plugins, tmp_path_factory):
 @pytest.mark.parametrize("options", [None, ArrowOptions(sharpness=3.0)])
 def test_it_keeps_the_contract_of_routers(options):
     check_router_conformance(ArrowRouter, options)
+
+
+def test_the_kit_tells_of_a_router_that_changes_an_adapter():
+    with pytest.raises(PluginError, match="expected inputs as they were, got changed"):
+        check_router_conformance(Meddler)
 
 
 def test_its_directions_are_those_of_the_published_adapters(pooled):
