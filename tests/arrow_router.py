@@ -6,7 +6,7 @@ Source: Arrow, arXiv 2405.11157, on the state that enters block K.
 import torch
 
 from molora_fed import OutputRouter, RouterOptions, hookimpl
-from molora_fed.adapters import decompose
+from molora_fed.adapters import decompose_update
 from molora_fed.models.block_input import InputNorm
 from molora_fed.routing.summed import NoRounds
 
@@ -61,7 +61,7 @@ def read_directions(adapters):
         updates = {} if adapter is None else adapter.updates
         found.append(
             torch.stack([
-                decompose(updates[name].product()).vh[0]
+                decompose_update(updates[name]).vh[0]
                 if name in updates
                 else torch.zeros_like(entry.norm.weight)
                 for name in entry.modules

@@ -165,4 +165,6 @@ def test_the_kind_of_the_page_trains_and_every_name_of_its_table_is_there(
         assert torch.allclose(logits(model, tokens), logits(trained, tokens), atol=1e-4)
     table = re.findall(r"^\| [a-z].*? \| (.*?) \|$", text.partition("kind of your own")[2], re.M)
     named = set(re.findall(r"`([A-Za-z_]+)\(", " ".join(table)))
-    assert {"write_differences", "build_loaded", "describe_unreadable"} <= named <= {*adapters.__all__}
+    assert (
+        {"write_differences", "build_loaded", "describe_unreadable"} <= named <= {*adapters.__all__}
+    )
