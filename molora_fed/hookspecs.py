@@ -61,7 +61,7 @@ def register_domains(register: Register) -> None:
 
 @hookspec
 def register_adapter_kinds(register: Register) -> None:
-    """Register adapter kinds: subclasses of `molora_fed.adapters.kinds.AdapterKind`."""
+    """Register adapter kinds: subclasses of `molora_fed.adapters.AdapterKind`."""
 
 
 @hookspec

@@ -77,9 +77,20 @@ def check_router(target: Any) -> str | None:
 def check_adapter_kind(target: Any) -> str | None:
     """Describe what an adapter kind lacks, or return None."""
     problem = _check_methods(target, _KIND_METHODS)
-    if problem is None and not isinstance(getattr(target, "narrow_learning_rate", None), float):
-        return "expected the class attribute 'narrow_learning_rate', a float, got none"
-    return problem
+    if problem is not None:
+        return problem
+    for name in ("narrow_learning_rate", "width_power"):
+        value = getattr(target, name, None)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e3:
+            got = "none" if value is None else repr(value)
+            return f"expected the class attribute '{name}', a number of at least 0, got {got}"
+    takes = inspect.signature(target.load).parameters.values()
+    if not any(one.name == "base" or one.kind is one.VAR_KEYWORD for one in takes):
+        return (
+            "expected load(folder, limits, *, name, base), got one without 'base', the weights of "
+            "the base"
+        )
+    return None
 
 
 def check_adapter_router(target: Any) -> str | None:

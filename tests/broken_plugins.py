@@ -480,6 +480,7 @@ class RatelessKind(AdapterKind):
 class MisnamedKind(RatelessKind):
     name = "lora"
     narrow_learning_rate = 1e-3
+    width_power = 1.0
 
 
 # Cascades -----------------------------------------------------------------------------------------

@@ -14,7 +14,11 @@ from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.save import save_adapter
 from molora_fed.charter import AdapterRules, Amendment, Charter, CorpusRules, FusionRules, Identity
 from molora_fed.contributions.contributed import Contributed
+from molora_fed.cooperative.publish import measure_statistics
 from molora_fed.corpus.blocks import Blocks
+from molora_fed.fusion.fuse import fuse_texts
+from molora_fed.fusion.local_members import LocalMembers, drop_text
+from molora_fed.fusion.private_texts import PrivateTexts
 from molora_fed.models.base import load_base
 from molora_fed.storage.files import hash_bytes
 from molora_fed.testing import build_random_adapter
@@ -103,3 +107,23 @@ def replace_tokens(blocks, seed):
     """Other blocks of the same kind: the rows in another order, rolled by a few tokens."""
     order = np.random.default_rng(seed).permutation(len(blocks))
     return replace(blocks, tokens=np.ascontiguousarray(np.roll(blocks.tokens[order], 3, axis=1)))
+
+
+def publish(charter, summing="masked", mode="statistics"):
+    identity = charter.identity.model_copy(update={"privacy_mode": mode, "summing": summing})
+    return charter.model_copy(update={"identity": identity})
+
+
+def fuse_apart(base, charter, contributions, folder, plugins):
+    """As members who keep their text, with their statistics beside the adapters."""
+    experts = []
+    for one in contributions:
+        path = folder / f"{one.contributor}.safetensors"
+        if charter.publishes_statistics:
+            found = measure_statistics(base, charter, one.calibration, folder / "states")
+            found.save(path)
+        statistics = path if charter.publishes_statistics else None
+        experts.append(replace(drop_text(one), statistics=statistics))
+    asked = LocalMembers.open(base, charter, contributions, experts, folder, plugins=plugins)
+    texts = PrivateTexts(experts, asked)
+    return fuse_texts(base, charter, texts, folder / "coordinator", plugins=plugins), asked

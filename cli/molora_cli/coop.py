@@ -48,6 +48,13 @@ def create(
         int, typer.Option(min=0, help="Decoder blocks that stay the base's.")
     ] = 0,
     kind: Annotated[str, typer.Option(help="Adapter kind that contributors train.")] = "svd",
+    accept_kinds: Annotated[
+        str | None,
+        typer.Option(
+            help="Adapter kinds that may be contributed, separated by commas, those of plugins "
+            "among them; lora, svd and delta if not given. It never changes later."
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of low-rank kinds.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a specialist.")] = 300,
     router: Annotated[
@@ -128,13 +135,16 @@ def create(
     )
     if compare is not None:
         amendment = apply_settings(amendment, [f"fusion.compare={compare}"])
+    accepted = {} if accept_kinds is None else {"kinds": parse_names(accept_kinds)}
     home = folder or Path(name)
     with reporting() as progress:
         cooperative, made = found_cooperative(
             home,
             name,
             source=base,
-            adapters=AdapterRules(frozen_depth=frozen_depth, max_rank=max(64, rank)),
+            adapters=AdapterRules.model_validate(
+                {"frozen_depth": frozen_depth, "max_rank": max(64, rank), **accepted}
+            ),
             corpus=CorpusRules(block_size=block_size, evaluation_batch=choose_batch(block_size)),
             amendment=amendment,
             privacy=rules,

@@ -1,19 +1,23 @@
 """What an adapter kind is: its options, how a specialist is trained, written and read back."""
 
 import abc
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
+from molora_fed.adapters.headers import AdapterMeta
+from molora_fed.adapters.limits import NO_BASE, BaseWeights
 from molora_fed.adapters.peft_config import matches_target
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
 from molora_fed.guard import guarded
 from molora_fed.models.layout import adaptable_modules, block_index, decoder_blocks
+from molora_fed.models.runtime import check_memory
 from molora_fed.plugins import Plugins
 from molora_fed.storage.settings import check_options
 
@@ -23,7 +27,10 @@ __all__ = [
     "NoOptions",
     "Precision",
     "SvdOptions",
+    "check_rank",
     "choose_modules",
+    "compute_difference",
+    "copy_sharing",
     "open_kind",
     "read_options",
 ]
@@ -141,6 +148,62 @@ def _is_attention(name: str, prefix: str) -> bool:
     return any(word in part for part in inner for word in _ATTENTION)
 
 
+_TRAINED_BYTES = 16
+"""Of a number that is trained, at least: itself, its gradient and AdamW's moments in float32."""
+
+
+def copy_sharing(model: Any, own: Iterable[nn.Parameter]) -> Any:
+    """Copy a model for training; parameters outside `own` share memory with the original, frozen.
+
+    Args:
+        model: The base model, which stays as it is.
+        own: Its parameters that the copy has for itself, free to be trained.
+
+    Raises:
+        ComputeError: If there is no memory to train `own`.
+    """
+    kept = list(own)
+    owned = {id(parameter) for parameter in kept}
+    if kept:
+        check_memory(
+            _TRAINED_BYTES * sum(parameter.numel() for parameter in kept),
+            kept[0].device,
+            what="Cannot train whole linear layers",
+            fix="Use the kind lora, fewer targets, or a machine with more memory.",
+        )
+    # A new Parameter around the same memory: freezing it must not touch the base's flags.
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+        for parameter in model.parameters()
+        if id(parameter) not in owned
+    }
+    shared = {id(parameter) for parameter in memo.values()}
+    copied = copy.deepcopy(model, memo)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(id(parameter) not in shared)
+    return copied
+
+
+def compute_difference(own: Tensor | None, base: Tensor | None) -> Tensor | None:
+    """Trained minus base, float32 and of their shape; None where a module has no such tensor."""
+    if own is None or base is None:
+        return None
+    return own.detach().float() - base.detach().float()
+
+
+def check_rank(rank: int, rules: AdapterRules, kind: str) -> None:
+    """Refuse a rank that admission would refuse, before hours of training.
+
+    Raises:
+        AdapterError: If it is below 1 or above the charter's largest.
+    """
+    if not 1 <= rank <= rules.max_rank:
+        raise AdapterError(
+            f"Cannot train kind '{kind}': expected a rank from 1 to {rules.max_rank}, "
+            f"got {rank}. Choose another rank."
+        )
+
+
 _NARROW = 128  # D of the built-in base
 
 
@@ -184,6 +247,17 @@ class AdapterKind(abc.ABC):
         """
         return self.narrow_learning_rate * (_NARROW / hidden_size) ** self.width_power
 
+    def describe(self, rules: AdapterRules, base_weights: str) -> AdapterMeta:
+        """What `export` writes beside the numbers, in `molora_adapter.json`.
+
+        Args:
+            rules: The rules given to `prepare`.
+            base_weights: Fingerprint of the base.
+        """
+        return AdapterMeta(
+            kind=self.name, frozen_depth=rules.frozen_depth, base_weights=base_weights
+        )
+
     @abc.abstractmethod
     def prepare(
         self, model: Any, rules: AdapterRules, rank: int, *, seed: int = 0
@@ -220,6 +294,10 @@ class AdapterKind(abc.ABC):
     ) -> None:
         """Write what was trained as an adapter; equal weights give equal bytes.
 
+        The kind chooses the format: `write_factors`, `write_differences`, or tensors of its own
+        with `write_adapter_folder`, all of them in `molora_fed.adapters`. `self.describe` gives
+        what stands beside the numbers.
+
         Args:
             trained: The model `prepare` made, after training.
             base_model: The base model.
@@ -233,14 +311,28 @@ class AdapterKind(abc.ABC):
         """
 
     @abc.abstractmethod
-    def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
-        """Read what `export` wrote; safe on files from outside.
+    def load(
+        self,
+        folder: Path,
+        limits: AdapterRules | None,
+        *,
+        name: str = "",
+        base: BaseWeights = NO_BASE,
+    ) -> Adapter:
+        """Read what `export` wrote as changes of linear layers; safe on files from outside.
+
+        The kind opened for this has its default options: the files say everything. The readers of
+        the two formats are `load_factors` and `load_differences`; one of its own uses
+        `load_tensors` and `build_loaded`.
 
         Args:
             folder: The adapter's folder.
             limits: Limits on rank and bytes, checked before anything is allocated.
             name: Name for errors; the folder's path by default.
+            base: Weights of the base, one at a time, for files that hold scales of rows or columns,
+                say; a dense difference (D_out, D_in) is made of these here.
 
         Raises:
-            AdapterError: If the files are malformed, unsafe or beyond the limits.
+            AdapterError: If the files are malformed, unsafe or beyond the limits, or need a base
+                and there is none.
         """

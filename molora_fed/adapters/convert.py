@@ -17,7 +17,7 @@ from molora_fed.adapters.inspection import check_folder, is_own_format
 from molora_fed.adapters.limits import BaseLimits
 from molora_fed.adapters.low_rank_files import LoadedLora, read_lora
 from molora_fed.adapters.peft_folder import read_claims
-from molora_fed.adapters.save import write_updates
+from molora_fed.adapters.save import write_differences, write_factors
 from molora_fed.adapters.updates import Adapter, LinearUpdate, truncate
 from molora_fed.errors import ConfigError
 from molora_fed.models.layout import is_transposed, weight_of
@@ -25,6 +25,8 @@ from molora_fed.models.layout import is_transposed, weight_of
 __all__ = ["Converted", "convert_adapter"]
 
 DEFAULT_RANK = 64
+# Kinds that are written: the factors as they are, the best ones of the difference, all of it.
+_DEFAULT_KEPT, _DEFAULT_SHORTENED, _DEFAULT_WHOLE = "lora", "svd", "delta"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +80,15 @@ def convert_adapter(
         StorageError: On I/O errors; the target is whole or not there.
     """
     name = str(folder) if name is None else name
-    kind = kind or "lora"
+    kind = kind or _DEFAULT_KEPT
     what = f"Cannot convert adapter '{name}'"
-    if kind not in ("lora", "svd", "delta"):
+    known = (_DEFAULT_KEPT, _DEFAULT_SHORTENED, _DEFAULT_WHOLE)
+    if kind not in known:
         raise ConfigError(
-            f"{what}: expected kind lora, svd or delta, got '{kind}'. Choose one of these."
+            f"{what}: expected kind {', '.join(known[:-1])} or {known[-1]}, got '{kind}'. "
+            "Choose one of these."
         )
-    if kind != "lora" and model is None:
+    if kind != _DEFAULT_KEPT and model is None:
         raise ConfigError(
             f"{what}: expected a base to compute kind {kind} on, got none. Say where with --base."
         )
@@ -102,7 +106,9 @@ def convert_adapter(
             fix="Use it as it is.",
         )
     limits = None if model is None else BaseLimits.of(None, model, tokenizer)
-    loaded = read_lora(folder, limits, name, with_magnitudes=kind != "lora", drop_saved=drop_saved)
+    loaded = read_lora(
+        folder, limits, name, with_magnitudes=kind != _DEFAULT_KEPT, drop_saved=drop_saved
+    )
     adapter = loaded.adapter
     if model is not None:
         check_adapter_fits(adapter, model)
@@ -112,19 +118,22 @@ def convert_adapter(
     kept = loaded.source.layout.kept
     updates, loss = _change_kind(loaded, kind, rank or DEFAULT_RANK, model)
     is_flagged = bool(loaded.source.config.get("fan_in_fan_out"))
-    meta_kind = adapter.kind if kind == "lora" else kind
-    write_updates(
-        out,
-        updates,
-        AdapterMeta(
-            kind=meta_kind,
-            frozen_depth=adapter.frozen_depth,
-            base_weights=adapter.base_weights,
-        ),
-        transposed=is_flagged if model is None else _is_all_transposed(model, updates),
-        use_rslora=loaded.source.settings.use_rslora and kind == "lora",
-        base_name=base_name,
+    meta = AdapterMeta(
+        kind=adapter.kind if kind == _DEFAULT_KEPT else kind,
+        frozen_depth=adapter.frozen_depth,
+        base_weights=adapter.base_weights,
     )
+    if kind == _DEFAULT_WHOLE:
+        write_differences(out, updates, meta)
+    else:
+        write_factors(
+            out,
+            updates,
+            meta,
+            transposed=is_flagged if model is None else _is_all_transposed(model, updates),
+            use_rslora=loaded.source.settings.use_rslora and kind == _DEFAULT_KEPT,
+            base_name=base_name,
+        )
     written = load_adapter(out, name=name)
     return Converted(
         adapter=written,
@@ -143,13 +152,13 @@ def _change_kind(
     loaded: LoadedLora, kind: str, rank: int, model: Any
 ) -> tuple[Mapping[str, LinearUpdate], float]:
     """Updates of the wanted kind, and the share of the difference that is lost, in [0, 1]."""
-    if kind == "lora":
+    if kind == _DEFAULT_KEPT:
         return loaded.adapter.updates, 0.0
     updates = {}
     total = lost = 0.0
     for module, update in loaded.adapter.updates.items():
         difference = _compute_difference(update, loaded.magnitudes.get(module), module, model)
-        if kind == "delta":
+        if kind == _DEFAULT_WHOLE:
             updates[module] = LinearUpdate(dense=difference)
             continue
         a, b = truncate(difference, rank)

@@ -1,4 +1,4 @@
-"""The `delta` format: differences of weights and biases under the modules' own names."""
+"""The format of differences: of weights and biases, under the modules' own names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +10,9 @@ from molora_fed.adapters.files import (
     WEIGHTS_FILE,
     AdapterMeta,
     TensorHeader,
+    build_loaded,
     describe_unreadable,
-    hash_adapter_files,
     load_json,
-    load_meta,
     load_tensors,
     write_adapter_folder,
 )
@@ -22,6 +21,8 @@ from molora_fed.charter import AdapterRules
 from molora_fed.storage.untrusted import clean
 
 __all__ = ["load_delta", "write_delta"]
+
+_FORMAT = "delta"  # in the config; the first kind that was written so
 
 
 def write_delta(
@@ -44,7 +45,7 @@ def write_delta(
     """
     tensors = {f"{name}.weight": update.product().to(dtype) for name, update in updates.items()}
     tensors |= {f"{n}.bias": u.bias.to(dtype) for n, u in updates.items() if u.bias is not None}
-    config = {"kind": "delta", "tensors": sorted(tensors)}
+    config = {"kind": _FORMAT, "tensors": sorted(tensors)}
     write_adapter_folder(folder, config, tensors, meta)
 
 
@@ -83,13 +84,13 @@ def load_delta(folder: Path, rules: AdapterRules | None, name: str) -> Adapter:
     declared = config.get("tensors")
     if (
         set(config) != {"kind", "tensors"}
-        or config["kind"] != "delta"
+        or config["kind"] != _FORMAT
         or not isinstance(declared, list)
         or not all(isinstance(key, str) for key in declared)
     ):
         raise describe_unreadable(
             name,
-            expected=f"kind 'delta' and a list of tensors in '{CONFIG_FILE}'",
+            expected=f"kind '{_FORMAT}' and a list of tensors in '{CONFIG_FILE}'",
             got=f"keys {clean(', '.join(sorted(config)))}",
             fix="Export the adapter again.",
         )
@@ -100,17 +101,9 @@ def load_delta(folder: Path, rules: AdapterRules | None, name: str) -> Adapter:
         max_bytes=None if rules is None else rules.max_bytes,
         check=lambda headers: _check_headers(headers, declared, name),
     )
-    meta = load_meta(folder, name)
     modules = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
-    return Adapter(
-        name=name,
-        kind=meta.kind,
-        frozen_depth=meta.frozen_depth,
-        updates={
-            m: LinearUpdate(dense=tensors[f"{m}.weight"], bias=tensors.get(f"{m}.bias"))
-            for m in modules
-        },
-        hash=hash_adapter_files(folder),
-        num_bytes=(folder / WEIGHTS_FILE).stat().st_size,
-        base_weights=meta.base_weights,
-    )
+    updates = {
+        m: LinearUpdate(dense=tensors[f"{m}.weight"], bias=tensors.get(f"{m}.bias"))
+        for m in modules
+    }
+    return build_loaded(folder, updates, name)

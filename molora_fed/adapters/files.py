@@ -1,6 +1,7 @@
 """An adapter on disk: `adapter_config.json`, `adapter_model.safetensors`, `molora_adapter.json`.
 
-`lora` and `svd` are PEFT's format (`low_rank_files`), `delta` holds differences (`delta_files`).
+A kind decides what is in them: PEFT's format of factors (`low_rank_files`), differences
+(`delta_files`), few bits of either (`quantised_files`), or tensors of its own.
 `molora_adapter.json` says what PEFT's config cannot: kind, frozen depth, base fingerprint; a plain
 PEFT LoRA folder without it is read as kind "lora".
 """
@@ -32,8 +33,8 @@ from molora_fed.adapters.headers import (
     opened,
     read_header,
 )
-from molora_fed.adapters.limits import BaseLimits
-from molora_fed.adapters.updates import Adapter
+from molora_fed.adapters.limits import NO_BASE, BaseLimits, BaseWeights
+from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
 from molora_fed.guard import guarded, refuse
@@ -59,6 +60,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "AdapterMeta",
     "TensorHeader",
+    "build_loaded",
     "check_adapter_fits",
     "describe_unreadable",
     "find_misfits",
@@ -156,6 +158,29 @@ def write_adapter_folder(
         write_json(target / META_FILE, meta.model_dump(mode="json"))
 
 
+def build_loaded(folder: Path, updates: Mapping[str, LinearUpdate], name: str) -> Adapter:
+    """The adapter of a folder of one weights file, once its numbers are read.
+
+    Args:
+        folder: Its folder.
+        updates: What was read, by full module name.
+        name: The adapter's name, for errors.
+
+    Raises:
+        AdapterError: If `molora_adapter.json` is malformed.
+    """
+    meta = load_meta(folder, name)
+    return Adapter(
+        name=name,
+        kind=meta.kind,
+        frozen_depth=meta.frozen_depth,
+        updates=updates,
+        hash=hash_adapter_files(folder),
+        num_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        base_weights=meta.base_weights,
+    )
+
+
 def load_adapter(
     folder: Path,
     *,
@@ -170,8 +195,9 @@ def load_adapter(
     Args:
         folder: Folder with the adapter's files.
         rules: Limits of the charter on kind, rank and bytes, checked before anything is allocated.
-        model: The base model; it bounds what is expanded (`BaseLimits`), and decides how names of
-            tensors are read that something was put around.
+        model: The base model, with no adapter applied; it bounds what is expanded (`BaseLimits`),
+            decides how names of tensors are read that something was put around, and gives kinds
+            the weights that they need (`BaseWeights`).
         tokenizer: The base's tokenizer, to name tokens in errors.
         plugins: Where kinds are looked up; the installed plugins by default.
         name: Name for errors and reports; the folder's path by default.
@@ -202,8 +228,9 @@ def load_adapter(
     kinds = (plugins or get_plugins()).adapter_kinds
     entry = kinds.entry(meta.kind)
     limits = rules if model is None else BaseLimits.of(rules, model, tokenizer)
+    weights = NO_BASE if model is None else BaseWeights(model)
     with guarded(entry, "loading", passing=(AdapterError,)):
-        adapter = kinds.resolve(meta.kind)().load(folder, limits, name=name)
+        adapter = kinds.resolve(meta.kind)().load(folder, limits, name=name, base=weights)
     if not isinstance(adapter, Adapter):
         raise refuse(entry, "loading", expected="an Adapter", got=type(adapter).__name__)
     return adapter

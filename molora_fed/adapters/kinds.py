@@ -4,7 +4,6 @@ Every kind changes the linear layers of blocks >= K and nothing else (`delta` th
 so that embedding, head, norms and the first K blocks stay the base's.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,20 +11,28 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 from molora_fed.adapters.budget import PackingCost, compress
-from molora_fed.adapters.contract import AdapterKind, LinearOptions, SvdOptions, choose_modules
-from molora_fed.adapters.delta_files import load_delta
-from molora_fed.adapters.files import AdapterMeta
-from molora_fed.adapters.low_rank_files import load_low_rank
-from molora_fed.adapters.quantised_files import is_quantised, load_quantised
-from molora_fed.adapters.save import write_updates
+from molora_fed.adapters.contract import (
+    AdapterKind,
+    LinearOptions,
+    SvdOptions,
+    check_rank,
+    choose_modules,
+    compute_difference,
+    copy_sharing,
+)
+from molora_fed.adapters.limits import NO_BASE, BaseWeights
+from molora_fed.adapters.save import (
+    load_differences,
+    load_factors,
+    write_differences,
+    write_factors,
+)
 from molora_fed.adapters.updates import Adapter, LinearUpdate, Spectrum, decompose
 from molora_fed.charter import AdapterRules
-from molora_fed.errors import AdapterError
 from molora_fed.models.layout import bias_of, is_transposed, weight_of
-from molora_fed.models.runtime import check_memory
 
 __all__ = ["AdapterKind", "DeltaKind", "LoraKind", "SvdKind"]
 
@@ -36,54 +43,6 @@ _COSTS: Mapping[str, Callable[[int], PackingCost]] = {
     "int4": lambda group: PackingCost(4, group),
     "int2": lambda group: PackingCost(2, group),
 }
-
-
-_TRAINED_BYTES = 16
-"""Of a number that is trained, at least: itself, its gradient and AdamW's moments in float32."""
-
-
-def _copy_sharing(model: Any, own: Iterable[nn.Parameter]) -> Any:
-    """Copy a model; parameters outside `own` share memory with the original, frozen.
-
-    Raises:
-        ComputeError: If there is no memory to train `own`.
-    """
-    kept = list(own)
-    owned = {id(parameter) for parameter in kept}
-    if kept:
-        check_memory(
-            _TRAINED_BYTES * sum(parameter.numel() for parameter in kept),
-            kept[0].device,
-            what="Cannot train whole linear layers",
-            fix="Use the kind lora, fewer targets, or a machine with more memory.",
-        )
-    # A new Parameter around the same memory: freezing it must not touch the base's flags.
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
-        for parameter in model.parameters()
-        if id(parameter) not in owned
-    }
-    shared = {id(parameter) for parameter in memo.values()}
-    copied = copy.deepcopy(model, memo)
-    for parameter in copied.parameters():
-        parameter.requires_grad_(id(parameter) not in shared)
-    return copied
-
-
-def _check_rank(rank: int, rules: AdapterRules, kind: str) -> None:
-    """Refuse a rank that admission would refuse, before hours of training."""
-    if not 1 <= rank <= rules.max_rank:
-        raise AdapterError(
-            f"Cannot train kind '{kind}': expected a rank from 1 to {rules.max_rank}, "
-            f"got {rank}. Choose another rank."
-        )
-
-
-def _load_factors(folder: Path, limits: AdapterRules | None, name: str) -> Adapter:
-    """Read low-rank factors in PEFT's or the quantised format."""
-    if is_quantised(folder, name):
-        return load_quantised(folder, limits, name)
-    return load_low_rank(folder, limits, name)
 
 
 class LoraKind(AdapterKind):
@@ -103,7 +62,7 @@ class LoraKind(AdapterKind):
         self, model: Any, rules: AdapterRules, rank: int, *, seed: int = 0
     ) -> tuple[Any, list[nn.Parameter]]:
         """Wrap a copy of the base that shares all weights; see `AdapterKind.prepare`."""
-        _check_rank(rank, rules, self.name)
+        check_rank(rank, rules, self.name)
         modules = choose_modules(model, rules.frozen_depth, self.options.targets)
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -118,7 +77,7 @@ class LoraKind(AdapterKind):
             # PEFT 0.21 asks transformers 5 for an attribute by its old name.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             torch.manual_seed(seed)
-            wrapped = get_peft_model(_copy_sharing(model, ()), config)
+            wrapped = get_peft_model(copy_sharing(model, ()), config)
         return wrapped, [p for p in wrapped.parameters() if p.requires_grad]
 
     def export(
@@ -141,18 +100,25 @@ class LoraKind(AdapterKind):
                 b=layer.lora_B["default"].weight.detach(),
                 scale=float(layer.scaling["default"]),
             )
-        write_updates(
+        write_factors(
             folder,
             updates,
-            _meta(self.name, rules, base_weights),
+            self.describe(rules, base_weights),
             options=self.options,
             transposed=_is_all_transposed(modules.values()),
             use_rslora=True,
         )
 
-    def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
+    def load(
+        self,
+        folder: Path,
+        limits: AdapterRules | None,
+        *,
+        name: str = "",
+        base: BaseWeights = NO_BASE,
+    ) -> Adapter:
         """Read a folder of PEFT's or the quantised format; see `AdapterKind.load`."""
-        return _load_factors(folder, limits, name or str(folder))
+        return load_factors(folder, limits, name or str(folder))
 
 
 class SvdKind(AdapterKind):
@@ -172,9 +138,9 @@ class SvdKind(AdapterKind):
         self, model: Any, rules: AdapterRules, rank: int, *, seed: int = 0
     ) -> tuple[Any, list[nn.Parameter]]:
         """Copy the base with its linear weights free; see `AdapterKind.prepare`."""
-        _check_rank(rank, rules, self.name)
+        check_rank(rank, rules, self.name)
         modules = choose_modules(model, rules.frozen_depth, self.options.targets)
-        copied = _copy_sharing(model, [m.weight for m in modules.values()])
+        copied = copy_sharing(model, [m.weight for m in modules.values()])
         return copied, [p for p in copied.parameters() if p.requires_grad]
 
     def export(
@@ -190,13 +156,15 @@ class SvdKind(AdapterKind):
         """Write the truncated SVD in PEFT's format; see `AdapterKind.export`."""
         modules = choose_modules(base_model, rules.frozen_depth, self.options.targets)
         spectra = {
-            name: decompose(_difference(weight_of(trained.get_submodule(name)), weight_of(module)))
+            name: decompose(
+                compute_difference(weight_of(trained.get_submodule(name)), weight_of(module))
+            )
             for name, module in modules.items()
         }
-        write_updates(
+        write_factors(
             folder,
             self.shorten(spectra, rank),
-            _meta(self.name, rules, base_weights),
+            self.describe(rules, base_weights),
             options=self.options,
             transposed=_is_all_transposed(modules.values()),
         )
@@ -218,9 +186,16 @@ class SvdKind(AdapterKind):
         cost = _COSTS[options.precision](options.group)
         return compress(spectra, rank=rank, budget_bytes=options.budget_bytes, cost=cost)
 
-    def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
+    def load(
+        self,
+        folder: Path,
+        limits: AdapterRules | None,
+        *,
+        name: str = "",
+        base: BaseWeights = NO_BASE,
+    ) -> Adapter:
         """Read a folder of PEFT's or the quantised format; see `AdapterKind.load`."""
-        return _load_factors(folder, limits, name or str(folder))
+        return load_factors(folder, limits, name or str(folder))
 
 
 class DeltaKind(AdapterKind):
@@ -242,7 +217,7 @@ class DeltaKind(AdapterKind):
         """Copy the base with its linear layers free; see `AdapterKind.prepare`."""
         modules = choose_modules(model, rules.frozen_depth, self.options.targets)
         own = [p for module in modules.values() for p in module.parameters()]
-        copied = _copy_sharing(model, own)
+        copied = copy_sharing(model, own)
         return copied, [p for p in copied.parameters() if p.requires_grad]
 
     def export(
@@ -262,31 +237,24 @@ class DeltaKind(AdapterKind):
         ).items():
             own = trained.get_submodule(name)
             updates[name] = LinearUpdate(
-                dense=_difference(weight_of(own), weight_of(module)),
-                bias=_difference(bias_of(own), bias_of(module)),
+                dense=compute_difference(weight_of(own), weight_of(module)),
+                bias=compute_difference(bias_of(own), bias_of(module)),
             )
-        meta = _meta(self.name, rules, base_weights)
-        write_updates(folder, updates, meta, options=self.options)
+        meta = self.describe(rules, base_weights)
+        write_differences(folder, updates, meta, options=self.options)
 
-    def load(self, folder: Path, limits: AdapterRules | None, *, name: str = "") -> Adapter:
+    def load(
+        self,
+        folder: Path,
+        limits: AdapterRules | None,
+        *,
+        name: str = "",
+        base: BaseWeights = NO_BASE,
+    ) -> Adapter:
         """Read a folder of differences, quantised or not; see `AdapterKind.load`."""
-        name = name or str(folder)
-        if is_quantised(folder, name):
-            return load_quantised(folder, limits, name)
-        return load_delta(folder, limits, name)
-
-
-def _difference(own: Tensor | None, base: Tensor | None) -> Any:
-    """Trained minus base in float32; None where a module has no such tensor."""
-    if own is None or base is None:
-        return None
-    return own.detach().float() - base.detach().float()
+        return load_differences(folder, limits, name or str(folder))
 
 
 def _is_all_transposed(modules: Iterable[nn.Module]) -> bool:
     """PEFT's `fan_in_fan_out`: one flag for all modules of an adapter."""
     return all(is_transposed(module) for module in modules)
-
-
-def _meta(kind: str, rules: AdapterRules, base_weights: str) -> AdapterMeta:
-    return AdapterMeta(kind=kind, frozen_depth=rules.frozen_depth, base_weights=base_weights)

@@ -1,14 +1,19 @@
-"""What reading an adapter may make of a file: the charter's rules, and the sizes of the base."""
+"""What reading an adapter goes by: the charter's rules, and the base's sizes and weights."""
 
+from functools import cached_property
 from typing import Any, Self
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from molora_fed.adapters.peft_tensors import BaseLayers
 from molora_fed.charter import AdapterRules
+from molora_fed.errors import AdapterError
 from molora_fed.models.layout import adaptable_modules, decoder_blocks, weight_of
+from molora_fed.storage.untrusted import clean
 
-__all__ = ["BaseLimits"]
+__all__ = ["NO_BASE", "BaseLimits", "BaseWeights"]
 
 
 _NO_RULES = AdapterRules(max_rank=2**31, max_bytes=2**62)
@@ -73,3 +78,51 @@ class BaseLimits(AdapterRules):
         if rank is not None and rank > min(known):
             return f"'{name}' of rank {rank} above its {min(known)} dimensions"
         return None
+
+
+class BaseWeights:
+    """The base's linear weights, for kinds whose files mean a change only beside the base's own.
+
+    A weight is copied when it is asked for, and not kept.
+
+    Args:
+        model: The base model with no adapter applied; None where there is no base at hand.
+    """
+
+    def __init__(self, model: Any = None) -> None:
+        self._model = model
+
+    @cached_property
+    def _layers(self) -> dict[str, Any]:
+        return dict(adaptable_modules(self._model, 0))
+
+    def read(self, module: str, *, name: str) -> Tensor:
+        """The weight of a linear layer inside the decoder blocks.
+
+        Args:
+            module: Full module name, e.g. "model.layers.0.mlp.up_proj"; it may be from a file from
+                outside.
+            name: The adapter's name, for errors.
+
+        Returns:
+            (D_out, D_in) float32 on the CPU, a copy.
+
+        Raises:
+            AdapterError: If no base is at hand, or it has no such linear layer.
+        """
+        if self._model is None:
+            raise AdapterError(
+                f"Cannot read adapter '{name}': expected the base that it is for, whose weights "
+                "its numbers multiply, got none. Name the base."
+            )
+        layer = self._layers.get(module)
+        if layer is None:
+            raise AdapterError(
+                f"Cannot read adapter '{name}': expected changes of the base's linear layers, got "
+                f"'{clean(module, 80)}'. Export it again from training on this base."
+            )
+        return weight_of(layer).detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+NO_BASE = BaseWeights()
+"""Where no base is at hand; kinds whose files say everything need none."""

@@ -24,10 +24,9 @@ from molora_fed.adapters.files import (
     WEIGHTS_FILE,
     AdapterMeta,
     TensorHeader,
+    build_loaded,
     describe_unreadable,
-    hash_adapter_files,
     load_json,
-    load_meta,
     load_tensors,
     write_adapter_folder,
 )
@@ -349,16 +348,8 @@ def load_quantised(folder: Path, rules: AdapterRules | None, name: str) -> Adapt
         dtypes=("U8", *ADAPTER_DTYPES),
         check=lambda headers: _check_headers(headers, config, rules, name),
     )
-    meta = load_meta(folder, name)
-    return Adapter(
-        name=name,
-        kind=meta.kind,
-        frozen_depth=meta.frozen_depth,
-        updates={module: _read(module, config, tensors) for module in sorted(config.modules)},
-        hash=hash_adapter_files(folder),
-        num_bytes=(folder / WEIGHTS_FILE).stat().st_size,
-        base_weights=meta.base_weights,
-    )
+    updates = {module: _read(module, config, tensors) for module in sorted(config.modules)}
+    return build_loaded(folder, updates, name)
 
 
 def _read(module: str, config: _Config, tensors: Mapping[str, Tensor]) -> LinearUpdate:

@@ -20,6 +20,7 @@ __all__ = [
     "Spectrum",
     "average_adapters",
     "decompose",
+    "decompose_update",
     "merge_average",
     "merge_products",
     "truncate",
@@ -118,9 +119,9 @@ class Spectrum:
     """A matrix as its singular value decomposition, `(u * values) @ vh`.
 
     Attributes:
-        u: Left singular vectors, (D_out, min(D_out, D_in)) float32.
-        values: Singular values, falling.
-        vh: Right singular vectors, (min(D_out, D_in), D_in) float32.
+        u: Left singular vectors, (D_out, N) float32; N = min(D_out, D_in), or R of factors.
+        values: Singular values, falling, (N,).
+        vh: Right singular vectors, (N, D_in) float32.
     """
 
     u: Tensor
@@ -145,6 +146,22 @@ class Spectrum:
 def decompose(difference: Tensor) -> Spectrum:
     """Singular value decomposition of a difference, (D_out, D_in) float32."""
     return Spectrum(*torch.linalg.svd(difference, full_matrices=False))
+
+
+def decompose_update(update: LinearUpdate) -> Spectrum:
+    """Singular value decomposition of an update's weight difference, (D_out, D_in).
+
+    Of factors it takes O(R^2 (D_in + D_out)) steps: they are not multiplied out.
+
+    Args:
+        update: Its bias does not count.
+    """
+    if update.a is None or update.b is None:
+        return decompose(update.product())
+    left, upper = torch.linalg.qr(update.b.float())
+    right, lower = torch.linalg.qr(update.a.float().T)
+    inner = decompose(torch.mul(upper @ lower.T, update.scale))
+    return Spectrum(left @ inner.u, inner.values, inner.vh @ right.T)
 
 
 def truncate(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from molora_fed.bank.adapters import ExpertAdapters
 from molora_fed.bank.columns import make_scratch
 from molora_fed.bank.mixture import (
     compute_log_gates,
@@ -56,6 +57,7 @@ class Bank:
         prefix_hidden: (N, T, D), or None.
         mean_hidden: (N, T, D), or None.
         experts_hidden: E tensors (N, T, D), or None.
+        adapters: The experts' adapters by name, see `ExpertAdapters`; None is the base's.
         readout: The head that logits are mixed under; None for the probability mixture.
         folder: Where derived numbers are kept; None keeps them in memory.
         device: Where views and losses are computed.
@@ -78,6 +80,7 @@ class Bank:
     prefix_hidden: Tensor | None = None
     mean_hidden: Tensor | None = None
     experts_hidden: tuple[Tensor, ...] | None = None
+    adapters: ExpertAdapters = field(default_factory=ExpertAdapters, repr=False)
     readout: Readout | None = None
     folder: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -164,10 +167,10 @@ class Bank:
         return replace(self, mixture="probability", readout=None)
 
     def stamp(self) -> dict[str, tuple[int, ...]]:
-        """What tells, compared with a later stamp, which columns somebody changed in between.
+        """What tells, compared with a later stamp, what somebody changed in between.
 
         Numbers that decide losses are summed up; columns of hidden states, which can be large, are
-        known by their place and by torch's count of changes.
+        known by their place and by torch's count of changes, as are adapters that were read.
         """
         arrays = {"clusters": self.clusters, "domain_of": self.domain_of}
         stamps: dict[str, tuple[int, ...]] = {
@@ -180,7 +183,8 @@ class Bank:
         hidden |= {f"experts_hidden {n}": c for n, c in enumerate(self.experts_hidden or ())}
         hidden |= {f"derived {n}": c for n, c in self._derived.items()}
         stamps |= {n: (c._version, c.data_ptr()) for n, c in hidden.items() if c is not None}
-        return stamps
+        changes = self.adapters.count_changes()
+        return {**stamps, **{f"the adapter of {name}": (n,) for name, n in changes.items()}}
 
     def uniform_gates(self, rows: Rows) -> Tensor:
         """The same gate for every expert, (B, T, E)."""

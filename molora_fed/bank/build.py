@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from molora_fed.adapters.compatibility import applied
+from molora_fed.bank.adapters import open_adapters
 from molora_fed.bank.assembly import (
     check_blocks,
     check_experts,
@@ -193,6 +194,7 @@ def _build(
         hidden_size=hidden_size,
         readings=plan.readings,
         mixture=plan.mixture,
+        adapters=open_adapters(experts, model, plan.frozen_depth),
         readout=readout,
         folder=folder,
         device=model.device,

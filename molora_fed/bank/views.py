@@ -20,7 +20,10 @@ class RouterView:
         document_starts: True at a document's first token, (B, T) bool. State kept over a
             document (running means, accumulated evidence) is reset there.
         base_hidden: The base's hidden state that enters the output head, (B, T, D).
-        prefix_hidden: Hidden state after the K shared frozen blocks, (B, T, D).
+        prefix_hidden: What enters decoder block K, K the charter's frozen depth, before that
+            block's own norm: the same for all experts, none of which changes an earlier block;
+            (B, T, D). `adapters.entry` of a bank or a `FitSetting` says through which norm it goes
+            into which linear layers (`molora_fed.models.block_input.BlockInput`).
         mean_hidden: Experts' average of the state that enters the head, (B, T, D).
         experts_hidden: The same of every expert, (B, T, E, D).
         evidence: `log p_e(x_t | x_<t)` in nats, (B, T, E); 0 at a document's first token.

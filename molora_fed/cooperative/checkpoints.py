@@ -101,7 +101,7 @@ def import_checkpoint(
     _check_derived(base.model, model, rules.frozen_depth, checkpoint)
     target = folder / "adapter"
     chosen.export(model, base.model, target, training.rank, rules, base_weights=base.weights)
-    adapter = load_adapter(target, rules=rules, plugins=plugins, name=folder.name)
+    adapter = load_adapter(target, rules=rules, model=base.model, plugins=plugins, name=folder.name)
     tokens = corpus.blocks[Split.VALIDATION].tokens
     batch = charter.identity.corpus.evaluation_batch
 

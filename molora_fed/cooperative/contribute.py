@@ -282,7 +282,7 @@ def make_contribution(
             on_memory=on_memory,
             progress=progress,
         )
-        adapter = measure_trained(specialist, measure_start(under, corpus), plugins)
+        adapter = measure_trained(under.base, specialist, measure_start(under, corpus), plugins)
     on_phase("building")
     contribution = sign_adapter(
         under,

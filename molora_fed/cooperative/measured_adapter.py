@@ -14,6 +14,7 @@ from molora_fed.contributions.manifest import Origin
 from molora_fed.cooperative.cooperative import CharterAndBase
 from molora_fed.corpus.prepare import Corpus
 from molora_fed.errors import AdapterError
+from molora_fed.models.base import Base
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.files import is_file, is_folder, resolve_inside
@@ -69,15 +70,24 @@ class MeasuredAdapter:
 
 
 def measure_trained(
-    specialist: Specialist, start_loss: float | None, plugins: Plugins
+    base: Base, specialist: Specialist, start_loss: float | None, plugins: Plugins
 ) -> MeasuredAdapter:
     """A specialist's adapter, which has to change something.
+
+    Args:
+        base: What it was trained on.
+        specialist: What training gave.
+        start_loss: Loss of the checkpoint that its training started from, if it is known.
+        plugins: Where kinds are registered.
 
     Raises:
         AdapterError: If it changes nothing.
     """
     adapter = load_adapter(
-        specialist.adapter_folder, plugins=plugins, name=specialist.adapter_folder.parent.name
+        specialist.adapter_folder,
+        model=base.model,
+        plugins=plugins,
+        name=specialist.adapter_folder.parent.name,
     )
     measured = MeasuredAdapter.of_specialist(specialist, start_loss)
     return replace(measured, changed=check_effect(adapter), modules=len(adapter.updates))

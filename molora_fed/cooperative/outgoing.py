@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from molora_fed.bank import Expert
+from molora_fed.bank.adapters import make_up_adapters
 from molora_fed.charter import MIN_MEMBERS, Charter, FusionRules
 from molora_fed.contributions.build import (
     MAX_FIGURES_BYTES,
@@ -190,12 +191,13 @@ def _plan_rounds(
 ) -> SumRounds:
     """The rounds of a fusion of members that nobody knows yet."""
     names = [f"member-{number}" for number in range(members)]
-    experts = [Expert(BASE_EXPERT, None)] if charter.amendment.fusion.base_expert else []
+    base = [BASE_EXPERT] if charter.amendment.fusion.base_expert else []
     failed: dict[str, str] = {}
     plan = FusionPlan(
         charter=charter,
         contributions=(),
-        experts=(*experts, *(Expert(name, None) for name in names)),
+        experts=tuple(Expert(name, None) for name in (*base, *names)),
+        adapters=make_up_adapters([*base, *names], width),
         router=charter.amendment.fusion.router,
         routers=build_routers(charter, plugins, on_failed=failed.__setitem__),
         failed=failed,

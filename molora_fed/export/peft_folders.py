@@ -10,6 +10,7 @@ from pathlib import Path
 from molora_fed.adapters.compatibility import check_adapter_fits
 from molora_fed.adapters.files import AdapterMeta
 from molora_fed.adapters.low_rank_files import write_low_rank
+from molora_fed.adapters.save import choose_factor_kind
 from molora_fed.adapters.updates import Adapter, LinearUpdate, truncate
 from molora_fed.errors import AdapterError
 from molora_fed.export.subject import Specialist
@@ -92,7 +93,7 @@ def write_peft(adapter: Adapter, base: Base, folder: Path) -> None:
             "Conv1D and Linear together. Export it with --to merged --as checkpoint."
         )
     meta = AdapterMeta(
-        kind=adapter.kind if adapter.kind == "lora" else "svd",
+        kind=choose_factor_kind(adapter.kind),
         frozen_depth=adapter.frozen_depth,
         base_weights=adapter.base_weights or base.weights,
     )

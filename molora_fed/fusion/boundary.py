@@ -76,8 +76,9 @@ def watch_bank(entry: Entry, bank: Bank, place: str) -> Iterator[None]:
     """Run a router's code under the guard, and see that it leaves the bank as it was.
 
     Raises:
-        PluginError: If it fails, or changes a column.
+        PluginError: If it fails, or changes a column or an adapter that it read.
     """
+    bank.adapters.forget()
     before = bank.stamp()
     try:
         with guarded(entry, place):
@@ -94,7 +95,7 @@ def watch_bank(entry: Entry, bank: Bank, place: str) -> Iterator[None]:
 
 
 def find_changes(before: Mapping[str, tuple[int, ...]], bank: Bank) -> list[str]:
-    """Columns of a bank that were changed since a stamp was taken."""
+    """What of a bank was changed since a stamp was taken: columns and adapters."""
     now = bank.stamp()
     return [name for name, stamp in before.items() if now.get(name) != stamp]
 

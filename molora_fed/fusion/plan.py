@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
-from molora_fed.bank import Expert
+from molora_fed.bank import Expert, ExpertAdapters
+from molora_fed.bank.adapters import open_adapters
 from molora_fed.charter import AdapterRules, Charter
 from molora_fed.contributions.contributed import Entrant
 from molora_fed.errors import CharterError, ConfigError, PluginError, RoutingError
@@ -43,6 +44,7 @@ class FusionPlan:
         charter: Under which rules.
         contributions: Sorted by contribution id.
         experts: The base first if the charter says so, then the contributions.
+        adapters: The experts' adapters, for routers.
         router: Key of the router that is published, unless it collapses: its registered name.
         routers: Class and options by key, see `Choice`; the published one first.
         failed: Why compared routers cannot be used, by key.
@@ -53,6 +55,7 @@ class FusionPlan:
     charter: Charter
     contributions: tuple[Entrant, ...]
     experts: tuple[Expert, ...]
+    adapters: ExpertAdapters
     router: str
     routers: Mapping[str, tuple[type[OutputRouter], RouterOptions]]
     failed: Mapping[str, str]
@@ -134,10 +137,12 @@ def plan_fusion(
         )
         for c in ordered
     ]
+    experts = (*base_experts, *specialists)
     return FusionPlan(
         charter=charter,
         contributions=ordered,
-        experts=(*base_experts, *specialists),
+        experts=experts,
+        adapters=open_adapters(experts, base.model, rules.frozen_depth),
         router=fusion.router,
         routers=routers,
         failed=failed,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from molora_fed.bank.adapters import make_up_adapters
 from molora_fed.errors import RoutingError
 from molora_fed.models.hidden_statistics import HiddenStatistics
 from molora_fed.routing.contract import OutputRouter, RouterOptions
@@ -47,7 +48,7 @@ def make_published(
 def check_published(router: type[OutputRouter], options: RouterOptions) -> None:
     """Refuse a router that cannot be made from statistics, before there are any.
 
-    It is made from statistics of two made-up texts.
+    It is made from statistics of two made-up texts, and made-up adapters.
 
     Raises:
         RoutingError: If it cannot.
@@ -58,6 +59,6 @@ def check_published(router: type[OutputRouter], options: RouterOptions) -> None:
         for place, name in enumerate(names)
     }
     experts = (BASE_EXPERT, *names)
-    make_published(
-        router, statistics, FitSetting(experts, names, width, 128, "probability", options, 0)
-    )
+    adapters = make_up_adapters(experts, width)
+    setting = FitSetting(experts, names, width, 128, "probability", options, 0, adapters)
+    make_published(router, statistics, setting)

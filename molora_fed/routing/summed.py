@@ -8,7 +8,7 @@ takes part through `OutputRouter.by_sums`; `summed_run.fit_by_sums` runs all mem
 import abc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from molora_fed.bank.adapters import ExpertAdapters
 from molora_fed.errors import RoutingError
 from molora_fed.routing.contract import OptionsT, OutputRouter, RouterOptions
 from molora_fed.types import Mixture
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Finished",
     "FitSetting",
+    "NoRounds",
     "SumEntry",
     "SummedFit",
     "SummedState",
@@ -51,6 +53,8 @@ class FitSetting:
         mixture: How the fused model mixes.
         options: The router's options.
         seed: Of whatever is drawn.
+        adapters: The experts' adapters by name, see `ExpertAdapters`; the coordinator and all
+            members have the same.
     """
 
     expert_names: tuple[str, ...]
@@ -60,6 +64,7 @@ class FitSetting:
     mixture: Mixture
     options: RouterOptions
     seed: int
+    adapters: ExpertAdapters = field(default_factory=ExpertAdapters, repr=False, compare=False)
 
     @property
     def num_experts(self) -> int:
@@ -173,14 +178,26 @@ class SummedFit(abc.ABC, Generic[OptionsT]):
         """
 
 
-class _NothingToFit(SummedFit[RouterOptions]):
-    """Of routers that learn nothing."""
+class NoRounds(SummedFit[RouterOptions]):
+    """Of routers that learn nothing of text: what they learned is known before the first round.
+
+    Args:
+        setting: What all agree on.
+        options: The router's.
+        tensors: What it learned, of the adapters say, as the router's `shapes` says.
+    """
 
     rounds = 0
 
+    def __init__(
+        self, setting: FitSetting, options: RouterOptions, tensors: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(setting, options)
+        self._tensors = tensors
+
     @override
     def start(self) -> Finished:
-        return Finished({})
+        return Finished(self._tensors)
 
     @override
     def entries(self, state: SummedState) -> Mapping[str, SumEntry]:
@@ -194,7 +211,7 @@ class _NothingToFit(SummedFit[RouterOptions]):
 
     @override
     def advance(self, state: SummedState, totals: Mapping[str, Tensor]) -> Finished:
-        return Finished({})
+        return self.start()
 
 
 def plan_summed_fit(router: type[OutputRouter], setting: FitSetting) -> SummedFit:
@@ -209,7 +226,7 @@ def plan_summed_fit(router: type[OutputRouter], setting: FitSetting) -> SummedFi
     """
     options = router.narrow(setting.options)
     if learns_nothing(router, setting.num_experts, options):
-        return _NothingToFit(setting, options)
+        return NoRounds(setting, options, {})
     # A class that learns in a way of its own cannot be fitted as the class it is derived from.
     is_own = issubclass(find_owner(router, "by_sums"), find_owner(router, "learn"))
     fit = router.by_sums(setting) if is_own else None

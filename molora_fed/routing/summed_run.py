@@ -89,6 +89,7 @@ def collect_setting(
         mixture=first.mixture,
         options=options,
         seed=seed,
+        adapters=first.adapters.take(first.expert_names) if first.adapters else first.adapters,
     )
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from molora_fed.bank import Bank, CalibrationBank
+from molora_fed.bank.adapters import make_up_adapters
 from molora_fed.types import Reading
 
 __all__ = [
@@ -36,6 +37,8 @@ def build_synthetic_bank(
     readings: frozenset[Reading] = ALL_READINGS,
 ) -> Any:
     """Make up a bank in which expert e is good at domain e and hidden states tell domains apart.
+
+    Its adapters (`make_up_adapters`) read most where the states of their expert's domain lie.
 
     Args:
         kind: CalibrationBank or HeldOutBank.
@@ -70,14 +73,16 @@ def build_synthetic_bank(
         "mean_hidden": torch.stack(experts).mean(0),
         "experts_hidden": tuple(experts),
     }
+    names = tuple(f"expert-{index}" for index in range(num_experts))
     return kind(
         tokens=torch.randint(0, 50, shape, generator=generator, dtype=torch.int32),
         document_starts=starts,
         clusters=np.broadcast_to(cluster_of[:, None], shape),
         domains=tuple(f"domain-{index}" for index in range(num_experts)),
         domain_of=domain_of.numpy(),
-        expert_names=tuple(f"expert-{index}" for index in range(num_experts)),
+        expert_names=names,
         has_base_expert=False,
+        adapters=make_up_adapters(names, hidden_size, directions),
         base_logprob=base_logprob,
         logprob=logprob,
         hidden_size=hidden_size,
@@ -95,9 +100,11 @@ def _draw_directions(num_domains: int, hidden_size: int) -> Tensor:
 def permute_experts(bank: Bank, order: list[int]) -> Any:
     """The same bank with its experts in another order; expert i is the old `order[i]`."""
     experts = bank.experts_hidden
+    names = tuple(bank.expert_names[index] for index in order)
     return replace(
         bank,
-        expert_names=tuple(bank.expert_names[index] for index in order),
+        expert_names=names,
+        adapters=bank.adapters.take(names),
         logprob=bank.logprob[..., order],
         experts_hidden=None if experts is None else tuple(experts[index] for index in order),
         _derived={},

@@ -46,6 +46,7 @@ END_OF_TEXT = "<|endoftext|>"
 TINY_VOCABULARY = 257
 """256 bytes and the end-of-text token."""
 
+_DEFAULT_DENSE = "delta"
 _SIZES = {
     "vocab_size": TINY_VOCABULARY,
     "hidden_size": 32,
@@ -161,11 +162,11 @@ def build_random_adapter(
         name: Name for errors; "<kind>-<seed>" by default.
     """
     generator = torch.Generator().manual_seed(seed)
-    updates = {}
+    updates, is_dense = {}, kind == _DEFAULT_DENSE
     for module_name, module in adaptable_modules(model, frozen_depth).items():
         weight = weight_of(module).detach().float()
         rows, columns = weight.shape
-        if kind == "delta":
+        if is_dense:
             dense = torch.randn(rows, columns, generator=generator)
             dense *= strength * weight.norm() / dense.norm()
             has_bias = bias_of(module) is not None
@@ -184,7 +185,7 @@ def build_random_adapter(
         updates=updates,
         hash=hash_bytes(b"".join(part.numpy().tobytes() for part in parts)),
         num_bytes=sum(part.nbytes for part in parts),
-        targets=None if kind == "delta" else tuple(updates),
+        targets=None if is_dense else tuple(updates),
     )
 
 

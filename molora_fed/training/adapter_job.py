@@ -222,7 +222,9 @@ def find_finished(job: AdapterJob, folder: Path, plugins: Plugins) -> Specialist
                 fix="Choose another folder.",
             )
         )
-    adapter = load_adapter(specialist.adapter_folder, plugins=plugins, name=folder.name)
+    adapter = load_adapter(
+        specialist.adapter_folder, model=job.base.model, plugins=plugins, name=folder.name
+    )
     if adapter.hash != specialist.adapter_hash:
         raise TrainingError(
             describe_mismatch(
@@ -329,7 +331,11 @@ def finish_job(
                 base_weights=job.base.weights,
             )
         adapter = load_adapter(
-            folder / _ADAPTER_FOLDER, rules=job.rules, plugins=plugins, name=folder.name
+            folder / _ADAPTER_FOLDER,
+            rules=job.rules,
+            model=job.base.model,
+            plugins=plugins,
+            name=folder.name,
         )
         record = {
             **job.describe(),

@@ -58,3 +58,17 @@ def test_what_is_used_otherwise_is_a_name_of_a_plugin():
 @pytest.mark.parametrize("folder", sorted({path.parent for path in CORE.rglob("*.py")}), ids=str)
 def test_no_text_of_the_core_names_a_plugin(folder):
     assert [line for path in sorted(folder.glob("*.py")) for line in list_mentions(path)] == []
+
+
+def list_comparisons(path):
+    """Lines that compare something with the name of one of the core's own kinds of adapter."""
+    kinds = {"lora", "svd", "delta"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            named = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+            if kinds & {name for name in named if isinstance(name, str)}:
+                yield f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def test_nothing_in_the_core_depends_on_the_name_of_a_kind_of_adapter():
+    assert [line for path in sorted(CORE.rglob("*.py")) for line in list_comparisons(path)] == []

@@ -12,7 +12,7 @@ from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.contract import LinearOptions
 from molora_fed.adapters.files import AdapterMeta, load_adapter
 from molora_fed.adapters.kinds import SvdKind
-from molora_fed.adapters.save import write_updates
+from molora_fed.adapters.save import write_differences, write_factors
 from molora_fed.adapters.updates import Adapter, LinearUpdate, Spectrum, decompose
 from molora_fed.evaluation.bootstrap import compute_interval, resample_domain_means
 from molora_fed.evaluation.evaluate import Evaluation
@@ -53,12 +53,12 @@ class _Maker:
         )
         if kind == "delta":
             options = LinearOptions(precision=precision)
-            write_updates(folder, self._full.updates, meta, options=options)
+            write_differences(folder, self._full.updates, meta, options=options)
             return
         percent = variant["budget_percent"]
         budget = None if percent is None else int(self._full.num_bytes * percent / 100)
         svd = SvdKind({"precision": precision, "budget_bytes": budget})
-        write_updates(folder, self._shorten(svd, variant["rank"]), meta, options=svd.options)
+        write_factors(folder, self._shorten(svd, variant["rank"]), meta, options=svd.options)
 
     def _shorten(self, svd: SvdKind, rank: int) -> dict[str, LinearUpdate]:
         """As kind `svd` does after training; changes of biases are left out, as it trains none."""

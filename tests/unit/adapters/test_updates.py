@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molora_fed.adapters.updates import LinearUpdate
+from molora_fed.adapters.updates import LinearUpdate, decompose, decompose_update
 from molora_fed.errors import AdapterError
 
 SIZES = st.integers(1, 9)
@@ -53,3 +53,19 @@ def test_dense_update_is_its_own_product():
 def test_refuses_parts_that_make_no_update(parts):
     with pytest.raises(AdapterError, match="Cannot build an update"):
         LinearUpdate(**parts)
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(12, 8, 3), (8, 12, 3), (6, 5, 9)])
+def test_factors_are_decomposed_as_their_product_is(rows, columns, rank):
+    generator = torch.Generator().manual_seed(rows)
+    a, b = (
+        torch.randn(rank, columns, generator=generator),
+        torch.randn(rows, rank, generator=generator),
+    )
+    update = LinearUpdate(a=a, b=b, scale=0.5)
+    found, expected = decompose_update(update), decompose(update.product())
+    kept = min(rank, rows, columns)
+    assert torch.allclose(found.values[:kept], expected.values[:kept], atol=1e-5)
+    assert torch.allclose((found.u * found.values) @ found.vh, update.product(), atol=1e-5)
+    whole = decompose_update(LinearUpdate(dense=update.product()))
+    assert torch.equal(whole.values, expected.values)

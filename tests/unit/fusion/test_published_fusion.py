@@ -8,7 +8,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from fusion_helpers import build_charter, build_cooperative
+from fusion_helpers import build_charter, build_cooperative, fuse_apart, publish
 from molora_kalavai.discriminant import assume_constants, diagonalise
 from molora_kalavai.moments import collect_moments
 
@@ -16,10 +16,8 @@ from molora_fed.bank import Expert, build_calibration_bank
 from molora_fed.cooperative.publish import check_described, measure_statistics
 from molora_fed.errors import CharterError, CorpusError, RoutingError
 from molora_fed.fusion.boundary import NotMeasured
-from molora_fed.fusion.fuse import fuse, fuse_texts
-from molora_fed.fusion.local_members import LocalMembers, drop_text
+from molora_fed.fusion.fuse import fuse
 from molora_fed.fusion.plan import check_published_router, plan_fusion
-from molora_fed.fusion.private_texts import PrivateTexts
 from molora_fed.fusion.published_fits import PublishedFits
 from molora_fed.fusion.published_rounds import plan_rounds
 from molora_fed.fusion.sum_rounds import SumQuestion, TextCounts
@@ -42,26 +40,6 @@ def plugins():
 @pytest.fixture(scope="module")
 def cooperative(tiny_checkpoint, tmp_path_factory):
     return build_cooperative(tiny_checkpoint(), tmp_path_factory.mktemp("adapters"))
-
-
-def publish(charter, summing="masked", mode="statistics"):
-    identity = charter.identity.model_copy(update={"privacy_mode": mode, "summing": summing})
-    return charter.model_copy(update={"identity": identity})
-
-
-def fuse_apart(base, charter, contributions, folder, plugins):
-    """As members who keep their text, with their statistics beside the adapters."""
-    experts = []
-    for one in contributions:
-        path = folder / f"{one.contributor}.safetensors"
-        if charter.publishes_statistics:
-            found = measure_statistics(base, charter, one.calibration, folder / "states")
-            found.save(path)
-        statistics = path if charter.publishes_statistics else None
-        experts.append(replace(drop_text(one), statistics=statistics))
-    asked = LocalMembers.open(base, charter, contributions, experts, folder, plugins=plugins)
-    texts = PrivateTexts(experts, asked)
-    return fuse_texts(base, charter, texts, folder / "coordinator", plugins=plugins), asked
 
 
 @pytest.mark.parametrize("summing", ["masked", "robust"])
