@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from molora_fed.errors import CharterError, ConfigError
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
@@ -19,6 +19,7 @@ from molora_fed.storage.toml import parse_toml
 from molora_fed.types import Mixture
 
 __all__ = [
+    "MAX_CARRIED_FILES",
     "MIN_MEMBERS",
     "AdapterRules",
     "Amendment",
@@ -197,6 +198,11 @@ class CorpusRules(StrictModel):
     split_seed: int = 42
     evaluation_batch: int = Field(default=16, ge=1)
 
+
+MAX_CARRIED_FILES = 16
+"""That one contribution carries beside its adapter."""
+_MAX_CARRIED_BYTES = 16 * 2**20
+RegisteredName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$", max_length=63)]
 
 MIN_MEMBERS = 3
 """No masked total of fewer members is opened."""
@@ -383,6 +389,9 @@ class FusionRules(StrictModel):
         headline: Gain predictors whose forecasts stand above the others; empty for none.
         shortlist: Experts that a member whose text stays at home measures on all of it, the base
             and its own among them; None measures all.
+        carried: Registered names of what every contribution carries beside its adapter, computed
+            by plugins of those who contribute; routers read it.
+        max_carried_bytes: Largest of these files.
     """
 
     mode: Literal["router", "population"] = "router"
@@ -401,6 +410,22 @@ class FusionRules(StrictModel):
         default=_UNNAMED_HEADLINE, exclude_if=lambda names: tuple(names) == _UNNAMED_HEADLINE
     )
     shortlist: int | None = Field(default=None, ge=2, exclude_if=lambda size: size is None)
+    carried: tuple[RegisteredName, ...] = Field(
+        default=(), max_length=MAX_CARRIED_FILES, exclude_if=lambda names: not names
+    )
+    max_carried_bytes: int = Field(
+        default=_MAX_CARRIED_BYTES,
+        ge=1,
+        le=2**30,
+        exclude_if=lambda size: size == _MAX_CARRIED_BYTES,
+    )
+
+    @field_validator("carried")
+    @classmethod
+    def _carries_each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("a name twice")
+        return names
 
 
 class Amendment(StrictModel):

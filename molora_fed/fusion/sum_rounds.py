@@ -481,6 +481,7 @@ class SumRounds:
             mixture=self._plan.bank["mixture"],
             options=options,
             seed=self._seed + attempt,
+            carried={expert.name: expert.carried for expert in self._plan.experts},
         )
 
     def _lay_out_moments(self, name: str, columns: Sequence[str], text: str) -> dict[str, SumEntry]:

@@ -8,7 +8,7 @@ takes part through `OutputRouter.by_sums`; `summed_run.fit_by_sums` runs all mem
 import abc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from molora_fed.adapters.carried_files import CarriedFiles, complete_carried
 from molora_fed.errors import RoutingError
 from molora_fed.routing.contract import OptionsT, OutputRouter, RouterOptions
 from molora_fed.types import Mixture
@@ -51,6 +52,8 @@ class FitSetting:
         mixture: How the fused model mixes.
         options: The router's options.
         seed: Of whatever is drawn.
+        carried: What each expert's contribution carries, by the expert's name, as of a bank; all
+            None where no expert is known yet and it is asked how much a fit will send.
     """
 
     expert_names: tuple[str, ...]
@@ -60,6 +63,10 @@ class FitSetting:
     mixture: Mixture
     options: RouterOptions
     seed: int
+    carried: Mapping[str, CarriedFiles] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "carried", complete_carried(self.carried, self.expert_names))
 
     @property
     def num_experts(self) -> int:

@@ -89,6 +89,7 @@ def collect_setting(
         mixture=first.mixture,
         options=options,
         seed=seed,
+        carried=first.carried,
     )
 
 
