@@ -35,8 +35,8 @@ _READ = (Split.TRAIN, Split.VALIDATION)
 class CarriedContext:
     """What a carried file is computed from: all of it is the contributor's own, and at home.
 
-    The base's model is in eval mode without gradients, and must be so afterwards, with the same
-    weights and no hook left; the adapter is not applied to it.
+    The base's model is in eval mode, requires no gradients, and is without the adapter; so it must
+    be afterwards, with the same weights and the same outputs.
 
     Attributes:
         base: The cooperative's base.
@@ -124,12 +124,13 @@ def compute_carried(
     entry, place = plugins.carried_files.entry(name), "computing it"
     make = plugins.carried_files.resolve(name)
     model = context.base.model
-    before = stamp_model(model)
+    probe = torch.from_numpy(context.samples[Split.VALIDATION].tokens[:1]).long()
+    before = stamp_model(model, probe)
     devices = [model.device] if model.device.type == "cuda" else []
     with guarded(entry, place), torch.random.fork_rng(devices), limit_threads(threads):
         torch.manual_seed(context.seed)
         tensors = make(context)
-    after = stamp_model(model)
+    after = stamp_model(model, probe)
     parts = sorted(before.keys() | after.keys())
     changed = [part for part in parts if before.get(part) != after.get(part)]
     if changed:

@@ -5,7 +5,7 @@
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,6 @@ __all__ = [
     "examine_carried_files",
 ]
 
-Make = Callable[[CarriedContext], Mapping[str, Tensor]]
 _MAX_BYTES = 16 * 2**20
 
 
@@ -126,9 +125,9 @@ class _Case:
 
     def make(self, context: CarriedContext) -> Any:
         """What it gives, on one thread."""
-        make: Make = self.target
+        make: Any = self.target
         if inspect.isclass(self.target):
-            make = self.target(self.target.Options() if self.options is None else self.options)
+            make = make(make.Options() if self.options is None else self.options)
         with limit_threads(1):
             return make(context)
 
@@ -173,14 +172,15 @@ def _reseeded(seed: int) -> Iterator[None]:
 def _leaves_the_model_as_it_was(case: _Case) -> str | None:
     context = build_carried_context()
     model = context.base.model
-    before = stamp_model(model), torch.is_grad_enabled()
+    probe = torch.from_numpy(context.samples[Split.VALIDATION].tokens[:1]).long()
+    before = stamp_model(model, probe), torch.is_grad_enabled()
     case.make(context)
-    after = stamp_model(model), torch.is_grad_enabled()
+    after = stamp_model(model, probe), torch.is_grad_enabled()
     changed = [part for part in before[0] if before[0][part] != after[0].get(part)]
     if before == after:
         return None
     got = f"changes of {', '.join(changed[:3])}" if changed else "another one"
-    return f"expected the base's model as it was (weights, modes, hooks, gradients), got {got}"
+    return f"expected the base's model as it was (weights, mode, gradients, outputs), got {got}"
 
 
 def _leaves_the_adapter_as_it_was(case: _Case) -> str | None:
