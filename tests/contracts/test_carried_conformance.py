@@ -1,4 +1,4 @@
-"""The conformance kit of carried files: a good plugin passes, a broken one is told what is wrong."""
+"""The kit of carried files: a good plugin passes, a broken one is told what is wrong."""
 
 from typing import ClassVar
 

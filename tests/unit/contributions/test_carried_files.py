@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from carried_helpers import NAME, Plugin, compute_mean_states, load_with_plugin
+from carried_helpers import NAME, compute_mean_states, load_with_plugin
 from safetensors.torch import save
 
 from molora_fed.charter import FusionRules, TrainingRules
@@ -223,4 +223,4 @@ def test_blocks_come_a_batch_at_a_time_in_one_order():
     )
     assert first == again
     found = compute_mean_states(context)["mean"]
-    assert found.shape == (32,) and Plugin is not None
+    assert found.shape == (32,) and bool(found.isfinite().all())
