@@ -26,6 +26,7 @@ from molora_fed.types import Finding, Split
 ALL = {
     "adapter-limits",
     "base-fingerprint",
+    "carried-files",
     "charter-identity",
     "claimed-base",
     "finite-values",
@@ -39,7 +40,13 @@ ALL = {
     "signature",
     "tensor-layout",
 }
-MANIFEST_CHECKS = ("charter-identity", "quantised-base", "required-samples", "signature")
+MANIFEST_CHECKS = (
+    "carried-files",
+    "charter-identity",
+    "quantised-base",
+    "required-samples",
+    "signature",
+)
 
 
 @pytest.fixture

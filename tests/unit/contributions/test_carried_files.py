@@ -8,12 +8,14 @@ from carried_helpers import NAME, compute_mean_states, load_with_plugin
 from safetensors.torch import save
 
 from molora_fed.charter import FusionRules, TrainingRules
+from molora_fed.contributions.admission import AdmissionCandidate
 from molora_fed.contributions.build import describe_contribution
 from molora_fed.contributions.carried import (
     CarriedContext,
     check_makers,
     compute_carried,
 )
+from molora_fed.contributions.checks import check_carried_files
 from molora_fed.contributions.ledger import Ledger, create_ledger
 from molora_fed.contributions.reading import sign_amendment
 from molora_fed.contributions.receive import receive_contribution
@@ -110,6 +112,24 @@ def test_one_that_was_received_before_they_were_asked_for_stays_in(
     assert submit(made, now).known
     with pytest.raises(AdmissionError, match=f"expected {FILE}, got none"):
         submit(contribute("late", contributor="late"), now)
+
+
+def test_admission_holds_it_to_what_was_asked_when_it_was_received(
+    contribute, charter, carrying, base, plugins
+):
+    """As one that lay in the ledger when the amendment came, and is judged again."""
+    plain, made = contribute(), contribute("made", charter=carrying, carried={NAME: GOOD})
+
+    def judge(contribution, then):
+        candidate = AdmissionCandidate(
+            contribution, carrying, base, plugins, received_under=then.amendment
+        )
+        return check_carried_files(candidate)
+
+    assert judge(plain, charter) is None and judge(made, carrying) is None
+    missing, unknown = judge(plain, carrying), judge(made, charter)
+    assert (missing.expected, missing.found) == (FILE, "none")
+    assert unknown.expected.startswith(f"no {FILE}") and unknown.found == "one"
 
 
 def test_an_oversize_file_is_refused_before_it_is_read(contribute, carrying, receive):
