@@ -1,7 +1,7 @@
 """What plugins compute for a contribution, and whether one carries what its charter asks for."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -129,7 +129,7 @@ def compute_carried(
     devices = [model.device] if model.device.type == "cuda" else []
     with guarded(entry, place), torch.random.fork_rng(devices), limit_threads(threads):
         torch.manual_seed(context.seed)
-        tensors = make(context)
+        tensors = make(replace(context, progress=_drop_figures(context.progress)))
     after = stamp_model(model, probe)
     parts = sorted(before.keys() | after.keys())
     changed = [part for part in parts if before.get(part) != after.get(part)]
@@ -148,6 +148,18 @@ def compute_carried(
         wanted = f"a file of at most {context.max_bytes:,} bytes"
         raise refuse(entry, place, expected=wanted, got=f"{len(data):,}")
     return data
+
+
+def _drop_figures(progress: Progress | None) -> Progress | None:
+    """Progress in steps alone: it is sent, and what a plugin measures of a text is not."""
+    if progress is None:
+        return None
+    report = progress
+
+    def tell(done: int, total: int, **figures: float | str) -> None:
+        report(int(done), int(total))
+
+    return tell
 
 
 def find_carried_misfits(manifest: Manifest, charter: Charter) -> list[tuple[str, str]]:

@@ -191,6 +191,20 @@ def test_equal_contexts_give_equal_bytes_whatever_is_drawn_elsewhere():
     assert compute(1) == compute(2)
 
 
+def test_progress_is_told_in_steps_without_what_was_measured():
+    told = []
+
+    def compute(context):
+        context.progress(1, 2, loss=3.5)
+        return {"mean": torch.zeros(2)}
+
+    context = replace(
+        build_carried_context(), progress=lambda *steps, **figures: told.append((steps, figures))
+    )
+    compute_carried(NAME, context, broken(compute))
+    assert told == [((1, 2), {})]
+
+
 def broken(make):
     """The installed plugins, and one that registers `make`."""
 
