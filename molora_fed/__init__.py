@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from molora_fed.cascade.contract import PolicyOptions as PolicyOptions
     from molora_fed.cascade.contract import ProbeEvidence as ProbeEvidence
     from molora_fed.cascade.contract import Verdict as Verdict
+    from molora_fed.contributions.carried import CarriedContext as CarriedContext
     from molora_fed.cooperative.cooperative import open_cooperative as open_cooperative
     from molora_fed.cooperative.fuse import fuse_contributions as fuse_contributions
     from molora_fed.errors import MoloraError as MoloraError
@@ -65,6 +66,7 @@ _NAMES = {
         "CascadeModel", "CascadeTask", "EscalationPolicy", "JudgeRequest", "PolicyOptions",
         "ProbeEvidence", "Verdict",
     ),
+    "contributions.carried": ("CarriedContext",),
     "cooperative.cooperative": ("open_cooperative",),
     "cooperative.fuse": ("fuse_contributions",),
     "errors": ("MoloraError",),

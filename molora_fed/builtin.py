@@ -111,6 +111,7 @@ def register_admission_checks(register: Register) -> None:
         ("charter-identity", "check_charter_identity", "Signed for this cooperative"),
         ("required-samples", "check_required_samples", "Brought the samples that are asked for"),
         ("base-fingerprint", "check_base_fingerprint", "Trained on this base and tokenizer"),
+        ("carried-files", "check_carried_files", "Carries the files that are asked for"),
         ("tensor-layout", "check_tensor_layout", "Tensor names, shapes and dtypes fit the base"),
         ("adapter-limits", "check_adapter_limits", "Kind, rank and bytes within the charter"),
         ("finite-values", "check_finite_values", "No NaN or infinity in any tensor"),

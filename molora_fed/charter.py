@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from molora_fed.errors import CharterError
 from molora_fed.rules import (
@@ -29,6 +29,7 @@ from molora_fed.storage.toml import parse_toml
 from molora_fed.types import Mixture
 
 __all__ = [
+    "MAX_CARRIED_FILES",
     "MIN_MEMBERS",
     "AdapterRules",
     "Amendment",
@@ -114,6 +115,12 @@ class CorpusRules(StrictModel):
     block_size: int = Field(default=128, ge=8)
     split_seed: int = 42
     evaluation_batch: int = Field(default=16, ge=1)
+
+
+MAX_CARRIED_FILES = 16
+"""That one contribution carries beside its adapter."""
+_MAX_CARRIED_BYTES = 16 * 2**20
+RegisteredName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$", max_length=63)]
 
 
 class Identity(StrictModel):
@@ -237,6 +244,9 @@ class FusionRules(StrictModel):
         headline: Gain predictors whose forecasts stand above the others; empty for none.
         shortlist: Experts that a member whose text stays at home measures on all of it, the base
             and its own among them; None measures all.
+        carried: Registered names of what every contribution carries beside its adapter, computed
+            by plugins of those who contribute; routers read it.
+        max_carried_bytes: Largest of these files.
     """
 
     mode: Literal["router", "population"] = "router"
@@ -256,6 +266,22 @@ class FusionRules(StrictModel):
     )
     shortlist: int | None = Field(default=None, ge=2, exclude_if=lambda size: size is None)
     predictors: Choices = Field(default=(), exclude_if=lambda chosen: not chosen)
+    carried: tuple[RegisteredName, ...] = Field(
+        default=(), max_length=MAX_CARRIED_FILES, exclude_if=lambda names: not names
+    )
+    max_carried_bytes: int = Field(
+        default=_MAX_CARRIED_BYTES,
+        ge=1,
+        le=2**30,
+        exclude_if=lambda size: size == _MAX_CARRIED_BYTES,
+    )
+
+    @field_validator("carried")
+    @classmethod
+    def _carries_each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("a name twice")
+        return names
 
     @model_validator(mode="after")
     def _can_tell_routers_apart(self) -> "FusionRules":

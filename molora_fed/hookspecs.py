@@ -65,6 +65,11 @@ def register_adapter_kinds(register: Register) -> None:
 
 
 @hookspec
+def register_carried_files(register: Register) -> None:
+    """Register carried files: callables `(CarriedContext) -> Mapping[str, Tensor]`."""
+
+
+@hookspec
 def register_merges(register: Register) -> None:
     """Register merges: `(Sequence[Adapter], *, name, seed) -> Adapter`, see `register_domains`."""
 

@@ -339,6 +339,9 @@ class Plugins:
     adapter_kinds: Registry = field(
         default_factory=lambda: Registry("adapter kind", check_adapter_kind)
     )
+    carried_files: Registry = field(
+        default_factory=lambda: Registry("carried file", check_callable)
+    )
     merges: Registry = field(default_factory=lambda: Registry("merge", check_callable))
     adapter_routers: Registry = field(
         default_factory=lambda: Registry("adapter router", check_adapter_router)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from fuzz_folders import (
     Run,
     describe_files,
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from molora_fed.adapters.carried_files import encode_carried, load_carried
 from molora_fed.adapters.contract import LinearOptions
 from molora_fed.adapters.files import CONFIG_FILE, META_FILE, WEIGHTS_FILE, load_adapter
 from molora_fed.adapters.save import save_adapter
@@ -34,6 +36,7 @@ __all__ = [
     "prepare_adapters",
     "prepare_base",
     "prepare_bases",
+    "prepare_carried",
     "prepare_sample_folders",
     "prepare_samples",
 ]
@@ -92,6 +95,13 @@ def prepare_samples(folder: Path) -> tuple[Sequence[bytes], Run]:
     blocks = Blocks("legal", Split.ADMISSION, tokens, tokens * 0, tokens * 0)
     path = folder / "sample.safetensors"
     return [blocks.to_bytes()], replacing(path, lambda: load_blocks(path, max_bytes=2**20))
+
+
+def prepare_carried(folder: Path) -> tuple[Sequence[bytes], Run]:
+    tensors = {"gates.0": torch.arange(6.0).reshape(2, 3), "gates.1": torch.ones(3).bfloat16()}
+    path = folder / "carried.safetensors"
+    run = replacing(path, lambda: load_carried(path, "gates", who="ann", max_bytes=2**16))
+    return [encode_carried(tensors)], run
 
 
 def prepare_sample_folders(folder: Path) -> tuple[Sequence[bytes], Run]:

@@ -22,6 +22,7 @@ from fuzz_models import (
     prepare_adapters,
     prepare_base,
     prepare_bases,
+    prepare_carried,
     prepare_sample_folders,
     prepare_samples,
 )
@@ -153,6 +154,14 @@ PARSERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "is_quantised",
         ),
     },
+    "carried files": {
+        "molora_fed.adapters.carried_files": (
+            "load_carried",
+            "find_carried_fault",
+            "_find_",
+            "_name_",
+        ),
+    },
     "samples": {"molora_fed.corpus.blocks": ("load_blocks", "Blocks.__post_init__")},
     "charters": {
         "molora_fed.charter": ("parse_charter", "Identity._", "read_amendment", "_name_unnamed"),
@@ -253,6 +262,7 @@ TARGETS: tuple[Target, ...] = (
         "adapter-foreign", "adapters", partial(mutate_json, words=FOREIGN_WORDS),
         prepare_foreign, inputs=20, fuzzed=20_000,
     ),
+    Target("carried", "carried files", mutate_safetensors, prepare_carried),
     Target("samples", "samples", mutate_safetensors, prepare_samples),
     Target(
         "samples-folder", "samples",

@@ -38,7 +38,7 @@ ALLOWED: dict[str, str] = {
     "population": f"{_MEASURING} contributions training",
     "inference": f"{_MEASURING} population",
     "reporting": "contributions forecasting population",
-    "testing": "models adapters bank routing evaluation population",
+    "testing": "corpus models adapters contributions bank routing evaluation population",
     "export": f"{_MEASURING} population inference reporting",
     "cooperative": _BELOW_COOPERATIVE,
     "serving": f"{_MEASURING} population inference",

@@ -93,12 +93,12 @@ def plant(stage, home, content, state=None, *, key=None, amendment=0):
 class Stage:
     """A coordinator in a thread, contributors advanced in turn, letters carried by hand."""
 
-    def __init__(self, root, checkpoint, amendment, *, block_size=16, **settings):
-        self.root = root
+    def __init__(self, root, checkpoint, amendment, *, block_size=16, plugins=PLUGINS, **settings):
+        self.root, self.plugins = root, plugins
         self.away, self.refused = set(), {}
         self.cooperative = create_cooperative(
             root / "server", "test", load_base(checkpoint), amendment=amendment,
-            corpus=CorpusRules(block_size=block_size), **settings,
+            corpus=CorpusRules(block_size=block_size), plugins=plugins, **settings,
         )  # fmt: skip
         self.server = CoordinatorHome(root / "server")
         self.dialogue = ServerDialogue(self.server, message_bytes=MESSAGE_BYTES, wait_seconds=0)
@@ -144,13 +144,13 @@ class Stage:
             watch: Told all homes, and the workers that still run, whenever all had their turn.
         """
         homes = {domain: self.make(domain) for domain in domains}
-        steps = {d: ContributorWorker(home, PLUGINS).steps() for d, home in homes.items()}
+        steps = {d: ContributorWorker(home, self.plugins).steps() for d, home in homes.items()}
         lines = {domain: RemoteContributor() for domain in domains}
         ended, failures = threading.Event(), []
 
         def coordinate():
             with self.cooperative.open_ledger() as ledger:
-                worker = CoordinatorWorker(self.server, self.cooperative, ledger, PLUGINS)
+                worker = CoordinatorWorker(self.server, self.cooperative, ledger, self.plugins)
                 try:
                     while not ended.wait(0.02):
                         worker.look()
@@ -172,7 +172,7 @@ class Stage:
                         del steps[domain]
                     elif domain not in steps and self.is_growing:
                         # Whoever has the old model joins again: the server says it waits.
-                        steps[domain] = ContributorWorker(self.make(domain), PLUGINS).steps()
+                        steps[domain] = ContributorWorker(self.make(domain), self.plugins).steps()
                         lines[domain] = RemoteContributor()
                 watch(homes, steps)
         finally:

@@ -54,6 +54,7 @@ def contribute(
 ) -> None:
     """Sign a contribution of a checkpoint or an adapter made elsewhere; nothing is sent."""
     from molora_fed.adapters.inspection import report_on_base
+    from molora_fed.contributions.carried import check_makers
     from molora_fed.cooperative.chat_tokens import find_chat_warnings
     from molora_fed.cooperative.checkpoints import import_checkpoint
     from molora_fed.cooperative.contribute import (
@@ -88,6 +89,7 @@ def contribute(
             progress=progress,
         )
         check_choices(under, domain=domain, name=name, kind=kind)
+        check_makers(under.charter, get_plugins())
         if adapter is not None:  # takes seconds: before the text
             inner = adapter / "adapter"
             report_on_base(

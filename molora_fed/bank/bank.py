@@ -1,6 +1,6 @@
 """What a bank holds, and how routers and the evaluator read it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeAlias
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from molora_fed.adapters.carried_files import CarriedFiles, complete_carried
 from molora_fed.bank.adapters import ExpertAdapters
 from molora_fed.bank.columns import make_scratch
 from molora_fed.bank.mixture import (
@@ -62,6 +63,8 @@ class Bank:
         folder: Where derived numbers are kept; None keeps them in memory.
         device: Where views and losses are computed.
         measure: Runs an adapter over the bank's blocks; None if the bank has no models.
+        carried: What each expert's contribution carries, by the expert's name:
+            `carried[expert][name]` has tensors by name, or is None (`CarriedFiles`).
     """
 
     tokens: Tensor
@@ -85,7 +88,11 @@ class Bank:
     folder: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     measure: Callable[..., Tensor] | None = None
+    carried: Mapping[str, CarriedFiles] = field(default_factory=dict, repr=False)
     _derived: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "carried", complete_carried(self.carried, self.expert_names))
 
     @property
     def num_blocks(self) -> int:

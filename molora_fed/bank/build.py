@@ -199,6 +199,7 @@ def _build(
         folder=folder,
         device=model.device,
         measure=partial(_measure, makers),
+        carried={expert.name: expert.carried for expert in experts},
     )
 
 

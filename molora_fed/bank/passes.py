@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
+from molora_fed.adapters.carried_files import CarriedFiles
 from molora_fed.bank.columns import (
     ColumnKey,
     build_key,
@@ -57,10 +58,12 @@ class Expert:
         name: Unique name; the contributor's.
         adapter: Its adapter, or a function that loads it when its turn comes, so that one
             adapter at a time is in memory; None is the base itself.
+        carried: What its contribution carries.
     """
 
     name: str
     adapter: "Adapter | Callable[[], Adapter] | None"
+    carried: CarriedFiles = field(default_factory=CarriedFiles)
 
     def load(self) -> "Adapter | None":
         """The adapter, loaded now if it is not in memory."""

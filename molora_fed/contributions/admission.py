@@ -62,6 +62,7 @@ FILES_CHECK = "readable-files"
 MANDATORY = (
     "adapter-limits",
     "base-fingerprint",
+    "carried-files",
     "charter-identity",
     "claimed-base",
     "finite-values",
@@ -391,6 +392,11 @@ def _list_unreadable(candidate: AdmissionCandidate) -> Iterator[Finding]:
                 f"blocks of {blocks.block_size} tokens, ids {low} to {high}",
                 "Prepare the corpus with the cooperative's tokenizer and block size.",
             )
+    for name in candidate.contribution.manifest.carried_files:
+        try:
+            candidate.contribution.carried[name]
+        except AdapterError as error:
+            yield Finding("carried files that can be read safely", str(error).rstrip("."), fix)
     yield from _list_misfits(candidate)
 
 

@@ -25,6 +25,7 @@ from molora_fed.contributions.manifest import (
     QueryEntry,
     SampleEntry,
     load_contribution,
+    locate_carried,
     parse_manifest,
 )
 from molora_fed.corpus.blocks import Blocks
@@ -106,7 +107,8 @@ def describe_contribution(source: Manifest | Charter) -> list[OutgoingRow]:
         source: A manifest, for exact figures; or a charter, for the most that its rules allow.
 
     Returns:
-        A row for each sample, then one for the adapter and one for the manifest.
+        A row for each sample, then one for the adapter, one for each carried file and one for the
+        manifest.
     """
     if isinstance(source, Manifest):
         rows = [
@@ -117,6 +119,10 @@ def describe_contribution(source: Manifest | Charter) -> list[OutgoingRow]:
         ]
         adapter = sum(entry.bytes for entry in source.adapter_files.values())
         rows.append(OutgoingRow("adapter", 0, 0, adapter, exact=True))
+        rows += [
+            OutgoingRow(_label_carried(name), 0, 0, entry.bytes, exact=True)
+            for name, entry in source.carried_files.items()
+        ]
         rows.append(OutgoingRow("manifest", 0, 0, len(source.canonical), exact=True))
         return rows
     size = source.identity.corpus.block_size
@@ -129,8 +135,17 @@ def describe_contribution(source: Manifest | Charter) -> list[OutgoingRow]:
     adapter = source.identity.adapters.max_bytes + 2 * MAX_CONFIG_BYTES
     # Its size is known after training; until then, what the charter admits.
     rows.append(OutgoingRow("adapter, by the charter's limit", 0, 0, adapter, exact=False))
+    fusion = source.amendment.fusion
+    rows += [
+        OutgoingRow(_label_carried(name), 0, 0, fusion.max_carried_bytes, exact=False)
+        for name in fusion.carried
+    ]
     rows.append(OutgoingRow("manifest", 0, 0, MAX_MANIFEST_BYTES, exact=False))
     return rows
+
+
+def _label_carried(name: str) -> str:
+    return f"carried file '{name}', computed by a plugin"
 
 
 def build_contribution(
@@ -151,6 +166,7 @@ def build_contribution(
     origin: Origin | None = None,
     held_out_query: QueryEntry | None = None,
     statistics: HiddenStatistics | None = None,
+    carried: Mapping[str, bytes] | None = None,
 ) -> Contribution:
     """Make and sign the folder of a contribution, whole or not at all.
 
@@ -175,6 +191,8 @@ def build_contribution(
         origin: What an adapter made elsewhere claims; None for one trained here.
         held_out_query: Commits to the query about its held-out blocks; None if it asks nobody.
         statistics: What is published of the base's hidden states over its text; None if nothing.
+        carried: What plugins computed, by their registered names
+            (`molora_fed.contributions.carried.compute_carried`); None if nothing.
 
     Raises:
         AdapterError: If an adapter file is missing, or a value cannot stand in a manifest.
@@ -202,6 +220,7 @@ def build_contribution(
             origin=origin,
             held_out_query=held_out_query,
             statistics_file=_write_statistics(statistics, temporary / STATISTICS_FILE),
+            carried_files=_write_carried(carried or {}, temporary),
         )
         write_json(temporary / MANIFEST_FILE, manifest.model_dump(mode="json"))
         write_bytes(temporary / SIGNATURE_FILE, (sign(key, manifest.canonical) + "\n").encode())
@@ -235,6 +254,15 @@ def _write_statistics(statistics: HiddenStatistics | None, path: Path) -> FileEn
         return None
     statistics.save(path)
     return FileEntry(**_describe(path))
+
+
+def _write_carried(carried: Mapping[str, bytes], folder: Path) -> dict[str, FileEntry]:
+    entries = {}
+    for name, data in carried.items():
+        path = folder / locate_carried(name)
+        write_bytes(path, data)
+        entries[name] = FileEntry(**_describe(path))
+    return entries
 
 
 def choose_samples(

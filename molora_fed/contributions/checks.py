@@ -10,6 +10,7 @@ from molora_fed.adapters.files import find_misfits, find_non_finite
 from molora_fed.adapters.updates import Adapter
 from molora_fed.contributions.admission import AdmissionCandidate, Stage, needs
 from molora_fed.contributions.build import count_samples, find_loss_dtype
+from molora_fed.contributions.carried import find_carried_misfits
 from molora_fed.contributions.decision import list_quoted
 from molora_fed.models.frozen import fingerprint_frozen
 from molora_fed.storage.keys import verify
@@ -19,6 +20,7 @@ from molora_fed.types import Finding
 __all__ = [
     "check_adapter_limits",
     "check_base_fingerprint",
+    "check_carried_files",
     "check_charter_identity",
     "check_claimed_base",
     "check_finite_values",
@@ -72,6 +74,24 @@ def check_required_samples(candidate: AdmissionCandidate) -> Finding | None:
         ", ".join(want for want, _ in wrong),
         ", ".join(got for _, got in wrong),
         f"Sign it again under amendment {now.number}, with the samples that it asks for.",
+    )
+
+
+@needs(Stage.MANIFEST)
+def check_carried_files(candidate: AdmissionCandidate) -> Finding | None:
+    """Find a contribution without a file that was asked for when it was received, or with others.
+
+    What is asked for since, an expert may lack: routers that read it decide what that means.
+    """
+    charter = candidate.charter
+    then = charter.model_copy(update={"amendment": candidate.received_under or charter.amendment})
+    wrong = find_carried_misfits(candidate.contribution.manifest, then)
+    if not wrong:
+        return None
+    return Finding(
+        ", ".join(want for want, _ in wrong),
+        ", ".join(got for _, got in wrong),
+        "Build the contribution again with the plugins that the charter's fusion.carried names.",
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from molora_fed.adapters.carried_files import CarriedFiles
 from molora_fed.contributions.figures import pick_figures
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.corpus.blocks import Blocks, load_blocks
@@ -31,6 +32,7 @@ class Entrant:
         contamination: Share of held-out word 8-grams that occur in train; None if not known.
         training: Figures of the training record: steps, tokens, threads, ...
         statistics: File with statistics of hidden states over its text; None if it has none.
+        carried: What plugins computed for it.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Entrant:
     contamination: float | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     statistics: Path | None = None
+    carried: CarriedFiles = field(default_factory=CarriedFiles)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,6 +73,7 @@ def collect_entrant(contribution: Contribution) -> Entrant:
         contamination=manifest.contamination,
         training=pick_figures(manifest.training),
         statistics=contribution.statistics_path,
+        carried=contribution.carried,
     )
 
 

@@ -4,7 +4,7 @@ The folder of a contribution::
 
     manifest.json  signature  adapter/adapter_config.json  adapter/adapter_model.safetensors
     [adapter/molora_adapter.json]  samples/{calibration,admission,held-out}.safetensors
-    [statistics.safetensors]
+    [statistics.safetensors] [carried/NAME.safetensors ...]
 
 Its id is the SHA-256 of the manifest's canonical JSON; the signature is over the same bytes. The
 manifest holds no time of day, so the same training gives the same id.
@@ -14,13 +14,15 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError
 
 from molora_fed.adapters.peft_folder import Claims
+from molora_fed.charter import MAX_CARRIED_FILES, RegisteredName
 from molora_fed.contributions.figures import check_figures
 from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.errors import AdapterError, list_offenders
@@ -29,6 +31,9 @@ from molora_fed.storage.keys import verify
 from molora_fed.storage.settings import UntrustedModel, describe_offenders
 from molora_fed.storage.untrusted import MAX_DEPTH, clean, parse_json
 from molora_fed.types import ADAPTER_FILES, AdapterFile, Split
+
+if TYPE_CHECKING:
+    from molora_fed.adapters.carried_files import CarriedFiles
 
 __all__ = [
     "SAMPLE_SPLITS",
@@ -39,6 +44,7 @@ __all__ = [
     "QueryEntry",
     "SampleEntry",
     "load_contribution",
+    "locate_carried",
     "parse_manifest",
     "read_manifest",
     "read_signature",
@@ -52,6 +58,7 @@ MAX_CONFIG_BYTES = 1_000_000
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "signature"
 STATISTICS_FILE = "statistics.safetensors"
+CARRIED_FOLDER = "carried"
 _MOST_NAMES = 100  # read of a folder that should hold three files
 
 WEIGHTS_FILE = ADAPTER_FILES[1]
@@ -59,6 +66,11 @@ REQUIRED_ADAPTER_FILES: tuple[AdapterFile, ...] = ADAPTER_FILES[:2]
 
 SAMPLE_SPLITS: tuple[Split, ...] = (Split.CALIBRATION, Split.ADMISSION, Split.HELD_OUT)
 """The splits of which blocks may leave a contributor's machine; never train or validation."""
+
+
+def locate_carried(name: str) -> str:
+    """Path of a carried file inside a contribution's folder."""
+    return f"{CARRIED_FOLDER}/{name}.safetensors"
 
 
 def _check_may_leave(split: Split) -> Split:
@@ -162,6 +174,8 @@ class Manifest(UntrustedModel):
             where held-out blocks are sent, or nobody's are compared with this contributor's text.
         statistics_file: Statistics of the base's hidden states that are published; None, and no
             key, where routers are not made from them.
+        carried_files: What plugins computed, by their registered names; no key where there is
+            none.
     """
 
     format_version: Literal[1] = 1
@@ -184,6 +198,9 @@ class Manifest(UntrustedModel):
     origin: Origin | None = Field(default=None, exclude_if=lambda origin: origin is None)
     held_out_query: QueryEntry | None = Field(default=None, exclude_if=lambda query: query is None)
     statistics_file: FileEntry | None = Field(default=None, exclude_if=lambda entry: entry is None)
+    carried_files: dict[RegisteredName, FileEntry] = Field(
+        default={}, max_length=MAX_CARRIED_FILES, exclude_if=lambda files: not files
+    )
 
     @property
     def canonical(self) -> bytes:
@@ -201,7 +218,8 @@ class Manifest(UntrustedModel):
         adapter = {f"adapter/{name}": entry for name, entry in self.adapter_files.items()}
         samples = {f"samples/{s}.safetensors": entry for s, entry in self.sample_files.items()}
         statistics = {} if self.statistics_file is None else {STATISTICS_FILE: self.statistics_file}
-        return {**adapter, **samples, **statistics}
+        carried = {locate_carried(name): entry for name, entry in self.carried_files.items()}
+        return {**adapter, **samples, **statistics, **carried}
 
     @property
     def num_bytes(self) -> int:
@@ -237,6 +255,28 @@ class Contribution:
     def statistics_path(self) -> Path | None:
         """Where its statistics of hidden states lie; None if it has none."""
         return None if self.manifest.statistics_file is None else self.folder / STATISTICS_FILE
+
+    @property
+    def carried(self) -> "CarriedFiles":
+        """What it carries, by the registered name of what computed it; read when it is asked for.
+
+        Reading raises an AdapterError if a file is malformed.
+        """
+        from molora_fed.adapters.carried_files import CarriedFiles, load_carried  # loads torch
+
+        manifest = self.manifest
+        return CarriedFiles(
+            {
+                name: partial(
+                    load_carried,
+                    self.folder / locate_carried(name),
+                    name,
+                    who=manifest.contributor,
+                    max_bytes=entry.bytes,
+                )
+                for name, entry in manifest.carried_files.items()
+            }
+        )
 
     def load_samples(self, split: Split) -> Blocks:
         """Read the blocks of one split and hold them against the manifest.
@@ -378,7 +418,7 @@ def load_contribution(folder: Path) -> Contribution:
         for name, entry in manifest.files.items()
         if (found := _describe_file(folder / name)) != f"{entry.bytes} bytes"
     ]
-    for part in ("adapter", "samples"):
+    for part in ("adapter", "samples", CARRIED_FOLDER):
         problems += _find_unsigned(folder, part, manifest)
     if problems:
         raise AdapterError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from molora_fed.charter import Amendment, Charter
 from molora_fed.contributions.admission import FILES_CHECK, AdmissionCandidate, admit
 from molora_fed.contributions.build import compute_sample_bytes, count_samples
+from molora_fed.contributions.carried import find_carried_misfits
 from molora_fed.contributions.decision import AdmissionDecision, Refusal, list_quoted
 from molora_fed.contributions.ledger import Ledger, LedgerReader
 from molora_fed.contributions.manifest import (
@@ -320,6 +321,7 @@ def check_announced(
         most = compute_statistics_bytes(base.hidden_size)
         if published.bytes > most:
             wrong.append((f"{STATISTICS_FILE} of at most {most} bytes", f"{published.bytes}"))
+    wrong += find_carried_misfits(manifest, then)
     if wrong:
         refusal = Refusal(
             manifest.contributor,

@@ -11,10 +11,12 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+from molora_fed.adapters.files import load_adapter
 from molora_fed.charter import load_charter
 from molora_fed.contributions.build import (
     build_contribution,
 )
+from molora_fed.contributions.carried import CarriedContext, check_makers, compute_carried
 from molora_fed.contributions.manifest import Contribution, QueryEntry
 from molora_fed.cooperative.chat_tokens import find_chat_warnings
 from molora_fed.cooperative.cooperative import (
@@ -241,7 +243,7 @@ def make_contribution(
     Raises:
         AdapterError: If the adapter trained earlier is malformed or does not fit the base.
         ConfigError: If the charter refuses domain or kind, or the name cannot stand in a
-            contribution.
+            contribution, or a plugin is missing that computes what contributions carry.
         TrainingError: If the folder holds another training.
         CorpusError: If the charter asks for blocks that the corpus has not.
         PopulationError: If the charter keeps texts private and there is too little of it.
@@ -250,6 +252,7 @@ def make_contribution(
     plugins = plugins or get_plugins()
     charter = under.charter
     check_choices(under, domain=corpus.domain, name=name, kind=kind)
+    check_makers(charter, plugins)
     if charter.is_private and charter.amendment.fusion.mode == "population":
         carve_own(corpus.blocks, charter)  # too little text is said before training
     if charter.publishes_statistics:
@@ -292,6 +295,9 @@ def make_contribution(
         key=key,
         name=name,
         contamination=corpus.report.contamination,
+        threads=threads,
+        plugins=plugins,
+        progress=progress,
     )
     return MadeContribution(adapter, contribution)
 
@@ -305,6 +311,9 @@ def sign_adapter(
     key: EllipticCurvePrivateKey,
     name: str = "",
     contamination: float | None = None,
+    threads: int = 1,
+    plugins: Plugins | None = None,
+    progress: Progress | None = None,
 ) -> Contribution:
     """Sign a contribution made of an adapter and what the charter asks for of its corpus.
 
@@ -317,11 +326,16 @@ def sign_adapter(
         key: The contributor's private key.
         name: Contributor's name; domain and start of the key if empty.
         contamination: Share of held-out word 8-grams that occur in train; None if not known.
+        threads: Torch threads of plugins that compute what it carries.
+        plugins: Where these are registered; the installed plugins by default.
+        progress: Told what they tell: steps done and in all.
 
     Raises:
         AdapterError: If a value cannot stand in a manifest.
         CorpusError: If the charter asks for blocks that the corpus has not, or for statistics of
             more text.
+        PluginError: If a plugin fails that computes what it carries.
+        UnknownNameError: If nobody registers such a plugin.
         StorageError: On I/O errors.
     """
     name = name or f"{corpus.domain}-{key_fingerprint(build_public_pem(key))[:6]}"
@@ -343,7 +357,43 @@ def sign_adapter(
         origin=adapter.origin,
         held_out_query=_commit_query(under, corpus, key, name),
         statistics=_measure_statistics(under, corpus, folder.parent / "statistics"),
+        carried=_compute_all(
+            under, corpus, adapter.folder, plugins or get_plugins(), threads, progress
+        ),
     )
+
+
+def _compute_all(
+    under: CharterAndBase,
+    corpus: Corpus,
+    folder: Path,
+    plugins: Plugins,
+    threads: int,
+    progress: Progress | None,
+) -> dict[str, bytes]:
+    """What the charter has contributions carry, by registered name."""
+    charter, base = under.charter, under.base
+    found = {}
+    for name in charter.amendment.fusion.carried:
+        # Read anew for each: what a plugin does to an adapter is nobody else's business.
+        adapter = load_adapter(
+            folder,
+            rules=charter.identity.adapters,
+            model=base.model,
+            plugins=plugins,
+            name=corpus.domain,
+        )
+        context = CarriedContext(
+            base=base,
+            adapter=adapter,
+            rules=charter.amendment.training,
+            seed=charter.amendment.seed,
+            max_bytes=charter.amendment.fusion.max_carried_bytes,
+            samples=corpus.blocks,
+            progress=progress,
+        )
+        found[name] = compute_carried(name, context, plugins, threads=threads)
+    return found
 
 
 def _measure_statistics(

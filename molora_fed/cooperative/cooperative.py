@@ -287,8 +287,9 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
     """Look up every name a charter uses, and check the options that are given with names.
 
     Raises:
-        UnknownNameError: If nobody registers a router, merge, adapter kind or admission check, or
-            in mode "population" an adapter router, fitness scope or lifecycle operator.
+        UnknownNameError: If nobody registers a router, merge, carried file, adapter kind or
+            admission check, or in mode "population" an adapter router, fitness scope or lifecycle
+            operator.
         AdapterError: If the kind refuses its options.
         CharterError: If `[amendment.training]` asks for an adapter that `[identity]` forbids, or
             the quorum for more contributions than are expected, or a shortlist of experts where
@@ -307,6 +308,7 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
         *(evolved if is_evolved else ()),
         (plugins.adapter_kinds, rules.kinds),
         (plugins.routers, (fusion.router,)),
+        (plugins.carried_files, fusion.carried),
     ):
         for name in names:
             registry.entry(name)

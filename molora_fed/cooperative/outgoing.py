@@ -17,6 +17,7 @@ from molora_fed.contributions.build import (
     OutgoingRow,
     describe_contribution,
 )
+from molora_fed.contributions.carried import check_makers
 from molora_fed.contributions.manifest import Manifest
 from molora_fed.fusion.claims import MAX_MEASURERS
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, build_routers
@@ -86,9 +87,12 @@ def describe_outgoing(
 
     Raises:
         CharterError: If options of the charter's routers are wrong.
+        ConfigError: If a plugin is missing here that computes what contributions carry.
         UnknownNameError: If nobody registers one of them: this side could not answer.
         PluginError: If the plugin of the published router fails.
     """
+    if manifest is None:
+        check_makers(charter, plugins)
     rows = describe_contribution(charter if manifest is None else manifest)
     widest = WIDEST if width is None else width
     if charter.publishes_statistics:
@@ -103,7 +107,8 @@ def describe_outgoing(
     else:
         told = _TOLD_BY_SAMPLES
     published = _TOLD_BY_STATISTICS if charter.publishes_statistics else ()
-    return Outgoing(tuple(rows), (*published, *told, _TOLD_BY_ADAPTERS))
+    carried = (_TOLD_BY_CARRIED,) if charter.amendment.fusion.carried else ()
+    return Outgoing(tuple(rows), (*published, *told, _TOLD_BY_ADAPTERS, *carried))
 
 
 def read_width(folder: Path) -> int:
@@ -231,6 +236,11 @@ def _list_evolution(charter: Charter) -> Iterable[OutgoingRow]:
 _TOLD_BY_ADAPTERS = (
     "The adapter goes to the coordinator, and with the result to every member. What an adapter "
     "remembers of the text it was trained on can be looked for in it."
+)
+_TOLD_BY_CARRIED = (
+    "Carried files are computed here, by plugins that you installed, from your adapter and your "
+    "train and validation text. They go where the adapter goes. What is in them, and what it tells "
+    "of your text, their plugins decide; nobody else looks for it."
 )
 _TOLD_BY_SAMPLES = (
     "The coordinator can read the samples. Train text that is not in a sample stays here.",

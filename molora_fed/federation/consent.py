@@ -13,6 +13,8 @@ from molora_fed.storage.settings import UntrustedModel
 
 __all__ = ["give_consent", "has_consent"]
 
+_CARRIED = "carried"
+
 
 class _AskedSums(UntrustedModel):
     """What of an amendment decides how many sums are asked for, over how much text."""
@@ -58,12 +60,14 @@ def _describe_sums(amendment: Amendment) -> _AskedSums:
 
 
 def _build_consent(charter: Charter) -> dict[str, Any]:
-    """What a contributor agrees to: these samples, or sums, for this cooperative.
+    """What a contributor agrees to: these samples, or sums, and carried files.
 
     Mode of privacy and way of summing are the identity's.
     """
     amendment = charter.amendment
-    agreed = {"identity": charter.identity_hash, "samples": "private"}
+    agreed: dict[str, Any] = {"identity": charter.identity_hash, "samples": "private"}
+    if amendment.fusion.carried:
+        agreed[_CARRIED] = list(amendment.fusion.carried)
     if charter.is_summed:
         return {**agreed, "sums": _describe_sums(amendment).model_dump(mode="json")}
     if charter.is_private:  # figures and adapted slots instead of samples
@@ -73,11 +77,14 @@ def _build_consent(charter: Charter) -> dict[str, Any]:
 
 def has_consent(home: ContributorHome, charter: Charter) -> bool:
     """Whether the contributor agreed to send what this charter asks for, or more."""
-    given = read_json(home.consent_file)
-    if not charter.is_summed:
-        return bool(given == _build_consent(charter))
+    given, asked = read_json(home.consent_file), _build_consent(charter)
     if not isinstance(given, dict) or given.get("identity") != charter.identity_hash:
         return False
+    carried = given.pop(_CARRIED, [])
+    if not isinstance(carried, list) or any(n not in carried for n in asked.pop(_CARRIED, [])):
+        return False
+    if not charter.is_summed:
+        return bool(given == asked)
     try:
         agreed = _AskedSums.model_validate(given.get("sums"))
     except ValidationError:

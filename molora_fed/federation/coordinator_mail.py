@@ -94,7 +94,8 @@ def publish_charter(
     blocks = samples.calibration + samples.admission + samples.held_out
     sample_bytes = blocks * charter.identity.corpus.block_size * _BYTES_PER_TOKEN
     limit = charter.identity.adapters.max_bytes + sample_bytes + _OTHER_FILES_BYTES
-    limit += statistics_bytes
+    fusion = charter.amendment.fusion
+    limit += statistics_bytes + len(fusion.carried) * fusion.max_carried_bytes
     strangers = max(_STRANGERS, 4 * charter.amendment.expected)
     limits = {"contribution_bytes": limit, "strangers": strangers}
     keep_letter(home.outbox / "limits.json", limits)

@@ -18,8 +18,8 @@ from molora_fed.storage.files import write_json
 __all__ = ["SENT_KINDS", "count_sent", "note_sent"]
 
 SENT_KINDS = (
-    "adapter", "manifest", "samples", "statistics", "counts", "overlap", "masks", "sums",
-    "evolution",
+    "adapter", "manifest", "samples", "statistics", "carried", "counts", "overlap", "masks",
+    "sums", "evolution",
 )  # fmt: skip
 """In the order they are shown: `masks` are keys, shares and agreements of masked sums."""
 _MOST = 100_000
@@ -64,11 +64,13 @@ def _list_contributed(folder: Path) -> Mapping[str, int]:
         return {}
     samples = sum(entry.bytes for entry in manifest.sample_files.values())
     published = manifest.statistics_file
+    carried = sum(entry.bytes for entry in manifest.carried_files.values())
     return {
         "adapter": sum(entry.bytes for entry in manifest.adapter_files.values()),
         "manifest": len(manifest.canonical),
         **({"samples": samples} if samples else {}),
         **({} if published is None else {"statistics": published.bytes}),
+        **({"carried": carried} if carried else {}),
     }
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from molora_fed.charter import Charter
 from molora_fed.contributions.contributed import Entrant, collect_entrant
 from molora_fed.contributions.manifest import Contribution, Manifest
-from molora_fed.errors import QuestionRefusedError
+from molora_fed.errors import AdapterError, QuestionRefusedError
 from molora_fed.federation.overlap_answers import OverlapAnswers
 from molora_fed.federation.sum_letters import (
     AgainAsked,
@@ -226,6 +226,11 @@ class SumAnswers:
         files = manifest.files.items()
         if any(hash_file(one.folder / name) != entry.sha256 for name, entry in files):
             return f"{who} with other files than were signed"
+        try:
+            for name in manifest.carried_files:
+                one.carried[name]
+        except AdapterError as error:
+            return f"{who}: {error}"
         return ""
 
     def _experts(self, fusion: str) -> list[Contribution]:

@@ -134,6 +134,7 @@ def plan_fusion(
                 plugins=plugins,
                 name=c.contributor,
             ),
+            c.carried,
         )
         for c in ordered
     ]

@@ -482,6 +482,7 @@ class SumRounds:
             options=options,
             seed=self._seed + attempt,
             adapters=self._plan.adapters.take(self._experts),
+            carried={expert.name: expert.carried for expert in self._plan.experts},
         )
 
     def _lay_out_moments(self, name: str, columns: Sequence[str], text: str) -> dict[str, SumEntry]:

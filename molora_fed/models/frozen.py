@@ -4,6 +4,7 @@ Frozen are: embedding, head, norms, buffers, every module of the first K blocks,
 is no weight or bias of a linear layer in blocks K, K+1, ...
 """
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from molora_fed.models.layout import adaptable_modules
 from molora_fed.storage.files import hash_bytes
 
-__all__ = ["find_changed_frozen", "fingerprint_frozen", "list_frozen"]
+__all__ = ["find_changed_frozen", "fingerprint_frozen", "list_frozen", "stamp_model"]
 
 
 def list_frozen(model: Any, frozen_depth: int) -> dict[str, Tensor]:
@@ -78,6 +79,27 @@ def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: 
         return f"{tuple(other.shape)} {other.dtype}, not {tuple(one.shape)} {one.dtype}"
     different = int((_view_bits(one) != _view_bits(other)).sum())
     return f"{different} bytes differ" if different else ""
+
+
+def stamp_model(model: Any, tokens: Tensor) -> dict[str, object]:
+    """What tells, compared with a later stamp, what of a model somebody changed in between.
+
+    By name: the bits of each parameter and buffer, and whether it requires gradients or has some;
+    whether each module trains. Under "logits" what the model says of a text, which hooks left
+    behind would change; libraries leave some that change nothing.
+
+    Args:
+        model: A transformers causal language model.
+        tokens: The text, token ids (1, T).
+    """
+    stamps: dict[str, object] = {
+        name: (zlib.crc32(_view_bits(tensor).numpy()), tensor.requires_grad, tensor.grad is None)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    stamps |= {f"{name}.training": module.training for name, module in model.named_modules()}
+    with torch.no_grad():
+        logits = model(tokens.to(model.device)).logits
+    return {**stamps, "logits": zlib.crc32(_view_bits(logits).numpy())}
 
 
 def _view_bits(tensor: Tensor) -> Tensor:

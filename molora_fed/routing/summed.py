@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from molora_fed.adapters.carried_files import CarriedFiles, complete_carried
 from molora_fed.bank.adapters import ExpertAdapters
 from molora_fed.errors import RoutingError
 from molora_fed.routing.contract import OptionsT, OutputRouter, RouterOptions
@@ -55,6 +56,8 @@ class FitSetting:
         seed: Of whatever is drawn.
         adapters: The experts' adapters by name, see `ExpertAdapters`; the coordinator and all
             members have the same.
+        carried: What each expert's contribution carries, by the expert's name, as of a bank; all
+            None where no expert is known yet and it is asked how much a fit will send.
     """
 
     expert_names: tuple[str, ...]
@@ -65,6 +68,10 @@ class FitSetting:
     options: RouterOptions
     seed: int
     adapters: ExpertAdapters = field(default_factory=ExpertAdapters, repr=False, compare=False)
+    carried: Mapping[str, CarriedFiles] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "carried", complete_carried(self.carried, self.expert_names))
 
     @property
     def num_experts(self) -> int:

@@ -90,6 +90,7 @@ def collect_setting(
         options=options,
         seed=seed,
         adapters=first.adapters.take(first.expert_names) if first.adapters else first.adapters,
+        carried=first.carried,
     )
 
 

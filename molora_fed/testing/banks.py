@@ -1,7 +1,8 @@
 """Banks and views of made-up numbers: what routers are tested on without any model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from molora_fed.adapters.carried_files import CarriedFiles
 from molora_fed.bank import Bank, CalibrationBank
 from molora_fed.bank.adapters import make_up_adapters
 from molora_fed.types import Reading
@@ -35,6 +37,7 @@ def build_synthetic_bank(
     hidden_size: int = 16,
     seed: int = 0,
     readings: frozenset[Reading] = ALL_READINGS,
+    carried: Mapping[str, Mapping[str, Mapping[str, Tensor]]] | None = None,
 ) -> Any:
     """Make up a bank in which expert e is good at domain e and hidden states tell domains apart.
 
@@ -48,6 +51,8 @@ def build_synthetic_bank(
         hidden_size: D.
         seed: Of all numbers but the domains' directions, which are always the same.
         readings: Columns the bank has.
+        carried: What experts' contributions carry, tensors by the expert's name, "expert-0" and so
+            on, and by the registered name of what computed them; nothing if None.
 
     Returns:
         A bank of `kind` in memory, for the probability mixture.
@@ -87,8 +92,16 @@ def build_synthetic_bank(
         logprob=logprob,
         hidden_size=hidden_size,
         readings=readings,
+        carried={
+            expert: CarriedFiles({name: partial(_copy, t) for name, t in files.items()})
+            for expert, files in (carried or {}).items()
+        },
         **{name: column for name, column in columns.items() if name in readings},
     )
+
+
+def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _draw_directions(num_domains: int, hidden_size: int) -> Tensor:

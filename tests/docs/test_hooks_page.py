@@ -20,11 +20,17 @@ def test_hook_has_a_heading_with_its_signature(hook):
     assert f"\n## {hook}({arguments})\n" in PAGE.read_text()
 
 
+AWAITED = {"carried file": "gates that owners train, a plugin of contrib/"}
+"""Kinds whose first user is a package that nothing of the product installs."""
+
+
 def test_every_registry_has_a_hook_and_every_hook_a_first_party_user():
     plugins = load_plugins()
     assert sorted(f"register_{suffix}" for suffix in plugins.registries()) == HOOKS
     for registry in plugins.registries().values():
-        assert registry.names(), f"no first-party user of {registry.kind}"
+        assert registry.names() or registry.kind in AWAITED, (
+            f"no first-party user of {registry.kind}"
+        )
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))

@@ -244,7 +244,15 @@ def test_importing_the_package_and_its_plugins_is_light():
 
 @pytest.mark.parametrize(
     "suffix",
-    ["routers", "gain_predictors", "admission_checks", "domains", "adapter_kinds", "commands"],
+    [
+        "routers",
+        "gain_predictors",
+        "admission_checks",
+        "domains",
+        "adapter_kinds",
+        "commands",
+        "carried_files",
+    ],
 )
 def test_hook_reaches_its_registry(suffix):
     plugin = build_plugin(**{suffix: [("mine", "molora_no_such_module:thing")]})

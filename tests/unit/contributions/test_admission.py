@@ -27,6 +27,7 @@ from molora_fed.types import Finding, Split
 ALL = {
     "adapter-limits",
     "base-fingerprint",
+    "carried-files",
     "charter-identity",
     "claimed-base",
     "finite-values",
@@ -40,7 +41,13 @@ ALL = {
     "signature",
     "tensor-layout",
 }
-MANIFEST_CHECKS = ("charter-identity", "quantised-base", "required-samples", "signature")
+MANIFEST_CHECKS = (
+    "carried-files",
+    "charter-identity",
+    "quantised-base",
+    "required-samples",
+    "signature",
+)
 
 
 @pytest.fixture
@@ -106,7 +113,7 @@ def test_good_contribution_is_admitted_by_all_checks(judge, contribute, base):
     assert decision.state == ContributionState.ADMITTED
     assert decision.refusals == ()
     assert set(decision.checks) == ALL
-    assert decision.checks[0] == "charter-identity"
+    assert decision.checks[: len(MANIFEST_CHECKS)] == MANIFEST_CHECKS
     assert decision.checks[-5:] == (
         "frozen-depth",
         "near-copy",
