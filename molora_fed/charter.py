@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from molora_fed.errors import CharterError
 from molora_fed.rules import (
@@ -121,6 +121,7 @@ MAX_CARRIED_FILES = 16
 """That one contribution carries beside its adapter."""
 _MAX_CARRIED_BYTES = 16 * 2**20
 RegisteredName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$", max_length=63)]
+_NAME = TypeAdapter(RegisteredName)
 
 
 class Identity(StrictModel):
@@ -266,8 +267,8 @@ class FusionRules(StrictModel):
     )
     shortlist: int | None = Field(default=None, ge=2, exclude_if=lambda size: size is None)
     predictors: Choices = Field(default=(), exclude_if=lambda chosen: not chosen)
-    carried: tuple[RegisteredName, ...] = Field(
-        default=(), max_length=MAX_CARRIED_FILES, exclude_if=lambda names: not names
+    carried: Choices = Field(
+        default=(), max_length=MAX_CARRIED_FILES, exclude_if=lambda chosen: not chosen
     )
     max_carried_bytes: int = Field(
         default=_MAX_CARRIED_BYTES,
@@ -278,10 +279,16 @@ class FusionRules(StrictModel):
 
     @field_validator("carried")
     @classmethod
-    def _carries_each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _carries_each_once(cls, chosen: tuple[Choice, ...]) -> tuple[Choice, ...]:
+        names = [_NAME.validate_python(choice.key) for choice in chosen]
         if len(set(names)) != len(names):
             raise ValueError("a name twice")
-        return names
+        return chosen
+
+    @property
+    def carried_names(self) -> tuple[str, ...]:
+        """Names of the files that contributions carry, without endings."""
+        return tuple(choice.key for choice in self.carried)
 
     @model_validator(mode="after")
     def _can_tell_routers_apart(self) -> "FusionRules":

@@ -138,7 +138,7 @@ def describe_contribution(source: Manifest | Charter) -> list[OutgoingRow]:
     fusion = source.amendment.fusion
     rows += [
         OutgoingRow(_label_carried(name), 0, 0, fusion.max_carried_bytes, exact=False)
-        for name in fusion.carried
+        for name in fusion.carried_names
     ]
     rows.append(OutgoingRow("manifest", 0, 0, MAX_MANIFEST_BYTES, exact=False))
     return rows

@@ -16,6 +16,7 @@ from molora_fed.guard import guarded, refuse
 from molora_fed.models.frozen import stamp_model
 from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import Plugins
+from molora_fed.storage.options import Choice, open_choice
 from molora_fed.types import Progress, Split
 
 if TYPE_CHECKING:
@@ -91,11 +92,11 @@ def check_makers(charter: Charter, plugins: Plugins) -> None:
         PluginError: If a plugin cannot be imported, or what it registers cannot be called.
     """
     missing, failures = [], ""
-    for name in charter.amendment.fusion.carried:
+    for choice in charter.amendment.fusion.carried:
         try:
-            plugins.carried_files.resolve(name)
+            plugins.carried_files.resolve(choice.name)
         except UnknownNameError:
-            missing.append(f"'{name}'")
+            missing.append(f"'{choice.name}'")
             failures = " ".join(("", *map(str, plugins.failures)))
     if missing:
         listed = ", ".join(missing)
@@ -107,22 +108,23 @@ def check_makers(charter: Charter, plugins: Plugins) -> None:
 
 
 def compute_carried(
-    name: str, context: CarriedContext, plugins: Plugins, *, threads: int = 1
+    choice: Choice, context: CarriedContext, plugins: Plugins, *, threads: int = 1
 ) -> bytes:
     """The bytes of a carried file; the same context and threads give the same ones.
 
     Args:
-        name: Registered name.
+        choice: What the charter names, with its options.
         context: What it is computed from.
         plugins: Where it is registered.
         threads: Torch threads.
 
     Raises:
         UnknownNameError: If nobody registers it.
+        CharterError: If its options are wrong.
         PluginError: If its plugin fails, changes the base, or gives no bounded, finite tensors.
     """
-    entry, place = plugins.carried_files.entry(name), "computing it"
-    make = plugins.carried_files.resolve(name)
+    entry, place = plugins.carried_files.entry(choice.name), "computing it"
+    make = open_choice(plugins.carried_files, choice, key="fusion.carried")
     model = context.base.model
     probe = torch.from_numpy(context.samples[Split.VALIDATION].tokens[:1]).long()
     before = stamp_model(model, probe)
@@ -170,10 +172,10 @@ def find_carried_misfits(manifest: Manifest, charter: Charter) -> list[tuple[str
         charter: With the amendment that was in force when it was received.
     """
     rules, carried = charter.amendment.fusion, manifest.carried_files
-    wrong = [(locate_carried(name), "none") for name in rules.carried if name not in carried]
+    wrong = [(locate_carried(name), "none") for name in rules.carried_names if name not in carried]
     for name, entry in carried.items():
         path = locate_carried(name)
-        if name not in rules.carried:
+        if name not in rules.carried_names:
             wrong.append((f"no {path}, which this cooperative does not ask for", "one"))
         elif entry.bytes > rules.max_carried_bytes:
             most = f"{path} of at most {rules.max_carried_bytes} bytes"

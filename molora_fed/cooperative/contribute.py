@@ -371,10 +371,10 @@ def _compute_all(
     threads: int,
     progress: Progress | None,
 ) -> dict[str, bytes]:
-    """What the charter has contributions carry, by registered name."""
+    """What the charter has contributions carry, by name of the file."""
     charter, base = under.charter, under.base
     found = {}
-    for name in charter.amendment.fusion.carried:
+    for choice in charter.amendment.fusion.carried:
         # Read anew for each: what a plugin does to an adapter is nobody else's business.
         adapter = load_adapter(
             folder,
@@ -392,7 +392,7 @@ def _compute_all(
             samples=corpus.blocks,
             progress=progress,
         )
-        found[name] = compute_carried(name, context, plugins, threads=threads)
+        found[choice.key] = compute_carried(choice, context, plugins, threads=threads)
     return found
 
 

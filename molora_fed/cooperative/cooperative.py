@@ -308,7 +308,6 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
         *(evolved if is_evolved else ()),
         (plugins.adapter_kinds, rules.kinds),
         (plugins.routers, (fusion.router,)),
-        (plugins.carried_files, fusion.carried),
     ):
         for name in names:
             registry.entry(name)
@@ -317,6 +316,7 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
             (plugins.fitness_scopes, "population.scope", (population.scope,) * is_evolved),
             (plugins.routers, "fusion.compare", fusion.compare),
             (plugins.merges, "fusion.merges", fusion.merges),
+            (plugins.carried_files, "fusion.carried", fusion.carried),
             (plugins.gain_predictors, "fusion.predictors", fusion.predictors),
             (plugins.admission_checks, "admission.checks", charter.amendment.admission.checks),
         )

@@ -67,7 +67,7 @@ def _build_consent(charter: Charter) -> dict[str, Any]:
     amendment = charter.amendment
     agreed: dict[str, Any] = {"identity": charter.identity_hash, "samples": "private"}
     if amendment.fusion.carried:
-        agreed[_CARRIED] = list(amendment.fusion.carried)
+        agreed[_CARRIED] = list(amendment.fusion.carried_names)
     if charter.is_summed:
         return {**agreed, "sums": _describe_sums(amendment).model_dump(mode="json")}
     if charter.is_private:  # figures and adapted slots instead of samples

@@ -24,6 +24,7 @@ from molora_fed.errors import AdapterError, AdmissionError, ConfigError, PluginE
 from molora_fed.hookspecs import Register
 from molora_fed.plugins import hookimpl, load_plugins
 from molora_fed.storage.keys import build_public_pem
+from molora_fed.storage.options import Choice
 from molora_fed.testing import build_carried_context
 from molora_fed.types import Split
 
@@ -186,7 +187,7 @@ def test_a_charter_names_each_once_and_by_a_registered_name():
 def test_equal_contexts_give_equal_bytes_whatever_is_drawn_elsewhere():
     def compute(seed):
         torch.manual_seed(seed)
-        return compute_carried(NAME, build_carried_context(), load_with_plugin())
+        return compute_carried(Choice(name=NAME), build_carried_context(), load_with_plugin())
 
     assert compute(1) == compute(2)
 
@@ -201,7 +202,7 @@ def test_progress_is_told_in_steps_without_what_was_measured():
     context = replace(
         build_carried_context(), progress=lambda *steps, **figures: told.append((steps, figures))
     )
-    compute_carried(NAME, context, broken(compute))
+    compute_carried(Choice(name=NAME), context, broken(compute))
     assert told == [((1, 2), {})]
 
 
@@ -241,7 +242,7 @@ def read_held_out(context):
 def test_a_plugin_that_breaks_its_word_is_named_and_nothing_is_built(make, words):
     context = replace(build_carried_context(), max_bytes=4_000)
     with pytest.raises(PluginError) as caught:
-        compute_carried(NAME, context, broken(make))
+        compute_carried(Choice(name=NAME), context, broken(make))
     message = str(caught.value)
     assert message.startswith("Carried file 'mean-states' of broken (molora-broken 1.0) failed in")
     assert words in message and "\n" not in message
