@@ -9,7 +9,7 @@ import typer
 
 from molora_cli.output import MAX_LINE, format_time, note, print_columns
 from molora_cli.progress import reporting
-from molora_cli.shared_options import Device, Dtype, Privacy, SummingWay, ask_compute
+from molora_cli.shared_options import Device, DomainOption, Dtype, Privacy, SummingWay, ask_compute
 from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
@@ -349,14 +349,18 @@ def text(
         list[Path] | None,
         typer.Option(help="Files or folders of text; repeatable. A registered domain if none."),
     ] = None,
+    domain_option: DomainOption = None,
 ) -> None:
     """Keep public text of a domain, on which newcomers are measured where they send none."""
     from molora_fed.cooperative.cooperative import open_cooperative
     from molora_fed.cooperative.public_text import keep_public_text
+    from molora_fed.storage.values import parse_options
 
+    options = parse_options(domain_option or ())
     with reporting() as progress:
         progress.phase(f"reading text of {clean(domain, MAX_LINE)}")
-        blocks = keep_public_text(open_cooperative(cooperative), domain, tuple(data or ()))
+        opened = open_cooperative(cooperative)
+        blocks = keep_public_text(opened, domain, tuple(data or ()), options=options)
     print(f"kept         {len(blocks)} blocks of {blocks.block_size} tokens of {domain}")
     print("Newcomers of that domain are measured on them; they are sent to nobody.")
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
-
 from molora_fed.errors import ConfigError
 from molora_fed.guard import guarded, refuse
 from molora_fed.plugins import Entry, Plugins
+from molora_fed.storage.options import PluginOptions
 from molora_fed.storage.untrusted import writable
 
 __all__ = [
@@ -172,10 +171,8 @@ class ProbeEvidence:
     sigma: float
 
 
-class PolicyOptions(BaseModel):
+class PolicyOptions(PluginOptions):
     """Base of every escalation policy's options: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class EscalationPolicy(abc.ABC):

@@ -17,7 +17,7 @@ from molora_fed.cooperative.cooperative import (
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.corpus.documents import open_domain
 from molora_fed.corpus.overlap import copy_index
-from molora_fed.errors import CharterError, MoloraError
+from molora_fed.errors import CharterError, ConfigError, MoloraError
 from molora_fed.models.base import Base, fetch_base
 from molora_fed.models.runtime import Placement
 from molora_fed.plugins import Plugins, get_plugins
@@ -148,7 +148,12 @@ def _check_domains(name: str, domains: Iterable[str]) -> None:
 
 
 def _choose_domains(amendment: Amendment, plugins: Plugins) -> Mapping[str, Callable[[], Any]]:
-    """Readers of the registered domains among those asked for; the built-in four if none is."""
-    known = set(plugins.domains.names())
-    chosen = [domain for domain in amendment.domains if domain in known] or DEFAULT_DOMAINS
-    return {domain: open_domain(domain, plugins) for domain in sorted(chosen)}
+    """Readers of the registered domains among those asked for; the built-in four if none is.
+
+    One that cannot be read without options of a contributor's is left to its contributors.
+    """
+    known, found = set(plugins.domains.names()), {}
+    for domain in sorted(known.intersection(amendment.domains)):
+        with suppress(ConfigError):
+            found[domain] = open_domain(domain, plugins)
+    return found or {domain: open_domain(domain, plugins) for domain in sorted(DEFAULT_DOMAINS)}

@@ -4,15 +4,16 @@ It stays with the coordinator, is in no fusion, and decides nothing for good: wh
 than on the base is quarantined until somebody looks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from molora_fed.contributions.admission import locate_public_text
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.corpus.blocks import Blocks, pack_documents
-from molora_fed.corpus.documents import open_domain, read_documents
+from molora_fed.corpus.documents import check_domain_options, open_domain, read_documents
 from molora_fed.errors import CorpusError, describe_mismatch
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.names import check_name
@@ -31,6 +32,7 @@ def keep_public_text(
     domain: str,
     data: Sequence[Path] = (),
     *,
+    options: Mapping[str, Any] | None = None,
     plugins: Plugins | None = None,
 ) -> Blocks:
     """Keep text of a domain in the coordinator's home; it replaces the one that was there.
@@ -39,23 +41,25 @@ def keep_public_text(
         cooperative: Whose newcomers of that domain are measured on it.
         domain: Name of the domain.
         data: Files and folders of text; empty takes the registered domain of that name.
+        options: Options of the registered domain.
         plugins: Where domains are registered; the installed plugins by default.
 
     Returns:
         The blocks that are kept, of the charter's size.
 
     Raises:
-        ConfigError: If no contribution can name the domain.
+        ConfigError: If no contribution can name the domain, or it does not know its options.
         CorpusError: If there is too little text, or it cannot be read.
         StorageError: On I/O errors.
         UnknownNameError: If there are no data and nobody registers the domain.
     """
     check_name("domain", domain)
+    check_domain_options(domain, data, options)
     tokenizer = cooperative.load_base().tokenizer
     if data:
         documents = list(read_documents(data, tokenizer=tokenizer))
     else:
-        documents = list(open_domain(domain, plugins or get_plugins())())
+        documents = list(open_domain(domain, plugins or get_plugins(), options)())
     packed = pack_documents(
         documents,
         np.arange(len(documents), dtype=np.int32),

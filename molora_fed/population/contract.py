@@ -14,13 +14,13 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.bank.views import GateReading, GateView
 from molora_fed.guard import guarded
 from molora_fed.plugins import Entry
+from molora_fed.storage.options import PluginOptions
 
 __all__ = [
     "AdapterRouter",
@@ -96,10 +96,8 @@ class Population:
         return len(self.slots)
 
 
-class AdapterRouterOptions(BaseModel):
+class AdapterRouterOptions(PluginOptions):
     """Base of every adapter router's options: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class AdapterRouter(nn.Module, abc.ABC):
@@ -200,10 +198,8 @@ FitnessScope = Any
 """Registered by `register_fitness_scopes`: a callable `(LossTable) -> Fitness`."""
 
 
-class OperatorOptions(BaseModel):
+class OperatorOptions(PluginOptions):
     """Base of every operator's options: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LifecycleOperator(abc.ABC):

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError, ShapeError
 from molora_fed.routing.fitting import check_calibration
+from molora_fed.storage.options import PluginOptions
 from molora_fed.types import Progress, Reading
 
 if TYPE_CHECKING:
@@ -29,10 +29,8 @@ RouterState = Mapping[str, Tensor]
 """What a router remembers between decoding steps: tensors with the batch first."""
 
 
-class RouterOptions(BaseModel):
+class RouterOptions(PluginOptions):
     """Base of every router's options: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 OptionsT = TypeVar("OptionsT", bound=RouterOptions, default=Any)

@@ -21,7 +21,7 @@ from molora_fed.errors import CharterError, MoloraError, PluginError
 from molora_fed.guard import guarded
 from molora_fed.plugins import Registry
 from molora_fed.storage.files import canonical_json
-from molora_fed.storage.settings import StrictModel, check_options
+from molora_fed.storage.settings import StrictModel, open_options
 
 __all__ = [
     "Choice",
@@ -35,7 +35,6 @@ __all__ = [
     "open_callable",
     "open_choice",
     "read_choice",
-    "read_options",
 ]
 
 
@@ -133,8 +132,8 @@ def find_clashes(choices: Iterable[Choice]) -> list[str]:
     listed = list(choices)
     counts = Counter(choice.key for choice in listed)
     several = {one.key for one in listed if counts[one.key] > 1 and not one.is_plain}
-    names = {(one.name, other.label) for one in listed for other in listed if one is not other}
-    taken = {label for name, label in names if name == label} - several
+    names = {choice.name for choice in listed}
+    taken = {one.label for one in listed if one.label in names - {one.name}} - several
     return [
         *(f"several called '{key}', which need labels that differ" for key in sorted(several)),
         *(f"the label '{label}', a name that is used beside it" for label in sorted(taken)),
@@ -167,35 +166,6 @@ def list_settings(registry: Registry, choices: Iterable[Choice]) -> list[Choice]
     return [choice for _, choice in sorted({**named, **given}.items())]
 
 
-def read_options(
-    registry: Registry,
-    name: str,
-    options: Mapping[str, Any] | None,
-    *,
-    error: type[MoloraError],
-    fix: str,
-) -> tuple[Any, Any]:
-    """The target of a name, and its options; a function has none.
-
-    Args:
-        registry: Where the name is looked up.
-        name: Registered name.
-        options: Keys and values; None or empty takes all defaults.
-        error: Class of the error about options.
-        fix: What to do next, one sentence.
-
-    Raises:
-        UnknownNameError: If nobody registers the name.
-        PluginError: If the plugin cannot be imported, or breaks its contract.
-        MoloraError: Of the class given, if the options are wrong; all offending keys are named.
-    """
-    target = registry.resolve(name)
-    # A function has no options: none are known.
-    model = getattr(target, "Options", PluginOptions)
-    what = f"Cannot use {registry.kind} '{name}'"
-    return target, check_options(model, options, what=what, error=error, fix=fix)
-
-
 def open_callable(
     registry: Registry,
     name: str,
@@ -207,17 +177,18 @@ def open_callable(
     """What is called for a registered name: the function, or an instance with its options.
 
     Args:
-        registry: See `read_options`.
-        name: See `read_options`.
-        options: See `read_options`.
-        error: See `read_options`.
-        fix: See `read_options`.
+        registry: Where the name is looked up.
+        name: Registered name.
+        options: Its options; None or empty takes all defaults. A function has none.
+        error: Class of the error about options.
+        fix: What to do next, one sentence.
 
     Raises:
+        UnknownNameError: If nobody registers the name.
         PluginError: If the plugin cannot be imported, or fails on being made.
-        MoloraError: See `read_options`.
+        MoloraError: Of the class given, if the options are wrong; all offending keys are named.
     """
-    target, chosen = read_options(registry, name, options, error=error, fix=fix)
+    target, chosen = open_options(registry, name, options, error=error, fix=fix)
     if not isinstance(target, type):
         return target
     with guarded(registry.entry(name), "construction"):
@@ -234,10 +205,10 @@ def read_choice(registry: Registry, choice: Choice, *, key: str) -> tuple[Any, A
 
     Raises:
         CharterError: If its options are wrong; all offending keys are named.
-        MoloraError: See `read_options`.
+        MoloraError: See `open_options`.
     """
     fix = _say_where(choice, key)
-    return read_options(registry, choice.name, choice.options, error=CharterError, fix=fix)
+    return open_options(registry, choice.name, choice.options, error=CharterError, fix=fix)
 
 
 def open_choice(registry: Registry, choice: Choice, *, key: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from molora_fed.errors import MoloraError
+from molora_fed.guard import guarded
 from molora_fed.plugins import Registry
 from molora_fed.storage.untrusted import clean, parse_json
 
@@ -106,15 +107,17 @@ def open_options(
         fix: What to do next, one sentence.
 
     Returns:
-        The registered class, and an instance of its `Options`.
+        The registered class or function, and an instance of its `Options`; a function has none.
 
     Raises:
         UnknownNameError: If nobody registers the name.
+        PluginError: If the plugin cannot be imported, breaks its contract, or its `Options` fail.
         MoloraError: Of the class given, if the options are wrong.
     """
     target = registry.resolve(name)
-    what = f"Cannot use {registry.kind} '{name}'"
-    return target, check_options(target.Options, raw, what=what, error=error, fix=fix)
+    what, model = f"Cannot use {registry.kind} '{name}'", getattr(target, "Options", StrictModel)
+    with guarded(registry.entry(name), "reading options", passing=(error,)):
+        return target, check_options(model, raw, what=what, error=error, fix=fix)
 
 
 def read_model(

@@ -66,6 +66,16 @@ def test_a_cooperative_is_created_with_options_of_its_compared_routers(
     assert compare[1].options == {"steps": 1}
 
 
+def test_an_option_that_a_domain_does_not_know_is_refused_before_training(molora, setup, tmp_path):
+    common = ("train", "--cooperative", setup.cooperative, "--out", tmp_path / "out")
+    option = ("--domain-option", "colour=red")
+    refused = molora(*common, "--domain", "python", *option)
+    assert refused.code == 10 and refused.err.count("\n") == 1
+    assert "domain 'python'" in refused.err and "colour" in refused.err
+    refused = molora(*common, "--domain", "abc", "--data", setup.texts["abc"], *option)
+    assert refused.code == 10 and "Leave out --data or --domain-option" in refused.err
+
+
 def test_a_quorum_above_what_is_expected_is_refused_in_one_line(molora, tmp_path, tiny_checkpoint):
     common = ("--base", tiny_checkpoint(), "--folder", tmp_path / "c", "--block-size", 16)
     refused = molora("coop", "create", "one", *common, "--expected", 2, "--quorum", 3)

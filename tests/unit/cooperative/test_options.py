@@ -21,10 +21,13 @@ from molora_fed.cooperative.contribute import (
     prepare_domain,
 )
 from molora_fed.cooperative.cooperative import create_cooperative, open_cooperative
+from molora_fed.cooperative.create import _choose_domains
 from molora_fed.cooperative.evolve import evolve_cooperative
 from molora_fed.cooperative.fuse import fuse_contributions
 from molora_fed.cooperative.outgoing import describe_outgoing
+from molora_fed.cooperative.public_text import keep_public_text
 from molora_fed.cooperative.publish import measure_statistics
+from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.corpus.documents import open_domain
 from molora_fed.corpus.prepare import load_report
 from molora_fed.errors import CharterError, ConfigError, TrainingError
@@ -103,6 +106,15 @@ class Counting(Configurable[CountOptions]):
             yield Document(f"{number}.txt", " ".join(words))
 
 
+class StrictOptions(PluginOptions):
+    folder: str
+
+
+class Strict(Configurable[StrictOptions]):
+    def __call__(self):
+        return iter(())
+
+
 class Mine:
     """A plugin with a target that has options for every hook whose targets are called."""
 
@@ -129,6 +141,7 @@ class Mine:
     @hookimpl
     def register_domains(self, register):
         self._add(register, "counting", Counting)
+        self._add(register, "strict", Strict)
 
 
 SETTINGS = (
@@ -384,3 +397,21 @@ def test_a_training_records_the_options_of_its_domain_and_sends_none(base, plugi
         train(count=241)
     with pytest.raises(ConfigError, match="Leave out --data"):
         prepare_domain(under, "counting", (out,), out, options={"count": 2}, plugins=plugins)
+
+
+def test_public_text_is_read_with_options(base, plugins, tmp_path):
+    cooperative = found(tmp_path / "coop", base)
+    few, many = (
+        keep_public_text(cooperative, "counting", options={"count": count}, plugins=plugins)
+        for count in (40, 80)
+    )
+    assert len(few) < len(many)
+    with pytest.raises(ConfigError, match="cound"):
+        keep_public_text(cooperative, "counting", options={"cound": 1}, plugins=plugins)
+
+
+def test_a_domain_that_needs_options_is_no_text_of_a_built_in_base(plugins):
+    """Its options are each contributor's own; a charter has none."""
+    asked = Amendment(domains=("strict", "counting"))
+    assert list(_choose_domains(asked, plugins)) == ["counting"]
+    assert list(_choose_domains(Amendment(domains=("strict",)), plugins)) == sorted(DEFAULT_DOMAINS)
