@@ -19,6 +19,8 @@ _HOMES = {
     "build_tiny_tokenizer": "models",
     "check_adapter_router_conformance": "adapter_routers",
     "check_router_conformance": "routers",
+    "examine_adapter_router": "adapter_routers",
+    "examine_router": "routers",
     "find_text": "traffic",
     "find_tokens": "traffic",
     "permute_experts": "banks",
