@@ -6,7 +6,6 @@ from `molora_fed.testing`, wherever its module is.
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from molora_fed.errors import PluginError
 from molora_fed.testing.findings import CheckResult
