@@ -20,6 +20,7 @@ from molora_fed.storage.untrusted import clean
 from molora_fed.types import Document, Markup
 
 __all__ = [
+    "find_document_fault",
     "is_data_set",
     "open_domain",
     "read_documents",
@@ -279,7 +280,7 @@ def open_domain(name: str, plugins: Plugins) -> Callable[[], Iterator[Document]]
                 found = list(islice(documents, 1))
             if not found:
                 return
-            fault = _find_document_fault(found[0])
+            fault = find_document_fault(found[0])
             if fault is not None:
                 raise refuse(entry, place, expected="Documents of text", got=fault)
             yield found[0]
@@ -287,7 +288,8 @@ def open_domain(name: str, plugins: Plugins) -> Callable[[], Iterator[Document]]
     return read
 
 
-def _find_document_fault(document: Any) -> str | None:
+def find_document_fault(document: Any) -> str | None:
+    """Describe why something that a domain yielded is no document of text, or None."""
     if not isinstance(document, Document):
         return type(document).__name__
     if not isinstance(document.name, str) or not isinstance(document.text, str):
