@@ -34,7 +34,10 @@ TOLERANCE = 0.01
 
 
 def build_tiny_adapters(
-    architecture: str = "gpt_neox", kinds: Sequence[str] = ("lora", "svd", "delta"), *, seed: int = 0
+    architecture: str = "gpt_neox",
+    kinds: Sequence[str] = ("lora", "svd", "delta"),
+    *,
+    seed: int = 0,
 ) -> list[Adapter]:
     """Random adapters of one tiny model, of mixed kinds and ranks.
 

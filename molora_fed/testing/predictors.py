@@ -125,9 +125,7 @@ def build_past(num_groups: int = NUM_PAST, *, seed: int = 0, **shape: Any) -> tu
     """
     seeds = [10_000 * (seed + 1) + index for index in range(num_groups)]
     cases = [build_case(seed=each, group=f"group-{each}", **shape) for each in seeds]
-    return tuple(
-        build_outcome(case, seed=each) for case, each in zip(cases, seeds, strict=True)
-    )
+    return tuple(build_outcome(case, seed=each) for case, each in zip(cases, seeds, strict=True))
 
 
 def check_gain_predictor_conformance(target: Any, options: Any = None) -> None:
