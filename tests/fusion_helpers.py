@@ -1,4 +1,4 @@
-"""The base and contributions of a tiny cooperative in memory, with mixed kinds and one domain twice."""
+"""Base and contributions of a tiny cooperative, with mixed kinds and one domain twice."""
 
 from dataclasses import replace
 

@@ -73,7 +73,7 @@ def examine_adapter_kind(
     """
     name = "trains, writes and reads back"
     with tempfile.TemporaryDirectory() as scratch:
-        subject = _Subject(kind, options, Path(scratch))
+        subject = _Subject(kind, options, Path(scratch), AdapterRules(frozen_depth=1))
         try:
             subject.made  # noqa: B018 (what nothing else can be asked without)
         except (Exception, SystemExit) as error:
@@ -98,7 +98,7 @@ class _Subject:
     kind: type[AdapterKind]
     options: Mapping[str, Any] | None
     scratch: Path
-    rules: AdapterRules = AdapterRules(frozen_depth=1)
+    rules: AdapterRules
 
     @cached_property
     def tokens(self) -> Tensor:

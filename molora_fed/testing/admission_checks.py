@@ -136,18 +136,18 @@ def _refuse(name: str) -> Any:
 class _BeforeModel(AdmissionCandidate):
     """A candidate whose adapter may still be one that cannot be run."""
 
-    losses = property(_refuse("losses"))  # type: ignore[assignment]
-    base_loss = property(_refuse("base_loss"))  # type: ignore[assignment]
+    losses = property(_refuse("losses"))
+    base_loss = property(_refuse("base_loss"))
     measure = _refuse("measure")
 
 
 class _BeforeAdapter(_BeforeModel):
     """A candidate whose files may still be ones that cannot be read."""
 
-    adapter = property(_refuse("adapter"))  # type: ignore[assignment]
-    effect = property(_refuse("effect"))  # type: ignore[assignment]
-    text = property(_refuse("text"))  # type: ignore[assignment]
-    admission_blocks = property(_refuse("admission_blocks"))  # type: ignore[assignment]
+    adapter = property(_refuse("adapter"))
+    effect = property(_refuse("effect"))
+    text = property(_refuse("text"))
+    admission_blocks = property(_refuse("admission_blocks"))
 
 
 class _Changed(AdmissionCandidate):

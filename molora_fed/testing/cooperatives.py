@@ -1,7 +1,7 @@
 """A whole cooperative of tiny random specialists: signed contributions without any training.
 
-An expert's own samples are what it predicts best, so each specialist is good at its domain, which is
-text drawn from itself.
+An expert's own samples are what it predicts best, so each specialist is good at its domain, which
+is text drawn from itself.
 """
 
 from collections.abc import Mapping
@@ -43,8 +43,8 @@ __all__ = [
     "TinyCooperative",
     "build_candidate",
     "build_contributed",
-    "build_tiny_cooperative",
     "build_tiny_contribution",
+    "build_tiny_cooperative",
     "draw_blocks",
     "found_tiny_cooperative",
 ]

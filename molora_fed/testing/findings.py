@@ -1,6 +1,5 @@
 """What checks of a contract find: one that raises is a finding like any other."""
 
-import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,8 +81,9 @@ def open_target(target: Any, options: Any = None) -> Any:
     Raises:
         PluginError: If a function is given options.
     """
-    if inspect.isclass(target):
-        return target(target.Options() if options is None else options)
+    if isinstance(target, type):
+        opened: Any = target
+        return opened(opened.Options() if options is None else options)
     if options is not None:
         raise PluginError(
             f"Cannot give options to '{getattr(target, '__name__', target)}': expected a class "

@@ -15,7 +15,6 @@ from torch import Tensor
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.errors import MoloraError
 from molora_fed.guard import one_line
-from molora_fed.storage.files import hash_bytes
 from molora_fed.testing.findings import (
     CheckResult,
     Remark,

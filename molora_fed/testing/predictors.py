@@ -40,7 +40,7 @@ NUM_PAST = 7
 """Groups of a past: enough for an interval of level 0.8."""
 
 SURE = 1e-3
-"""How rarely an honest predictor is refused for bad luck; draws are fixed, so it is once for all."""
+"""How rarely an honest predictor is refused for bad luck; draws are fixed, so once for all."""
 
 PILOT_SHARE = 0.1
 
@@ -201,7 +201,8 @@ def _forecasts_whatever_is_missing(subject: _Subject) -> str | None:
 
 def _list_situations() -> list[tuple[str, Case, tuple[Outcome, ...]]]:
     """Cases that a predictor meets, and how they are told of."""
-    past, pilots = build_past(), {"with_pilots": True, "is_extrapolated": True}
+    past = build_past()
+    pilots: dict[str, Any] = {"with_pilots": True, "is_extrapolated": True}
     lone, one = build_case(1), build_case(2)
     only = next(iter(one.losses.specialists))
     alone = replace(
