@@ -49,6 +49,7 @@ _HOMES = {
     "found_tiny_cooperative": "cooperatives",
     "measure_router": "router_costs",
     "open_kit": "kits",
+    "open_tiny_cooperative": "cooperatives",
     "permute_experts": "banks",
     "serve_faults": "endpoints",
     "take_blocks": "banks",

@@ -29,7 +29,7 @@ from molora_fed.contributions.admission import AdmissionCandidate
 from molora_fed.contributions.build import build_contribution, measure_start_loss
 from molora_fed.contributions.contributed import Contributed
 from molora_fed.contributions.manifest import Contribution, load_contribution
-from molora_fed.cooperative.cooperative import Cooperative, create_cooperative
+from molora_fed.cooperative.cooperative import Cooperative, create_cooperative, open_cooperative
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.models.base import Base, load_base
 from molora_fed.plugins import Plugins, get_plugins
@@ -47,6 +47,7 @@ __all__ = [
     "build_tiny_cooperative",
     "draw_blocks",
     "found_tiny_cooperative",
+    "open_tiny_cooperative",
 ]
 
 BLOCK_SIZE = 32
@@ -234,13 +235,24 @@ def build_tiny_cooperative(
     make_home(home)
     base = load_base(build_tiny_checkpoint(home / "base", architecture))
     cooperative = found_tiny_cooperative(home, base, **{"compare": (), **fusion})
-    made = {
-        name: build_tiny_contribution(
+    for seed, (name, domain) in enumerate(contributors.items(), start=1):
+        build_tiny_contribution(
             cooperative, base, folder / "contributions", name, domain, seed=seed
-        ).folder
-        for seed, (name, domain) in enumerate(contributors.items(), start=1)
-    }
-    return TinyCooperative(cooperative, base, made)
+        )
+    return open_tiny_cooperative(folder, base)
+
+
+def open_tiny_cooperative(folder: Path, base: Base | None = None) -> TinyCooperative:
+    """Open what `build_tiny_cooperative` made, or a copy of it.
+
+    Args:
+        folder: With `cooperative/` and `contributions/`.
+        base: Its base, if it is loaded already.
+    """
+    cooperative = open_cooperative(folder / "cooperative")
+    manifests = sorted((folder / "contributions").glob("*/manifest.json"))
+    made = {path.parent.name: path.parent for path in manifests}
+    return TinyCooperative(cooperative, base or cooperative.load_base(), made)
 
 
 def build_candidate(

@@ -5,13 +5,13 @@ intervals cover as often as they say.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, get_args
 
 import numpy as np
-from scipy.stats import binom
 
 from molora_fed.forecasting.divergence import compute_gains, keep_own_losses
 from molora_fed.testing.findings import (
@@ -263,13 +263,23 @@ def _covers_as_often_as_it_says(subject: _Subject) -> str | None:
     if not levels:
         return Remark("no interval was given, so none was held against outcomes")
     level = fmean(levels)
-    fewest = int(binom.ppf(SURE, len(levels), level))
+    fewest = _count_fewest(len(levels), level)
     if covered < fewest:
         return (
             f"expected intervals of level {level:.2f} to hold at least {fewest} of {len(levels)} "
             f"outcomes, got {covered}"
         )
     return Remark(f"{covered} of {len(levels)} outcomes inside intervals of level {level:.2f}")
+
+
+def _count_fewest(draws: int, level: float) -> int:
+    """How many of the draws an honest level covers at least, but for bad luck (binomial)."""
+    below = 0.0
+    for count in range(draws + 1):
+        below += math.comb(draws, count) * level**count * (1 - level) ** (draws - count)
+        if below > SURE:
+            return count
+    return draws
 
 
 _CHECKS: tuple[Callable[[_Subject], str | None], ...] = (
