@@ -1,6 +1,6 @@
 """`molora plugins check`: the conformance kits of what a plugin registers, as ticks."""
 
-import importlib
+import importlib.util
 import json
 import sys
 import tomllib
@@ -101,6 +101,7 @@ def _open(what: str) -> tuple[str | None, Plugins]:
         origin = f"{name} ({distribution} {_FOLDER})"
     else:
         target, origin = path.stem, f"{path.name} (file)"
+        _check_free(path)
         sys.path.insert(0, str(path.resolve().parent))
     module, _, attribute = target.partition(":")
     try:
@@ -113,6 +114,24 @@ def _open(what: str) -> tuple[str | None, Plugins]:
             f"{type(error).__name__}: {error}. Correct it."
         ) from error
     return origin, load_plugins([(origin, plugin)])
+
+
+def _check_free(path: Path) -> None:
+    """Refuse a file whose name is that of a module that would be imported in its place."""
+    try:
+        spec = importlib.util.find_spec(path.stem)
+    except (ImportError, ValueError):
+        spec = None
+    if path.suffix != ".py" or not path.stem.isidentifier():
+        raise PluginError(
+            f"Cannot load plugin '{path}': expected a file named as a Python module, e.g. "
+            "my_router.py. Rename it."
+        )
+    if spec is not None and spec.origin != str(path.resolve()):
+        raise PluginError(
+            f"Cannot load plugin '{path}': expected a name that no module has, got "
+            f"'{path.stem}' of '{spec.origin}'. Rename the file."
+        )
 
 
 _FOLDER = "0+folder"

@@ -1,6 +1,7 @@
 """What checks of a contract find: one that raises is a finding like any other."""
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,21 +97,26 @@ def open_target(target: Any, options: Any = None) -> Any:
 def reseeded() -> Iterator[None]:
     """Run with global generators in another state than before; afterwards they are as they were.
 
-    What draws from them instead of from a seed that it was given differs now.
+    What draws from them instead of from a seed that it was given differs now, if it was run before.
     """
-    import numpy as np
-    import torch
-
-    before = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    # Whoever draws from one of these has loaded it by then.
+    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+    before = random.getstate()
+    torch_state = torch.get_rng_state() if torch else None
+    numpy_state = numpy.random.get_state() if numpy else None
     try:
-        torch.manual_seed((torch.initial_seed() + 991) % 2**63)
-        np.random.seed((int(before[1][1][0]) + 991) % 2**32)  # type: ignore[index]
         random.seed(random.random())
+        if torch:
+            torch.manual_seed((torch.initial_seed() + 991) % 2**63)
+        if numpy:
+            numpy.random.seed(random.randrange(2**32))
         yield
     finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
+        random.setstate(before)
+        if torch:
+            torch.set_rng_state(torch_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
 
 
 def refuse_broken(title: str, results: Sequence[CheckResult], *, page: str) -> None:

@@ -149,14 +149,15 @@ def examine_gain_predictor(target: Any, options: Any = None) -> tuple[CheckResul
         target: What is registered: a function, or a class with options.
         options: Options of the class; its defaults if None.
     """
+    name = "forecasts a usual case"
     try:
         predictor = open_target(target, options)
         fault = _find_forecast_fault(predictor(build_case(), build_past()))
     except (Exception, SystemExit) as error:
         fault = f"expected a Forecast or None, got {describe_raised(error)}"
     if fault is not None:  # nothing else can be asked of it
-        return (CheckResult("forecasts a usual case", fault),)
-    return examine(_CHECKS, _Subject(predictor))
+        return (CheckResult(name, fault),)
+    return (CheckResult(name), *examine(_CHECKS, _Subject(predictor)))
 
 
 @dataclass(frozen=True)
