@@ -177,6 +177,12 @@ def _choose(
     if found:
         yield from found
         return
+    if origin is not None:
+        what_kind = "anything" if kind is None else kind
+        raise PluginError(
+            f"Cannot check '{what}': expected a plugin that registers {what_kind}, got one that "
+            "registers nothing. Mark its functions with @hookimpl."
+        )
     known = {e.name for _, e in entries} | {_name_plugin(e) for _, e in entries}
     near = get_close_matches(what, sorted(known), n=3)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "See `molora plugins list`."
