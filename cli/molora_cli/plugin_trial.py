@@ -17,7 +17,7 @@ from molora_fed.errors import ConfigError, MoloraError
 from molora_fed.guard import guarded
 from molora_fed.models.base import Base
 from molora_fed.plugins import Entry, Plugins
-from molora_fed.testing.findings import CheckResult
+from molora_fed.testing.findings import CheckResult, describe_raised
 from molora_fed.types import Finding
 
 __all__ = ["Trial"]
@@ -46,6 +46,7 @@ class Trial:
         self._chosen = chosen
         self._plugins = plugins
         self._progress = progress
+        self._failure: Exception | None = None
 
     def run(self, suffix: str, entry: Entry) -> Iterator[CheckResult]:
         """Try one thing; a failure is a finding.
@@ -71,6 +72,9 @@ class Trial:
         except MoloraError as error:
             yield CheckResult(name, str(error))
             return
+        except Exception as error:  # the others go on
+            yield CheckResult(name, f"expected figures, got {describe_raised(error)}")
+            return
         yield from (CheckResult(name, None, line) for line in said)
 
     @cached_property
@@ -92,6 +96,15 @@ class Trial:
     @cached_property
     def _fused(self) -> dict[str, Any]:
         """What a fusion with everything that is tried beside the published router measures."""
+        if self._failure is not None:  # it would fail again for whoever asks next
+            raise self._failure
+        try:
+            return self._fuse()
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _fuse(self) -> dict[str, Any]:
         charter = self._cooperative.charter
         if charter.is_private:
             raise ConfigError(
@@ -207,7 +220,7 @@ class Trial:
 
     def _try_kind(self, entry: Entry) -> _Tried:
         """Written untrained: a format and a memory that suit the base."""
-        from molora_fed.adapters.files import find_misfits
+        from molora_fed.adapters.files import find_misfits, load_adapter
 
         charter = self._cooperative.charter
         rules = charter.identity.adapters
@@ -218,7 +231,7 @@ class Trial:
             kind, folder = target(), Path(scratch) / "adapter"
             trained, parameters = kind.prepare(base, rules, rank)
             kind.export(trained, base, folder, rank, rules)
-            adapter = kind.load(folder, rules, name=entry.name)
+            adapter = load_adapter(folder, model=base, plugins=self._plugins, name=entry.name)
             size = sum(path.stat().st_size for path in folder.iterdir())
         wrong = find_misfits(adapter, base)
         if wrong:

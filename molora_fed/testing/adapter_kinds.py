@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from molora_fed.adapters.compatibility import applied, find_misfits, find_non_finite
 from molora_fed.adapters.contract import AdapterKind
+from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.updates import Adapter
 from molora_fed.charter import AdapterRules
 from molora_fed.errors import AdapterError
 from molora_fed.models.layout import block_index, decoder_blocks
+from molora_fed.plugins import Entry, Plugins
 from molora_fed.testing.findings import (
     CheckResult,
     Remark,
@@ -125,10 +127,21 @@ class _Subject:
         trained.eval()
         folder = self.scratch / name
         kind.export(trained, base, folder, rank, self.rules, base_weights="ab" * 32)
-        return _Made(base, before, trained, folder, self.load(folder, self.rules))
+        return _Made(base, before, trained, folder, self.load(folder, self.rules, base))
 
-    def load(self, folder: Path, rules: AdapterRules) -> Any:
-        return self.open().load(folder, rules, name="mine")
+    def load(self, folder: Path, rules: AdapterRules, base: Any) -> Any:
+        """Read a folder as admission and fusion do."""
+        accepted = rules.model_copy(update={"kinds": (self.kind.name,)})
+        return load_adapter(folder, rules=accepted, model=base, plugins=self.plugins, name="mine")
+
+    @cached_property
+    def plugins(self) -> Plugins:
+        """Plugins among which the kind alone is registered."""
+        plugins = Plugins()
+        origin = f"{self.kind.__module__} (being checked)"
+        entry = Entry(self.kind.name, self.kind, "Being checked", "own definition", origin)
+        plugins.adapter_kinds.add(entry)
+        return plugins
 
     def compute_logits(self, model: Any) -> Tensor:
         with torch.no_grad():
@@ -147,8 +160,7 @@ def _gives_an_adapter_that_fits(subject: _Subject) -> str | None:
     wanted = ("mine", subject.kind.name, subject.rules.frozen_depth, "ab" * 32)
     if stated != wanted:
         return f"expected name, kind, frozen depth and base {wanted}, got {stated}"
-    rules = subject.rules.model_copy(update={"kinds": (subject.kind.name,)})
-    wrong = find_misfits(adapter, subject.made.base, rules=rules)
+    wrong = find_misfits(adapter, subject.made.base)
     wrong += [f"{name}: NaN or infinity" for name in find_non_finite(adapter)]
     return f"expected an adapter that fits the base, got {'; '.join(wrong[:3])}" if wrong else None
 
@@ -258,26 +270,29 @@ def _keeps_limits_of_rank_and_bytes(subject: _Subject) -> str | None:
         tight["rank"] = {"max_rank": 1}
     for what, limit in tight.items():
         rules = subject.rules.model_copy(update=limit)
-        fault = _find_refusal_fault(lambda rules=rules: subject.load(made.folder, rules))  # type: ignore[misc]
+        fault = _find_refusal_fault(subject.load, made.folder, rules, made.base)
         if fault is not None:
             return f"expected AdapterError for more {what} than the rules allow, got {fault}"
     return None
 
 
 def _refuses_hostile_folders(subject: _Subject) -> str | None:
+    base = subject.made.base
     for what, change in _HOSTILE.items():
         with _copied(subject.made.folder) as folder:
             change(folder)
-            fault = _find_refusal_fault(lambda folder=folder: subject.load(folder, subject.rules))  # type: ignore[misc]
+            fault = _find_refusal_fault(
+                lambda folder=folder: subject.load(folder, subject.rules, base)
+            )  # type: ignore[misc]
         if fault is not None:
             return f"expected AdapterError for {what}, got {fault}"
     return None
 
 
-def _find_refusal_fault(load: Callable[[], Any]) -> str | None:
+def _find_refusal_fault(work: Callable[..., Any], *arguments: Any) -> str | None:
     """What came instead of an AdapterError, or None."""
     try:
-        found = load()
+        found = work(*arguments)
     except AdapterError:
         return None
     except (Exception, SystemExit) as error:
@@ -316,7 +331,7 @@ def _copied(folder: Path) -> Iterator[Path]:
 
 
 def _refuses_unknown_options(subject: _Subject) -> str | None:
-    fault = _find_refusal_fault(lambda: subject.kind({"no_such_option": 1}))
+    fault = _find_refusal_fault(subject.kind, {"no_such_option": 1})
     return None if fault is None else f"expected AdapterError for an unknown option, got {fault}"
 
 
@@ -338,7 +353,7 @@ def _exports_a_checkpoint_if_it_says_so(subject: _Subject) -> str | None:
         expected = subject.compute_logits(model)
     folder = subject.scratch / "checkpoint"
     subject.open().export(checkpoint, base, folder, FULL_RANK, subject.rules)
-    with applied(base, subject.load(folder, subject.rules)) as model:
+    with applied(base, subject.load(folder, subject.rules, base)) as model:
         lost = float((subject.compute_logits(model) - expected).norm())
     if lost <= MOST_LOST * float((expected - before).norm()):
         return None
