@@ -1,10 +1,6 @@
-"""Fixtures every room shares: tiny random models, built once per run and handed out fresh."""
+"""Fixtures every room shares, beside those that come with molora-fed itself."""
 
-import copy
 import os
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 # Before torch is loaded, here and in the processes that tests start: models this small run fastest
@@ -18,9 +14,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from molora_fed.storage.keys import load_or_make_key
-from molora_fed.testing.models import ARCHITECTURES, build_tiny_checkpoint, build_tiny_model
+from molora_fed.testing import pytest_plugin
+from molora_fed.testing.models import ARCHITECTURES
 
-_built = cache(build_tiny_model)
+# By name, so that they are there however molora-fed was installed.
+_kept_cooperative = pytest_plugin._kept_cooperative
+tiny_bank, tiny_base = pytest_plugin.tiny_bank, pytest_plugin.tiny_base
+tiny_candidate, tiny_cooperative = pytest_plugin.tiny_candidate, pytest_plugin.tiny_cooperative
+tiny_checkpoint, tiny_model = pytest_plugin.tiny_checkpoint, pytest_plugin.tiny_model
 
 # Times are no property of what is tested: machines are busy.
 settings.register_profile("molora", deadline=None)
@@ -35,12 +36,6 @@ def _umask():
     os.umask(before)
 
 
-@pytest.fixture
-def tiny_model() -> Callable[..., Any]:
-    """`tiny_model(architecture, seed=0)`: a copy of a tiny random model, free to be changed."""
-    return lambda architecture="gpt_neox", seed=0: copy.deepcopy(_built(architecture, seed))
-
-
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request) -> str:
     """Runs the test once for each tiny architecture."""
@@ -51,18 +46,6 @@ def architecture(request) -> str:
 def model(tiny_model, architecture) -> Any:
     """A tiny model of every architecture in turn."""
     return tiny_model(architecture)
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> Callable[..., Path]:
-    """`tiny_checkpoint(architecture, seed=0)`: a saved model and tokenizer; do not write to it."""
-    root = tmp_path_factory.mktemp("checkpoints")
-
-    @cache
-    def build(architecture: str = "gpt_neox", seed: int = 0) -> Path:
-        return build_tiny_checkpoint(root / f"{architecture}-{seed}", architecture, seed)
-
-    return build
 
 
 @pytest.fixture(scope="session")

@@ -1,73 +1,16 @@
-"""A cooperative of tiny random experts, each with text drawn from itself as its domain.
-
-An expert's own samples are what it predicts best, so specialists are good at their domains without
-any training.
-"""
+"""Base and contributions of a tiny cooperative, with mixed kinds and one domain twice."""
 
 from dataclasses import replace
 
 import numpy as np
-import torch
 
-from molora_fed.adapters.compatibility import applied
-from molora_fed.adapters.files import load_adapter
-from molora_fed.adapters.save import save_adapter
 from molora_fed.charter import AdapterRules, Amendment, Charter, CorpusRules, FusionRules, Identity
-from molora_fed.contributions.contributed import Contributed
 from molora_fed.cooperative.publish import measure_statistics
-from molora_fed.corpus.blocks import Blocks
 from molora_fed.fusion.fuse import fuse_texts
 from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.private_texts import PrivateTexts
 from molora_fed.models.base import load_base
-from molora_fed.storage.files import hash_bytes
-from molora_fed.testing import build_random_adapter
-from molora_fed.types import Split
-
-BLOCK_SIZE = 32
-DOCUMENT_SIZE = 16
-
-
-def sample_blocks(model, adapter, domain, split, count, seed):
-    """Blocks of `count` x 32 tokens drawn from the specialist; two documents a block."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 256, (count, 1), generator=generator)
-    with applied(model, adapter), torch.no_grad():
-        while tokens.shape[1] < BLOCK_SIZE:
-            probabilities = model(tokens).logits[:, -1].softmax(-1)
-            tokens = torch.cat(
-                [tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1
-            )
-    documents = np.arange(count * BLOCK_SIZE, dtype=np.int32).reshape(count, -1) // DOCUMENT_SIZE
-    return Blocks(domain, split, tokens.numpy().astype(np.int32), documents, documents // 2)
-
-
-def build_contributed(base, folder, name, domain, *, seed, kind="lora", calibration=12):
-    adapter = build_random_adapter(
-        base.model, kind=kind, seed=seed, rank=4, frozen_depth=1, strength=3.0, name=name
-    )
-    save_adapter(adapter, base.model, folder / name)
-    adapter = load_adapter(folder / name)
-    splits = {
-        Split.CALIBRATION: calibration,
-        Split.ADMISSION: 6,
-        Split.HELD_OUT: 12,
-    }
-    blocks = {
-        split: sample_blocks(base.model, adapter, domain, split, count, seed=100 * seed + n)
-        for n, (split, count) in enumerate(splits.items())
-    }
-    return Contributed(
-        id=hash_bytes(name.encode()),
-        contributor=name,
-        domain=domain,
-        adapter=folder / name,
-        held_out=blocks[Split.HELD_OUT],
-        calibration=blocks[Split.CALIBRATION] if calibration else None,
-        admission=blocks[Split.ADMISSION],
-        contamination=0.01,
-        training={"steps": 10, "tokens": 320, "threads": 1, "seed": seed, "kind": kind},
-    )
+from molora_fed.testing.cooperatives import BLOCK_SIZE, build_contributed
 
 
 def build_charter(base, **fusion):

@@ -2,66 +2,23 @@
 
 from pathlib import Path
 
-from fusion_helpers import BLOCK_SIZE, build_contributed
-
 from molora_fed.bank.passes import ColumnMaker
-from molora_fed.charter import (
-    AdapterRules,
-    Amendment,
-    CorpusRules,
-    FusionRules,
-    PrivacyRules,
-    SampleRules,
-    TrainingRules,
-)
-from molora_fed.contributions.build import build_contribution, measure_start_loss
-from molora_fed.cooperative.cooperative import create_cooperative
-from molora_fed.storage.keys import load_or_make_key
-from molora_fed.types import Split
+from molora_fed.testing.cooperatives import build_tiny_contribution, found_tiny_cooperative
 
-SAMPLES = SampleRules(calibration=12, admission=6, held_out=12)
 NAMES = {"law-1": "law", "art-1": "art", "law-2": "law", "war-1": "war"}
 
 
 def found(folder, base, **fusion):
     """A cooperative without contributions."""
-    rules = FusionRules(**{"compare": ("evidence-zero", "linear"), **fusion})
-    return create_cooperative(
-        folder,
-        "growing",
-        base,
-        adapters=AdapterRules(frozen_depth=1),
-        corpus=CorpusRules(block_size=BLOCK_SIZE, evaluation_batch=8),
-        amendment=Amendment(samples=SAMPLES, fusion=rules, training=TrainingRules(rank=4), seed=7),
-        privacy=PrivacyRules(mode="pooled"),
+    return found_tiny_cooperative(
+        folder, base, **{"compare": ("evidence-zero", "linear"), **fusion}
     )
 
 
 def contribute(cooperative, base, folder, name, *, seed, domain=None) -> Path:
     """The folder of a contribution with text drawn from its own random specialist."""
     domain = domain or NAMES[name]
-    made = build_contributed(base, folder / "adapters", name, domain, seed=seed)
-    samples = {
-        Split.CALIBRATION: made.calibration,
-        Split.ADMISSION: made.admission,
-        Split.HELD_OUT: made.held_out,
-    }
-    charter = cooperative.charter
-    build_contribution(
-        folder / name,
-        adapter=made.adapter,
-        kind="lora",
-        samples=samples,
-        key=load_or_make_key(folder / "keys" / f"{name}.pem"),
-        charter=charter,
-        contributor=name,
-        domain=domain,
-        training=made.training,
-        base_loss=3.0,
-        specialist_loss=2.0,
-        start_loss=measure_start_loss(base.model, samples, charter, domain=domain),
-    )
-    return folder / name
+    return build_tiny_contribution(cooperative, base, folder, name, domain, seed=seed).folder
 
 
 class Passes:

@@ -22,6 +22,7 @@ from molora_fed.types import Document, Markup
 
 __all__ = [
     "check_domain_options",
+    "find_document_fault",
     "is_data_set",
     "open_domain",
     "read_documents",
@@ -302,7 +303,7 @@ def open_domain(
                 found = list(islice(documents, 1))
             if not found:
                 return
-            fault = _find_document_fault(found[0])
+            fault = find_document_fault(found[0])
             if fault is not None:
                 raise refuse(entry, place, expected="Documents of text", got=fault)
             yield found[0]
@@ -310,7 +311,8 @@ def open_domain(
     return read
 
 
-def _find_document_fault(document: Any) -> str | None:
+def find_document_fault(document: Any) -> str | None:
+    """Describe why something that a domain yielded is no document of text, or None."""
     if not isinstance(document, Document):
         return type(document).__name__
     if not isinstance(document.name, str) or not isinstance(document.text, str):

@@ -19,6 +19,7 @@ from transformers import (
 
 from molora_fed.adapters.updates import Adapter, LinearUpdate
 from molora_fed.charter import Charter
+from molora_fed.models.base_files import quiet_transformers
 from molora_fed.models.layout import adaptable_modules, bias_of, weight_of
 from molora_fed.plugins import Plugins
 from molora_fed.population.private_member import PrivateMember
@@ -134,7 +135,7 @@ def build_tiny_checkpoint(folder: Path, architecture: str, seed: int = 0) -> Pat
     Returns:
         `folder`.
     """
-    with replace_folder(folder) as target:
+    with quiet_transformers(), replace_folder(folder) as target:
         build_tiny_model(architecture, seed).save_pretrained(target)
         build_tiny_tokenizer().save_pretrained(target)
     return folder

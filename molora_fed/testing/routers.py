@@ -17,10 +17,15 @@ from molora_fed.bank import CalibrationBank, HeldOutBank
 from molora_fed.bank.views import RouterView
 from molora_fed.errors import RoutingError
 from molora_fed.evaluation.evaluate import compute_router_losses, evaluate
-from molora_fed.guard import one_line
 from molora_fed.models.hidden_statistics import collect_statistics
 from molora_fed.routing.contract import OutputRouter, RouterOptions
-from molora_fed.routing.probes import find_leak, same_views, step_through, take_rows
+from molora_fed.routing.probes import (
+    find_distribution_fault,
+    find_leak,
+    same_views,
+    step_through,
+    take_rows,
+)
 from molora_fed.routing.published import make_published
 from molora_fed.routing.summed import Finished, SummedFit, plan_summed_fit
 from molora_fed.routing.summed_run import (
@@ -37,13 +42,21 @@ from molora_fed.testing.banks import (
     permute_experts,
     take_blocks,
 )
-from molora_fed.testing.findings import CheckResult, examine, refuse_broken
+from molora_fed.testing.findings import (
+    CheckResult,
+    Remark,
+    describe_raised,
+    examine,
+    refuse_broken,
+    reseeded,
+)
 from molora_fed.types import BASE_EXPERT
 
 __all__ = ["check_router_conformance", "examine_router"]
 
 STEP_TOLERANCE = 1e-4
 ORDER_TOLERANCE_NATS = 0.02
+EQUAL_TOLERANCE_NATS = 0.02
 SUM_TOLERANCE = 1e-5  # of the largest number of a tensor of sums
 SPLIT_TOLERANCE = 1e-3
 
@@ -73,17 +86,21 @@ def examine_router(
         router: The class that is registered.
         options: Its options; its defaults if None.
     """
-    chosen = router.Options() if options is None else options
-    reads = router.reads(chosen)
+    name = "reads columns that banks have"
+    try:
+        chosen = router.Options() if options is None else options
+        reads = router.reads(chosen)
+    except Exception as error:
+        return (CheckResult(name, f"expected columns that it reads, got {describe_raised(error)}"),)
     if not reads <= ALL_READINGS:
         problem = f"expected reads among {sorted(ALL_READINGS)}, got {sorted(reads)}"
-        return (CheckResult("reads columns that banks have", problem),)
+        return (CheckResult(name, problem),)
     bank = build_synthetic_bank(readings=reads)
     held_out = build_synthetic_bank(HeldOutBank, seed=1, readings=reads)
     try:
         fitted = router.fit(bank, chosen, 0)
     except Exception as error:  # nothing can be asked of a router that cannot be fitted
-        problem = f"expected a fitted router, got {type(error).__name__}: {one_line(str(error))}"
+        problem = f"expected a fitted router, got {describe_raised(error)}"
         return (CheckResult("fits on a calibration bank", problem),)
     case = _Case(router, chosen, bank, held_out, fitted)
     checks = [*_ALWAYS, *(_CAUSAL if router.causal else (_refuses_to_step,))]
@@ -120,13 +137,8 @@ def _gates_are_distributions(case: _Case) -> str | None:
 
 
 def _fit_is_deterministic(case: _Case) -> str | None:
-    before = torch.get_rng_state()
-    try:
-        # Another seed than any before: a fit that draws from the global generator differs now.
-        torch.manual_seed((torch.initial_seed() + 991) % 2**63)
+    with reseeded():
         again = case.router.fit(case.bank, case.options, 0).state_tensors()
-    finally:
-        torch.set_rng_state(before)
     first = case.fitted.state_tensors()
     same = first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
     return None if same else "expected the same router from the same bank and seed, got another"
@@ -176,6 +188,45 @@ def _gives_a_lone_expert_everything(case: _Case) -> str | None:
     bank = build_synthetic_bank(num_experts=1, readings=case.bank.readings)
     gates = case.router.fit(bank, case.options, 0).gates(bank.view(slice(0, 2)))
     return None if bool((gates == 1).all()) else "expected gate 1 for a lone expert, got less"
+
+
+def _takes_few_and_many_experts(case: _Case) -> str | None:
+    for count in (2, 16):
+        bank = build_synthetic_bank(
+            num_experts=count, blocks_per_domain=2, readings=case.bank.readings
+        )
+        view = bank.view(slice(0, 2))
+        gates = case.router.fit(bank, case.options, 0).gates(view)
+        fault = find_distribution_fault(gates, (*view.document_starts.shape, count))
+        if fault is not None:
+            return f"{fault}, with {count} experts"
+    return None
+
+
+def _is_no_worse_than_equal_gates(case: _Case) -> str | None:
+    """On documents as long as a block; expert e is good at domain e, columns tell domains apart."""
+    shape: dict[str, Any] = {
+        "blocks_per_domain": 4,
+        "block_size": 64,
+        "readings": case.bank.readings,
+    }
+    bank = _join_documents(build_synthetic_bank(seed=2, **shape))
+    held_out = _join_documents(build_synthetic_bank(HeldOutBank, seed=3, **shape))
+    fitted = case.router.fit(bank, case.options, 0)
+    own, equal = (
+        float(compute_router_losses(held_out, router).nll.mean()) for router in (fitted, None)
+    )
+    said = f"{own:.3f} nats a token, {equal:.3f} of equal gates"
+    if own <= equal + EQUAL_TOLERANCE_NATS:
+        return Remark(said)
+    return f"expected a loss not above that of equal gates on held-out blocks, got {said}"
+
+
+def _join_documents(bank: Any) -> Any:
+    """The bank with one document a block."""
+    starts = torch.zeros_like(bank.document_starts)
+    starts[:, 0] = True
+    return replace(bank, document_starts=starts, _derived={})
 
 
 def _sees_no_future(case: _Case) -> str | None:
@@ -293,6 +344,8 @@ _ALWAYS: tuple[_Check, ...] = (
     _survives_saving,
     _does_not_prefer_places,
     _gives_a_lone_expert_everything,
+    _takes_few_and_many_experts,
+    _is_no_worse_than_equal_gates,
     _keeps_its_promise,
     _sums_add_up,
     _fits_by_sums_whoever_has_the_text,

@@ -1,0 +1,217 @@
+"""`molora plugins check`: ticks, findings and figures; nothing is written into a cooperative."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from molora_fed.plugins import load_plugins
+
+KEPT = Path(__file__).parents[1] / "data" / "kept" / "cooperative"
+
+FILE = """
+from dataclasses import replace
+
+from molora_fed import Document, Finding, Forecast, OutputRouter, hookimpl
+
+
+def take_the_first(adapters, *, name, seed):
+    return replace(adapters[0], name=name)
+
+
+def predict_nothing(case, past):
+    return Forecast("best_alone", 0.0, None, None, None, "A floor.")
+
+
+def check_licence(candidate):
+    return Finding("a licence", "none", "Name the licence.", is_note=True)
+
+
+def read_haiku():
+    yield Document("first.txt", "An old silent pond")
+
+
+class Even(OutputRouter):
+    readings = frozenset({"evidence"})
+
+    def scores(self, view):
+        return 0 * view.evidence
+
+
+@hookimpl
+def register_merges(register):
+    register("mine", take_the_first, summary="First", source="own definition")
+
+
+@hookimpl
+def register_gain_predictors(register):
+    register("mine", predict_nothing, summary="Nothing", source="own definition")
+
+
+@hookimpl
+def register_admission_checks(register):
+    register("licence", check_licence, summary="Licence", source="own definition")
+
+
+@hookimpl
+def register_domains(register):
+    register("haiku", read_haiku, summary="Poems", source="own definition")
+
+
+@hookimpl
+def register_routers(register):
+    register("even", Even, summary="Even", source="own definition")
+"""
+
+BROKEN = """
+from molora_fed import hookimpl
+
+
+def merge_in_place(adapters, *, name, seed):
+    for update in adapters[0].updates.values():
+        for tensor in update.tensors().values():
+            tensor.zero_()
+    return adapters[0]
+
+
+def fail(case, past):
+    raise IndexError("oops")
+
+
+@hookimpl
+def register_merges(register):
+    register("spoils", merge_in_place, summary="Broken", source="own definition")
+
+
+@hookimpl
+def register_gain_predictors(register):
+    register("fails", fail, summary="Broken", source="own definition")
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """`write(name, source)`: a one-file plugin that this process forgets after the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+
+    def make(name, source):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        return path
+
+    yield make
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def read(ran):
+    return {(each["kind"], each["name"]): each for each in json.loads(ran.out)}
+
+
+def test_an_installed_plugin_is_checked_by_its_registered_name(molora):
+    ran = molora("plugins", "check", "own-loss")
+    assert ran.code == 0, ran.err
+    assert "Gain predictor 'own-loss' of kalavai (molora-fed" in ran.out
+    assert "✓ leaves case and past unchanged" in ran.out
+    assert "outcomes inside intervals of level 0.80" in ran.out
+    assert "7 checks, nothing is broken." in ran.out
+
+
+def test_a_broken_file_is_told_of_whole_and_ends_with_1(molora, write):
+    ran = molora("plugins", "check", write("spoils_all.py", BROKEN))
+    assert ran.code == 1
+    assert "Merge 'spoils' of spoils_all.py (file)" in ran.out
+    assert "✗ leaves its adapters unchanged" in ran.out
+    assert "expected the adapters as they were, got them changed" in ran.out
+    # The failure of one hides nothing of the other.
+    assert "✗ forecasts a usual case" in ran.out and "IndexError: oops" in ran.out
+    assert "2 broken." in ran.out
+
+
+def test_a_file_is_tried_on_a_cooperative_that_stays_as_it_was(molora, write, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(KEPT, home)
+    path = write("useful_things.py", FILE)
+    ran = molora("plugins", "check", path, "--on", home, "--json", "--beside", "uniform")
+    assert ran.code == 0, ran.out + ran.err
+    found = read(ran)
+    said = {key: [c["remark"] for c in each["checks"]] for key, each in found.items()}
+    assert all(each["is_sound"] for each in found.values())
+    assert any("'even': " in line and " nats a token" in line for line in said["router", "even"])
+    assert any("'evidence', published now: 4.070" in line for line in said["router", "even"])
+    assert any(line.startswith("to fit x ") for line in said["router", "even"])
+    assert (
+        "5.483 nats a token on held-out text; 4.070 of the router 'evidence'"
+        in (said["merge", "mine"][-1])
+    )
+    assert "forecast +0.00 %, no interval; measured +17.64 %" in said["gain predictor", "mine"][-1]
+    assert (
+        "abc-lora: only said: expected a licence, got none. Name the licence."
+        in (said["admission check", "licence"])
+    )
+    assert said["domain", "haiku"][-1].startswith("1 documents of 18 characters")
+    files = {p.relative_to(home): p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    kept = {p.relative_to(KEPT): p.read_bytes() for p in KEPT.rglob("*") if p.is_file()}
+    # SQLite keeps these two beside what is read.
+    assert {p: b for p, b in files.items() if p.name not in ("ledger.db-shm", "ledger.db-wal")} == (
+        kept
+    )
+
+
+def test_one_name_of_several_kinds_is_said_and_a_kind_chooses(molora, write):
+    path = write("both_kinds.py", FILE)
+    assert molora("plugins", "check", path, "--kind", "predictor").out.count("' of ") == 1
+    ran = molora("plugins", "check", path, "--kind", "cook")
+    assert ran.code != 0 and "expected one of adapter-kind, adapter-router" in ran.err
+
+
+def test_a_package_folder_is_checked_without_installing_it(molora, write):
+    folder = write("molora-poems/pyproject.toml", (
+        '[project]\nname = "molora-poems"\nversion = "1"\n'
+        '[project.entry-points.molora_fed]\npoems = "molora_poems"\n'
+    )).parent  # fmt: skip
+    write("molora-poems/src/molora_poems/__init__.py", FILE)
+    ran = molora("plugins", "check", folder, "--kind", "domains")
+    assert ran.code == 0, ran.err
+    assert "Domain 'haiku' of poems (molora-poems 0+folder)" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "said"),
+    [
+        ("broken_file.py", "import no_such_module", "ModuleNotFoundError: No module named"),
+        ("nothing_in_it.py", "", "registers nothing"),
+        ("colorsys.py", FILE, "Rename the file"),
+        ("two words.py", FILE, "named as a Python module"),
+    ],
+)
+def test_what_cannot_be_checked_is_one_line(molora, write, name, source, said):
+    ran = molora("plugins", "check", write(name, source))
+    assert ran.code != 0
+    assert said in ran.err and len(ran.err.strip().splitlines()) == 1
+
+
+def test_an_unknown_name_lists_near_ones(molora):
+    ran = molora("plugins", "check", "own-los")
+    assert ran.code != 0
+    assert "Did you mean 'own-loss'" in ran.err
+
+
+def test_a_name_that_two_kinds_share_is_checked_as_both(molora, monkeypatch, write):
+    path = write("useful_twice.py", FILE)
+    sys.path.insert(0, str(path.parent))
+    useful_twice = importlib.import_module("useful_twice")
+    plugins = load_plugins([("twice (molora-twice 1)", useful_twice)])
+    monkeypatch.setattr("molora_cli.plugin_check.get_plugins", lambda: plugins)
+    ran = molora("plugins", "check", "mine")
+    assert ran.code == 0, ran.err
+    assert "'mine' is registered as gain predictor and as merge; all are checked." in ran.out
+    ran = molora("plugins", "check", "mine", "--kind", "merges")
+    assert "registered as" not in ran.out and "Merge 'mine'" in ran.out
+    assert molora("plugins", "check", "molora-twice").out.count(" of twice (") == 5
