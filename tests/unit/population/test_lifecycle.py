@@ -3,12 +3,13 @@ from dataclasses import replace
 import pytest
 import torch
 from adaptation_helpers import build_router
-from lifecycle_helpers import DOMAINS, build_fitness, build_population, build_update
 
 from molora_fed.errors import PopulationError, UnknownNameError
 from molora_fed.plugins import load_plugins
 from molora_fed.population.contract import Birth, LifecycleOperator, OperatorOptions, Slot
 from molora_fed.population.lifecycle import Step, open_operators, reset_newborns, run_lifecycle
+from molora_fed.testing import POPULATION_DOMAINS as DOMAINS
+from molora_fed.testing import build_fitness, build_population, build_update
 
 PLUGINS = load_plugins()
 VALUES = (0.3, 0.2, 0.1, -0.1)
