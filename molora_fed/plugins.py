@@ -32,6 +32,7 @@ __all__ = [
     "check_adapter_kind",
     "check_adapter_router",
     "check_callable",
+    "check_judge",
     "check_operator",
     "check_policy",
     "check_router",
@@ -81,6 +82,15 @@ def check_operator(target: Any) -> str | None:
 def check_policy(target: Any) -> str | None:
     """Describe what an escalation policy class lacks, or return None."""
     return _check_class(target, ("choose",))
+
+
+def check_judge(target: Any) -> str | None:
+    """Describe what a judge lacks, a class with options or a function, or return None."""
+    if not inspect.isclass(target):
+        return check_callable(target)
+    if not any("__call__" in vars(base) for base in target.__mro__):
+        return "expected the method __call__, got none"
+    return _check_class(target, ())
 
 
 def _check_methods(target: Any, methods: tuple[str, ...]) -> str | None:
@@ -325,7 +335,7 @@ class Plugins:
         default_factory=lambda: Registry("lifecycle operator", check_operator)
     )
     extractors: Registry = field(default_factory=lambda: Registry("extractor", check_callable))
-    judges: Registry = field(default_factory=lambda: Registry("judge", check_callable))
+    judges: Registry = field(default_factory=lambda: Registry("judge", check_judge))
     escalation_policies: Registry = field(
         default_factory=lambda: Registry("escalation policy", check_policy)
     )

@@ -38,13 +38,13 @@ ALLOWED: dict[str, str] = {
     "population": f"{_MEASURING} contributions training",
     "inference": f"{_MEASURING} population",
     "reporting": "contributions forecasting population",
-    "testing": "models adapters bank routing evaluation population",
+    "testing": "models adapters bank routing evaluation population cascade",
     "export": f"{_MEASURING} population inference reporting",
     "cooperative": _BELOW_COOPERATIVE,
     "serving": f"{_MEASURING} population inference",
-    "federation": f"{_BELOW_COOPERATIVE} inference testing cooperative serving",
-    "cascade": f"{_BELOW_COOPERATIVE} inference testing cooperative serving",
-    "demo": f"{_BELOW_COOPERATIVE} inference testing cooperative serving federation",
+    "federation": f"{_BELOW_COOPERATIVE} inference cooperative serving",
+    "cascade": f"{_BELOW_COOPERATIVE} inference cooperative serving",
+    "demo": f"{_BELOW_COOPERATIVE} inference cooperative serving federation",
     # The public face hands names on from wherever they are; who imports one of them from
     # `molora_fed` counts as importing it from there.
     "face": (

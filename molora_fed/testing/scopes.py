@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from molora_fed.evaluation.moments import build_stand_ins, measure_moments
 from molora_fed.plugins import check_callable
@@ -192,7 +191,6 @@ _CHECKS: Sequence[Callable[[_Case], str | None]] = (
 def _differ(one: Fitness, other: Fitness, *, tolerance: float = TOLERANCE_NATS) -> str | None:
     """Name of the first part in which two fitnesses differ."""
     for name in ("values", "errors", "by_domain", "regret"):
-        found: list[NDArray[np.float64]] = [getattr(each, name) for each in (one, other)]
-        if not np.allclose(*found, rtol=0.0, atol=tolerance):
+        if not np.allclose(getattr(one, name), getattr(other, name), rtol=0.0, atol=tolerance):
             return name
     return None

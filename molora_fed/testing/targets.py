@@ -30,12 +30,13 @@ class Target:
 
     def make(self) -> Any:
         """The function, or a fresh instance of the class with its options."""
-        if not inspect.isclass(self.target):
+        target = self.target
+        if not inspect.isclass(target):
             if self.options is not None:
                 raise TypeError("options are given, but a function has none")
-            return self.target
-        options = self.target.Options() if self.options is None else self.options
-        return self.target(options)
+            return target
+        built: Any = target
+        return built(built.Options() if self.options is None else self.options)
 
 
 Case = TypeVar("Case", bound=Target)

@@ -1,4 +1,4 @@
-"""Registered lifecycle operators and fitness scopes keep their contracts; broken ones are caught."""
+"""Registered operators and fitness scopes keep their contracts; broken ones are caught."""
 
 from dataclasses import replace
 
