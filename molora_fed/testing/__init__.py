@@ -14,7 +14,7 @@ _HOMES = {
     "RecordingLine": "traffic",
     "ScriptedModel": "cascades",
     "ScriptedScorer": "cascades",
-    "Table": "table",
+    "Table": "models",
     "build_evidence": "cascades",
     "build_fitness": "populations",
     "build_judge_request": "cascades",
