@@ -1,4 +1,4 @@
-"""What cascades are tested with: tasks, evidence, requests to judges, models that follow a script."""
+"""What cascades are tested with: tasks, evidence, judges' requests, models that follow a script."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

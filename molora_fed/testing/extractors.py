@@ -24,12 +24,14 @@ ORDINARY = ("7", "B", "a pear", "The answer is 12.", "1, 2, 3", '{"a": [1, 2]}',
 """Texts as models say them."""
 
 ODD = (
-    "", " ", "\n\n\t", "\0", "\ufeff", "\u200b", "\u202eabc", "e\u0301", "ﬁﬃ", "ǅ ß ſ İ ı", "٣٤ ۷",
-    "½ Ⅷ ²", "−5 ⁄ 3", "🙂👩‍👩‍👧", "漢字 仮名", "\ud800", "a\udfffb", "1/0", "0/0", "1e999", "-" * 50, "nan inf",
-    "\\boxed{", "####", "```python\n", "```\n```", "[[[[", "}{", '{"a": NaN}', "None", "\x1b[31mred",
+    "", "\n\n\t", "\0", "\ufeff", "\u202eabc", "e\u0301", "\ufb01\ufb03", "\u01c5 \u00df \u0130",
+    "\u0663\u0664 \u06f7", "\u00bd \u2167 \u00b2", "\u22125 \u2044 3", "\U0001f642\u200d",
+    "\u6f22\u5b57", "\ud800", "1/0", "1e999", "\\boxed{", "####", "```python\n", "```\n```", "[[[[",
+    '{"a": NaN}', "None", "\x1b[31mred",
 )  # fmt: skip
+"""Texts without sense: white space, marks, digits of other scripts, surrogates, half a syntax."""
 
-_REPEATED = ("a", "\n", "9", "1,", "[", '{"a":', "```\n", "answer is ", "1/")
+_REPEATED = ("a", "9", "1,", "[", "```\n", "answer is ", "1/")
 _LENGTHS = (1_000, 8_000, 64_000)  # what is too slow shows at a length that can be waited for
 
 LIMIT_SECONDS = 2.0

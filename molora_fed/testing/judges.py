@@ -59,10 +59,8 @@ def examine_judge(judge: Any, options: Any = None) -> tuple[CheckResult, ...]:
         judge: What is registered: a subclass of `Judge`, or a function.
         options: Of a class, its defaults if None; of a function, the mapping in its requests.
     """
-    if inspect.isclass(judge):
-        case = _Case(judge, options)
-    else:
-        case = _Case(judge, None, options or {})
+    made = inspect.isclass(judge)
+    case = _Case(judge, options if made else None, None if made else options)
     return examine_target(_CHECKS, case, contract=check_judge)
 
 

@@ -93,8 +93,8 @@ def _draws_as_many_tasks_as_asked(case: _Case) -> str | None:
             return f"expected {COUNT} CascadeTasks at {draw}, got {found}"
     family = case.make()
     for count in (0, 1):
-        if (found := len(list(family(1, count, 0, "test")))) != count:
-            return f"expected {count} tasks where that many are asked, got {found}"
+        if (got := len(list(family(1, count, 0, "test")))) != count:
+            return f"expected {count} tasks where that many are asked, got {got}"
     return None
 
 
