@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from molora_fed.adapters.updates import LinearUpdate
-from molora_fed.errors import PopulationError
+from molora_fed.errors import MoloraError
 from molora_fed.plugins import check_operator
 from molora_fed.population.contract import (
     LifecycleOperator,
@@ -65,7 +65,7 @@ class _Situation:
         build: Makes the state.
         start: Makes the population before the generation's first operator; that of the state if
             None.
-        refusable: Whether an operator may raise PopulationError: nobody can be a parent, say.
+        refusable: Whether an operator may refuse it in one line: nobody can be a parent, say.
     """
 
     name: str
@@ -149,7 +149,7 @@ def _run(case: Target, situation: _Situation, *, chance: int = 0) -> _Result | N
     with other_chance(chance):
         try:
             after = case.make().apply(state, SEED)
-        except PopulationError:
+        except MoloraError:
             if situation.refusable:
                 return None
             raise
@@ -260,7 +260,7 @@ def _handles_or_refuses_dense_updates(case: Target) -> str | None:
     result = _run(case, _DENSE)
     if result is None or sum_up(result.before.population) == sum_up(_build_dense().population):
         return None
-    return "expected a dense update as it was, or PopulationError, got changes in place"
+    return "expected a dense update as it was, or a PopulationError, got changes in place"
 
 
 _CHECKS: tuple[Callable[[Target], str | None], ...] = (

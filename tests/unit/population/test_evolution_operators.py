@@ -22,6 +22,7 @@ from molora_fed.plugins import check_operator, load_plugins
 from molora_fed.population.contract import OperatorOptions
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.lifecycle import open_operators, run_lifecycle
+from molora_fed.population.lineage import describe_change
 from molora_fed.population.slots import make_fresh_updates
 from molora_fed.testing import POPULATION_DOMAINS as DOMAINS
 from molora_fed.testing import (
@@ -385,6 +386,27 @@ def test_any_lifecycle_is_deterministic_and_loses_no_slot(values, seed, filler, 
     for index, slot in enumerate(first.population.slots):
         if index not in newborn:
             assert slot.updates is population.slots[index].updates
+
+
+def test_a_lifecycle_takes_parents_that_divide_and_leaves_their_products_alone():
+    """Two children share one parent: it keeps a quarter, whatever mutates after it."""
+    death = {"threshold": 0.05, "patience": 1, "min_age": 1, "at_most": 2}
+    chosen = [("death", death), ("inheritance", {"divide": True}), ("svd-mutation", {})]
+    population = build_population(domains=("up",))
+    fitness = build_fitness((0.3, 0.2, -0.1, -0.1))
+    steps = open_operators(chosen, PLUGINS)
+    after = run_lifecycle(steps, population, fitness, DOMAINS, generation=3, seed=1)
+    assert after.parents == {0: 0, 2: 0, 3: 0}
+    births = [slot.birth for slot in after.population.slots]
+    assert [one.id for one in births] == ["g3-s0", "g0-s1", "g3-s2", "g3-s3"]
+    assert births[0].parents == ("g0-s0",) and births[0].operator == "inheritance"
+    assert births[2].operator == "inheritance+svd-mutation"
+    for name in POPULATION_SHAPES:
+        kept = product_of(after.population, 0, name)
+        torch.testing.assert_close(kept, 0.25 * product_of(population, 0, name))
+    change = describe_change(population, after, kept=True)
+    assert [one.slot for one in change.births] == [0, 2, 3]
+    assert change.deaths == ("g0-s0", "g0-s2", "g0-s3")
 
 
 def test_another_seed_gives_another_child():

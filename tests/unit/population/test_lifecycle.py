@@ -133,6 +133,13 @@ def test_a_gate_parent_may_not_be_another_newborn():
         run(operator_of(two))
 
 
+def test_a_newborn_that_keeps_its_own_gates_may_hand_them_on():
+    def two(state, seed):
+        return put_newborn(put_newborn(state, gates=1), 2, gates=1, id="g3-other")
+
+    assert run(operator_of(two)).parents == {1: 1, 2: 1}
+
+
 def test_fitness_of_another_population_is_refused():
     with pytest.raises(PopulationError, match=r"a fitness of 4 slots and 3 domains, got \(2, 3\)"):
         run_lifecycle(
