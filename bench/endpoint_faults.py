@@ -17,7 +17,7 @@ from typing import Any
 
 from molora_fed.cascade.building import describe_run_environment
 from molora_fed.cascade.config import EndpointSource
-from molora_fed.cascade.contract import CascadeTask
+from molora_fed.cascade.contract import CascadeTask, open_judge
 from molora_fed.cascade.endpoint import EndpointModel
 from molora_fed.cascade.escalation import Lineup
 from molora_fed.cascade.running import Cascade, CascadeSettings
@@ -68,7 +68,7 @@ def run(num_tasks: int) -> dict[str, Any]:
             models=models,
             policy=plugins.escalation_policies.resolve("sigma")(None),
             policy_name="sigma",
-            judge=plugins.judges.resolve("majority"),
+            judge=open_judge("majority", plugins),
             judge_name="majority",
             extractors={"normalised-text": plugins.extractors.resolve("normalised-text")},
             settings=CascadeSettings(max_new_tokens=8),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from molora_fed.cascade.contract import CascadeModel as CascadeModel
     from molora_fed.cascade.contract import CascadeTask as CascadeTask
     from molora_fed.cascade.contract import EscalationPolicy as EscalationPolicy
+    from molora_fed.cascade.contract import Judge as Judge
+    from molora_fed.cascade.contract import JudgeOptions as JudgeOptions
     from molora_fed.cascade.contract import JudgeRequest as JudgeRequest
     from molora_fed.cascade.contract import PolicyOptions as PolicyOptions
     from molora_fed.cascade.contract import ProbeEvidence as ProbeEvidence
@@ -35,12 +37,14 @@ if TYPE_CHECKING:
     from molora_fed.models.base import load_base as load_base
     from molora_fed.population.contract import AdapterRouter as AdapterRouter
     from molora_fed.population.contract import AdapterRouterOptions as AdapterRouterOptions
+    from molora_fed.population.contract import Birth as Birth
     from molora_fed.population.contract import Fitness as Fitness
     from molora_fed.population.contract import LifecycleOperator as LifecycleOperator
     from molora_fed.population.contract import LifecycleState as LifecycleState
     from molora_fed.population.contract import LossTable as LossTable
     from molora_fed.population.contract import OperatorOptions as OperatorOptions
     from molora_fed.population.contract import Population as Population
+    from molora_fed.population.contract import Slot as Slot
     from molora_fed.routing.bundle import load_fused as load_fused
     from molora_fed.routing.contract import OutputRouter as OutputRouter
     from molora_fed.routing.contract import RouterOptions as RouterOptions
@@ -63,8 +67,8 @@ _NAMES = {
     "bank": ("CalibrationBank",),
     "bank.views": ("GateView", "RouterView"),
     "cascade.contract": (
-        "CascadeModel", "CascadeTask", "EscalationPolicy", "JudgeRequest", "PolicyOptions",
-        "ProbeEvidence", "Verdict",
+        "CascadeModel", "CascadeTask", "EscalationPolicy", "Judge", "JudgeOptions", "JudgeRequest",
+        "PolicyOptions", "ProbeEvidence", "Verdict",
     ),
     "contributions.carried": ("CarriedContext",),
     "cooperative.cooperative": ("open_cooperative",),
@@ -76,8 +80,8 @@ _NAMES = {
     "models.base": ("Base", "load_base"),
     "storage.options": ("Configurable", "PluginOptions"),
     "population.contract": (
-        "AdapterRouter", "AdapterRouterOptions", "Fitness", "LifecycleOperator", "LifecycleState",
-        "LossTable", "OperatorOptions", "Population",
+        "AdapterRouter", "AdapterRouterOptions", "Birth", "Fitness", "LifecycleOperator",
+        "LifecycleState", "LossTable", "OperatorOptions", "Population", "Slot",
     ),
     "routing.bundle": ("load_fused",),
     "routing.contract": ("OutputRouter", "RouterOptions", "RouterState"),

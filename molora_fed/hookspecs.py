@@ -101,7 +101,7 @@ def register_extractors(register: Register) -> None:
 
 @hookspec
 def register_judges(register: Register) -> None:
-    """Register judges: callables `(JudgeRequest) -> Verdict`."""
+    """Register judges: callables `(JudgeRequest) -> Verdict`, or subclasses of `Judge`."""
 
 
 @hookspec

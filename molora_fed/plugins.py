@@ -353,7 +353,7 @@ class Plugins:
         default_factory=lambda: Registry("lifecycle operator", check_operator)
     )
     extractors: Registry = field(default_factory=lambda: Registry("extractor", check_function))
-    judges: Registry = field(default_factory=lambda: Registry("judge", check_function))
+    judges: Registry = field(default_factory=lambda: Registry("judge", check_callable))
     escalation_policies: Registry = field(
         default_factory=lambda: Registry("escalation policy", check_policy)
     )

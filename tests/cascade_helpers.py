@@ -1,43 +1,11 @@
-"""Models that say what a test wants, and a cascade of them."""
+"""A cascade of scripted models, by rules that look at no registry."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from molora_fed.cascade.contract import (
-    CascadeTask,
-    EscalationPolicy,
-    ProbeEvidence,
-    Sample,
-    Verdict,
-)
+from molora_fed.cascade.contract import EscalationPolicy, ProbeEvidence, Verdict
 from molora_fed.cascade.escalation import Lineup, Rules, find_majority
 from molora_fed.cascade.running import Cascade, CascadeSettings, answer_task
-
-
-class SaidModel:
-    """Says a fixed text, or the next of several; counts what it is asked."""
-
-    is_local = True
-
-    def __init__(self, name, *texts, fails=False):
-        self.name, self.fingerprint = name, f"fingerprint-{name}"
-        self.texts, self.fails, self.asked = texts, fails, []
-
-    def sample(self, requests):
-        self.asked.append(list(requests))
-        if self.fails:
-            raise RuntimeError("out of order")
-        return [
-            Sample(
-                self.texts[at % len(self.texts)],
-                prompt_tokens=len(request.prompt),
-                new_tokens=2,
-                flops=10.0,
-                price=0.5,
-                seconds=0.25,
-            )
-            for at, request in enumerate(requests)
-        ]
 
 
 class SigmaLike(EscalationPolicy):
@@ -61,10 +29,6 @@ def judge(request):
 
 RULES = Rules(extract, SigmaLike(None), judge)
 LINEUP = Lineup("probe", ("a", "b", "c"))
-
-
-def make_task(number=0, answer: str | None = "x", **more):
-    return CascadeTask(f"t{number}", "fam", f"prompt {number}", "plain", answer, **more)
 
 
 def make_cascade(models: Mapping[str, Any], **more) -> Cascade:

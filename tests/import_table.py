@@ -40,12 +40,12 @@ ALLOWED: dict[str, str] = {
     "reporting": "contributions forecasting population",
     "export": f"{_MEASURING} population inference reporting",
     "cooperative": _BELOW_COOPERATIVE,
-    # It may build a whole cooperative; nobody's way to a result goes through it.
-    "testing": f"{_BELOW_COOPERATIVE} cooperative",
     "serving": f"{_MEASURING} population inference",
-    "federation": f"{_BELOW_COOPERATIVE} inference testing cooperative serving",
-    "cascade": f"{_BELOW_COOPERATIVE} inference testing cooperative serving",
-    "demo": f"{_BELOW_COOPERATIVE} inference testing cooperative serving federation",
+    "federation": f"{_BELOW_COOPERATIVE} inference cooperative serving",
+    "cascade": f"{_BELOW_COOPERATIVE} inference cooperative serving",
+    # It may build a whole cooperative; nobody's way to a result goes through it.
+    "testing": f"{_BELOW_COOPERATIVE} cooperative cascade",
+    "demo": f"{_BELOW_COOPERATIVE} inference cooperative serving federation",
     # The public face hands names on from wherever they are; who imports one of them from
     # `molora_fed` counts as importing it from there.
     "face": (

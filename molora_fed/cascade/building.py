@@ -223,7 +223,7 @@ def build_cascade(
     section = config.cascade
     options = place_files(section.policy, section.policy_options, root, plugins)
     policy = build_policy(section.policy, options, plugins)
-    judge = open_judge(section.judge, plugins)
+    judge = open_judge(section.judge, plugins, section.judge_options)
     found = {name: open_extractor(name, plugins) for name in extractors}
     retrieval = None
     if section.retrieval is not None:

@@ -5,14 +5,16 @@ their disagreement sigma decides how many members are asked beside it.
 """
 
 import abc
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
-from molora_fed.errors import ConfigError
+from molora_fed.errors import CascadeError, ConfigError
 from molora_fed.guard import guarded, refuse
 from molora_fed.plugins import Entry, Plugins
-from molora_fed.storage.options import PluginOptions
+from molora_fed.storage.options import Configurable, PluginOptions
+from molora_fed.storage.settings import open_options
 from molora_fed.storage.untrusted import writable
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "EscalationPolicy",
     "Extractor",
     "Judge",
+    "JudgeFunction",
+    "JudgeOptions",
     "JudgeRequest",
     "Mode",
     "PolicyOptions",
@@ -236,7 +240,8 @@ class JudgeRequest:
         candidates: At least one, in the order of the members.
         models: All models of the cascade by name, for judges that ask.
         seed: Of whatever the judge draws.
-        options: `[cascade.judge_options]`, JSON values; a judge refuses what it does not know.
+        options: `[cascade.judge_options]`, JSON values, for judges that are plain functions; a
+            `Judge` finds them checked in its own `options`.
     """
 
     task: CascadeTask
@@ -262,7 +267,27 @@ class Verdict:
     samples: tuple[tuple[str, Sample], ...] = ()
 
 
-Judge = Callable[[JudgeRequest], Verdict]
+class JudgeOptions(PluginOptions):
+    """Base of every judge's options: unknown keys are refused."""
+
+
+class Judge(Configurable[JudgeOptions], abc.ABC):
+    """A judge with options, registered as a class; its instance is called like a function.
+
+    Attributes:
+        Options: Pydantic model of its options.
+    """
+
+    Options: ClassVar[type[JudgeOptions]] = JudgeOptions
+    options: Any
+
+    @abc.abstractmethod
+    def __call__(self, request: JudgeRequest) -> Verdict:
+        """Choose a candidate; the same request and the same answers of models, the same verdict."""
+
+
+JudgeFunction = Callable[[JudgeRequest], Verdict]
+"""What chooses among candidates: a plain function without options, or an instance of `Judge`."""
 
 
 def open_extractor(name: str, plugins: Plugins) -> Extractor:
@@ -289,19 +314,28 @@ def open_extractor(name: str, plugins: Plugins) -> Extractor:
     return extract
 
 
-def open_judge(name: str, plugins: Plugins) -> Judge:
+def open_judge(
+    name: str, plugins: Plugins, options: Mapping[str, Any] | None = None
+) -> JudgeFunction:
     """A registered judge under the guard.
 
     Args:
         name: Registered name.
         plugins: Where it is registered.
+        options: Those of a class; a plain function finds them in each request instead.
 
     Raises:
         UnknownNameError: If nobody registers it.
+        CascadeError: If it refuses its options; all that are wrong are named.
         PluginError: From the judge: if it fails, or gives no verdict on one of the candidates.
     """
     entry, place = plugins.judges.entry(name), "judging"
     target = plugins.judges.resolve(name)
+    if inspect.isclass(target):
+        fix = "Correct [cascade.judge_options]."
+        made, settings = open_options(plugins.judges, name, options, error=CascadeError, fix=fix)
+        with guarded(entry, "construction"):
+            target = made(settings)
 
     def judge(request: JudgeRequest) -> Verdict:
         with guarded(entry, place):

@@ -16,7 +16,7 @@ from molora_fed.cascade.contract import (
     CascadeTask,
     EscalationPolicy,
     Extractor,
-    Judge,
+    JudgeFunction,
     JudgeRequest,
     Mode,
     ProbeEvidence,
@@ -69,7 +69,7 @@ class Rules:
 
     extract: Extractor
     policy: EscalationPolicy
-    judge: Judge
+    judge: JudgeFunction
     judge_options: Mapping[str, Any] = field(default_factory=dict)
 
 

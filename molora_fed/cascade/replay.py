@@ -15,7 +15,7 @@ from molora_fed.cascade.config import PromptTemplate
 from molora_fed.cascade.contract import (
     CascadeModel,
     EscalationPolicy,
-    Judge,
+    JudgeFunction,
     Request,
     Sample,
     open_extractor,
@@ -82,7 +82,7 @@ class Replayer:
             plugins: Where extractors, policy and judge are registered; the installed ones if None.
 
         Raises:
-            CascadeError: If it is no such record.
+            CascadeError: If it is no such record, or its judge refuses the options in it.
             UnknownNameError: If nobody registers its policy or judge.
         """
         self._plugins = plugins or get_plugins()
@@ -111,7 +111,9 @@ class Replayer:
                 "Cannot replay: expected the run record of `molora cascade run`, got "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:200]}. Verify the trace."
             ) from error
-        self._judge: Judge = open_judge(self._judge_name, self._plugins)
+        self._judge: JudgeFunction = open_judge(
+            self._judge_name, self._plugins, self._judge_options
+        )
         self._asked_again = self._match_models(models or {})
 
     def _build_policy(self, recorded: Mapping[str, Any]) -> EscalationPolicy:

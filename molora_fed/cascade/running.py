@@ -13,7 +13,7 @@ from molora_fed.cascade.contract import (
     CascadeTask,
     EscalationPolicy,
     Extractor,
-    Judge,
+    JudgeFunction,
     Request,
     Sample,
 )
@@ -87,7 +87,7 @@ class Cascade:
     models: Mapping[str, CascadeModel]
     policy: EscalationPolicy
     policy_name: str
-    judge: Judge
+    judge: JudgeFunction
     judge_name: str
     extractors: Mapping[str, Extractor]
     settings: CascadeSettings = CascadeSettings()
@@ -174,7 +174,7 @@ class Cascade:
 def build_rules(
     extract: Extractor,
     policy: EscalationPolicy,
-    judge: Judge,
+    judge: JudgeFunction,
     judge_options: Mapping[str, Any] | None = None,
 ) -> Rules:
     """Rules of one task, whose extractor runs once for each distinct text.

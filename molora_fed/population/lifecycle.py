@@ -29,7 +29,17 @@ from molora_fed.storage.options import open_callable
 from molora_fed.storage.seeds import derive_seed
 from molora_fed.storage.settings import open_options
 
-__all__ = ["Step", "compute_fitness", "open_operators", "reset_newborns", "run_lifecycle"]
+__all__ = [
+    "Step",
+    "compute_fitness",
+    "find_changes",
+    "find_fitness_faults",
+    "find_step_faults",
+    "open_operators",
+    "reset_newborns",
+    "run_lifecycle",
+    "sum_up",
+]
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,24 @@ def compute_fitness(
     if not isinstance(fitness, Fitness) or fitness.scope != scope:
         got = fitness.scope if isinstance(fitness, Fitness) else type(fitness).__name__
         raise refuse(entry, "fitness", expected=f"a Fitness of scope '{scope}'", got=repr(got))
+    faults = find_fitness_faults(fitness, table)
+    if faults:
+        raise PopulationError(
+            f"Cannot use fitness scope '{scope}': expected a finite fitness of "
+            f"{len(table.without)} slots and {len(table.domains)} domains, got "
+            f"{'; '.join(faults)}. Correct the scope."
+        )
+    return replace(fitness, scope=label or scope)
+
+
+def find_fitness_faults(fitness: Fitness, table: LossTable) -> list[str]:
+    """What has another shape than it should, or is not finite.
+
+    Args:
+        fitness: What a scope gave.
+        table: Of P slots and D domains: values and errors are (P,), by_domain is (P, D), regret
+            (D,).
+    """
     slots, domains = len(table.without), len(table.domains)
     wanted = {
         "values": (slots,),
@@ -92,12 +120,7 @@ def compute_fitness(
         found = np.asarray(getattr(fitness, name))
         if found.shape != shape or not np.isfinite(found).all():
             faults.append(f"{name} of shape {found.shape}, not finite {shape}")
-    if faults:
-        raise PopulationError(
-            f"Cannot use fitness scope '{scope}': expected a finite fitness of {slots} slots "
-            f"and {domains} domains, got {'; '.join(faults)}. Correct the scope."
-        )
-    return replace(fitness, scope=label or scope)
+    return faults
 
 
 def open_operators(
@@ -159,7 +182,7 @@ def run_lifecycle(
             f"{len(domains)} domains, got {fitness.by_domain.shape}. Measure this population."
         )
     state = LifecycleState(population, fitness, tuple(domains), generation)
-    tensors = _sum_up(population)
+    sums = sum_up(population)
     for place, step in enumerate(steps):
         derived = derive_seed(seed, place)
         with nullcontext() if step.entry is None else guarded(step.entry, "the lifecycle"):
@@ -170,13 +193,17 @@ def run_lifecycle(
                 f"{type(following).__name__}. Correct the operator."
             )
         _check_step(step.name, state, following, population)
-        _check_survivors(step.name, tensors, population, following.population)
+        _check_survivors(step.name, sums, population, following.population)
         state = following
     return _restore_unfilled(state, population)
 
 
-def _sum_up(population: Population) -> dict[str, int]:
-    """A checksum of each slot's tensors, by the id of its adapter."""
+def sum_up(population: Population) -> dict[str, int]:
+    """A checksum of each slot's tensors, by the id of its adapter.
+
+    Args:
+        population: The slots.
+    """
     sums = {}
     for slot in population.slots:
         total = 0
@@ -189,16 +216,24 @@ def _sum_up(population: Population) -> dict[str, int]:
     return sums
 
 
-def _check_survivors(
-    name: str, tensors: Mapping[str, int], old: Population, new: Population
-) -> None:
+def find_changes(sums: Mapping[str, int], *populations: Population) -> list[str]:
+    """Ids of adapters whose tensors are not as they were.
+
+    Args:
+        sums: Checksums from before, by `sum_up`.
+        populations: Where these adapters are looked for; others are not compared.
+    """
+    now = [sum_up(population) for population in populations]
+    return sorted({i for found in now for i in found if i in sums and found[i] != sums[i]})
+
+
+def _check_survivors(name: str, sums: Mapping[str, int], old: Population, new: Population) -> None:
     """Refuse an operator that changes an adapter without declaring it newborn.
 
     A newborn of this generation may be changed by the operators after its own. Twin and lifecycle
     share the others' tensors: a change in place would pass by the guard.
     """
-    now = [_sum_up(old), _sum_up(new)]
-    changed = sorted({i for sums in now for i in sums if i in tensors and sums[i] != tensors[i]})
+    changed = find_changes(sums, old, new)
     if changed:
         raise PopulationError(
             f"Cannot use lifecycle operator '{name}': expected adapters that stay as they are or "
@@ -221,6 +256,24 @@ def _check_step(
     name: str, before: LifecycleState, after: LifecycleState, start: Population
 ) -> None:
     """Refuse what an operator must not leave, naming the operator."""
+    faults = find_step_faults(before, after, start)
+    if faults:
+        raise PopulationError(
+            f"Cannot use lifecycle operator '{name}': expected {before.population.num_slots} "
+            f"usable slots, each newborn of generation {before.generation} with its gates' "
+            f"parent, got {'; '.join(faults)}. Correct the operator."
+        )
+
+
+def find_step_faults(before: LifecycleState, after: LifecycleState, start: Population) -> list[str]:
+    """What an operator must not leave behind.
+
+    Args:
+        before: What it was given.
+        after: What it gave.
+        start: The population before the first operator of the generation; who is another than
+            there is a newborn.
+    """
     old, new = before.population, after.population
     faults = []
     if new.num_slots != old.num_slots:
@@ -244,10 +297,12 @@ def _check_step(
             faults.append(f"freed slots {list(after.freed)}")
         if set(after.parents) != newborn:
             faults.append(f"gate parents of slots {sorted(after.parents)}, not {sorted(newborn)}")
+        # A newborn that keeps its own gates may hand them on as well.
+        changing = {slot for slot in newborn if after.parents.get(slot) != slot}
         strangers = [
             parent
             for slot, parent in after.parents.items()
-            if parent is not None and (parent not in places or parent in newborn - {slot})
+            if parent is not None and (parent not in places or parent in changing)
         ]
         if strangers:
             faults.append(f"gate parents {strangers}")
@@ -258,12 +313,7 @@ def _check_step(
             check_slots(new)
         except PopulationError as error:
             faults.append(str(error))
-    if faults:
-        raise PopulationError(
-            f"Cannot use lifecycle operator '{name}': expected {old.num_slots} usable slots, each "
-            f"newborn of generation {before.generation} with its gates' parent, got "
-            f"{'; '.join(faults)}. Correct the operator."
-        )
+    return faults
 
 
 def reset_newborns(router: AdapterRouter, state: LifecycleState, seed: int) -> AdapterRouter:

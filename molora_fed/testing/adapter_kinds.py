@@ -283,7 +283,7 @@ def _refuses_hostile_folders(subject: _Subject) -> str | None:
             change(folder)
             fault = _find_refusal_fault(
                 lambda folder=folder: subject.load(folder, subject.rules, base)
-            )  # type: ignore[misc]
+            )
         if fault is not None:
             return f"expected AdapterError for {what}, got {fault}"
     return None

@@ -21,6 +21,7 @@ KITS: dict[str, str] = {
     "adapter_kinds": f"{_HOME}:examine_adapter_kind",
     "adapter_routers": f"{_HOME}:examine_adapter_router",
     "admission_checks": f"{_HOME}:examine_admission_check",
+    "carried_files": f"{_HOME}:examine_carried_files",
     "commands": f"{_HOME}:examine_command",
     "domains": f"{_HOME}:examine_domain",
     "escalation_policies": f"{_HOME}:examine_policy",

@@ -40,19 +40,19 @@ def register_judges(register: Register) -> None:
     """Register what selects an answer where all members gave one."""
     register(
         "majority",
-        "molora_acar.judges:judge_by_majority",
+        "molora_acar.judges:MajorityJudge",
         summary="The answer most candidates gave, the earliest of equals",
         source=f"{_PAPER}; own definition, see docs/extractors_judges.md",
     )
     register(
         "likelihood",
-        "molora_acar.judges:judge_by_likelihood",
+        "molora_acar.judges:LikelihoodJudge",
         summary="The answer that a model, such as the fused one, finds likeliest",
         source="own definition, see docs/extractors_judges.md",
     )
     register(
         "pairwise",
-        "molora_acar.judges:judge_by_pairs",
+        "molora_acar.judges:PairwiseJudge",
         summary="The answer that wins most pairs, each judged by a model that gave neither",
         source="own definition, see docs/extractors_judges.md",
     )

@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from molora_acar.extractors import extract_choice
 from molora_fed.cascade.contract import (
     Candidate,
     CascadeModel,
     CascadeTask,
+    Judge,
+    JudgeOptions,
     JudgeRequest,
     Request,
     Sample,
@@ -19,30 +21,20 @@ from molora_fed.cascade.contract import (
     Verdict,
 )
 from molora_fed.errors import ConfigError
-from molora_fed.storage.settings import check_options
 
 __all__ = [
+    "LikelihoodJudge",
     "LikelihoodOptions",
-    "MajorityOptions",
+    "MajorityJudge",
+    "PairwiseJudge",
     "PairwiseOptions",
-    "judge_by_likelihood",
-    "judge_by_majority",
-    "judge_by_pairs",
 ]
 
 MAX_SEED = 2**63 - 1
 _NO_ANSWER = "no candidate has an answer"
 
-AnyOptions = TypeVar("AnyOptions", bound=BaseModel)
 
-
-class MajorityOptions(BaseModel):
-    """The judge by majority has none."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LikelihoodOptions(BaseModel):
+class LikelihoodOptions(JudgeOptions):
     """Options of the judge by likelihood.
 
     Attributes:
@@ -54,14 +46,12 @@ class LikelihoodOptions(BaseModel):
             of what is scored.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     model: str | None = None
     end: str = "\n"
     per: Literal["answer", "character"] = "answer"
 
 
-class PairwiseOptions(BaseModel):
+class PairwiseOptions(JudgeOptions):
     """Options of the judge by pairs.
 
     Attributes:
@@ -70,107 +60,108 @@ class PairwiseOptions(BaseModel):
         max_new_tokens: Tokens of a judgement.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     models: tuple[str, ...] | None = None
     max_new_tokens: int = Field(default=8, ge=1, le=4096)
 
 
-def judge_by_majority(request: JudgeRequest) -> Verdict:
+class MajorityJudge(Judge):
     """The answer most candidates gave; of equals, the one that came first. Asks nobody.
 
     Candidates without an answer have no vote, but one of them wins where nobody has an answer.
-
-    Args:
-        request: The candidates; there are no options.
-
-    Raises:
-        ConfigError: If there are options.
     """
-    _read_options(MajorityOptions, request, "majority")
-    votes = _count_votes(request)
-    if not votes:
-        return Verdict(0, _NO_ANSWER)
-    winner = max(votes, key=lambda answer: votes[answer])
-    return Verdict(_find(request, winner), f"{votes[winner]} of {len(request.candidates)} agree")
+
+    def __call__(self, request: JudgeRequest) -> Verdict:
+        """Count the candidates' answers."""
+        votes = _count_votes(request)
+        if not votes:
+            return Verdict(0, _NO_ANSWER)
+        winner = max(votes, key=lambda answer: votes[answer])
+        reason = f"{votes[winner]} of {len(request.candidates)} agree"
+        return Verdict(_find(request, winner), reason)
 
 
-def judge_by_likelihood(request: JudgeRequest) -> Verdict:
+class LikelihoodJudge(Judge):
     """The answer that a model finds likeliest after the prompt; of equals, the first.
 
     What is scored is what a candidate said, without the white space around it, and the end after
     it. Of candidates with the same answer the likeliest text counts. One answer alone is not
     scored.
 
-    Args:
-        request: The candidates, and among the models one that scores.
-
-    Raises:
-        ConfigError: If the options are wrong, or no model or more than one can score.
-
     Source: own definition, see docs/extractors_judges.md.
     """
-    options = _read_options(LikelihoodOptions, request, "likelihood")
-    votes = _count_votes(request)
-    if len(votes) < 2:
-        return _judge_unopposed(request, votes)
-    scorer = _find_scorer(request, options)
-    texts = list(dict.fromkeys(_said(one) for one in request.candidates if one.answer is not None))
-    ended = [text + options.end for text in texts]
-    scores = dict(zip(texts, scorer.score(request.task.prompt, ended), strict=True))
-    if options.per == "character":
-        scores = {text: scores[text] / max(1, len(text + options.end)) for text in texts}
-    best: dict[str, float] = {}
-    for one in request.candidates:
-        if one.answer is not None:
-            best[one.answer] = max(best.get(one.answer, scores[_said(one)]), scores[_said(one)])
-    winner = max(best, key=lambda answer: best[answer])
-    told = ", ".join(f"{value:.4g}" for value in best.values())
-    place = list(best).index(winner) + 1
-    return Verdict(_find(request, winner), f"answer {place} is likeliest of {told} nats")
+
+    Options: ClassVar[type[JudgeOptions]] = LikelihoodOptions
+
+    def __call__(self, request: JudgeRequest) -> Verdict:
+        """Score the candidates' answers.
+
+        Raises:
+            ConfigError: If no model or more than one can score.
+        """
+        options = self.options
+        votes = _count_votes(request)
+        if len(votes) < 2:
+            return _judge_unopposed(request, votes)
+        scorer = _find_scorer(request, options)
+        texts = list(dict.fromkeys(_said(o) for o in request.candidates if o.answer is not None))
+        ended = [text + options.end for text in texts]
+        scores = dict(zip(texts, scorer.score(request.task.prompt, ended), strict=True))
+        if options.per == "character":
+            scores = {text: scores[text] / max(1, len(text + options.end)) for text in texts}
+        best: dict[str, float] = {}
+        for one in request.candidates:
+            if one.answer is not None:
+                score = scores[_said(one)]
+                best[one.answer] = max(best.get(one.answer, score), score)
+        winner = max(best, key=lambda answer: best[answer])
+        told = ", ".join(f"{value:.4g}" for value in best.values())
+        place = list(best).index(winner) + 1
+        return Verdict(_find(request, winner), f"answer {place} is likeliest of {told} nats")
 
 
-def judge_by_pairs(request: JudgeRequest) -> Verdict:
+class PairwiseJudge(Judge):
     """The answer that wins most pairs, each judged by a model that gave neither.
 
     A pair is asked about in both orders; it is won only if both judgements name the same answer,
     anything else is half a win for each. Answers with equal wins are ordered by how many
     candidates gave them, then by who came first. A pair that nobody may judge is a draw.
 
-    Args:
-        request: The candidates, and the models that may judge.
-
-    Raises:
-        ConfigError: If the options are wrong or name a model that is not there.
-
     Source: arXiv 2602.21231 names a judge and no method; pairs, both orders and the rule against
     self-preference are our own definition.
     """
-    options = _read_options(PairwiseOptions, request, "pairwise")
-    votes = _count_votes(request)
-    if len(votes) < 2:
-        return _judge_unopposed(request, votes)
-    jury = _list_jury(request, options)
-    wins = dict.fromkeys(votes, 0.0)
-    asked: list[tuple[str, Sample]] = []
-    skipped = 0
-    for number, pair in enumerate(combinations(votes, 2)):
-        authors = {one.model for one in request.candidates if one.answer in pair}
-        judge = next((name for name in jury if name not in authors), None)
-        if judge is None:
-            skipped += 1
-            shares = (0.5, 0.5)
-        else:
-            samples = _ask(request, request.models[judge], pair, number, options)
-            asked.extend((judge, sample) for sample in samples)
-            shares = _settle(samples)
-        for answer, share in zip(pair, shares, strict=True):
-            wins[answer] += share
-    winner = max(votes, key=lambda answer: (wins[answer], votes[answer]))
-    reason = f"{wins[winner]:g} of {len(votes) - 1} pairs won"
-    if skipped:
-        reason += f", {skipped} without anybody to judge"
-    return Verdict(_find(request, winner), reason, tuple(asked))
+
+    Options: ClassVar[type[JudgeOptions]] = PairwiseOptions
+
+    def __call__(self, request: JudgeRequest) -> Verdict:
+        """Ask about every pair of the candidates' answers.
+
+        Raises:
+            ConfigError: If the options name a model that is not there.
+        """
+        votes = _count_votes(request)
+        if len(votes) < 2:
+            return _judge_unopposed(request, votes)
+        jury = _list_jury(request, self.options)
+        wins = dict.fromkeys(votes, 0.0)
+        asked: list[tuple[str, Sample]] = []
+        skipped = 0
+        for number, pair in enumerate(combinations(votes, 2)):
+            authors = {one.model for one in request.candidates if one.answer in pair}
+            judge = next((name for name in jury if name not in authors), None)
+            if judge is None:
+                skipped += 1
+                shares = (0.5, 0.5)
+            else:
+                samples = _ask(request, request.models[judge], pair, number, self.options)
+                asked.extend((judge, sample) for sample in samples)
+                shares = _settle(samples)
+            for answer, share in zip(pair, shares, strict=True):
+                wins[answer] += share
+        winner = max(votes, key=lambda answer: (wins[answer], votes[answer]))
+        reason = f"{wins[winner]:g} of {len(votes) - 1} pairs won"
+        if skipped:
+            reason += f", {skipped} without anybody to judge"
+        return Verdict(_find(request, winner), reason, tuple(asked))
 
 
 def _count_votes(request: JudgeRequest) -> dict[str, int]:
@@ -271,8 +262,3 @@ def _read_letter(sample: Sample) -> str | None:
 
 
 _LETTERS = CascadeTask("judgement", "judgement", "", "choice-letter", details={"choices": 2})
-
-
-def _read_options(options: type[AnyOptions], request: JudgeRequest, judge: str) -> AnyOptions:
-    what, fix = f"Cannot use judge '{judge}'", "Correct judge_options."
-    return check_options(options, request.options, what=what, error=ConfigError, fix=fix)

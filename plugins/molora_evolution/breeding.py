@@ -153,29 +153,41 @@ class Inheritance(LifecycleOperator):
         Raises:
             PopulationError: If nobody survives.
         """
-        alpha = self.options.alpha
+        alpha, before = self.options.alpha, state
         for slot in state.freed:
-            parent = rank_parents(state, slot)[0]
+            parent = rank_parents(before, slot)[0]
             shares = {name: (parent, alpha) for name, _ in _list_layers(state, [slot, parent])}
             gates = parent if alpha > 0 else None
             state = _bear(state, slot, "inheritance", [parent], shares, gates, seed)
             if self.options.divide:
-                state = _shrink(state, parent, 1 - alpha)
+                state = _shrink(state, parent, 1 - alpha, seed)
         return state
 
 
-def _shrink(state: LifecycleState, slot: int, share: float) -> LifecycleState:
-    """The state with a slot's product times a share; it is still the same adapter."""
+def _shrink(state: LifecycleState, slot: int, share: float, seed: int) -> LifecycleState:
+    """The state with a slot's product times a share, a newborn that keeps its gates."""
     slots = list(state.population.slots)
+    old = slots[slot]
     updates: dict[str, LinearUpdate] = {}
-    for name, update in slots[slot].updates.items():
+    for name, update in old.updates.items():
         factors: Any = update
         updates[name] = LinearUpdate(a=factors.a, b=factors.b * share, scale=factors.scale)
-    slots[slot] = replace(slots[slot], updates=updates)
-    event = f"'{slots[slot].birth.id}' keeps {share:g} of its update"
+    birth = old.birth
+    if slot not in state.parents:  # else it gave a share away before
+        birth = Birth(
+            id=f"g{state.generation}-s{slot}",
+            operator="inheritance",
+            parents=(old.birth.id,),
+            generation=state.generation,
+            seed=seed,
+            fitness_before=float(state.fitness.values[slot]),
+        )
+    slots[slot] = replace(old, birth=birth, updates=updates)
+    event = f"'{old.birth.id}' keeps {share:g} of its update"
     return replace(
         state,
         population=replace(state.population, slots=tuple(slots)),
+        parents={**state.parents, slot: slot},
         events=(*state.events, event),
     )
 
@@ -232,7 +244,10 @@ class SvdMutationOptions(OperatorOptions):
 
 
 class SvdMutation(LifecycleOperator):
-    """Perturbs the singular values and vectors of this generation's newborns."""
+    """Perturbs the singular values and vectors of this generation's newborns.
+
+    A parent that gave a share of its product away keeps its gates, and is left alone.
+    """
 
     Options: ClassVar[type[OperatorOptions]] = SvdMutationOptions
 
@@ -241,8 +256,8 @@ class SvdMutation(LifecycleOperator):
         slots = list(state.population.slots)
         events = list(state.events)
         for index, slot in enumerate(slots):
-            if slot.birth.generation != state.generation:
-                continue
+            if slot.birth.generation != state.generation or state.parents.get(index) == index:
+                continue  # who keeps its own gates gave a share away, and is no child
             updates = {
                 name: self._mutate(update, derive_seed(seed, index, place))
                 for place, (name, update) in enumerate(sorted(slot.updates.items()))

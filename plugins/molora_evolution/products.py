@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from molora_fed.adapters.updates import LinearUpdate, Spectrum
+from molora_fed.errors import PopulationError
 from molora_fed.population.slots import make_fresh_updates
 
 __all__ = ["decompose_product", "rebuild"]
@@ -26,8 +27,17 @@ def decompose_product(update: LinearUpdate, weight: float = 1.0) -> Spectrum:
 
     Returns:
         The spectrum in float64: only singular values above rounding, so perhaps none.
+
+    Raises:
+        PopulationError: If the update is dense.
     """
     factors: Any = update
+    if update.rank is None:
+        raise PopulationError(
+            "Cannot take an adapter's product apart: expected low-rank factors, got a dense "
+            f"difference {tuple(update.shape)}. Make the population by make_population, which "
+            "approximates dense updates."
+        )
     left, left_core = torch.linalg.qr(factors.b.double() * (weight * update.scale))
     right, right_core = torch.linalg.qr(factors.a.double().T)
     u, values, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)

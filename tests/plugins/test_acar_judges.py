@@ -6,19 +6,28 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from molora_acar.judges import judge_by_likelihood, judge_by_majority, judge_by_pairs
+from molora_acar.judges import (
+    LikelihoodJudge,
+    LikelihoodOptions,
+    MajorityJudge,
+    PairwiseJudge,
+    PairwiseOptions,
+)
 
 from molora_fed.cascade.asking import playback_models, recording_models
 from molora_fed.cascade.contract import (
     Candidate,
     CascadeTask,
+    JudgeOptions,
     JudgeRequest,
     Sample,
     Scorer,
     Verdict,
+    open_judge,
 )
-from molora_fed.errors import ConfigError
+from molora_fed.errors import CascadeError, ConfigError
 from molora_fed.plugins import load_plugins
+from molora_fed.testing import build_judge_request
 
 JUDGES = ("likelihood", "majority", "pairwise")
 TASK = CascadeTask("t", "family", "2 + 2 =", "number")
@@ -57,12 +66,20 @@ class Scoring(Judging):
         return [self.scores[answer] for answer in answers]
 
 
+def judge_by_majority(asked):
+    return MajorityJudge(JudgeOptions())(asked)
+
+
+def judge_by_likelihood(asked):
+    return LikelihoodJudge(LikelihoodOptions(**asked.options))(asked)
+
+
+def judge_by_pairs(asked):
+    return PairwiseJudge(PairwiseOptions(**asked.options))(asked)
+
+
 def request(answers, voices=(), /, **options):
-    candidates = tuple(
-        Candidate(f"m{place}", None if answer is None else str(answer), f" {answer}\n")
-        for place, answer in enumerate(answers)
-    )
-    return JudgeRequest(TASK, candidates, {one.name: one for one in voices}, 7, options)
+    return build_judge_request(answers, models=voices, options=options, task=TASK)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +92,7 @@ def test_majority(answers, chosen):
 
 @pytest.mark.parametrize("name", JUDGES)
 def test_nobody_is_asked_where_one_answer_stands_alone(name):
-    judge = load_plugins().judges.resolve(name)
+    judge = open_judge(name, load_plugins())
     for answers, chosen in ((["a", "a"], 0), ([None, "a"], 1), ([None, None], 0), (["a"], 0)):
         verdict = judge(request(answers, [Scoring("fused", {})]))
         assert (verdict.chosen, verdict.samples) == (chosen, ())
@@ -83,9 +100,10 @@ def test_nobody_is_asked_where_one_answer_stands_alone(name):
 
 @pytest.mark.parametrize("name", JUDGES)
 def test_unknown_options_are_refused(name):
-    judge = load_plugins().judges.resolve(name)
-    with pytest.raises(ConfigError, match=f"judge '{name}'.*modle"):
-        judge(request("ab", modle="x"))
+    with pytest.raises(CascadeError, match=f"judge '{name}'.*end_: .*modle: ") as caught:
+        open_judge(name, load_plugins(), {"end_": 1, "modle": "x"})
+    assert str(caught.value).endswith("Correct [cascade.judge_options].")
+    assert "\n" not in str(caught.value)
 
 
 def test_likelihood_takes_the_likeliest_text_with_its_end():

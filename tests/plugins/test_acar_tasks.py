@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,10 +17,11 @@ from molora_acar.tasks.problems import Problem, compute_split, draw_problems
 from molora_cli.cascade_tasks import tasks as tasks_command
 from typer.testing import CliRunner
 
-from molora_fed.cascade.contract import TASK_SPLITS, draw_tasks, parse_levels
+from molora_fed.cascade.contract import TASK_SPLITS, CascadeTask, draw_tasks, parse_levels
 from molora_fed.cascade.task_files import load_tasks
-from molora_fed.errors import ConfigError, UnknownNameError
+from molora_fed.errors import ConfigError, PluginError, UnknownNameError
 from molora_fed.plugins import load_plugins
+from molora_fed.testing import check_task_family_conformance
 from molora_fed.types import Document
 
 PLUGINS = load_plugins()
@@ -192,3 +195,86 @@ def test_levels_from_text():
     for text in ("", "0", "1,x", "-1"):
         with pytest.raises(ConfigError, match="whole numbers from 1"):
             parse_levels(text)
+
+
+# The kit ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PLUGINS.task_families.names())
+def test_registered_family_conforms(name):
+    check_task_family_conformance(PLUGINS.task_families.resolve(name), plugins=PLUGINS)
+
+
+def echo(level, count, seed, split="test"):
+    """A family of one level that is as it should be."""
+    if level != 1:
+        raise ConfigError(f"Cannot draw echoes at level {level}: expected level 1. Use it.")
+    words = [f"{split} {seed} {number}" for number in range(count)]
+    return [CascadeTask(word, "echo", f"say {word}:", "normalised-text", word) for word in words]
+
+
+def spoil(**changes):
+    """The family with something wrong in its last task."""
+
+    def spoiled(level, count, seed, split="test"):
+        tasks = echo(level, count, seed, split)
+        return [*tasks[:-1], *(replace(one, **changes) for one in tasks[-1:])]
+
+    return spoiled
+
+
+def draws_too_few(level, count, seed, split="test"):
+    return echo(level, count, seed, split)[:1]
+
+
+def draws_by_chance(level, count, seed, split="test"):
+    return echo(level, count, random.randrange(10**6), split)
+
+
+def forgets_the_split(level, count, seed, split="test"):
+    return echo(level, count, seed)
+
+
+def splits_by_seed(level, count, seed, split="test"):
+    """One prompt is in another split under another seed."""
+    return echo(level, count, 0, TASK_SPLITS[(TASK_SPLITS.index(split) + seed) % 4])
+
+
+def has_every_level(level, count, seed, split="test"):
+    return [replace(task, level=level, id=f"{level}-{task.id}") for task in echo(1, count, seed)]
+
+
+def names_all_alike(level, count, seed, split="test"):
+    return [replace(task, id="echo") for task in echo(level, count, seed, split)]
+
+
+def draws_for_training(level, count, seed, split="train"):
+    return echo(level, count, seed, split)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        (draws_too_few, "expected 4 CascadeTasks at level 1, split train, seed 0, got 1, of Casc"),
+        (draws_by_chance, "expected the same tasks at level 1, split train, seed 0, got others"),
+        (forgets_the_split, "in one split whatever the seed and level, got 'say test 0 0:' in tr"),
+        (splits_by_seed, "in one split whatever the seed and level, got 'say validation 0 0:' in"),
+        (has_every_level, "expected ConfigError at level 0, got tasks"),
+        (draws_for_training, "expected the split 'test' where none is named"),
+        (spoil(prompt="say it"), "expected a prompt in one split"),
+        (names_all_alike, "expected ids that differ over all levels, got 'echo' twice at level 1"),
+        (spoil(level=3), "expected tasks of a named family at .*, got level 3 of 'echo'"),
+        (spoil(answer=None), "expected a known answer at level 1, split test, seed 0, got None"),
+        (spoil(answer="Test 0"), "got 'Test 0', of which it makes 'test 0'"),
+        (spoil(extractor="unheard-of"), "expected a registered extractor, got 'unheard-of'"),
+        (lambda level, count: [], "TypeError"),
+        (lambda *_, **__: ["task"] * 4, "of str"),
+    ],
+)
+def test_broken_family_is_caught(family, reason):
+    with pytest.raises(PluginError, match=reason):
+        check_task_family_conformance(family, plugins=PLUGINS)
+
+
+def test_a_family_of_one_level_conforms():
+    check_task_family_conformance(echo, plugins=PLUGINS)

@@ -3,20 +3,21 @@
 import json
 
 import pytest
-from cascade_helpers import SaidModel, make_cascade
+from cascade_helpers import make_cascade
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from molora_acar.sandbox import _read_outcome
 
 from molora_fed import hookimpl
 from molora_fed.cascade.config import EndpointSource
-from molora_fed.cascade.contract import CascadeTask, Request, open_extractor
+from molora_fed.cascade.contract import CascadeTask, Request, open_extractor, open_judge
 from molora_fed.cascade.endpoint import EndpointModel
 from molora_fed.cascade.session import run_in_folder
 from molora_fed.cascade.task_files import load_examples, load_tasks
 from molora_fed.errors import CascadeError
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.keys import build_public_pem, load_or_make_key
+from molora_fed.testing import ScriptedModel
 from molora_fed.testing.endpoints import serve_faults
 from molora_fed.tracing.verifying import verify
 from molora_fed.tracing.writing import TraceWriter
@@ -44,10 +45,10 @@ def test_half_a_character_stops_no_run(tmp_path, plugins, text):
     """Whether a model writes it, or an extractor makes it of what a model wrote."""
     key = load_or_make_key(tmp_path / "key.pem")
     cascade = make_cascade(
-        {"a": SaidModel("a", text)},
+        {"a": ScriptedModel("a", text)},
         extractors={"unescaping": open_extractor("unescaping", plugins)},
         policy=plugins.escalation_policies.resolve("sigma")(None),
-        judge=plugins.judges.resolve("majority"),
+        judge=open_judge("majority", plugins),
     )
     tasks = [CascadeTask(f"t{n}", "f", "prompt", "unescaping", "x") for n in range(2)]
     result = run_in_folder(cascade, tasks, tmp_path / "run", key=key, plugins=plugins)

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molora_acar.judges import judge_by_likelihood, judge_by_majority
+from molora_acar.judges import LikelihoodJudge, LikelihoodOptions, MajorityJudge
 from molora_acar.policies import SigmaPolicy
 
 from molora_fed.cascade.contract import (
     CascadeTask,
     EscalationPolicy,
-    Judge,
+    JudgeFunction,
+    JudgeOptions,
     PolicyOptions,
     ProbeEvidence,
     Request,
@@ -30,9 +31,9 @@ __all__ = ["JUDGES", "SIGMA", "Case", "open_case"]
 
 SIGMA = SigmaPolicy(PolicyOptions())
 
-JUDGES: Mapping[str, tuple[Judge, Mapping[str, Any]]] = {
-    "majority": (judge_by_majority, {}),
-    **{f"likelihood-{name}": (judge_by_likelihood, {"model": name}) for name in SCORERS},
+JUDGES: Mapping[str, JudgeFunction] = {
+    "majority": MajorityJudge(JudgeOptions()),
+    **{f"likelihood-{name}": LikelihoodJudge(LikelihoodOptions(model=name)) for name in SCORERS},
 }
 
 
@@ -79,8 +80,7 @@ class Case:
 
     def rules(self, policy: EscalationPolicy, judge: str) -> Rules:
         """What decides this task; answers are those in the table."""
-        chosen, options = JUDGES[judge]
-        return Rules(lambda _, text: self.answers[text], policy, chosen, options)
+        return Rules(lambda _, text: self.answers[text], policy, JUDGES[judge])
 
     def decide(self, lineup: Lineup, judge: str, policy: EscalationPolicy = SIGMA) -> Decision:
         """The decision of a configuration."""

@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from cascade_helpers import make_task
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +10,7 @@ from molora_fed.cascade.records import ArtifactState, RunState, advance, store_a
 from molora_fed.cascade.retrieval import Example, Retrieval
 from molora_fed.cascade.task_files import hash_tasks, load_examples, load_tasks, save_tasks
 from molora_fed.errors import CascadeError
+from molora_fed.testing import build_task
 
 GOOD = '{"id": "t", "family": "f", "prompt": "p", "extractor": "number"}'
 
@@ -77,7 +77,7 @@ def test_a_file_of_a_run_passes_all_its_states(tmp_path):
 
 
 def test_tasks_survive_a_file(tmp_path):
-    tasks = [make_task(1, details={"b": [1, 2], "a": None}, level=3), make_task(2, answer=None)]
+    tasks = [build_task(1, details={"b": [1, 2], "a": None}, level=3), build_task(2, answer=None)]
     save_tasks(tasks, tmp_path / "t.jsonl")
     assert load_tasks(tmp_path / "t.jsonl") == tasks
     assert hash_tasks(tasks) != hash_tasks(tasks[::-1])

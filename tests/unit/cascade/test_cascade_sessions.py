@@ -8,12 +8,18 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from cascade_helpers import Kept, SaidModel, answer_all, make_cascade, make_task
+from cascade_helpers import Kept, answer_all, make_cascade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molora_fed import hookimpl
-from molora_fed.cascade.contract import EscalationPolicy, PolicyOptions, Sample, Verdict
+from molora_fed.cascade.contract import (
+    EscalationPolicy,
+    PolicyOptions,
+    Sample,
+    Verdict,
+    open_judge,
+)
 from molora_fed.cascade.escalation import Lineup
 from molora_fed.cascade.records import drop_times
 from molora_fed.cascade.replay import Replayer, replay_trace
@@ -26,6 +32,7 @@ from molora_fed.errors import CascadeError
 from molora_fed.plugins import load_plugins
 from molora_fed.reporting.cascade import write_cascade_report
 from molora_fed.storage.keys import build_public_pem, load_or_make_key
+from molora_fed.testing import ScriptedModel, build_task
 from molora_fed.tracing.reading import read_records
 from molora_fed.tracing.verifying import verify
 
@@ -67,7 +74,7 @@ def judge_by_asking(request):
     return Verdict(scores.index(max(scores)), f"after {said.text}")
 
 
-class ScoringModel(SaidModel):
+class ScoringModel(ScriptedModel):
     def score(self, prompt, answers):
         return [float(len(answer)) for answer in answers]
 
@@ -87,10 +94,10 @@ def key(tmp_path_factory):
 
 def make_models(*probe):
     return {
-        "probe": SaidModel("probe", *(probe or ("x", "y", "x"))),
-        "a": SaidModel("a", "y"),
-        "b": SaidModel("b", "z"),
-        "c": SaidModel("c", "y"),
+        "probe": ScriptedModel("probe", *(probe or ("x", "y", "x"))),
+        "a": ScriptedModel("a", "y"),
+        "b": ScriptedModel("b", "z"),
+        "c": ScriptedModel("c", "y"),
     }
 
 
@@ -99,14 +106,14 @@ def make_real(models=None, **more):
     registered = plugins()
     given_parts = {
         "policy": registered.escalation_policies.resolve("sigma")(None),
-        "judge": registered.judges.resolve("majority"),
+        "judge": open_judge("majority", registered),
         "extractors": {"normalised-text": registered.extractors.resolve("normalised-text")},
     }
     return make_cascade(models or make_models(), **{**given_parts, **more})
 
 
 def make_tasks(count=4):
-    return [replace(make_task(n), extractor="normalised-text") for n in range(count)]
+    return [replace(build_task(n), extractor="normalised-text") for n in range(count)]
 
 
 def run(folder, key, cascade=None, tasks=None, **more):
@@ -150,7 +157,7 @@ def test_a_finished_run_is_read_and_nobody_is_asked(tmp_path, key):
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, key):
-    class Stopping(SaidModel):
+    class Stopping(ScriptedModel):
         def sample(self, requests):
             if len(self.asked) == 2:
                 raise KeyboardInterrupt
@@ -191,7 +198,7 @@ def test_without_times_the_same_inputs_give_the_same_records(tmp_path, key):
 
 
 def test_failing_models_are_recorded_and_the_run_goes_on(tmp_path, key):
-    models = {name: SaidModel(name, "x", fails=True) for name in ("probe", "a", "b", "c")}
+    models = {name: ScriptedModel(name, "x", fails=True) for name in ("probe", "a", "b", "c")}
     result = run(tmp_path, key, make_real(models))
     assert result.totals.failed == 4 and not result.replay.differences
     body = read(tmp_path)[0]
@@ -201,7 +208,7 @@ def test_failing_models_are_recorded_and_the_run_goes_on(tmp_path, key):
 
 def test_a_judge_that_asks_replays_from_the_record_and_from_the_models(tmp_path, key):
     models = {**make_models("x", "y", "z"), "scorer": ScoringModel("scorer", "hm")}
-    judge = plugins().judges.resolve("asking")
+    judge = open_judge("asking", plugins())
     cascade = make_real(models, judge=judge, judge_name="asking")
     result = run(tmp_path, key, cascade)
     assert not result.replay.differences
@@ -231,7 +238,7 @@ def test_a_file_of_a_policy_travels_in_the_trace(tmp_path, key):
 
 def test_models_that_say_something_else_now_are_reported(tmp_path, key):
     run(tmp_path, key)
-    changed = {**make_models(), "a": SaidModel("a", "other")}
+    changed = {**make_models(), "a": ScriptedModel("a", "other")}
     report = replay_trace(tmp_path / "trace", models=changed, plugins=plugins())
     assert report.differences[0] == "task 't0': member 'a' sample 0 is not what the model says now"
     changed["a"].fingerprint = "another"

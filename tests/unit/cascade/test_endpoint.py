@@ -4,12 +4,13 @@ import time
 import tracemalloc
 
 import pytest
-from cascade_helpers import Kept, SaidModel, answer_all, make_cascade, make_task
+from cascade_helpers import Kept, answer_all, make_cascade
 
 from molora_fed.cascade.config import EndpointSource
 from molora_fed.cascade.contract import Request
 from molora_fed.cascade.endpoint import EndpointModel
 from molora_fed.errors import CascadeError
+from molora_fed.testing import ScriptedModel, build_task
 from molora_fed.testing.endpoints import serve_faults
 
 
@@ -129,11 +130,11 @@ def test_several_samples_are_asked_at_once(server):
 def test_a_run_over_faults_goes_on_and_the_record_says_what_happened(server):
     faults = ("broken", "malformed", "huge")
     models = {
-        "probe": SaidModel("probe", "x", "y", "z"),
+        "probe": ScriptedModel("probe", "x", "y", "z"),
         **dict(zip("abc", (build(server, one, retries=0) for one in faults), strict=True)),
     }
     kept = Kept()
-    answer_all([make_task(1), make_task(2)], make_cascade(models), kept)
+    answer_all([build_task(1), build_task(2)], make_cascade(models), kept)
     assert len(kept.records) == 2
     for _, body in kept.records:
         failures = [one["failure"] for one in body["samples"] if one["role"] == "member"]

@@ -1,5 +1,5 @@
 import pytest
-from cascade_helpers import LINEUP, RULES, SigmaLike, extract, judge, make_task
+from cascade_helpers import LINEUP, RULES, SigmaLike, extract, judge
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +12,7 @@ from molora_fed.cascade.attribution import (
 from molora_fed.cascade.contract import Sample, Verdict
 from molora_fed.cascade.escalation import Lineup, Rules, decide, find_majority, list_asked
 from molora_fed.errors import CascadeError
+from molora_fed.testing import build_task
 
 TEXTS = st.sampled_from(["x", "y", "z", ""])
 
@@ -22,7 +23,7 @@ def say(*texts):
 
 def settle(probe, members, task=None, lineup=LINEUP, rules=RULES, **more):
     spoken = dict(zip("abc", say(*members), strict=False))
-    return decide(task or make_task(), lineup, say(*probe), spoken, rules, **more)
+    return decide(task or build_task(), lineup, say(*probe), spoken, rules, **more)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_without_a_probe_every_member_answers(members, answer):
 def test_a_failed_sample_has_no_answer_and_counts_as_disagreement():
     probe = [*say("x", "x"), Sample("x", failure="timed out")]
     decision = decide(
-        make_task(), LINEUP, probe, dict(zip("ab", say("x", "x"), strict=True)), RULES
+        build_task(), LINEUP, probe, dict(zip("ab", say("x", "x"), strict=True)), RULES
     )
     assert decision.probe_answers == ("x", "x", None)
     assert decision.mode == "arena_lite"
@@ -149,7 +150,7 @@ def test_majority_is_the_earliest_of_the_commonest(answers):
 @given(st.lists(TEXTS, min_size=3, max_size=3), st.lists(TEXTS, min_size=3, max_size=3))
 def test_leave_one_out_is_the_difference_to_the_cascade_without_the_model(probe, members):
     spoken = dict(zip("abc", say(*members), strict=True))
-    given_samples = (make_task(), LINEUP, say(*probe), spoken, RULES)
+    given_samples = (build_task(), LINEUP, say(*probe), spoken, RULES)
     values = leave_one_out(*given_samples)
     assert set(values) == {"probe", "a", "b", "c"}
     whole = bool(decide(*given_samples).correct)

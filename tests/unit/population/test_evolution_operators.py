@@ -4,15 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lifecycle_helpers import (
-    DOMAINS,
-    SHAPES,
-    build_fitness,
-    build_population,
-    build_state,
-    product_of,
-    ranks_of,
-)
 from molora_evolution.breeding import (
     Crossover,
     CrossoverOptions,
@@ -31,9 +22,29 @@ from molora_fed.plugins import check_operator, load_plugins
 from molora_fed.population.contract import OperatorOptions
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.lifecycle import open_operators, run_lifecycle
+from molora_fed.population.lineage import describe_change
 from molora_fed.population.slots import make_fresh_updates
+from molora_fed.testing import POPULATION_DOMAINS as DOMAINS
+from molora_fed.testing import (
+    POPULATION_SHAPES,
+    build_fitness,
+    build_lifecycle_state,
+    build_population,
+)
 
 PLUGINS = load_plugins()
+
+
+def product_of(population, slot, name):
+    """The product of a slot's update of a layer in float64; zeros if it has none."""
+    update = population.slots[slot].updates.get(name)
+    if update is None:
+        return torch.zeros(POPULATION_SHAPES[name], dtype=torch.float64)
+    return update.scale * update.b.double() @ update.a.double()
+
+
+def ranks_of(slot):
+    return {name: update.rank for name, update in slot.updates.items()}
 
 
 def inherit(alpha):
@@ -52,7 +63,7 @@ def die(**options):
 
 
 def test_the_least_fit_dies_first_and_one_at_a_time():
-    state = build_state((0.01, 0.02, -0.3, 0.4))
+    state = build_lifecycle_state((0.01, 0.02, -0.3, 0.4))
     after = die().apply(state, 0)
     assert after.freed == (2,)
     assert [slot.stale for slot in after.population.slots] == [1, 1, 1, 0]
@@ -63,7 +74,7 @@ def test_the_least_fit_dies_first_and_one_at_a_time():
 
 
 def test_somebody_always_lives():
-    state = build_state((-0.4, -0.3, -0.2, -0.1))
+    state = build_lifecycle_state((-0.4, -0.3, -0.2, -0.1))
     assert die(at_most=9).apply(state, 0).freed == (0, 1, 2)
     freed = die(at_most=9).apply(replace(state, freed=(3,)), 0).freed
     assert freed == (0, 1, 3)
@@ -71,7 +82,7 @@ def test_somebody_always_lives():
 
 def test_patience_counts_generations_in_a_row():
     operator = die(patience=3)
-    state = build_state((0.4, 0.01, 0.4, 0.4))
+    state = build_lifecycle_state((0.4, 0.01, 0.4, 0.4))
     stales = []
     for value in (0.01, 0.01, 0.4, 0.01, 0.01, 0.01):
         state = replace(state, fitness=build_fitness((0.4, value, 0.4, 0.4)))
@@ -92,7 +103,7 @@ def test_patience_counts_generations_in_a_row():
 def test_the_protected_age_and_the_limits_hold(
     values, generations, min_age, patience, at_most, threshold
 ):
-    state = build_state(values, generation=5, generations=generations)
+    state = build_lifecycle_state(values, generation=5, generations=generations)
     operator = die(min_age=min_age, patience=patience, at_most=at_most, threshold=threshold)
     after = operator.apply(state, 0)
     assert all(5 - generations[index] >= min_age for index in after.freed)
@@ -115,7 +126,7 @@ def test_the_protected_age_and_the_limits_hold(
 
 def test_freed_slots_go_to_the_domains_of_largest_regret():
     fitness = build_fitness((0.1,) * 4, regret=(-0.2, 0.05, -0.1))
-    state = build_state(fitness=fitness, freed=(0, 2, 3))
+    state = build_lifecycle_state(fitness=fitness, freed=(0, 2, 3))
     after = SlotReallocation(OperatorOptions()).apply(state, 0)
     assert [slot.domain for slot in after.population.slots] == ["down", "down", "side", "up"]
     assert after.freed == state.freed and not after.parents
@@ -123,7 +134,7 @@ def test_freed_slots_go_to_the_domains_of_largest_regret():
 
 
 def test_without_freed_slots_nobody_moves():
-    state = build_state()
+    state = build_lifecycle_state()
     for operator in (SlotReallocation(OperatorOptions()), inherit(0.5), mutate(0.1, 0.1)):
         after = operator.apply(state, 0)
         assert after.events == () and after.parents == {}
@@ -136,7 +147,7 @@ def test_without_freed_slots_nobody_moves():
 @settings(max_examples=40, deadline=None)
 @given(alpha=st.floats(0.01, 1), freed=st.integers(0, 3), seed=st.integers(0, 2**32))
 def test_a_child_is_a_share_of_its_parents_product_at_its_slots_rank(alpha, freed, seed):
-    state = build_state(freed=(freed,))
+    state = build_lifecycle_state(freed=(freed,))
     after = inherit(alpha).apply(state, seed)
     parent = 1 if freed == 0 else 0  # the fittest that lives
     child = after.population.slots[freed]
@@ -159,27 +170,28 @@ def test_a_child_is_a_share_of_its_parents_product_at_its_slots_rank(alpha, free
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_at_alpha_0_a_child_is_a_fresh_adapter_with_fresh_gates(seed):
-    after = inherit(0).apply(build_state(freed=(2,)), seed)
+    after = inherit(0).apply(build_lifecycle_state(freed=(2,)), seed)
     child = after.population.slots[2]
     assert after.parents == {2: None}
     for name, update in child.updates.items():
-        fresh = make_fresh_updates({name: SHAPES[name]}, 4, 0)[name]
+        fresh = make_fresh_updates({name: POPULATION_SHAPES[name]}, 4, 0)[name]
         assert not update.b.any() and update.scale == fresh.scale
-        assert 0 < update.a.abs().max() <= 1 / SHAPES[name][1] ** 0.5
+        assert 0 < update.a.abs().max() <= 1 / POPULATION_SHAPES[name][1] ** 0.5
         assert torch.linalg.matrix_rank(update.a) == 4
 
 
 @settings(max_examples=20, deadline=None)
 @given(alpha=st.floats(0, 1), seed=st.integers(0, 2**32))
 def test_a_parent_that_divides_keeps_what_its_child_does_not_get(alpha, seed):
-    state = build_state(freed=(2,))
+    state = build_lifecycle_state(freed=(2,))
     whole = inherit(alpha).apply(state, seed)
     after = Inheritance(InheritanceOptions(alpha=alpha, divide=True)).apply(state, seed)
     child = after.population.slots[2]
     (name,) = child.birth.parents
     (parent,) = (i for i, s in enumerate(state.population.slots) if s.birth.id == name)
-    assert after.population.slots[parent].birth == state.population.slots[parent].birth
-    assert after.parents == whole.parents
+    birth = after.population.slots[parent].birth
+    assert (birth.id, birth.parents, birth.operator) == (f"g3-s{parent}", (name,), "inheritance")
+    assert after.parents == {**whole.parents, parent: parent}
     for module in state.population.slots[parent].updates:
         kept = product_of(after.population, parent, module)
         before = product_of(state.population, parent, module)
@@ -194,8 +206,8 @@ def test_options_that_are_not_chosen_leave_old_evolutions_as_they_were():
 
 
 def test_at_alpha_1_a_child_of_enough_rank_is_its_parent_on_the_product():
-    after = inherit(1).apply(build_state(freed=(2,)), 0)
-    for name in SHAPES:
+    after = inherit(1).apply(build_lifecycle_state(freed=(2,)), 0)
+    for name in POPULATION_SHAPES:
         torch.testing.assert_close(
             product_of(after.population, 2, name),
             product_of(after.population, 0, name),
@@ -206,20 +218,20 @@ def test_at_alpha_1_a_child_of_enough_rank_is_its_parent_on_the_product():
 
 def test_the_parent_is_the_fittest_in_the_slots_domain():
     by_domain = [[0.1, 0.0, 0.0], [0.0, 0.0, 0.3], [0.0, 0.1, 0.0], [0.2, 0.0, 0.1]]
-    fitness = build_fitness((0.9, 0.1, 0.1, 0.1), by_domain)
+    fitness = build_fitness((0.9, 0.1, 0.1, 0.1), by_domain=by_domain)
     # Slot 0 is for "up", slot 2 for "side".
     for freed, parent in ((0, 3), (2, 1)):
-        after = inherit(0.5).apply(build_state(fitness=fitness, freed=(freed,)), 0)
+        after = inherit(0.5).apply(build_lifecycle_state(fitness=fitness, freed=(freed,)), 0)
         assert after.parents == {freed: parent}
-    state = build_state(fitness=fitness, freed=(2,), domains=(None,))
+    state = build_lifecycle_state(fitness=fitness, freed=(2,), domains=(None,))
     assert inherit(0.5).apply(state, 0).parents == {2: 0}
 
 
 def test_neither_the_dying_nor_newborns_are_parents():
-    state = build_state((0.5, 0.4, 0.3, 0.2), freed=(0, 1), generations=(0, 0, 3, 0))
+    state = build_lifecycle_state((0.5, 0.4, 0.3, 0.2), freed=(0, 1), generations=(0, 0, 3, 0))
     after = inherit(0.5).apply(state, 0)
     assert after.parents == {0: 3, 1: 3}
-    state = build_state(freed=(0, 1, 2), generations=(0, 0, 0, 3))
+    state = build_lifecycle_state(freed=(0, 1, 2), generations=(0, 0, 0, 3))
     with pytest.raises(PopulationError, match=r"a parent that lived before generation 3, got none"):
         inherit(0.5).apply(state, 0)
 
@@ -230,12 +242,12 @@ def test_neither_the_dying_nor_newborns_are_parents():
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32), share=st.floats(0, 1))
 def test_each_layer_of_a_crossed_child_is_one_parents(seed, share):
-    state = build_state(freed=(2,))  # rank 4: enough for both
+    state = build_lifecycle_state(freed=(2,))  # rank 4: enough for both
     after = Crossover(CrossoverOptions(share=share)).apply(state, seed)
     child = after.population.slots[2]
     assert child.birth.parents == ("g0-s0", "g0-s1") and after.parents == {2: 0}
-    assert ranks_of(child) == dict.fromkeys(SHAPES, 4)
-    for name in SHAPES:
+    assert ranks_of(child) == dict.fromkeys(POPULATION_SHAPES, 4)
+    for name in POPULATION_SHAPES:
         found = product_of(after.population, 2, name)
         distances = [
             float((found - product_of(state.population, parent, name)).norm()) for parent in (0, 1)
@@ -248,7 +260,7 @@ def test_each_layer_of_a_crossed_child_is_one_parents(seed, share):
 def test_both_parents_have_a_chance():
     sources = set()
     for seed in range(20):
-        after = Crossover(CrossoverOptions()).apply(build_state(freed=(2,)), seed)
+        after = Crossover(CrossoverOptions()).apply(build_lifecycle_state(freed=(2,)), seed)
         found = product_of(after.population, 2, "block.1.down")
         sources.add(bool((found - product_of(after.population, 0, "block.1.down")).norm() < 1e-5))
     assert sources == {True, False}
@@ -256,14 +268,14 @@ def test_both_parents_have_a_chance():
 
 def test_crossover_needs_two_parents():
     with pytest.raises(PopulationError, match=r"two parents .* got one\. Let fewer slots die"):
-        Crossover(CrossoverOptions()).apply(build_state(freed=(0, 1, 2)), 0)
+        Crossover(CrossoverOptions()).apply(build_lifecycle_state(freed=(0, 1, 2)), 0)
 
 
 # --- mutation ----------------------------------------------------------------------------------
 
 
 def make_newborn(alpha=1.0):
-    return inherit(alpha).apply(build_state(freed=(2,)), 0)
+    return inherit(alpha).apply(build_lifecycle_state(freed=(2,)), 0)
 
 
 def test_only_newborns_mutate():
@@ -287,7 +299,7 @@ def test_only_newborns_mutate():
 def test_singular_values_change_by_their_relative_size_alone(seed, size):
     state = make_newborn()
     after = mutate(size, 0).apply(state, seed)
-    for name in SHAPES:
+    for name in POPULATION_SHAPES:
         old = product_of(state.population, 2, name)
         new = product_of(after.population, 2, name)
         u, values, vh = torch.linalg.svd(old)
@@ -305,7 +317,7 @@ def test_singular_values_change_by_their_relative_size_alone(seed, size):
 def test_vectors_turn_and_singular_values_stay(seed, size):
     state = make_newborn()
     after = mutate(0, size).apply(state, seed)
-    for name in SHAPES:
+    for name in POPULATION_SHAPES:
         old = product_of(state.population, 2, name)
         new = product_of(after.population, 2, name)
         torch.testing.assert_close(
@@ -374,6 +386,27 @@ def test_any_lifecycle_is_deterministic_and_loses_no_slot(values, seed, filler, 
     for index, slot in enumerate(first.population.slots):
         if index not in newborn:
             assert slot.updates is population.slots[index].updates
+
+
+def test_a_lifecycle_takes_parents_that_divide_and_leaves_their_products_alone():
+    """Two children share one parent: it keeps a quarter, whatever mutates after it."""
+    death = {"threshold": 0.05, "patience": 1, "min_age": 1, "at_most": 2}
+    chosen = [("death", death), ("inheritance", {"divide": True}), ("svd-mutation", {})]
+    population = build_population(domains=("up",))
+    fitness = build_fitness((0.3, 0.2, -0.1, -0.1))
+    steps = open_operators(chosen, PLUGINS)
+    after = run_lifecycle(steps, population, fitness, DOMAINS, generation=3, seed=1)
+    assert after.parents == {0: 0, 2: 0, 3: 0}
+    births = [slot.birth for slot in after.population.slots]
+    assert [one.id for one in births] == ["g3-s0", "g0-s1", "g3-s2", "g3-s3"]
+    assert births[0].parents == ("g0-s0",) and births[0].operator == "inheritance"
+    assert births[2].operator == "inheritance+svd-mutation"
+    for name in POPULATION_SHAPES:
+        kept = product_of(after.population, 0, name)
+        torch.testing.assert_close(kept, 0.25 * product_of(population, 0, name))
+    change = describe_change(population, after, kept=True)
+    assert [one.slot for one in change.births] == [0, 2, 3]
+    assert change.deaths == ("g0-s0", "g0-s2", "g0-s3")
 
 
 def test_another_seed_gives_another_child():

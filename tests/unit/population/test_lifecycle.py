@@ -3,12 +3,13 @@ from dataclasses import replace
 import pytest
 import torch
 from adaptation_helpers import build_router
-from lifecycle_helpers import DOMAINS, build_fitness, build_population, build_update
 
 from molora_fed.errors import PopulationError, UnknownNameError
 from molora_fed.plugins import load_plugins
 from molora_fed.population.contract import Birth, LifecycleOperator, OperatorOptions, Slot
 from molora_fed.population.lifecycle import Step, open_operators, reset_newborns, run_lifecycle
+from molora_fed.testing import POPULATION_DOMAINS as DOMAINS
+from molora_fed.testing import build_fitness, build_population, build_update
 
 PLUGINS = load_plugins()
 VALUES = (0.3, 0.2, 0.1, -0.1)
@@ -130,6 +131,13 @@ def test_a_gate_parent_may_not_be_another_newborn():
 
     with pytest.raises(PopulationError, match=r"gate parents \[1\]"):
         run(operator_of(two))
+
+
+def test_a_newborn_that_keeps_its_own_gates_may_hand_them_on():
+    def two(state, seed):
+        return put_newborn(put_newborn(state, gates=1), 2, gates=1, id="g3-other")
+
+    assert run(operator_of(two)).parents == {1: 1, 2: 1}
 
 
 def test_fitness_of_another_population_is_refused():

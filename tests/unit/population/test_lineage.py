@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from lifecycle_helpers import DOMAINS, build_fitness, build_population
 
 from molora_fed.errors import PopulationError
 from molora_fed.plugins import load_plugins
@@ -14,6 +13,8 @@ from molora_fed.population.lineage import (
     describe_start,
     read_lineage,
 )
+from molora_fed.testing import POPULATION_DOMAINS as DOMAINS
+from molora_fed.testing import build_fitness, build_population
 
 STEPS = open_operators(
     [

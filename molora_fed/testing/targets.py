@@ -1,0 +1,108 @@
+"""What all conformance kits share: a target made with its options, other chance, fitting checks."""
+
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from molora_fed.guard import one_line
+from molora_fed.testing.findings import CheckResult, examine
+
+__all__ = ["Target", "describe_target", "examine_target", "other_chance"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is checked: a class with options, or a function.
+
+    Attributes:
+        target: As it is registered.
+        options: Of a class; its defaults if None.
+    """
+
+    target: Any
+    options: Any = None
+
+    def make(self) -> Any:
+        """The function, or a fresh instance of the class with its options."""
+        target = self.target
+        if not inspect.isclass(target):
+            if self.options is not None:
+                raise TypeError("options are given, but a function has none")
+            return target
+        built: Any = target
+        return built(built.Options() if self.options is None else self.options)
+
+
+Case = TypeVar("Case", bound=Target)
+
+
+def examine_target(
+    checks: Sequence[Callable[[Case], str | None]],
+    case: Case,
+    *,
+    contract: Callable[[Any], str | None],
+) -> tuple[CheckResult, ...]:
+    """Run all checks of a kit; where the target cannot even be made, that is the only result.
+
+    Args:
+        checks: Each describes what it found wrong, or gives None.
+        case: What they look at.
+        contract: What is asked of the target itself, before it is called.
+    """
+
+    def can_be_made(case: Case) -> str | None:
+        if (problem := contract(case.target)) is not None:
+            return problem
+        try:
+            case.make()
+        except Exception as error:  # options without defaults, or whatever its class raises
+            found = f"{type(error).__name__}: {one_line(str(error))}"
+            return f"expected a target that its options make, got {found}"
+        return None
+
+    (made,) = examine([can_be_made], case)
+    return (made,) if made.problem is not None else (made, *examine(checks, case))
+
+
+def describe_target(kind: str, target: Any) -> str:
+    """What a message calls a target, e.g. "Judge 'MyJudge'".
+
+    Args:
+        kind: Noun of its registry.
+        target: As it is registered.
+    """
+    name = getattr(target, "__name__", None) or (
+        target if isinstance(target, str) else type(target).__name__
+    )
+    return f"{kind.capitalize()} '{name}'"
+
+
+@contextmanager
+def other_chance(seed: int) -> Iterator[None]:
+    """Seed the global generators while the block runs, torch's too where it is loaded.
+
+    What draws from them gives something else in a block of another seed.
+
+    Args:
+        seed: Seed of them all.
+    """
+    torch: Any = sys.modules.get("torch")
+    states = (random.getstate(), np.random.get_state())
+    kept = None if torch is None else torch.get_rng_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        if torch is not None:
+            torch.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        if torch is not None:
+            torch.set_rng_state(kept)
