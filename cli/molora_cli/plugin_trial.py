@@ -169,9 +169,9 @@ class Trial:
 
         self._check_measured(entry)
         result = self._fused
-        published = result["router"]
+        published, label = result["router"], label_merge(Choice(name=entry.name))
         yield (
-            f"{self._loss(label_merge(Choice(name=entry.name))):.3f} nats a token on held-out text; "
+            f"{self._loss(label):.3f} nats a token on held-out text; "
             f"{self._loss(f'fused:{published}'):.3f} of the router '{published}', "
             f"{result['best_alone']['loss']:.3f} of the best anyone has alone"
         )
