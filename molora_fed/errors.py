@@ -246,12 +246,17 @@ class StudyError(MoloraError, RuntimeError):
 
 
 class UnknownNameError(MoloraError, KeyError):
-    """A name is registered by nobody; lists near names, all names and plugins that failed."""
+    """A name is registered by nobody; lists near names, all names and plugins not loaded."""
 
     exit_code = 61
 
     def __init__(
-        self, kind: str, name: str, known: Iterable[str], failures: Sequence[str] = ()
+        self,
+        kind: str,
+        name: str,
+        known: Iterable[str],
+        failures: Sequence[str] = (),
+        disabled: str = "",
     ) -> None:
         names = sorted(known)
         near = get_close_matches(name, names, n=3, cutoff=0.5)
@@ -260,6 +265,11 @@ class UnknownNameError(MoloraError, KeyError):
             f"Unknown {kind} '{name}': expected one of {', '.join(names) or '(none registered)'}."
             f"{hint} See `molora plugins list`."
         )
+        if disabled:
+            self.message += (
+                f" It is registered by the disabled plugin {disabled}: enable it with `molora "
+                f"plugins enable {disabled}`."
+            )
         if failures:
             self.message += f" Plugins that failed to load: {' '.join(failures)}"
         super().__init__(self.message)

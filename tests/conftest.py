@@ -10,6 +10,9 @@ from typing import Any
 # Before torch is loaded, here and in the processes that tests start: models this small run fastest
 # on one thread, and many threads on few cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the user of this machine disabled is no business of the tests.
+os.environ["MOLORA_CONFIG"] = str(Path(__file__).parent / "no-settings")
+os.environ.pop("MOLORA_PLUGINS", None)
 
 import pytest
 import torch
