@@ -47,8 +47,8 @@ def build_pins(charter: Charter, plugins: Plugins, *, renew: bool = False) -> tu
         renew: Whether a plugin that changed since it was pinned is pinned as it is now.
 
     Raises:
-        PluginError: If one changed and is not renewed, cannot be pinned, or is missing and registers
-            a name that nobody else does.
+        PluginError: If one changed and is not renewed, cannot be pinned, or is missing where a name
+            is unknown.
     """
     if any(name not in registry.names() for registry, name in list_named(charter, plugins)):
         # Says which package to install; without one the unknown name is refused elsewhere.
