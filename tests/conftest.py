@@ -17,6 +17,7 @@ os.environ.pop("MOLORA_PLUGINS", None)
 import pytest
 import torch
 from hypothesis import settings
+from plugin_packages import Packages
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +37,14 @@ def _umask():
     before = os.umask(0o022)
     yield
     os.umask(before)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Third-party distributions that a test installs, see `Packages`."""
+    made = Packages(tmp_path / "site", monkeypatch)
+    yield made
+    made.close()
 
 
 @pytest.fixture
