@@ -109,7 +109,7 @@ def describe_entry(entry: "Entry", plugins: "Plugins") -> str:
         ("origin", entry.origin),
         ("docs", find_documentation(entry.distribution) if entry.version else None),
         ("options", "none" if not (options or failure) else None),
-        *((f"  {name}", text) for name, text in options),
+        *((f"option {name}", text) for name, text in options),
         ("charter" if line.startswith(("[id", "[am", "[[am")) else "named in", line),
         ("command", command),
         ("check", f"molora plugins check {entry.name}"),
