@@ -76,11 +76,8 @@ def test_list_has_a_row_a_plugin_with_what_it_registers(molora, packages):
 def test_list_of_a_kind_of_a_plugin_and_of_a_name(molora, packages):
     packages.add("mine-a")
     routers = read_rows(molora("plugins", "list", "--kind", "router").out)
-    assert routers["mine-a"] == [
-        "mine-a",
-        "router",
-        *["Follows", "mine-a", "mine-a", "(mine-a", "0.1.0)"],
-    ]
+    summary, origin = ["Follows", "mine-a"], ["mine-a", "(mine-a", "0.1.0)"]
+    assert routers["mine-a"] == ["mine-a", "router", *summary, *origin]
     assert {row[1] for row in routers.values()} == {"router"}
     for kind in ("routers", "adapter-routers", "Gain_Predictors", "task families"):
         assert molora("plugins", "list", "--kind", kind).code == 0
@@ -156,7 +153,7 @@ def test_show_says_all_of_a_router(molora, packages):
         "source": "own definition",
         "origin": "mine-a (mine-a 0.1.0)",
         "docs": "https://example.org/mine",
-        "": "sharpness float, default 1.0. How sharply to follow the evidence.",
+        "option sharpness": "float, default 1.0. How sharply to follow the evidence.",
         "charter": '[amendment.fusion] router = "mine-a"',
         "command": "molora coop amend COOPERATIVE --set fusion.router=mine-a",
         "check": "molora plugins check mine-a",
