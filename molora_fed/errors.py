@@ -38,6 +38,7 @@ __all__ = [
     "TraceError",
     "TrainingError",
     "UnknownNameError",
+    "describe_disabled",
     "describe_mismatch",
     "list_offenders",
 ]
@@ -245,6 +246,18 @@ class StudyError(MoloraError, RuntimeError):
     """A study is planned wrongly, or some of its tasks failed."""
 
 
+def describe_disabled(plugin: str) -> str:
+    """What to do about a name that a disabled plugin registers.
+
+    Args:
+        plugin: Name of its entry point.
+    """
+    return (
+        f"It is registered by the disabled plugin {plugin}: enable it with `molora plugins enable "
+        f"{plugin}`."
+    )
+
+
 class UnknownNameError(MoloraError, KeyError):
     """A name is registered by nobody; lists near names, all names and plugins not loaded."""
 
@@ -266,10 +279,7 @@ class UnknownNameError(MoloraError, KeyError):
             f"{hint} See `molora plugins list`."
         )
         if disabled:
-            self.message += (
-                f" It is registered by the disabled plugin {disabled}: enable it with `molora "
-                f"plugins enable {disabled}`."
-            )
+            self.message += f" {describe_disabled(disabled)}"
         if failures:
             self.message += f" Plugins that failed to load: {' '.join(failures)}"
         super().__init__(self.message)

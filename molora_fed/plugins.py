@@ -196,14 +196,15 @@ class Registry:
     Attributes:
         kind: Singular noun for messages, e.g. "router".
         contract: Checked when an entry is first resolved.
+        disabled: Which disabled plugin registers a name, by name, as far as is known.
     """
 
     kind: str
     contract: Contract
+    disabled: Mapping[str, str] = field(default_factory=dict)
     _entries: dict[str, Entry] = field(default_factory=dict)
     _resolved: dict[str, Any] = field(default_factory=dict)
     _failures: tuple[str, ...] = ()
-    _disabled: Mapping[str, str] = field(default_factory=dict)
     _frozen: bool = False
 
     def add(self, entry: Entry) -> None:
@@ -249,7 +250,7 @@ class Registry:
             disabled: Which disabled plugin registers a name; named in the error of that name.
         """
         self._failures = tuple(str(failure) for failure in failures)
-        self._disabled = disabled or {}
+        self.disabled = disabled or {}
         self._frozen = True
 
     def remove_origin(self, origin: str) -> None:
@@ -269,9 +270,8 @@ class Registry:
         try:
             return self._entries[name]
         except KeyError:
-            disabled = self._disabled.get(name, "")
             raise UnknownNameError(
-                self.kind, name, self._entries, self._failures, disabled
+                self.kind, name, self._entries, self._failures, self.disabled.get(name, "")
             ) from None
 
     def resolve(self, name: str) -> Any:

@@ -22,7 +22,7 @@ from typer.main import get_group
 from molora_cli.commands import GROUPS, OWN
 from molora_cli.output import MAX_LINE, note
 from molora_fed import __version__
-from molora_fed.errors import MoloraError, PluginError, StorageError
+from molora_fed.errors import MoloraError, PluginError, StorageError, describe_disabled
 from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class CommandGroup(TyperGroup):
                 names = ", ".join(map(repr, near))
                 message = f"{message.rstrip('.')}. Did you mean {names}?"
             failures = [str(failure) for failure in _get_plugins().failures]
+            if disabled := _get_plugins().commands.disabled.get(args[0]):
+                failures.insert(0, describe_disabled(disabled))
             raise click.UsageError(" ".join([message, *failures]), error.ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

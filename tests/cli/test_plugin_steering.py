@@ -200,6 +200,15 @@ def test_a_disabled_plugin_is_out_until_it_is_enabled(molora, packages, settings
     assert "is not disabled" in molora("plugins", "enable", "mine-a").out
 
 
+def test_a_command_of_a_disabled_plugin_says_which_one(molora):
+    assert molora("plugins", "disable", "studies").code == 0
+    get_plugins.cache_clear()
+    wrong = molora("study", "--list")
+    assert wrong.code == 2
+    words = " ".join(wrong.err.replace("│", " ").split())
+    assert "registered by the disabled plugin studies: enable it with" in words
+
+
 def test_what_cannot_be_disabled(molora, monkeypatch, settings):
     for name in ("core", "cli"):
         wrong = molora("plugins", "disable", name)
