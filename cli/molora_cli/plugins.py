@@ -53,7 +53,7 @@ def list_plugins(
         if is_whole or one.origin in origins or only in (one.name, one.distribution)
     ]
     if as_json:
-        print(json.dumps(_describe(found, entries, results), indent=2))
+        print(json.dumps(_describe(plugins, found, entries, results), indent=2))
     elif is_whole:
         _print_plugins(plugins, found, results)
     else:
@@ -252,6 +252,7 @@ def _print_plugins(
 
 
 def _describe(
+    plugins: "Plugins",
     found: Iterable["FoundPlugin"],
     entries: Sequence["Entry"],
     results: Mapping[tuple[str, str], str],
@@ -266,6 +267,9 @@ def _describe(
                 "version": one.version,
                 "state": one.state,
                 "reason": one.reason,
+                "registers": {
+                    kind: len(own) for kind, own in _group_by_kind(plugins, one.origin).items()
+                },
             }
             for one in found
         ],

@@ -103,6 +103,7 @@ def test_list_as_json(molora, packages):
                 "version": "0.1.0",
                 "state": "enabled",
                 "reason": "",
+                "registers": {"router": 1},
             }
         ],
         "registered": [
