@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
+from packaging.utils import canonicalize_name
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from molora_fed.errors import CharterError
@@ -39,6 +40,7 @@ __all__ = [
     "FusionRules",
     "Identity",
     "OperatorRules",
+    "PluginPin",
     "PopulationRules",
     "PrivacyRules",
     "TrainingRules",
@@ -312,6 +314,30 @@ class FusionRules(StrictModel):
         return found
 
 
+MAX_PINS = 64
+_Distribution = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?$")]
+_Version = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9.+_-]{0,62})?$")]
+
+
+class PluginPin(StrictModel):
+    """A plugin of others that can influence a result, as the coordinator has it.
+
+    Attributes:
+        name: Distribution, or file name of a one-file plugin.
+        version: Of the distribution; empty for a file.
+        hash: SHA-256 over its files, see `molora_fed.storage.distributions`, or of the file.
+    """
+
+    name: _Distribution
+    version: _Version = ""
+    hash: _Hash
+
+    @property
+    def title(self) -> str:
+        """What messages call it, e.g. "molora-mine 0.1.0"."""
+        return f"{self.name} {self.version}".rstrip()
+
+
 class Amendment(StrictModel):
     """What may change: numbered from 0, the latest counts.
 
@@ -325,6 +351,7 @@ class Amendment(StrictModel):
         seed: Seed of routers, bootstraps and generated samples.
         dtype: Dtype that models compute in where losses are reported; the losses themselves are
             float32 sums.
+        plugins: Plugins of others that can influence a result, one entry each.
     """
 
     number: int = Field(default=0, ge=0)
@@ -343,6 +370,17 @@ class Amendment(StrictModel):
     admission: AdmissionRules = AdmissionRules()
     fusion: FusionRules = FusionRules()
     population: PopulationRules = PopulationRules()
+    # Left out where empty, so that amendments signed before there were any still verify.
+    plugins: tuple[PluginPin, ...] = Field(
+        default=(), max_length=MAX_PINS, exclude_if=lambda pins: not pins
+    )
+
+    @field_validator("plugins")
+    @classmethod
+    def _names_a_plugin_once(cls, pins: tuple[PluginPin, ...]) -> tuple[PluginPin, ...]:
+        if len({canonicalize_name(pin.name) for pin in pins}) < len(pins):
+            raise ValueError("names a plugin twice")
+        return pins
 
 
 def read_amendment(raw: Mapping[str, Any]) -> Amendment:

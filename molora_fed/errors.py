@@ -38,6 +38,7 @@ __all__ = [
     "TraceError",
     "TrainingError",
     "UnknownNameError",
+    "describe_disabled",
     "describe_mismatch",
     "list_offenders",
 ]
@@ -245,13 +246,30 @@ class StudyError(MoloraError, RuntimeError):
     """A study is planned wrongly, or some of its tasks failed."""
 
 
+def describe_disabled(plugin: str) -> str:
+    """What to do about a name that a disabled plugin registers.
+
+    Args:
+        plugin: Name of its entry point.
+    """
+    return (
+        f"It is registered by the disabled plugin {plugin}: enable it with `molora plugins enable "
+        f"{plugin}`."
+    )
+
+
 class UnknownNameError(MoloraError, KeyError):
-    """A name is registered by nobody; lists near names, all names and plugins that failed."""
+    """A name is registered by nobody; lists near names, all names and plugins not loaded."""
 
     exit_code = 61
 
     def __init__(
-        self, kind: str, name: str, known: Iterable[str], failures: Sequence[str] = ()
+        self,
+        kind: str,
+        name: str,
+        known: Iterable[str],
+        failures: Sequence[str] = (),
+        disabled: str = "",
     ) -> None:
         names = sorted(known)
         near = get_close_matches(name, names, n=3, cutoff=0.5)
@@ -260,6 +278,8 @@ class UnknownNameError(MoloraError, KeyError):
             f"Unknown {kind} '{name}': expected one of {', '.join(names) or '(none registered)'}."
             f"{hint} See `molora plugins list`."
         )
+        if disabled:
+            self.message += f" {describe_disabled(disabled)}"
         if failures:
             self.message += f" Plugins that failed to load: {' '.join(failures)}"
         super().__init__(self.message)

@@ -85,11 +85,11 @@ def describe_error(error: BaseException, entry: Entry) -> str:
 
 
 def _fail(entry: Entry, place: str, reason: str) -> PluginError:
-    advice = (
-        "Run again with MOLORA_DEBUG=1 to see where, and report it."
-        if entry.is_own
-        else "Correct or uninstall it, or leave it out with MOLORA_LOAD_PLUGINS."
-    )
+    advice = "Correct or uninstall it, or leave it out with MOLORA_LOAD_PLUGINS."
+    if entry.is_own:
+        advice = "Run again with MOLORA_DEBUG=1 to see where, and report it."
+    elif entry.is_file:
+        advice = "Correct it."
     end = "" if reason.endswith((".", "…")) else "."
     return PluginError(f"{entry.title} failed in {place}: {reason}{end} {advice}")
 

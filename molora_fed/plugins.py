@@ -1,8 +1,8 @@
 """Finds, loads and freezes plugins; the result is a `Plugins` object, never a module global.
 
 `MOLORA_LOAD_PLUGINS=a,b` restricts loading to the entry points named a and b (the core and
-the command line are always loaded); `MOLORA_TRACE_HOOKS=1` prints every hook call to standard
-error.
+the command line are always loaded), whatever the user disabled; `MOLORA_PLUGINS` names files of
+one plugin each; `MOLORA_TRACE_HOOKS=1` prints every hook call to standard error.
 """
 
 import importlib
@@ -10,8 +10,9 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -21,11 +22,22 @@ import pluggy
 from molora_fed import hookspecs
 from molora_fed.errors import PluginError, UnknownNameError
 from molora_fed.hookspecs import GROUP, Register
+from molora_fed.storage.plugin_sources import (
+    DISTRIBUTION,
+    FILE_SUFFIX,
+    FoundPlugin,
+    describe_failure,
+    find_plugin_names,
+    import_entry_point,
+    list_plugin_files,
+    survey,
+)
 
 __all__ = [
     "DISTRIBUTION",
     "Contract",
     "Entry",
+    "FoundPlugin",
     "Plugins",
     "Registry",
     "build_register",
@@ -141,9 +153,6 @@ def _check_name(target: Any, name: str) -> str | None:
     return f"expected the class attribute name = '{name}' as it is registered, got '{own}'"
 
 
-DISTRIBUTION = "molora-fed"
-"""The core's own distribution: its plugins load before any other's."""
-
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -195,6 +204,11 @@ class Entry:
         return {"name": self.name, "plugin": self.distribution, "version": self.version}
 
     @property
+    def is_file(self) -> bool:
+        """Whether a one-file plugin registered it."""
+        return self.origin.endswith(FILE_SUFFIX)
+
+    @property
     def is_own(self) -> bool:
         """Whether the core's own distribution registered it."""
         return self.distribution == DISTRIBUTION
@@ -207,10 +221,12 @@ class Registry:
     Attributes:
         kind: Singular noun for messages, e.g. "router".
         contract: Checked when an entry is first resolved.
+        disabled: Which disabled plugin registers a name, by name, as far as is known.
     """
 
     kind: str
     contract: Contract
+    disabled: Mapping[str, str] = field(default_factory=dict)
     _entries: dict[str, Entry] = field(default_factory=dict)
     _resolved: dict[str, Any] = field(default_factory=dict)
     _failures: tuple[str, ...] = ()
@@ -248,14 +264,18 @@ class Registry:
             )
         self._entries[entry.name] = replace(entry, kind=self.kind)
 
-    def freeze(self, failures: Iterable[PluginError] = ()) -> None:
+    def freeze(
+        self, failures: Iterable[PluginError] = (), disabled: Mapping[str, str] | None = None
+    ) -> None:
         """End registration.
 
         Args:
             failures: Errors of plugins that could not be loaded; listed in the error of an unknown
                 name.
+            disabled: Which disabled plugin registers a name; named in the error of that name.
         """
         self._failures = tuple(str(failure) for failure in failures)
+        self.disabled = disabled or {}
         self._frozen = True
 
     def remove_origin(self, origin: str) -> None:
@@ -275,7 +295,9 @@ class Registry:
         try:
             return self._entries[name]
         except KeyError:
-            raise UnknownNameError(self.kind, name, self._entries, self._failures) from None
+            raise UnknownNameError(
+                self.kind, name, self._entries, self._failures, self.disabled.get(name, "")
+            ) from None
 
     def resolve(self, name: str) -> Any:
         """The target of a name, imported and checked against the contract on first use.
@@ -316,9 +338,6 @@ class Registry:
 hookimpl = pluggy.HookimplMarker(GROUP)
 """Marks a function of a plugin as the implementation of the hook of the same name."""
 
-BUILT_IN = ("molora_fed.builtin", "molora_cli.commands")
-"""Entry points that are always loaded, and first, by the module they name."""
-
 
 @dataclass
 class Plugins:
@@ -326,6 +345,7 @@ class Plugins:
 
     Attributes:
         failures: Plugins that could not be loaded, each with its one-line reason.
+        found: All plugins that are there, in the order of loading.
     """
 
     routers: Registry = field(default_factory=lambda: Registry("router", check_router))
@@ -360,6 +380,7 @@ class Plugins:
     task_families: Registry = field(default_factory=lambda: Registry("task family", check_function))
     commands: Registry = field(default_factory=lambda: Registry("command", check_function))
     failures: list[PluginError] = field(default_factory=list)
+    found: list[FoundPlugin] = field(default_factory=list)
 
     def registries(self) -> dict[str, Registry]:
         """The registries by hook suffix, e.g. "routers" for `register_routers`."""
@@ -384,7 +405,7 @@ def _load_one(manager: pluggy.PluginManager, plugins: Plugins, module: Any, orig
     try:
         if manager.register(module, name=origin) is None:
             raise PluginError(f"the plugin '{origin}' is blocked")
-        manager.check_pending()
+        _check_hooks(manager, module)
         implemented = {caller.name for caller in manager.get_hookcallers(module) or []}
         # A subset caller per plugin: `register` must know the origin, which pluggy does not pass.
         others = [p for p in manager.get_plugins() if p is not module]
@@ -401,21 +422,46 @@ def _load_one(manager: pluggy.PluginManager, plugins: Plugins, module: Any, orig
         raise describe_failure(error, origin) from error
 
 
+def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
+    """Refuse a plugin that implements no hook, or one that there is not.
+
+    Raises:
+        PluginError: Naming near hooks.
+    """
+    callers = manager.get_hookcallers(module) or []
+    hooks = sorted(name for name in vars(hookspecs) if name.startswith("register_"))
+    if not callers:
+        unmarked = [name for name in hooks if callable(getattr(module, name, None))]
+        got = f"{', '.join(unmarked)} without it" if unmarked else "none"
+        raise PluginError(
+            f"expected a function with @hookimpl, such as register_routers, got {got}"
+        )
+    for caller in callers:
+        if caller.name not in hooks and not all(
+            one.optionalhook for one in caller.get_hookimpls() if one.plugin is module
+        ):
+            near = get_close_matches(caller.name, hooks, n=2, cutoff=0.6) or hooks
+            raise PluginError(
+                f"unknown hook '{caller.name}': expected one such as {', '.join(near)}; or mark "
+                "it with @hookimpl(optionalhook=True) if another version of molora-fed has it"
+            )
+
+
 def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
-    """Load all installed plugins, then freeze every registry.
+    """Load all installed plugins and those of `MOLORA_PLUGINS`, then freeze every registry.
 
     A plugin that fails is left out whole and listed in `Plugins.failures`; a failure of the core's
     or the command line's own registration is an error.
 
     Args:
-        extra: Further plugins as (origin, module or object), for tests and one-file plugins;
-            a failure of one of these raises.
+        extra: Further plugins as (origin, module or object); a failure of one of these raises.
 
     Returns:
         A fresh `Plugins`.
 
     Raises:
-        PluginError: If the core, the command line or an `extra` plugin cannot be loaded.
+        PluginError: If the core, the command line, a file or an `extra` plugin cannot be loaded.
+        ConfigError: If it cannot be read what the user disabled.
     """
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
@@ -423,79 +469,41 @@ def load_plugins(extra: Iterable[tuple[str, Any]] = ()) -> Plugins:
         manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
         manager.enable_tracing()
     plugins = Plugins()
-    for point, origin in find_entry_points(GROUP):
-        try:
-            _load_one(manager, plugins, import_entry_point(point, origin), origin)
-        except PluginError as error:
-            if _is_built_in(point):
-                raise
-            plugins.failures.append(error)
-    for origin, module in extra:
+    for point, found in survey(entry_points(group=GROUP)):
+        if found.state == "enabled":
+            try:
+                module = import_entry_point(point, found.origin)
+                _load_one(manager, plugins, module, found.origin)
+            except PluginError as error:
+                if found.is_built_in:
+                    raise
+                plugins.failures.append(error)
+                found = replace(found, state="failed", reason=str(error))
+        plugins.found.append(found)
+    files = ((file.origin, file.load()) for file in list_plugin_files())
+    for origin, module in (*files, *extra):
         _load_one(manager, plugins, module, origin)
+        plugins.found.append(FoundPlugin(origin.partition(" ")[0], origin))
+    disabled = [one.name for one in plugins.found if one.state == "disabled"]
     for registry in plugins.registries().values():
-        registry.freeze(plugins.failures)
+        registry.freeze(plugins.failures, find_plugin_names(registry.kind, disabled))
     return plugins
 
 
 def find_entry_points(group: str) -> Iterator[tuple[EntryPoint, str]]:
-    """Entry points of a group that `MOLORA_LOAD_PLUGINS` allows, each with its origin for people.
+    """Entry points of a group that are to be loaded, each with its origin for people.
+
+    Left out is what `MOLORA_LOAD_PLUGINS` does not name, or without it what the user disabled.
 
     Args:
         group: Entry-point group, e.g. "molora_fed".
-    """
-    wanted = os.environ.get("MOLORA_LOAD_PLUGINS")
-    names = None if wanted is None else {n.strip() for n in wanted.split(",") if n.strip()}
-    for point in sorted(entry_points(group=group), key=_load_order):
-        if names is None or point.name in names or _is_built_in(point):
-            version = point.dist.version if point.dist else "?"
-            distribution = point.dist.name if point.dist else "?"
-            yield point, f"{point.name} ({distribution} {version})"
-
-
-def import_entry_point(point: EntryPoint, origin: str) -> Any:
-    """Import what an entry point names.
 
     Raises:
-        PluginError: If that fails.
+        ConfigError: If it cannot be read what the user disabled.
     """
-    try:
-        return point.load()
-    except (Exception, SystemExit) as error:
-        raise PluginError(
-            f"Cannot load plugin {origin}: importing '{point.value}' failed with "
-            f"{type(error).__name__}: {error}. Correct or uninstall it, or leave it out "
-            "with MOLORA_LOAD_PLUGINS."
-        ) from error
-
-
-def describe_failure(error: BaseException, origin: str) -> PluginError:
-    """The error of a plugin whose registration failed, in one line."""
-    reason = error.args[0] if error.args else type(error).__name__
-    text = " ".join(str(reason).split()).rstrip(".") + "."
-    return PluginError(
-        f"Cannot load plugin {origin}: {text} Correct or uninstall it, or leave it out with "
-        "MOLORA_LOAD_PLUGINS."
-    )
-
-
-def _is_own(point: EntryPoint) -> bool:
-    return point.dist is not None and point.dist.name == DISTRIBUTION
-
-
-def _is_built_in(point: EntryPoint) -> bool:
-    return point.value in BUILT_IN and _is_own(point)
-
-
-def _load_order(point: EntryPoint) -> tuple[int, str, str]:
-    """The core's own distribution first, then by name.
-
-    So a clash is reported alike on every machine, and the newcomer is the one that is left out.
-    """
-    if _is_built_in(point):
-        place = BUILT_IN.index(point.value)
-    else:
-        place = len(BUILT_IN) + (not _is_own(point))
-    return (place, point.name, point.value)
+    for point, found in survey(entry_points(group=group)):
+        if found.state == "enabled":
+            yield point, found.origin
 
 
 @cache

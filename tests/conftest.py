@@ -1,15 +1,20 @@
 """Fixtures every room shares, beside those that come with molora-fed itself."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 # Before torch is loaded, here and in the processes that tests start: models this small run fastest
 # on one thread, and many threads on few cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the user of this machine disabled is no business of the tests.
+os.environ["MOLORA_CONFIG"] = str(Path(__file__).parent / "no-settings")
+os.environ.pop("MOLORA_PLUGINS", None)
 
 import pytest
 import torch
 from hypothesis import settings
+from plugin_packages import Packages
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -34,6 +39,14 @@ def _umask():
     before = os.umask(0o022)
     yield
     os.umask(before)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Third-party distributions that a test installs, see `Packages`."""
+    made = Packages(tmp_path / "site", monkeypatch)
+    yield made
+    made.close()
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -49,7 +49,7 @@ GROUPS = {
         ("trace", "trace:app", "Look at decision traces and check them"),
     ),
     "Researcher and plugin author": (
-        ("plugins", "plugins:app", "List and check what plugins register"),
+        ("plugins", "plugins:app", "List, show, check and disable plugins"),
     ),
 }
 """Name, target in this package and summary of each command, by who uses it, in the help's order;

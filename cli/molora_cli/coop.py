@@ -158,6 +158,8 @@ def create(
     print(f"cooperative  {cooperative.charter.identity.name} in {cooperative.folder}")
     print(f"identity     {cooperative.charter.identity_hash}")
     print(f"privacy      {cooperative.charter.privacy}")
+    for each in cooperative.charter.amendment.plugins:
+        print(f"pinned       {each.title}, hash {each.hash}")
     print(f"base         {made.id} {made.revision}".rstrip())
     print(f"weights      {made.weights}")
     print(f"tokenizer    {made.tokenizer_fingerprint}")
@@ -320,17 +322,29 @@ def _describe_effect(decision: "AdmissionDecision | None") -> str:
 def amend(
     cooperative: Annotated[Path, typer.Argument(help="A cooperative's folder.")],
     setting: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--set", metavar="KEY=VALUE", help="A key of [amendment], e.g. fusion.router=linear."
         ),
-    ],
+    ] = None,
+    pin: Annotated[
+        bool,
+        typer.Option("--pin", help="Pin the plugins it names anew, as they are installed here."),
+    ] = False,
 ) -> None:
     """Sign the next amendment: what may change of a charter, without voiding anyone's signature."""
     from molora_fed.cooperative.amend import amend_by_settings
     from molora_fed.cooperative.cooperative import open_cooperative
+    from molora_fed.errors import ConfigError
 
-    amended, changes = amend_by_settings(open_cooperative(cooperative), setting)
+    if not setting and not pin:
+        raise ConfigError(
+            "Cannot amend the charter: expected --set KEY=VALUE or --pin, got neither. Say what "
+            "is to change."
+        )
+    amended, changes = amend_by_settings(
+        open_cooperative(cooperative), setting or (), renew_pins=pin
+    )
     number = amended.charter.amendment.number
     if not changes:
         print(f"Nothing changes: amendment {number} says so already.")

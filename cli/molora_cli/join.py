@@ -267,6 +267,7 @@ def _ask(
 ) -> bool:
     """Show what the charter asks for, and ask whether it may be sent."""
     from molora_fed.cooperative.outgoing import describe_outgoing, read_width
+    from molora_fed.cooperative.pins import check_pins
     from molora_fed.federation.worker_mail import (
         find_base_config,
     )
@@ -274,6 +275,7 @@ def _ask(
 
     config = find_base_config(home)
     width = None if config is None else read_width(config)
+    check_pins(charter, get_plugins())  # nobody agrees to what the worker then refuses
     outgoing = describe_outgoing(charter, get_plugins(), width=width)
     with board.paused():
         show(

@@ -22,7 +22,7 @@ from typer.main import get_group
 from molora_cli.commands import GROUPS, OWN
 from molora_cli.output import MAX_LINE, note
 from molora_fed import __version__
-from molora_fed.errors import MoloraError, PluginError, StorageError
+from molora_fed.errors import MoloraError, PluginError, StorageError, describe_disabled
 from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class CommandGroup(TyperGroup):
                 names = ", ".join(map(repr, near))
                 message = f"{message.rstrip('.')}. Did you mean {names}?"
             failures = [str(failure) for failure in _get_plugins().failures]
+            if disabled := _get_plugins().commands.disabled.get(args[0]):
+                failures.insert(0, describe_disabled(disabled))
             raise click.UsageError(" ".join([message, *failures]), error.ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -165,10 +167,29 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _name_files(given: list[str] | None) -> None:
+    """Add one-file plugins to those of the environment, which other processes get, too."""
+    if given:
+        from molora_fed.plugins import get_plugins
+        from molora_fed.storage.plugin_sources import FILES, find_plugin_file
+
+        paths = [str(find_plugin_file(text).path) for text in given]
+        os.environ[FILES] = os.pathsep.join([*filter(None, [os.environ.get(FILES)]), *paths])
+        get_plugins.cache_clear()
+
+
 @app.callback()
 def _root(
     version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+    plugin: list[str] = typer.Option(
+        None,
+        "--plugin",
+        metavar="FILE",
+        callback=_name_files,
+        is_eager=True,  # before the command is looked for, which may be the plugin's
+        help="Load a one-file plugin, before the command; repeatable.",
     ),
 ) -> None:
     """Fuse independently trained specialists of one shared checkpoint into one model."""

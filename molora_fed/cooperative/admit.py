@@ -7,6 +7,7 @@ from molora_fed.contributions.ledger import Ledger
 from molora_fed.contributions.receive import Receipt, receive_contribution
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative.cooperative import Cooperative
+from molora_fed.cooperative.pins import check_pins
 from molora_fed.errors import AdapterError, AdmissionError, LedgerError
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
@@ -42,9 +43,11 @@ def admit_contributions(
         A receipt for each, in the order given; also for what is not admitted.
 
     Raises:
+        PluginError: If plugins that the charter pins are not here as they are pinned.
         LedgerError: If another process, such as a server, works on the cooperative.
         MoloraError: Whatever `receive_contribution` refuses.
     """
+    check_pins(cooperative.charter, plugins or get_plugins())
     sources = [find_contribution(folder) for folder in folders]
     with cooperative.open_ledger() as ledger:
         base = cooperative.load_base(progress)

@@ -14,6 +14,7 @@ from molora_fed.cooperative.cooperative import (
     amend_cooperative,
     check_charter_names,
 )
+from molora_fed.cooperative.pins import build_pins
 from molora_fed.errors import CharterError, describe_mismatch
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.options import Choice
@@ -26,6 +27,7 @@ ACTOR = "molora coop amend"
 _NONE = "none"
 # Keys that say whose the options beside them are.
 _OWNERS = (("fusion", "router"), ("population", "router"), ("training", "kind"))
+_COMPUTED = ("number", "plugins")  # pins follow from what is installed
 _FIX = "Write it like training.steps=600; keys are those of [amendment] in cooperative.toml."
 
 
@@ -39,13 +41,20 @@ class Change:
 
 
 def amend_by_settings(
-    cooperative: Cooperative, settings: Sequence[str], *, plugins: Plugins | None = None
+    cooperative: Cooperative,
+    settings: Sequence[str],
+    *,
+    renew_pins: bool = False,
+    plugins: Plugins | None = None,
 ) -> tuple[Cooperative, list[Change]]:
     """Sign the next amendment of a cooperative; nothing is signed if nothing would change.
+
+    Plugins of others that it names are pinned as they are installed here.
 
     Args:
         cooperative: What to amend; no server may work on it.
         settings: "key=value", e.g. "fusion.router=linear"; see `apply_settings`.
+        renew_pins: Whether plugins that changed since they were pinned are pinned anew.
         plugins: Where names are looked up; the installed plugins by default.
 
     Returns:
@@ -56,6 +65,7 @@ def amend_by_settings(
             is none of its router's options.
         PopulationError: The same of a population's router or operators.
         UnknownNameError: If a router, kind or check is registered by nobody.
+        PluginError: If a plugin is not as it was pinned, or cannot be pinned.
         LedgerError: If a server works on the cooperative.
         SignatureError: If the coordinator's key is missing or another one.
     """
@@ -64,6 +74,9 @@ def amend_by_settings(
     plugins = plugins or get_plugins()
     current = cooperative.charter.amendment
     changed = apply_settings(current, settings)
+    draft = Charter(identity=cooperative.charter.identity, amendment=changed)
+    pins = build_pins(draft, plugins, renew=renew_pins)
+    changed = changed.model_copy(update={"plugins": pins})
     changes = list_changes(current, changed)
     if not changes:
         return cooperative, []
@@ -109,11 +122,11 @@ def apply_settings(amendment: Amendment, settings: Sequence[str]) -> Amendment:
     for setting in settings:
         key, separator, text = setting.partition("=")
         path = key.strip().split(".")
-        if not separator or not all(path) or path == ["number"]:
+        if not separator or not all(path) or path[0] in _COMPUTED:
             raise CharterError(
                 describe_mismatch(
                     "Cannot amend the charter",
-                    expected="KEY=VALUE, where KEY is not the number",
+                    expected="KEY=VALUE, where KEY is not the number or plugins",
                     got=f"'{setting}'",
                     fix=_FIX,
                 )
@@ -216,12 +229,20 @@ def _parse(text: str, old: Any, key: str) -> Any:
 
 def list_changes(before: Amendment, after: Amendment) -> list[Change]:
     """What differs between two amendments, beside their numbers, by key."""
-    old, new = (_flatten(one.model_dump(mode="json")) for one in (before, after))
+    old, new = (
+        _flatten(one.model_dump(mode="json") | {"plugins": _describe_pins(one)})
+        for one in (before, after)
+    )
     return [
         Change(key, old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
         if key != "number" and old.get(key) != new.get(key)
     ]
+
+
+def _describe_pins(amendment: Amendment) -> str:
+    """Pins as people read them; empty without any."""
+    return ", ".join(f"{pin.title} ({pin.hash[:12]})" for pin in amendment.plugins)
 
 
 def _flatten(value: Any, before: str = "") -> dict[str, Any]:

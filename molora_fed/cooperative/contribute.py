@@ -30,6 +30,7 @@ from molora_fed.cooperative.measured_adapter import (
     measure_start,
     measure_trained,
 )
+from molora_fed.cooperative.pins import check_pins
 from molora_fed.cooperative.publish import check_described, measure_statistics
 from molora_fed.corpus.documents import check_domain_options, open_domain, read_documents
 from molora_fed.corpus.inventory import Inventory
@@ -168,7 +169,12 @@ def prepare_domain(
 
 
 def check_choices(
-    under: CharterAndBase, *, domain: str, name: str = "", kind: str | None = None
+    under: CharterAndBase,
+    *,
+    domain: str,
+    name: str = "",
+    kind: str | None = None,
+    plugins: Plugins | None = None,
 ) -> None:
     """Refuse what a cooperative has no use for, before any work is done.
 
@@ -177,12 +183,15 @@ def check_choices(
         domain: Domain to train on.
         name: Contributor's name; empty if it is not chosen.
         kind: Adapter kind; None if it is not chosen.
+        plugins: What is registered here; the installed plugins by default.
 
     Raises:
         ConfigError: If a name cannot stand in a contribution, or the charter refuses domain or
             kind.
+        PluginError: If plugins that the charter pins are not here as they are pinned.
     """
     charter = under.charter
+    check_pins(charter, plugins or get_plugins())
     check_name("domain", domain)
     if name:
         check_name("name", name)
@@ -251,7 +260,7 @@ def make_contribution(
     """
     plugins = plugins or get_plugins()
     charter = under.charter
-    check_choices(under, domain=corpus.domain, name=name, kind=kind)
+    check_choices(under, domain=corpus.domain, name=name, kind=kind, plugins=plugins)
     check_makers(charter, plugins)
     if charter.is_private and charter.amendment.fusion.mode == "population":
         carve_own(corpus.blocks, charter)  # too little text is said before training

@@ -25,8 +25,9 @@ from molora_fed.charter import (
 from molora_fed.contributions.ledger import Ledger, LedgerReader, create_ledger
 from molora_fed.contributions.reading import sign_amendment
 from molora_fed.contributions.store import BlobStore
+from molora_fed.cooperative.pins import build_pins, list_named
 from molora_fed.errors import CharterError, describe_mismatch
-from molora_fed.plugins import Plugins, Registry, get_plugins
+from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.compute import Compute, read_compute
 from molora_fed.storage.files import make_home
 from molora_fed.storage.keys import build_public_pem, load_key, load_or_make_key
@@ -184,10 +185,13 @@ def create_cooperative(
         CharterError: If a value cannot stand in a charter or does not suit the base, or the
             folder holds another cooperative.
         UnknownNameError: If it names a router, kind or check that nobody registers.
+        PluginError: If a plugin that it names cannot be pinned.
         StorageError: On I/O errors.
     """
+    plugins = plugins or get_plugins()
     charter = build_charter(name, base.whole_identity(), adapters, corpus, amendment, privacy)
-    check_charter_names(charter, plugins or get_plugins())
+    check_charter_names(charter, plugins)
+    charter = _pin_plugins(charter, plugins)
     _check_suits_base(charter, base)
     cooperative = Cooperative(folder, charter)
     if (folder / CHARTER_FILE).exists():
@@ -298,19 +302,9 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
     """
     rules, training = charter.identity.adapters, charter.amendment.training
     fusion = charter.amendment.fusion
-    population = charter.amendment.population
-    evolved: tuple[tuple[Registry, tuple[str, ...]], ...] = (
-        (plugins.adapter_routers, (population.router,)),
-        (plugins.lifecycle_operators, tuple(one.name for one in population.lifecycle)),
-    )
-    is_evolved = fusion.mode == "population"
-    for registry, names in (
-        *(evolved if is_evolved else ()),
-        (plugins.adapter_kinds, rules.kinds),
-        (plugins.routers, (fusion.router,)),
-    ):
-        for name in names:
-            registry.entry(name)
+    population, is_evolved = charter.amendment.population, fusion.mode == "population"
+    for registry, name in list_named(charter, plugins):
+        registry.entry(name)
     check_choices(
         (
             (plugins.fitness_scopes, "population.scope", (population.scope,) * is_evolved),
@@ -360,6 +354,12 @@ def _check_labels(charter: Charter, plugins: Plugins) -> None:
         from molora_fed.fusion.plan import check_labels
 
         check_labels(charter, plugins)
+
+
+def _pin_plugins(charter: Charter, plugins: Plugins) -> Charter:
+    """The charter with the plugins of others that it names, as they are installed here."""
+    first = charter.amendment.model_copy(update={"plugins": build_pins(charter, plugins)})
+    return Charter(identity=charter.identity, amendment=first)
 
 
 def _check_suits_base(charter: Charter, base: "Base") -> None:

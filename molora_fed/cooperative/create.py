@@ -14,6 +14,7 @@ from molora_fed.cooperative.cooperative import (
     check_charter_names,
     create_cooperative,
 )
+from molora_fed.cooperative.pins import build_pins
 from molora_fed.corpus.builtin import DEFAULT_DOMAINS
 from molora_fed.corpus.documents import open_domain
 from molora_fed.corpus.overlap import copy_index
@@ -73,6 +74,7 @@ def found_cooperative(
         CharterError: If a value cannot stand in a charter, or the folder holds another
             cooperative.
         UnknownNameError: If a router, kind or check is registered by nobody.
+        PluginError: If a plugin that the charter names cannot be pinned.
         BaseCheckpointError: If the base cannot be made or fetched.
         ComputeError: If it is larger than the memory there is.
         CorpusError: If a domain of the built-in base has too little text.
@@ -90,6 +92,7 @@ def found_cooperative(
     _check_domains(name, amendment.domains)
     draft = build_charter(name, unknown, adapters, corpus, amendment, privacy)
     check_charter_names(draft, plugins)
+    build_pins(draft, plugins)  # refused now, not after the base is made
     is_new = not folder.exists()
     make_home(folder)
     if source == BUILTIN_SOURCE:

@@ -23,6 +23,7 @@ from molora_fed.contributions.manifest import Contribution
 from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.decisions import begin_fusion, end_fusion
+from molora_fed.cooperative.pins import check_pins
 from molora_fed.errors import ConfigError
 from molora_fed.fusion.held_out import choose_held_out
 from molora_fed.models.base import Base
@@ -339,11 +340,13 @@ def evolve_cooperative(
 
     Raises:
         ConfigError: If its texts are private: then the server evolves.
+        PluginError: If plugins that the charter pins are not here as they are pinned.
         LedgerError: If another process, such as a server, works on the cooperative.
         MoloraError: Whatever `PooledTexts` and `evolve_contributions` raise.
     """
     plugins, out = plugins or get_plugins(), out or cooperative.folder / "evolution"
     charter = cooperative.charter
+    check_pins(charter, plugins)
     if charter.is_private:
         raise ConfigError(
             f"Cannot evolve '{cooperative.folder}' here: expected texts that lie here, got a "

@@ -28,6 +28,7 @@ from molora_fed.cooperative.cooperative import Cooperative
 from molora_fed.cooperative.decisions import ForecastKeeper, begin_fusion, end_fusion
 from molora_fed.cooperative.judging import quarantine
 from molora_fed.cooperative.known_text import read_known_text
+from molora_fed.cooperative.pins import check_pins
 from molora_fed.errors import (
     AdapterError,
     AdmissionError,
@@ -97,6 +98,7 @@ def fuse_contributions(
     Raises:
         AdmissionError: If contributions were not admitted; names all of them, and nothing is fused.
         ConfigError: If texts stay with their contributors: then the server fuses.
+        PluginError: If plugins that the charter pins are not here as they are pinned.
         LedgerError: If another process, such as a server, works on the cooperative.
         MoloraError: Whatever admission or fusing refuses.
     """
@@ -107,6 +109,7 @@ def fuse_contributions(
             "contributions are admitted, while their contributors are connected."
         )
     plugins = plugins or get_plugins()
+    check_pins(cooperative.charter, plugins)
     sources = [find_contribution(folder) for folder in folders]
     given = {load_contribution(source).id: source for source in sources}
     with cooperative.open_ledger() as ledger:

@@ -13,6 +13,7 @@ from molora_fed.contributions.reading import LedgerEntry, LedgerReader
 from molora_fed.contributions.receive import Door, Receipt, build_receipt, find_entry
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative.cooperative import Cooperative
+from molora_fed.cooperative.pins import check_pins
 from molora_fed.errors import LedgerError, describe_mismatch
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.untrusted import clean
@@ -135,9 +136,12 @@ def release(
     Raises:
         AdmissionError: If it is held back; says why, and its state has changed where another may
             follow.
+        PluginError: If plugins that the charter pins are not here as they are pinned.
         LedgerError: If there is no such contribution, or a server works on the cooperative.
         StorageError: On I/O errors.
     """
+    plugins = plugins or get_plugins()
+    check_pins(cooperative.charter, plugins)
     with cooperative.open_ledger() as ledger:
         entry = _find(ledger, which, RELEASED_FROM)
         ledger.check_no_other_admitted(entry.contributor, entry.id)
@@ -149,7 +153,7 @@ def release(
             cooperative.store,
             cooperative.charter,
             cooperative.load_base(progress),
-            plugins or get_plugins(),
+            plugins,
             actor,
             progress,
             cooperative.public_folder,
@@ -243,11 +247,15 @@ def judge_pending(
         ledger: Its ledger, open for writing.
         actor: Who does this, for the history.
         plugins: Where checks and kinds are registered; the installed plugins by default.
+
+    Raises:
+        PluginError: If plugins that the charter pins are not here as they are pinned.
     """
     pending = ledger.contributions(_C.VERIFIED)
     if not pending:
         return []
     found = plugins or get_plugins()
+    check_pins(cooperative.charter, found)
     base = cooperative.load_base()
     public = cooperative.public_folder
     door = Door(ledger, cooperative.store, cooperative.charter, base, found, actor, None, public)

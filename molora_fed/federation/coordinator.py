@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from molora_fed.charter import Charter, load_charter, write_charter
 from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.cooperative import Cooperative, open_cooperative
+from molora_fed.cooperative.pins import check_pins
 from molora_fed.errors import (
     AdapterError,
     AdmissionError,
@@ -102,8 +103,10 @@ class CoordinatorWorker:
         """Publish the charter, then take contributions and fuse for as long as the process lives.
 
         Raises:
+            PluginError: If plugins that the charter pins are not here as they are pinned.
             MoloraError: Whatever cannot be mended by waiting for space on the disk.
         """
+        check_pins(self._charter, self._plugins)
         if load_charter(self._home.charter) != self._charter:
             write_charter(self._charter, self._home.charter)
         publish_charter(

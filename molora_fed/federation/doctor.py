@@ -20,7 +20,8 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from molora_fed.charter import load_charter
-from molora_fed.errors import FederationError, MoloraError
+from molora_fed.cooperative.pins import check_pins
+from molora_fed.errors import FederationError, MoloraError, PluginError
 from molora_fed.federation.acceptance import read_connection
 from molora_fed.federation.certificates import RENEW_DAYS, ServerCertificate
 from molora_fed.federation.confine import describe_confinement
@@ -77,6 +78,7 @@ def examine(home: CoordinatorHome | ContributorHome | None, plugins: Plugins) ->
     ]
     if home is not None:
         looks += [lambda: _look_at_disk(home), lambda: _look_at_rights(home)]
+        looks.append(lambda: _look_at_pins(home, plugins))
         looks.append(lambda: _look_at_what_is_left(home))
         looks.append(lambda: _look_at_privacy(home))
     if isinstance(home, CoordinatorHome):
@@ -117,6 +119,21 @@ def _look_at_versions() -> Iterator[Finding]:
 def _look_at_plugins(plugins: Plugins) -> Iterator[Finding]:
     for failure in plugins.failures:
         yield Finding("plugins", clean(failure, 500), is_problem=True)
+
+
+def _look_at_pins(home: CoordinatorHome | ContributorHome, plugins: Plugins) -> Iterator[Finding]:
+    """Whether the plugins that a home's charter pins are here."""
+    if not isinstance(home, CoordinatorHome) and not home.charter.is_dir():
+        return  # the first join
+    charter = load_charter(home.charter)
+    try:
+        check_pins(charter, plugins)
+    except PluginError as error:
+        yield Finding("pinned plugins", clean(error, 1_000), is_problem=True)
+        return
+    if charter.amendment.plugins:
+        names = ", ".join(pin.title for pin in charter.amendment.plugins)
+        yield Finding("pinned plugins", names)
 
 
 def _look_at_system() -> Iterator[Finding]:

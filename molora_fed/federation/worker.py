@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from molora_fed.charter import Charter, load_charter
 from molora_fed.contributions.manifest import load_contribution
+from molora_fed.cooperative.pins import check_pins
 from molora_fed.errors import (
     AdapterError,
     AdmissionError,
@@ -120,6 +121,7 @@ class ContributorWorker:
         Raises:
             AdmissionError: If the contribution was not admitted.
             FederationError: If the charter is another cooperative's, or has no use for the domain.
+            PluginError: If plugins that the charter pins are not here as they are pinned.
             MoloraError: Whatever a step refuses.
         """
         home = self._home
@@ -129,6 +131,7 @@ class ContributorWorker:
             importlib.import_module("molora_fed.cooperative.contribute")
         charter = yield from until(lambda: receive_charter(home))
         self._check_domain(charter)
+        check_pins(charter, self._plugins)
         if not self._is_offered(charter):
             yield from self._contribute(charter)
         self._state.enter("SUBMITTED", "waiting for the coordinator's decision")

@@ -11,6 +11,7 @@ from molora_fed.errors import ConfigError
 __all__ = [
     "count_cores",
     "find_cache_folder",
+    "find_settings_folder",
     "parse_data",
     "parse_names",
     "parse_options",
@@ -27,6 +28,17 @@ def find_cache_folder() -> Path:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "molora-fed"
+
+
+def find_settings_folder() -> Path:
+    """Where settings of this user are kept.
+
+    `MOLORA_CONFIG` if it is set, else `molora-fed` in the user's folder of settings.
+    """
+    if own := os.environ.get("MOLORA_CONFIG"):
+        return Path(own)
+    shared = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(shared) if shared else Path.home() / ".config") / "molora-fed"
 
 
 def count_cores() -> int:

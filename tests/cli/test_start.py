@@ -36,9 +36,10 @@ def test_help_with_all_plugins_loads_nothing_heavy():
 
 
 def test_plugins_list_loads_nothing_heavy():
-    lines = probe("plugins", "list")
-    assert lines[-1] == "LOADED 0"
-    assert any(line.startswith("evidence ") for line in lines)
+    for arguments, row in (((), "kalavai "), (("--kind", "router"), "evidence ")):
+        lines = probe("plugins", "list", *arguments)
+        assert lines[-1] == "LOADED 0"
+        assert any(line.startswith(row) for line in lines)
 
 
 @pytest.mark.parametrize("verb", VERBS)
