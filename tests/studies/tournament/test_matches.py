@@ -165,6 +165,7 @@ def test_a_router_that_fails_is_a_row_and_takes_nothing_from_the_others(settings
     assert "IndexError: no such expert" in broken["failed"] and "\n" not in broken["failed"]
     assert "a bank that stays as it was" in changing["failed"]
     assert "width" in needy["failed"] and "Give its options defaults" in needy["failed"]
+    assert len(list((other.folder / "matches").iterdir())) == len(good)  # failures are not kept
     for before, now in zip(alone.matches, good, strict=True):
         assert before["losses_nats"] == now["losses_nats"]
 
