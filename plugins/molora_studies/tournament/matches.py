@@ -139,8 +139,9 @@ def hold_tournament(
     - `unseen_nats`: loss less the base's on text that nobody trained on, equal weight over its
       domains, and `unseen_by_domain_nats`; None without such text;
     - `collapsed`: domains lost on calibration text after all refits, and `attempts`;
-    - `seconds`: `fit`, under the collapse guard; `step` and `base` of a token at batch 1 (`step`
-      is None of a router that cannot decode).
+    - `seconds` of processor time, which other work on the machine changes little: `fit`, under the
+      collapse guard; `step` and `base` of a token at batch 1 (`step` is None of a router that
+      cannot decode).
 
     Args:
         settings: Who plays, and where it is kept.
@@ -278,16 +279,16 @@ def _timed(
     """The same fit; its seconds go into `clock`, without the probes that follow it."""
 
     def run() -> GuardedRouter[Any]:
-        start = time.perf_counter()
+        start = time.process_time()
         found = fit()
-        clock["fit"] = time.perf_counter() - start
+        clock["fit"] = time.process_time() - start
         return found
 
     return run
 
 
 def _time_step(entry: Entry, router: OutputRouter, bank: HeldOutBank) -> float | None:
-    """Seconds of a token's `step` at batch 1, the fastest of a few runs; None if it cannot."""
+    """Seconds of a token's `step` at batch 1, the least of a few runs; None if it cannot."""
     if not router.causal:
         return None
     view = bank.view(slice(0, 1))
@@ -299,7 +300,7 @@ def _time_step(entry: Entry, router: OutputRouter, bank: HeldOutBank) -> float |
             _, state = router.step(view.at(token, token + 1), state)
 
     with guarded(entry, "step"):
-        return _time_fastest(run) / tokens
+        return _time_least(run) / tokens
 
 
 def _time_base(base: Base, bank: HeldOutBank) -> float:
@@ -312,14 +313,14 @@ def _time_base(base: Base, bank: HeldOutBank) -> float:
             passed = base.model(tokens[:, token : token + 1], past_key_values=cache, use_cache=True)
             cache = passed.past_key_values
 
-    return _time_fastest(run) / tokens.shape[1]
+    return _time_least(run) / tokens.shape[1]
 
 
-def _time_fastest(run: Callable[[], None]) -> float:
+def _time_least(run: Callable[[], None]) -> float:
     seconds = []
     with torch.inference_mode():
         for _ in range(_STEPPED_TIMES):
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
     return min(seconds)

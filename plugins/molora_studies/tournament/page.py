@@ -131,9 +131,10 @@ _READING = (
     "Untrained domains are registered ones that no specialist was trained on: the loss there less "
     "the base's. Held-out blocks that lie in anybody's train text, or in the base's, are in no "
     "figure.",
-    "Seconds of a fit include the guard's judgement and refits. A step is the router alone, one "
-    "token at batch 1, beside one pass of the base over that token with a cache, in one process on "
-    "the same threads; times depend on the machine, ranks do not rest on them.",
+    "Times are processor time, of all threads together, so that other work on the machine changes "
+    "them little; ranks do not rest on them. A fit includes the guard's judgement and refits. A "
+    "step is the router alone, one token at batch 1, beside one pass of the base over that token "
+    "with a cache, in the same process.",
     "A router without a rank cannot decode, as it reads the whole block, or failed.",
 )
 

@@ -51,8 +51,8 @@ class Standing:
         worst_domain: Largest excess of a domain over its best expert, nats per token.
         worst_document: Largest excess of a document's part over its best expert, nats in all.
         unseen: Loss less the base's on text that nobody trained on, nats; None without such text.
-        fit_seconds: Mean seconds of a fit under the collapse guard.
-        step_seconds: Mean seconds of a token's step at batch 1; None if it cannot decode.
+        fit_seconds: Mean processor seconds of a fit under the collapse guard.
+        step_seconds: The same of a token's step at batch 1; None if it cannot decode.
         base_seconds: Of the base's pass over a token beside it.
     """
 
