@@ -21,10 +21,13 @@ ALL = "All cooperatives"
 """Title of the standings over several."""
 
 COLUMNS = (
-    "rank", "router", "above the domain oracle, nats", "less the first", f"less `{REFERENCE}`",
-    "worst domain, nats", "worst document, nats", "untrained domains, less the base",
-    "fit, s", "step, ms a token",
+    "rank", "router", "loss, nats", "above the domain oracle", "less the first",
+    f"less `{REFERENCE}`", "worst domain", "worst document", "untrained domains", "fit, s",
+    "step, ms a token",
 )  # fmt: skip
+
+
+_NAMED_DOMAINS = 2  # over several cooperatives there are many
 
 
 def list_row(standing: Standing) -> Sequence[str]:
@@ -34,10 +37,11 @@ def list_row(standing: Standing) -> Sequence[str]:
     return (
         "-" if standing.rank is None else str(standing.rank),
         standing.router,
+        _show(standing.loss, sign=False),
         _show(standing.gap),
         "" if standing.rank == 1 else _show(standing.to_first),
         "" if standing.router == REFERENCE else _show(standing.to_reference),
-        _show(standing.worst_domain, sign=False),
+        _show_worst_domain(standing),
         _show(standing.worst_document, digits=2, sign=False),
         _show(standing.unseen),
         f"{standing.fit_seconds:.2g}",
@@ -47,6 +51,11 @@ def list_row(standing: Standing) -> Sequence[str]:
 
 def _show(found: Estimate | None, *, digits: int = 4, sign: bool = True) -> str:
     return "not measured" if found is None else found.show(digits, sign=sign)
+
+
+def _show_worst_domain(standing: Standing) -> str:
+    names = standing.worst_domains if len(standing.worst_domains) <= _NAMED_DOMAINS else ()
+    return ", ".join([_show(standing.worst_domain), *names])
 
 
 def _show_step(standing: Standing) -> str:
@@ -129,8 +138,8 @@ _READING = (
     "is the one furthest above its best expert, per token; the worst document the part of a "
     "document in a block that cost most above its best expert, in all of its tokens.",
     "Untrained domains are registered ones that no specialist was trained on: the loss there less "
-    "the base's. Held-out blocks that lie in anybody's train text, or in the base's, are in no "
-    "figure.",
+    "the base's, nats per token. Held-out blocks that lie in anybody's train text, or in the "
+    "base's, are in no figure.",
     "Times are processor time, of all threads together, so that other work on the machine changes "
     "them little; ranks do not rest on them. A fit includes the guard's judgement and refits. A "
     "step is the router alone, one token at batch 1, beside one pass of the base over that token "
@@ -142,8 +151,7 @@ _READING = (
 def _render(
     document: Mapping[str, Any], standings: Mapping[str, Sequence[Standing]]
 ) -> Iterator[str]:
-    yield "# Tournament of routers"
-    yield ""
+    yield from ("# Tournament of routers", "", *_sum_up(standings), "")
     yield from (f"- {line}" for line in _READING)
     yield ""
     for name, found in standings.items():
@@ -163,6 +171,23 @@ def _render(
     yield from ("", "## How it was made", "")
     yield f"`{document['command']}`; every match with all its figures: [{NAME}.json]({NAME}.json)."
     yield from ("", f"Versions: {versions}.")
+
+
+def _sum_up(standings: Mapping[str, Sequence[Standing]]) -> Iterator[str]:
+    """A line a table: who is first, and who is as good by the interval of the difference."""
+    for name, found in standings.items():
+        ranked = [standing for standing in found if standing.rank is not None]
+        failed = sum(standing.failed is not None for standing in found)
+        parts = [f"{name}: "]
+        parts.append(f"`{ranked[0].router}` is first of {len(ranked)}" if ranked else "none ranked")
+        spans = {s.router: s.to_first.span for s in ranked[1:] if s.to_first is not None}
+        if any(span.low is None for span in spans.values()):
+            parts.append("; one training gives no intervals")
+        else:
+            near = [f"`{each}`" for each, s in spans.items() if s.low is not None and s.low <= 0]
+            parts.append(f"; not clearly worse: {', '.join(near)}" if near else "")
+        parts.append(f"; {failed} failed" if failed else "")
+        yield f"- {''.join(parts)}."
 
 
 def _describe_arenas(arenas: Sequence[Mapping[str, Any]]) -> Iterator[str]:

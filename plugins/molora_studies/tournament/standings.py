@@ -49,6 +49,7 @@ class Standing:
         to_first: Loss less that of the router of rank 1, by pairs of the same training, nats.
         to_reference: The same less `REFERENCE`'s; None if that did not play.
         worst_domain: Largest excess of a domain over its best expert, nats per token.
+        worst_domains: Which ones these are, over the trainings.
         worst_document: Largest excess of a document's part over its best expert, nats in all.
         unseen: Loss less the base's on text that nobody trained on, nats; None without such text.
         fit_seconds: Mean processor seconds of a fit under the collapse guard.
@@ -64,6 +65,7 @@ class Standing:
     to_first: Estimate | None = None
     to_reference: Estimate | None = None
     worst_domain: Estimate | None = None
+    worst_domains: tuple[str, ...] = ()
     worst_document: Estimate | None = None
     unseen: Estimate | None = None
     fit_seconds: float | None = None
@@ -146,6 +148,7 @@ def _stand(
         to_first=None if first is None else _compare(matches, first),
         to_reference=None if reference is None else _compare(matches, reference),
         worst_domain=estimate(_group(matches, [m["worst_domain"]["nats"] for m in matches])),
+        worst_domains=tuple(sorted({m["worst_domain"]["domain"] for m in matches})),
         worst_document=_estimate_if_all(matches, "worst_document_nats"),
         unseen=_estimate_if_all(matches, "unseen_nats"),
         fit_seconds=float(np.mean([each["fit"] for each in seconds])),
