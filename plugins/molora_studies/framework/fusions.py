@@ -90,9 +90,9 @@ class Fusion:
         Raises:
             ConfigError: If no block of a domain is left.
         """
-        blocks = self._take(Split.HELD_OUT, self.settings.held_out)
+        blocks = self.take(Split.HELD_OUT, self.settings.held_out)
         held_out = {str(number): part for number, part in enumerate(blocks)}
-        found = measure_overlap(held_out, self._list_known(), self.base.tokenizer)
+        found = measure_overlap(held_out, self.list_known(), self.base.tokenizer)
         gone = sorted(one.domain for one in found.values() if not one.kept.any())
         if gone:
             raise ConfigError(
@@ -101,11 +101,13 @@ class Fusion:
             )
         return tuple(found.values())
 
-    def _list_known(self) -> Iterator[KnownText]:
+    def list_known(self) -> Iterator[KnownText]:
+        """Text that specialists, samples or the base have; loaded one at a time."""
+
         def index(blocks: Blocks) -> NDArray[np.uint64]:
             return index_blocks(blocks, self.base.tokenizer)
 
-        samples = self._take(Split.CALIBRATION, self.settings.calibration)
+        samples = self.take(Split.CALIBRATION, self.settings.calibration)
         for number, (corpus, sample) in enumerate(zip(self.corpora, samples, strict=True)):
             yield KnownText("train", str(number), partial(index, corpus.blocks[Split.TRAIN]))
             yield KnownText("sample", str(number), partial(index, sample))
@@ -125,6 +127,11 @@ class Fusion:
             chosen[label] = (router, router.Options.model_validate(options))
         return chosen
 
+    @property
+    def frozen_depth(self) -> int:
+        """K: blocks that no member changed."""
+        return min(int(done.result.get("frozen_depth", 0)) for done in self.adapters)
+
     def load_adapters(self) -> list[Adapter]:
         """The members' adapters, in their order."""
         return [
@@ -135,11 +142,11 @@ class Fusion:
         self, readings: frozenset[Reading], progress: Any = None
     ) -> CalibrationBank:
         """The bank routers are fitted on."""
-        blocks = self._take(Split.CALIBRATION, self.settings.calibration)
+        blocks = self.take(Split.CALIBRATION, self.settings.calibration)
         return build_calibration(
             self.folder / "bank",
             self.base,
-            self._experts(),
+            self.list_experts(),
             blocks,
             **self._bank(readings, progress),
         )
@@ -148,17 +155,18 @@ class Fusion:
         self, readings: frozenset[Reading], progress: Any = None
     ) -> HeldOutBank:
         """The bank that is reported from."""
-        blocks = self._take(Split.HELD_OUT, self.settings.held_out)
+        blocks = self.take(Split.HELD_OUT, self.settings.held_out)
         return build_held_out(
             self.folder / "bank",
             self.base,
-            self._experts(),
+            self.list_experts(),
             blocks,
             kept=[overlap.kept for overlap in self.overlaps],
             **self._bank(readings, progress),
         )
 
-    def _experts(self) -> list[Expert]:
+    def list_experts(self) -> list[Expert]:
+        """The base, if it is an expert, then the members; each loads its adapter."""
         base = [Expert(BASE_EXPERT, None)] if self.settings.base_expert else []
         return base + [
             Expert(name, partial(self._load, name, done))
@@ -169,15 +177,15 @@ class Fusion:
     def _load(name: str, done: Done) -> Adapter:
         return load_adapter(done.folder / "adapter", plugins=get_plugins(), name=name)
 
-    def _take(self, split: Split, count: int) -> list[Blocks]:
+    def take(self, split: Split, count: int) -> list[Blocks]:
+        """The first blocks of a split, by corpus."""
         return [corpus.blocks[split].take(count) for corpus in self.corpora]
 
     def _bank(self, readings: frozenset[Reading], progress: Any) -> dict[str, Any]:
-        depths = {int(done.result.get("frozen_depth", 0)) for done in self.adapters}
         return {
             "readings": readings,
             "mixture": self.settings.mixture,
-            "frozen_depth": min(depths),
+            "frozen_depth": self.frozen_depth,
             "progress": progress,
         }
 

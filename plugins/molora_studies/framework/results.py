@@ -31,6 +31,7 @@ __all__ = [
     "Written",
     "describe_summary",
     "hash_code",
+    "hash_package",
     "plan_study",
     "read_options",
     "state_overlap",
@@ -318,11 +319,16 @@ def _show_share(share: float | None) -> str:
 
 
 @memo
-def _hash_package(name: str) -> str:
-    """SHA-256 over a package's Python files: what exactly made a result; empty if it has none."""
-    folders = list(getattr(importlib.import_module(name), "__path__", ()))
+def hash_package(name: str) -> str:
+    """SHA-256 over a package's Python files, or a module's: what exactly made a result.
+
+    Empty if it has none.
+    """
+    module = importlib.import_module(name)
+    folders = list(getattr(module, "__path__", ()))
     if not folders:
-        return ""
+        file = getattr(module, "__file__", None)
+        return hash_file(Path(file)) if file else ""
     root = Path(folders[0])
     files = {str(p.relative_to(root)): hash_file(p) for p in sorted(root.rglob("*.py"))}
     return hash_bytes(canonical_json(files))
@@ -331,7 +337,7 @@ def _hash_package(name: str) -> str:
 def hash_code(study: type[Study]) -> dict[str, str]:
     """SHA-256 of the packages that make a study's result, by name."""
     packages = ("molora_fed", study.__module__.partition(".")[0], *study.measures)
-    return {name: found for name in dict.fromkeys(packages) if (found := _hash_package(name))}
+    return {name: found for name in dict.fromkeys(packages) if (found := hash_package(name))}
 
 
 def _place_base(options: StudyOptions, name: str, compute: Compute) -> StudyOptions:
