@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from molora_cli.output import print_columns
+from molora_cli.plugin_new import new
 
 app = typer.Typer(help="Installed plugins.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -12,6 +13,9 @@ app = typer.Typer(help="Installed plugins.", no_args_is_help=True, rich_markup_m
 @app.callback()
 def _group() -> None:
     """Installed plugins."""
+
+
+app.command("new")(new)
 
 
 @app.command("list")
