@@ -21,7 +21,7 @@ domains = ["prose", "code"]
 
 
 def test_keeps_the_contract():
-    check_command_conformance(run)
+    check_command_conformance("molora_sample_command.command:run")
 
 
 def test_shows_the_domains_of_a_cooperative(tmp_path, capsys):
