@@ -8,6 +8,7 @@ import typer
 
 from molora_cli.output import note, print_columns
 from molora_cli.plugin_check import check_plugin
+from molora_cli.plugin_new import new
 
 if TYPE_CHECKING:
     from molora_fed.plugins import Entry, FoundPlugin, Plugins, Registry
@@ -22,6 +23,7 @@ def _group() -> None:
 
 
 app.command("check")(check_plugin)
+app.command("new")(new)
 
 
 @app.command("list")

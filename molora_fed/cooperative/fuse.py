@@ -53,6 +53,7 @@ __all__ = [
     "PrivateSource",
     "fuse_admitted",
     "fuse_contributions",
+    "try_router",
 ]
 
 ACTOR = "molora fuse"
@@ -102,12 +103,7 @@ def fuse_contributions(
         LedgerError: If another process, such as a server, works on the cooperative.
         MoloraError: Whatever admission or fusing refuses.
     """
-    if cooperative.charter.is_private:
-        raise ConfigError(
-            f"Cannot fuse '{cooperative.folder}' here: expected texts that lie here, got a charter "
-            "under which they stay with contributors. Run `molora serve`: it fuses once enough "
-            "contributions are admitted, while their contributors are connected."
-        )
+    _check_texts_are_here(cooperative)
     plugins = plugins or get_plugins()
     check_pins(cooperative.charter, plugins)
     sources = [find_contribution(folder) for folder in folders]
@@ -144,6 +140,79 @@ def fuse_contributions(
             on_phase=on_phase,
             progress=progress,
         )
+
+
+def _check_texts_are_here(cooperative: Cooperative) -> None:
+    if cooperative.charter.is_private:
+        raise ConfigError(
+            f"Cannot fuse '{cooperative.folder}' here: expected texts that lie here, got a charter "
+            "under which they stay with contributors. Run `molora serve`: it fuses once enough "
+            "contributions are admitted, while their contributors are connected."
+        )
+
+
+def try_router(
+    cooperative: Cooperative,
+    router: str,
+    *,
+    out: Path | None = None,
+    plugins: Plugins | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+    progress: Progress | None = None,
+) -> FusionResult:
+    """Fuse what is admitted with another router than the charter's, and publish nothing.
+
+    The charter's router is measured beside it. Both have their default options; the charter's
+    `top_k` holds for the one that is tried. The ledger is read only: it keeps neither forecasts nor
+    a fusion.
+
+    Args:
+        cooperative: Whose charter, base and admitted contributions count.
+        router: Registered name.
+        out: Gets `bank/`, `fused/` and `result.json`; `tried/` and its name in the cooperative's
+            folder if None.
+        plugins: Where everything is registered; the installed plugins by default.
+        on_phase: Told what begins.
+        progress: Receives progress within a phase.
+
+    Raises:
+        ConfigError: If it is the charter's own router, or texts stay with their contributors.
+        UnknownNameError: If nobody registers it.
+        MoloraError: Whatever fusing refuses.
+    """
+    _check_texts_are_here(cooperative)
+    plugins = plugins or get_plugins()
+    charter = cooperative.charter
+    chosen = charter.amendment.fusion
+    plugins.routers.entry(router)
+    if router == chosen.router:
+        raise ConfigError(
+            f"Cannot try router '{router}': expected another one than the charter's, got that one. "
+            "Fuse without trying a router."
+        )
+    compared = tuple(name for name in (chosen.router, *chosen.compare) if name != router)
+    rules = chosen.model_copy(update={"router": router, "options": {}, "compare": compared})
+    amendment = charter.amendment.model_copy(update={"fusion": rules})
+    charter = charter.model_copy(update={"amendment": amendment})
+
+    def refuse(_one: Entrant, why: MoloraError) -> None:
+        raise why  # a trial quarantines nobody
+
+    on_phase("base")
+    base = cooperative.load_base(progress)
+    source = PooledSource(charter, read_known_text(cooperative.folder))
+    with cooperative.read_ledger() as ledger:
+        admitted = load_admitted(ledger, cooperative.store)
+    found = source.choose([source.collect(one) for one in admitted], refuse)
+    return fuse_texts(
+        base,
+        charter,
+        source.gather(found),
+        out or cooperative.folder / "tried" / router,
+        plugins=plugins,
+        on_phase=on_phase,
+        progress=progress,
+    )
 
 
 def fuse_admitted(

@@ -202,3 +202,37 @@ def test_report_draws_the_same_again(molora, fused):
     assert (ran.code, ran.err) == (0, "")
     assert (folder / "report.html").is_file()
     assert hash_file(folder / "report.json") == before
+
+
+def hash_files(folder):
+    """Of all files, without those that SQLite makes for whoever reads a ledger."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in files if not path.name.startswith("ledger.db-"))
+    return {path.relative_to(folder): hash_file(path) for path in sorted(files)}
+
+
+def test_a_router_is_tried_beside_the_charters_and_nothing_is_recorded(molora, fused, tmp_path):
+    before = hash_files(fused / "tiny")
+    own = open_cooperative(fused / "tiny").charter.amendment.fusion.router
+    common = ("fuse", "--cooperative", fused / "tiny", "--out", tmp_path, "--router")
+    ran = molora(*common, "evidence-zero")
+    assert ran.code == 0, ran.err
+    assert f"router '{own}' stays the charter's, nothing is published or recorded" in ran.err
+    assert hash_files(fused / "tiny") == before
+    tried = json.loads((tmp_path / "result.json").read_text())
+    assert {"fused:evidence-zero", f"fused:{own}"} <= tried["losses"].keys()
+    assert json.loads((tmp_path / "fused" / "fused.json").read_text())["router"] == "evidence-zero"
+    published = json.loads((fused / "out" / "result.json").read_text())
+    assert tried["losses"][f"fused:{own}"] == published["losses"][f"fused:{own}"]
+
+
+def test_a_router_that_cannot_be_tried_is_refused_in_one_line(molora, setup, fused):
+    common = ("fuse", "--cooperative", fused / "tiny")
+    chosen = open_cooperative(fused / "tiny").charter.amendment.fusion.router
+    own = molora(*common, "--router", chosen)
+    assert own.code == 10 and "expected another one than the charter's" in own.err
+    unknown = molora(*common, "--router", "evidense")
+    assert unknown.code == 61 and "Did you mean 'evidence'" in unknown.err
+    given = molora(*common, setup.trained["abc"], "--router", "linear")
+    assert given.code == 10 and "`molora coop admit`" in given.err
+    assert not (fused / "tiny" / "tried").exists()

@@ -1,0 +1,34 @@
+"""The admission check: what a contribution must be to be fused."""
+
+from molora_fed import Finding
+from molora_fed.contributions.admission import AdmissionCandidate, Stage, needs
+
+LIMIT = 1000.0
+
+
+@needs(Stage.ADAPTER)
+def check(candidate: AdmissionCandidate) -> Finding | None:
+    """Say what is wrong with a contribution: the one function to fill in.
+
+    A check that raises quarantines the contribution. With `Stage.ADAPTER` it runs once the files
+    could be read; `Stage.MANIFEST` reads the manifest alone, `Stage.MODEL` runs the adapter.
+
+    Args:
+        candidate: `contribution.manifest` has who made it, its domain and how it was trained;
+            `adapter` the updates by layer, `charter` the rules, `base` the base.
+
+    Returns:
+        What was expected, what was found, and one thing the contributor can do; None if nothing
+        is wrong. With `quarantine=True` a person decides.
+
+    See register_admission_checks in docs/hooks.md.
+    """
+    for name, update in candidate.adapter.updates.items():
+        norm = float(update.product().norm())
+        if not norm <= LIMIT:  # NaN is no norm either
+            return Finding(
+                f"updates of Frobenius norm at most {LIMIT:g}",
+                f"{norm:g} at {name}",
+                "Train with a lower learning rate.",
+            )
+    return None
