@@ -28,6 +28,7 @@ from molora_fed.cooperative.known_text import read_known_text
 from molora_fed.fusion.fuse import fuse, fuse_texts
 from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.private_texts import PrivateTexts
+from molora_fed.options import name_choices
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_bytes, write_json
 
@@ -119,7 +120,7 @@ def fuse_both_ways(demo: Path, folder: Path) -> Ways:
 def choose_routers(charter: Charter) -> Charter:
     """The same charter with every router that is compared here."""
     fusion = charter.amendment.fusion
-    rules = replace_model(fusion, compare=tuple(n for n in ROUTERS if n != fusion.router))
+    rules = replace_model(fusion, compare=name_choices(*(n for n in ROUTERS if n != fusion.router)))
     return replace_model(charter, amendment=replace_model(charter.amendment, fusion=rules))
 
 

@@ -28,6 +28,7 @@ from molora_fed.cooperative.publish import measure_statistics
 from molora_fed.fusion.fuse import fuse_texts
 from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.private_texts import PrivateTexts
+from molora_fed.options import name_choices
 from molora_fed.plugins import get_plugins
 from molora_fed.storage.files import write_bytes, write_json
 
@@ -92,7 +93,10 @@ def fuse_published(demo: Path, folder: Path) -> dict[str, Any]:
 def publish(charter: Charter) -> Charter:
     """The same charter with published statistics, and the routers that are made from them."""
     fusion = replace_model(
-        charter.amendment.fusion, router="statistics", options={}, compare=("evidence-zero",)
+        charter.amendment.fusion,
+        router="statistics",
+        options={},
+        compare=name_choices("evidence-zero"),
     )
     amendment = replace_model(charter.amendment, fusion=fusion)
     identity = replace_model(charter.identity, privacy_mode="statistics")

@@ -68,7 +68,7 @@ def read_told(server: Path, charter: Charter, experts: Sequence[str]) -> dict[st
     """
     alone = ("base", *(name_specialist(name) for name in experts if name != BASE_EXPERT))
     fusion = charter.amendment.fusion
-    routers = (fusion.router, *fusion.compare)
+    routers = (fusion.router, *(one.key for one in fusion.compare))
     compared = Compared(tuple(experts), routers, tuple(map(label_merge, fusion.merges)))
     columns = {ALONE: alone, MOMENTS: compared.columns}
     found: dict[str, dict[int, dict[str, float]]] = {}

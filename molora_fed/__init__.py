@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from molora_fed.inference.fused_lm import FusedForCausalLM as FusedForCausalLM
     from molora_fed.models.base import Base as Base
     from molora_fed.models.base import load_base as load_base
+    from molora_fed.options import Configurable as Configurable
+    from molora_fed.options import PluginOptions as PluginOptions
     from molora_fed.population.contract import AdapterRouter as AdapterRouter
     from molora_fed.population.contract import AdapterRouterOptions as AdapterRouterOptions
     from molora_fed.population.contract import Fitness as Fitness
@@ -70,6 +72,7 @@ _NAMES = {
     "hookspecs": ("Register",),
     "inference.fused_lm": ("FusedForCausalLM",),
     "models.base": ("Base", "load_base"),
+    "options": ("Configurable", "PluginOptions"),
     "population.contract": (
         "AdapterRouter", "AdapterRouterOptions", "Fitness", "LifecycleOperator", "LifecycleState",
         "LossTable", "OperatorOptions", "Population",

@@ -7,12 +7,22 @@ anyone's signature.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from molora_fed.errors import CharterError, ConfigError
+from molora_fed.errors import CharterError
+from molora_fed.options import Choice, Choices, name_choices
+from molora_fed.rules import (
+    MIN_MEMBERS,
+    OperatorRules,
+    PopulationRules,
+    PrivacyMode,
+    PrivacyRules,
+    Summing,
+    choose_privacy,
+)
 from molora_fed.storage.files import canonical_json, hash_bytes, write_bytes
 from molora_fed.storage.settings import StrictModel, describe_offenders
 from molora_fed.storage.toml import parse_toml
@@ -39,103 +49,11 @@ __all__ = [
 ]
 
 # What a key that an amendment leaves out has always meant. Signed amendments leave keys out, so
-# these names stay, whatever is registered under them; the core names no plugin anywhere else than
-# here and in the next lines.
+# these names stay, whatever is registered under them.
 _UNNAMED_ROUTER = "evidence"
 _UNNAMED_COMPARISONS = ("evidence-zero", "linear")
-# What a new cooperative is founded with where nobody chooses; its charter has them in writing.
-_DEFAULT_ROUTER = "evidence-mixed"
-_DEFAULT_COMPARISONS = ("evidence", "evidence-zero", "linear")
-# The same where each round of a fit is an exchange of messages with everybody.
-_DEFAULT_SUMMED = ("evidence", "evidence-zero")
-# The same where routers are made from published statistics, of those that can be.
-_DEFAULT_PUBLISHED_ROUTER = "statistics"
-_DEFAULT_PUBLISHED = ("evidence-zero",)
 _UNNAMED_FALLBACK = "evidence-zero"
 _UNNAMED_HEADLINE = ("measured-alone", "measured-specialist")
-_UNNAMED_SLOT_ROUTER = "parallel-sigmoid"
-_UNNAMED_SCOPE = "per-domain"
-_UNNAMED_OPERATORS = ("death", "slot-reallocation", "inheritance", "svd-mutation")
-
-
-class OperatorRules(BaseModel):
-    """One lifecycle operator.
-
-    Attributes:
-        name: Its registered name.
-        options: Its options; unknown keys are refused by it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    options: dict[str, Any] = {}
-
-
-class PopulationRules(BaseModel):
-    """How the coordinator evolves a population out of admitted contributions.
-
-    Attributes:
-        slots: P; 0 is one a contribution.
-        rank: Largest rank of a slot.
-        filling: What slots beyond the contributions get.
-        router: The adapter router.
-        options: Its options; unknown keys are refused by it.
-        scope: The fitness scope.
-        lifecycle: Operators in the order in which they run; none gives adaptation alone.
-        generations: Generations with a lifecycle.
-        start_steps: Adaptation steps before the first of them.
-        steps: Adaptation steps of each.
-        blocks_per_domain: Blocks of every domain in a step.
-        learning_rate: Peak of AdamW's rate for the slots.
-        router_learning_rate: The same for the router.
-        guard: Whether a lifecycle is kept only if it does no harm, and on which documents.
-        delta: Largest upper bound of the harm that is kept, nats.
-        level: Of the bound.
-        adaptation_share: Part of the calibration text that adapts.
-        fitness_share: Part of it that fitness is measured on.
-        guard_share: Part of it that guards.
-        data: Where the text lies: "pooled", with the coordinator, as samples that contributors
-            send; "private", with each contributor, who sends figures and adapted slots instead.
-        rounds: Rounds of an adaptation on private text; each trains one factor of every slot at
-            all contributors, and takes the mean.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    slots: int = Field(default=0, ge=0, le=1024)
-    rank: int = Field(default=8, ge=1)
-    filling: Literal["clone", "fresh"] = "clone"
-    router: str = _UNNAMED_SLOT_ROUTER
-    options: dict[str, Any] = {}
-    scope: str = _UNNAMED_SCOPE
-    lifecycle: tuple[OperatorRules, ...] = tuple(
-        OperatorRules(name=operator) for operator in _UNNAMED_OPERATORS
-    )
-    generations: int = Field(default=3, ge=0)
-    start_steps: int = Field(default=100, ge=0)
-    steps: int = Field(default=100, ge=0)
-    blocks_per_domain: int = Field(default=2, ge=1)
-    learning_rate: float = Field(default=1e-3, ge=0)
-    router_learning_rate: float = Field(default=1e-2, ge=0)
-    guard: Literal["fresh", "spending", "off"] = "fresh"
-    delta: float = Field(default=0.002, allow_inf_nan=False)
-    level: float = Field(default=0.95, gt=0, lt=1)
-    adaptation_share: float = Field(default=0.5, gt=0)
-    fitness_share: float = Field(default=0.25, gt=0)
-    guard_share: float = Field(default=0.25, gt=0)
-    # Left out where not set, so that amendments signed before there were any still verify.
-    data: Literal["pooled", "private"] = Field(
-        default="pooled", exclude_if=lambda data: data == "pooled"
-    )
-    rounds: int = Field(default=2, ge=1, exclude_if=lambda rounds: rounds == 2)
-
-    @property
-    def guard_samples(self) -> int:
-        """Disjoint guard samples that a whole evolution needs."""
-        draws = {"fresh": self.generations, "spending": min(1, self.generations), "off": 0}
-        return draws[self.guard]
-
 
 MAX_CHARTER_BYTES = 1_000_000
 
@@ -196,73 +114,6 @@ class CorpusRules(StrictModel):
     block_size: int = Field(default=128, ge=8)
     split_seed: int = 42
     evaluation_batch: int = Field(default=16, ge=1)
-
-
-MIN_MEMBERS = 3
-"""No masked total of fewer members is opened."""
-PrivacyMode = Literal["pooled", "private", "statistics"]
-Summing = Literal["masked", "robust"]
-
-
-class PrivacyRules(StrictModel):
-    """What a cooperative is founded with; see `Identity`, which has these keys of its own.
-
-    Attributes:
-        mode: What leaves contributors beside adapters.
-        summing: How sums are added up.
-    """
-
-    mode: PrivacyMode = "private"
-    summing: Summing = "masked"
-
-    @property
-    def router(self) -> str:
-        """The router that a new cooperative publishes where nobody chooses."""
-        return _DEFAULT_PUBLISHED_ROUTER if self.mode == "statistics" else _DEFAULT_ROUTER
-
-    @property
-    def comparisons(self) -> tuple[str, ...]:
-        """Routers that a new cooperative compares where nobody chooses."""
-        return {
-            "pooled": _DEFAULT_COMPARISONS,
-            "private": _DEFAULT_SUMMED,
-            "statistics": _DEFAULT_PUBLISHED,
-        }[self.mode]
-
-    @property
-    def min_members(self) -> int:
-        """Fewest members whose texts can be fused."""
-        return MIN_MEMBERS if self.mode != "pooled" and self.summing == "masked" else 1
-
-
-def choose_privacy(name: str, mode: str | None, summing: str | None) -> PrivacyRules:
-    """What somebody chose of the privacy of a new cooperative; the usual of the rest.
-
-    Args:
-        name: The cooperative's, for errors.
-        mode: None if not chosen.
-        summing: Likewise.
-
-    Raises:
-        ConfigError: If there is no such mode or way, or texts are pooled and not summed.
-    """
-    known = {"mode": get_args(PrivacyMode), "summing": get_args(Summing)}
-    chosen = {what: value for what, value in (("mode", mode), ("summing", summing)) if value}
-    for what, value in chosen.items():
-        if value not in known[what]:
-            option = {"mode": "privacy", "summing": "summing"}[what]
-            raise ConfigError(
-                f"Cannot create '{name}': expected --{option} {' or '.join(known[what])}, got "
-                f"'{value[:80]}'. Choose one of these."
-            )
-    rules = PrivacyRules.model_validate(chosen)
-    if rules.mode == "pooled" and summing:
-        raise ConfigError(
-            f"Cannot create '{name}': expected --summing with --privacy private, got "
-            f"'{rules.mode}', where nothing is summed. Leave --summing out, or pass --privacy "
-            "private."
-        )
-    return rules
 
 
 class Identity(StrictModel):
@@ -353,13 +204,13 @@ class AdmissionRules(StrictModel):
 
     Attributes:
         max_loss_rise: Largest own-domain loss above the base's on the admission sample, nats.
-        checks: Names of registered checks to run beside the core's own, which always run.
+        checks: Registered checks to run beside the core's own, which always run.
         max_start_gap: Largest difference between the loss that a contributor states of the model
             it started from and the base's, measured on the same blocks, nats.
     """
 
     max_loss_rise: float = Field(default=0.05, ge=0)
-    checks: tuple[str, ...] = ()
+    checks: Choices = ()
     max_start_gap: float = Field(default=0.005, ge=0)
 
 
@@ -372,9 +223,11 @@ class FusionRules(StrictModel):
         router: The router that is published.
         options: Its options; unknown keys are refused by the router.
         top_k: The published router mixes its best k experts only; None mixes all.
-        compare: Further routers fitted and reported beside it, with default options.
+        compare: Further routers fitted and reported beside it.
         merges: Registered merges of all adapters, reported beside it; each costs a pass over the
             held-out blocks whenever it is fused.
+        predictors: Options of gain predictors. All that are registered are asked; one named here
+            has these options, one with a label is asked beside the predictor itself.
         mixture: Probability mixture (default) or logit mixture (as published).
         base_expert: Whether the base is expert 0.
         collapse_nats: A domain this far above its best expert after fitting is a collapse.
@@ -387,11 +240,11 @@ class FusionRules(StrictModel):
     """
 
     mode: Literal["router", "population"] = "router"
-    router: str = _DEFAULT_ROUTER
+    router: str = PrivacyRules(mode="pooled").router
     options: dict[str, Any] = Field(default={})
     top_k: int | None = Field(default=None, ge=1)
-    compare: tuple[str, ...] = _DEFAULT_COMPARISONS
-    merges: tuple[str, ...] = ("average",)
+    compare: Choices = PrivacyRules(mode="pooled").comparisons
+    merges: Choices = name_choices("average")
     mixture: Mixture = "probability"
     base_expert: bool = True
     collapse_nats: float = Field(default=0.05, gt=0)
@@ -402,6 +255,28 @@ class FusionRules(StrictModel):
         default=_UNNAMED_HEADLINE, exclude_if=lambda names: tuple(names) == _UNNAMED_HEADLINE
     )
     shortlist: int | None = Field(default=None, ge=2, exclude_if=lambda size: size is None)
+    predictors: Choices = Field(default=(), exclude_if=lambda chosen: not chosen)
+
+    @model_validator(mode="after")
+    def _can_tell_routers_apart(self) -> "FusionRules":
+        taken = {self.router, self.fallback}
+        wrong = sorted(one.key for one in self.compare if one.key in taken and not one.is_plain)
+        if wrong:
+            raise ValueError(
+                "expected compared routers called otherwise than router and fallback, got "
+                f"{', '.join(wrong)}; give each a label of its own"
+            )
+        return self
+
+    @property
+    def routers(self) -> dict[str, Choice]:
+        """Every router that is fitted, by its key: the published one first, the fallback last."""
+        published = Choice(name=self.router, options=self.options)
+        last_resort = name_choices(self.fallback) if self.fallback else ()
+        found: dict[str, Choice] = {}
+        for choice in (published, *self.compare, *last_resort):
+            found.setdefault(choice.key, choice)
+        return found
 
 
 class Amendment(StrictModel):

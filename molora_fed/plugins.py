@@ -32,6 +32,7 @@ __all__ = [
     "check_adapter_kind",
     "check_adapter_router",
     "check_callable",
+    "check_function",
     "check_operator",
     "check_policy",
     "check_router",
@@ -51,6 +52,19 @@ _KIND_METHODS = ("prepare", "export", "load")
 
 
 def check_callable(target: Any) -> str | None:
+    """Describe why a function, or a class with options that is called once made, cannot be used.
+
+    See `molora_fed.options.Configurable`; None if it can.
+    """
+    if not inspect.isclass(target):
+        return check_function(target)
+    # Not by `callable`: every class can be called itself.
+    if not any("__call__" in vars(base) for base in target.__mro__):
+        return "expected a class whose instances can be called, got one without '__call__'"
+    return _check_class(target, ())
+
+
+def check_function(target: Any) -> str | None:
     """Describe why a target cannot be called, or return None."""
     return None if callable(target) else f"expected a callable, got {type(target).__name__}"
 
@@ -324,13 +338,13 @@ class Plugins:
     lifecycle_operators: Registry = field(
         default_factory=lambda: Registry("lifecycle operator", check_operator)
     )
-    extractors: Registry = field(default_factory=lambda: Registry("extractor", check_callable))
-    judges: Registry = field(default_factory=lambda: Registry("judge", check_callable))
+    extractors: Registry = field(default_factory=lambda: Registry("extractor", check_function))
+    judges: Registry = field(default_factory=lambda: Registry("judge", check_function))
     escalation_policies: Registry = field(
         default_factory=lambda: Registry("escalation policy", check_policy)
     )
-    task_families: Registry = field(default_factory=lambda: Registry("task family", check_callable))
-    commands: Registry = field(default_factory=lambda: Registry("command", check_callable))
+    task_families: Registry = field(default_factory=lambda: Registry("task family", check_function))
+    commands: Registry = field(default_factory=lambda: Registry("command", check_function))
     failures: list[PluginError] = field(default_factory=list)
 
     def registries(self) -> dict[str, Registry]:

@@ -35,6 +35,7 @@ from molora_fed.corpus.documents import open_domain
 from molora_fed.errors import PluginError
 from molora_fed.fusion.boundary import PROBED_BLOCKS
 from molora_fed.fusion.fuse import fuse
+from molora_fed.options import Choice
 from molora_fed.plugins import Plugins, load_plugins
 from molora_fed.population.contract import (
     AdapterRouter,
@@ -672,7 +673,7 @@ def _measure(workshop: Workshop, case: "Broken") -> None:
     ones = torch.ones(4).double().numpy()
     domain_of = torch.tensor([0, 0, 1, 1]).numpy()
     table = LossTable(("a", "b"), domain_of, ones, ones, ones, ones[None].repeat(2, 0), 3)
-    compute_fitness(case.name, table, load("fitness_scopes", case.name, case.target))
+    compute_fitness(Choice(name=case.name), table, load("fitness_scopes", case.name, case.target))
 
 
 _TASK = CascadeTask("1", "echo", "say 1:", "normalised-text", "1")

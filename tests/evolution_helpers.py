@@ -11,6 +11,7 @@ from adaptation_helpers import build_counting_blocks, build_population, build_ro
 from molora_fed import hookimpl
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.models.base import load_base
+from molora_fed.options import Choice
 from molora_fed.plugins import load_plugins
 from molora_fed.population.adaptation_config import AdaptationConfig
 from molora_fed.population.contract import Birth, LifecycleOperator
@@ -91,7 +92,9 @@ class Plugin:
 PLUGINS = load_plugins(extra=[("evolution tests", Plugin())])
 
 
-def build_data(base, folder, *, count=40, draws=2, plugins=PLUGINS, scope="per-domain"):
+def build_data(
+    base, folder, *, count=40, draws=2, plugins=PLUGINS, scope=Choice(name="per-domain")
+):
     blocks = [build_counting_blocks(domain, count=count) for domain in ("down", "up")]
     carved = carve_blocks(blocks, draws=draws, seed=0)
     return PooledData(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from molora_fed.adapters.compatibility import applied, count_changed
 from molora_fed.adapters.files import load_adapter
@@ -27,6 +27,7 @@ from molora_fed.contributions.states import ContributionState
 from molora_fed.corpus.blocks import Blocks, load_blocks
 from molora_fed.errors import (
     AdapterError,
+    CharterError,
     ConfigError,
     CorpusError,
     PluginError,
@@ -38,6 +39,7 @@ from molora_fed.errors import (
 from molora_fed.guard import guarded, refuse
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.hidden_statistics import compute_statistics_bytes, load_statistics
+from molora_fed.options import Choice, open_choice
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.types import Finding, Progress, Split
 
@@ -74,7 +76,7 @@ MANDATORY = (
 )
 """Checks of the core without which nothing is admitted, whatever a charter or plugins say."""
 
-_Check = TypeVar("_Check", bound=Callable[..., Finding | None])
+_Check = TypeVar("_Check", bound=Callable[..., Any])
 
 
 class Stage(IntEnum):
@@ -96,13 +98,23 @@ def locate_public_text(folder: Path, domain: str) -> Path:
 
 
 def needs(stage: Stage) -> Callable[[_Check], _Check]:
-    """Decorate an admission check with what it needs; a check without it needs MODEL."""
+    """Decorate an admission check with what it needs; a check without it needs MODEL.
+
+    Of a class with options, the class or its `__call__` is decorated.
+    """
 
     def mark(check: _Check) -> _Check:
         check.stage = stage  # type: ignore[attr-defined]
         return check
 
     return mark
+
+
+def find_stage(check: Callable[..., Any]) -> Stage:
+    """What a check needs."""
+    call: object = getattr(check, "__call__", None)  # noqa: B004 (of an instance, its method)
+    found: Stage = getattr(check, "stage", getattr(call, "stage", Stage.MODEL))
+    return found
 
 
 @dataclass(eq=False)
@@ -225,7 +237,8 @@ def admit(candidate: AdmissionCandidate, *, accepted: Collection[str] = ()) -> A
 
     Args:
         candidate: What to judge.
-        accepted: Checks whose wish that a person looks at it a person has granted.
+        accepted: Checks, by name or label, whose wish that a person looks at it a person has
+            granted.
 
     Returns:
         REJECTED if a check refuses it for good, else QUARANTINED if a check wants a person to
@@ -236,33 +249,34 @@ def admit(candidate: AdmissionCandidate, *, accepted: Collection[str] = ()) -> A
     """
     contributor = candidate.contribution.manifest.contributor
     registry = candidate.plugins.admission_checks
-    core = {entry.name for entry in registry if entry.is_own}
     refusals: list[Refusal] = []
     notes: list[str] = []
     checks: dict[str, Callable[[AdmissionCandidate], Finding | None]] = {}
-    for name in sorted({*core, *MANDATORY, *candidate.charter.amendment.admission.checks}):
+    chosen = _list_checks(candidate)
+    for key, choice in chosen.items():
         try:
-            if name in MANDATORY and not registry.entry(name).is_own:
-                raise PluginError(f"{registry.entry(name).title} stands in place of the core's.")
-            checks[name] = registry.resolve(name)
-        except (UnknownNameError, PluginError) as error:
-            refusals.append(_describe_failure(contributor, name, error))
+            if key in MANDATORY and not registry.entry(choice.name).is_own:
+                title = registry.entry(choice.name).title
+                raise PluginError(f"{title} stands in place of the core's.")
+            checks[key] = open_choice(registry, choice, key="admission.checks")
+        except (UnknownNameError, PluginError, CharterError) as error:
+            refusals.append(_describe_failure(contributor, key, error))
     refusals += _find_unreadable(candidate)
     readable = not any(refusal.check == FILES_CHECK for refusal in refusals)
-    stages = {name: getattr(check, "stage", Stage.MODEL) for name, check in checks.items()}
+    stages = {key: find_stage(check) for key, check in checks.items()}
     run: list[str] = []
     for stage in Stage:
         if stage == Stage.ADAPTER and not readable:
             continue
         if stage == Stage.MODEL and refusals:
             break
-        for name in (name for name in sorted(checks) if stages[name] == stage):
-            run.append(name)
-            found = _run_check(checks[name], candidate, registry.entry(name))
+        for key in (key for key in sorted(checks) if stages[key] == stage):
+            run.append(key)
+            found = _run_check(checks[key], candidate, registry.entry(chosen[key].name), key)
             if found is not None and found.is_note:
-                notes.append(f"{name}: expected {found.expected}, got {found.found}. {found.fix}")
+                notes.append(f"{key}: expected {found.expected}, got {found.found}. {found.fix}")
                 continue
-            if found is None or (found.quarantine and not found.failed and name in accepted):
+            if found is None or (found.quarantine and not found.failed and key in accepted):
                 continue
             refusals.append(found)
             if stage == Stage.MODEL and not found.quarantine:
@@ -277,6 +291,17 @@ def admit(candidate: AdmissionCandidate, *, accepted: Collection[str] = ()) -> A
     )
 
 
+def _list_checks(candidate: AdmissionCandidate) -> dict[str, Choice]:
+    """What runs, by key: the core's own checks as they are, and those that the charter names.
+
+    Nothing of a charter stands in place of a check of the core.
+    """
+    own = {entry.name for entry in candidate.plugins.admission_checks if entry.is_own}
+    core = {name: Choice(name=name) for name in {*own, *MANDATORY}}
+    named = {choice.key: choice for choice in candidate.charter.amendment.admission.checks}
+    return dict(sorted({**named, **core}.items()))
+
+
 _REFUSING = (AdapterError, CorpusError, RoutingError, SignatureError)
 """What a check may raise about a contribution, instead of describing it."""
 
@@ -285,6 +310,7 @@ def _run_check(
     check: Callable[[AdmissionCandidate], Finding | None],
     candidate: AdmissionCandidate,
     entry: Entry,
+    key: str,
 ) -> Refusal | None:
     contributor = candidate.contribution.manifest.contributor
     try:
@@ -300,8 +326,8 @@ def _run_check(
             fix="Train on the cooperative's base and export again.",
         )
     except Exception as error:
-        return _describe_failure(contributor, entry.name, error)
-    return None if finding is None else Refusal.of(contributor, entry.name, finding)
+        return _describe_failure(contributor, key, error)
+    return None if finding is None else Refusal.of(contributor, key, finding)
 
 
 def _check_finding(finding: object, entry: Entry) -> None:

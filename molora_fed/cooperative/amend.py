@@ -9,8 +9,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from molora_fed.charter import Amendment, Charter
-from molora_fed.cooperative.cooperative import Cooperative, amend_cooperative
+from molora_fed.cooperative.cooperative import (
+    Cooperative,
+    amend_cooperative,
+    check_charter_names,
+)
 from molora_fed.errors import CharterError, describe_mismatch
+from molora_fed.options import Choice
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.settings import describe_offenders
 from molora_fed.storage.values import parse_names
@@ -19,6 +24,8 @@ __all__ = ["Change", "amend_by_settings", "apply_settings", "list_changes"]
 
 ACTOR = "molora coop amend"
 _NONE = "none"
+# Keys that say whose the options beside them are.
+_OWNERS = (("fusion", "router"), ("population", "router"), ("training", "kind"))
 _FIX = "Write it like training.steps=600; keys are those of [amendment] in cooperative.toml."
 
 
@@ -63,7 +70,9 @@ def amend_by_settings(
     following = changed.model_copy(update={"number": current.number + 1})
     draft = Charter(identity=cooperative.charter.identity, amendment=following)
     with cooperative.open_ledger() as ledger:
-        build_routers(draft, plugins)  # Refused now, not when everybody waits for the fusion.
+        # Refused now, not when everybody waits for the fusion.
+        check_charter_names(draft, plugins)
+        build_routers(draft, plugins)
         _check_population(draft, plugins)
         amended = amend_cooperative(cooperative, ledger, following, plugins=plugins, actor=ACTOR)
     return amended, changes
@@ -84,7 +93,8 @@ def apply_settings(amendment: Amendment, settings: Sequence[str]) -> Amendment:
     """Set keys of an amendment; its number stays.
 
     Values are TOML; a bare word is text, words separated by commas are a list where the key holds
-    one, and `none` unsets a key that may be unset.
+    one, and `none` unsets a key that may be unset: a number, a list, options or one of them. With
+    another router, scope or kind the options of the one before go, whatever the order.
 
     Args:
         amendment: Where to begin.
@@ -95,6 +105,7 @@ def apply_settings(amendment: Amendment, settings: Sequence[str]) -> Amendment:
             are named.
     """
     changed: Any = amendment
+    parsed: list[tuple[list[str], str, str]] = []
     for setting in settings:
         key, separator, text = setting.partition("=")
         path = key.strip().split(".")
@@ -107,7 +118,12 @@ def apply_settings(amendment: Amendment, settings: Sequence[str]) -> Amendment:
                     fix=_FIX,
                 )
             )
-        changed = _set(changed, path, text.strip(), key.strip())
+        parsed.append((path, text.strip(), key.strip()))
+    # What stands above goes first, so that options are those of what they are given with.
+    for path, text, key in sorted(parsed, key=_order):
+        before, changed = changed, _set(changed, path, text, key)
+        if tuple(path) in _OWNERS:
+            changed = _drop_options(before, changed, path)
     try:
         return Amendment.model_validate(changed.model_dump(warnings=False))
     except ValidationError as error:
@@ -121,6 +137,20 @@ def apply_settings(amendment: Amendment, settings: Sequence[str]) -> Amendment:
         ) from error
 
 
+def _order(setting: tuple[Sequence[str], str, str]) -> tuple[int, bool]:
+    path = setting[0]
+    return len(path), tuple(path) not in _OWNERS
+
+
+def _drop_options(before: Any, after: Any, path: Sequence[str]) -> Any:
+    """An amendment without the options of what another one is chosen for now."""
+    place, name = path
+    old, new = getattr(before, place), getattr(after, place)
+    if getattr(old, name) == getattr(new, name):
+        return after
+    return after.model_copy(update={place: new.model_copy(update={"options": {}})})
+
+
 def _set(value: Any, path: Sequence[str], text: str, key: str) -> Any:
     """A copy of a value with the parsed text at a path inside it."""
     head, rest = path[0], path[1:]
@@ -132,10 +162,10 @@ def _set(value: Any, path: Sequence[str], text: str, key: str) -> Any:
         old = value.get(head, {})
     else:
         raise _describe_unknown(key)
-    new = _set(old, rest, text, key) if rest else _parse(text, old)
+    new = _set(old, rest, text, key) if rest else _parse(text, old, key)
     if isinstance(value, BaseModel):
         return value.model_copy(update={head: new})
-    return {**value, head: new}
+    return {name: one for name, one in {**value, head: new}.items() if one is not None}
 
 
 def _describe_unknown(key: str) -> CharterError:
@@ -155,21 +185,33 @@ def _list_keys(value: BaseModel, before: str = "") -> list[str]:
     keys = []
     for name in type(value).model_fields:
         inner = getattr(value, name)
-        below = _list_keys(inner, f"{before}{name}.") if isinstance(inner, BaseModel) else []
+        is_section = isinstance(inner, BaseModel) and not isinstance(inner, Choice)
+        below = _list_keys(inner, f"{before}{name}.") if is_section else []
         keys += below or [f"{before}{name}"]
     return keys
 
 
-def _parse(text: str, old: Any) -> Any:
+def _parse(text: str, old: Any, key: str) -> Any:
     """The value that a text stands for, beside the one it replaces."""
     if text == _NONE:
-        return None
+        return type(old)() if isinstance(old, (tuple, dict)) else None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        if text.startswith(("[", "{")):
+            raise CharterError(
+                describe_mismatch(
+                    f"Cannot amend the charter, '{key}'",
+                    expected="a list or table in TOML",
+                    got=f"'{text[:80]}' ({error})",
+                    fix='Write it like ["a", {name = "b", label = "b-slow", options = {x = 1}}].',
+                )
+            ) from error
         if isinstance(old, tuple):
             return parse_names(text) if text else ()
-        return text
+        value = text
+    # Made now, so that a further setting reaches into it.
+    return Choice(name=value) if isinstance(old, Choice) and isinstance(value, str) else value
 
 
 def list_changes(before: Amendment, after: Amendment) -> list[Change]:

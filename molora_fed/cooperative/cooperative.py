@@ -26,6 +26,7 @@ from molora_fed.contributions.ledger import Ledger, LedgerReader, create_ledger
 from molora_fed.contributions.reading import sign_amendment
 from molora_fed.contributions.store import BlobStore
 from molora_fed.errors import CharterError, describe_mismatch
+from molora_fed.options import check_choices
 from molora_fed.plugins import Plugins, Registry, get_plugins
 from molora_fed.storage.compute import Compute, read_compute
 from molora_fed.storage.files import make_home
@@ -283,7 +284,7 @@ def amend_cooperative(
 
 
 def check_charter_names(charter: Charter, plugins: Plugins) -> None:
-    """Look up every name a charter uses; only a kind with options is loaded, to check them.
+    """Look up every name a charter uses, and check the options that are given with names.
 
     Raises:
         UnknownNameError: If nobody registers a router, merge, adapter kind or admission check, or
@@ -292,25 +293,33 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
         CharterError: If `[amendment.training]` asks for an adapter that `[identity]` forbids, or
             the quorum for more contributions than are expected, or a shortlist of experts where
             no member measures, or if its router cannot be made from published statistics where it
-            has to be.
+            has to be; if options are wrong, all of them named, or a label means something else.
     """
     rules, training = charter.identity.adapters, charter.amendment.training
     fusion = charter.amendment.fusion
     population = charter.amendment.population
     evolved: tuple[tuple[Registry, tuple[str, ...]], ...] = (
         (plugins.adapter_routers, (population.router,)),
-        (plugins.fitness_scopes, (population.scope,)),
         (plugins.lifecycle_operators, tuple(one.name for one in population.lifecycle)),
     )
+    is_evolved = fusion.mode == "population"
     for registry, names in (
-        *(evolved if fusion.mode == "population" else ()),
+        *(evolved if is_evolved else ()),
         (plugins.adapter_kinds, rules.kinds),
-        (plugins.routers, (fusion.router, *fusion.compare)),
-        (plugins.merges, fusion.merges),
-        (plugins.admission_checks, charter.amendment.admission.checks),
+        (plugins.routers, (fusion.router,)),
     ):
         for name in names:
             registry.entry(name)
+    check_choices(
+        (
+            (plugins.fitness_scopes, "population.scope", (population.scope,) * is_evolved),
+            (plugins.routers, "fusion.compare", fusion.compare),
+            (plugins.merges, "fusion.merges", fusion.merges),
+            (plugins.gain_predictors, "fusion.predictors", fusion.predictors),
+            (plugins.admission_checks, "admission.checks", charter.amendment.admission.checks),
+        )
+    )
+    _check_labels(charter, plugins)
     problems = []
     if training.kind not in rules.kinds:
         problems.append((f"a training kind among {', '.join(rules.kinds)}", training.kind))
@@ -331,6 +340,24 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
         from molora_fed.adapters.contract import open_kind
 
         open_kind(training.kind, training.options, plugins)
+
+
+def _check_labels(charter: Charter, plugins: Plugins) -> None:
+    """Refuse labels that stand for something else; where there are none, nothing is imported."""
+    fusion = charter.amendment.fusion
+    own = {entry.name for entry in plugins.admission_checks if entry.is_own}
+    checks = charter.amendment.admission.checks
+    taken = sorted({one.key for one in checks if not one.is_plain} & own)
+    if taken:
+        raise CharterError(
+            f"Cannot use charter '{charter.identity.name}': expected labels in admission.checks "
+            f"beside the core's checks, which run as they are, got {', '.join(taken)}. Choose "
+            "other labels."
+        )
+    if any(one.label for one in (*fusion.merges, *fusion.predictors)):
+        from molora_fed.fusion.plan import check_labels
+
+        check_labels(charter, plugins)
 
 
 def _check_suits_base(charter: Charter, base: "Base") -> None:

@@ -100,10 +100,12 @@ def forecast_from_contributions(
             manifests = [e.manifest for e in ledger.contributions(ContributionState.ADMITTED)]
     case = Case(build_stated_losses(manifests), cooperative.charter.identity_hash)
     missing: dict[str, str] = {}
+    fusion = cooperative.charter.amendment.fusion
     records = make_forecasts(
         case,
-        cooperative.charter.amendment.fusion.router,
+        fusion.router,
         plugins,
+        choices=fusion.predictors,
         past=collect_outcomes(past),
         stage="contributions",
         on_missing=missing.__setitem__,
@@ -168,6 +170,7 @@ def forecast_from_pilots(
         case,
         plan.router,
         plugins,
+        choices=charter.amendment.fusion.predictors,
         past=build_past(case, known),
         stage="pilots",
         share=share,
@@ -187,7 +190,8 @@ def _choose_headline(
     cooperative: Cooperative, records: Sequence[ForecastRecord], case: Case, plugins: Plugins
 ) -> Headline:
     said = {record.predictor: record.forecast for record in records}
-    return choose_headline(cooperative.charter.amendment.fusion.headline, said, case, plugins)
+    fusion = cooperative.charter.amendment.fusion
+    return choose_headline(fusion.headline, said, case, plugins, choices=fusion.predictors)
 
 
 def _load(cooperative: Cooperative, folders: Sequence[Path]) -> list[Contribution]:

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from molora_fed.bank import Expert
-from molora_fed.charter import MIN_MEMBERS, Charter
+from molora_fed.charter import MIN_MEMBERS, Charter, FusionRules
 from molora_fed.contributions.build import (
     MAX_FIGURES_BYTES,
     OutgoingRow,
@@ -45,6 +45,8 @@ from molora_fed.privacy.messages import (
     MAX_SET_BYTES,
 )
 from molora_fed.privacy.sums.messages import measure_phases
+from molora_fed.storage.files import canonical_json
+from molora_fed.storage.untrusted import clean
 
 __all__ = ["Outgoing", "describe_outgoing", "read_width"]
 
@@ -53,6 +55,7 @@ WIDEST = 16_384
 _LARGEST_COUNT = 2**40
 _FILE_BYTES = 256  # of an answer's small files, and the header of its tensors
 _COUNTED = 10  # numbers of `TextCounts`
+_SETTING = 300  # characters of a sentence about a router's or merge's options
 _CLAIM_BYTES = 256  # of what is said of another member's adapter
 
 
@@ -247,6 +250,16 @@ _TOLD_BY_EVOLUTIONS = (
 )
 
 
+def _tell_settings(rules: FusionRules) -> Iterator[str]:
+    """What is measured with options of the charter, as the charter has them."""
+    for what, chosen in (("Router", rules.routers.values()), ("Merge", rules.merges)):
+        for one in chosen:
+            if not one.is_plain:
+                called = f"'{one.key}'" + (f", which is '{one.name}'," if one.label else "")
+                options = canonical_json(one.options).decode()
+                yield clean(f"{what} {called} has the charter's options {options}.", _SETTING)
+
+
 def _tell_sums(charter: Charter, members: int, domains: int, *, is_known: bool) -> Sequence[str]:
     known = "" if is_known else f", and a base of width {WIDEST:,} at most"
     ways = {
@@ -278,6 +291,7 @@ def _tell_sums(charter: Charter, members: int, domains: int, *, is_known: bool) 
         "No text, no token ids and no value of a single document, block or token leave. Sums are "
         "over all of your calibration or held-out text, four document clusters at least: of "
         f"{summed}.",
+        *_tell_settings(charter.amendment.fusion),
         *ways[charter.identity.summing],
         *shortlist,
         f"Up to {MAX_MEASURERS} times the coordinator is told the mean losses of the base and of "

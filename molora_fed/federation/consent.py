@@ -7,9 +7,8 @@ from pydantic import Field, ValidationError
 from molora_fed.charter import Amendment, Charter
 from molora_fed.federation.homes import ContributorHome
 from molora_fed.federation.mailbox import read_json
-from molora_fed.storage.files import (
-    write_json,
-)
+from molora_fed.options import Choice
+from molora_fed.storage.files import write_json
 from molora_fed.storage.settings import UntrustedModel
 
 __all__ = ["give_consent", "has_consent"]
@@ -19,7 +18,9 @@ class _AskedSums(UntrustedModel):
     """What of an amendment decides how many sums are asked for, over how much text."""
 
     routers: dict[str, dict[str, Any]]
-    merges: list[str]
+    # Left out where there are none: what was agreed to before there were any still counts.
+    labelled: list[Choice] = Field(default=[], exclude_if=lambda chosen: not chosen)
+    merges: list[Choice]
     restarts: int
     base_expert: bool
     calibration: int
@@ -30,7 +31,8 @@ class _AskedSums(UntrustedModel):
         """Whether another amendment asks for nothing that this one does not."""
         return (
             all(self.routers.get(name) == chosen for name, chosen in other.routers.items())
-            and set(other.merges) <= set(self.merges)
+            and all(chosen in self.labelled for chosen in other.labelled)
+            and all(chosen in self.merges for chosen in other.merges)
             and other.restarts <= self.restarts
             and other.base_expert <= self.base_expert
             and other.calibration <= self.calibration
@@ -42,9 +44,10 @@ class _AskedSums(UntrustedModel):
 
 def _describe_sums(amendment: Amendment) -> _AskedSums:
     rules, samples = amendment.fusion, amendment.samples
-    names = (rules.router, *rules.compare, *([rules.fallback] if rules.fallback else []))
+    routers = rules.routers.values()
     return _AskedSums(
-        routers={name: rules.options if name == rules.router else {} for name in names},
+        routers={one.name: one.options for one in routers if not one.label},
+        labelled=[one for one in routers if one.label],
         merges=list(rules.merges),
         restarts=rules.restarts,
         base_expert=rules.base_expert,

@@ -3,10 +3,11 @@
 The charter names gain predictors; what each says is in the forecasts, so only names are kept here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from molora_fed.options import Choice, list_settings
 from molora_fed.plugins import Plugins
 from molora_fed.types import Case, Forecast
 
@@ -37,7 +38,12 @@ class Headline:
 
 
 def choose_headline(
-    names: Sequence[str], forecasts: Mapping[str, Forecast | None], case: Case, plugins: Plugins
+    names: Sequence[str],
+    forecasts: Mapping[str, Forecast | None],
+    case: Case,
+    plugins: Plugins,
+    *,
+    choices: Iterable[Choice] = (),
 ) -> Headline:
     """Take the charter's headline predictors that made a forecast.
 
@@ -46,17 +52,18 @@ def choose_headline(
         forecasts: What predictors said of the case, by name; those without a point count for none.
         case: What was forecast.
         plugins: Where predictors are registered.
+        choices: The charter's options of predictors, whose labels may be named, too.
 
     Returns:
         The headline; if nobody made one, with one sentence on why and what to do.
     """
     made = {n for n, forecast in forecasts.items() if forecast and forecast.point is not None}
     given = tuple(name for name in names if name in made)
-    return Headline(given, "" if given else _explain(names, case, plugins))
+    known = {one.key for one in list_settings(plugins.gain_predictors, choices)}
+    return Headline(given, "" if given else _explain(names, case, known))
 
 
-def _explain(names: Sequence[str], case: Case, plugins: Plugins) -> str:
-    registered = {entry.name for entry in plugins.gain_predictors}
+def _explain(names: Sequence[str], case: Case, registered: Collection[str]) -> str:
     missing = [name for name in names if name not in registered]
     losses = case.losses
     if not names:

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from molora_fed.errors import ConfigError, PluginError
+from molora_fed.errors import CharterError, ConfigError, PluginError
 from molora_fed.forecasting.matrices import leave_out_group
 from molora_fed.guard import guarded, refuse
-from molora_fed.plugins import Entry, Plugins
+from molora_fed.options import Choice, list_settings, open_choice
+from molora_fed.plugins import Plugins, Registry
 from molora_fed.types import Case, Forecast, LossMatrix, Outcome, Reference
 
 __all__ = [
@@ -37,7 +38,7 @@ class ForecastRecord:
     """One predictor's claim about one router, and what became of it.
 
     Attributes:
-        predictor: Registered name of the gain predictor.
+        predictor: Registered name of the gain predictor, or the label of one with options.
         origin: Distribution and version it came from.
         router: The router whose gain is predicted.
         forecast: The claim.
@@ -155,9 +156,10 @@ def ask_predictors(
     past: Sequence[Outcome],
     plugins: Plugins,
     *,
+    choices: Iterable[Choice] = (),
     on_missing: Callable[[str, str], None] = lambda name, why: None,
 ) -> dict[str, Forecast | None]:
-    """What every registered gain predictor says of a case, by its name.
+    """What every registered gain predictor says of a case, by its name or label.
 
     Each gets copies of its own; one that fails takes nothing away from the others.
 
@@ -165,6 +167,7 @@ def ask_predictors(
         case: What to forecast.
         past: Outcomes known before; those of the case's own group are left out here.
         plugins: Where the predictors are registered.
+        choices: Options of some, from a charter; one with a label is asked beside the predictor.
         on_missing: Told the name of each predictor that says nothing, and why: `NOT_GIVEN`, or
             `FAILED` and the failure in one line.
 
@@ -173,21 +176,24 @@ def ask_predictors(
     """
     others = leave_out_group(case, past)
     found: dict[str, Forecast | None] = {}
-    for entry in plugins.gain_predictors:
+    for choice in list_settings(plugins.gain_predictors, choices):
+        key = choice.key
         try:
-            found[entry.name] = _ask(entry, plugins, case, others)
-            if found[entry.name] is None:
-                on_missing(entry.name, NOT_GIVEN)
-        except PluginError as error:
-            found[entry.name] = None
-            on_missing(entry.name, f"{FAILED}{error}")
+            found[key] = _ask(choice, plugins.gain_predictors, case, others)
+            if found[key] is None:
+                on_missing(key, NOT_GIVEN)
+        except (PluginError, CharterError) as error:
+            found[key] = None
+            on_missing(key, f"{FAILED}{error}")
     return found
 
 
-def _ask(entry: Entry, plugins: Plugins, case: Case, past: Sequence[Outcome]) -> Forecast | None:
-    place = "forecasting"
+def _ask(
+    choice: Choice, registry: Registry, case: Case, past: Sequence[Outcome]
+) -> Forecast | None:
+    entry, place = registry.entry(choice.name), "forecasting"
+    predict = open_choice(registry, choice, key="fusion.predictors")
     with guarded(entry, place):
-        predict = plugins.gain_predictors.resolve(entry.name)
         said = predict(*copy.deepcopy((case, past)))
     if said is not None and type(said) is not Forecast:
         raise refuse(entry, place, expected="a Forecast or None", got=type(said).__name__)
@@ -203,6 +209,7 @@ def make_forecasts(
     stage: str = CALIBRATION,
     share: float | None = None,
     now: datetime | None = None,
+    choices: Sequence[Choice] = (),
     on_missing: Callable[[str, str], None] = lambda name, why: None,
 ) -> list[ForecastRecord]:
     """Ask every registered gain predictor, before the outcome is known.
@@ -215,16 +222,20 @@ def make_forecasts(
         stage: What is known, see `ForecastRecord`.
         share: Share of the planned steps that the case's pilots had.
         now: Time of the forecast; the present if None.
+        choices: See `ask_predictors`.
         on_missing: Told of each predictor without a forecast, see `ask_predictors`.
 
     Returns:
         One record for each predictor that applies, sorted by its name.
     """
     created = (now or datetime.now(UTC)).isoformat(timespec="seconds")
+    registry = plugins.gain_predictors
+    names = {choice.key: choice.name for choice in list_settings(registry, choices)}
+    said = ask_predictors(case, past, plugins, choices=choices, on_missing=on_missing)
     return [
         ForecastRecord(
-            predictor=name,
-            origin=plugins.gain_predictors.entry(name).origin,
+            predictor=key,
+            origin=registry.entry(names[key]).origin,
             router=router,
             forecast=forecast,
             losses=case.losses,
@@ -234,7 +245,7 @@ def make_forecasts(
             stage=stage,
             share=share,
         )
-        for name, forecast in ask_predictors(case, past, plugins, on_missing=on_missing).items()
+        for key, forecast in said.items()
         if forecast is not None
     ]
 

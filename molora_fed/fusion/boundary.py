@@ -19,6 +19,7 @@ from molora_fed.forecasting.records import FAILED
 from molora_fed.fusion.collapse import GuardedRouter
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.guard import guarded, refuse
+from molora_fed.options import Choice, open_choice
 from molora_fed.plugins import Entry
 from molora_fed.routing.contract import OutputRouter
 from molora_fed.routing.probes import find_leak, find_step_fault
@@ -42,7 +43,7 @@ class NotMeasured:
     """What a fusion has no figures for, and why.
 
     Attributes:
-        reasons: By kind and registered name; one line each, "failed: ..." where a plugin failed.
+        reasons: By kind and key, see `Choice`; one line each, "failed: ..." where a plugin failed.
     """
 
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class NotMeasured:
 
         Args:
             kind: E.g. "router".
-            name: Registered name.
+            name: Its key.
             unless: Whether the failure ends the run all the same.
         """
         try:
@@ -137,7 +138,7 @@ def evaluate_routers(
     Args:
         open_bank: Opens the held-out bank; again, after a router changed what it was handed.
         plan: The fusion's plan.
-        routers: Fitted routers by name.
+        routers: Fitted routers by key.
         needed: Routers whose failure ends the fusion.
         baselines: Losses of models that are no experts.
         missing: Receives the routers that fail.
@@ -155,7 +156,7 @@ def evaluate_routers(
         def watch(name: str, bank: HeldOutBank = bank) -> Iterator[None]:
             nonlocal running
             running = name
-            with watch_bank(plan.plugins.routers.entry(name), bank, "evaluation"):
+            with watch_bank(plan.router_entry(name), bank, "evaluation"):
                 yield
 
         evaluation: Evaluation | None = None
@@ -170,34 +171,41 @@ def evaluate_routers(
             return evaluation
 
 
-def label_merge(name: str) -> str:
+def label_merge(choice: Choice) -> str:
     """A merge's name in reports."""
-    return "weight_average" if name == "average" else name
+    return "weight_average" if choice.key == choice.name == "average" else choice.key
 
 
 def measure_merges(
-    plan: FusionPlan, bank: HeldOutBank, names: Sequence[str], missing: NotMeasured, *, seed: int
+    plan: FusionPlan,
+    bank: HeldOutBank,
+    merges: Sequence[Choice],
+    missing: NotMeasured,
+    *,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Losses (N, T-1) of merges by their name in reports; each gets adapters of its own.
 
     Args:
         plan: The fusion's plan.
         bank: Held-out bank.
-        names: Registered names.
+        merges: Which merges.
         missing: Receives the merges that fail.
         seed: Of merges that draw.
     """
     found: dict[str, Tensor] = {}
-    for name in names:
-        entry = plan.plugins.merges.entry(name)
-        with missing.skipping("merge", name), guarded(entry, "merging"):
+    registry = plan.plugins.merges
+    for choice in merges:
+        entry, key = registry.entry(choice.name), choice.key
+        with missing.skipping("merge", key), guarded(entry, "merging"):
             specialists = [adapter for adapter in plan.load_adapters() if adapter is not None]
             shapes = {m: u.shape for a in specialists for m, u in a.updates.items()}
-            merged = plan.plugins.merges.resolve(name)(specialists, name=name, seed=seed)
+            merge = open_choice(registry, choice, key="fusion.merges")
+            merged = merge(specialists, name=key, seed=seed)
             fault = _find_merge_fault(merged, shapes)
             if fault is not None:
                 raise refuse(entry, "merging", expected=fault[0], got=fault[1])
-            found[label_merge(name)] = bank.add_column(name, merged)
+            found[label_merge(choice)] = bank.add_column(key, merged)
     return found
 
 

@@ -174,10 +174,15 @@ def fuse_texts(
     with clock.phase("forecasts"):
         case = Case(matrix, group=charter.identity_hash)
         forecasts = make_forecasts(
-            case, plan.router, plugins, on_missing=partial(missing.add, "gain predictor")
+            case,
+            plan.router,
+            plugins,
+            choices=charter.amendment.fusion.predictors,
+            on_missing=partial(missing.add, "gain predictor"),
         )
         said = {record.predictor: record.forecast for record in forecasts}
-        headline = choose_headline(charter.amendment.fusion.headline, said, case, plugins)
+        fusion = charter.amendment.fusion
+        headline = choose_headline(fusion.headline, said, case, plugins, choices=fusion.predictors)
         _record(forecasts, folder, on_forecasts)
     with clock.phase("routers"):
         guarded, left_out = run.fit()
@@ -260,7 +265,7 @@ def _build_fused(
     base: Base,
     plan: FusionPlan,
     adapters: Sequence[Adapter | None],
-    name: str,
+    key: str,
     router: Any,
 ) -> FusedModel:
     sources = {c.contributor: c for c in plan.contributions}
@@ -276,8 +281,8 @@ def _build_fused(
         base,
         tuple(experts),
         router,
-        name,
+        plan.router_entry(key).name,
         plan.bank["mixture"],
         plan.rules.frozen_depth,
-        plan.plugins.routers.entry(name),
+        plan.router_entry(key),
     )

@@ -13,21 +13,23 @@ from molora_fed.bank import Expert
 from molora_fed.charter import AdapterRules, Charter
 from molora_fed.contributions.contributed import Entrant
 from molora_fed.errors import CharterError, ConfigError, PluginError, RoutingError
+from molora_fed.evaluation.composition import RESERVED_NAMES
 from molora_fed.forecasting.records import FAILED
 from molora_fed.guard import guarded, refuse
 from molora_fed.models.base import Base, check_base
 from molora_fed.models.batches import fit_batch
+from molora_fed.options import check_choices, read_choice
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.published import check_published
 from molora_fed.routing.top_k import limit_experts
-from molora_fed.storage.settings import open_options
 from molora_fed.types import BASE_EXPERT, Reading
 
 __all__ = [
     "BASE_EXPERT",
     "FusionPlan",
     "build_routers",
+    "check_labels",
     "check_published_router",
     "plan_fusion",
 ]
@@ -41,9 +43,9 @@ class FusionPlan:
         charter: Under which rules.
         contributions: Sorted by contribution id.
         experts: The base first if the charter says so, then the contributions.
-        router: Name of the router that is published, unless it collapses.
-        routers: Class and options by name; the published one first.
-        failed: Why compared routers cannot be used, by name.
+        router: Key of the router that is published, unless it collapses: its registered name.
+        routers: Class and options by key, see `Choice`; the published one first.
+        failed: Why compared routers cannot be used, by key.
         bank: Further arguments of both banks: readings, mixture, batch, frozen depth.
         plugins: Where adapter kinds are registered.
     """
@@ -79,6 +81,10 @@ class FusionPlan:
         """Folder of each specialist's adapter."""
         return {c.contributor: c.adapter for c in self.contributions}
 
+    def router_entry(self, key: str) -> Entry:
+        """Who registered a router of the plan."""
+        return self.plugins.routers.entry(self.charter.amendment.fusion.routers[key].name)
+
     def load_adapters(self) -> list[Adapter | None]:
         """The experts' adapters, all in memory; None for the base."""
         return [expert.load() for expert in self.experts]
@@ -91,10 +97,10 @@ def plan_fusion(
 
     Raises:
         BaseCheckpointError: If the base is not the charter's.
-        CharterError: If the charter does not fuse by a router, or a router's options are wrong;
-            all of them are named. See `build_routers`, too.
+        CharterError: If the charter does not fuse by a router, or options are wrong; all of them
+            are named. See `build_routers`, too.
         ConfigError: If there is no contribution, or names clash.
-        UnknownNameError: If nobody registers a router or a merge.
+        UnknownNameError: If nobody registers a router, a merge or a predictor with options.
     """
     check_base(base, charter.identity.base)
     _check_mode(charter)
@@ -103,8 +109,13 @@ def plan_fusion(
     _check_names(ordered)
     failed: dict[str, str] = {}
     routers = build_routers(charter, plugins, on_failed=failed.__setitem__)
-    for name in fusion.merges:
-        plugins.merges.entry(name)
+    check_choices(
+        (
+            (plugins.merges, "fusion.merges", fusion.merges),
+            (plugins.gain_predictors, "fusion.predictors", fusion.predictors),
+        )
+    )
+    check_labels(charter, plugins)
     readings: frozenset[Reading] = frozenset().union(
         *(router.reads(options) for router, options in routers.values())
     )
@@ -144,6 +155,27 @@ def plan_fusion(
     )
 
 
+def check_labels(charter: Charter, plugins: Plugins) -> None:
+    """Refuse labels of merges and predictors that a result has another meaning for.
+
+    Raises:
+        CharterError: Naming all of them.
+    """
+    fusion = charter.amendment.fusion
+    taken = {
+        "merges": {one.label for one in fusion.merges} & RESERVED_NAMES,
+        # All predictors that are registered are asked, and stand in one table.
+        "predictors": {one.label for one in fusion.predictors}
+        & set(plugins.gain_predictors.names()),
+    }
+    wrong = [f"{', '.join(sorted(labels))} of {key}" for key, labels in taken.items() if labels]
+    if wrong:
+        raise CharterError(
+            f"Cannot use charter '{charter.identity.name}': expected labels in amendment.fusion "
+            f"that mean nothing else, got {'; '.join(wrong)}. Choose other labels."
+        )
+
+
 def _check_mode(charter: Charter) -> None:
     if charter.amendment.fusion.mode != "router":
         raise CharterError(
@@ -174,12 +206,12 @@ def build_routers(
     *,
     on_failed: Callable[[str, str], None] | None = None,
 ) -> dict[str, tuple[type[OutputRouter], RouterOptions]]:
-    """Class and options of every router that a charter names; the published one first.
+    """Class and options of every router that a charter names, by key; the published one first.
 
     Args:
         charter: The charter.
         plugins: Where routers are registered.
-        on_failed: Told the name of each compared router whose plugin fails, and why; that router is
+        on_failed: Told the key of each compared router whose plugin fails, and why; that router is
             left out then. None takes every failure as an error.
 
     Raises:
@@ -190,31 +222,28 @@ def build_routers(
     """
     fusion = charter.amendment.fusion
     routers: dict[str, tuple[type[OutputRouter], RouterOptions]] = {}
-    last_resort = [fusion.fallback] if fusion.fallback else []
-    for name in dict.fromkeys((fusion.router, *fusion.compare, *last_resort)):
+    for key, choice in fusion.routers.items():
         try:
-            router, chosen = open_options(
+            router, chosen = read_choice(
                 plugins.routers,
-                name,
-                fusion.options if name == fusion.router else {},
-                error=CharterError,
-                fix="Correct [amendment.fusion.options].",
+                choice,
+                key="fusion.options" if key == fusion.router else "fusion.compare",
             )
-            reads = _check_readings(plugins.routers.entry(name), router, chosen)
+            reads = _check_readings(plugins.routers.entry(choice.name), router, chosen)
         except PluginError as error:
-            if on_failed is None or name == fusion.router:
+            if on_failed is None or key == fusion.router:
                 raise
-            on_failed(name, f"{FAILED}{error}")
+            on_failed(key, f"{FAILED}{error}")
             continue
         if fusion.shortlist is not None and charter.is_summed and "mean_hidden" in reads:
             raise CharterError(
                 f"Cannot use charter '{charter.identity.name}': expected routers that do not read "
-                f"the experts' average state, of which a shortlist knows some, got '{name}'. "
+                f"the experts' average state, of which a shortlist knows some, got '{key}'. "
                 "Leave out fusion.shortlist, or choose another router or input."
             )
-        if name == fusion.router and fusion.top_k is not None:
+        if key == fusion.router and fusion.top_k is not None:
             router = limit_experts(router, fusion.top_k)
-        routers[name] = (router, chosen)
+        routers[key] = (router, chosen)
     return routers
 
 

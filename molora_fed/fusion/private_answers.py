@@ -239,12 +239,12 @@ class FusionMember:
         """Ask fitted routers what only their authors could promise, before they are published."""
         for name in question.routers:
             router = rounds.build_router(name, question.of(name))
-            check_fitted(self.plan.plugins.routers.entry(name), router, bank)
+            check_fitted(self.plan.router_entry(name), router, bank)
 
     def _measure_merges(self, bank: HeldOutBank) -> dict[str, Tensor]:
         missing = NotMeasured()
-        names = self.plan.charter.amendment.fusion.merges
-        found = measure_merges(self.plan, bank, names, missing, seed=self._seed)
+        merges = self.plan.charter.amendment.fusion.merges
+        found = measure_merges(self.plan, bank, merges, missing, seed=self._seed)
         if missing.reasons:  # every member sends the same columns, or none
             failed = ", ".join(missing.reasons["merge"])
             raise RoutingError(

@@ -39,7 +39,7 @@ class PublishedRounds(SumRounds):
     def _can_be_made(self, name: str) -> bool:
         router, options = self._plan.routers[name]
         with suppress(PluginError, RoutingError):
-            with guarded(self._plan.plugins.routers.entry(name), "from_statistics"):
+            with guarded(self._plan.router_entry(name), "from_statistics"):
                 check_published(router, options)
             return True
         return False
@@ -56,5 +56,5 @@ class PublishedRounds(SumRounds):
             RoutingError: If it cannot be made from statistics.
         """
         router, options = self._plan.routers[name]
-        with guarded(self._plan.plugins.routers.entry(name), "from_statistics"):
+        with guarded(self._plan.router_entry(name), "from_statistics"):
             return make_published(router, statistics, self._set(options, 0))

@@ -16,6 +16,7 @@ from molora_fed.charter import Charter
 from molora_fed.forecasting.headline import Headline
 from molora_fed.forecasting.records import ForecastRecord
 from molora_fed.fusion.plan import FusionPlan
+from molora_fed.options import list_settings
 from molora_fed.routing.fused import FusedExpert, FusedModel
 from molora_fed.routing.top_k import TopKRouter
 
@@ -87,6 +88,7 @@ def build_result(outcome: FusionOutcome, charter: Charter, seed: int) -> dict[st
         "own_domain": plan.own_domain,
         "guard": dict(outcome.guard),
         "plugins": _list_plugins(outcome, charter),
+        **_describe_settings(plan),
         "not_measured": {kind: dict(why) for kind, why in outcome.not_measured.items()},
         "forecasts": {record.predictor: record.summary() for record in outcome.forecasts},
         "headline": outcome.headline.to_json(),
@@ -128,10 +130,12 @@ def _list_plugins(outcome: FusionOutcome, charter: Charter) -> dict[str, list[di
     """What was used of which plugin in which version, by kind."""
     plugins = outcome.plan.plugins
     kinds = {e.adapter.kind for e in outcome.fused.experts if e.adapter is not None}
+    fusion, asked = charter.amendment.fusion, {record.predictor for record in outcome.forecasts}
+    predictors = list_settings(plugins.gain_predictors, fusion.predictors)
     used = (
-        (plugins.routers, outcome.plan.routers),
-        (plugins.merges, charter.amendment.fusion.merges),
-        (plugins.gain_predictors, {record.predictor for record in outcome.forecasts}),
+        (plugins.routers, {fusion.routers[key].name for key in outcome.plan.routers}),
+        (plugins.merges, {one.name for one in fusion.merges}),
+        (plugins.gain_predictors, {one.name for one in predictors if one.key in asked}),
         (plugins.adapter_kinds, kinds & set(plugins.adapter_kinds.names())),
     )
     return {
@@ -139,6 +143,24 @@ def _list_plugins(outcome: FusionOutcome, charter: Charter) -> dict[str, list[di
         for registry, names in used
         if names
     }
+
+
+def _describe_settings(plan: FusionPlan) -> dict[str, dict[str, dict[str, Any]]]:
+    """Which plugin, with which options, what is called by a label or has options; by kind."""
+    fusion, plugins = plan.charter.amendment.fusion, plan.plugins
+    chosen = {
+        plugins.routers.kind: fusion.routers.values(),
+        plugins.merges.kind: fusion.merges,
+        plugins.gain_predictors.kind: fusion.predictors,
+    }
+    found = {
+        kind: {
+            one.key: {"name": one.name, "options": one.options} for one in some if not one.is_plain
+        }
+        for kind, some in chosen.items()
+    }
+    found = {kind: some for kind, some in found.items() if some}
+    return {"settings": found} if found else {}
 
 
 def _describe_expert(expert: FusedExpert) -> dict[str, Any]:

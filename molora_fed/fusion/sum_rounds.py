@@ -224,7 +224,7 @@ class SumRounds:
             RoutingError: If it cannot be fitted by sums.
         """
         router, options = self._plan.routers[name]
-        with guarded(self._plan.plugins.routers.entry(name), "by_sums"):
+        with guarded(self._plan.router_entry(name), "by_sums"):
             return plan_summed_fit(router, self._set(options, attempt))
 
     def plan_judgement(
@@ -241,8 +241,8 @@ class SumRounds:
 
     def compare(self, routers: Sequence[str]) -> Compared:
         """What is measured on held-out text."""
-        merges = map(label_merge, self._plan.charter.amendment.fusion.merges)
-        return Compared(self._experts, tuple(routers), tuple(merges))
+        merges = [label_merge(one) for one in self._plan.charter.amendment.fusion.merges]
+        return Compared(self._experts, tuple(routers), tuple(dict.fromkeys(merges)))
 
     def lay_out(self, question: SumQuestion) -> VectorLayout:
         """Parts of the vector that answers a question.
@@ -307,7 +307,7 @@ class SumRounds:
         for name in self._plan.routers:
             with suppress(PluginError, RoutingError):
                 fit = self.plan_fit(name, 0)
-                with guarded(self._plan.plugins.routers.entry(name), "limit_numbers"):
+                with guarded(self._plan.router_entry(name), "limit_numbers"):
                     fits[name] = fit.limit_numbers()
                 again |= {name} if fit.uses_seed else set()
         domains, experts = len(self.domains), len(self._experts)
@@ -341,7 +341,7 @@ class SumRounds:
         """A member's sums for the routers of a question about calibration text."""
         found: dict[str, Tensor] = {}
         for name, task in self.list_tasks(question):
-            with guarded(self._plan.plugins.routers.entry(name), "measure"):
+            with guarded(self._plan.router_entry(name), "measure"):
                 sums = task.measure(bank, question.of(name), self.weights)
             found |= {f"{name}/{entry}": tensor for entry, tensor in sums.items()}
         return found

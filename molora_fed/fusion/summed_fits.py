@@ -44,7 +44,7 @@ class SummedFits:
         for name in plan.routers:
             with missing.skipping("router", name, unless=name == plan.router):
                 fit = rounds.plan_fit(name, 0)
-                with guarded(plan.plugins.routers.entry(name), "start"):
+                with guarded(plan.router_entry(name), "start"):
                     self._states[name] = fit.start()
                 self._fits[name] = fit
 
@@ -116,7 +116,7 @@ class SummedFits:
             for part, tensor in total.parts.items()
             if part.startswith(prefix)
         }
-        with guarded(self._plan.plugins.routers.entry(name), "advance"):
+        with guarded(self._plan.router_entry(name), "advance"):
             after = self._fits[name].advance(state, own)
         if turn + 1 >= self._fits[name].rounds and not isinstance(after, Finished):
             raise RoutingError(

@@ -296,7 +296,7 @@ class _PooledRun:
             )
             found: GuardedRouter[Any] | None = None
             with self._missing.skipping("router", name, unless=name == plan.router):
-                found = fit_watched(plan.plugins.routers.entry(name), bank, fit)
+                found = fit_watched(plan.router_entry(name), bank, fit)
             if found is None:
                 continue
             if is_pooled or not found.router.state_tensors():

@@ -15,6 +15,7 @@ import numpy as np
 
 from molora_fed.errors import PopulationError
 from molora_fed.guard import guarded, refuse
+from molora_fed.options import Choice, open_choice
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.population.contract import (
     AdapterRouter,
@@ -46,26 +47,28 @@ class Step:
     entry: Entry | None = None
 
 
-def compute_fitness(scope: str, table: LossTable, plugins: Plugins) -> Fitness:
+def compute_fitness(scope: Choice, table: LossTable, plugins: Plugins) -> Fitness:
     """Fitness of every slot by a registered scope.
 
     Args:
-        scope: Registered name.
+        scope: The scope; the fitness is called by its label, if it has one.
         table: Losses per cluster.
-        plugins: Where the name is looked up.
+        plugins: Where its name is looked up.
 
     Raises:
         UnknownNameError: If no plugin registers it.
+        CharterError: If its options are wrong.
         PopulationError: If the losses cannot be used, or the scope returns other shapes than it
             should, or numbers that are not finite.
         PluginError: If the scope fails, or returns no fitness of its name.
     """
-    entry = plugins.fitness_scopes.entry(scope)
+    name, entry = scope.name, plugins.fitness_scopes.entry(scope.name)
+    measure = open_choice(plugins.fitness_scopes, scope, key="population.scope")
     with guarded(entry, "fitness"):
-        fitness = plugins.fitness_scopes.resolve(scope)(copy.deepcopy(table))
-    if not isinstance(fitness, Fitness) or fitness.scope != scope:
+        fitness = measure(copy.deepcopy(table))
+    if not isinstance(fitness, Fitness) or fitness.scope != name:
         got = fitness.scope if isinstance(fitness, Fitness) else type(fitness).__name__
-        raise refuse(entry, "fitness", expected=f"a Fitness of scope '{scope}'", got=repr(got))
+        raise refuse(entry, "fitness", expected=f"a Fitness of scope '{name}'", got=repr(got))
     slots, domains = len(table.without), len(table.domains)
     wanted = {
         "values": (slots,),
@@ -80,10 +83,10 @@ def compute_fitness(scope: str, table: LossTable, plugins: Plugins) -> Fitness:
             faults.append(f"{name} of shape {found.shape}, not finite {shape}")
     if faults:
         raise PopulationError(
-            f"Cannot use fitness scope '{scope}': expected a finite fitness of {slots} slots and "
+            f"Cannot use fitness scope '{scope.key}': expected a finite fitness of {slots} slots and "
             f"{domains} domains, got {'; '.join(faults)}. Correct the scope."
         )
-    return fitness
+    return replace(fitness, scope=scope.key)
 
 
 def open_operators(

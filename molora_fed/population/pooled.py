@@ -12,6 +12,7 @@ from molora_fed.bank.views import GateReading
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
 from molora_fed.models.base import Base
+from molora_fed.options import Choice, check_choices
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation import adapt
 from molora_fed.population.adaptation_config import AdaptationConfig
@@ -42,7 +43,7 @@ class PooledData:
         readings: frozenset[GateReading],
         folder: Path,
         *,
-        scope: str,
+        scope: Choice,
         plugins: Plugins,
         batch: int = 16,
         progress: Progress | None = None,
@@ -54,7 +55,7 @@ class PooledData:
             carved: The blocks.
             readings: What the router reads.
             folder: Where states lie; a bank's folder will do.
-            scope: Registered fitness scope.
+            scope: Fitness scope.
             plugins: Where it is looked up.
             batch: Blocks per forward pass.
             progress: Told the blocks done and in all.
@@ -65,7 +66,7 @@ class PooledData:
         self._scope = scope
         self._plugins = plugins
         self._batch = batch
-        plugins.fitness_scopes.entry(scope)
+        check_choices([(plugins.fitness_scopes, "population.scope", [scope])])
 
         def build(blocks: Sequence[Blocks]) -> tuple[BaseStates, ...]:
             return build_states(base, blocks, readings, folder, batch=batch, progress=progress)
@@ -79,7 +80,7 @@ class PooledData:
         carved = self._carved
         return {
             "base": self._base.weights,
-            "scope": self._scope,
+            "scope": self._scope.model_dump(mode="json"),
             "batch": self._batch,
             "adaptation": [own.fingerprint for own in carved.adaptation],
             "fitness": _describe(carved.fitness),

@@ -21,6 +21,7 @@ from molora_fed.evaluation.composition import name_fused, name_specialist
 from molora_fed.evaluation.moments import Moments, add_by_domain, build_stand_ins
 from molora_fed.evaluation.summed import name_difference
 from molora_fed.evaluation.summed_report import compose_summed
+from molora_fed.options import Choice, check_choices
 from molora_fed.plugins import Plugins
 from molora_fed.population.adaptation import Factor
 from molora_fed.population.adaptation_config import AdaptationConfig
@@ -151,7 +152,7 @@ class PrivateData:
         members: Sequence[Member],
         ask: Ask,
         *,
-        scope: str,
+        scope: Choice,
         rounds: int,
         router_name: str,
         plugins: Plugins,
@@ -161,7 +162,7 @@ class PrivateData:
         Args:
             members: Who is asked, in the order of their ids, which is that of answers.
             ask: Asks them.
-            scope: Registered fitness scope.
+            scope: Fitness scope.
             rounds: Rounds of an adaptation.
             router_name: The name the router is registered under.
             plugins: Where scope and router are looked up.
@@ -173,12 +174,12 @@ class PrivateData:
         self._rounds = rounds
         self._router_name = router_name
         self._plugins = plugins
-        plugins.fitness_scopes.entry(scope)
+        check_choices([(plugins.fitness_scopes, "population.scope", [scope])])
 
     def describe(self) -> Mapping[str, Any]:
         """See `EvolutionData`."""
         return {
-            "scope": self._scope,
+            "scope": self._scope.model_dump(mode="json"),
             "rounds": self._rounds,
             "members": [asdict(one) for one in self._members],
         }

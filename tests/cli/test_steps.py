@@ -9,6 +9,7 @@ import pytest
 from molora_fed.contributions.manifest import load_contribution
 from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.cooperative import open_cooperative
+from molora_fed.options import name_choices
 from molora_fed.storage.files import hash_file
 
 
@@ -48,7 +49,7 @@ def test_create_writes_the_options_into_the_charter(molora, tmp_path, tiny_check
     assert (training.kind, training.rank, training.steps) == ("delta", 8, 7)
     fusion = amendment.fusion
     assert (fusion.router, fusion.compare, fusion.mixture) == (
-        "linear", ("evidence-zero",), "logit",
+        "linear", name_choices("evidence-zero"), "logit",
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from molora_fed.corpus.blocks import Blocks
 from molora_fed.corpus.prepare import Corpus
 from molora_fed.models.base import Base, load_base
 from molora_fed.models.base_files import copy_checkpoint, quiet_transformers
+from molora_fed.options import Choice
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.population.adaptation_config import AdaptationConfig
 from molora_fed.population.contract import Population
@@ -176,7 +177,7 @@ def open_replicate(settings: Mapping[str, Any], needs: Sequence[Done], threads: 
         blocks.carved if guarded else replace(blocks.carved, guard=()),
         readings,
         states.folder / "states",
-        scope=chosen.scope,
+        scope=Choice(name=chosen.scope),
         plugins=plugins,
         batch=EVAL_BATCH,
     )

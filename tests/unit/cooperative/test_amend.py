@@ -7,6 +7,7 @@ from molora_fed.cooperative.amend import amend_by_settings, apply_settings, list
 from molora_fed.cooperative.cooperative import create_cooperative, open_cooperative
 from molora_fed.errors import CharterError, LedgerError, UnknownNameError
 from molora_fed.models.base import load_base
+from molora_fed.options import name_choices
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_settings_reach_every_level():
     assert changed.domains == ("legal", "art")
     assert (changed.training.steps, changed.training.learning_rate) == (600, 1e-3)
     fusion = changed.fusion
-    assert (fusion.router, fusion.compare) == ("linear", ("evidence-zero",))
+    assert (fusion.router, fusion.compare) == ("linear", name_choices("evidence-zero"))
     assert (fusion.options, fusion.base_expert) == ({"weight_decay": 0.5}, False)
     assert changed.admission.max_start_gap == 0.1
     assert changed.number == 0

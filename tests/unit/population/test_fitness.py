@@ -13,6 +13,7 @@ from molora_fed.bank.states import build_states
 from molora_fed.corpus.blocks import Blocks
 from molora_fed.errors import PopulationError
 from molora_fed.models.base import load_base
+from molora_fed.options import Choice
 from molora_fed.plugins import load_plugins
 from molora_fed.population import fitness as fitness_module
 from molora_fed.population.contract import Fitness, LossTable
@@ -254,7 +255,7 @@ def test_one_domain_has_no_fitness_per_domain():
 @pytest.mark.parametrize("name", load_plugins().fitness_scopes.names())
 def test_registered_scopes_give_a_fitness(name):
     table = build_table([[0.1, 0.2], [0.0, 0.1], [0.3, 0.3]], noise=0.1)
-    fitness = compute_fitness(name, table, load_plugins())
+    fitness = compute_fitness(Choice(name=name), table, load_plugins())
     assert isinstance(fitness, Fitness) and fitness.scope == name
     assert fitness.by_domain.shape == (3, 2) and (fitness.errors >= 0).all()
 
@@ -271,7 +272,7 @@ def test_a_scope_that_breaks_the_contract_is_named():
     plugin = type("Plugin", (), hooks)
     plugins = load_plugins(extra=[("broken 1", plugin)])
     with pytest.raises(PopulationError) as caught:
-        compute_fitness("broken", build_table([[0.1, 0.2]]), plugins)
+        compute_fitness(Choice(name="broken"), build_table([[0.1, 0.2]]), plugins)
     assert "scope 'broken'" in str(caught.value)
     assert "values of shape (2,)" in str(caught.value) and "by_domain" in str(caught.value)
     assert "errors" not in str(caught.value)
