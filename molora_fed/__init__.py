@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from molora_fed.cascade.contract import PolicyOptions as PolicyOptions
     from molora_fed.cascade.contract import ProbeEvidence as ProbeEvidence
     from molora_fed.cascade.contract import Verdict as Verdict
+    from molora_fed.contributions.admission import AdmissionCandidate as AdmissionCandidate
+    from molora_fed.contributions.admission import Stage as Stage
+    from molora_fed.contributions.admission import needs as needs
     from molora_fed.cooperative.cooperative import open_cooperative as open_cooperative
     from molora_fed.cooperative.fuse import fuse_contributions as fuse_contributions
     from molora_fed.errors import MoloraError as MoloraError
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from molora_fed.routing.contract import OutputRouter as OutputRouter
     from molora_fed.routing.contract import RouterOptions as RouterOptions
     from molora_fed.routing.contract import RouterState as RouterState
+    from molora_fed.routing.fitting import fit_on_batches as fit_on_batches
+    from molora_fed.routing.fitting import fit_on_whole as fit_on_whole
     from molora_fed.routing.fused import FusedModel as FusedModel
     from molora_fed.types import Case as Case
     from molora_fed.types import Document as Document
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
     from molora_fed.types import Forecast as Forecast
     from molora_fed.types import LossMatrix as LossMatrix
     from molora_fed.types import Outcome as Outcome
+    from molora_fed.types import Progress as Progress
 
 __version__ = "0.1.0"
 
@@ -65,6 +71,7 @@ _NAMES = {
         "CascadeModel", "CascadeTask", "EscalationPolicy", "JudgeRequest", "PolicyOptions",
         "ProbeEvidence", "Verdict",
     ),
+    "contributions.admission": ("AdmissionCandidate", "Stage", "needs"),
     "cooperative.cooperative": ("open_cooperative",),
     "cooperative.fuse": ("fuse_contributions",),
     "errors": ("MoloraError",),
@@ -79,8 +86,11 @@ _NAMES = {
     ),
     "routing.bundle": ("load_fused",),
     "routing.contract": ("OutputRouter", "RouterOptions", "RouterState"),
+    "routing.fitting": ("fit_on_batches", "fit_on_whole"),
     "routing.fused": ("FusedModel",),
-    "types": ("Case", "Document", "Finding", "Forecast", "LossMatrix", "Outcome"),
+    "types": (
+        "Case", "Document", "Finding", "Forecast", "LossMatrix", "Outcome", "Progress",
+    ),
 }  # fmt: skip
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 
