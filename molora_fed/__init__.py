@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from molora_fed.plugins import hookimpl
 
 if TYPE_CHECKING:
+    from molora_fed.adapters.compatibility import applied as applied
     from molora_fed.adapters.contract import AdapterKind as AdapterKind
     from molora_fed.adapters.updates import Adapter as Adapter
     from molora_fed.bank import CalibrationBank as CalibrationBank
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from molora_fed.cascade.contract import PolicyOptions as PolicyOptions
     from molora_fed.cascade.contract import ProbeEvidence as ProbeEvidence
     from molora_fed.cascade.contract import Verdict as Verdict
+    from molora_fed.contributions.admission import AdmissionCandidate as AdmissionCandidate
+    from molora_fed.contributions.admission import Stage as Stage
+    from molora_fed.contributions.admission import needs as needs
     from molora_fed.contributions.carried import CarriedContext as CarriedContext
     from molora_fed.cooperative.cooperative import open_cooperative as open_cooperative
     from molora_fed.cooperative.fuse import fuse_contributions as fuse_contributions
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from molora_fed.inference.fused_lm import FusedForCausalLM as FusedForCausalLM
     from molora_fed.models.base import Base as Base
     from molora_fed.models.base import load_base as load_base
+    from molora_fed.models.block_input import InputNorm as InputNorm
     from molora_fed.population.contract import AdapterRouter as AdapterRouter
     from molora_fed.population.contract import AdapterRouterOptions as AdapterRouterOptions
     from molora_fed.population.contract import Birth as Birth
@@ -49,7 +54,11 @@ if TYPE_CHECKING:
     from molora_fed.routing.contract import OutputRouter as OutputRouter
     from molora_fed.routing.contract import RouterOptions as RouterOptions
     from molora_fed.routing.contract import RouterState as RouterState
+    from molora_fed.routing.fitting import fit_on_batches as fit_on_batches
+    from molora_fed.routing.fitting import fit_on_whole as fit_on_whole
     from molora_fed.routing.fused import FusedModel as FusedModel
+    from molora_fed.routing.summed import FitSetting as FitSetting
+    from molora_fed.routing.summed import NoRounds as NoRounds
     from molora_fed.storage.options import Configurable as Configurable
     from molora_fed.storage.options import PluginOptions as PluginOptions
     from molora_fed.types import Case as Case
@@ -58,10 +67,12 @@ if TYPE_CHECKING:
     from molora_fed.types import Forecast as Forecast
     from molora_fed.types import LossMatrix as LossMatrix
     from molora_fed.types import Outcome as Outcome
+    from molora_fed.types import Progress as Progress
 
 __version__ = "0.1.0"
 
 _NAMES = {
+    "adapters.compatibility": ("applied",),
     "adapters.contract": ("AdapterKind",),
     "adapters.updates": ("Adapter",),
     "bank": ("CalibrationBank",),
@@ -70,6 +81,7 @@ _NAMES = {
         "CascadeModel", "CascadeTask", "EscalationPolicy", "Judge", "JudgeOptions", "JudgeRequest",
         "PolicyOptions", "ProbeEvidence", "Verdict",
     ),
+    "contributions.admission": ("AdmissionCandidate", "Stage", "needs"),
     "contributions.carried": ("CarriedContext",),
     "cooperative.cooperative": ("open_cooperative",),
     "cooperative.fuse": ("fuse_contributions",),
@@ -78,6 +90,7 @@ _NAMES = {
     "hookspecs": ("Register",),
     "inference.fused_lm": ("FusedForCausalLM",),
     "models.base": ("Base", "load_base"),
+    "models.block_input": ("InputNorm",),
     "storage.options": ("Configurable", "PluginOptions"),
     "population.contract": (
         "AdapterRouter", "AdapterRouterOptions", "Birth", "Fitness", "LifecycleOperator",
@@ -85,8 +98,12 @@ _NAMES = {
     ),
     "routing.bundle": ("load_fused",),
     "routing.contract": ("OutputRouter", "RouterOptions", "RouterState"),
+    "routing.fitting": ("fit_on_batches", "fit_on_whole"),
     "routing.fused": ("FusedModel",),
-    "types": ("Case", "Document", "Finding", "Forecast", "LossMatrix", "Outcome"),
+    "routing.summed": ("FitSetting", "NoRounds"),
+    "types": (
+        "Case", "Document", "Finding", "Forecast", "LossMatrix", "Outcome", "Progress",
+    ),
 }  # fmt: skip
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 

@@ -159,6 +159,23 @@ class AdmissionCandidate:
             name=self.contribution.manifest.contributor,
         )
 
+    def read_adapter(self, other: Contribution) -> Adapter | None:
+        """The adapter of one of `others`; None if it cannot be read, which is not this one's fault.
+
+        Args:
+            other: One of `others`.
+        """
+        try:
+            return load_adapter(
+                other.adapter_folder,
+                rules=self.charter.identity.adapters,
+                model=self.base.model,
+                plugins=self.plugins,
+                name=other.manifest.contributor,
+            )
+        except (AdapterError, PluginError, UnknownNameError):
+            return None
+
     @cached_property
     def effect(self) -> ChangedModules:
         """How many of its modules the adapter changes, counted once.

@@ -2,13 +2,12 @@
 
 import math
 
-from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.similarity import compute_similarity
 from molora_fed.contributions.admission import AdmissionCandidate, Stage, needs
 from molora_fed.contributions.decision import list_quoted
 from molora_fed.contributions.manifest import Contribution
 from molora_fed.corpus.blocks import Blocks
-from molora_fed.errors import AdapterError, CorpusError, PluginError, UnknownNameError
+from molora_fed.errors import AdapterError, CorpusError
 from molora_fed.types import Finding, Split
 
 __all__ = ["MAX_FOREIGN_RISE", "MAX_SIMILARITY", "check_near_copy", "check_other_domains"]
@@ -72,16 +71,9 @@ def check_near_copy(candidate: AdmissionCandidate) -> Finding | None:
     """
     alike = []
     for other in candidate.others:
-        try:
-            adapter = load_adapter(
-                other.adapter_folder,
-                rules=candidate.charter.identity.adapters,
-                model=candidate.base.model,
-                plugins=candidate.plugins,
-                name=other.manifest.contributor,
-            )
-        except (AdapterError, PluginError, UnknownNameError):
-            continue  # the newcomer is not to blame for it
+        adapter = candidate.read_adapter(other)
+        if adapter is None:
+            continue
         similarity = compute_similarity(candidate.adapter, adapter)
         if similarity >= MAX_SIMILARITY:
             found = f"{similarity:.3f} to contribution {other.id[:16]} of"
