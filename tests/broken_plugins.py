@@ -18,11 +18,8 @@ from molora_fed import hookimpl
 from molora_fed.adapters.contract import AdapterKind
 from molora_fed.cascade.building import build_policy
 from molora_fed.cascade.contract import (
-    Candidate,
     CascadeTask,
     EscalationPolicy,
-    JudgeRequest,
-    ProbeEvidence,
     draw_tasks,
     open_extractor,
     open_judge,
@@ -41,13 +38,16 @@ from molora_fed.population.contract import (
     AdapterRouter,
     Fitness,
     LifecycleOperator,
-    LossTable,
 )
 from molora_fed.population.lifecycle import compute_fitness, open_operators, run_lifecycle
 from molora_fed.population.router_files import open_router
 from molora_fed.population.setup import build_start
 from molora_fed.routing.contract import OutputRouter
+<<<<<<< HEAD
 from molora_fed.storage.options import name_choices
+=======
+from molora_fed.testing import build_evidence, build_judge_request, build_loss_table
+>>>>>>> w-kits2
 from molora_fed.types import Document, Finding, Forecast
 
 ORIGIN = "broken (molora-broken 0.1.0)"
@@ -673,9 +673,7 @@ def _operate(workshop: Workshop, case: "Broken") -> str | None:
 
 
 def _measure(workshop: Workshop, case: "Broken") -> None:
-    ones = torch.ones(4).double().numpy()
-    domain_of = torch.tensor([0, 0, 1, 1]).numpy()
-    table = LossTable(("a", "b"), domain_of, ones, ones, ones, ones[None].repeat(2, 0), 3)
+    table = build_loss_table(2, domains=("a", "b"), clusters=2)
     compute_fitness(case.name, table, load("fitness_scopes", case.name, case.target))
 
 
@@ -688,13 +686,13 @@ def _extract(workshop: Workshop, case: "Broken") -> None:
 
 def _judge(workshop: Workshop, case: "Broken") -> None:
     judge = open_judge(case.name, load("judges", case.name, case.target))
-    judge(JudgeRequest(_TASK, (Candidate("one", "1", "1"),), {}, 0))
+    judge(build_judge_request(("1",), task=_TASK))
 
 
 def _choose(workshop: Workshop, case: "Broken") -> None:
     plugins = load("escalation_policies", case.name, case.target)
     policy = build_policy(case.name, {}, plugins)
-    policy.choose_mode(ProbeEvidence(_TASK, ("1",), ("1",), 0.0))
+    policy.choose_mode(build_evidence(("1",), task=_TASK))
 
 
 def _draw(workshop: Workshop, case: "Broken") -> None:

@@ -5,13 +5,14 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from molora_fed.cascade.contract import CascadeTask, Extractor
 from molora_fed.cascade.escalation import hide_answer
-from molora_fed.errors import ConfigError
+from molora_fed.errors import ConfigError, PluginError
 from molora_fed.guard import one_line
 from molora_fed.plugins import Plugins, check_callable, get_plugins
 from molora_fed.testing.cascades import build_task
@@ -31,7 +32,9 @@ ODD = (
 )  # fmt: skip
 """Texts without sense: white space, marks, digits of other scripts, surrogates, half a syntax."""
 
-_REPEATED = ("a", "9", "1,", "[", "```\n", "answer is ", "1/")
+REPEATED = ("a", "9", "1,", "[", "```\n", "answer is ", "1/")
+"""Pieces that long texts are made of."""
+
 _LENGTHS = (1_000, 8_000, 64_000)  # what is too slow shows at a length that can be waited for
 
 LIMIT_SECONDS = 2.0
@@ -103,25 +106,27 @@ class _Case(Target):
 
 
 def _find_tasks(target: Any, plugins: Plugins) -> tuple[CascadeTask, ...]:
-    """Tasks of the first registered family that names a registered extractor."""
-    registry = plugins.extractors
-    names = {entry.name for entry in registry if target in (entry.target, _resolve(entry.name))}
-    for family in plugins.task_families.names():
-        tasks = plugins.task_families.resolve(family)(1, 1, 0)
-        if tasks[0].extractor in names:
-            return tuple(hide_answer(task) for task in tasks)
+    """Tasks of a registered family that names a registered extractor."""
+    registry, families = plugins.extractors, plugins.task_families
+    names = set()
+    for entry in registry:
+        with suppress(PluginError):  # of another plugin, which cannot be loaded
+            names |= {entry.name} if registry.resolve(entry.name) is target else set()
+    words = {word for name in names for word in name.split("-")}
+    # Some families take seconds to draw from: those that share a word with the extractor first.
+    for family in sorted(families.names(), key=lambda name: not words & {*name.split("-")}):
+        with suppress(Exception):  # another plugin's family, whatever it raises
+            tasks = families.resolve(family)(1, 1, 0)
+            if tasks[0].extractor in names:
+                return tuple(hide_answer(task) for task in tasks)
     return ()
-
-
-def _resolve(name: str) -> Any:
-    return get_plugins().extractors.resolve(name)
 
 
 def _list_texts() -> Iterator[tuple[str, str]]:
     """Every text with its name in a message."""
     for text in (*ORDINARY, *ODD):
         yield repr(text), text
-    for piece in _REPEATED:
+    for piece in REPEATED:
         yield f"{piece!r} repeated", piece * (_LENGTHS[0] // len(piece))
 
 
@@ -181,7 +186,7 @@ def _reads_its_answers_again(case: _Case) -> str | None:
 
 def _takes_bounded_time(case: _Case) -> str | None:
     extract, task = case.make(), case.tasks[0]
-    for piece in _REPEATED:
+    for piece in REPEATED:
         for length in _LENGTHS:
             text = piece * (length // len(piece))
             started = time.process_time()

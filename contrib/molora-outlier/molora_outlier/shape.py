@@ -30,6 +30,8 @@ class Shape:
 def measure_shape(adapter: Adapter, base: Base) -> Shape | None:
     """Measure an adapter against the base that it changes; None if it changes nothing.
 
+    Modules with a NaN or an infinity are left out: the core refuses these by themselves.
+
     Args:
         adapter: Its updates, low-rank or dense.
         base: The base.
@@ -37,6 +39,8 @@ def measure_shape(adapter: Adapter, base: Base) -> Shape | None:
     norms: dict[str, float] = {}
     shares: list[float] = []
     for name, update in adapter.updates.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in update.tensors().values()):
+            continue
         values = decompose_update(update).values
         if not bool(values.any()):
             continue

@@ -29,10 +29,11 @@ class GateOptions(PluginOptions):
 
 
 class Gate(Configurable[GateOptions]):
-    """Trains v so that `s p_e + (1 - s) p_base`, s = sigmoid(v . h + c), predicts the own text best.
+    """Trains v so that `s p_e + (1 - s) p_base` predicts the contributor's own text best.
 
-    h is the base's normalised state. Source: gates trained by each expert's owner with everything
-    else frozen, arXiv 2402.05859; there one a module, on what enters it, here one an adapter.
+    s = sigmoid(v . h + c), and h is the base's normalised state. Source: gates trained by each
+    expert's owner with everything else frozen, arXiv 2402.05859; there one a module, on what enters
+    it, here one an adapter.
     """
 
     def __call__(self, context: CarriedContext) -> Mapping[str, Tensor]:

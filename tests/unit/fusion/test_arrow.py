@@ -12,7 +12,7 @@ from molora_fed.fusion.fuse import fuse
 from molora_fed.plugins import load_plugins
 from molora_fed.testing import check_router_conformance
 
-ROUTERS = {"router": "arrow-like", "compare": ("evidence-zero",), "fallback": "", "restarts": 0}
+ROUTERS = {"router": "arrow", "compare": ("evidence-zero",), "fallback": "", "restarts": 0}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_the_kit_tells_of_a_router_that_changes_an_adapter():
 
 def test_its_directions_are_those_of_the_published_adapters(pooled):
     fused = pooled.fused
-    assert fused.router_name == "arrow-like"
+    assert fused.router_name == "arrow"
     assert fused.router.directions.shape == (4, 1, 32)
     for expert, directions in zip(fused.experts, fused.router.directions, strict=True):
         if expert.adapter is None:
@@ -65,19 +65,19 @@ def test_where_text_stays_with_its_owners_it_is_the_same_router(
     found, asked = fuse_apart(base, charter, contributions, tmp_path, plugins)
     for name, tensor in pooled.fused.router.state_tensors().items():
         assert torch.equal(found.fused.router.state_tensors()[name], tensor)
-    mine, theirs = (one.result["losses"]["fused"]["arrow-like"] for one in (found, pooled))
+    mine, theirs = (one.result["losses"]["fused"]["arrow"] for one in (found, pooled))
     assert mine == pytest.approx(theirs, abs=1e-5)
     places = [question.place for question in asked.questions]
     first = "losses" if mode == "statistics" else "fit 0 0"
     assert places[0] == first and places[-1] == "held-out"
-    assert all("arrow-like" not in question.routers for question in asked.questions[:1])
+    assert all("arrow" not in question.routers for question in asked.questions[:1])
 
 
 def test_what_is_sent_can_be_said_before_there_are_adapters(cooperative, plugins):
     base, _ = cooperative
     charter = publish(build_charter(base, **ROUTERS), mode="private")
     rounds = _plan_rounds(charter, plugins, 4, 2, base.hidden_size)
-    assert "arrow-like" in rounds.limit_fits()[1]
+    assert "arrow" in rounds.limit_fits()[1]
 
 
 def test_a_router_that_changes_an_adapter_has_failed(cooperative, plugins, pooled, tmp_path):
