@@ -43,11 +43,8 @@ from molora_fed.population.lifecycle import compute_fitness, open_operators, run
 from molora_fed.population.router_files import open_router
 from molora_fed.population.setup import build_start
 from molora_fed.routing.contract import OutputRouter
-<<<<<<< HEAD
 from molora_fed.storage.options import name_choices
-=======
 from molora_fed.testing import build_evidence, build_judge_request, build_loss_table
->>>>>>> w-kits2
 from molora_fed.types import Document, Finding, Forecast
 
 ORIGIN = "broken (molora-broken 0.1.0)"
