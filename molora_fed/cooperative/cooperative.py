@@ -318,7 +318,8 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
     _check_labels(charter, plugins)
     problems = []
     if training.kind not in rules.kinds:
-        problems.append((f"a training kind among {', '.join(rules.kinds)}", training.kind))
+        accepted = f"a training kind among {', '.join(rules.kinds)} (--accept-kinds, at creation)"
+        problems.append((accepted, training.kind))
     if training.rank > rules.max_rank:
         problems.append((f"a training rank of at most {rules.max_rank}", str(training.rank)))
     expected, quorum = charter.amendment.expected, charter.amendment.quorum

@@ -34,7 +34,7 @@ def test_kinds_of_a_plugin_from_founding_to_the_fused_model(
     create += (12, "--kind", "row-scales", "--block-size", 32, "--privacy", "pooled")
     refused = molora(*create)
     assert refused.code != 0 and not home.exists()
-    assert "a training kind among lora, svd, delta, got row-scales" in refused.err
+    assert "a training kind among lora, svd, delta (--accept-kinds, at creation)" in refused.err
     unknown = molora(*create, "--accept-kinds", "lora,row-scale")
     assert unknown.code == 61 and not home.exists()
     assert "'row-scale': expected one of delta, lora, row-scales, svd, whole-weights" in unknown.err
