@@ -4,8 +4,8 @@
 by changing the future.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,30 +61,43 @@ SUM_TOLERANCE = 1e-5  # of the largest number of a tensor of sums
 SPLIT_TOLERANCE = 1e-3
 
 
+Carried = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+"""See `build_synthetic_bank`."""
+
+
 def check_router_conformance(
-    router: type[OutputRouter], options: RouterOptions | None = None
+    router: type[OutputRouter],
+    options: RouterOptions | None = None,
+    *,
+    carried: Carried | None = None,
 ) -> None:
     """Check a router class against the whole contract, on made-up banks.
 
     Args:
         router: The class that is registered.
         options: Its options; its defaults if None.
+        carried: What contributions carry for a router that reads it, of "expert-0" to "expert-2"
+            (`build_synthetic_bank`), of D = 16; nothing if None.
 
     Raises:
         PluginError: Naming every rule that is broken, with what was found.
     """
     title, page = f"Router '{router.__name__}'", "docs/writing_plugins.md"
-    refuse_broken(title, examine_router(router, options), page=page)
+    refuse_broken(title, examine_router(router, options, carried=carried), page=page)
 
 
 def examine_router(
-    router: type[OutputRouter], options: RouterOptions | None = None
+    router: type[OutputRouter],
+    options: RouterOptions | None = None,
+    *,
+    carried: Carried | None = None,
 ) -> tuple[CheckResult, ...]:
     """What `check_router_conformance` finds, one result a check.
 
     Args:
         router: The class that is registered.
         options: Its options; its defaults if None.
+        carried: See `check_router_conformance`.
     """
     name = "reads columns that banks have"
     try:
@@ -95,14 +108,14 @@ def examine_router(
     if not reads <= ALL_READINGS:
         problem = f"expected reads among {sorted(ALL_READINGS)}, got {sorted(reads)}"
         return (CheckResult(name, problem),)
-    bank = build_synthetic_bank(readings=reads)
-    held_out = build_synthetic_bank(HeldOutBank, seed=1, readings=reads)
+    bank = build_synthetic_bank(readings=reads, carried=carried)
+    held_out = build_synthetic_bank(HeldOutBank, seed=1, readings=reads, carried=carried)
     try:
         fitted = router.fit(bank, chosen, 0)
     except Exception as error:  # nothing can be asked of a router that cannot be fitted
         problem = f"expected a fitted router, got {describe_raised(error)}"
         return (CheckResult("fits on a calibration bank", problem),)
-    case = _Case(router, chosen, bank, held_out, fitted)
+    case = _Case(router, chosen, bank, held_out, fitted, carried)
     checks = [*_ALWAYS, *(_CAUSAL if router.causal else (_refuses_to_step,))]
     return examine(checks, case)
 
@@ -114,6 +127,7 @@ class _Case:
     bank: CalibrationBank
     held_out: HeldOutBank
     fitted: OutputRouter
+    carried: Carried | None
 
     @property
     def view(self) -> RouterView:
@@ -185,7 +199,7 @@ def _does_not_prefer_places(case: _Case) -> str | None:
 
 
 def _gives_a_lone_expert_everything(case: _Case) -> str | None:
-    bank = build_synthetic_bank(num_experts=1, readings=case.bank.readings)
+    bank = build_synthetic_bank(num_experts=1, readings=case.bank.readings, carried=case.carried)
     gates = case.router.fit(bank, case.options, 0).gates(bank.view(slice(0, 2)))
     return None if bool((gates == 1).all()) else "expected gate 1 for a lone expert, got less"
 

@@ -1,6 +1,7 @@
 """The one list of what leaves a contributor, and what can be told from it."""
 
 import pytest
+from carried_helpers import NAME, MeanStateRouter, load_with_plugin
 
 from molora_fed.charter import (
     Amendment,
@@ -39,6 +40,19 @@ def describe(charter, width=128):
 
 def list_sums(charter, width=128):
     return [row for row in describe(charter, width).rows if "sums" in row.what and row.numbers]
+
+
+def test_carried_files_are_listed_by_the_most_that_the_charter_takes():
+    plugins = load_with_plugin()
+    for mode in ("pooled", "private", "statistics"):
+        fusion = {"router": MeanStateRouter.name, "carried": (NAME,), "max_carried_bytes": 5_000}
+        charter = build_charter(mode, fusion=fusion)
+        found = describe_outgoing(charter, plugins, width=128)
+        (row,) = [row for row in found.rows if "carried" in row.what]
+        assert (row.bytes, row.exact, row.blocks, row.times) == (5_000, False, 0, 1)
+        assert [text.startswith("Carried files are computed here") for text in found.told][-1]
+        plain = describe_outgoing(build_charter(mode), plugins, width=128)
+        assert not any("arried" in text for text in (*plain.told, *(r.what for r in plain.rows)))
 
 
 def test_a_private_fusion_sends_no_text_and_lists_every_sum():

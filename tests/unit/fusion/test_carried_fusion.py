@@ -11,6 +11,7 @@ from molora_fed.adapters.carried_files import CarriedFiles
 from molora_fed.adapters.files import load_adapter
 from molora_fed.bank import Expert, build_calibration_bank
 from molora_fed.cooperative.publish import measure_statistics
+from molora_fed.errors import PluginError
 from molora_fed.fusion.fuse import fuse, fuse_texts
 from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.private_texts import PrivateTexts
@@ -63,6 +64,23 @@ def test_a_bank_has_what_each_expert_carries_and_nobody_changes_it(cooperative, 
 
 def test_a_router_that_reads_them_keeps_its_contract_where_there_are_none():
     check_router_conformance(MeanStateRouter)
+
+
+def test_a_router_that_reads_them_keeps_its_contract_where_there_are_some():
+    states = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    carried = {f"expert-{n}": {NAME: {"mean": state}} for n, state in enumerate(states)}
+    check_router_conformance(MeanStateRouter, carried=carried)
+    with pytest.raises(PluginError, match="changed"):
+        check_router_conformance(_Careless, carried=carried)
+
+
+class _Careless(MeanStateRouter):
+    """Keeps what it was handed, and the column that it read."""
+
+    @classmethod
+    def learn(cls, bank, options, seed, progress):
+        bank.base_hidden[0] += 1
+        return super().learn(bank, options, seed, progress)
 
 
 def test_a_pooled_fusion_publishes_a_router_made_of_what_is_carried(cooperative, plugins, tmp_path):
