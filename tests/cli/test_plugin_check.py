@@ -197,6 +197,18 @@ def test_what_cannot_be_checked_is_one_line(molora, write, name, source, said):
     assert said in ran.err and len(ran.err.strip().splitlines()) == 1
 
 
+def test_options_are_those_of_the_one_thing_that_is_checked(molora):
+    ran = molora("plugins", "check", "lora", "--option", "precision=int8")
+    assert ran.code == 0, ran.out
+    assert "its folder is not PEFT's format" in ran.out  # but it is with the defaults
+    ran = molora("plugins", "check", "lora", "--option", "presicion=int8")
+    assert ran.code == 1 and "valid values among the keys targets, precision, group" in ran.out
+    ran = molora("plugins", "check", "ties", "--option", "density=0.1")
+    assert ran.code == 1 and "expected a class with Options, got none" in ran.out
+    ran = molora("plugins", "check", "kalavai", "--option", "density=0.1")
+    assert "expected one registered thing, got 24" in ran.err
+
+
 def test_an_unknown_name_lists_near_ones(molora):
     ran = molora("plugins", "check", "own-los")
     assert ran.code != 0
