@@ -60,7 +60,8 @@ def check_plugin(
 ) -> None:
     """Check that what a plugin registers keeps its contract, on made-up data.
 
-    The exit code is 1 if anything is broken.
+    WHAT is a registered name, a plugin, a distribution, a one-file plugin, or a package folder. The
+    exit code is 1 if anything is broken.
     """
     origin, plugins = _open(what)
     chosen = list(_choose(what, origin, kind, plugins))
