@@ -119,7 +119,8 @@ class Trial:
             for key, hook in (("compare", "routers"), ("merges", "merges"))
         }
         compare = tuple(name for name in asked["compare"] if name != rules.router)
-        fusion = rules.model_copy(update={"compare": compare, "merges": asked["merges"]})
+        changes = {"compare": compare, "merges": asked["merges"]}
+        fusion = type(rules).model_validate({**rules.model_dump(), **changes})
         amended = charter.amendment.model_copy(update={"fusion": fusion})
         with tempfile.TemporaryDirectory(prefix="molora-") as scratch:
             kept = self._cooperative.folder / "bank"
