@@ -44,6 +44,10 @@ def check_plugin(
     kind: Annotated[
         str | None, typer.Option("--kind", help="Only what is registered as this, e.g. router.")
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Option to check it with, KEY=VALUE; repeatable."),
+    ] = None,
     on: Annotated[
         Path | None,
         typer.Option("--on", help="Cooperative to try it on, too; nothing is written there."),
@@ -56,16 +60,18 @@ def check_plugin(
 ) -> None:
     """Check that what a plugin registers keeps its contract, on made-up data.
 
-    The exit code is 1 if anything is broken.
+    WHAT is a registered name, a plugin, a distribution, a one-file plugin, or a package folder. The
+    exit code is 1 if anything is broken.
     """
     origin, plugins = _open(what)
     chosen = list(_choose(what, origin, kind, plugins))
+    options = _read_options(option, what, chosen)
     rival = None if beside is None else plugins.routers.resolve(beside)
     checked = []
     with reporting(transient=True) as progress:
         for suffix, entry in chosen:
             progress.phase(f"{entry.kind} '{entry.name}'")
-            results = list(_examine(suffix, entry, plugins))
+            results = list(_examine(suffix, entry, plugins, options))
             if suffix == "routers" and rival is not None:
                 results.append(_compare_cost(entry, plugins, str(beside), rival))
             checked.append(_Checked(entry, results))
@@ -194,6 +200,24 @@ def _choose(
     )
 
 
+def _read_options(
+    given: Sequence[str] | None, what: str, chosen: Sequence[tuple[str, Entry]]
+) -> dict[str, Any]:
+    """Options of the one thing that is checked.
+
+    Raises:
+        ConfigError: If they are malformed, or several things are checked.
+    """
+    from molora_fed.storage.values import parse_options
+
+    if given and len(chosen) > 1:
+        raise ConfigError(
+            f"Cannot check '{what}' with options: expected one registered thing, got "
+            f"{len(chosen)}. Name one of them, or say which --kind."
+        )
+    return parse_options(given) if given else {}
+
+
 def _find_kind(kind: str, registries: dict[str, Registry]) -> str:
     """The hook's suffix that somebody means: "router", "gain-predictor", "predictor", "merges"."""
     asked = kind.strip().lower().replace("-", " ").replace("_", " ")
@@ -219,7 +243,9 @@ def _list_origins(plugins: Plugins) -> set[str]:
 # Checking -----------------------------------------------------------------------------------------
 
 
-def _examine(suffix: str, entry: Entry, plugins: Plugins) -> Iterator["CheckResult"]:
+def _examine(
+    suffix: str, entry: Entry, plugins: Plugins, options: dict[str, Any]
+) -> Iterator["CheckResult"]:
     """Whether it can be used at all, then what its kit finds."""
     from molora_fed.testing.findings import CheckResult, describe_raised
     from molora_fed.testing.kits import open_kit
@@ -237,10 +263,34 @@ def _examine(suffix: str, entry: Entry, plugins: Plugins) -> Iterator["CheckResu
         yield CheckResult("has a conformance kit", None, str(error))
         return
     try:
+        chosen = _open_options(suffix, target, options)
         # What a command loads before it is invoked is part of its contract.
-        yield from kit(entry.target if suffix == "commands" else target)
+        yield from kit(entry.target if suffix == "commands" else target, chosen)
+    except ConfigError as error:
+        yield CheckResult("takes its options", str(error))
     except (Exception, SystemExit) as error:
         yield CheckResult("goes through its kit", f"expected an end, got {describe_raised(error)}")
+
+
+def _open_options(suffix: str, target: Any, options: dict[str, Any]) -> Any:
+    """What a kit takes as options; None takes the defaults.
+
+    Raises:
+        ConfigError: If a key is unknown or a value out of range, or it has no options.
+    """
+    from molora_fed.storage.settings import check_options
+
+    if not options:
+        return None
+    model = getattr(target, "Options", None)
+    if model is None:
+        raise ConfigError(
+            f"Cannot use options {', '.join(options)}: expected a class with Options, got none. "
+            "Leave them out."
+        )
+    what, fix = "Cannot use these options", "Correct or remove these."
+    checked = check_options(model, options, what=what, error=ConfigError, fix=fix)
+    return options if suffix == "adapter_kinds" else checked  # a kind opens them itself
 
 
 def _compare_cost(entry: Entry, plugins: Plugins, beside: str, rival: Any) -> "CheckResult":

@@ -17,7 +17,7 @@ from molora_fed.errors import ConfigError, MoloraError
 from molora_fed.guard import guarded
 from molora_fed.models.base import Base
 from molora_fed.plugins import Entry, Plugins
-from molora_fed.storage.options import Choice, name_choices
+from molora_fed.storage.options import Choice
 from molora_fed.testing.findings import CheckResult, describe_raised
 from molora_fed.types import Finding
 
@@ -119,9 +119,9 @@ class Trial:
             key: tuple(entry.name for suffix, entry in self._chosen if suffix == hook)
             for key, hook in (("compare", "routers"), ("merges", "merges"))
         }
-        compare = name_choices(*(name for name in asked["compare"] if name != rules.router))
-        merges = name_choices(*asked["merges"])
-        fusion = rules.model_copy(update={"compare": compare, "merges": merges})
+        compare = tuple(name for name in asked["compare"] if name != rules.router)
+        changes = {"compare": compare, "merges": asked["merges"]}
+        fusion = type(rules).model_validate({**rules.model_dump(), **changes})
         amended = charter.amendment.model_copy(update={"fusion": fusion})
         with tempfile.TemporaryDirectory(prefix="molora-") as scratch:
             kept = self._cooperative.folder / "bank"

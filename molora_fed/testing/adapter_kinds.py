@@ -40,7 +40,7 @@ from molora_fed.types import ADAPTER_FILES
 
 __all__ = ["check_adapter_kind_conformance", "examine_adapter_kind"]
 
-FULL_RANK = 48
+FULL_RANK = 32
 """No layer of the tiny models has more, so that a truncated decomposition loses nothing."""
 
 STEPS = 3
@@ -281,9 +281,7 @@ def _refuses_hostile_folders(subject: _Subject) -> str | None:
     for what, change in _HOSTILE.items():
         with _copied(subject.made.folder) as folder:
             change(folder)
-            fault = _find_refusal_fault(
-                lambda folder=folder: subject.load(folder, subject.rules, base)
-            )
+            fault = _find_refusal_fault(subject.load, folder, subject.rules, base)
         if fault is not None:
             return f"expected AdapterError for {what}, got {fault}"
     return None

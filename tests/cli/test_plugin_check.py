@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from molora_fed.charter import CorpusRules
+from molora_fed.cooperative.cooperative import create_cooperative
+from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 
 KEPT = Path(__file__).parents[1] / "data" / "kept" / "cooperative"
@@ -164,7 +167,17 @@ def test_a_file_is_tried_on_a_cooperative_that_stays_as_it_was(molora, write, tm
     )
 
 
-def test_one_name_of_several_kinds_is_said_and_a_kind_chooses(molora, write):
+def test_what_cannot_be_tried_on_a_cooperative_is_a_finding(molora, tiny_checkpoint, tmp_path):
+    create_cooperative(
+        tmp_path / "home", "closed", load_base(tiny_checkpoint()), corpus=CorpusRules(block_size=32)
+    )
+    ran = molora("plugins", "check", "average", "--on", tmp_path / "home")
+    assert ran.code == 1
+    assert "✗ on cooperative 'closed'" in ran.out
+    assert "got a charter under which they stay with contributors" in " ".join(ran.out.split())
+
+
+def test_a_kind_chooses_what_is_checked(molora, write):
     path = write("both_kinds.py", FILE)
     assert molora("plugins", "check", path, "--kind", "predictor").out.count("' of ") == 1
     ran = molora("plugins", "check", path, "--kind", "cook")
@@ -195,6 +208,18 @@ def test_what_cannot_be_checked_is_one_line(molora, write, name, source, said):
     ran = molora("plugins", "check", write(name, source))
     assert ran.code != 0
     assert said in ran.err and len(ran.err.strip().splitlines()) == 1
+
+
+def test_options_are_those_of_the_one_thing_that_is_checked(molora):
+    ran = molora("plugins", "check", "lora", "--option", "precision=int8")
+    assert ran.code == 0, ran.out
+    assert "its folder is not PEFT's format" in ran.out  # but it is with the defaults
+    ran = molora("plugins", "check", "lora", "--option", "presicion=int8")
+    assert ran.code == 1 and "valid values among the keys targets, precision, group" in ran.out
+    ran = molora("plugins", "check", "ties", "--option", "density=0.1")
+    assert ran.code == 1 and "expected a class with Options, got none" in ran.out
+    ran = molora("plugins", "check", "kalavai", "--option", "density=0.1")
+    assert "expected one registered thing, got 24" in ran.err
 
 
 def test_an_unknown_name_lists_near_ones(molora):
