@@ -70,9 +70,13 @@ def _open_cooperative(
     # As contributions that bring held-out blocks alone: compared with all that others trained on.
     strangers = [
         Contributed(
-            id=name, contributor=f"unseen {name}", domain=name, adapter=Path(), held_out=part
+            id=part.domain,
+            contributor=f"unseen {part.domain}",
+            domain=part.domain,
+            adapter=Path(),
+            held_out=part,
         )
-        for name, part in ((part.domain, part) for part in unseen.blocks)
+        for part in unseen.blocks
     ]
     choice = compare_held_out([*contributed, *strangers], base)
     experts = [
@@ -160,21 +164,14 @@ def list_study_arenas(planned: PlannedStudy) -> list[ArenaSource]:
             f"Cannot hold a tournament on study '{planned.name}': expected finished fusions, got "
             f"none of {', '.join(missing[:3])}. Run `molora study {planned.name}` first."
         )
-    return [
-        ArenaSource(
-            planned.name if len(replicated) == 1 else f"{planned.name} {name}",
-            f"seed {cell.labels['seed']}",
-            partial(
-                _open_fusion,
-                planned.name if len(replicated) == 1 else f"{planned.name} {name}",
-                f"seed {cell.labels['seed']}",
-                store,
-                cell.task,
-            ),
-        )
-        for name, cells in replicated.items()
-        for cell in cells
-    ]
+    found = []
+    for name, cells in replicated.items():
+        cooperative = planned.name if len(replicated) == 1 else f"{planned.name} {name}"
+        for cell in cells:
+            training = f"seed {cell.labels['seed']}"
+            opening = partial(_open_fusion, cooperative, training, store, cell.task)
+            found.append(ArenaSource(cooperative, training, opening))
+    return found
 
 
 def _is_arena(task: Task) -> bool:
