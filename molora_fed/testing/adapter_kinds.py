@@ -33,9 +33,9 @@ from molora_fed.testing.findings import (
     describe_raised,
     examine,
     refuse_broken,
-    reseeded,
 )
 from molora_fed.testing.models import build_tiny_model
+from molora_fed.testing.targets import other_chance
 from molora_fed.types import ADAPTER_FILES
 
 __all__ = ["check_adapter_kind_conformance", "examine_adapter_kind"]
@@ -246,7 +246,7 @@ def _plain_peft_gives_the_same(subject: _Subject) -> str | None:
 
 def _same_seed_same_bytes(subject: _Subject) -> str | None:
     first = _read_files(subject.made.folder)
-    with reseeded():
+    with other_chance():
         second = _read_files(subject.make("again").folder)
     if first.keys() != second.keys():
         return f"expected the same files, got {sorted(second)} for {sorted(first)}"

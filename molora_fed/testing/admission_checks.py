@@ -29,10 +29,9 @@ from molora_fed.testing.findings import (
     Remark,
     describe_raised,
     examine,
-    open_target,
     refuse_broken,
-    reseeded,
 )
+from molora_fed.testing.targets import open_target, other_chance
 from molora_fed.types import Finding
 
 __all__ = ["check_admission_check_conformance", "examine_admission_check"]
@@ -261,7 +260,7 @@ def _take_one(candidate: AdmissionCandidate) -> Blocks:
 
 def _gives_the_same_answer_twice(subject: _Subject) -> str | None:
     first = subject.check(build_candidate(_get_tiny()))
-    with reseeded():
+    with other_chance():
         second = subject.check(build_candidate(_get_tiny()))
     if first == second:
         return None

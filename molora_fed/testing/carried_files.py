@@ -3,10 +3,6 @@
 `check_carried_files_conformance(compute_gates)` is the whole test such a plugin needs.
 """
 
-import inspect
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ from molora_fed.testing.models import (
     build_tiny_model,
     build_tiny_tokenizer,
 )
+from molora_fed.testing.targets import open_target, other_chance
 from molora_fed.types import Split
 
 __all__ = [
@@ -125,9 +122,7 @@ class _Case:
 
     def make(self, context: CarriedContext) -> Any:
         """What it gives, on one thread."""
-        make: Any = self.target
-        if inspect.isclass(self.target):
-            make = make(make.Options() if self.options is None else self.options)
+        make = open_target(self.target, self.options)
         with limit_threads(1):
             return make(context)
 
@@ -145,28 +140,13 @@ def _same_seed_gives_same_bytes(case: _Case) -> str | None:
     encoded = []
     for number in range(2):
         # Other states than any before: what draws from a global generator differs now.
-        with _reseeded(991 + number):
+        with other_chance(991 + number):
             encoded.append(encode_carried(case.make(build_carried_context())))
     if encoded[0] == encoded[1]:
         return None
     return (
         "expected the same bytes from the same seed (draw from generators of your own), got others"
     )
-
-
-@contextmanager
-def _reseeded(seed: int) -> Iterator[None]:
-    """With the global generators at another place; they are put back."""
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
 
 
 def _leaves_the_model_as_it_was(case: _Case) -> str | None:

@@ -13,10 +13,9 @@ from molora_fed.testing.findings import (
     CheckResult,
     describe_raised,
     examine,
-    open_target,
     refuse_broken,
-    reseeded,
 )
+from molora_fed.testing.targets import open_target, other_chance
 from molora_fed.types import Document
 
 __all__ = ["check_domain_conformance", "examine_domain"]
@@ -114,7 +113,7 @@ def _names_are_of_no_machine(subject: _Subject) -> str | None:
 
 
 def _reads_the_same_twice(subject: _Subject) -> str | None:
-    with reseeded():
+    with other_chance():
         again = _take(subject.read())
     if again == subject.documents:
         return None

@@ -1,11 +1,8 @@
 """What checks of a contract find: one that raises is a finding like any other."""
 
-import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from molora_fed.errors import PluginError
 from molora_fed.guard import one_line
@@ -15,9 +12,7 @@ __all__ = [
     "Remark",
     "describe_raised",
     "examine",
-    "open_target",
     "refuse_broken",
-    "reseeded",
 ]
 
 Case = TypeVar("Case")
@@ -70,53 +65,6 @@ def describe_raised(error: BaseException) -> str:
     except Exception:
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def open_target(target: Any, options: Any = None) -> Any:
-    """The callable of a registered target: a function, or a class with options opened with them.
-
-    Args:
-        target: What is registered.
-        options: An instance of the class's `Options`; its defaults if None.
-
-    Raises:
-        PluginError: If a function is given options.
-    """
-    if isinstance(target, type):
-        opened: Any = target
-        return opened(opened.Options() if options is None else options)
-    if options is not None:
-        raise PluginError(
-            f"Cannot give options to '{getattr(target, '__name__', target)}': expected a class "
-            "with Options, got a function. Make it a class, or give none."
-        )
-    return target
-
-
-@contextmanager
-def reseeded() -> Iterator[None]:
-    """Run with global generators in another state than before; afterwards they are as they were.
-
-    What draws from them instead of from a seed that it was given differs now, if it was run before.
-    """
-    # Whoever draws from one of these has loaded it by then.
-    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
-    before = random.getstate()
-    torch_state = torch.get_rng_state() if torch else None
-    numpy_state = numpy.random.get_state() if numpy else None
-    try:
-        random.seed(random.random())
-        if torch:
-            torch.manual_seed((torch.initial_seed() + 991) % 2**63)
-        if numpy:
-            numpy.random.seed(random.randrange(2**32))
-        yield
-    finally:
-        random.setstate(before)
-        if torch:
-            torch.set_rng_state(torch_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
 
 
 def refuse_broken(title: str, results: Sequence[CheckResult], *, page: str) -> None:

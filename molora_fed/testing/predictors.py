@@ -19,10 +19,9 @@ from molora_fed.testing.findings import (
     Remark,
     describe_raised,
     examine,
-    open_target,
     refuse_broken,
-    reseeded,
 )
+from molora_fed.testing.targets import open_target, other_chance
 from molora_fed.types import Case, Forecast, LossMatrix, Outcome, Reference
 
 __all__ = [
@@ -233,7 +232,7 @@ def _list_situations() -> list[tuple[str, Case, tuple[Outcome, ...]]]:
 def _is_deterministic(subject: _Subject) -> str | None:
     case, past = build_case(), build_past()
     first = subject.predict(case, past)
-    with reseeded():
+    with other_chance():
         second = subject.predict(copy.deepcopy(case), copy.deepcopy(past))
     if first == second:
         return None

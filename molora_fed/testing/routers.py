@@ -48,8 +48,8 @@ from molora_fed.testing.findings import (
     describe_raised,
     examine,
     refuse_broken,
-    reseeded,
 )
+from molora_fed.testing.targets import other_chance
 from molora_fed.types import BASE_EXPERT
 
 __all__ = ["check_router_conformance", "examine_router"]
@@ -151,7 +151,7 @@ def _gates_are_distributions(case: _Case) -> str | None:
 
 
 def _fit_is_deterministic(case: _Case) -> str | None:
-    with reseeded():
+    with other_chance():
         again = case.router.fit(case.bank, case.options, 0).state_tensors()
     first = case.fitted.state_tensors()
     same = first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)

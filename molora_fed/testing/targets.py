@@ -1,6 +1,5 @@
 """What all conformance kits share: a target made with its options, other chance, fitting checks."""
 
-import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +9,32 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from molora_fed.errors import PluginError
 from molora_fed.guard import one_line
 from molora_fed.testing.findings import CheckResult, examine
 
-__all__ = ["Target", "describe_target", "examine_target", "other_chance"]
+__all__ = ["Target", "describe_target", "examine_target", "open_target", "other_chance"]
+
+
+def open_target(target: Any, options: Any = None) -> Any:
+    """The callable of a registered target: a function, or a class with options opened with them.
+
+    Args:
+        target: What is registered.
+        options: An instance of the class's `Options`; its defaults if None.
+
+    Raises:
+        PluginError: If a function is given options.
+    """
+    if isinstance(target, type):
+        opened: Any = target
+        return opened(opened.Options() if options is None else options)
+    if options is not None:
+        raise PluginError(
+            f"Cannot give options to '{getattr(target, '__name__', target)}': expected a class "
+            "with Options, got a function. Make it a class, or give none."
+        )
+    return target
 
 
 @dataclass(frozen=True)
@@ -30,13 +51,7 @@ class Target:
 
     def make(self) -> Any:
         """The function, or a fresh instance of the class with its options."""
-        target = self.target
-        if not inspect.isclass(target):
-            if self.options is not None:
-                raise TypeError("options are given, but a function has none")
-            return target
-        built: Any = target
-        return built(built.Options() if self.options is None else self.options)
+        return open_target(self.target, self.options)
 
 
 Case = TypeVar("Case", bound=Target)
@@ -84,7 +99,7 @@ def describe_target(kind: str, target: Any) -> str:
 
 
 @contextmanager
-def other_chance(seed: int) -> Iterator[None]:
+def other_chance(seed: int = 991) -> Iterator[None]:
     """Seed the global generators while the block runs, torch's too where it is loaded.
 
     What draws from them gives something else in a block of another seed.

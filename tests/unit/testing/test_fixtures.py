@@ -11,7 +11,7 @@ from molora_fed.contributions.admission import admit
 from molora_fed.contributions.states import ContributionState
 from molora_fed.cooperative.fuse import fuse_contributions
 from molora_fed.testing import build_case, build_past, build_tiny_adapters
-from molora_fed.testing.findings import open_target
+from molora_fed.testing.targets import open_target
 
 HEAVY = ("torch", "transformers", "numpy", "molora_fed.bank", "peft")
 
