@@ -9,7 +9,7 @@ LONG := docs/results/rebuild/test-long.txt
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-processes test-long transformers-tests chaos smollm2 real-base lint types check bench clean
+.PHONY: demo docs test test-processes test-long transformers-tests chaos smollm2 real-base lint types check bench clean
 
 demo: $(STAMP)  ## A whole federation on this machine, a few minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molora demo
@@ -47,7 +47,12 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test test-processes
+docs: $(STAMP)  ## The documentation as a site, in site/; a dead link or a stale reference page is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/build_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+check: lint types docs test test-processes
 
 bench:  ## What each benchmark measures; it runs none of them
 	@echo "Each is run by itself; its options: $(BIN)/python bench/NAME.py --help"
@@ -61,4 +66,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -234,7 +234,7 @@ def build_page(
         "# Serving: a fused model beside its base, PEFT and plain loops",
         "",
         "`python bench/serve.py --demo FOLDER --out docs/results/serve.json`; its head says what "
-        f"each figure is ([bench/serve.py](../../bench/serve.py)). Device: {environment['device']} "
+        f"each figure is. Device: {environment['device']} "
         f"({environment['hardware']}), {settings['cores']} cores, {settings['threads']} threads; "
         f"{versions}." + (" Small sizes (`--quick`)." if settings["quick"] else ""),
         "",

@@ -272,6 +272,7 @@ class Identity(StrictModel):
         version: Which keys there are. Version 1, the one of charters that name none, has those of
             the first release, and binds weights and tokenizer of the base; version 2 binds its
             effective config and its files as well, and has modes of privacy.
+        name: The cooperative's name: lower-case letters, digits and dashes.
         privacy_mode: What leaves a contributor beside its adapter: "pooled", samples of its text;
             "private", sums over its text and nothing else; "statistics", statistics of the base's
             hidden states over its text, once, from which routers are made, and sums that measure.
