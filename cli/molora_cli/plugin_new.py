@@ -90,8 +90,13 @@ class _Names:
         """Text of a sample with the names of the plugin; of a path, too."""
         noun, stem = (_join_capitalised(words) for words in (self.kind, self.name))
         stem = stem.removesuffix(noun) or stem  # LastWordsRouter of "last-words-router", too
-        text = text.replace(self.sample, self.module).replace(f"sample-{self.kind}", self.name)
-        text = text.replace(self.sample.removeprefix("molora_"), self.name.replace("-", "_"))
+        words = {
+            self.sample: self.module,
+            f"sample-{self.kind}": self.name,
+            self.sample.removeprefix("molora_"): self.name.replace("-", "_"),
+        }
+        # In one go: the plugin's own name may hold a sample's.
+        text = re.sub("|".join(words), lambda found: words[found[0]], text)
         return re.sub(r"\bSample(?=[A-Z])", stem, text)
 
 
