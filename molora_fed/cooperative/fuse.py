@@ -163,8 +163,8 @@ def try_router(
     """Fuse what is admitted with another router than the charter's, and publish nothing.
 
     The charter's router is measured beside it. Both have their default options; the charter's
-    `top_k` holds for the one that is tried. The ledger is read only: it keeps neither forecasts nor
-    a fusion.
+    `top_k` holds for the one that is tried, its `fallback` does not take its place if it collapses.
+    The ledger is read only: it keeps neither forecasts nor a fusion.
 
     Args:
         cooperative: Whose charter, base and admitted contributions count.
@@ -191,7 +191,9 @@ def try_router(
             "Fuse without trying a router."
         )
     compared = tuple(name for name in (chosen.router, *chosen.compare) if name != router)
-    rules = chosen.model_copy(update={"router": router, "options": {}, "compare": compared})
+    rules = chosen.model_copy(
+        update={"router": router, "options": {}, "compare": compared, "fallback": ""}
+    )
     amendment = charter.amendment.model_copy(update={"fusion": rules})
     charter = charter.model_copy(update={"amendment": amendment})
 

@@ -135,6 +135,13 @@ def test_a_class_does_not_say_its_noun_twice(make):
     assert "class LastRouter(" in text and "class LastOptions(" in text
 
 
+def test_a_name_may_hold_that_of_a_sample(make):
+    folder = make("router", "my-sample-router")
+    test = (folder / "tests" / "test_my_sample_router.py").read_text()
+    assert "from molora_my_sample_router.router import (" in test
+    assert '"my-sample-router",' in (folder / "molora_my_sample_router/__init__.py").read_text()
+
+
 @pytest.mark.parametrize(
     ("author", "written"),
     [

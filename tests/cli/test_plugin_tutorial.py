@@ -131,10 +131,11 @@ def test_the_page_runs_as_it_stands_within_ten_minutes(tmp_path):
 
     installed = next((reader.folder / "venv").rglob("molora_cli")) / "templates"
     shipped = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
-    samples = (path for path in TEMPLATES.glob("*/*") if path.is_file())
-    assert {path.relative_to(TEMPLATES) for path in samples} <= shipped
+    kinds = ("*/*.py", "*/*.md", "package/*")
+    samples = {path.relative_to(TEMPLATES) for kind in kinds for path in TEMPLATES.glob(kind)}
+    assert samples <= shipped
     fused = json.loads((reader.folder / "try/tried/last-words/fused/fused.json").read_text())
-    assert fused["router"] == "last-words"
+    assert fused["router"]["name"] == "last-words"
     assert fused["plugins"]["router"]["plugin"] == "molora-last-words"
     assert "no chair for slot" in reader.said
     assert re.search(r"bottleneck +\S", reader.said)
