@@ -20,7 +20,8 @@ def compute(context: CarriedContext) -> Mapping[str, Tensor]:
             generator of `seed`, and keep below `max_bytes`.
 
     Returns:
-        Finite tensors by name. Routers have them as `bank.carried[expert]["sample-carried-file"]`.
+        Finite tensors by name, which routers find in
+        `bank.carried[expert]["sample-carried-file"]`.
 
     See register_carried_files in docs/hooks.md.
     """
