@@ -57,11 +57,11 @@ class CarriedContext:
     samples: Mapping[Split, Blocks] = field(repr=False)
     progress: Progress | None = None
 
-    def blocks(self, split: Split, batch: int = 1) -> Iterator[Blocks]:
+    def blocks(self, split: Split | str, batch: int = 1) -> Iterator[Blocks]:
         """The contributor's blocks of a split, a batch at a time, in a fixed order.
 
         Args:
-            split: Split.TRAIN or Split.VALIDATION; no other text may be learned from.
+            split: "train" or "validation"; no other text may be learned from.
             batch: B, blocks at a time; the last have what is left.
 
         Yields:
@@ -75,7 +75,7 @@ class CarriedContext:
                 f"Cannot compute a carried file from blocks of split '{split}': expected train or "
                 "validation, got text that routers are fitted or measured on. Read train blocks."
             )
-        whole = self.samples[split]
+        whole = self.samples[Split(split)]
         for start in range(0, len(whole), batch):
             yield whole.select(slice(start, start + batch))
 
