@@ -1,6 +1,7 @@
 """A study from its options to its files: plan, run, summarise, write."""
 
 import importlib
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as memo
@@ -31,6 +32,7 @@ __all__ = [
     "Written",
     "describe_summary",
     "hash_code",
+    "hash_code_of",
     "hash_package",
     "plan_study",
     "read_options",
@@ -332,6 +334,14 @@ def hash_package(name: str) -> str:
     root = Path(folders[0])
     files = {str(p.relative_to(root)): hash_file(p) for p in sorted(root.rglob("*.py"))}
     return hash_bytes(canonical_json(files))
+
+
+def hash_code_of(package: str) -> str:
+    """SHA-256 of a package; of one that cannot be imported by its name a new one every time."""
+    try:
+        return hash_package(package)
+    except ImportError:
+        return uuid.uuid4().hex
 
 
 def hash_code(study: type[Study]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from molora_fed.adapters.carried_files import encode_carried
 from molora_fed.bank import (
     CalibrationBank,
     Expert,
@@ -134,6 +135,7 @@ class Arena:
                         [expert.name, "" if adapter is None else adapter.hash]
                         for expert, adapter in zip(self.experts, adapters, strict=True)
                     ],
+                    "carried": {expert.name: _hash_carried(expert) for expert in self.experts},
                     "blocks": [part.fingerprint for part in blocks],
                     "kept": [overlap.kept.tolist() for overlap in self.overlaps],
                     "bank": dict(self.bank),
@@ -221,6 +223,12 @@ class Arena:
             "unseen": _count(self.unseen.blocks, unseen),
             "unseen_left_out": dict(self.unseen.left_out),
         }
+
+
+def _hash_carried(expert: Expert) -> dict[str, str]:
+    """SHA-256 of what an expert carries, by name."""
+    found = {name: expert.carried[name] for name in expert.carried}
+    return {name: hash_bytes(encode_carried(t)) for name, t in found.items() if t is not None}
 
 
 def _count(blocks: Sequence[Blocks], overlaps: Sequence[Overlap] | None) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 import json
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.storage.files import canonical_json, hash_bytes, write_json
 from molora_fed.storage.settings import open_options
 from molora_fed.types import Progress, Reading
-from molora_studies.framework.results import hash_package
+from molora_studies.framework.results import hash_code_of
 from molora_studies.tournament.arena import Arena, ArenaSource, TournamentSettings
 
 __all__ = ["Player", "Tournament", "find_players", "hold_tournament"]
@@ -56,7 +55,7 @@ class Player:
     def code(self) -> dict[str, str]:
         """SHA-256 of the code that makes its figures, by package."""
         names = ("molora_fed", str(getattr(self.router, "__module__", "")).partition(".")[0])
-        return {name: _hash_code(name) for name in dict.fromkeys(names) if name}
+        return {name: hash_code_of(name) for name in dict.fromkeys(names) if name}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +71,6 @@ class Tournament:
     players: tuple[Player, ...]
     arenas: tuple[Mapping[str, Any], ...]
     matches: tuple[Mapping[str, Any], ...]
-
-
-def _hash_code(package: str) -> str:
-    """Of a package; of one that cannot be imported by its name a new one every time."""
-    try:
-        return hash_package(package)
-    except ImportError:
-        return uuid.uuid4().hex
 
 
 def find_players(plugins: Plugins, names: tuple[str, ...]) -> tuple[Player, ...]:

@@ -127,7 +127,9 @@ _CAPTION = (
 
 _READING = (
     "Every registered router with its default options, fitted on the same calibration banks under "
-    "the collapse guard and measured on the same held-out banks; nothing was trained.",
+    "the collapse guard and measured on the same held-out banks; no specialist was trained. Files "
+    "that contributions carry for a router were computed here, for each specialist of a study from "
+    "its own train text, by the plugin's defaults.",
     "The unit of replication is a training of the specialists. Brackets are 95 % intervals over "
     "trainings: Student's for one cooperative; for several the mean of their means, with "
     "Satterthwaite's degrees of freedom. Documents, domains and cooperatives are the same ones in "

@@ -1,24 +1,29 @@
 """Where arenas come from: cooperatives of this machine, and finished fusions of studies."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from molora_fed.adapters.carried_files import CarriedFiles, load_carried
 from molora_fed.adapters.files import load_adapter
 from molora_fed.bank import Expert
-from molora_fed.charter import CorpusRules
+from molora_fed.charter import CorpusRules, FusionRules, TrainingRules
+from molora_fed.contributions.carried import CarriedContext, compute_carried
 from molora_fed.contributions.contributed import Contributed, collect_contributed
 from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.cooperative import Cooperative, open_cooperative
 from molora_fed.cooperative.known_text import read_known_text
-from molora_fed.errors import ConfigError, StudyError
+from molora_fed.errors import ConfigError, PluginError, StudyError
 from molora_fed.fusion.held_out import compare_held_out
 from molora_fed.fusion.plan import BASE_EXPERT
 from molora_fed.models.batches import fit_batch
-from molora_fed.storage.files import canonical_json, hash_bytes
+from molora_fed.storage.files import canonical_json, hash_bytes, make_folder, write_bytes
+from molora_fed.storage.options import Choice
 from molora_fed.types import Split
 from molora_studies.framework.contract import Cell, Task
-from molora_studies.framework.fusions import open_fusion
-from molora_studies.framework.results import PlannedStudy
+from molora_studies.framework.fusions import Fusion, open_fusion
+from molora_studies.framework.results import PlannedStudy, hash_code_of
 from molora_studies.framework.store import TaskStore
 from molora_studies.tournament.arena import (
     Arena,
@@ -30,6 +35,8 @@ from molora_studies.tournament.arena import (
 )
 
 __all__ = ["find_cooperative", "list_study_arenas"]
+
+_MAX_CARRIED_BYTES = FusionRules().max_carried_bytes
 
 
 def find_cooperative(folder: Path) -> ArenaSource:
@@ -90,6 +97,7 @@ def _open_cooperative(
                 plugins=settings.plugins,
                 name=one.contributor,
             ),
+            one.carried,
         )
         for one in contributed
     ]
@@ -196,7 +204,7 @@ def _open_fusion(
         cooperative=cooperative,
         training=training,
         base=fusion.base,
-        experts=tuple(fusion.list_experts()),
+        experts=tuple(_carry(fusion, folder / "carried", settings)),
         calibration=tuple(fusion.take(Split.CALIBRATION, fusion.settings.calibration)),
         held_out=tuple(held_out),
         unseen=unseen,
@@ -206,6 +214,45 @@ def _open_fusion(
         seed=fusion.settings.seed,
         folder=folder,
     )
+
+
+def _carry(fusion: Fusion, folder: Path, settings: TournamentSettings) -> Iterator[Expert]:
+    """The experts with what registered plugins compute for a contribution, each of its own text.
+
+    A study's specialists were trained before anybody asked for it. It is computed once and kept; an
+    expert for which a plugin fails carries nothing of it.
+    """
+    registry = settings.plugins.carried_files
+    corpora = dict(zip(fusion.members, fusion.corpora, strict=False))
+    for expert in fusion.list_experts():
+        adapter, corpus = expert.load(), corpora.get(expert.name)
+        if adapter is None or corpus is None:
+            yield expert
+            continue
+        context = CarriedContext(
+            base=fusion.base,
+            adapter=adapter,
+            rules=TrainingRules(),
+            seed=fusion.settings.seed,
+            max_bytes=_MAX_CARRIED_BYTES,
+            samples=corpus.blocks,
+        )
+        files = {}
+        for entry in registry:
+            made_by = hash_code_of(str(entry.target).partition(".")[0])[:16]
+            path = folder / f"{entry.name}-{made_by}" / f"{expert.name}.safetensors"
+            if not path.exists():
+                try:
+                    choice = Choice(name=entry.name)
+                    data = compute_carried(choice, context, settings.plugins)
+                except PluginError:
+                    continue
+                make_folder(path.parent)
+                write_bytes(path, data)
+            files[entry.name] = partial(
+                load_carried, path, entry.name, who=expert.name, max_bytes=_MAX_CARRIED_BYTES
+            )
+        yield replace(expert, carried=CarriedFiles(files))
 
 
 def _name_folder(settings: TournamentSettings, *parts: str) -> Path:

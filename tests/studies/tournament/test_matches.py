@@ -182,7 +182,7 @@ def test_finished_matches_are_not_played_again(settings, source, monkeypatch):
     monkeypatch.setattr(matches, "_measure", count)
     assert hold_tournament(settings, [source]).matches == first.matches
     assert played == []
-    monkeypatch.setattr(matches, "_hash_code", lambda package: f"{package}, changed")
+    monkeypatch.setattr(matches, "hash_code_of", lambda package: f"{package}, changed")
     hold_tournament(dataclasses.replace(settings, routers=("evidence-zero",)), [source])
     assert played == ["evidence-zero"]
 
