@@ -144,7 +144,7 @@ def _list_files(names: _Names, noun: str, authors: str) -> Iterator[tuple[str, s
         "distribution": names.distribution,
         "module": names.module,
         "noun": noun,
-        "hook": f"register_{KINDS[names.kind]}",
+        "page": KINDS[names.kind].replace("_", "-"),
         "file": next(file.stem for file in own if file.stem != "__init__"),
         "authors": authors,
         "use": _read_use(names),
