@@ -32,6 +32,7 @@ KINDS: Mapping[str, str] = {
     "check": "admission_checks",
     "domain": "domains",
     "kind": "adapter_kinds",
+    "carried-file": "carried_files",
     "merge": "merges",
     "extractor": "extractors",
     "judge": "judges",
