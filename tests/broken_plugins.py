@@ -26,6 +26,7 @@ from molora_fed.cascade.contract import (
 )
 from molora_fed.charter import FusionRules
 from molora_fed.contributions.admission import AdmissionCandidate, admit
+from molora_fed.contributions.carried import compute_carried
 from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.receive import load_admitted
 from molora_fed.cooperative.cooperative import Cooperative
@@ -43,8 +44,13 @@ from molora_fed.population.lifecycle import compute_fitness, open_operators, run
 from molora_fed.population.router_files import open_router
 from molora_fed.population.setup import build_start
 from molora_fed.routing.contract import OutputRouter
-from molora_fed.storage.options import name_choices
-from molora_fed.testing import build_evidence, build_judge_request, build_loss_table
+from molora_fed.storage.options import Choice, name_choices
+from molora_fed.testing import (
+    build_carried_context,
+    build_evidence,
+    build_judge_request,
+    build_loss_table,
+)
 from molora_fed.types import Document, Finding, Forecast
 
 ORIGIN = "broken (molora-broken 0.1.0)"
@@ -697,6 +703,24 @@ def _draw(workshop: Workshop, case: "Broken") -> None:
     draw_tasks([case.name], [1], count=2, seed=0, split="test", plugins=plugins)
 
 
+def carry_nan(context):
+    return {"gate": torch.full((2,), float("nan"))}
+
+
+def carry_by_changing_the_base(context):
+    next(context.base.model.parameters()).data.mul_(2)
+    return {"gate": torch.ones(2)}
+
+
+def carry_a_list(context):
+    return [1, 2]
+
+
+def _carry(workshop: Workshop, case: "Broken") -> None:
+    plugins = load("carried_files", case.name, case.target)
+    compute_carried(Choice(name=case.name), build_carried_context(), plugins)
+
+
 def _load_whole(workshop: Workshop, case: "Broken") -> None:
     load_plugins([(ORIGIN, case.target)])
 
@@ -716,6 +740,7 @@ _USES: dict[str, Callable[[Workshop, "Broken"], str | None]] = {
     "judge": _judge,
     "escalation policy": _choose,
     "task family": _draw,
+    "carried file": _carry,
     "loading": _load_whole,
 }
 
@@ -878,6 +903,10 @@ CASES = (
            "extra='forbid'"),
     Broken("task family", "b-few", draw_too_few, "fewer tasks, no word", "expected 2 CascadeTasks"),
     Broken("task family", "b-strings", draw_strings, _RAW, "of str"),
+    Broken("carried file", "b-nan", carry_nan, "no such hook", "finite"),
+    Broken("carried file", "b-base", carry_by_changing_the_base, "no such hook",
+           "expected a base that stays as it was"),
+    Broken("carried file", "b-list", carry_a_list, "no such hook", "got list"),
     Broken("command", "b-import", "molora_no_such_module:run", "caught", "ModuleNotFoundError"),
     Broken("loading", "b-misspelled-hook", _misspelled(), "silent but in plugins list",
            "unknown hook 'register_router'"),

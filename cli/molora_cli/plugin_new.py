@@ -81,12 +81,23 @@ class _Names:
         """Module of the sample."""
         return f"molora_sample_{self.kind.replace('-', '_')}"
 
+    @property
+    def filled_in(self) -> str:
+        """The file, of the sample and of the package, that has what an author fills in."""
+        found = (path.name for path in (TEMPLATES / self.sample).glob("*.py"))
+        return next(name for name in found if name != "__init__.py")
+
     def rename(self, text: str) -> str:
         """Text of a sample with the names of the plugin; of a path, too."""
         noun, stem = (_join_capitalised(words) for words in (self.kind, self.name))
         stem = stem.removesuffix(noun) or stem  # LastWordsRouter of "last-words-router", too
-        text = text.replace(self.sample, self.module).replace(f"sample-{self.kind}", self.name)
-        text = text.replace(self.sample.removeprefix("molora_"), self.name.replace("-", "_"))
+        words = {
+            self.sample: self.module,
+            f"sample-{self.kind}": self.name,
+            self.sample.removeprefix("molora_"): self.name.replace("-", "_"),
+        }
+        # In one go: the plugin's own name may hold a sample's.
+        text = re.sub("|".join(words), lambda found: words[found[0]], text)
         return re.sub(r"\bSample(?=[A-Z])", stem, text)
 
 
@@ -119,25 +130,20 @@ def new(
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
     where = shlex.quote(str(target))
-    (filled,) = (path for path in files if _is_filled_in(path, names))
     print(f"package      {names.distribution} in {target}")
-    print(f"fill in      {target / filled}")
+    print(f"fill in      {target / names.module / names.filled_in}")
     print("Then:")
     print(f"    pip install -e {shlex.quote(f'{target}[dev]')}")
     print(f"    python -m pytest {where}")
     print(*_find_use(names), sep="\n")
 
 
-def _is_filled_in(path: str, names: _Names) -> bool:
-    return path.startswith(f"{names.module}/") and Path(path).stem not in ("__init__", "py")
-
-
 def _list_files(names: _Names, noun: str, authors: str) -> Iterator[tuple[str, str]]:
     """Path and text of every file of the package."""
     under = names.kind.replace("-", "_")
-    own = sorted((TEMPLATES / names.sample).glob("*.py"))
-    for file in [*own, TEMPLATES / "tests" / f"test_sample_{under}.py"]:
-        path = file.relative_to(TEMPLATES).as_posix()
+    own = [f"{names.sample}/{file}" for file in ("__init__.py", names.filled_in)]
+    for path in [*own, f"tests/test_sample_{under}.py"]:
+        file = TEMPLATES / path
         yield names.rename(path), names.rename(file.read_text(encoding="utf-8"))
     yield f"{names.module}/py.typed", ""
     words = {
@@ -146,7 +152,7 @@ def _list_files(names: _Names, noun: str, authors: str) -> Iterator[tuple[str, s
         "module": names.module,
         "noun": noun,
         "page": KINDS[names.kind].replace("_", "-"),
-        "file": next(file.stem for file in own if file.stem != "__init__"),
+        "file": names.filled_in,
         "authors": authors,
         "use": _read_use(names),
     }

@@ -44,6 +44,7 @@ from molora_fed.fusion.texts import Control, FusionTexts, PooledTexts
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.reporting.report import MetricRows, read_metrics_file, write_report
+from molora_fed.storage.options import Choice
 from molora_fed.training.loop import METRICS_NAME
 from molora_fed.types import Finding, Progress, Split
 
@@ -162,9 +163,10 @@ def try_router(
 ) -> FusionResult:
     """Fuse what is admitted with another router than the charter's, and publish nothing.
 
-    The charter's router is measured beside it. Both have their default options; the charter's
-    `top_k` holds for the one that is tried. The ledger is read only: it keeps neither forecasts nor
-    a fusion.
+    The charter's router is measured beside it, with its options; the one that is tried has its
+    defaults. The charter's `top_k` holds for it, and `fallback` does not take its place if it
+    collapses.
+    The ledger is read only: it keeps neither forecasts nor a fusion.
 
     Args:
         cooperative: Whose charter, base and admitted contributions count.
@@ -190,8 +192,11 @@ def try_router(
             f"Cannot try router '{router}': expected another one than the charter's, got that one. "
             "Fuse without trying a router."
         )
-    compared = tuple(name for name in (chosen.router, *chosen.compare) if name != router)
-    rules = chosen.model_copy(update={"router": router, "options": {}, "compare": compared})
+    published = Choice(name=chosen.router, options=chosen.options)
+    compared = tuple(one for one in (published, *chosen.compare) if one.key != router)
+    rules = chosen.model_copy(
+        update={"router": router, "options": {}, "compare": compared, "fallback": ""}
+    )
     amendment = charter.amendment.model_copy(update={"fusion": rules})
     charter = charter.model_copy(update={"amendment": amendment})
 

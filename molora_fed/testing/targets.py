@@ -99,17 +99,21 @@ def describe_target(kind: str, target: Any) -> str:
 
 
 @contextmanager
-def other_chance(seed: int = 991) -> Iterator[None]:
+def other_chance(seed: int | None = None) -> Iterator[None]:
     """Seed the global generators while the block runs, torch's too where it is loaded.
 
     What draws from them gives something else in a block of another seed.
 
     Args:
-        seed: Seed of them all.
+        seed: Seed of them all; one that they were not seeded with if None.
     """
     torch: Any = sys.modules.get("torch")
     states = (random.getstate(), np.random.get_state())
     kept = None if torch is None else torch.get_rng_state()
+    if seed is None:
+        seed = random.randrange(2**31)
+        while torch is not None and seed == torch.initial_seed():
+            seed += 1
     try:
         random.seed(seed)
         np.random.seed(seed)

@@ -199,7 +199,7 @@ def test_a_package_folder_is_checked_without_installing_it(molora, write):
     ("name", "source", "said"),
     [
         ("broken_file.py", "import no_such_module", "ModuleNotFoundError: No module named"),
-        ("nothing_in_it.py", "", "registers nothing"),
+        ("nothing_in_it.py", "", "expected a function with @hookimpl"),
         ("colorsys.py", FILE, "Rename the file"),
         ("two words.py", FILE, "named as a Python module"),
     ],

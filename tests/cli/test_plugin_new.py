@@ -10,7 +10,6 @@ import pytest
 from forking_helpers import run_forked
 from molora_cli.plugin_new import KINDS, MAX_NAME, TEMPLATES
 
-import molora_fed.testing
 from molora_fed.plugins import load_plugins
 
 RUFF = Path(sys.executable).with_name("ruff")
@@ -102,12 +101,6 @@ def test_packages_of_all_kinds_load_beside_each_other(make, molora, at_home, mon
 
 
 def run_own_tests(folder):
-    # Kits are written one by one: until a kind has its own, the rest of its tests runs.
-    for path in (folder / "tests").glob("*.py"):
-        imported = {word.strip("(),") for word in path.read_text().split()}
-        for name in imported:
-            if name.endswith("_conformance") and name not in molora_fed.testing.__all__:
-                setattr(molora_fed.testing, name, lambda *_: pytest.skip("no kit of this kind"))
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     plain = ["-q", "-rs", "-p", "no:cacheprovider", "--assert", "plain"]
@@ -133,6 +126,13 @@ def test_says_what_to_do_next(molora, at_home):
 def test_a_class_does_not_say_its_noun_twice(make):
     text = (make("router", "last-router") / "molora_last_router" / "router.py").read_text()
     assert "class LastRouter(" in text and "class LastOptions(" in text
+
+
+def test_a_name_may_hold_that_of_a_sample(make):
+    folder = make("router", "my-sample-router")
+    test = (folder / "tests" / "test_my_sample_router.py").read_text()
+    assert "from molora_my_sample_router.router import (" in test
+    assert '"my-sample-router",' in (folder / "molora_my_sample_router/__init__.py").read_text()
 
 
 @pytest.mark.parametrize(

@@ -212,18 +212,22 @@ def hash_files(folder):
 
 
 def test_a_router_is_tried_beside_the_charters_and_nothing_is_recorded(molora, fused, tmp_path):
-    before = hash_files(fused / "tiny")
-    own = open_cooperative(fused / "tiny").charter.amendment.fusion.router
-    common = ("fuse", "--cooperative", fused / "tiny", "--out", tmp_path, "--router")
-    ran = molora(*common, "evidence-zero")
+    cooperative = shutil.copytree(fused / "tiny", tmp_path / "tiny")
+    # Whatever is tried has collapsed then; nothing takes its place.
+    strict = ("--set", "fusion.collapse_nats=1e-9", "--set", "fusion.restarts=0")
+    assert molora("coop", "amend", cooperative, *strict).code == 0
+    own = open_cooperative(cooperative).charter.amendment.fusion.router
+    before = hash_files(cooperative)
+    out = tmp_path / "out"
+    ran = molora("fuse", "--cooperative", cooperative, "--out", out, "--router", "linear")
     assert ran.code == 0, ran.err
     assert f"router '{own}' stays the charter's, nothing is published or recorded" in ran.err
-    assert hash_files(fused / "tiny") == before
-    tried = json.loads((tmp_path / "result.json").read_text())
-    assert {"fused:evidence-zero", f"fused:{own}"} <= tried["losses"].keys()
-    assert json.loads((tmp_path / "fused" / "fused.json").read_text())["router"] == "evidence-zero"
+    assert hash_files(cooperative) == before
+    assert json.loads((out / "fused" / "fused.json").read_text())["router"]["name"] == "linear"
+    tried = json.loads((out / "result.json").read_text())
+    assert tried["guard"]["linear"]["collapsed"] and "linear" in tried["losses"]["fused"]
     published = json.loads((fused / "out" / "result.json").read_text())
-    assert tried["losses"][f"fused:{own}"] == published["losses"][f"fused:{own}"]
+    assert tried["losses"]["fused"][own] == published["losses"]["fused"][own]
 
 
 def test_a_router_that_cannot_be_tried_is_refused_in_one_line(molora, setup, fused):

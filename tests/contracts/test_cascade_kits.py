@@ -22,7 +22,7 @@ from molora_fed.cascade.contract import (
     open_judge,
 )
 from molora_fed.errors import CascadeError, PluginError
-from molora_fed.plugins import check_judge, load_plugins
+from molora_fed.plugins import check_callable, load_plugins
 from molora_fed.testing import (
     ScriptedModel,
     ScriptedScorer,
@@ -276,10 +276,10 @@ def test_a_class_that_judges_is_looked_at():
         class Options(JudgeOptions):
             model_config = ConfigDict(extra="allow")
 
-    assert check_judge(Patient) is None and check_judge(judge_last) is None
-    assert check_judge(Judge) == "expected a class without abstract methods, got __call__"
-    assert "expected the method __call__" in str(check_judge(Uncallable))
-    assert "extra='forbid'" in str(check_judge(Open))
+    assert check_callable(Patient) is None and check_callable(judge_last) is None
+    assert check_callable(Judge) == "expected a class without abstract methods, got __call__"
+    assert "got one without '__call__'" in str(check_callable(Uncallable))
+    assert "extra='forbid'" in str(check_callable(Open))
     with pytest.raises(PluginError, match="without abstract methods"):
         open_judge("patient", load_judge(Judge))
 

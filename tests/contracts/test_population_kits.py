@@ -271,7 +271,7 @@ def test_a_scope_may_be_a_class_with_options():
             return measure_global(table)
 
     assert all(one.problem is None for one in examine_scope(Scaled, name="global"))
-    assert "has none" in str(examine_scope(measure_global, OperatorOptions())[0].problem)
+    assert "got a function" in str(examine_scope(measure_global, OperatorOptions())[0].problem)
 
 
 def test_a_built_table_says_what_slots_are_worth():

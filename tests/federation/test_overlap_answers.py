@@ -363,7 +363,7 @@ def test_what_a_fusion_was_asked_stays_counted_when_it_is_begun_again(
 ):
     charter = Charter.model_construct(
         identity=Identity.model_construct(name="test"),
-        amendment=SimpleNamespace(number=0),
+        amendment=SimpleNamespace(number=0, fusion=SimpleNamespace(carried=())),
     )
     monkeypatch.setattr(Charter, "identity_hash", IDENTITY)
     experts = []
@@ -385,8 +385,9 @@ def test_what_a_fusion_was_asked_stays_counted_when_it_is_begun_again(
                 statistics_path=None,
                 manifest=SimpleNamespace(
                     contributor=name, charter_identity=IDENTITY, files={}, domain="law",
-                    contamination=None, training={}, held_out_query=None,
+                    contamination=None, training={}, held_out_query=None, carried_files={},
                 ),
+                carried={},
             )
             for name in names
         ]  # fmt: skip

@@ -24,7 +24,8 @@ def stage(tmp_path, packages, tiny_checkpoint):
     amendment = Amendment(
         training=TRAINING, fusion=FusionRules(router="mine-a", compare=("evidence",))
     )
-    return Stage(tmp_path / "stage", tiny_checkpoint("gpt_neox"), amendment)
+    plugins = load_plugins()
+    return Stage(tmp_path / "stage", tiny_checkpoint("gpt_neox"), amendment, plugins=plugins)
 
 
 def take_charter(stage, who):

@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 from fusion_helpers import build_charter, build_cooperative
-from growing_helpers import SAMPLES, contribute, found
+from growing_helpers import contribute, found
 from rich.console import Console
 
 from molora_fed import Configurable, Finding, Fitness, Forecast, PluginOptions, hookimpl
@@ -41,6 +41,7 @@ from molora_fed.population.fitness import compute_effects
 from molora_fed.population.lineage import read_lineage
 from molora_fed.reporting.summary import build_summary
 from molora_fed.storage.keys import load_or_make_key
+from molora_fed.testing.cooperatives import SAMPLES
 from molora_fed.types import Document
 
 SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "report.schema.json").read_text())

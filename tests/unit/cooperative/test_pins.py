@@ -26,6 +26,7 @@ from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.distributions import find_installed
 from molora_fed.storage.files import canonical_json
+from molora_fed.storage.options import name_choices
 
 OTHER = WORK.replace("SHARPNESS = 1.0", "SHARPNESS = 2.0")
 PREDICTOR = """
@@ -81,7 +82,7 @@ def test_nothing_is_pinned_of_the_core_and_bytes_stay(tmp_path, base, packages):
 def test_a_missing_plugin_is_named_with_its_version(cooperative, packages):
     packages.remove("mine-a")
     assert refuse(cooperative) == (
-        "Cannot use charter 'growing': expected the plugin mine-a 0.1.0, got none installed. "
+        "Cannot use charter 'tiny': expected the plugin mine-a 0.1.0, got none installed. "
         "Install the charter's with `pip install mine-a==0.1.0`. Or have the coordinator pin "
         "another with `molora coop amend --pin`."
     )
@@ -133,7 +134,9 @@ def test_an_amendment_pins_what_it_names_and_drops_what_it_does_not(cooperative,
 
 def test_a_name_of_an_unpinned_plugin_is_refused_where_others_are_pinned(cooperative, packages):
     packages.add("mine-b")
-    rules = cooperative.charter.amendment.fusion.model_copy(update={"compare": ("mine-b",)})
+    rules = cooperative.charter.amendment.fusion.model_copy(
+        update={"compare": name_choices("mine-b")}
+    )
     amendment = cooperative.charter.amendment.model_copy(update={"fusion": rules})
     with pytest.raises(PluginError, match="no router 'mine-b' of plugins without a pin, got that"):
         check_pins(
@@ -197,7 +200,7 @@ def test_a_plugin_of_one_file_is_pinned_by_its_hash(tmp_path, base, packages, mo
     assert "expected the one-file plugin my_file.py with the hash" in refuse(home)
     monkeypatch.setenv("MOLORA_PLUGINS", "")
     assert refuse(home).startswith(
-        f"Cannot use charter 'growing': expected the one-file plugin my_file.py with the hash "
+        f"Cannot use charter 'tiny': expected the one-file plugin my_file.py with the hash "
         f"{pin.hash[:12]}, got none. Get it from the coordinator, and pass it with `molora "
         "--plugin my_file.py`."
     )

@@ -29,7 +29,7 @@ def test_a_tiny_cooperative_fuses_and_each_test_has_its_own(tiny_cooperative, tm
 def test_a_tiny_candidate_is_honest(tiny_candidate):
     decision = admit(tiny_candidate)
     assert decision.state == ContributionState.ADMITTED
-    assert decision.refusals == () and len(decision.checks) == 14
+    assert decision.refusals == () and len(decision.checks) == 15
 
 
 def test_bank_base_and_adapters_go_together(tiny_bank, tiny_base, tiny_model):

@@ -8,7 +8,7 @@ def register_carried_files(register: Register) -> None:
     """Register what this package adds."""
     register(
         "sample-carried-file",
-        f"{__name__}.carried:compute",
-        summary="The specialist's mean last state on its own text",
+        f"{__name__}.compute:compute",
+        summary="The mean of the base's states over the contributor's validation text",
         source="own definition",
     )
