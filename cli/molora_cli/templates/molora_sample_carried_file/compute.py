@@ -20,7 +20,8 @@ def compute(context: CarriedContext) -> Mapping[str, Tensor]:
             generator of `seed`, and keep below `max_bytes`.
 
     Returns:
-        Finite tensors by name. Routers have them as `bank.carried[expert]["sample-carried-file"]`.
+        Finite tensors by name. Routers have them as
+        `bank.carried[expert]["sample-carried-file"]`; None is that of an expert without.
 
     See docs/hooks/carried-files.md.
     """
