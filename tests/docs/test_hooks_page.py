@@ -25,8 +25,10 @@ from molora_fed.charter import Charter
 from molora_fed.contributions import admission, carried
 from molora_fed.cooperative.cooperative import check_charter_names
 from molora_fed.errors import CascadeError, CharterError, PopulationError
+from molora_fed.models.hidden_statistics import HiddenStatistics
 from molora_fed.plugins import load_plugins
 from molora_fed.population import contract as population
+from molora_fed.routing.summed import FitSetting
 from molora_fed.storage.settings import open_options
 from molora_fed.testing.kits import KITS
 
@@ -52,7 +54,13 @@ DESCRIBED = {
     "extractors": (cascade.CascadeTask,),
     "fitness-scopes": (population.LossTable, population.Fitness),
     "gain-predictors": (types.Case, types.LossMatrix, types.Outcome, types.Forecast),
-    "judges": (cascade.JudgeRequest, cascade.Candidate, cascade.Verdict),
+    "judges": (
+        cascade.JudgeRequest,
+        cascade.Candidate,
+        cascade.Verdict,
+        cascade.Request,
+        cascade.Sample,
+    ),
     "lifecycle-operators": (
         population.LifecycleState,
         population.Population,
@@ -60,7 +68,7 @@ DESCRIBED = {
         population.Birth,
     ),
     "merges": (updates.Adapter, updates.LinearUpdate),
-    "routers": (views.RouterView, bank.CalibrationBank),
+    "routers": (views.RouterView, bank.CalibrationBank, FitSetting, HiddenStatistics),
     "task-families": (cascade.CascadeTask,),
 }
 
@@ -139,8 +147,11 @@ def test_example_registers_what_its_page_is_about(example, plugins, request):
     page = find_page(request)
     registry = plugins.registries()[find_suffix(page)]
     added = set(registry.names()) - set(load_plugins().registries()[find_suffix(page)].names())
-    assert len(added) == 1
-    assert registry.resolve(added.pop()) is not None
+    (name,) = added
+    assert registry.resolve(name) is not None
+    sections = cut(page)
+    assert name in sections["How it is used"]
+    assert name in find_blocks(sections["What is checked"], "text")[0]
 
 
 def find_page(request):
