@@ -47,7 +47,10 @@ def register_gain_predictors(register: Register) -> None:
 
 @hookspec
 def register_admission_checks(register: Register) -> None:
-    """Register admission checks: `(Candidate) -> Finding | None`, see `register_domains`."""
+    """Register admission checks: `(AdmissionCandidate) -> Finding | None`.
+
+    A function or a class with options, see `register_domains`.
+    """
 
 
 @hookspec

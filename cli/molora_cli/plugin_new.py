@@ -151,7 +151,7 @@ def _list_files(names: _Names, noun: str, authors: str) -> Iterator[tuple[str, s
         "distribution": names.distribution,
         "module": names.module,
         "noun": noun,
-        "hook": f"register_{KINDS[names.kind]}",
+        "page": KINDS[names.kind].replace("_", "-"),
         "file": names.filled_in,
         "authors": authors,
         "use": _read_use(names),

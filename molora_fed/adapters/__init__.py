@@ -19,7 +19,9 @@ _NAMES = {
     "headers": ("AdapterMeta", "TensorHeader", "describe_unreadable"),
     "limits": ("NO_BASE", "BaseWeights"),
     "save": ("load_differences", "load_factors", "write_differences", "write_factors"),
-    "updates": ("Adapter", "LinearUpdate", "decompose", "decompose_update", "truncate"),
+    "updates": (
+        "Adapter", "LinearUpdate", "decompose", "decompose_update", "merge_products", "truncate",
+    ),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -7,7 +7,7 @@ a generation then measures fitness, and lifecycle operators replace slots.
 """
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -29,6 +29,7 @@ __all__ = [
     "Fitness",
     "FitnessScope",
     "LifecycleOperator",
+    "LifecycleState",
     "LossTable",
     "OperatorOptions",
     "Population",
@@ -194,8 +195,8 @@ class Fitness:
     regret: NDArray[np.float64]
 
 
-FitnessScope = Any
-"""Registered by `register_fitness_scopes`: a callable `(LossTable) -> Fitness`."""
+FitnessScope = Callable[[LossTable], Fitness]
+"""Registered by `register_fitness_scopes`."""
 
 
 class OperatorOptions(PluginOptions):

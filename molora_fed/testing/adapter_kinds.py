@@ -61,7 +61,7 @@ def check_adapter_kind_conformance(
         PluginError: Naming every rule that is broken, with what was found.
     """
     title = f"Adapter kind '{getattr(kind, '__name__', kind)}'"
-    refuse_broken(title, examine_adapter_kind(kind, options), page="docs/adapters.md")
+    refuse_broken(title, examine_adapter_kind(kind, options), page="docs/hooks/adapter-kinds.md")
 
 
 def examine_adapter_kind(

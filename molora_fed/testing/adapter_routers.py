@@ -41,7 +41,7 @@ def check_adapter_router_conformance(
     Raises:
         PluginError: Naming every rule that is broken, with what was found.
     """
-    title, page = f"Adapter router '{router.__name__}'", "docs/populations.md"
+    title, page = f"Adapter router '{router.__name__}'", "docs/hooks/adapter-routers.md"
     refuse_broken(title, examine_adapter_router(router, options), page=page)
 
 

@@ -57,7 +57,9 @@ def check_admission_check_conformance(target: Any, options: Any = None) -> None:
         PluginError: Naming every rule that is broken, with what was found.
     """
     title = f"Admission check '{getattr(target, '__name__', target)}'"
-    refuse_broken(title, examine_admission_check(target, options), page="docs/hooks.md")
+    refuse_broken(
+        title, examine_admission_check(target, options), page="docs/hooks/admission-checks.md"
+    )
 
 
 def examine_admission_check(target: Any, options: Any = None) -> tuple[CheckResult, ...]:

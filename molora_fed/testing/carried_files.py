@@ -102,7 +102,7 @@ def check_carried_files_conformance(target: Any, options: Any = None) -> None:
     """
     name = getattr(target, "__name__", type(target).__name__)
     results = examine_carried_files(target, options)
-    refuse_broken(f"Carried file '{name}'", results, page="docs/hooks.md")
+    refuse_broken(f"Carried file '{name}'", results, page="docs/hooks/carried-files.md")
 
 
 def examine_carried_files(target: Any, options: Any = None) -> tuple[CheckResult, ...]:

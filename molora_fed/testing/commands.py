@@ -69,7 +69,7 @@ def check_command_conformance(command: str, options: Any = None) -> None:
         PluginError: Naming every rule that is broken, with what was found.
     """
     title = describe_target("command", command)
-    refuse_broken(title, examine_command(command, options), page="docs/hooks.md")
+    refuse_broken(title, examine_command(command, options), page="docs/hooks/commands.md")
 
 
 def examine_command(command: str, options: Any = None) -> tuple[CheckResult, ...]:

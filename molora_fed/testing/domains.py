@@ -37,7 +37,7 @@ def check_domain_conformance(target: Any, options: Any = None) -> None:
         PluginError: Naming every rule that is broken, with what was found.
     """
     title = f"Domain '{getattr(target, '__name__', target)}'"
-    refuse_broken(title, examine_domain(target, options), page="docs/hooks.md")
+    refuse_broken(title, examine_domain(target, options), page="docs/hooks/domains.md")
 
 
 def examine_domain(target: Any, options: Any = None) -> tuple[CheckResult, ...]:

@@ -57,7 +57,7 @@ def check_extractor_conformance(
     """
     title = describe_target("extractor", extractor)
     results = examine_extractor(extractor, options, tasks=tasks)
-    refuse_broken(title, results, page="docs/hooks.md")
+    refuse_broken(title, results, page="docs/hooks/extractors.md")
 
 
 def examine_extractor(

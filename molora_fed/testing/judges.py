@@ -49,7 +49,7 @@ def check_judge_conformance(judge: Any, options: Any = None) -> None:
         PluginError: Naming every rule that is broken, with what was found.
     """
     title = describe_target("judge", judge)
-    refuse_broken(title, examine_judge(judge, options), page="docs/hooks.md")
+    refuse_broken(title, examine_judge(judge, options), page="docs/hooks/judges.md")
 
 
 def examine_judge(judge: Any, options: Any = None) -> tuple[CheckResult, ...]:

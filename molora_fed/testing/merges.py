@@ -72,7 +72,7 @@ def check_merge_conformance(target: Any, options: Any = None) -> None:
         PluginError: Naming every rule that is broken, with what was found.
     """
     title = f"Merge '{getattr(target, '__name__', target)}'"
-    refuse_broken(title, examine_merge(target, options), page="docs/merges.md")
+    refuse_broken(title, examine_merge(target, options), page="docs/hooks/merges.md")
 
 
 def examine_merge(target: Any, options: Any = None) -> tuple[CheckResult, ...]:

@@ -41,7 +41,9 @@ def check_operator_conformance(
         PluginError: Naming every rule that is broken, with what was found.
     """
     title = describe_target("lifecycle operator", operator)
-    refuse_broken(title, examine_operator(operator, options), page="docs/hooks.md")
+    refuse_broken(
+        title, examine_operator(operator, options), page="docs/hooks/lifecycle-operators.md"
+    )
 
 
 def examine_operator(

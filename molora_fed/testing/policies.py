@@ -61,7 +61,7 @@ def check_policy_conformance(
         PluginError: Naming every rule that is broken, with what was found.
     """
     title = describe_target("escalation policy", policy)
-    refuse_broken(title, examine_policy(policy, options), page="docs/hooks.md")
+    refuse_broken(title, examine_policy(policy, options), page="docs/hooks/escalation-policies.md")
 
 
 def examine_policy(

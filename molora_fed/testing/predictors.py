@@ -138,7 +138,9 @@ def check_gain_predictor_conformance(target: Any, options: Any = None) -> None:
         PluginError: Naming every rule that is broken, with what was found.
     """
     title = f"Gain predictor '{getattr(target, '__name__', target)}'"
-    refuse_broken(title, examine_gain_predictor(target, options), page="docs/hooks.md")
+    refuse_broken(
+        title, examine_gain_predictor(target, options), page="docs/hooks/gain-predictors.md"
+    )
 
 
 def examine_gain_predictor(target: Any, options: Any = None) -> tuple[CheckResult, ...]:

@@ -82,7 +82,7 @@ def check_router_conformance(
     Raises:
         PluginError: Naming every rule that is broken, with what was found.
     """
-    title, page = f"Router '{router.__name__}'", "docs/writing_plugins.md"
+    title, page = f"Router '{router.__name__}'", "docs/hooks/routers.md"
     refuse_broken(title, examine_router(router, options, carried=carried), page=page)
 
 

@@ -35,7 +35,9 @@ def check_scope_conformance(scope: Any, options: Any = None, *, name: str | None
         PluginError: Naming every rule that is broken, with what was found.
     """
     title = describe_target("fitness scope", scope)
-    refuse_broken(title, examine_scope(scope, options, name=name), page="docs/hooks.md")
+    refuse_broken(
+        title, examine_scope(scope, options, name=name), page="docs/hooks/fitness-scopes.md"
+    )
 
 
 def examine_scope(

@@ -38,7 +38,7 @@ def check_task_family_conformance(
     """
     title = describe_target("task family", family)
     results = examine_task_family(family, options, plugins=plugins)
-    refuse_broken(title, results, page="docs/hooks.md")
+    refuse_broken(title, results, page="docs/hooks/task-families.md")
 
 
 def examine_task_family(

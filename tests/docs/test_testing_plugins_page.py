@@ -1,4 +1,4 @@
-"""docs/testing_plugins.md names all kits, builders and fixtures, and its code runs."""
+"""docs/testing_plugins.md names all builders and fixtures, and its code runs."""
 
 import re
 from pathlib import Path
@@ -6,18 +6,15 @@ from pathlib import Path
 import pytest
 
 from molora_fed import testing
-from molora_fed.plugins import load_plugins
 from molora_fed.testing import pytest_plugin
 
 PAGE = (Path(__file__).parents[2] / "docs" / "testing_plugins.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-def test_every_hook_kit_and_fixture_is_named():
-    for suffix in load_plugins().registries():
-        assert f"| `register_{suffix}` |" in PAGE
-    kits = [name for name in testing.__all__ if name.endswith("_conformance")]
-    for name in (*kits, *pytest_plugin.__all__):
+def test_every_builder_and_fixture_is_named():
+    builders = [name for name in testing.__all__ if name.startswith("build_")]
+    for name in (*builders, *pytest_plugin.__all__):
         assert f"`{name}`" in PAGE, name
 
 

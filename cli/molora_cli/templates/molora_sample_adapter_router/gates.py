@@ -51,7 +51,7 @@ class SampleAdapterRouter(AdapterRouter):
         Returns:
             Gates of the P slots, (B, T, P), each in [0, 1]; they need not sum to 1.
 
-        See register_adapter_routers in docs/hooks.md, and docs/populations.md.
+        See docs/hooks/adapter-routers.md, and docs/populations.md.
         """
         return torch.sigmoid(self.scores).expand(*view.document_starts.shape, -1)
 

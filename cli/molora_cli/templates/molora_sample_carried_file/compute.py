@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from molora_fed import CarriedContext
+from molora_fed.types import Split
 from torch import Tensor
 
 
@@ -15,18 +16,18 @@ def compute(context: CarriedContext) -> Mapping[str, Tensor]:
 
     Args:
         context: `base.model` is the base; `adapter` the contributor's updates by layer, which
-            `molora_fed.applied(model, adapter)` puts into it for a while; `blocks("train")` and
-            `blocks("validation")` give its text, tokens (B, T) int32 a block; draw with a
+            `molora_fed.applied(model, adapter)` puts into it for a while; `blocks(Split.TRAIN)` and
+            `blocks(Split.VALIDATION)` give its text, tokens (B, T) int32 at a time; draw with a
             generator of `seed`, and keep below `max_bytes`.
 
     Returns:
-        Finite tensors by name, which routers find in
-        `bank.carried[expert]["sample-carried-file"]`.
+        Finite tensors by name. Routers have them as
+        `bank.carried[expert]["sample-carried-file"]`; None is that of an expert without.
 
-    See register_carried_files in docs/hooks.md.
+    See docs/hooks/carried-files.md.
     """
     model, total, count = context.base.model, 0.0, 0
-    for blocks in context.blocks("validation", batch=8):
+    for blocks in context.blocks(Split.VALIDATION, batch=8):
         tokens = torch.from_numpy(blocks.tokens).long().to(model.device)
         with torch.no_grad():
             states = model(tokens, output_hidden_states=True).hidden_states[-1]  # (B, T, D)

@@ -21,7 +21,7 @@ def check(candidate: AdmissionCandidate) -> Finding | None:
         What was expected, what was found, and one thing the contributor can do; None if nothing
         is wrong. With `quarantine=True` a person decides.
 
-    See register_admission_checks in docs/hooks.md.
+    See docs/hooks/admission-checks.md.
     """
     for name, update in candidate.adapter.updates.items():
         norm = float(update.product().norm())

@@ -14,7 +14,7 @@ def run(
 
     An error that derives from `molora_fed.MoloraError` ends the command with one line.
 
-    See register_commands in docs/hooks.md.
+    See docs/hooks/commands.md.
     """
     # Imported here, so that `--help` stays fast.
     from molora_fed.charter import load_charter

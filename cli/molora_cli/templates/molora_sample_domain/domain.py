@@ -13,7 +13,7 @@ def read() -> Iterator[Document]:
         Documents in a fixed order, each with a name of its own and text that is not empty; the
         same ones at every call.
 
-    See register_domains in docs/hooks.md, and docs/text.md.
+    See docs/hooks/domains.md, and docs/text.md.
     """
     for name, text in sorted(topics.topics.items()):
         yield Document(name, text)

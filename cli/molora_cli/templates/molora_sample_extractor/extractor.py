@@ -18,7 +18,7 @@ def extract(task: CascadeTask, text: str) -> str | None:
     Returns:
         The canonical answer, or None if the text has none.
 
-    See register_extractors in docs/hooks.md, and docs/extractors_judges.md.
+    See docs/hooks/extractors.md, and docs/extractors_judges.md.
     """
     lines = text[-MAX_CHARACTERS:].splitlines()
     found = [" ".join(line.casefold().split()) for line in lines]

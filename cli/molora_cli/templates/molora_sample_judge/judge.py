@@ -20,7 +20,7 @@ def judge(request: JudgeRequest) -> Verdict:
     Raises:
         ConfigError: If there is an option: this judge has none.
 
-    See register_judges in docs/hooks.md, and docs/extractors_judges.md.
+    See docs/hooks/judges.md, and docs/extractors_judges.md.
     """
     if request.options:
         raise ConfigError(

@@ -54,7 +54,7 @@ class SampleKind(LoraKind):
         Raises:
             AdapterError: If rank or frozen depth are against rules or base.
 
-        See register_adapter_kinds in docs/hooks.md, and docs/adapters.md.
+        See docs/hooks/adapter-kinds.md, and docs/adapters.md.
         """
         trained, _ = super().prepare(model, rules, rank, seed=seed)
         for name, parameter in trained.named_parameters():

@@ -22,7 +22,7 @@ def merge(adapters: Sequence[Adapter], *, name: str, seed: int) -> Adapter:
     Returns:
         A dense adapter.
 
-    See register_merges in docs/hooks.md, and docs/merges.md.
+    See docs/hooks/merges.md, and docs/merges.md.
     """
 
     def combine(differences: Sequence[Tensor], which: str) -> Tensor:

@@ -36,7 +36,7 @@ class SampleOperator(LifecycleOperator):
         Returns:
             The next state; `events` has one line for people a thing that happened.
 
-        See register_lifecycle_operators in docs/hooks.md, and docs/populations.md.
+        See docs/hooks/lifecycle-operators.md, and docs/populations.md.
         """
         living = [i for i in range(state.population.num_slots) if i not in state.freed]
         if len(living) < 2:

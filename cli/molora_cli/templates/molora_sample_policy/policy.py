@@ -32,6 +32,6 @@ class SamplePolicy(EscalationPolicy):
         Returns:
             "single_agent" asks nobody else, "arena_lite" two members, "full_arena" all three.
 
-        See register_escalation_policies in docs/hooks.md, and docs/cascades.md.
+        See docs/hooks/escalation-policies.md, and docs/cascades.md.
         """
         return "single_agent" if evidence.sigma <= self.options.agreement else "full_arena"

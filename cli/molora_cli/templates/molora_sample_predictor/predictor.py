@@ -23,7 +23,7 @@ def predict(case: Case, past: Sequence[Outcome]) -> Forecast | None:
         Gain in percent against the best that anyone has alone, with an interval and its level
         where one is claimed; None if the predictor does not apply.
 
-    See register_gain_predictors in docs/hooks.md, and docs/forecasts.md.
+    See docs/hooks/gain-predictors.md, and docs/forecasts.md.
     """
     losses = case.losses
     divergences = [

@@ -35,8 +35,7 @@ class SampleRouter(OutputRouter[SampleOptions]):
         Returns:
             Scores, (B, T, E), unitless.
 
-        See register_routers in docs/hooks.md; docs/writing_plugins.md has what else a router may
-        override, such as `learn`.
+        See docs/hooks/routers.md, which has what else a router may override, such as `learn`.
         """
         evidence: Any = view.evidence
         return self.options.sharpness * evidence

@@ -18,7 +18,7 @@ def measure(table: LossTable) -> Fitness:
         without it; with standard errors by document cluster, (P,). `scope` is the name that is
         registered.
 
-    See register_fitness_scopes in docs/hooks.md, and docs/populations.md.
+    See docs/hooks/fitness-scopes.md, and docs/populations.md.
     """
     effects = compute_effects(table)
     worst = effects.by_domain.argmin(axis=1)

@@ -31,7 +31,7 @@ def draw(level: int, count: int, seed: int, split: TaskSplit = "test") -> Sequen
     Raises:
         ConfigError: If there is no such level, or it has too few different prompts.
 
-    See register_task_families in docs/hooks.md, and docs/tasks.md.
+    See docs/hooks/task-families.md, and docs/tasks.md.
     """
     if level < 1:
         raise ConfigError(f"Cannot draw tasks: expected a level from 1, got {level}. Raise it.")
