@@ -17,7 +17,7 @@ from molora_fed.errors import ConfigError, MoloraError
 from molora_fed.guard import guarded
 from molora_fed.models.base import Base
 from molora_fed.plugins import Entry, Plugins
-from molora_fed.storage.options import Choice
+from molora_fed.storage.options import Choice, open_callable
 from molora_fed.testing.findings import CheckResult, describe_raised
 from molora_fed.types import Finding
 
@@ -193,7 +193,7 @@ class Trial:
         yield f"forecast {point}{interval}; measured {gain:+.2f} % against {found['reference']}"
 
     def _try_check(self, entry: Entry) -> _Tried:
-        check = self._plugins.admission_checks.resolve(entry.name)
+        check = open_callable(self._plugins.admission_checks, entry.name)
         for index, contribution in enumerate(self._contributions):
             candidate = AdmissionCandidate(
                 contribution=contribution,

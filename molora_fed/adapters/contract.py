@@ -99,7 +99,8 @@ def open_kind(name: str, options: Mapping[str, Any] | None, plugins: Plugins) ->
         AdapterError: If it refuses the options.
     """
     target = plugins.adapter_kinds.resolve(name)
-    with guarded(plugins.adapter_kinds.entry(name), "construction"):
+    # Wrong options are a contributor's mistake, not the plugin's.
+    with guarded(plugins.adapter_kinds.entry(name), "construction", passing=(AdapterError,)):
         kind: AdapterKind = target(dict(options)) if options else target()
     return kind
 

@@ -333,6 +333,10 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
         from molora_fed.fusion.plan import check_published_router
 
         check_published_router(charter, plugins)
+    elif charter.is_summed:
+        from molora_fed.fusion.plan import check_summed_router
+
+        check_summed_router(charter, plugins)
     if training.options:
         from molora_fed.adapters.contract import open_kind
 

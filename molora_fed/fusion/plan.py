@@ -21,7 +21,8 @@ from molora_fed.models.base import Base, check_base
 from molora_fed.models.batches import fit_batch
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
-from molora_fed.routing.published import check_published
+from molora_fed.routing.published import check_published, make_up_setting
+from molora_fed.routing.summed import plan_summed_fit
 from molora_fed.routing.top_k import limit_experts
 from molora_fed.storage.options import check_choices, read_choice
 from molora_fed.types import BASE_EXPERT, Reading
@@ -32,6 +33,7 @@ __all__ = [
     "build_routers",
     "check_labels",
     "check_published_router",
+    "check_summed_router",
     "plan_fusion",
 ]
 
@@ -270,6 +272,26 @@ def check_published_router(charter: Charter, plugins: Plugins) -> None:
             f"Cannot use charter '{charter.identity.name}': expected a router that is made from "
             f"published statistics with its options, got '{name}', which has to be fitted on "
             "text. Choose another router, or another mode of privacy."
+        ) from error
+
+
+def check_summed_router(charter: Charter, plugins: Plugins) -> None:
+    """Refuse a charter whose published router cannot be fitted by sums, before anybody trains.
+
+    Raises:
+        CharterError: If it cannot, or its options are wrong.
+        PluginError: If its plugin fails.
+    """
+    name = charter.amendment.fusion.router
+    router, options = build_routers(charter, plugins, on_failed=lambda name, why: None)[name]
+    try:
+        with guarded(plugins.routers.entry(name), "by_sums", passing=(RoutingError,)):
+            plan_summed_fit(router, make_up_setting(options))
+    except RoutingError as error:
+        raise CharterError(
+            f"Cannot use charter '{charter.identity.name}': expected a router that is fitted by "
+            f"sums with its options, got '{name}', which is fitted on pooled text only. Choose "
+            "another router, or found a cooperative with --privacy pooled."
         ) from error
 
 

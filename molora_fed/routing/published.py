@@ -14,7 +14,7 @@ from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.summed import FitSetting, find_owner, learns_nothing
 from molora_fed.types import BASE_EXPERT
 
-__all__ = ["check_published", "make_published"]
+__all__ = ["check_published", "make_published", "make_up_setting"]
 
 
 def make_published(
@@ -53,12 +53,22 @@ def check_published(router: type[OutputRouter], options: RouterOptions) -> None:
     Raises:
         RoutingError: If it cannot.
     """
-    names, width = ("first", "second"), 2
+    setting = make_up_setting(options)
+    width = setting.hidden_size
     statistics = {
         name: HiddenStatistics(name, 64, torch.full((width,), 1.0 - 2 * place), torch.eye(width))
-        for place, name in enumerate(names)
+        for place, name in enumerate(setting.domains)
     }
+    make_published(router, statistics, setting)
+
+
+def make_up_setting(options: RouterOptions) -> FitSetting:
+    """What a fusion of two made-up contributions would agree on, to try a router's hooks on.
+
+    Args:
+        options: The router's.
+    """
+    names, width = ("first", "second"), 2
     experts = (BASE_EXPERT, *names)
     adapters = make_up_adapters(experts, width)
-    setting = FitSetting(experts, names, width, 128, "probability", options, 0, adapters)
-    make_published(router, statistics, setting)
+    return FitSetting(experts, names, width, 128, "probability", options, 0, adapters)

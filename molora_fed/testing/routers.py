@@ -296,7 +296,7 @@ def _plan_sums(case: _Case) -> tuple[SummedFit, dict[str, float]] | None:
 def _sums_add_up(case: _Case) -> str | None:
     plan = _plan_sums(case)
     if plan is None:
-        return None
+        return Remark("not asked: it is fitted on pooled text only")
     fit, weights = plan
     parts = [take_blocks(case.bank, range(first, case.bank.num_blocks, 2)) for first in range(2)]
     state = fit.start()
@@ -317,7 +317,7 @@ def _sums_add_up(case: _Case) -> str | None:
 
 def _fits_by_sums_whoever_has_the_text(case: _Case) -> str | None:
     if _plan_sums(case) is None:
-        return None
+        return Remark("not asked: it is fitted on pooled text only")
     domains = case.bank.domain_of
     members = [take_blocks(case.bank, np.flatnonzero(domains == d)) for d in np.unique(domains)]
     one, other = (
@@ -340,7 +340,7 @@ def _is_made_from_statistics_alone(case: _Case) -> str | None:
     try:
         made = make_published(case.router, statistics, setting)
     except RoutingError:
-        return None  # it is fitted on text only
+        return Remark("not asked: it is fitted on text only")
     again = make_published(case.router, dict(reversed(statistics.items())), setting)
     tensors, same = made.state_tensors(), again.state_tensors()
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):

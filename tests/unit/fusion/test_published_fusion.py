@@ -1,6 +1,7 @@
 """A fusion whose routers are made from published statistics, and whose figures from sums."""
 
 import json
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from fusion_helpers import build_charter, build_cooperative, fuse_apart, publish
 from molora_kalavai.discriminant import assume_constants, diagonalise
 from molora_kalavai.moments import collect_moments
 
+from molora_fed import OutputRouter, hookimpl
 from molora_fed.bank import Expert, build_calibration_bank
 from molora_fed.cooperative.publish import check_described, measure_statistics
 from molora_fed.errors import CharterError, CorpusError, RoutingError
 from molora_fed.fusion.boundary import NotMeasured
 from molora_fed.fusion.fuse import fuse
-from molora_fed.fusion.plan import check_published_router, plan_fusion
+from molora_fed.fusion.plan import check_published_router, check_summed_router, plan_fusion
 from molora_fed.fusion.published_fits import PublishedFits
 from molora_fed.fusion.published_rounds import plan_rounds
 from molora_fed.fusion.sum_rounds import SumQuestion, TextCounts
@@ -227,3 +229,27 @@ def test_too_little_text_and_no_statistics_are_said_in_one_line(cooperative, plu
             ),
             NotMeasured(),
         )
+
+
+def test_who_cannot_be_fitted_by_sums_is_said_before_anybody_trains(cooperative, plugins):
+    class PooledOnly(OutputRouter):
+        readings = frozenset({"evidence"})
+
+        @classmethod
+        def learn(cls, bank, options, seed, progress):
+            return cls(bank.num_experts, options)
+
+        def scores(self, view):
+            return view.evidence
+
+    base, _ = cooperative
+    module = types.ModuleType("pooled")
+    module.register_routers = hookimpl(
+        lambda register: register("pooled-only", PooledOnly, summary="x", source="own")
+    )
+    known = load_plugins([("pooled", module)])
+    for router in ("evidence", "linear", "uniform", "evidence-mixed"):
+        check_summed_router(publish(build_charter(base, router=router), mode="private"), known)
+    charter = publish(build_charter(base, router="pooled-only"), mode="private")
+    with pytest.raises(CharterError, match=r"fitted by sums with its options, got 'pooled-only'"):
+        check_summed_router(charter, known)

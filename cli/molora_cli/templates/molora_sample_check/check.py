@@ -1,7 +1,6 @@
 """The admission check: what a contribution must be to be fused."""
 
-from molora_fed import Finding
-from molora_fed.contributions.admission import AdmissionCandidate, Stage, needs
+from molora_fed import AdmissionCandidate, Finding, Stage, needs
 
 LIMIT = 1000.0
 

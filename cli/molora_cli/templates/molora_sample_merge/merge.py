@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from molora_fed import Adapter
-from molora_fed.adapters.updates import merge_products
+from molora_fed.adapters import merge_products
 from torch import Tensor
 
 

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import torch
-from molora_fed.adapters.updates import LinearUpdate
+from molora_fed.adapters import LinearUpdate
 from molora_fed.testing import check_admission_check_conformance
 
 from molora_sample_check.check import LIMIT, check

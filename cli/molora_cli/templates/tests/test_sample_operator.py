@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from molora_fed import Fitness, LifecycleState, Population
-from molora_fed.adapters.updates import LinearUpdate
+from molora_fed.adapters import LinearUpdate
 from molora_fed.population.contract import Birth, Slot
 from molora_fed.testing import check_operator_conformance
 
