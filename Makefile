@@ -18,7 +18,7 @@ test: $(STAMP)  ## The tests, a few minutes
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not processes and not long"
 
 test-processes: $(STAMP)  ## Whole federations, and commands in many real processes, killed and started again
-	$(PYTEST) -m "processes and not long"
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "processes and not long"
 
 test-long: $(STAMP)  ## By hand; what it says is kept
 	$(PYTEST) -v --no-header --durations=0 -m long | tee $(LONG)

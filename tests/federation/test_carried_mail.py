@@ -34,6 +34,7 @@ def build_stage(root, checkpoint, mode, **settings):
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["pooled", "private"])
 def test_a_federation_routes_by_what_is_carried(tmp_path, tiny_checkpoint, mode):
     stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), mode)

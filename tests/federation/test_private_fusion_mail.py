@@ -43,6 +43,7 @@ def test_a_federation_fuses_texts_that_stay_with_their_owners(tmp_path, tiny_che
     assert not list((tmp_path / "server" / "private" / "answers").glob("*/*"))
 
 
+@pytest.mark.processes
 def test_members_with_shortlists_vouch_for_adapters_and_say_what_was_lost(
     tmp_path, tiny_checkpoint
 ):

@@ -45,6 +45,7 @@ def write_texts(folder: Path, word: str) -> Path:
     return folder
 
 
+@pytest.mark.processes
 def test_a_demo_on_own_text_ends_with_a_report(stage_root, tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data = {name: [write_texts(stage_root / name, name)] for name in ("alpha", "beta")}

@@ -88,6 +88,7 @@ def run_own_tests(project):
     sys.exit(pytest.main([*plain, str(project / "tests")]))
 
 
+@pytest.mark.processes
 @each_project
 def test_passes_its_own_tests(project, tmp_path):
     done = run_forked(tmp_path, run_own_tests, project)
