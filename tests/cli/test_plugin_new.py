@@ -107,6 +107,7 @@ def run_own_tests(folder):
     sys.exit(pytest.main([*plain, str(folder / "tests")]))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_package_passes_its_own_tests(kind, make, tmp_path):
     done = run_forked(tmp_path, run_own_tests, make(kind))

@@ -30,6 +30,7 @@ def read_report(root):
     return json.loads((root / "server" / "report" / "report.json").read_text())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("summing", ["masked", "robust"])
 def test_a_federation_fuses_texts_that_stay_with_their_owners(tmp_path, tiny_checkpoint, summing):
     stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), summing)

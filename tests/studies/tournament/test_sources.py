@@ -61,6 +61,7 @@ def planned(tmp_path_factory):
     return found
 
 
+@pytest.mark.processes
 def test_arenas_are_fusions_of_several_trainings_as_we_fuse(planned):
     found = list_study_arenas(planned)
     assert [(one.cooperative, one.training) for one in found] == [
