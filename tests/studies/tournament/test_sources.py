@@ -77,6 +77,7 @@ def test_an_unfinished_fusion_is_named(tmp_path):
         list_study_arenas(plan_study(tmp_path, seeds=(1,)))
 
 
+@pytest.mark.processes
 def test_a_match_has_the_studys_own_figures_and_its_folder_stays_as_it_is(planned, tmp_path):
     store = TaskStore.in_cache(planned.cache)
     done = [store.read(cell.task)[0] for cell in planned.cells[:2]]
