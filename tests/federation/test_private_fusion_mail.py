@@ -157,6 +157,7 @@ def test_an_absurd_sum_of_three_ends_in_one_line(tmp_path, tiny_checkpoint, monk
     assert "alpha-1, beta-1, gamma-1" in message and "\n" not in message
 
 
+@pytest.mark.processes
 def test_a_robust_sum_refuses_an_absurd_vector_by_name(tmp_path, tiny_checkpoint, monkeypatch):
     lie(monkeypatch, "beta-1", "alone.x")
     stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), "robust")

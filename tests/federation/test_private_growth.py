@@ -36,6 +36,7 @@ AMENDMENT = Amendment(
 )  # fmt: skip
 
 
+@pytest.mark.processes
 def test_a_private_population_grows(tmp_path, tiny_checkpoint):
     stage = Stage(tmp_path, tiny_checkpoint("gpt_neox"), AMENDMENT)
     stage.run("alpha", "beta")

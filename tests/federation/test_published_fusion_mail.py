@@ -42,6 +42,7 @@ def find_place(home):
     return content.get("place", content["kind"]), content
 
 
+@pytest.mark.processes
 def test_a_federation_routes_by_published_statistics(tmp_path, tiny_checkpoint):
     stage = build_stage(tmp_path, tiny_checkpoint("gpt_neox"), block_size=64)
     # No held-out figure may be of what somebody else trained on.
