@@ -1,6 +1,6 @@
 """`molora plugins check`: the conformance kits of what a plugin registers, as ticks."""
 
-import importlib.util
+import importlib
 import json
 import sys
 import tomllib
@@ -14,14 +14,15 @@ import typer
 
 from molora_cli.output import MAX_LINE, show
 from molora_cli.progress import Reporter, reporting
-from molora_fed.errors import ConfigError, PluginError
+from molora_fed.errors import ConfigError, PluginError, UnknownNameError
 from molora_fed.plugins import Entry, Plugins, Registry, get_plugins, load_plugins
+from molora_fed.storage.plugin_sources import find_plugin_file
 from molora_fed.storage.untrusted import clean
 
 if TYPE_CHECKING:
     from molora_fed.testing.findings import CheckResult
 
-__all__ = ["check_plugin"]
+__all__ = ["check_plugin", "find_kind"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def check_plugin(
                 results.append(_compare_cost(entry, plugins, str(beside), rival))
             checked.append(_Checked(entry, results))
         if on is not None:
-            checked = _try_on(on, chosen, checked, plugins, progress)
+            checked = _try_on(on, chosen, checked, plugins, options, progress)
     if as_json:
         print(json.dumps([_describe(each) for each in checked], indent=2))
     else:
@@ -97,18 +98,16 @@ def _open(what: str) -> tuple[str | None, Plugins]:
     path = Path(what)
     if not path.exists() or (path.is_dir() and not (path / "pyproject.toml").is_file()):
         return None, get_plugins()
-    if path.is_dir():
-        name, distribution, target = _read_entry_point(path)
-        for origin in _list_origins(get_plugins()):
-            if origin.startswith(f"{name} ({distribution} "):
-                return origin, get_plugins()  # installed already, as what is edited in place is
-        roots = [path.resolve() / "src", path.resolve()]
-        sys.path[:0] = [str(root) for root in roots if root.is_dir()]
-        origin = f"{name} ({distribution} {_FOLDER})"
-    else:
-        target, origin = path.stem, f"{path.name} (file)"
-        _check_free(path)
-        sys.path.insert(0, str(path.resolve().parent))
+    if path.is_file():
+        file = find_plugin_file(what)
+        return file.origin, load_plugins([(file.origin, file.load())])
+    name, distribution, target = _read_entry_point(path)
+    for origin in _list_origins(get_plugins()):
+        if origin.startswith(f"{name} ({distribution} "):
+            return origin, get_plugins()  # installed already, as what is edited in place is
+    roots = [path.resolve() / "src", path.resolve()]
+    sys.path[:0] = [str(root) for root in roots if root.is_dir()]
+    origin = f"{name} ({distribution} {_FOLDER})"
     module, _, attribute = target.partition(":")
     try:
         plugin: Any = importlib.import_module(module)
@@ -120,24 +119,6 @@ def _open(what: str) -> tuple[str | None, Plugins]:
             f"{type(error).__name__}: {error}. Correct it."
         ) from error
     return origin, load_plugins([(origin, plugin)])
-
-
-def _check_free(path: Path) -> None:
-    """Refuse a file whose name is that of a module that would be imported in its place."""
-    try:
-        spec = importlib.util.find_spec(path.stem)
-    except (ImportError, ValueError):
-        spec = None
-    if path.suffix != ".py" or not path.stem.isidentifier():
-        raise PluginError(
-            f"Cannot load plugin '{path}': expected a file named as a Python module, e.g. "
-            "my_router.py. Rename it."
-        )
-    if spec is not None and spec.origin != str(path.resolve()):
-        raise PluginError(
-            f"Cannot load plugin '{path}': expected a name that no module has, got "
-            f"'{path.stem}' of '{spec.origin}'. Rename the file."
-        )
 
 
 _FOLDER = "0+folder"
@@ -168,11 +149,11 @@ def _choose(
 
     Raises:
         PluginError: If nothing is registered under the name.
-        ConfigError: If there is no such kind.
+        UnknownNameError: If there is no such kind.
     """
     registries = plugins.registries()
     if kind is not None:
-        suffix = _find_kind(kind, registries)
+        suffix = find_kind(kind, registries)
         registries = {suffix: registries[suffix]}
     entries = [(suffix, entry) for suffix, registry in registries.items() for entry in registry]
     if origin is not None:
@@ -218,8 +199,16 @@ def _read_options(
     return parse_options(given) if given else {}
 
 
-def _find_kind(kind: str, registries: dict[str, Registry]) -> str:
-    """The hook's suffix that somebody means: "router", "gain-predictor", "predictor", "merges"."""
+def find_kind(kind: str, registries: dict[str, Registry]) -> str:
+    """The hook's suffix that somebody means: "router", "gain-predictor", "predictor", "merges".
+
+    Args:
+        kind: What was asked for.
+        registries: By suffix.
+
+    Raises:
+        UnknownNameError: If there is no such kind.
+    """
     asked = kind.strip().lower().replace("-", " ").replace("_", " ")
     for suffix, registry in registries.items():
         if asked in (registry.kind, suffix.replace("_", " ")):
@@ -227,8 +216,8 @@ def _find_kind(kind: str, registries: dict[str, Registry]) -> str:
     short = [s for s, registry in registries.items() if registry.kind.split()[-1] == asked]
     if len(short) == 1:
         return short[0]
-    kinds = ", ".join(sorted(registry.kind.replace(" ", "-") for registry in registries.values()))
-    raise ConfigError(f"Cannot check kind '{kind}': expected one of {kinds}. Choose one of these.")
+    kinds = [registry.kind.replace(" ", "-") for registry in registries.values()]
+    raise UnknownNameError("kind", kind, kinds)
 
 
 def _name_plugin(entry: Entry) -> str:
@@ -317,6 +306,7 @@ def _try_on(
     chosen: Sequence[tuple[str, Entry]],
     checked: Sequence[_Checked],
     plugins: Plugins,
+    options: dict[str, Any],
     progress: Reporter,
 ) -> list[_Checked]:
     """Use what kept its contract once on a cooperative."""
@@ -324,7 +314,7 @@ def _try_on(
     from molora_fed.cooperative.cooperative import open_cooperative
 
     sound = [pair for pair, each in zip(chosen, checked, strict=True) if not each.broken]
-    trial = Trial(open_cooperative(folder), sound, plugins, progress)
+    trial = Trial(open_cooperative(folder), sound, plugins, options, progress)
     found = []
     for (suffix, entry), each in zip(chosen, checked, strict=True):
         tried = [] if each.broken else list(trial.run(suffix, entry))

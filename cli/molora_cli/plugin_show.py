@@ -34,6 +34,10 @@ _USES = {
         '[identity.adapters] kinds = ["{name}"], when a cooperative is founded',
         "molora train --cooperative COOPERATIVE --domain DOMAIN --out FOLDER --kind {name}",
     ),
+    "carried_files": (
+        '[amendment.fusion] carried = ["{name}"]',
+        f"{_AMEND} fusion.carried={{name}}",
+    ),
     "merges": ('[amendment.fusion] merges = ["{name}"]', f"{_AMEND} fusion.merges={{name}}"),
     "adapter_routers": (
         '[amendment.population] router = "{name}"',
@@ -102,6 +106,8 @@ def describe_entry(entry: "Entry", plugins: "Plugins") -> str:
         options = list(_list_options(registry.resolve(entry.name)))
     except PluginError as error:
         failure = str(error)
+    if options and suffix == "domains":
+        command += " --domain-option KEY=VALUE"
     rows: list[tuple[str, str | None]] = [
         (entry.kind, entry.name),
         ("summary", entry.summary),

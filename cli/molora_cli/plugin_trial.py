@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Trial:
         cooperative: Read only.
         chosen: Hook's suffix and entry of all that is tried.
         plugins: Where they are registered.
+        options: Of what is tried; only of one thing.
         progress: Receives phases and progress.
     """
 
@@ -41,11 +42,13 @@ class Trial:
         cooperative: Cooperative,
         chosen: Sequence[tuple[str, Entry]],
         plugins: Plugins,
+        options: Mapping[str, Any],
         progress: Reporter,
     ) -> None:
         self._cooperative = cooperative
         self._chosen = chosen
         self._plugins = plugins
+        self._options = dict(options)
         self._progress = progress
         self._failure: Exception | None = None
 
@@ -115,13 +118,16 @@ class Trial:
         from molora_fed.fusion.fuse import fuse
 
         rules = charter.amendment.fusion
-        asked = {
-            key: tuple(entry.name for suffix, entry in self._chosen if suffix == hook)
+        asked: dict[str, Any] = {
+            key: [self._choose(entry) for suffix, entry in self._chosen if suffix == hook]
             for key, hook in (("compare", "routers"), ("merges", "merges"))
         }
-        compare = tuple(name for name in asked["compare"] if name != rules.router)
-        changes = {"compare": compare, "merges": asked["merges"]}
-        fusion = type(rules).model_validate({**rules.model_dump(), **changes})
+        asked["compare"] = [one for one in asked["compare"] if one.key != rules.router]
+        if self._options:  # every predictor is asked anyhow, with its defaults
+            asked["predictors"] = [
+                self._choose(entry) for suffix, entry in self._chosen if suffix == "gain_predictors"
+            ]
+        fusion = type(rules).model_validate({**rules.model_dump(), **asked})
         amended = charter.amendment.model_copy(update={"fusion": fusion})
         with tempfile.TemporaryDirectory(prefix="molora-") as scratch:
             kept = self._cooperative.folder / "bank"
@@ -137,30 +143,37 @@ class Trial:
                 progress=self._progress,
             ).result
 
+    def _choose(self, entry: Entry) -> Choice:
+        """What a charter would name to try it with its options, beside its own setting of it."""
+        rules = self._cooperative.charter.amendment.fusion
+        is_there = bool(self._options) and entry.name in (rules.router, rules.fallback)
+        label = f"{entry.name}-tried" if is_there else ""
+        return Choice(name=entry.name, label=label, options=self._options)
+
     def _loss(self, method: str) -> float:
         """Equal-weight held-out loss, nats per token."""
         return float(self._fused["equal_weight"][method]["point"])
 
     def _check_measured(self, entry: Entry) -> None:
         """Raise why a fusion has no figures for something."""
-        why = self._fused["not_measured"].get(entry.kind, {}).get(entry.name)
+        why = self._fused["not_measured"].get(entry.kind, {}).get(self._choose(entry).key)
         if why is not None:
             raise ConfigError(str(why).removeprefix("failed: "))
 
     def _try_router(self, entry: Entry) -> _Tried:
         self._check_measured(entry)
-        result = self._fused
+        result, key = self._fused, self._choose(entry).key
         published = result["router"]
         gains = result["gain_percent"]
-        for router in dict.fromkeys((entry.name, published)):
+        for router in dict.fromkeys((key, published)):
             gain = gains[router]["vs_best_alone"]
-            role = "" if router == entry.name else ", published now"
+            role = "" if router == key else ", published now"
             loss = self._loss(f"fused:{router}")
             yield (
                 f"'{router}'{role}: {loss:.3f} nats a token on held-out text, {gain:+.2f} % "
                 "against the best anyone has alone"
             )
-        collapsed = result["guard"].get(entry.name, {}).get("collapsed")
+        collapsed = result["guard"].get(key, {}).get("collapsed")
         if collapsed:
             yield f"the collapse guard finds it below the best expert on {', '.join(collapsed)}"
 
@@ -169,7 +182,7 @@ class Trial:
 
         self._check_measured(entry)
         result = self._fused
-        published, label = result["router"], label_merge(Choice(name=entry.name))
+        published, label = result["router"], label_merge(self._choose(entry))
         yield (
             f"{self._loss(label):.3f} nats a token on held-out text; "
             f"{self._loss(f'fused:{published}'):.3f} of the router '{published}', "
@@ -193,7 +206,7 @@ class Trial:
         yield f"forecast {point}{interval}; measured {gain:+.2f} % against {found['reference']}"
 
     def _try_check(self, entry: Entry) -> _Tried:
-        check = open_callable(self._plugins.admission_checks, entry.name)
+        check = open_callable(self._plugins.admission_checks, entry.name, self._options)
         for index, contribution in enumerate(self._contributions):
             candidate = AdmissionCandidate(
                 contribution=contribution,
@@ -212,7 +225,7 @@ class Trial:
         from molora_fed.corpus.documents import open_domain
 
         documents, characters = 0, 0
-        for document in open_domain(entry.name, self._plugins)():
+        for document in open_domain(entry.name, self._plugins, self._options)():
             documents += 1
             characters += len(document.text)
             self._progress(documents, documents)
@@ -222,15 +235,16 @@ class Trial:
 
     def _try_kind(self, entry: Entry) -> _Tried:
         """Written untrained: a format and a memory that suit the base."""
+        from molora_fed.adapters.contract import open_kind
         from molora_fed.adapters.files import find_misfits, load_adapter
 
         charter = self._cooperative.charter
         rules = charter.identity.adapters
-        target = self._plugins.adapter_kinds.resolve(entry.name)
         rank = min(charter.amendment.training.rank, rules.max_rank)
         base = self._base.model
         with tempfile.TemporaryDirectory(prefix="molora-") as scratch, guarded(entry, "trial"):
-            kind, folder = target(), Path(scratch) / "adapter"
+            kind = open_kind(entry.name, self._options, self._plugins)
+            folder = Path(scratch) / "adapter"
             trained, parameters = kind.prepare(base, rules, rank)
             kind.export(trained, base, folder, rank, rules)
             adapter = load_adapter(folder, model=base, plugins=self._plugins, name=entry.name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molora_cli.output import note, print_columns
-from molora_cli.plugin_check import check_plugin
+from molora_cli.plugin_check import check_plugin, find_kind
 from molora_cli.plugin_new import new
 
 if TYPE_CHECKING:
@@ -161,14 +161,8 @@ def choose_entries(plugins: "Plugins", *, kind: str, only: str) -> list["Entry"]
     registries = plugins.registries()
     chosen: Mapping[str, Registry] = registries
     if kind:
-        wanted = kind.strip().lower().replace("-", " ").replace("_", " ")
-        chosen = {
-            suffix: one
-            for suffix, one in registries.items()
-            if wanted in (one.kind, suffix.replace("_", " "))
-        }
-        if not chosen:
-            raise UnknownNameError("kind", kind, [one.kind for one in registries.values()])
+        suffix = find_kind(kind, registries)
+        chosen = {suffix: registries[suffix]}
     entries = [entry for registry in chosen.values() for entry in registry]
     if not only:
         return entries

@@ -131,7 +131,13 @@ def compute_carried(
     devices = [model.device] if model.device.type == "cuda" else []
     with guarded(entry, place), torch.random.fork_rng(devices), limit_threads(threads):
         torch.manual_seed(context.seed)
-        tensors = make(replace(context, progress=_drop_figures(context.progress)))
+        tensors = make(
+            replace(
+                context,
+                samples={split: context.samples[split] for split in _READ},
+                progress=_drop_figures(context.progress),
+            )
+        )
     after = stamp_model(model, probe)
     parts = sorted(before.keys() | after.keys())
     changed = [part for part in parts if before.get(part) != after.get(part)]

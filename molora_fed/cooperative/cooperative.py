@@ -329,14 +329,10 @@ def check_charter_names(charter: Charter, plugins: Plugins) -> None:
         way = f"{charter.identity.privacy_mode}, mode {fusion.mode}, shortlist {fusion.shortlist}"
         problems.append(("no fusion.shortlist but where members measure at home", way))
     _raise_problems(f"Cannot use charter '{charter.identity.name}'", problems)
-    if charter.publishes_statistics and fusion.mode == "router":
+    if charter.is_summed:
         from molora_fed.fusion.plan import check_published_router
 
         check_published_router(charter, plugins)
-    elif charter.is_summed:
-        from molora_fed.fusion.plan import check_summed_router
-
-        check_summed_router(charter, plugins)
     if training.options:
         from molora_fed.adapters.contract import open_kind
 

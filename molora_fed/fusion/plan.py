@@ -33,7 +33,7 @@ __all__ = [
     "build_routers",
     "check_labels",
     "check_published_router",
-    "check_summed_router",
+    "check_readings",
     "plan_fusion",
 ]
 
@@ -237,7 +237,7 @@ def build_routers(
                 choice,
                 key="fusion.options" if key == fusion.router else "fusion.compare",
             )
-            reads = _check_readings(plugins.routers.entry(choice.name), router, chosen)
+            reads = check_readings(plugins.routers.entry(choice.name), router, chosen)
         except PluginError as error:
             if on_failed is None or key == fusion.router:
                 raise
@@ -256,49 +256,46 @@ def build_routers(
 
 
 def check_published_router(charter: Charter, plugins: Plugins) -> None:
-    """Refuse a charter whose published router cannot be made from statistics.
+    """Refuse a published router that cannot be made where text stays with its owners.
 
     Raises:
-        CharterError: If it cannot, or its options are wrong.
+        CharterError: If it can neither be made from published statistics nor, where there are none,
+            be fitted by sums; or if its options are wrong.
         PluginError: If its plugin fails.
     """
     name = charter.amendment.fusion.router
     router, options = build_routers(charter, plugins, on_failed=lambda name, why: None)[name]
+    if charter.publishes_statistics:
+        place, made, other = "from_statistics", "made from published statistics", "text"
+    else:
+        place, made, other = "by_sums", "fitted by sums", "pooled text"
     try:
-        with guarded(plugins.routers.entry(name), "from_statistics"):
-            check_published(router, options)
+        with guarded(plugins.routers.entry(name), place, passing=(RoutingError,)):
+            if charter.publishes_statistics:
+                check_published(router, options)
+            else:
+                plan_summed_fit(router, make_up_setting(options))
     except RoutingError as error:
         raise CharterError(
-            f"Cannot use charter '{charter.identity.name}': expected a router that is made from "
-            f"published statistics with its options, got '{name}', which has to be fitted on "
-            "text. Choose another router, or another mode of privacy."
+            f"Cannot use charter '{charter.identity.name}': expected a router that is {made} with "
+            f"its options, got '{name}', which has to be fitted on {other}. Choose another router, "
+            "or another mode of privacy."
         ) from error
 
 
-def check_summed_router(charter: Charter, plugins: Plugins) -> None:
-    """Refuse a charter whose published router cannot be fitted by sums, before anybody trains.
-
-    Raises:
-        CharterError: If it cannot, or its options are wrong.
-        PluginError: If its plugin fails.
-    """
-    name = charter.amendment.fusion.router
-    router, options = build_routers(charter, plugins, on_failed=lambda name, why: None)[name]
-    try:
-        with guarded(plugins.routers.entry(name), "by_sums", passing=(RoutingError,)):
-            plan_summed_fit(router, make_up_setting(options))
-    except RoutingError as error:
-        raise CharterError(
-            f"Cannot use charter '{charter.identity.name}': expected a router that is fitted by "
-            f"sums with its options, got '{name}', which is fitted on pooled text only. Choose "
-            "another router, or found a cooperative with --privacy pooled."
-        ) from error
-
-
-def _check_readings(
+def check_readings(
     entry: Entry, router: type[OutputRouter], options: RouterOptions
-) -> frozenset[str]:
-    """What a router reads; one that reads what no bank has is refused."""
+) -> frozenset[Reading]:
+    """What a router reads.
+
+    Args:
+        entry: Who registered it.
+        router: Its class.
+        options: Its options.
+
+    Raises:
+        PluginError: If it reads what no bank has, or fails.
+    """
     with guarded(entry, "reads"):
         reads = frozenset(router.reads(options))
     known = frozenset(get_args(Reading))

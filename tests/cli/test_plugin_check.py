@@ -201,7 +201,7 @@ def test_a_package_folder_is_checked_without_installing_it(molora, write):
         ("broken_file.py", "import no_such_module", "ModuleNotFoundError: No module named"),
         ("nothing_in_it.py", "", "expected a function with @hookimpl"),
         ("colorsys.py", FILE, "Rename the file"),
-        ("two words.py", FILE, "named as a Python module"),
+        ("two words.py", FILE, "named like a module"),
     ],
 )
 def test_what_cannot_be_checked_is_one_line(molora, write, name, source, said):
@@ -240,3 +240,59 @@ def test_a_name_that_two_kinds_share_is_checked_as_both(molora, monkeypatch, wri
     ran = molora("plugins", "check", "mine", "--kind", "merges")
     assert "registered as" not in ran.out and "Merge 'mine'" in ran.out
     assert molora("plugins", "check", "molora-twice").out.count(" of twice (") == 5
+
+
+SET = """
+from molora_fed import Configurable, Finding, OutputRouter, PluginOptions, RouterOptions, hookimpl
+
+
+class LimitOptions(PluginOptions):
+    limit: float = 1.0
+
+
+class Limit(Configurable[LimitOptions]):
+    def __call__(self, candidate):
+        return Finding(f"at most {self.options.limit:g}", "more", "Shrink it.", is_note=True)
+
+
+class SharpOptions(RouterOptions):
+    sharpness: float = 0.0
+
+
+class Sharp(OutputRouter[SharpOptions]):
+    readings = frozenset({"evidence"})
+
+    def scores(self, view):
+        return self.options.sharpness * view.evidence
+
+
+@hookimpl
+def register_admission_checks(register):
+    register("limit", Limit, summary="A limit", source="own definition")
+
+
+@hookimpl
+def register_routers(register):
+    register("sharp", Sharp, summary="The last token, sharply", source="own definition")
+"""
+
+
+def test_what_is_tried_on_a_cooperative_has_the_options_that_are_given(molora, write, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(KEPT, home)
+    path = write("set_things.py", SET)
+
+    def try_it(kind, *options):
+        ran = molora("plugins", "check", path, "--kind", kind, "--on", home, "--json", *options)
+        assert ran.code == 0, ran.out + ran.err
+        (found,) = read(ran).values()
+        return [check["remark"] for check in found["checks"]]
+
+    assert any("expected at most 1," in line for line in try_it("admission-check"))
+    given = try_it("admission-check", "--option", "limit=7")
+    assert any("expected at most 7," in line for line in given)
+    plain, sharp = (
+        next(line for line in try_it("router", *options) if line.startswith("'sharp'"))
+        for options in ((), ("--option", "sharpness=1.0"))
+    )
+    assert plain != sharp

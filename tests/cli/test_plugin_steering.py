@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from molora_cli.plugin_show import _USES
 
-from molora_fed.plugins import get_plugins
+from molora_fed.plugins import get_plugins, load_plugins
 
 URL = "Project-URL: Documentation, https://example.org/mine\n"
 COMMAND = """
@@ -265,3 +266,7 @@ def test_amend_pins_and_says_so(molora, packages, tiny_checkpoint, tmp_path):
     assert "mine-a 0.1.0 (" in amended.out and "mine-a 0.2.0 (" in amended.out
     neither = molora("coop", "amend", coop)
     assert neither.code == 10 and "--set KEY=VALUE or --pin" in neither.err
+
+
+def test_every_hook_has_a_line_that_uses_what_it_registers():
+    assert _USES.keys() == load_plugins().registries().keys()

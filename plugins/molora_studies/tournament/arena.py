@@ -217,6 +217,7 @@ class Arena:
             "training": self.training,
             "base": {"id": self.base.id, "weights": self.base.weights},
             "experts": [expert.name for expert in self.experts],
+            "carried": {one.name: list(one.carried) for one in self.experts if one.carried},
             "seed": self.seed,
             "calibration": _count(self.calibration, None),
             "held_out": _count(self.held_out, kept),

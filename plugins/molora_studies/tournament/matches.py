@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -16,7 +16,8 @@ from molora_fed.evaluation.evaluate import Evaluation, evaluate
 from molora_fed.forecasting.records import FAILED
 from molora_fed.fusion.boundary import fit_watched, watch_bank
 from molora_fed.fusion.collapse import GuardedRouter, fit_guarded
-from molora_fed.guard import guarded, refuse
+from molora_fed.fusion.plan import check_readings
+from molora_fed.guard import guarded
 from molora_fed.models.base import Base
 from molora_fed.plugins import Entry, Plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
@@ -96,16 +97,7 @@ def _find_player(plugins: Plugins, name: str) -> Player:
             error=ConfigError,
             fix="Give its options defaults: a tournament knows no others.",
         )
-        with guarded(entry, "reads"):
-            readings = frozenset(router.reads(options))
-        known = frozenset(get_args(Reading))
-        if not readings <= known:
-            raise refuse(
-                entry,
-                "reads",
-                expected=f"columns among {', '.join(sorted(known))}",
-                got=", ".join(sorted(map(str, readings - known))),
-            )
+        readings = check_readings(entry, router, options)
     except StorageError:
         raise
     except MoloraError as error:

@@ -259,3 +259,17 @@ def test_blocks_come_a_batch_at_a_time_in_one_order():
     assert first == again
     found = compute_mean_states(context)["mean"]
     assert found.shape == (32,) and bool(found.isfinite().all())
+
+
+def test_text_that_is_measured_on_is_not_handed_over():
+    seen = []
+
+    def compute(context):
+        seen.extend(context.samples)
+        return {"mean": torch.zeros(2)}
+
+    context = build_carried_context()
+    held_out = replace(context.samples[Split.VALIDATION], split=Split.HELD_OUT)
+    whole = replace(context, samples={**context.samples, Split.HELD_OUT: held_out})
+    compute_carried(Choice(name=NAME), whole, broken(compute))
+    assert seen == [Split.TRAIN, Split.VALIDATION]

@@ -19,7 +19,7 @@ from molora_fed.cooperative.publish import check_described, measure_statistics
 from molora_fed.errors import CharterError, CorpusError, RoutingError
 from molora_fed.fusion.boundary import NotMeasured
 from molora_fed.fusion.fuse import fuse
-from molora_fed.fusion.plan import check_published_router, check_summed_router, plan_fusion
+from molora_fed.fusion.plan import check_published_router, plan_fusion
 from molora_fed.fusion.published_fits import PublishedFits
 from molora_fed.fusion.published_rounds import plan_rounds
 from molora_fed.fusion.sum_rounds import SumQuestion, TextCounts
@@ -249,7 +249,7 @@ def test_who_cannot_be_fitted_by_sums_is_said_before_anybody_trains(cooperative,
     )
     known = load_plugins([("pooled", module)])
     for router in ("evidence", "linear", "uniform", "evidence-mixed"):
-        check_summed_router(publish(build_charter(base, router=router), mode="private"), known)
+        check_published_router(publish(build_charter(base, router=router), mode="private"), known)
     charter = publish(build_charter(base, router="pooled-only"), mode="private")
     with pytest.raises(CharterError, match=r"fitted by sums with its options, got 'pooled-only'"):
-        check_summed_router(charter, known)
+        check_published_router(charter, known)
