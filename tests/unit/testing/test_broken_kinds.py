@@ -219,7 +219,7 @@ def read_emptiness():
 
 
 def read_rooted():
-    return [Document("/home/me/a.txt", "text")]
+    return [Document("/texts/a.txt", "text")]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ LIMIT = 1000.0
 
 @needs(Stage.ADAPTER)
 def check(candidate: AdmissionCandidate) -> Finding | None:
-    """Say what is wrong with a contribution: the one function to fill in.
+    """Check a contribution: the one function to fill in.
 
     A check that raises quarantines the contribution. With `Stage.ADAPTER` it runs once the files
     could be read; `Stage.MANIFEST` reads the manifest alone, `Stage.MODEL` runs the adapter.

@@ -5,7 +5,7 @@ from molora_fed.population.fitness import compute_effects
 
 
 def measure(table: LossTable) -> Fitness:
-    """Say what every slot is worth: the one function to fill in.
+    """Measure the fitness of every slot: the one function to fill in.
 
     Args:
         table: Losses of the base and of the population, (C,), and of the population without slot
