@@ -165,7 +165,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         cls,
         pretrained_model_name_or_path: str | PathLike[str] | None,
         *others: Any,
-        base_folder: Path | None = None,
+        base_folder: str | PathLike[str] | None = None,
         **settings: Any,
     ) -> Self:
         """Open a model in a local folder.
@@ -191,10 +191,10 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             return model
         from molora_fed.inference.fused_build import open_causal_lm, open_saved
 
-        compute = _read_compute(settings)
+        compute, base = _read_compute(settings), None if base_folder is None else Path(base_folder)
         if config is None:
-            return open_causal_lm(folder, base_folder=base_folder, compute=compute)
-        return open_saved(folder, config, base_folder, compute)
+            return open_causal_lm(folder, base_folder=base, compute=compute)
+        return open_saved(folder, config, base, compute)
 
     def save_pretrained(
         self, save_directory: str | PathLike[str], *, with_base: bool = True, **settings: Any

@@ -116,19 +116,19 @@ def register_merges(register: Register) -> None:
     module = "molora_kalavai.merges"
     register(
         "ties",
-        f"{module}:merge_ties",
+        f"{module}:TiesMerge",
         summary="Largest 20 % of each difference, majority sign, mean of those that agree",
         source="arXiv 2306.01708 (PEFT's ties)",
     )
     register(
         "dare",
-        f"{module}:merge_dare",
+        f"{module}:DareMerge",
         summary="Half of each difference dropped at random and rescaled, then averaged",
         source="arXiv 2311.03099 (PEFT's dare_linear)",
     )
     register(
         "dare-ties",
-        f"{module}:merge_dare_ties",
+        f"{module}:DareTiesMerge",
         summary="Half of each difference dropped at random and rescaled, then merged by sign",
         source="arXiv 2311.03099 (PEFT's dare_ties)",
     )

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import openai
 import pytest
+from page_helpers import find_blocks, read_page
 from process_helpers import wait_until
 
 from molora_fed.errors import PortTakenError
@@ -73,6 +74,14 @@ def serving(folder, *options):
 def server(fused_once):
     with serving(fused_once / "out", "--base", fused_once / "tiny" / "base") as running:
         yield running
+
+
+def test_the_code_of_the_page(server, capsys):
+    (session,) = find_blocks(read_page("serving.md"), "console")
+    (code,) = find_blocks(read_page("serving.md"), "python")
+    assert re.search(r"^serving http://127.0.0.1:8000/v1: fused, base, ", session, re.MULTILINE)
+    exec(code.replace("http://127.0.0.1:8000/v1", server.url).replace("def main(", "abc"), {})
+    assert "{'base': " in capsys.readouterr().out
 
 
 def test_the_client_of_openai(server):

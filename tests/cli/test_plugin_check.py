@@ -217,6 +217,8 @@ def test_options_are_those_of_the_one_thing_that_is_checked(molora):
     ran = molora("plugins", "check", "lora", "--option", "presicion=int8")
     assert ran.code == 1 and "valid values among the keys targets, precision, group" in ran.out
     ran = molora("plugins", "check", "ties", "--option", "density=0.1")
+    assert ran.code == 0, ran.out
+    ran = molora("plugins", "check", "average", "--option", "density=0.1")
     assert ran.code == 1 and "expected a class with Options, got none" in ran.out
     ran = molora("plugins", "check", "kalavai", "--option", "density=0.1")
     assert "expected one registered thing, got 24" in ran.err

@@ -3,17 +3,14 @@
 import importlib
 import inspect
 import re
-import shlex
 import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 
-import click
 import pytest
-from molora_cli.main import app
 from molora_cli.plugin_new import KINDS
-from typer.main import get_command
+from page_helpers import check_command, find_blocks, list_commands
 
 from molora_fed import bank, hookspecs, types
 from molora_fed.adapters import updates
@@ -82,10 +79,6 @@ def cut(page):
     """Text of each section by its heading."""
     _, *parts = re.split(r"^## (.+)\n", PAGES[page], flags=re.MULTILINE)
     return dict(zip(parts[::2], parts[1::2], strict=True))
-
-
-def find_blocks(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -242,23 +235,10 @@ def test_its_lines_of_a_charter_are_accepted(example, plugins, request):
 @pytest.mark.parametrize("example", sorted(PAGES), indirect=True)
 def test_its_commands_and_their_options_exist(example, plugins, request):
     text = cut(find_page(request))["How it is used"]
-    lines = [line for block in find_blocks(text, "console") for line in block.splitlines()]
+    lines = [line for block in find_blocks(text, "bash") for line in list_commands(block)]
     assert lines
     for line in lines:
-        check_command(shlex.split(line), plugins)
-
-
-def check_command(words, plugins):
-    """Refuse a line whose command, or one of whose options, there is not."""
-    assert words[0] == "molora"
-    words = words[3:] if words[1] == "--plugin" else words[1:]
-    assert words[0] in plugins.commands.names()
-    command, context = get_command(app), click.Context(get_command(app))
-    while isinstance(command, click.Group) and words[0] in command.list_commands(context):
-        command = command.get_command(context, words.pop(0))
-    if words[0] not in plugins.commands.names():  # not the example's own command
-        known = {name for parameter in command.params for name in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= known
+        check_command(line, plugins)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from page_helpers import find_blocks, read_page
 from process_helpers import find_processes, wait_until
 
 from molora_fed.charter import (
@@ -246,3 +247,26 @@ def test_two_simulated_contributors_fuse_and_a_third_joins_them(
     wait_until(lambda: not find_processes(stage_root), seconds=10, what="the end of all processes")
     assert os.listdir(short) == []
     short.rmdir()
+
+
+@pytest.mark.processes
+def test_the_code_of_the_page(stage_root, tiny_checkpoint, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MOLORA_CACHE", str(stage_root / "cache"))
+    monkeypatch.chdir(stage_root)
+    create_cooperative(
+        Path("my-cooperative"), "my-cooperative", load_base(tiny_checkpoint("gpt_neox")),
+        corpus=CorpusRules(block_size=32),
+        privacy=PrivacyRules(mode="pooled"),
+        amendment=Amendment(
+            expected=3,
+            training=TrainingRules(kind="lora", rank=4, steps=4),
+            samples=SampleRules(calibration=8, admission=4, held_out=8),
+            fusion=FusionRules(compare=()),
+        ),
+    )  # fmt: skip
+    (code,) = find_blocks(read_page("federation.md"), "python")
+    namespace = {}
+    exec(code, namespace)
+    states = {a["state"] for a in namespace["outcome"].acknowledgements.values()}
+    assert states <= {"ADMITTED", "REJECTED"} and len(namespace["members"]) == 3

@@ -4,14 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from molora_kalavai.merges import DARE_DENSITY, TIES_DENSITY, merge_dare
+from molora_kalavai.merges import DareMerge, DareOptions, TiesOptions
 
 from molora_fed.adapters.compatibility import applied
 from molora_fed.adapters.files import load_adapter
 from molora_fed.adapters.save import save_adapter
 from molora_fed.adapters.updates import Adapter, LinearUpdate, average_adapters
-from molora_fed.errors import AdapterError, ConfigError
+from molora_fed.errors import AdapterError, CharterError
 from molora_fed.plugins import load_plugins
+from molora_fed.storage.options import open_callable
 from molora_fed.testing.models import build_random_adapter
 
 MERGES = ("average", "dare", "dare-ties", "ties")
@@ -20,7 +21,7 @@ MERGES = ("average", "dare", "dare-ties", "ties")
 @pytest.fixture(scope="module")
 def merges():
     registry = load_plugins().merges
-    return {name: registry.resolve(name) for name in MERGES}
+    return {name: open_callable(registry, name) for name in MERGES}
 
 
 def dense(values, hash_):
@@ -34,7 +35,7 @@ def ties_by_hand(products):
     """The rule of arXiv 2306.01708 written again, one weight at a time."""
     kept = []
     for product in products:
-        count = int(TIES_DENSITY * product.numel())
+        count = int(TiesOptions().density * product.numel())
         least = product.abs().flatten().sort(descending=True).values[count - 1]
         kept.append(torch.where(product.abs() >= least, product, 0.0))
     merged = torch.zeros_like(products[0])
@@ -56,9 +57,10 @@ def test_ties_is_the_papers_rule_on_products(merges, tiny_model):
 
 def test_dare_keeps_the_mean_and_zeroes_the_rest():
     adapters = [dense([[1.0] * 2000], "a"), dense([[3.0] * 2000], "b")]
-    merged = merge_dare(adapters, name="dare", seed=1).updates["m"].product()
+    options = DareOptions()
+    merged = DareMerge(options)(adapters, name="dare", seed=1).updates["m"].product()
     assert merged.mean() == pytest.approx(2.0, abs=0.1)
-    possible = {0.0, 0.5 / DARE_DENSITY, 1.5 / DARE_DENSITY, 2.0 / DARE_DENSITY}
+    possible = {sum / options.density for sum in (0.0, 0.5, 1.5, 2.0)}
     assert set(merged.unique().tolist()) == possible
 
 
@@ -117,7 +119,7 @@ def test_no_adapter_is_refused(merges, name):
     )
 )
 def test_ties_of_equal_adapters_is_the_trimmed_adapter_and_never_beyond_the_largest(values):
-    merge = load_plugins().merges.resolve("ties")
+    merge = open_callable(load_plugins().merges, "ties")
     adapters = [dense([row], str(index)) for index, row in enumerate(values)]
     merged = merge(adapters, name="x", seed=0).updates["m"].product()
     largest = torch.stack([a.updates["m"].product().abs() for a in adapters]).amax(dim=0)
@@ -133,16 +135,18 @@ def test_average_is_the_core_function(merges, tiny_model):
 
 
 @pytest.mark.parametrize("name", ["ties", "dare", "dare-ties"])
-def test_a_scale_multiplies_the_merge_and_changes_no_draw(merges, name):
+def test_a_scale_multiplies_the_merge_and_changes_no_draw(name):
+    registry = load_plugins().merges
     adapters = [dense([[1.0, -2.0, 3.0, 4.0]], "a"), dense([[2.0, 1.0, -1.0, 5.0]], "b")]
     whole, half = (
-        merges[name](adapters, name=name, seed=3, density=0.5, scale=scale) for scale in (1.0, 0.5)
+        open_callable(registry, name, {"density": 0.5, "scale": scale})(adapters, name=name, seed=3)
+        for scale in (1.0, 0.5)
     )
     assert torch.equal(half.updates["m"].product(), 0.5 * whole.updates["m"].product())
     assert half.hash != whole.hash
 
 
 @pytest.mark.parametrize("settings", [{"density": 0.0}, {"density": 1.1}, {"scale": 0.0}])
-def test_settings_out_of_range_are_refused(merges, settings):
-    with pytest.raises(ConfigError, match="expected a density in"):
-        merges["dare"]([dense([[1.0]], "a")], name="dare", seed=0, **settings)
+def test_options_out_of_range_are_refused(settings):
+    with pytest.raises(CharterError, match=r"density, scale, got (density|scale)"):
+        open_callable(load_plugins().merges, "dare", settings)

@@ -40,6 +40,7 @@ from molora_fed.plugins import get_plugins
 from molora_fed.routing.contract import OutputRouter, RouterOptions
 from molora_fed.routing.top_k import limit_experts
 from molora_fed.storage.files import write_bytes, write_json
+from molora_fed.storage.options import open_callable
 from molora_fed.types import LossMatrix, Reading, Split
 from molora_studies.framework.actions import open_base, open_corpus
 from molora_studies.framework.contract import Done, TaskContext
@@ -278,7 +279,8 @@ def _measure_baselines(fusion: Fusion, bank: HeldOutBank) -> Iterator[tuple[str,
         adapters = fusion.load_adapters()
         for name in fusion.settings.merges:
             label = "weight_average" if name == "average" else name
-            merged = registry.resolve(name)(adapters, name=name, seed=fusion.settings.seed)
+            merge = open_callable(registry, name)
+            merged = merge(adapters, name=name, seed=fusion.settings.seed)
             yield label, bank.add_column(label, merged)
     for label, done in fusion.baselines.items():
         if (done.folder / "adapter").is_dir():

@@ -16,6 +16,7 @@ from molora_fed.models.base import Base
 from molora_fed.models.forward import compute_block_losses
 from molora_fed.models.runtime import limit_threads
 from molora_fed.plugins import get_plugins
+from molora_fed.storage.options import open_callable
 from molora_fed.types import Reading
 from molora_studies.framework.contract import Claim, Table, Task, TaskContext
 from molora_studies.framework.fusions import load_evaluation, open_fusion
@@ -77,10 +78,10 @@ def tune_merges(settings: Mapping[str, Any], context: TaskContext) -> dict[str, 
     registry, found = get_plugins().merges, {}
     with limit_threads(context.threads):
         for number, (name, tries) in enumerate(settings["tries"].items()):
-            merge = registry.resolve(name)
 
-            def build(chosen: Mapping[str, float], merge: Any = merge, name: str = name) -> Adapter:
-                made: Adapter = merge(adapters, name=name, seed=fusion.settings.seed, **chosen)
+            def build(chosen: Mapping[str, float], name: str = name) -> Adapter:
+                merge = open_callable(registry, name, chosen)
+                made: Adapter = merge(adapters, name=name, seed=fusion.settings.seed)
                 return made
 
             losses = [_measure(fusion.base, calibration, build(one), rows) for one in tries]

@@ -22,10 +22,10 @@ from molora_fed.bank import (
 )
 from molora_fed.charter import CorpusRules
 from molora_fed.corpus.blocks import Blocks, fingerprint_encoding
+from molora_fed.corpus.documents import open_domain
 from molora_fed.corpus.overlap import KnownText, Overlap, measure_overlap
 from molora_fed.corpus.prepare import prepare_corpus
 from molora_fed.errors import MoloraError, StorageError
-from molora_fed.guard import guarded
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.storage.files import canonical_json, hash_bytes, make_folder, storage_errors
@@ -283,9 +283,7 @@ def read_unseen(
 
 
 def _prepare(settings: TournamentSettings, base: Base, rules: CorpusRules, name: str) -> Blocks:
-    domains = settings.plugins.domains
-    with guarded(domains.entry(name), "reading"):
-        documents = list(domains.resolve(name)())
+    documents = list(open_domain(name, settings.plugins)())
     # A corpus that is kept there already is used if it is of these documents.
     made_with = [fingerprint_encoding(base.tokenizer), rules.model_dump(mode="json")]
     folder = settings.folder / "text" / f"{name}-{hash_bytes(canonical_json(made_with))[:16]}"

@@ -21,6 +21,7 @@ from molora_studies.verdicts import Span
 from study_tasks import DOMAINS, Run, running
 
 from molora_fed.plugins import load_plugins
+from molora_fed.storage.options import open_callable
 
 SHARED: Mapping[str, Any] = {
     "base": BaseSettings(
@@ -184,9 +185,9 @@ def test_a_merge_as_registered_is_one_of_its_tries(run: Run):
     fusion = {cell.name: cell for cell in RoutersStudy.plan(ROUTERS)}["ours seed 1"].task
     done = run(fusion)
     adapters = open_fusion(fusion.settings, [run(need) for need in fusion.needs], done.folder)
-    merge = load_plugins().merges.resolve("ties")
+    merges = load_plugins().merges
     plain, same, half = (
-        merge(adapters.load_adapters(), name="ties", seed=1, **chosen)
+        open_callable(merges, "ties", chosen)(adapters.load_adapters(), name="ties", seed=1)
         for chosen in ({}, {"density": 0.2, "scale": 1.0}, {"density": 0.2, "scale": 0.5})
     )
     assert plain.hash == same.hash != half.hash

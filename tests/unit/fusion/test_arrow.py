@@ -1,15 +1,20 @@
 """A router that learns of adapters alone: the same in pooled, private and statistics fusions."""
 
+import textwrap
+
 import arrow_router
 import pytest
 import torch
 from arrow_router import ArrowOptions, ArrowRouter, Meddler
 from fusion_helpers import build_charter, build_cooperative, fuse_apart, publish
+from molora_arrow.router import read_directions
+from page_helpers import find_blocks, read_page
 
 from molora_fed.cooperative.outgoing import _plan_rounds
 from molora_fed.errors import PluginError
 from molora_fed.fusion.fuse import fuse
 from molora_fed.plugins import load_plugins
+from molora_fed.routing.summed import NoRounds
 from molora_fed.testing import check_router_conformance
 
 ROUTERS = {"router": "arrow", "compare": ("evidence-zero",), "fallback": "", "restarts": 0}
@@ -35,6 +40,14 @@ def pooled(cooperative, plugins, tmp_path_factory):
 @pytest.mark.parametrize("options", [None, ArrowOptions(sharpness=3.0)])
 def test_it_keeps_the_contract_of_routers(options):
     check_router_conformance(ArrowRouter, options)
+
+
+def test_the_methods_on_the_page_of_routers_make_such_a_router():
+    (code,) = find_blocks(read_page("routers.md"), "python")
+    namespace = {"ArrowRouter": ArrowRouter, "NoRounds": NoRounds}
+    namespace |= {"read_directions": read_directions, "__name__": "page"}
+    exec("class Shown(ArrowRouter):\n" + textwrap.indent(code, "    "), namespace)
+    check_router_conformance(namespace["Shown"])
 
 
 def test_the_kit_tells_of_a_router_that_changes_an_adapter():

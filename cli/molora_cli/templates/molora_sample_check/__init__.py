@@ -8,7 +8,7 @@ def register_admission_checks(register: Register) -> None:
     """Register what this package adds."""
     register(
         "sample-check",
-        f"{__name__}.check:check",
+        f"{__name__}.check:SampleCheck",
         summary="No update of a layer is larger than a limit",
         source="own definition",
     )

@@ -8,7 +8,7 @@ def register_domains(register: Register) -> None:
     """Register what this package adds."""
     register(
         "sample-domain",
-        f"{__name__}.domain:read",
+        f"{__name__}.domain:SampleDomain",
         summary="The help texts of Python's language reference",
         source="own definition",
     )

@@ -8,7 +8,7 @@ def register_merges(register: Register) -> None:
     """Register what this package adds."""
     register(
         "sample-merge",
-        f"{__name__}.merge:merge",
+        f"{__name__}.merge:SampleMerge",
         summary="The median of all adapters, number by number",
         source="own definition",
     )

@@ -8,7 +8,7 @@ def register_gain_predictors(register: Register) -> None:
     """Register what this package adds."""
     register(
         "sample-predictor",
-        f"{__name__}.predictor:predict",
+        f"{__name__}.predictor:SamplePredictor",
         summary="A share of the mean divergence",
         source="own definition",
     )

@@ -4,7 +4,10 @@ import pytest
 from molora_fed import Case, LossMatrix
 from molora_fed.testing import check_gain_predictor_conformance
 
-from molora_sample_predictor.predictor import predict
+from molora_sample_predictor.predictor import (
+    SampleOptions,
+    SamplePredictor,
+)
 
 
 @pytest.fixture
@@ -21,8 +24,10 @@ def case():
 
 
 def test_keeps_the_contract():
-    check_gain_predictor_conformance(predict)
+    check_gain_predictor_conformance(SamplePredictor)
 
 
-def test_expects_half_of_the_mean_divergence(case):
-    assert predict(case, []).point == pytest.approx(10.0)
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_expects_a_share_of_the_mean_divergence(case, share):
+    predict = SamplePredictor(SampleOptions(share=share))
+    assert predict(case, []).point == pytest.approx(20.0 * share)
