@@ -35,7 +35,8 @@ from molora_fed.fusion.local_members import LocalMembers, drop_text
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.fusion.private_texts import Check, Members, PrivateTexts
-from molora_fed.fusion.sum_rounds import SumQuestion, SumRounds, TextCounts
+from molora_fed.fusion.sum_questions import SumQuestion, TextCounts
+from molora_fed.fusion.sum_rounds import SumRounds
 from molora_fed.models.base import Base
 from molora_fed.plugins import get_plugins
 from molora_fed.privacy.sums.vectors import Total

@@ -43,7 +43,8 @@ from molora_fed.fusion.shortlist import (
     choose_blocks,
     choose_experts,
 )
-from molora_fed.fusion.sum_rounds import HELD_OUT, SumQuestion, SumRounds, TextCounts
+from molora_fed.fusion.sum_questions import HELD_OUT, SumQuestion, TextCounts
+from molora_fed.fusion.sum_rounds import SumRounds
 from molora_fed.models.base import Base
 from molora_fed.plugins import get_plugins
 from molora_fed.privacy.sums.vectors import Total

@@ -1,6 +1,6 @@
 """Speed and memory of serving: a fused model beside its base, PEFT and plain loops.
 
-    python bench/serve.py --demo FOLDER --out docs/results/serve.json   # hours on two cores
+    python bench/serve.py --demo FOLDER --study real-base --out docs/results/serve.json   # hours
     python bench/serve.py --quick --out FILE.json             # small sizes, few rounds
     python bench/serve.py --out FILE.json --cells smollm2/float32/E4 memory
     python bench/serve.py --out FILE.json --page              # only the page and the figure again
@@ -21,7 +21,8 @@ Page and figure are written beside the JSON after each run.
   reads the prompts and writes a few tokens; of an accelerator its peak.
 - `limit/...`: bytes a token must read, operations, calls, and how fast this machine reads and
   multiplies, measured in the same process.
-- `quality`: see bench/serve_quality.py; only with `--demo FOLDER`, a folder of `molora demo`.
+- `quality/...`: see bench/serve_quality.py; of the built-in base with `--demo FOLDER`, a folder of
+  `molora demo`, of SmolLM2 with `--study real-base`, once that study is finished.
 
 E counts the base as an expert; the others are LoRA adapters of rank 16 on all linear layers with
 random numbers. The router is on in everything that mixes experts: it gives each text of a batch
@@ -46,7 +47,7 @@ from typing import Any
 import torch
 from serve_limits import list_needs, measure_calls, measure_machine, read_shape
 from serve_page import build_page, compare, draw_page, find_base
-from serve_quality import measure_quality
+from serve_quality import measure_quality, open_demo, open_study
 from serve_sides import (
     DENSE,
     DRAWN,
@@ -86,10 +87,10 @@ SEED = 42
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured at once; only `quality` has no base."""
+    """What is measured at once."""
 
     kind: str
-    base: str = ""
+    base: str
     dtype: str = ""
     experts: int = 0
     batch: int = 0
@@ -128,7 +129,7 @@ def list_cells(quick: bool) -> list[Cell]:
                 cells.append(Cell("limit", base, dtype, experts))
                 if experts == 4:
                     cells.append(Cell("sampling", base, dtype, experts, 1))
-    cells.append(Cell("quality"))
+    cells += [Cell("quality", base) for base in BASES]
     for base in BASES:
         for dtype in DTYPES:
             for experts in (1, *counts):
@@ -224,8 +225,10 @@ class Bench:
         }
 
     def measure_quality(self, cell: Cell) -> dict[str, Any]:
-        """Loss of deciding once, on the demo's fused model."""
-        return measure_quality(self.arguments.demo, 20 if self.arguments.quick else 200)
+        """Loss of deciding once, on a fused model of the study's or the demo's specialists."""
+        given = self.arguments
+        opened = open_study(given.study) if cell.base == "smollm2" else open_demo(given.demo)
+        return measure_quality(*opened, most=20 if given.quick else 200)
 
     def measure_memory(self, cell: Cell) -> dict[str, Any]:
         """Peak of every side, each in a process of its own."""
@@ -315,7 +318,9 @@ def choose_cells(arguments: argparse.Namespace) -> list[Cell]:
     """Those with one of `--cells` among the parts of their names, and that can be measured."""
     cells = list_cells(arguments.quick)
     if arguments.demo is None:
-        cells = [cell for cell in cells if cell.kind != "quality"]
+        cells = [cell for cell in cells if cell != Cell("quality", "builtin")]
+    if arguments.study is None:
+        cells = [cell for cell in cells if cell != Cell("quality", "smollm2")]
     if arguments.cells:
         parts = arguments.cells
         cells = [c for c in cells if any(f"/{part}/" in f"/{c.name}/" for part in parts)]
@@ -353,7 +358,8 @@ def parse_arguments(values: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the cells")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     parser.add_argument("--base", type=Path, default=REPOSITORY / "bases" / "smollm2")
-    parser.add_argument("--demo", type=Path, help="folder of a demo, for `quality`")
+    parser.add_argument("--demo", type=Path, help="folder of a demo, for `quality/builtin`")
+    parser.add_argument("--study", help="a finished study, for `quality/smollm2`: real-base")
     parser.add_argument("--device", default="auto", help="an accelerator where there is one")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     parser.add_argument("--rounds", type=int, help="at most; 12, with --quick 3")

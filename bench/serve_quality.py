@@ -7,20 +7,34 @@ the scored half of a text: no choice of one expert is better. Its domain's exper
 on the text's domain. Texts are held-out, each of another document; those that change domain begin
 with one document's half and go on with another's, so that the gates are decided at the last token
 of the first.
+
+The fused model is a demo's, or that of the first training of a finished study of fusions, its
+router the charter's default, fitted on the study's calibration blocks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from molora_studies.framework.fusions import open_fusion
+from molora_studies.framework.registry import get_studies
+from molora_studies.framework.results import plan_study
+from molora_studies.framework.store import TaskStore
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molora_fed.corpus.blocks import load_blocks
-from molora_fed.inference.fused_build import open_causal_lm
+from molora_fed.charter import FusionRules
+from molora_fed.corpus.blocks import Blocks, load_blocks
+from molora_fed.fusion.collapse import fit_guarded
+from molora_fed.inference.fused_build import build_causal_lm, open_causal_lm
+from molora_fed.inference.fused_lm import FusedForCausalLM
+from molora_fed.plugins import get_plugins
+from molora_fed.routing.fused import FusedExpert, FusedModel
+from molora_fed.storage.values import find_cache_folder
+from molora_fed.types import Split
 
 __all__ = [
     "BEST",
@@ -29,6 +43,8 @@ __all__ = [
     "collect_texts",
     "continue_texts",
     "measure_quality",
+    "open_demo",
+    "open_study",
     "resample_mean",
 ]
 
@@ -45,11 +61,47 @@ WAYS: dict[str, Callable[[Any], None]] = {
 }
 
 
-def collect_texts(demo: Path, most: int) -> dict[str, Tensor]:
+def open_demo(demo: Path) -> tuple[FusedForCausalLM, list[Blocks]]:
+    """The fused model of a demo, and its contributors' held-out blocks.
+
+    Args:
+        demo: A folder of a demo, with `cooperative` and `contributors`.
+    """
+    files = sorted((demo / "contributors").glob("*/corpus/held-out.safetensors"))
+    model = open_causal_lm(demo / "cooperative", kinds=("fused",))
+    return model, [load_blocks(file) for file in files]
+
+
+def open_study(name: str) -> tuple[FusedForCausalLM, list[Blocks]]:
+    """The first fusion of a finished study, with the charter's default router; held-out blocks.
+
+    Args:
+        name: A study with fusions by probability mixture.
+    """
+    planned = plan_study(name, get_studies().registry, find_cache_folder())
+    task = next(cell.task for cell in planned.cells if cell.task.action == "fuse-members")
+    store = TaskStore.in_cache(planned.cache)
+    needs = [store.read(need)[0] for need in task.needs]
+    fusion = open_fusion(task.settings, needs, store.read(task)[0].folder)
+    chosen = FusionRules().router
+    router = get_plugins().routers.resolve(chosen)
+    options = router.Options()
+    bank = fusion.build_calibration_bank(router.reads(options))
+    fitted = fit_guarded(router, bank, options, fusion.settings.seed).router
+    experts = tuple(
+        FusedExpert(expert.name, expert.load(), fusion.own_domain.get(expert.name))
+        for expert in fusion.list_experts()
+    )
+    mixture, depth = fusion.settings.mixture, fusion.frozen_depth
+    fused = FusedModel(fusion.base, experts, fitted, chosen, mixture, depth)
+    return build_causal_lm(fused), [corpus.blocks[Split.HELD_OUT] for corpus in fusion.corpora]
+
+
+def collect_texts(held_out: Sequence[Blocks], most: int) -> dict[str, Tensor]:
     """The first tokens of held-out documents, one a cluster of near-duplicates.
 
     Args:
-        demo: A folder of a demo, with `contributors`.
+        held_out: Whole splits, one a domain.
         most: Documents of a domain at most.
 
     Returns:
@@ -57,10 +109,10 @@ def collect_texts(demo: Path, most: int) -> dict[str, Tensor]:
         all domains.
     """
     texts = {}
-    for file in sorted((demo / "contributors").glob("*/corpus/held-out.safetensors")):
-        blocks = load_blocks(file).in_text_order()
+    for part in held_out:
+        blocks = part.in_text_order()
         if blocks is None:
-            raise SystemExit(f"Cannot use '{file}': expected a whole split, got a sample of one.")
+            raise SystemExit(f"Cannot use '{part.domain}': expected a whole split, got a sample.")
         tokens, owners = blocks.tokens.reshape(-1), blocks.documents.reshape(-1)
         size = blocks.block_size
         starts = np.flatnonzero(np.diff(owners, prepend=-1))
@@ -127,15 +179,17 @@ def resample_mean(values: NDArray[np.float64]) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
-def measure_quality(demo: Path, most: int) -> dict[str, Any]:
+def measure_quality(
+    model: FusedForCausalLM, held_out: Sequence[Blocks], most: int
+) -> dict[str, Any]:
     """Losses of every way on texts of one domain and on texts that change it.
 
     Args:
-        demo: A folder of a demo, with `cooperative` and `contributors`.
+        model: A fused model.
+        held_out: Whole held-out splits of the domains it was trained on.
         most: Texts of a domain at most.
     """
-    model = open_causal_lm(demo / "cooperative", kinds=("fused",))
-    texts = collect_texts(demo, most)
+    texts = collect_texts(held_out, most)
     trained_on = [expert["domain"] for expert in model.config.experts]
     kinds = {f"one domain: {domain}": tokens for domain, tokens in texts.items()}
     owners = {
@@ -167,6 +221,7 @@ def measure_quality(demo: Path, most: int) -> dict[str, Any]:
     return {
         "experts": len(model.expert_names),
         "router": (model.config.router or {}).get("name"),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "tokens": next(iter(texts.values())).shape[1],
         "rows": rows,
     }

@@ -1,4 +1,4 @@
-"""The hooks a plugin may implement; entry-point group `molora_fed`.
+"""The hooks a plugin may implement, entry-point group `molora_fed`, and what each may register.
 
 Each hook hands the plugin a `register` callable, `register(name, target, *, summary, source)`:
 `name` is lower-case-with-dashes, `target` the object or a "module:attr" string that is imported
@@ -6,7 +6,8 @@ on first use only, `summary` one line for `molora plugins list`, `source` the ci
 A hook exists only while a first-party plugin uses it.
 """
 
-from typing import Protocol
+import inspect
+from typing import Any, Protocol
 
 import pluggy
 
@@ -115,3 +116,91 @@ def register_escalation_policies(register: Register) -> None:
 @hookspec
 def register_task_families(register: Register) -> None:
     """Register task families: callables `(level, count, seed, split) -> Sequence[CascadeTask]`."""
+
+
+_ROUTER_METHODS = (
+    "reads", "fit", "scores", "gates", "init_state", "step", "reorder", "state_tensors",
+)  # fmt: skip
+_KIND_METHODS = ("prepare", "export", "load")
+
+
+def check_callable(target: Any) -> str | None:
+    """Describe why a function, or a class with options that is called once made, cannot be used.
+
+    See `molora_fed.storage.options.Configurable`; None if it can.
+    """
+    if not inspect.isclass(target):
+        return check_function(target)
+    # Not by `callable`: every class can be called itself.
+    if not any("__call__" in vars(base) for base in target.__mro__):
+        return "expected a class whose instances can be called, got one without '__call__'"
+    return _check_class(target, ())
+
+
+def check_function(target: Any) -> str | None:
+    """Describe why a target cannot be called, or return None."""
+    return None if callable(target) else f"expected a callable, got {type(target).__name__}"
+
+
+def check_router(target: Any) -> str | None:
+    """Describe what a router class lacks, or return None."""
+    return _check_class(target, _ROUTER_METHODS)
+
+
+def check_adapter_kind(target: Any) -> str | None:
+    """Describe what an adapter kind lacks, or return None."""
+    problem = _check_methods(target, _KIND_METHODS)
+    if problem is not None:
+        return problem
+    for name in ("narrow_learning_rate", "width_power"):
+        value = getattr(target, name, None)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e3:
+            got = "none" if value is None else repr(value)
+            return f"expected the class attribute '{name}', a number of at least 0, got {got}"
+    takes = inspect.signature(target.load).parameters.values()
+    if not any(one.name == "base" or one.kind is one.VAR_KEYWORD for one in takes):
+        return (
+            "expected load(folder, limits, *, name, base), got one without 'base', the weights of "
+            "the base"
+        )
+    return None
+
+
+def check_adapter_router(target: Any) -> str | None:
+    """Describe what an adapter router class lacks, or return None."""
+    return _check_class(target, ("build", "reads", "forward", "set_progress", "reset_slot"))
+
+
+def check_operator(target: Any) -> str | None:
+    """Describe what a lifecycle operator class lacks, or return None."""
+    return _check_class(target, ("apply",))
+
+
+def check_policy(target: Any) -> str | None:
+    """Describe what an escalation policy class lacks, or return None."""
+    return _check_class(target, ("choose",))
+
+
+def _check_methods(target: Any, methods: tuple[str, ...]) -> str | None:
+    if not inspect.isclass(target):
+        return f"expected a class, got {type(target).__name__}"
+    missing = [name for name in methods if not callable(getattr(target, name, None))]
+    if missing:
+        return f"expected the methods {', '.join(methods)}, got none named {', '.join(missing)}"
+    if inspect.isabstract(target):
+        abstract = ", ".join(sorted(getattr(target, "__abstractmethods__", ())))
+        return f"expected a class without abstract methods, got {abstract}"
+    return None
+
+
+def _check_class(target: Any, methods: tuple[str, ...]) -> str | None:
+    """The same for a class with options."""
+    problem = _check_methods(target, methods)
+    if problem is not None:
+        return problem
+    options = getattr(target, "Options", None)
+    if not inspect.isclass(options) or not hasattr(options, "model_validate"):
+        return "expected a pydantic model as attribute 'Options'"
+    if getattr(options, "model_config", {}).get("extra") != "forbid":
+        return "expected 'Options' to refuse unknown keys (extra='forbid')"
+    return None

@@ -1,4 +1,4 @@
-"""Rules of a charter that stand by themselves: of privacy, and of a population.
+"""Rules of a charter that stand by themselves: privacy, training, samples, admission, population.
 
 `molora_fed.charter` hands their names on.
 """
@@ -8,16 +8,19 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from molora_fed.errors import ConfigError
-from molora_fed.storage.options import Choice, name_choices
+from molora_fed.storage.options import Choice, Choices, name_choices
 from molora_fed.storage.settings import StrictModel
 
 __all__ = [
     "MIN_MEMBERS",
+    "AdmissionRules",
     "OperatorRules",
     "PopulationRules",
     "PrivacyMode",
     "PrivacyRules",
+    "SampleRules",
     "Summing",
+    "TrainingRules",
     "choose_privacy",
 ]
 
@@ -70,6 +73,60 @@ class PrivacyRules(StrictModel):
     def min_members(self) -> int:
         """Fewest members whose texts can be fused."""
         return MIN_MEMBERS if self.mode != "pooled" and self.summing == "masked" else 1
+
+
+class TrainingRules(StrictModel):
+    """How contributors train, unless they say otherwise.
+
+    Attributes:
+        kind: Adapter kind made by `molora join`.
+        rank: Rank of low-rank kinds.
+        steps: Optimiser steps.
+        batch: Blocks per step.
+        learning_rate: Peak of AdamW's rate; None takes the kind's default.
+        validate_every: Steps between validations.
+        patience: Validations without improvement before stopping.
+        options: Options of the kind, e.g. {"precision": "int8"}; unknown keys are refused by it.
+    """
+
+    kind: str = "svd"
+    rank: int = Field(default=64, ge=1)
+    steps: int = Field(default=1400, ge=1)
+    batch: int = Field(default=4, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    validate_every: int = Field(default=100, ge=1)
+    patience: int = Field(default=4, ge=1)
+    # Left out where empty, so that amendments signed before there were any still verify.
+    options: dict[str, Any] = Field(default={}, exclude_if=lambda options: not options)
+
+
+class SampleRules(StrictModel):
+    """Blocks each contributor sends under the pooled privacy mode; nothing else leaves.
+
+    Attributes:
+        calibration: Blocks the routers are fitted on.
+        admission: Blocks the coordinator measures a contribution on before admitting it.
+        held_out: Blocks of the reported figures.
+    """
+
+    calibration: int = Field(default=150, ge=0)
+    admission: int = Field(default=32, ge=1)
+    held_out: int = Field(default=160, ge=1)
+
+
+class AdmissionRules(StrictModel):
+    """Thresholds of the built-in admission checks.
+
+    Attributes:
+        max_loss_rise: Largest own-domain loss above the base's on the admission sample, nats.
+        checks: Registered checks to run beside the core's own, which always run.
+        max_start_gap: Largest difference between the loss that a contributor states of the model
+            it started from and the base's, measured on the same blocks, nats.
+    """
+
+    max_loss_rise: float = Field(default=0.05, ge=0)
+    checks: Choices = ()
+    max_start_gap: float = Field(default=0.005, ge=0)
 
 
 def choose_privacy(name: str, mode: str | None, summing: str | None) -> PrivacyRules:

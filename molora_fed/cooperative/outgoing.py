@@ -23,14 +23,8 @@ from molora_fed.fusion.claims import MAX_MEASURERS
 from molora_fed.fusion.plan import BASE_EXPERT, FusionPlan, build_routers
 from molora_fed.fusion.published_rounds import plan_rounds
 from molora_fed.fusion.shortlist import CHOICE_BLOCKS, COST_BLOCKS
-from molora_fed.fusion.sum_rounds import (
-    HELD_OUT,
-    LOSSES,
-    MAX_FUSIONS,
-    SUM_BITS,
-    SumRounds,
-    TextCounts,
-)
+from molora_fed.fusion.sum_questions import HELD_OUT, LOSSES, MAX_FUSIONS, TextCounts
+from molora_fed.fusion.sum_rounds import SUM_BITS, SumRounds
 from molora_fed.models.base_config import MAX_LAYERS, read_config
 from molora_fed.models.hidden_statistics import (
     MIN_CLUSTERS,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molora_fed.charter import Charter, load_charter, write_charter
+from molora_fed.charter import load_charter, write_charter
 from molora_fed.contributions.states import ContributionState, CooperativeState
 from molora_fed.cooperative.cooperative import Cooperative, open_cooperative
 from molora_fed.cooperative.pins import check_pins
@@ -27,30 +27,30 @@ from molora_fed.federation.coordinator_mail import (
     Delivery,
     acknowledge,
     complete_deliveries,
+    declines,
     publish_charter,
     publish_result,
     sign_kept_result,
 )
 from molora_fed.federation.deadline import Patience, count_least
 from molora_fed.federation.envelopes import open_letter
-from molora_fed.federation.homes import ContributorMailbox, CoordinatorHome, message_bytes
-from molora_fed.federation.letters import QuestionLetter, ResultLetter, ShownState, Summary
+from molora_fed.federation.homes import CoordinatorHome, message_bytes
+from molora_fed.federation.letters import ResultLetter, Summary
 from molora_fed.federation.logs import log, start_logging
-from molora_fed.federation.mailbox import read_json
 from molora_fed.federation.quota import check_quota, describe_failure, discard_rejected
 from molora_fed.federation.status import StateFile, UsageFile
 from molora_fed.federation.strangers import list_states, measure_absence, read_limits
 from molora_fed.federation.supervise import record_errors
 from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.storage.compute import Compute
-from molora_fed.storage.files import canonical_json, hash_bytes, write_json
+from molora_fed.storage.files import canonical_json, hash_bytes
 from molora_fed.storage.keys import key_fingerprint, load_key
 
 if TYPE_CHECKING:
     from molora_fed.contributions.ledger import Ledger
     from molora_fed.contributions.manifest import Contribution
     from molora_fed.contributions.receive import Receipt
-    from molora_fed.cooperative.fuse import PooledSource, PrivateSource
+    from molora_fed.cooperative.opened_members import PooledSource, PrivateSource
     from molora_fed.federation.exchange import Exchange
     from molora_fed.models.base import Base
 
@@ -349,8 +349,8 @@ class CoordinatorWorker:
     ) -> "tuple[PooledSource | PrivateSource, Callable[[], None]]":
         """Where the texts lie, here or with their contributors; and what ends asking these."""
         from molora_fed.cooperative.controls import load_controls
-        from molora_fed.cooperative.fuse import PooledSource, PrivateSource
         from molora_fed.cooperative.known_text import read_known_text
+        from molora_fed.cooperative.opened_members import PooledSource, PrivateSource
         from molora_fed.federation.remote_members import RemoteMembers
 
         if not self._charter.is_private:
@@ -382,7 +382,7 @@ class CoordinatorWorker:
     def _is_gone(self, name: str) -> bool:
         """Whether a contributor has not been heard of for long, or declines what it is asked."""
         found = [one for one in self._home.contributors() if one.name == name]
-        return all(measure_absence(one) > GONE_SECONDS or _declines(one) for one in found)
+        return all(measure_absence(one) > GONE_SECONDS or declines(one) for one in found)
 
     def _evolve(self) -> None:
         """Evolve a population with its contributors, on their texts, and publish it."""
@@ -408,7 +408,8 @@ class CoordinatorWorker:
 
         admitted = load_admitted(self._ledger, self._cooperative.store)
         ids, folder = [one.id for one in admitted], self._home.evolution
-        _claim_evolution(self._home, self._charter, ids)
+        charter = hash_bytes(canonical_json(self._charter.model_dump(mode="json")))
+        self._home.claim_evolution({"contributions": ids, "charter": charter})
         exchange = self._open_exchange(admitted, folder / "answers", lambda: phase[0])
         names = tuple(one.manifest.contributor for one in admitted)
         ask = RemoteData(exchange, names, charter=self._charter, plugins=self._plugins)
@@ -464,32 +465,6 @@ class CoordinatorWorker:
             identity=self._charter.identity_hash,
             part_bytes=self._message_bytes,
         )
-
-
-def _declines(mailbox: ContributorMailbox) -> bool:
-    """Whether a contributor has said that it does not answer what it is asked now."""
-    asked = open_letter(mailbox.question_file, QuestionLetter)
-    state = open_letter(mailbox.state_file, ShownState)
-    return asked is not None and state is not None and state.declined == asked.id
-
-
-def _claim_evolution(home: CoordinatorHome, charter: Charter, ids: Sequence[str]) -> None:
-    """Delete the evolution of other contributions, or of another amendment.
-
-    What was published is not sent to anyone any more, so that whoever joins again takes part.
-
-    Raises:
-        StorageError: On I/O errors.
-    """
-    recipe = {
-        "contributions": list(ids),
-        "charter": hash_bytes(canonical_json(charter.model_dump(mode="json"))),
-    }
-    path = home.evolution / "recipe.json"
-    if read_json(path) != recipe:
-        (home.outbox / "result.json").unlink(missing_ok=True)
-        shutil.rmtree(home.evolution, ignore_errors=True)
-        write_json(path, recipe)
 
 
 def main(arguments: list[str]) -> None:

@@ -19,7 +19,9 @@ from molora_fed.federation.kept import EarlierResult, HelloRecord, Offer
 from molora_fed.federation.letters import (
     Acknowledgement,
     CharterLetter,
+    QuestionLetter,
     ResultLetter,
+    ShownState,
     Summary,
     cut_findings,
 )
@@ -41,6 +43,7 @@ __all__ = [
     "announce_decision",
     "announce_withdrawal",
     "complete_deliveries",
+    "declines",
     "publish_charter",
     "publish_result",
     "retract_result",
@@ -353,3 +356,10 @@ def sign_kept_result(home: CoordinatorHome, charter: Charter, key: EllipticCurve
         identity=charter.identity_hash,
         part_bytes=earlier.part_bytes,
     )
+
+
+def declines(mailbox: ContributorMailbox) -> bool:
+    """Whether a contributor has said that it does not answer what it is asked now."""
+    asked = open_letter(mailbox.question_file, QuestionLetter)
+    state = open_letter(mailbox.state_file, ShownState)
+    return asked is not None and state is not None and state.declined == asked.id

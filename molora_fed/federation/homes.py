@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from molora_fed.federation.letters import MAX_TASKS, Acknowledgement, Refusal, T
 from molora_fed.federation.mailbox import Board, PartStore, read_json
 from molora_fed.federation.messages import MAX_BATCH_BYTES
 from molora_fed.federation.status import read_worker_state
+from molora_fed.storage.files import write_json
 from molora_fed.storage.untrusted import clean, parse_json
 
 __all__ = [
@@ -139,6 +140,23 @@ class CoordinatorHome(_Home):
         """Delete what a killed server left half-written; call it only while none runs here."""
         # Not in the home itself: `molora fuse` may be at work there.
         self._remove([*self.mail.rglob(_LEFTOVER), *self.received.glob(_LEFTOVER)])
+
+    def claim_evolution(self, recipe: Mapping[str, Any]) -> None:
+        """Delete the evolution of another recipe: other contributions, or another amendment.
+
+        What was published is not sent to anyone any more, so that whoever joins again takes part.
+
+        Args:
+            recipe: What decides an evolution, JSON values.
+
+        Raises:
+            StorageError: On I/O errors.
+        """
+        path = self.evolution / "recipe.json"
+        if read_json(path) != recipe:
+            (self.outbox / "result.json").unlink(missing_ok=True)
+            shutil.rmtree(self.evolution, ignore_errors=True)
+            write_json(path, recipe)
 
     def contributor(self, fingerprint: str) -> "ContributorMailbox":
         """The mailbox of one contributor, named by the fingerprint of its public key."""

@@ -25,7 +25,7 @@ from molora_fed.federation.overlap_letters import (
     read_set,
 )
 from molora_fed.federation.sum_letters import read_counts
-from molora_fed.fusion.sum_rounds import TextCounts
+from molora_fed.fusion.sum_questions import TextCounts
 from molora_fed.privacy.messages import MAX_QUERY_BYTES, MAX_REPLY_BYTES, Query, Reply
 from molora_fed.storage.files import canonical_json, write_bytes
 from molora_fed.storage.untrusted import clean

@@ -39,15 +39,8 @@ from molora_fed.federation.sum_letters import (
 from molora_fed.fusion.claims import draw_measurers, find_disagreement, list_drawn
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.fusion.private_texts import Check
-from molora_fed.fusion.sum_rounds import (
-    SUM_BITS,
-    TRIM_SHARE,
-    SumQuestion,
-    SumRounds,
-    TextCounts,
-    list_exact,
-    name_fusion,
-)
+from molora_fed.fusion.sum_questions import SumQuestion, TextCounts, name_fusion
+from molora_fed.fusion.sum_rounds import SUM_BITS, TRIM_SHARE, SumRounds, list_exact
 from molora_fed.privacy.sums.bisection import narrow_down
 from molora_fed.privacy.sums.coordinator import Coordinator
 from molora_fed.privacy.sums.fixed_point import FixedPoint

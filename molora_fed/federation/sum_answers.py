@@ -38,14 +38,8 @@ from molora_fed.federation.sum_letters import (
 from molora_fed.fusion.claims import list_drawn
 from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.fusion.published_rounds import plan_rounds
-from molora_fed.fusion.sum_rounds import (
-    MAX_FUSIONS,
-    SUM_BITS,
-    SumQuestion,
-    SumRounds,
-    TextCounts,
-    name_fusion,
-)
+from molora_fed.fusion.sum_questions import MAX_FUSIONS, SumQuestion, TextCounts, name_fusion
+from molora_fed.fusion.sum_rounds import SUM_BITS, SumRounds
 from molora_fed.population.asked import AskedQuestions, refusing
 from molora_fed.privacy.intersection import limit_queries
 from molora_fed.privacy.sums.fixed_point import FixedPoint

@@ -27,7 +27,7 @@ from molora_fed.contributions.manifest import (
 from molora_fed.errors import FederationError
 from molora_fed.federation.exchange import ANSWER_FILE, QUESTION_FILE
 from molora_fed.federation.messages import FileEntry, Shipment
-from molora_fed.fusion.sum_rounds import SumQuestion, TextCounts
+from molora_fed.fusion.sum_questions import SumQuestion, TextCounts
 from molora_fed.privacy.sums.messages import Name, Names, Sha
 from molora_fed.storage.files import (
     hash_file,

@@ -436,7 +436,7 @@ class ContributorWorker:
         letter = open_letter(home.result_letter, ResultLetter)
         if is_here and letter is not None and (home.private / _FUSION_FOLDER).is_dir():
             from molora_fed.federation.sum_answers import end_fusion
-            from molora_fed.fusion.sum_rounds import name_fusion
+            from molora_fed.fusion.sum_questions import name_fusion
 
             fusion = name_fusion(load_charter(home.charter), letter.summary.contributions)
             end_fusion(home.private / _FUSION_FOLDER, fusion)

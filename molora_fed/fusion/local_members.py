@@ -16,13 +16,8 @@ from molora_fed.fusion.held_out import Elsewhere
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.fusion.private_answers import FusionMember
 from molora_fed.fusion.private_texts import Check
-from molora_fed.fusion.sum_rounds import (
-    TRIM_SHARE,
-    SumQuestion,
-    SumRounds,
-    TextCounts,
-    list_exact,
-)
+from molora_fed.fusion.sum_questions import SumQuestion, TextCounts
+from molora_fed.fusion.sum_rounds import TRIM_SHARE, SumRounds, list_exact
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.privacy.intersection import Receiver, Sender

@@ -43,7 +43,8 @@ from molora_fed.fusion.shortlist import (
     choose_experts,
     measure_cost,
 )
-from molora_fed.fusion.sum_rounds import HELD_OUT, SumQuestion, SumRounds, TextCounts
+from molora_fed.fusion.sum_questions import HELD_OUT, SumQuestion, TextCounts
+from molora_fed.fusion.sum_rounds import SumRounds
 from molora_fed.models.base import Base
 from molora_fed.plugins import Plugins
 from molora_fed.routing.contract import OutputRouter

@@ -23,13 +23,8 @@ from molora_fed.fusion.plan import FusionPlan
 from molora_fed.fusion.published_fits import PublishedFits
 from molora_fed.fusion.published_rounds import PublishedRounds, plan_rounds
 from molora_fed.fusion.shortlist import describe_shortlist
-from molora_fed.fusion.sum_rounds import (
-    HELD_OUT,
-    SumQuestion,
-    SumRounds,
-    TextCounts,
-    join_states,
-)
+from molora_fed.fusion.sum_questions import HELD_OUT, SumQuestion, TextCounts, join_states
+from molora_fed.fusion.sum_rounds import SumRounds
 from molora_fed.fusion.summed_fits import SummedFits
 from molora_fed.fusion.texts import Control
 from molora_fed.models.base import Base

@@ -8,7 +8,7 @@ from molora_fed.fusion.boundary import NotMeasured
 from molora_fed.fusion.collapse import GuardedRouter
 from molora_fed.fusion.plan import FusionPlan
 from molora_fed.fusion.published_rounds import PublishedRounds
-from molora_fed.fusion.sum_rounds import SumQuestion
+from molora_fed.fusion.sum_questions import SumQuestion
 from molora_fed.models.hidden_statistics import (
     HiddenStatistics,
     compute_statistics_bytes,

@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from molora_fed.errors import PluginError, RoutingError
 from molora_fed.fusion.plan import FusionPlan
-from molora_fed.fusion.sum_rounds import HELD_OUT, LOSSES, SumQuestion, SumRounds, TextCounts
+from molora_fed.fusion.sum_questions import HELD_OUT, LOSSES, SumQuestion, TextCounts
+from molora_fed.fusion.sum_rounds import SumRounds
 from molora_fed.guard import guarded
 from molora_fed.models.hidden_statistics import HiddenStatistics
 from molora_fed.routing.contract import OutputRouter

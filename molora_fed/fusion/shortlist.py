@@ -29,7 +29,7 @@ from molora_fed.types import BASE_EXPERT
 
 if TYPE_CHECKING:
     from molora_fed.bank import Bank, HeldOutBank
-    from molora_fed.fusion.sum_rounds import TextCounts
+    from molora_fed.fusion.sum_questions import TextCounts
     from molora_fed.routing.contract import OutputRouter
 
 __all__ = [

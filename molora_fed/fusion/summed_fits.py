@@ -9,7 +9,8 @@ from molora_fed.errors import RoutingError
 from molora_fed.fusion.boundary import NotMeasured
 from molora_fed.fusion.collapse import Attempt, GuardedRouter, compare_attempt, keep_best
 from molora_fed.fusion.plan import FusionPlan
-from molora_fed.fusion.sum_rounds import SumQuestion, SumRounds, join_states
+from molora_fed.fusion.sum_questions import SumQuestion, join_states
+from molora_fed.fusion.sum_rounds import SumRounds
 from molora_fed.guard import guarded
 from molora_fed.privacy.sums.vectors import Total
 from molora_fed.routing.contract import OutputRouter

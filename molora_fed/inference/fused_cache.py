@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from molora_fed.errors import RoutingError
 
-__all__ = ["FusedCache", "GrowingLayer", "SkippedLayer"]
+__all__ = ["FusedCache", "GrowingLayer", "SkippedLayer", "check_class"]
 
 _FIRST_ROOM = 64  # positions; doubled whenever they are full
 
@@ -347,3 +347,16 @@ def _spread(texts: Tensor, batch: int, rows: int) -> Tensor:
     """Rows of these texts among rows e * B + b."""
     starts = torch.arange(0, rows, batch, device=texts.device)
     return (starts[:, None] + texts).flatten()
+
+
+def check_class(cache: Any) -> None:
+    """Refuse a cache that is no `FusedCache`.
+
+    Raises:
+        RoutingError: If it is another.
+    """
+    if not isinstance(cache, FusedCache):
+        raise RoutingError(
+            f"Cannot read on: expected a cache of this model, got a {type(cache).__name__}. "
+            "Let it make its own, or use make_cache()."
+        )

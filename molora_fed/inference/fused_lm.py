@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from molora_fed.adapters.updates import LinearUpdate
@@ -25,8 +24,9 @@ from molora_fed.inference.expert_layers import (
     put_experts_in,
 )
 from molora_fed.inference.expert_pass import ExpertPass, Piece
-from molora_fed.inference.fused_cache import FusedCache
+from molora_fed.inference.fused_cache import FusedCache, check_class
 from molora_fed.inference.fused_config import FusedConfig, find_config, make_router
+from molora_fed.inference.fused_generation import FusedGenerationMixin
 from molora_fed.inference.mixing import Mixer, OutputMixer, UpdateMixer
 from molora_fed.models.base import Base
 from molora_fed.plugins import Entry
@@ -57,7 +57,7 @@ class FusedOutput(ModelOutput):
     gates: Tensor | None = None
 
 
-class FusedForCausalLM(PreTrainedModel, GenerationMixin):
+class FusedForCausalLM(PreTrainedModel, FusedGenerationMixin):
     """Experts of one base and the router that mixes them, as one causal language model.
 
     It generates as any model of transformers does: greedily, by sampling, with beams, streaming;
@@ -358,135 +358,6 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         finally:
             self._alone = before
 
-    # -- generation -------------------------------------------------------------------------
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any
-    ) -> None:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
-                raise RoutingError(
-                    "Cannot generate: expected no cache implementation, got "
-                    f"'{generation_config.cache_implementation}'. A fused model keeps its own."
-                )
-            model_kwargs["past_key_values"] = self.make_cache()
-
-    def make_cache(self) -> FusedCache:
-        """An empty cache for this model."""
-        return FusedCache(self.fingerprint, self.model.config)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: FusedCache | None = None,
-        attention_mask: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        evidence_from: str = "all",
-        experts_per_text: int | None = None,
-        document_starts: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """See transformers; what was read must be what the texts begin with.
-
-        Args:
-            input_ids: The whole texts, (B, T); at first a piece of them.
-            next_sequence_length: How many of the tokens are new; see transformers.
-            past_key_values: What was read before.
-            attention_mask: 1 where there is text, (B, T) of the whole texts.
-            is_first_iteration: Whether nothing was generated yet.
-            evidence_from: With "prompt", a router that reads evidence keeps the gates it had after
-                the prompt; with "all" it goes on learning from what is generated.
-            experts_per_text: How many of the best experts at a prompt's end go on with its text,
-                their gates kept and renormalised; all if None.
-            document_starts: True at a document's first token of the prompts, (B, P); see `forward`.
-            kwargs: See `forward`.
-
-        Raises:
-            RoutingError: If a cache is another's or of other texts, or a setting cannot be.
-        """
-        self._check_settings(evidence_from, experts_per_text, past_key_values)
-        if past_key_values is not None:
-            if not is_first_iteration:
-                past_key_values.check_prefix(input_ids)
-                if experts_per_text is not None:
-                    past_key_values.narrow(experts_per_text)
-                if evidence_from == "prompt" and "evidence" in self._reads:
-                    past_key_values.hold()
-            if document_starts is not None:
-                read = past_key_values.get_seq_length()
-                count = next_sequence_length or input_ids.shape[1]
-                document_starts = document_starts[:, read : read + count]
-                if not document_starts.shape[1]:
-                    document_starts = None
-        elif document_starts is not None and not is_first_iteration:
-            raise RoutingError(
-                "Cannot generate: expected a cache with document_starts, got use_cache=False. "
-                "Use the cache."
-            )
-        prepared: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        prepared["document_starts"] = document_starts
-        return prepared
-
-    def _prefill(
-        self,
-        input_ids: Tensor,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        is_first_iteration: bool = True,
-    ) -> Any:
-        """See transformers; the whole prompts are needed, and go on with what a cache has read."""
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None:
-            _check_class(cache)
-            cache.check_prefix(input_ids)
-            experts = model_kwargs.get("experts_per_text")
-            if experts is not None and cache.tokens is None and model_kwargs.get("gates") is None:
-                self._choose_experts(input_ids, cache, experts, model_kwargs)
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-
-    @torch.no_grad()
-    def _choose_experts(
-        self, tokens: Tensor, cache: FusedCache, experts: int, given: dict[str, Any]
-    ) -> None:
-        """Choose each prompt's experts before any of them runs, where the base's states decide."""
-        mixer = self._mixer
-        if (
-            not isinstance(mixer, OutputMixer)
-            or not mixer.reads_base_alone
-            or self._alone is not None
-        ):
-            return
-        self._check_settings("all", experts, cache)
-        mask, starts = given.get("attention_mask"), given.get("document_starts")
-        piece = self._prepare(tokens, mask, None, None, 1, starts)
-        if not self._pass.is_laid_out:
-            self._pass.lay_out()
-        cache.choose(mixer.compute_base_gates(piece), experts)
-
-    def _check_settings(self, evidence_from: str, experts: int | None, cache: Any) -> None:
-        """Refuse settings of generation that cannot be."""
-        expected, got = "", ""
-        if evidence_from not in ("prompt", "all"):
-            expected, got = "evidence_from 'prompt' or 'all'", repr(evidence_from)
-        elif experts is not None and experts < 1:
-            expected, got = "experts_per_text of at least 1", str(experts)
-        elif experts is not None and self.config.mixes == "updates":
-            expected, got = "a model that mixes distributions", "experts_per_text of a population"
-        elif cache is None and (experts is not None or evidence_from == "prompt"):
-            expected, got = "a cache with experts_per_text or evidence_from", "use_cache=False"
-        if expected:
-            raise RoutingError(
-                f"Cannot generate: expected {expected}, got {got}. Correct these settings."
-            )
-
     # -- reading ----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -538,7 +409,7 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = self.make_cache()
         cache = past_key_values
         if cache is not None:
-            _check_class(cache)
+            check_class(cache)
             cache.check(self.fingerprint, gates, len(input_ids))
         piece = self._prepare(
             input_ids, attention_mask, position_ids, cache, logits_to_keep, document_starts
@@ -612,15 +483,6 @@ def _forget_layout(model: FusedForCausalLM, _: Any) -> None:
     """Weights have changed: what was packed of them is made again."""
     model._pass.is_laid_out = False
     model._owner = None
-
-
-def _check_class(cache: Any) -> None:
-    """Refuse a cache that was not made by `make_cache`."""
-    if not isinstance(cache, FusedCache):
-        raise RoutingError(
-            f"Cannot read on: expected a cache of this model, got a {type(cache).__name__}. "
-            "Let it make its own, or use make_cache()."
-        )
 
 
 def _read_compute(settings: Mapping[str, Any]) -> Compute:

@@ -6,25 +6,22 @@ Everything that fails is an error in the form of OpenAI's. Prompts and answers a
 import asyncio
 import hashlib
 import hmac
-import json
-import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from starlette.datastructures import Headers
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from molora_fed.errors import ConfigError
 from molora_fed.inference.generate import Sampling
 from molora_fed.serving.answers import Answer, build_answer
+from molora_fed.serving.http_exchange import Exchange, GoneError, dump
 from molora_fed.serving.metrics import CONTENT_TYPE, Metrics
 from molora_fed.serving.models import ServedModel
 from molora_fed.serving.requests import (
@@ -56,11 +53,6 @@ REFUSAL_SECONDS = 5.0
 GONE = 499
 """Status that is counted where a client went before its answer."""
 
-Result = TypeVar("Result")
-
-_DRAIN_BYTES = 65_536  # of a body that is refused, so much is read before the answer
-_DRAIN_SECONDS = 1.0  # for so long
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -79,10 +71,6 @@ class Limits:
     request_seconds: float = 300.0
     prompt_tokens: int = 4_096
     new_tokens: int = 1_024
-
-
-class _GoneError(Exception):
-    """The client went."""
 
 
 def load_keys(file: Path) -> frozenset[bytes]:
@@ -173,7 +161,7 @@ class Api:
         """Answer one request."""
         if scope["type"] != "http":
             return
-        exchange = _Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send)
         started = time.monotonic()
         try:
             await self._try(exchange)
@@ -183,13 +171,13 @@ class Api:
             said = f"{exchange.method} {clean(exchange.path, 80)} {exchange.status} {seconds:.3f} s"
             self._log(f"{exchange.address[0]} {said}{exchange.usage}")
 
-    async def _try(self, exchange: "_Exchange") -> None:
+    async def _try(self, exchange: Exchange) -> None:
         """Answer, if only with an error."""
         try:
             async with asyncio.timeout(self._limits.request_seconds):
                 await self._route(exchange)
             return
-        except _GoneError:
+        except GoneError:
             exchange.status = GONE
             return
         except ApiError as error:
@@ -207,7 +195,7 @@ class Api:
         except TimeoutError:
             self._on_stuck(exchange.address)
 
-    async def _route(self, exchange: "_Exchange") -> None:
+    async def _route(self, exchange: Exchange) -> None:
         path = exchange.path
         if path == "/healthz":
             exchange.check_method("GET")
@@ -240,11 +228,11 @@ class Api:
         else:
             raise ApiError(404, "No such path. See docs/serving.md.", code="not_found")
 
-    def _check_host(self, exchange: "_Exchange") -> None:
+    def _check_host(self, exchange: Exchange) -> None:
         if not self._any_host and not is_loopback(exchange.host):
             raise ApiError(421, "Not served under this name.", code="wrong_host")
 
-    def _check_key(self, exchange: "_Exchange") -> None:
+    def _check_key(self, exchange: Exchange) -> None:
         """Refuse who shows none of the keys; how long that takes tells nothing of them."""
         if not self._keys:
             return
@@ -261,7 +249,7 @@ class Api:
     def _describe(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "molora"}
 
-    async def _answer(self, exchange: "_Exchange", kind: type[TextRequest]) -> None:
+    async def _answer(self, exchange: Exchange, kind: type[TextRequest]) -> None:
         exchange.check_method("POST")
         if self.is_closing:
             raise ApiError(503, "The server stops.", code="closing", retry_seconds=5)
@@ -302,7 +290,7 @@ class Api:
             usage = answer.usage
             exchange.usage = f", {usage.prompt} + {usage.completion} tokens"
 
-    async def _read_body(self, exchange: "_Exchange") -> bytes:
+    async def _read_body(self, exchange: Exchange) -> bytes:
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 return await exchange.read_body(self._limits.body_bytes)
@@ -426,7 +414,7 @@ async def _merge(
 
 
 async def _send_answer(
-    exchange: "_Exchange", answer: Answer, come: AsyncIterator[list[tuple[int, Piece]]]
+    exchange: Exchange, answer: Answer, come: AsyncIterator[list[tuple[int, Piece]]]
 ) -> None:
     async for _ in come:
         pass
@@ -434,151 +422,13 @@ async def _send_answer(
 
 
 async def _send_chunks(
-    exchange: "_Exchange", answer: Answer, come: AsyncIterator[list[tuple[int, Piece]]]
+    exchange: Exchange, answer: Answer, come: AsyncIterator[list[tuple[int, Piece]]]
 ) -> None:
     """Server-sent events; the head goes out with the first, so that failures before have theirs."""
     async for pieces in come:
         chunks = [chunk for piece in pieces for chunk in answer.as_chunks(*piece)]
         if chunks:
-            await exchange.send_events(*map(_dump, chunks))
+            await exchange.send_events(*map(dump, chunks))
     last = answer.as_last_chunk()
-    await exchange.send_events(*([] if last is None else [_dump(last)]), b"[DONE]")
+    await exchange.send_events(*([] if last is None else [dump(last)]), b"[DONE]")
     await exchange.end_events()
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
-class _Exchange:
-    """One request and its answer.
-
-    Attributes:
-        status: Of the answer; 0 before there is one.
-        usage: Tokens, for the log.
-    """
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.headers = Headers(scope=scope)
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        host, port = scope.get("client") or ("", 0)
-        self.address = (str(host), int(port))
-        self.status = 0
-        self.usage = ""
-        self._receive = receive
-        self._send = send
-        self._scope = scope
-        self._is_stream = False
-        self._has_body = False
-
-    @property
-    def host(self) -> str:
-        """The name it was asked under, without a port."""
-        host = self.headers.get("host", "")
-        name, separator, port = host.rpartition(":")
-        return (name if separator and port.isdigit() else host).strip("[]").lower()
-
-    def check_method(self, method: str) -> None:
-        """Refuse other methods.
-
-        Raises:
-            ApiError: If it is another one.
-        """
-        if self.method != method:
-            raise ApiError(405, f"Expected {method}.", code="method_not_allowed")
-
-    async def read_body(self, largest: int) -> bytes:
-        """The body, counted while it comes.
-
-        Raises:
-            ApiError: If it is larger.
-        """
-        too_large = ApiError(
-            413, f"Expected a body of at most {largest} bytes.", code="request_too_large"
-        )
-        announced = self.headers.get("content-length", "0")
-        if announced.isascii() and announced.isdigit() and int(announced[:18]) > largest:
-            raise too_large
-        parts, total, more = [], 0, True
-        while more:
-            message = await self._receive()
-            if message["type"] != "http.request":
-                raise _GoneError
-            parts.append(message.get("body", b""))
-            total += len(parts[-1])
-            if total > largest:
-                raise too_large
-            more = message.get("more_body", False)
-        self._has_body = True
-        return b"".join(parts)
-
-    async def while_connected(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Do something for a client; when it goes, that ends.
-
-        Raises:
-            _GoneError: If it went.
-        """
-        working = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(self._wait_until_gone())
-        try:
-            await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise _GoneError
-            return await working
-        finally:
-            for task in (working, gone):
-                task.cancel()
-            await asyncio.gather(working, gone, return_exceptions=True)
-
-    async def _wait_until_gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-
-    async def send_json(self, value: Any, status: int = 200, **headers: str) -> None:
-        """A whole answer in JSON."""
-        await self.send_whole(_dump(value), "application/json", status, **headers)
-
-    async def send_whole(self, body: bytes, sort: str, status: int = 200, **headers: str) -> None:
-        """A whole answer."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        response = Response(body, status, named, media_type=sort)
-        self.status = status
-        await response(self._scope, self._receive, self._send)
-
-    async def send_events(self, *events: bytes) -> None:
-        """Server-sent events, in one piece."""
-        if not self.status:
-            self.status, self._is_stream = 200, True
-            headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
-            start: Message = {"type": "http.response.start", "status": 200, "headers": headers}
-            await self._send(start)
-        body = b"".join(b"data: " + data + b"\n\n" for data in events)
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
-
-    async def end_events(self) -> None:
-        """No event follows."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def refuse(self, error: ApiError) -> None:
-        """Answer with an error: as the answer, or as the last event of a stream."""
-        if self._is_stream:
-            self.status = error.status
-            await self.send_events(_dump(error.as_body()))
-            await self.end_events()
-            return
-        if self.status:
-            return
-        headers: dict[str, str] = {}
-        if error.retry_seconds is not None:
-            headers["retry_after"] = str(math.ceil(error.retry_seconds))
-        if error.status == 401:
-            headers["www_authenticate"] = "Bearer"
-        if not self._has_body and self.method not in ("GET", "HEAD"):
-            # A client that is still sending when the connection closes does not see the answer.
-            with suppress(ApiError, _GoneError, TimeoutError):
-                async with asyncio.timeout(_DRAIN_SECONDS):
-                    await self.read_body(_DRAIN_BYTES)
-            if not self._has_body:
-                headers["connection"] = "close"  # what is left of the body is not read
-        await self.send_json(error.as_body(), error.status, **headers)

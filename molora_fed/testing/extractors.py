@@ -14,7 +14,8 @@ from molora_fed.cascade.contract import CascadeTask, Extractor
 from molora_fed.cascade.escalation import hide_answer
 from molora_fed.errors import ConfigError, PluginError
 from molora_fed.guard import one_line
-from molora_fed.plugins import Plugins, check_callable, get_plugins
+from molora_fed.hookspecs import check_callable
+from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.testing.cascades import build_task
 from molora_fed.testing.findings import CheckResult, refuse_broken
 from molora_fed.testing.targets import Target, describe_target, examine_target, other_chance

@@ -18,7 +18,7 @@ from molora_fed.cascade.contract import (
     Scorer,
     Verdict,
 )
-from molora_fed.plugins import check_callable
+from molora_fed.hookspecs import check_callable
 from molora_fed.testing.cascades import ScriptedModel, ScriptedScorer, build_judge_request
 from molora_fed.testing.findings import CheckResult, refuse_broken
 from molora_fed.testing.targets import Target, describe_target, examine_target, other_chance

@@ -11,7 +11,7 @@ import numpy as np
 
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.errors import MoloraError
-from molora_fed.plugins import check_operator
+from molora_fed.hookspecs import check_operator
 from molora_fed.population.contract import (
     LifecycleOperator,
     LifecycleState,

@@ -20,7 +20,7 @@ from molora_fed.cascade.escalation import Lineup, assess_probe
 from molora_fed.cascade.records import parse_record
 from molora_fed.cascade.running import Cascade, answer_task
 from molora_fed.guard import one_line
-from molora_fed.plugins import check_policy
+from molora_fed.hookspecs import check_policy
 from molora_fed.storage.files import canonical_json
 from molora_fed.testing.cascades import ScriptedModel, build_evidence, build_task
 from molora_fed.testing.findings import CheckResult, refuse_broken

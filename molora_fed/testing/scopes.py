@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from molora_fed.evaluation.moments import build_stand_ins, measure_moments
-from molora_fed.plugins import check_callable
+from molora_fed.hookspecs import check_callable
 from molora_fed.population.contract import Fitness, LossTable
 from molora_fed.population.lifecycle import find_fitness_faults
 from molora_fed.testing.findings import CheckResult, refuse_broken

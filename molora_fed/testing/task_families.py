@@ -11,7 +11,8 @@ from molora_fed.cascade.contract import TASK_SPLITS, CascadeTask, TaskFamily
 from molora_fed.cascade.escalation import hide_answer
 from molora_fed.cascade.task_files import hash_tasks
 from molora_fed.errors import ConfigError, MoloraError
-from molora_fed.plugins import Plugins, check_callable, get_plugins
+from molora_fed.hookspecs import check_callable
+from molora_fed.plugins import Plugins, get_plugins
 from molora_fed.testing.extractors import reads_own_answers
 from molora_fed.testing.findings import CheckResult, refuse_broken
 from molora_fed.testing.targets import Target, describe_target, examine_target, other_chance

@@ -22,7 +22,8 @@ from molora_fed.cascade.contract import (
     open_judge,
 )
 from molora_fed.errors import CascadeError, PluginError
-from molora_fed.plugins import check_callable, load_plugins
+from molora_fed.hookspecs import check_callable
+from molora_fed.plugins import load_plugins
 from molora_fed.testing import (
     ScriptedModel,
     ScriptedScorer,

@@ -14,6 +14,7 @@ import molora_fed
 
 MAX_CHAIN = 14  # folders on the longest way down
 MAX_ROOT_MODULES = 9
+MAX_LINES = 500  # of a file
 FACE = molora_fed._MODULE_OF
 
 
@@ -100,3 +101,10 @@ def test_every_test_file_has_a_name_of_its_own():
     for path in files:
         by_name.setdefault(path.name, []).append(str(path.relative_to(REPOSITORY)))
     assert [same for same in by_name.values() if len(same) > 1] == []
+
+
+def test_no_file_is_too_long_to_be_read_at_once():
+    files = [path for folder in PACKAGES.values() for path in folder.rglob("*.py")]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    long = {f"{path.relative_to(REPOSITORY)}": n for path, n in lengths.items() if n > MAX_LINES}
+    assert long == {}

@@ -28,7 +28,7 @@ from molora_fed.federation.overlap_letters import (
     sign_set,
 )
 from molora_fed.federation.sum_answers import SumAnswers, end_fusion
-from molora_fed.fusion.sum_rounds import TextCounts, name_fusion
+from molora_fed.fusion.sum_questions import TextCounts, name_fusion
 from molora_fed.population.asked import AskedQuestions
 from molora_fed.privacy import intersection, messages, overlap
 from molora_fed.privacy.intersection import limit_queries

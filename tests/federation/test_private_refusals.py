@@ -33,7 +33,7 @@ from molora_fed.federation.worker_mail import (
     is_described,
     receive_charter,
 )
-from molora_fed.fusion.sum_rounds import name_fusion
+from molora_fed.fusion.sum_questions import name_fusion
 from molora_fed.plugins import load_plugins
 from molora_fed.storage.files import write_json
 from molora_fed.storage.keys import load_key, load_or_make_key

@@ -22,7 +22,7 @@ from molora_fed.fusion.fuse import fuse
 from molora_fed.fusion.plan import check_published_router, plan_fusion
 from molora_fed.fusion.published_fits import PublishedFits
 from molora_fed.fusion.published_rounds import plan_rounds
-from molora_fed.fusion.sum_rounds import SumQuestion, TextCounts
+from molora_fed.fusion.sum_questions import SumQuestion, TextCounts
 from molora_fed.plugins import load_plugins
 from molora_fed.reporting.privacy import describe_privacy
 from molora_fed.routing.probes import find_leak, find_step_fault

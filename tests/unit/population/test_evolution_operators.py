@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from molora_fed.adapters.updates import truncate
 from molora_fed.errors import PopulationError
-from molora_fed.plugins import check_operator, load_plugins
+from molora_fed.hookspecs import check_operator
+from molora_fed.plugins import load_plugins
 from molora_fed.population.contract import OperatorOptions
 from molora_fed.population.files import fingerprint_population
 from molora_fed.population.lifecycle import open_operators, run_lifecycle

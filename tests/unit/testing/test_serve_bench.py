@@ -62,6 +62,13 @@ def make_sides(bench, **tokens):
     }
 
 
+def make_quality(bench, above):
+    """A cell of quality in which every way lies so far above dense: mean, low and high."""
+    ways = {way: {"loss": [2.0, 1.9, 2.1], "above_dense": above} for way in bench.quality.WAYS}
+    rows = {"one domain, all": {**ways, "texts": 9}}
+    return {"experts": 3, "router": "r", "dtype": "float32", "tokens": 128, "rows": rows}
+
+
 def test_a_ratio_is_taken_within_each_round(bench):
     sides = make_sides(bench, DENSE=[2.0, 30.0, 4.0], OWN=[1.0, 20.0, 1.0])
     ratio = bench.page.compare(sides, bench.sides.DENSE, bench.sides.OWN, "token")
@@ -184,8 +191,9 @@ def test_cells_are_chosen_by_whole_parts_of_their_names(bench):
     def choose(*values):
         return [c.name for c in bench.serve.choose_cells(bench.serve.parse_arguments(values))]
 
-    assert "quality" not in choose()
-    assert choose("--cells", "quality", "--demo", "x") == ["quality"]
+    assert not [name for name in choose() if name.startswith("quality")]
+    assert choose("--cells", "quality", "--demo", "x") == ["quality/builtin"]
+    assert choose("--cells", "quality", "--study", "x") == ["quality/smollm2"]
     assert choose("--cells", "speed/smollm2/float32/E4/B1") == ["speed/smollm2/float32/E4/B1"]
     assert len(choose("--cells", "memory/builtin/bfloat16/E1")) == 2
     assert len(set(choose())) == len(choose()) == 4 * (9 + 3 + 1 + 8)
@@ -194,8 +202,8 @@ def test_cells_are_chosen_by_whole_parts_of_their_names(bench):
 def test_a_file_of_other_settings_is_not_gone_on_with(bench, tmp_path):
     path = tmp_path / "serve.json"
     assert bench.serve.read_kept(path, SETTINGS) == {}
-    path.write_text(json.dumps({"settings": SETTINGS, "cells": {"quality": {}}}))
-    assert bench.serve.read_kept(path, SETTINGS) == {"quality": {}}
+    path.write_text(json.dumps({"settings": SETTINGS, "cells": {"quality/builtin": {}}}))
+    assert bench.serve.read_kept(path, SETTINGS) == {"quality/builtin": {}}
     with pytest.raises(SystemExit, match=r"same threads, got \[2\]"):
         bench.serve.read_kept(path, {**SETTINGS, "threads": 2})
 
@@ -209,6 +217,8 @@ def test_the_page_tells_bars_limits_and_load(bench):
     cells = {
         "speed/smollm2/float32/E4/B1": speed,
         "limit/smollm2/float32/E4": {"machine": machine, "sides": rows, "load": 1.0},
+        "quality/smollm2": make_quality(bench, above=[0.01, 0.005, 0.015]),
+        "quality/builtin": make_quality(bench, above=[0.05, 0.04, 0.06]),
     }
     load = {
         "streams": 64,
@@ -225,6 +235,9 @@ def test_the_page_tells_bars_limits_and_load(bench):
     assert "| ours, sparse, float32 | E4 | 1.23x (1.21-1.25) | 1.20x | 1.1x | no |" in page
     assert "| concurrent | 64 | 90.0 | 200 | 500 | 0 |" in page
     assert "## Memory" not in page
+    first, other = page.split("## Loss of deciding once, ")[1:]
+    assert first.startswith("SmolLM2-135M") and "0.02 nats: held, yes." in first
+    assert "+0.0100 [+0.0050, +0.0150]" in first and "0.02 nats: held, no." in other
     without = bench.page.build_page({"settings": SETTINGS, "cells": cells}, None, None)
     assert "Served" not in without
     figure = bench.page.draw_page({"settings": SETTINGS, "cells": cells})

@@ -1,0 +1,172 @@
+"""What a fused model does otherwise than any model when it generates: prompts are read whole."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationMixin
+
+from molora_fed.errors import RoutingError
+from molora_fed.inference.expert_pass import ExpertPass, Piece
+from molora_fed.inference.fused_cache import FusedCache, check_class
+from molora_fed.inference.fused_config import FusedConfig
+from molora_fed.inference.mixing import Mixer, OutputMixer
+
+__all__ = ["FusedGenerationMixin"]
+
+
+class FusedGenerationMixin(GenerationMixin):
+    """Generation of `FusedForCausalLM`, by transformers' loop.
+
+    A cache must hold what the texts begin with; experts are chosen once, at a prompt's end.
+    """
+
+    config: FusedConfig
+    model: Any
+    _alone: Tensor | None
+    _mixer: Mixer
+    _pass: ExpertPass
+    _reads: frozenset[str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides what it says; see `FusedForCausalLM`."""
+        raise NotImplementedError
+
+    def _prepare(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: FusedCache | None,
+        keep: int | Tensor,
+        starts: Tensor | None,
+    ) -> Piece:
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any
+    ) -> None:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise RoutingError(
+                    "Cannot generate: expected no cache implementation, got "
+                    f"'{generation_config.cache_implementation}'. A fused model keeps its own."
+                )
+            model_kwargs["past_key_values"] = self.make_cache()
+
+    def make_cache(self) -> FusedCache:
+        """An empty cache for this model."""
+        return FusedCache(self.fingerprint, self.model.config)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: FusedCache | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        evidence_from: str = "all",
+        experts_per_text: int | None = None,
+        document_starts: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """See transformers; what was read must be what the texts begin with.
+
+        Args:
+            input_ids: The whole texts, (B, T); at first a piece of them.
+            next_sequence_length: How many of the tokens are new; see transformers.
+            past_key_values: What was read before.
+            attention_mask: 1 where there is text, (B, T) of the whole texts.
+            is_first_iteration: Whether nothing was generated yet.
+            evidence_from: With "prompt", a router that reads evidence keeps the gates it had after
+                the prompt; with "all" it goes on learning from what is generated.
+            experts_per_text: How many of the best experts at a prompt's end go on with its text,
+                their gates kept and renormalised; all if None.
+            document_starts: True at a document's first token of the prompts, (B, P); see `forward`.
+            kwargs: See `forward`.
+
+        Raises:
+            RoutingError: If a cache is another's or of other texts, or a setting cannot be.
+        """
+        self._check_settings(evidence_from, experts_per_text, past_key_values)
+        if past_key_values is not None:
+            if not is_first_iteration:
+                past_key_values.check_prefix(input_ids)
+                if experts_per_text is not None:
+                    past_key_values.narrow(experts_per_text)
+                if evidence_from == "prompt" and "evidence" in self._reads:
+                    past_key_values.hold()
+            if document_starts is not None:
+                read = past_key_values.get_seq_length()
+                count = next_sequence_length or input_ids.shape[1]
+                document_starts = document_starts[:, read : read + count]
+                if not document_starts.shape[1]:
+                    document_starts = None
+        elif document_starts is not None and not is_first_iteration:
+            raise RoutingError(
+                "Cannot generate: expected a cache with document_starts, got use_cache=False. "
+                "Use the cache."
+            )
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        prepared["document_starts"] = document_starts
+        return prepared
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """See transformers; the whole prompts are needed, and go on with what a cache has read."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            check_class(cache)
+            cache.check_prefix(input_ids)
+            experts = model_kwargs.get("experts_per_text")
+            if experts is not None and cache.tokens is None and model_kwargs.get("gates") is None:
+                self._choose_experts(input_ids, cache, experts, model_kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    @torch.no_grad()
+    def _choose_experts(
+        self, tokens: Tensor, cache: FusedCache, experts: int, given: dict[str, Any]
+    ) -> None:
+        """Choose each prompt's experts before any of them runs, where the base's states decide."""
+        mixer = self._mixer
+        if (
+            not isinstance(mixer, OutputMixer)
+            or not mixer.reads_base_alone
+            or self._alone is not None
+        ):
+            return
+        self._check_settings("all", experts, cache)
+        mask, starts = given.get("attention_mask"), given.get("document_starts")
+        piece = self._prepare(tokens, mask, None, None, 1, starts)
+        if not self._pass.is_laid_out:
+            self._pass.lay_out()
+        cache.choose(mixer.compute_base_gates(piece), experts)
+
+    def _check_settings(self, evidence_from: str, experts: int | None, cache: Any) -> None:
+        """Refuse settings of generation that cannot be."""
+        expected, got = "", ""
+        if evidence_from not in ("prompt", "all"):
+            expected, got = "evidence_from 'prompt' or 'all'", repr(evidence_from)
+        elif experts is not None and experts < 1:
+            expected, got = "experts_per_text of at least 1", str(experts)
+        elif experts is not None and self.config.mixes == "updates":
+            expected, got = "a model that mixes distributions", "experts_per_text of a population"
+        elif cache is None and (experts is not None or evidence_from == "prompt"):
+            expected, got = "a cache with experts_per_text or evidence_from", "use_cache=False"
+        if expected:
+            raise RoutingError(
+                f"Cannot generate: expected {expected}, got {got}. Correct these settings."
+            )
