@@ -2,11 +2,11 @@
 
     python bench/api_load.py --folder FOLDER --out docs/results/api_load.json
 
-Three phases against one server process, each with a warm-up that does not count: one stream at a
-time (`serial`), `--streams` at once (`concurrent`), and one at a time again, so that a machine that
-slows down is seen. A stream asks for `--tokens` tokens after one of a few prompts of other lengths,
-sampled, and asks again when it is answered. A third of the streams ask for a single specialist, the
-others for the fused model; serial streams in the same proportion.
+Phases against one server process, each with a warm-up that does not count: one stream at a time
+(`serial`), 4 and 16 at once, `--streams` at once (`concurrent`), and one at a time again, so that a
+machine that slows down is seen. A stream asks for `--tokens` tokens after one of a few prompts of
+other lengths, sampled, and asks again when it is answered. A third of the streams ask for a single
+specialist, the others for the fused model; serial streams in the same proportion.
 
 - tokens per second: completion tokens, as the server's usage counts them, of requests that ended
   within the phase, over the phase's seconds.
@@ -45,6 +45,8 @@ PROMPTS = (
     "packages that are needed. Then open the settings and change the name of the project:\n\n",
 )
 WARM_UP_SECONDS = 3.0
+LEVELS = (4, 16)
+"""Streams at a time between one and all."""
 
 
 @dataclass
@@ -194,11 +196,12 @@ def main() -> None:
     try:
         for name, streams, seconds in (
             ("serial", 1, options.serial_seconds),
+            *((f"{level} at a time", level, options.serial_seconds) for level in LEVELS),
             ("concurrent", options.streams, options.seconds),
             ("serial_again", 1, options.serial_seconds),
         ):
             phase, past = asyncio.run(run_phase(address, process, streams, seconds, options.tokens))
-            report[name] = phase.describe(past)
+            report[name] = {"streams": streams, **phase.describe(past)}
             if name == "concurrent":
                 report["memory"] = fit_memory(phase.memory)
             print(name, json.dumps(report[name]), flush=True)

@@ -222,11 +222,10 @@ def _list_served(load: Mapping[str, Any] | None) -> list[str]:
     for phase, found in (load or {}).items():
         if not isinstance(found, Mapping) or "tokens_per_second" not in found:
             continue
-        streams = load["streams"] if load and phase == "concurrent" else 1
         first = found.get("first_token_seconds") or {}
         waits = [f"{1e3 * first[key]:.0f}" if key in first else "" for key in ("median", "p99")]
         speed, errors = f"{found['tokens_per_second']:,.1f}", str(found.get("errors", ""))
-        rows.append([phase.replace("_", " "), str(streams), speed, *waits, errors])
+        rows.append([phase.replace("_", " "), str(found["streams"]), speed, *waits, errors])
     header = [
         "phase",
         "requests at a time",

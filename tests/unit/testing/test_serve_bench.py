@@ -222,8 +222,9 @@ def test_the_page_tells_bars_limits_and_load(bench):
     }
     load = {
         "streams": 64,
-        "serial": {"tokens_per_second": 10.0, "errors": 0},
+        "serial": {"streams": 1, "tokens_per_second": 10.0, "errors": 0},
         "concurrent": {
+            "streams": 64,
             "tokens_per_second": 90.0,
             "errors": 0,
             "first_token_seconds": {"median": 0.2, "p99": 0.5},
