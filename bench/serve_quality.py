@@ -51,7 +51,7 @@ __all__ = [
 BEST = "best expert in hindsight"
 OWN_DOMAIN = "its domain's expert"
 _RESAMPLES = 2_000
-_BATCH = 32
+_BATCH = 8
 _SEED = 42
 WAYS: dict[str, Callable[[Any], None]] = {
     "dense": lambda cache: None,
@@ -179,6 +179,21 @@ def resample_mean(values: NDArray[np.float64]) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
+def _measure_ways(
+    model: FusedForCausalLM, texts: Tensor, own: int | None
+) -> dict[str, NDArray[np.float64]]:
+    """Losses (n,) by way on texts (n, T); `own` is the expert of their domain, if they have one."""
+    texts = texts.to(model.device)
+    found = {way: continue_texts(model, texts, decide) for way, decide in WAYS.items()}
+    alone = torch.eye(len(model.expert_names), device=model.device)
+    each = torch.stack([continue_texts(model, texts, WAYS["dense"], g) for g in alone])  # (E, n)
+    found[BEST] = each.amin(0)
+    if own is not None:
+        found[OWN_DOMAIN] = each[own]
+    print(".", end="", flush=True)
+    return {way: losses.double().cpu().numpy() for way, losses in found.items()}
+
+
 def measure_quality(
     model: FusedForCausalLM, held_out: Sequence[Blocks], most: int
 ) -> dict[str, Any]:
@@ -191,25 +206,16 @@ def measure_quality(
     """
     texts = collect_texts(held_out, most)
     trained_on = [expert["domain"] for expert in model.config.experts]
-    kinds = {f"one domain: {domain}": tokens for domain, tokens in texts.items()}
-    owners = {
-        f"one domain: {domain}": [trained_on.index(domain)] * len(tokens)
+    found = {
+        f"one domain: {domain}": _measure_ways(model, tokens, trained_on.index(domain))
         for domain, tokens in texts.items()
     }
-    owners["one domain, all"] = [expert for each in owners.values() for expert in each]
-    kinds["one domain, all"] = torch.cat(list(texts.values()))
-    kinds["changing domain"] = splice_texts(texts)
+    each = list(found.values())
+    whole = {way: np.concatenate([one[way] for one in each]) for way in each[0]}
+    found = {**found, "one domain, all": whole}
+    found["changing domain"] = _measure_ways(model, splice_texts(texts), None)
     rows: dict[str, Any] = {}
-    for kind, tokens in kinds.items():
-        own = tokens.to(model.device)
-        found = {way: continue_texts(model, own, decide) for way, decide in WAYS.items()}
-        alone = torch.eye(len(model.expert_names), device=model.device)
-        each = torch.stack([continue_texts(model, own, WAYS["dense"], g) for g in alone])  # (E, n)
-        found[BEST] = each.amin(0)
-        if kind in owners:
-            expert = torch.tensor(owners[kind], device=each.device)
-            found[OWN_DOMAIN] = each.gather(0, expert[None])[0]
-        losses = {way: one.double().cpu().numpy() for way, one in found.items()}
+    for kind, losses in found.items():
         rows[kind] = {
             way: {
                 "loss": resample_mean(one),
@@ -217,7 +223,7 @@ def measure_quality(
             }
             for way, one in losses.items()
         }
-        rows[kind]["texts"] = len(tokens)
+        rows[kind]["texts"] = len(losses["dense"])
     return {
         "experts": len(model.expert_names),
         "router": (model.config.router or {}).get("name"),
