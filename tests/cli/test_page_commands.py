@@ -23,7 +23,10 @@ from molora_fed.storage.compute import read_compute
 from molora_fed.testing import build_random_adapter
 from molora_fed.types import Split
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+]
 
 STAYING = ("serve", "join", "api", "chat")
 """Commands that stay until somebody ends them: tests of their own start these."""
