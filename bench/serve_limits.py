@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from serve_sides import DENSE, OWN, PLAIN, RANK, SPARSE, Workshop
+from serve_sides import DENSE, OWN, PLAIN, RANK, SPARSE, GatedCache, Workshop
 from torch import nn
 from torch.autograd.profiler_legacy import profile
 from torch.backends import mkldnn
@@ -175,7 +175,8 @@ def measure_calls(workshop: Workshop, prompt: torch.Tensor) -> dict[str, int]:
         (SPARSE, workshop.fused),
     )
     for name, model in models:
-        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        given = {"past_key_values": GatedCache(model)} if name == SPARSE else {}
+        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1, **given)
         cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
         if name == SPARSE:
             cache.narrow(1)

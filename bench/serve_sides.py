@@ -33,6 +33,7 @@ from molora_fed.adapters.updates import Adapter
 from molora_fed.bank.views import RouterView
 from molora_fed.inference.expert_layers import share_weights
 from molora_fed.inference.fused_build import build_causal_lm
+from molora_fed.inference.fused_cache import FusedCache
 from molora_fed.inference.generate import Sampling, decode_tokens, mark_start
 from molora_fed.inference.mixing import mix_distributions
 from molora_fed.inference.opening import PlainModel
@@ -143,6 +144,28 @@ class Generating:
             **self.settings,
         )
         return clock.tell(whole[:, prompt.shape[1] :])
+
+
+class GatedCache(FusedCache):
+    """A cache of our model by which gates choose a text's experts.
+
+    Random experts know nothing of random texts: by evidence most texts would keep the base.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model.fingerprint, model.model.config)
+
+    def weigh(self, evidence: Tensor, starts: Tensor) -> None:
+        """Nothing counts."""
+
+
+class GeneratingSparse(Generating):
+    """Our model with one expert a text, chosen after the prompt."""
+
+    def run(self, prompt: Tensor, new: int, *, sampled: bool) -> Timing:
+        """See `Side`."""
+        self.settings = {"experts_per_text": 1, "past_key_values": GatedCache(self.model)}
+        return super().run(prompt, new, sampled=sampled)
 
 
 class Drawing:
@@ -304,7 +327,7 @@ class Workshop:
             IN_TURN: lambda: Mixing(self._run_in_turn, self._make_all_caches, router),
             MERGED: lambda: Mixing(self._run_merged, self._make_all_caches, router),
             DENSE: lambda: Generating(self.fused),
-            SPARSE: lambda: Generating(self.fused, experts_per_text=1),
+            SPARSE: lambda: GeneratingSparse(self.fused),
             DRAWN: lambda: Drawing(self.fused),
         }
         return makers[name]()

@@ -122,6 +122,8 @@ class FusedCache(Cache):
         held: Gates that stay from now on, (B, E); None while the router decides.
         last: Log-probabilities of every expert after the last token, (E, B, V); None if not needed.
         gates: The last position's gates of every step so far, each (B, E).
+        evidence: Log-probability that each expert gave to the text's last document so far, (B, E)
+            nats; None where no router reads evidence.
         columns: What an adapter router has read so far, (B, T, ...) by name.
         base: Keys and values of the base beside a population.
     """
@@ -138,6 +140,7 @@ class FusedCache(Cache):
         self.held: Tensor | None = None
         self.last: Tensor | None = None
         self.gates: list[Tensor] = []
+        self.evidence: Tensor | None = None
         self.columns: dict[str, Tensor] = {}
         self.base: Cache | None = None
 
@@ -246,6 +249,19 @@ class FusedCache(Cache):
         self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
         self.mask = None if mask is None else mask.bool()
 
+    def weigh(self, evidence: Tensor, starts: Tensor) -> None:
+        """Note what every expert knew of the tokens that came.
+
+        Args:
+            evidence: `log p_e(x_t | x_<t)`, (B, t, E) nats.
+            starts: True at a document's first token, (B, t): there the sum begins anew.
+        """
+        begun = starts.cumsum(1)
+        found = (evidence * (begun == begun[:, -1:]).unsqueeze(-1)).sum(1)
+        if self.evidence is not None:
+            found += self.evidence.masked_fill(begun[:, -1:] > 0, 0.0)
+        self.evidence = found
+
     def hold(self) -> None:
         """Keep each text's gates as they were at its last token."""
         if self.held is None and self.gates:
@@ -254,12 +270,19 @@ class FusedCache(Cache):
     def narrow(self, count: int) -> None:
         """Go on with each text's best experts alone; their gates stay, renormalised.
 
+        Best are those with the largest gates at the last token. One that goes on alone is who
+        predicted the last document best, where a router reads evidence: gates answer for one
+        token and for a mixture (docs/causal_lm.md has what each choice costs).
+
         Args:
             count: Experts that run on, at least 1; all of them go on as before.
         """
         if self.kept is not None or not self.gates:
             return
-        self.choose(self.gates[-1], count)
+        gates, scores = self.gates[-1], self.evidence if count == 1 else None
+        if scores is not None and self.fixed is not None:
+            scores = torch.where(self.fixed.isnan(), scores, gates)
+        self.choose(gates, count, scores)
         if self.kept is None:
             return
         batch = len(self.kept)
@@ -270,17 +293,21 @@ class FusedCache(Cache):
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         self.last = None
 
-    def choose(self, gates: Tensor, count: int) -> None:
-        """Keep each text's experts with the largest gates; their gates stay, renormalised.
+    def choose(self, gates: Tensor, count: int, scores: Tensor | None = None) -> None:
+        """Keep each text's best experts; their gates stay, renormalised.
 
         Args:
             gates: (B, E).
             count: Experts that are kept, at least 1; nothing changes where that is all of them.
+            scores: (B, E), higher is better; the gates if None.
         """
         if count >= gates.shape[1]:
             return
-        self.kept = gates.argsort(dim=-1, descending=True, stable=True)[:, :count]
+        order = gates if scores is None else scores
+        self.kept = order.argsort(dim=-1, descending=True, stable=True)[:, :count]
         chosen = gates.gather(1, self.kept)
+        # Equal shares where the router gave none of them anything.
+        chosen = torch.where(chosen.sum(-1, keepdim=True) > 0, chosen, 1.0)
         chosen = chosen / chosen.sum(-1, keepdim=True)
         self.held = torch.zeros_like(gates).scatter(1, self.kept, chosen)
 
@@ -307,6 +334,7 @@ class FusedCache(Cache):
         )
         self.last = None if self.last is None else self.last[:, indices]
         self.gates = [gates[indices] for gates in self.gates]
+        self.evidence = None if self.evidence is None else self.evidence[indices]
         self.columns = {name: column[indices] for name, column in self.columns.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -334,7 +362,7 @@ class FusedCache(Cache):
         self.fixed = self.kept = self.held = self.last = None
         self.base = None
         self.layers = _make_layers(self._config)
-        self.gates, self.columns = [], {}
+        self.gates, self.columns, self.evidence = [], {}, None
 
 
 def _make_layers(config: Any) -> list[Any]:

@@ -82,7 +82,7 @@ class FusedGenerationMixin(GenerationMixin):
             evidence_from: With "prompt", a router that reads evidence keeps the gates it had after
                 the prompt; with "all" it goes on learning from what is generated.
             experts_per_text: How many of the best experts at a prompt's end go on with its text,
-                their gates kept and renormalised; all if None.
+                their gates kept and renormalised; all if None. See `FusedCache.narrow`.
             document_starts: True at a document's first token of the prompts, (B, P); see `forward`.
             kwargs: See `forward`.
 

@@ -120,6 +120,7 @@ class OutputMixer:
             evidence = self._compute_evidence(piece, hidden[:experts], known)
             if cache is not None:
                 cache.last = logprob[:, :, -1]
+                cache.weigh(evidence, piece.starts)
         gates = self._compute_gates(piece, hidden, evidence, fixed, chosen)
         used = gates[:, piece.keep]
         if chosen is not None:

@@ -1,5 +1,6 @@
 """`generate` of transformers on a fused model: greedy, batches, sampling, beams, streams."""
 
+from contextlib import nullcontext
 from itertools import product
 from threading import Thread
 
@@ -19,6 +20,7 @@ from molora_fed.adapters.compatibility import applied
 from molora_fed.errors import RoutingError
 from molora_fed.inference.expert_layers import plan_layers, share_weights
 from molora_fed.inference.fused_build import build_causal_lm
+from molora_fed.inference.fused_cache import FusedCache
 from molora_fed.inference.fused_config import FusedConfig
 from molora_fed.inference.fused_lm import FusedForCausalLM
 from molora_fed.models.base import load_base
@@ -278,12 +280,31 @@ def test_all_experts_of_a_text_are_the_model(lm):
         assert greedy(lm, tokens, experts_per_text=count).tolist() == greedy(lm, tokens).tolist()
 
 
-def test_one_expert_of_a_text_is_that_specialist(fused, lm, neox):
+@pytest.mark.parametrize("sizes", [(9,), (1, 8), (4, 1, 1, 3)])
+def test_the_evidence_of_a_cache_is_what_experts_knew_of_the_last_document(fused, lm, neox, sizes):
+    tokens = random_tokens(3, 9, seed=4)
+    tokens[1, 0], tokens[2, 5] = END, END  # documents begin after these
+    cache, read = lm.make_cache(), 0
+    for size in sizes:
+        piece = tokens[:, read : read + size]
+        lm(input_ids=piece, past_key_values=cache)
+        read += size
+    for expert, one in enumerate(fused.experts):
+        place = nullcontext() if one.adapter is None else applied(neox.model, one.adapter)
+        with place, torch.no_grad():
+            logprob = neox.model(tokens).logits.log_softmax(-1)
+        said = logprob[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+        whole = torch.stack([said[0].sum(), said[1, 1:].sum(), said[2, 6:].sum()])
+        torch.testing.assert_close(cache.evidence[:, expert], whole, **CLOSE)
+
+
+def test_one_expert_of_a_text_is_the_specialist_that_knew_its_prompt_best(fused, lm, neox):
     tokens = random_tokens(3, 6, seed=4)
     scores, texts = read_on(lm, tokens, 6, experts_per_text=1)
-    before = lm(input_ids=tokens)
+    cache = lm.make_cache()
+    before = lm(input_ids=tokens, past_key_values=cache)
     torch.testing.assert_close(scores[:, 0], before.logits[:, -1], **CLOSE)
-    for row, best in enumerate(before.gates[:, -1].argmax(-1).tolist()):
+    for row, best in enumerate(cache.evidence.argmax(-1).tolist()):
         with applied(neox.model, fused.experts[best].adapter), torch.no_grad():
             alone = neox.model(texts[row : row + 1]).logits.log_softmax(-1)
         torch.testing.assert_close(scores[row, 1:], alone[0, 6:-1], **CLOSE)
@@ -305,6 +326,23 @@ def test_two_experts_of_a_text_keep_their_share(neox, beams):
     kept = gates * (gates >= gates.sort(-1, descending=True).values[:, 1:2])
     fixed = lm(input_ids=texts, gates=kept / kept.sum(-1, keepdim=True)).logits
     torch.testing.assert_close(scores[:, 1:], fixed[:, 6:-1], **CLOSE)
+
+
+def test_gates_that_are_given_choose_their_own_experts(lm):
+    tokens = random_tokens(2, 6, seed=4)
+    given = torch.tensor([[float("nan")] * 3, [0.2, 0.3, 0.5]])
+    cache = lm.make_cache()
+    lm(input_ids=tokens, past_key_values=cache, gates=given)
+    best = cache.evidence.argmax(-1)
+    cache.narrow(1)
+    assert cache.kept.flatten().tolist() == [best[0], 2]
+
+
+def test_experts_that_the_router_gave_nothing_share_alike():
+    cache = FusedCache("owner", GPTNeoXConfig(num_hidden_layers=1))
+    gates = torch.tensor([[1.0, 0.0, 0.0]])
+    cache.choose(gates, 2, torch.tensor([[-9.0, -1.0, -2.0]]))
+    assert cache.kept.tolist() == [[1, 2]] and cache.held.tolist() == [[0.0, 0.5, 0.5]]
 
 
 @pytest.mark.parametrize("columns", [("base_hidden",), ("prefix_hidden",)])

@@ -145,10 +145,10 @@ def test_all_that_mix_write_the_same_text(bench, workshop):
         assert min(found[name].prefill, *found[name].tokens) > 0
 
 
-def test_a_sparse_text_keeps_an_adapter_and_not_the_base(workshop):
+def test_a_sparse_text_keeps_an_adapter_and_not_the_base(bench, workshop):
     generator = torch.Generator().manual_seed(4)
     prompt = torch.randint(0, 2048, (4, 12), generator=generator)
-    cache = workshop.fused.make_cache()
+    cache = bench.sides.GatedCache(workshop.fused)
     workshop.fused.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
