@@ -12,6 +12,7 @@ The fused model is a demo's, or that of the first training of a finished study o
 router the charter's default, fitted on the study's calibration blocks.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -148,27 +149,30 @@ def splice_texts(texts: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def continue_texts(
-    model: Any, texts: Tensor, decide: Callable[[Any], None], gates: Tensor | None = None
-) -> Tensor:
-    """Mean loss of each text's second half, (n,) nats a token.
+    model: Any, texts: Tensor, ways: Mapping[str, Callable[[Any], None]], gates: Tensor | None
+) -> dict[str, Tensor]:
+    """Mean loss of each text's second half by way, (n,) nats a token.
 
     Args:
         model: A fused model.
         texts: Token ids, (n, T).
-        decide: Told the cache after the prompt.
+        ways: Each is told a cache after the prompt, which all of them share.
         gates: Gates in place of the router's, (E,); None for the router's.
     """
-    half, losses = texts.shape[1] // 2, []
+    half = texts.shape[1] // 2
+    losses: dict[str, list[Tensor]] = {way: [] for way in ways}
     for part in texts.split(_BATCH):
-        cache = model.make_cache()
+        read = model.make_cache()
         fixed = {} if gates is None else {"gates": gates.expand(len(part), -1)}
-        first = model(part[:, :half], past_key_values=cache, logits_to_keep=1, **fixed).logits
-        decide(cache)
-        rest = model(part[:, half:-1], past_key_values=cache, **fixed).logits
-        logprob = torch.cat([first, rest], dim=1)
-        found = logprob.gather(-1, part[:, half:].unsqueeze(-1)).squeeze(-1)
-        losses.append(-found.mean(1))
-    return torch.cat(losses)
+        first = model(part[:, :half], past_key_values=read, logits_to_keep=1, **fixed).logits
+        for way, decide in ways.items():
+            cache = copy.deepcopy(read)
+            decide(cache)
+            rest = model(part[:, half:-1], past_key_values=cache, **fixed).logits
+            logprob = torch.cat([first, rest], dim=1)
+            found = logprob.gather(-1, part[:, half:].unsqueeze(-1)).squeeze(-1)
+            losses[way].append(-found.mean(1))
+    return {way: torch.cat(parts) for way, parts in losses.items()}
 
 
 def resample_mean(values: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -184,9 +188,9 @@ def _measure_ways(
 ) -> dict[str, NDArray[np.float64]]:
     """Losses (n,) by way on texts (n, T); `own` is the expert of their domain, if they have one."""
     texts = texts.to(model.device)
-    found = {way: continue_texts(model, texts, decide) for way, decide in WAYS.items()}
-    alone = torch.eye(len(model.expert_names), device=model.device)
-    each = torch.stack([continue_texts(model, texts, WAYS["dense"], g) for g in alone])  # (E, n)
+    found = continue_texts(model, texts, WAYS, None)
+    alone, dense = torch.eye(len(model.expert_names), device=model.device), {"dense": WAYS["dense"]}
+    each = torch.stack([continue_texts(model, texts, dense, g)["dense"] for g in alone])  # (E, n)
     found[BEST] = each.amin(0)
     if own is not None:
         found[OWN_DOMAIN] = each[own]
