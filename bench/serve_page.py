@@ -252,8 +252,8 @@ def build_page(
     lines = [
         "# Serving: a fused model beside its base, PEFT and plain loops",
         "",
-        "`python bench/serve.py --demo FOLDER --study real-base --out docs/results/serve.json`; its "
-        f"head says what each figure is. Device: {environment['device']} "
+        "`python bench/serve.py --demo FOLDER --study real-base --out docs/results/serve.json`; "
+        f"its head says what each figure is. Device: {environment['device']} "
         f"({environment['hardware']}), {settings['cores']} cores, {settings['threads']} threads; "
         f"{versions}." + (" Small sizes (`--quick`)." if settings["quick"] else ""),
         "",
