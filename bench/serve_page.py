@@ -25,10 +25,10 @@ _OPENED = {
 _QUALITY = (
     "Each text is the beginning of a held-out document of its own: the first half is the prompt, "
     "the second half is scored, in nats a token. Above dense: mean and 95 % interval over "
-    "documents. 'Gates held' runs all experts with the gates they had after the prompt; one or "
-    "two experts are those with the largest; its domain's expert was trained on the text's "
-    "domain, and the best expert in hindsight is what no choice of one expert can beat. In "
-    "'changing domain' the scored half is another domain's."
+    "documents. 'Gates held' runs all experts with the gates they had after the prompt; two "
+    "experts are those with the largest, one is who predicted the prompt best; its domain's expert "
+    "was trained on the text's domain, and the best expert in hindsight is what no choice of one "
+    "expert can beat. In 'changing domain' the scored half is another domain's."
 )
 _MIB = 2**20
 

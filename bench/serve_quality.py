@@ -1,10 +1,11 @@
 """What deciding once costs in loss, on a real fused model; for bench/serve.py.
 
 A text's first half is the prompt. Its second half is scored with teacher forcing: dense, where the
-router decides at each token; with the gates it had after the prompt held; and with the one or two
-best experts of that moment alone. The best expert in hindsight is the one with the smallest loss on
-the scored half of a text: no choice of one expert is better. Its domain's expert is who was trained
-on the text's domain. Texts are held-out, each of another document; those that change domain begin
+router decides at each token; with the gates it had after the prompt held; with the two experts of
+the largest of these; and with the one that `FusedCache.narrow` chooses, who predicted the prompt
+best where the router reads evidence. The best expert in hindsight is the one with the smallest loss
+on the scored half of a text: no choice of one expert is better. Its domain's expert is who was
+trained on the text's domain. Texts are held-out, each of another document; those that change domain begin
 with one document's half and go on with another's, so that the gates are decided at the last token
 of the first.
 

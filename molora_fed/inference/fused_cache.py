@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from molora_fed.errors import RoutingError
 
-__all__ = ["FusedCache", "GrowingLayer", "SkippedLayer", "check_class"]
+__all__ = ["FusedCache", "GrowingLayer", "SkippedLayer", "check_fused_cache"]
 
 _FIRST_ROOM = 64  # positions; doubled whenever they are full
 
@@ -377,7 +377,7 @@ def _spread(texts: Tensor, batch: int, rows: int) -> Tensor:
     return (starts[:, None] + texts).flatten()
 
 
-def check_class(cache: Any) -> None:
+def check_fused_cache(cache: Any) -> None:
     """Refuse a cache that is no `FusedCache`.
 
     Raises:

@@ -1,5 +1,6 @@
 """What a fused model does otherwise than any model when it generates: prompts are read whole."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from transformers.generation import GenerationMixin
 
 from molora_fed.errors import RoutingError
 from molora_fed.inference.expert_pass import ExpertPass, Piece
-from molora_fed.inference.fused_cache import FusedCache, check_class
+from molora_fed.inference.fused_cache import FusedCache, check_fused_cache
 from molora_fed.inference.fused_config import FusedConfig
 from molora_fed.inference.mixing import Mixer, OutputMixer
 
@@ -22,27 +23,12 @@ class FusedGenerationMixin(GenerationMixin):
     """
 
     config: FusedConfig
-    model: Any
+    make_cache: Callable[[], FusedCache]
     _alone: Tensor | None
     _mixer: Mixer
     _pass: ExpertPass
+    _prepare: Callable[..., Piece]
     _reads: frozenset[str]
-
-    @property
-    def fingerprint(self) -> str:
-        """Of everything that decides what it says; see `FusedForCausalLM`."""
-        raise NotImplementedError
-
-    def _prepare(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: FusedCache | None,
-        keep: int | Tensor,
-        starts: Tensor | None,
-    ) -> Piece:
-        raise NotImplementedError
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any
@@ -54,10 +40,6 @@ class FusedGenerationMixin(GenerationMixin):
                     f"'{generation_config.cache_implementation}'. A fused model keeps its own."
                 )
             model_kwargs["past_key_values"] = self.make_cache()
-
-    def make_cache(self) -> FusedCache:
-        """An empty cache for this model."""
-        return FusedCache(self.fingerprint, self.model.config)
 
     def prepare_inputs_for_generation(
         self,
@@ -129,7 +111,7 @@ class FusedGenerationMixin(GenerationMixin):
         """See transformers; the whole prompts are needed, and go on with what a cache has read."""
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            check_class(cache)
+            check_fused_cache(cache)
             cache.check_prefix(input_ids)
             experts = model_kwargs.get("experts_per_text")
             if experts is not None and cache.tokens is None and model_kwargs.get("gates") is None:

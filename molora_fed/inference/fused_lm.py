@@ -20,11 +20,9 @@ from transformers.utils import ModelOutput
 
 from molora_fed.adapters.updates import LinearUpdate
 from molora_fed.errors import RoutingError, ShapeError
-from molora_fed.inference.expert_layers import (
-    put_experts_in,
-)
+from molora_fed.inference.expert_layers import put_experts_in
 from molora_fed.inference.expert_pass import ExpertPass, Piece
-from molora_fed.inference.fused_cache import FusedCache, check_class
+from molora_fed.inference.fused_cache import FusedCache, check_fused_cache
 from molora_fed.inference.fused_config import FusedConfig, find_config, make_router
 from molora_fed.inference.fused_generation import FusedGenerationMixin
 from molora_fed.inference.mixing import Mixer, OutputMixer, UpdateMixer
@@ -358,6 +356,10 @@ class FusedForCausalLM(PreTrainedModel, FusedGenerationMixin):
         finally:
             self._alone = before
 
+    def make_cache(self) -> FusedCache:
+        """An empty cache for this model."""
+        return FusedCache(self.fingerprint, self.model.config)
+
     # -- reading ----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -409,7 +411,7 @@ class FusedForCausalLM(PreTrainedModel, FusedGenerationMixin):
             past_key_values = self.make_cache()
         cache = past_key_values
         if cache is not None:
-            check_class(cache)
+            check_fused_cache(cache)
             cache.check(self.fingerprint, gates, len(input_ids))
         piece = self._prepare(
             input_ids, attention_mask, position_ids, cache, logits_to_keep, document_starts

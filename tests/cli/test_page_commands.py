@@ -63,7 +63,7 @@ def place(kept, setup, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def follow(molora, monkeypatch):
+def follow(molora):
     """`follow(block, {"as written": "here"})` runs its commands; what each printed, in order."""
 
     def follow(block, replaced=(), failing=()):
