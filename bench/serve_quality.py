@@ -5,9 +5,9 @@ router decides at each token; with the gates it had after the prompt held; with 
 the largest of these; and with the one that `FusedCache.narrow` chooses, who predicted the prompt
 best where the router reads evidence. The best expert in hindsight is the one with the smallest loss
 on the scored half of a text: no choice of one expert is better. Its domain's expert is who was
-trained on the text's domain. Texts are held-out, each of another document; those that change domain begin
-with one document's half and go on with another's, so that the gates are decided at the last token
-of the first.
+trained on the text's domain. Texts are held-out, each of another document; those that change domain
+begin with one document's half and go on with another's, so that experts are chosen at the last
+token of the first.
 
 The fused model is a demo's, or that of the first training of a finished study of fusions, its
 router the charter's default, fitted on the study's calibration blocks.
