@@ -43,10 +43,17 @@ from molora_fed.storage.files import write_bytes, write_json
 from molora_fed.storage.options import open_callable
 from molora_fed.types import LossMatrix, Reading, Split
 from molora_studies.framework.actions import open_base, open_corpus
-from molora_studies.framework.contract import Done, TaskContext
+from molora_studies.framework.contract import Done, Task, TaskContext
 from molora_studies.framework.substrate import FusionSettings
 
-__all__ = ["Fusion", "average_fusions", "fuse_members", "load_evaluation", "open_fusion"]
+__all__ = [
+    "Fusion",
+    "average_fusions",
+    "fuse_members",
+    "leave_out_baselines",
+    "load_evaluation",
+    "open_fusion",
+]
 
 _SUMS = "evaluation.safetensors"
 _EVALUATION = "evaluation.json"
@@ -220,6 +227,13 @@ def open_fusion(settings: Mapping[str, Any], context_needs: Sequence[Done], fold
         base_text=tuple(base_text),
         folder=folder,
     )
+
+
+def leave_out_baselines(task: Task) -> tuple[dict[str, Any], list[Task]]:
+    """A fusion task's settings and needs without the models it compares, for `open_fusion`."""
+    labels, first = task.settings["baselines"], 1 + 2 * len(task.settings["members"])
+    needs = [*task.needs[:first], *task.needs[first + len(labels) :]]
+    return {**task.settings, "baselines": []}, needs
 
 
 def fuse_members(settings: Mapping[str, Any], context: TaskContext) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def tournament(
     ] = None,
     study: Annotated[
         list[str] | None,
-        typer.Option(help="A study whose finished fusions take part; may be given again."),
+        typer.Option(help="A study whose trained specialists take part; may be given again."),
     ] = None,
     routers: Annotated[
         str, typer.Option(help="Routers, separated by commas; every registered one if not given.")

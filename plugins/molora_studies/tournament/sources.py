@@ -1,4 +1,4 @@
-"""Where arenas come from: cooperatives of this machine, and finished fusions of studies."""
+"""Where arenas come from: cooperatives of this machine, and specialists of studies."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ from molora_fed.storage.files import canonical_json, hash_bytes, make_folder, wr
 from molora_fed.storage.options import Choice
 from molora_fed.types import Split
 from molora_studies.framework.contract import Cell, Task
-from molora_studies.framework.fusions import Fusion, open_fusion
+from molora_studies.framework.fusions import Fusion, leave_out_baselines, open_fusion
 from molora_studies.framework.results import PlannedStudy, hash_code_of
 from molora_studies.framework.store import TaskStore
 from molora_studies.tournament.arena import (
@@ -142,15 +142,16 @@ def _collect(cooperative: Cooperative) -> list[Contributed]:
 
 
 def list_study_arenas(planned: PlannedStudy) -> list[ArenaSource]:
-    """Arenas of a study's finished fusions, for each cooperative that was trained at least twice.
+    """Arenas of a study's fusions, for each cooperative that was trained at least twice.
 
-    Taken are fusions as this project fuses: a probability mixture with the base as an expert.
+    Taken are fusions as this project fuses: a probability mixture with the base as an expert. Its
+    specialists must be trained; the fusion, and models that it compares, may be missing.
 
     Args:
         planned: The study.
 
     Raises:
-        StudyError: If it has no such fusion, or one is not finished.
+        StudyError: If it has no such fusion, or a specialist of one is not trained.
     """
     store = TaskStore.in_cache(planned.cache)
     groups: dict[str, list[Cell]] = {}
@@ -164,13 +165,18 @@ def list_study_arenas(planned: PlannedStudy) -> list[ArenaSource]:
             f"Cannot hold a tournament on study '{planned.name}': expected fusions of several "
             "seeds by probability mixture with the base as an expert, got none. Choose another."
         )
-    missing = [
-        cell.name for cells in replicated.values() for cell in cells if not store.is_done(cell.task)
-    ]
+    rests_on = {
+        need.key: need
+        for cells in replicated.values()
+        for cell in cells
+        for need in leave_out_baselines(cell.task)[1]
+    }
+    missing = [need.name for need in rests_on.values() if not store.is_done(need)]
     if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise StudyError(
-            f"Cannot hold a tournament on study '{planned.name}': expected finished fusions, got "
-            f"none of {', '.join(missing[:3])}. Run `molora study {planned.name}` first."
+            f"Cannot hold a tournament on study '{planned.name}': expected trained specialists, "
+            f"got nothing of '{missing[0]}'{more}. Run `molora study {planned.name}` first."
         )
     found = []
     for name, cells in replicated.items():
@@ -192,14 +198,14 @@ def _is_arena(task: Task) -> bool:
 def _open_fusion(
     cooperative: str, training: str, store: TaskStore, task: Task, settings: TournamentSettings
 ) -> Arena:
-    done, needs = store.read(task)[0], [store.read(need)[0] for need in task.needs]
-    folder = _name_folder(settings, "fusion", task.key)
-    fusion = open_fusion(task.settings, needs, done.folder)
+    fused, folder = store.folder(task), _name_folder(settings, "fusion", task.key)
+    alone, needs = leave_out_baselines(task)
+    fusion = open_fusion(alone, [store.read(need)[0] for need in needs], fused)
     held_out = fusion.take(Split.HELD_OUT, fusion.settings.held_out)
     rules = CorpusRules(block_size=held_out[0].block_size)
     unseen = read_unseen(settings, fusion.base, rules, [part.domain for part in held_out])
     overlaps = compare_text(held_out, unseen, fusion.list_known(), fusion.base.tokenizer)
-    link_columns(done.folder / "bank", folder)
+    link_columns(fused / "bank", folder)
     return Arena(
         cooperative=cooperative,
         training=training,

@@ -1,4 +1,6 @@
-"""Arenas of a study's finished fusions: the same text, columns and figures as the study's own."""
+"""Arenas of a study's fusions: the same text, columns and figures as the study's own."""
+
+from dataclasses import replace
 
 import pytest
 from molora_studies.framework.contract import Cell, Study, StudyOptions
@@ -29,7 +31,7 @@ BASE = plan_base(
 )
 
 
-def plan(seed, **settings):
+def plan(seed, rivals=None, **settings):
     corpora = {domain: plan_corpus(BASE, domain) for domain in DOMAINS}
     recipe = SpecialistSettings(steps=10, seed=seed)
     members = [
@@ -39,7 +41,7 @@ def plan(seed, **settings):
     chosen = FusionSettings(
         routers={"evidence-zero": {}}, merges=(), seed=seed, calibration=8, held_out=8, **settings
     )
-    return plan_fusion(f"two, seed {seed}", BASE, members, chosen)
+    return plan_fusion(f"two, seed {seed}", BASE, members, chosen, baselines=rivals)
 
 
 def plan_study(cache, seeds=(1, 2)):
@@ -70,11 +72,27 @@ def test_arenas_are_fusions_of_several_trainings_as_we_fuse(planned):
     ]
 
 
-def test_an_unfinished_fusion_is_named(tmp_path):
-    with pytest.raises(StudyError, match="got none of ours seed 1, ours seed 2"):
+def test_a_specialist_that_is_not_trained_is_named(tmp_path):
+    with pytest.raises(StudyError, match=r"got nothing of 'base builtin .*' and 6 more"):
         list_study_arenas(plan_study(tmp_path))
     with pytest.raises(StudyError, match="fusions of several seeds"):
         list_study_arenas(plan_study(tmp_path, seeds=(1,)))
+
+
+@pytest.mark.processes
+def test_specialists_suffice_without_the_fusion_and_the_models_it_compares(planned, tmp_path):
+    rival = plan_specialist(BASE, plan_corpus(BASE, "readme"), SpecialistSettings(steps=10, seed=9))
+    cells = [
+        replace(cell, task=plan(cell.labels["seed"], rivals={"everybody's text": rival}))
+        for cell in planned.cells[:2]
+    ]
+    assert not any(TaskStore.in_cache(planned.cache).is_done(cell.task) for cell in cells)
+    settings = TournamentSettings(tmp_path, load_plugins(), ("evidence-zero",), (), 1)
+    alone = hold_tournament(settings, list_study_arenas(replace(planned, cells=cells)))
+    fused = hold_tournament(settings, list_study_arenas(planned))
+    assert [one["losses_nats"] for one in alone.matches] == [
+        one["losses_nats"] for one in fused.matches
+    ]
 
 
 @pytest.mark.processes
