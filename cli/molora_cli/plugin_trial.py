@@ -3,11 +3,19 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from molora_cli.plugin_runs import (
+    PLACES_IN_CASCADE,
+    PLACES_IN_POPULATION,
+    Tried,
+    answer_with,
+    evolve_with,
+)
 from molora_cli.progress import Reporter
+from molora_fed.charter import Charter
 from molora_fed.contributions.admission import AdmissionCandidate
 from molora_fed.contributions.contributed import collect_contributed
 from molora_fed.contributions.manifest import Contribution
@@ -67,6 +75,8 @@ class Trial:
             "admission_checks": self._try_check,
             "domains": self._try_domain,
             "adapter_kinds": self._try_kind,
+            **dict.fromkeys(PLACES_IN_POPULATION, partial(self._try_population, suffix)),
+            **dict.fromkeys(PLACES_IN_CASCADE, partial(self._try_cascade, suffix)),
         }
         if suffix not in trials:
             yield CheckResult(name, None, "nothing of this kind is used on a cooperative alone")
@@ -108,15 +118,20 @@ class Trial:
             self._failure = error
             raise
 
-    def _fuse(self) -> dict[str, Any]:
+    def _open_charter(self) -> Charter:
+        """The charter of a cooperative whose texts lie here."""
         charter = self._cooperative.charter
         if charter.is_private:
             raise ConfigError(
                 f"Cannot try this on '{self._cooperative.folder}': expected texts that lie here, "
                 "got a charter under which they stay with contributors. Try it on another one."
             )
+        return charter
+
+    def _fuse(self) -> dict[str, Any]:
         from molora_fed.fusion.fuse import fuse
 
+        charter = self._open_charter()
         rules = charter.amendment.fusion
         asked: dict[str, Any] = {
             key: [self._choose(entry) for suffix, entry in self._chosen if suffix == hook]
@@ -255,6 +270,16 @@ class Trial:
         numbers = sum(parameter.numel() for parameter in parameters)
         accepted = "" if entry.name in rules.kinds else "; its charter does not accept the kind"
         yield f"{numbers:,} trained numbers, a folder of {size:,} bytes at rank {rank}{accepted}"
+
+    def _try_population(self, suffix: str, entry: Entry) -> _Tried:
+        charter, base = self._open_charter(), self._base
+        what = Tried(suffix, entry.name, self._options, self._plugins, self._progress)
+        yield from evolve_with(what, charter, base, self._contributions)
+
+    def _try_cascade(self, suffix: str, entry: Entry) -> _Tried:
+        contributors = [one.manifest.contributor for one in self._contributions]
+        what = Tried(suffix, entry.name, self._options, self._plugins, self._progress)
+        yield from answer_with(what, self._cooperative.folder, contributors)
 
 
 def _describe_finding(found: Finding | None) -> str:

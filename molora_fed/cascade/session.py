@@ -40,6 +40,7 @@ from molora_fed.tracing.writing import TraceWriter
 from molora_fed.types import Progress
 
 __all__ = [
+    "ANSWERS_FILE",
     "RunResult",
     "describe_cascade",
     "describe_options",

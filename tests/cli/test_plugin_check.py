@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -165,6 +166,29 @@ def test_a_file_is_tried_on_a_cooperative_that_stays_as_it_was(molora, write, tm
     assert {p: b for p, b in files.items() if p.name not in ("ledger.db-shm", "ledger.db-wal")} == (
         kept
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("per-domain", r"generation 3: slot 0 .* is freed .*born by inheritance .*harm at most"),
+        (
+            "softmax-embedding-mean",
+            r"\d\.\d{3} nats a token on held-out text after 20 steps, 5.945",
+        ),
+        ("crossover", r"generation 1: slot 0 .* is freed .* is born by crossover of "),
+        ("choice-letter", "4 tasks of 'choices', . answered: 4 by "),
+        ("always", "4 tasks of 'arithmetic', . answered: 4 by full_arena"),
+    ],
+)
+def test_what_populations_and_cascades_use_is_tried_in_a_short_run(molora, tmp_path, name, said):
+    home = tmp_path / "home"
+    shutil.copytree(KEPT, home)
+    ran = molora("plugins", "check", name, "--on", home, "--json")
+    assert ran.code == 0, ran.out + ran.err
+    (found,) = read(ran).values()
+    assert any(re.search(said, check["remark"]) for check in found["checks"]), ran.out
+    assert not (home / "evolution").exists()
 
 
 def test_what_cannot_be_tried_on_a_cooperative_is_a_finding(molora, tiny_checkpoint, tmp_path):
