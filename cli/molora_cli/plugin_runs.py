@@ -183,7 +183,7 @@ def answer_with(what: Tried, cooperative: Path, contributors: Sequence[str]) -> 
     chosen = {key: what.name, f"{key}_options": dict(what.options)} if key else {}
     cascade = build_cascade(
         CascadeConfig.model_validate({"cascade": {**section, **chosen}, "models": models}),
-        folder,
+        Path(),  # files among a policy's options are named as on any command line
         what.plugins,
         extractors=tuple({task.extractor: None for task in tasks}),
     )

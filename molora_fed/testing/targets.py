@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from molora_fed.errors import PluginError
 from molora_fed.guard import one_line
+from molora_fed.storage.settings import describe_offenders
 from molora_fed.testing.findings import CheckResult, examine
 
 __all__ = ["Target", "describe_target", "examine_target", "open_target", "other_chance"]
@@ -76,7 +78,10 @@ def examine_target(
             return problem
         try:
             case.make()
-        except Exception as error:  # options without defaults, or whatever its class raises
+        except ValidationError as error:
+            found = describe_offenders(error)
+            return f"expected options that are given or have a default, got {found}"
+        except Exception as error:  # whatever its class raises
             found = f"{type(error).__name__}: {one_line(str(error))}"
             return f"expected a target that its options make, got {found}"
         return None

@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from molora_acar.calibration import Observation, fit_calibration
+from molora_acar.calibration_table import save_calibration
 
+from molora_fed.cascade.contract import MODES
 from molora_fed.charter import CorpusRules
 from molora_fed.cooperative.cooperative import create_cooperative
 from molora_fed.models.base import load_base
 from molora_fed.plugins import load_plugins
+from molora_fed.testing import build_evidence, build_task
 
 KEPT = Path(__file__).parents[1] / "data" / "kept" / "cooperative"
 
@@ -189,6 +193,21 @@ def test_what_populations_and_cascades_use_is_tried_in_a_short_run(molora, tmp_p
     (found,) = read(ran).values()
     assert any(re.search(said, check["remark"]) for check in found["checks"]), ran.out
     assert not (home / "evolution").exists()
+
+
+def test_files_among_options_are_named_from_where_the_command_runs(molora, tmp_path, monkeypatch):
+    right, price = dict.fromkeys(MODES, True), dict.fromkeys(MODES, 1.0)
+    said = (["4", "4", "4"], ["4", "5", "6"], ["4", "4", "5"])
+    observed = [
+        Observation(build_evidence(said[number % 3], task=build_task(number)), right, price)
+        for number in range(60)
+    ]
+    save_calibration(tmp_path / "table.json", fit_calibration(observed))
+    shutil.copytree(KEPT, tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    ran = molora("plugins", "check", "calibrated", "--option", "table=table.json", "--on", "home")
+    assert ran.code == 0, ran.out + ran.err
+    assert "replayed 4 decisions from the record, 0 differences" in ran.out
 
 
 def test_what_cannot_be_tried_on_a_cooperative_is_a_finding(molora, tiny_checkpoint, tmp_path):
