@@ -149,9 +149,14 @@ class ExpertLinear(nn.Module):
     def _add_others(self, output: Tensor, flat: Tensor, rows: Rows) -> Tensor:
         """Add dense differences and those of biases."""
         rows.check(flat)
+        output = output.clone()  # it may be a part of a group's output
+        if rows.gates is not None:
+            gates = rows.gates.flatten(0, 1).to(flat.dtype)
+            for index, owner in enumerate(self.dense_owners):
+                output += gates[:, owner, None] * multiply(flat, self.dense[index])
+            return output + gates @ self.biases if self.has_biases else output
         assert rows.expert is not None
         expert = rows.expert.repeat_interleave(rows.positions)
-        output = output.clone()  # it may be a part of a group's output
         for index, owner in enumerate(self.dense_owners):
             chosen = (expert == owner).nonzero().squeeze(1)
             if len(chosen):

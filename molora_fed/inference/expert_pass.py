@@ -92,27 +92,49 @@ class ExpertPass:
             expert=owners,
             num_experts=len(self._names),
             is_folded=is_folded,
-            merged=self._find_merged(chosen, piece),
+            merged=self._find_merged(self._find_lone(chosen), piece),
         )
         hidden = self.run(rows, piece, count, piece.cache)
         return hidden.unflatten(0, (count, batch))
 
-    def _find_merged(self, chosen: Tensor | None, piece: Piece) -> int | None:
-        """The one expert that has been decoding alone for so long that merging it pays.
+    def run_merged(self, piece: Piece, weights: Tensor) -> Tensor:
+        """States that enter the head, (B, t, D), of one model a text.
+
+        Args:
+            piece: The piece.
+            weights: Of the experts' changes, added up inside the layers, (B, E).
+        """
+        same = weights[0].tolist() if bool((weights == weights[0]).all()) else None
+        rows = Rows(
+            gates=weights[:, None].expand(-1, piece.tokens.shape[1], -1),
+            num_experts=len(self._names),
+            merged=self._find_merged(None if same is None else tuple(same), piece),
+        )
+        return self.run(rows, piece, 1, piece.cache)
+
+    def _find_lone(self, chosen: Tensor | None) -> tuple[float, ...] | None:
+        """Weights of the one expert that all texts have, (E,); None where there are others."""
+        experts = set() if chosen is None else set(chosen.flatten().tolist())
+        if len(experts) != 1:
+            return None
+        return tuple(float(expert in experts) for expert in range(len(self._names)))
+
+    def _find_merged(
+        self, weights: tuple[float, ...] | None, piece: Piece
+    ) -> tuple[float, ...] | None:
+        """These weights, once they have decoded alone for so long that merging by them pays.
 
         Tokens are counted from one cache's last longer piece on, so that the same texts are read
         with the same weights whatever was read before, and two caches in turn merge nothing.
         """
-        experts = set() if chosen is None else set(chosen.flatten().tolist())
         cache, limit = piece.cache, self._owner.merge_after
-        if cache is None or limit is None or len(experts) != 1 or piece.tokens.shape[1] > 1:
+        if cache is None or limit is None or weights is None or piece.tokens.shape[1] > 1:
             self._lone = None
             return None
-        (expert,) = experts
         is_same = self._lone is not None and self._lone[0]() is cache
         steps = 1 + (self._lone[1] if is_same and self._lone is not None else 0)
         self._lone = ref(cache), steps
-        return expert if steps > limit else None
+        return weights if steps > limit else None
 
     def run(self, rows: Rows, piece: Piece, count: int, cache: Any) -> Tensor:
         """States that enter the head, (count * B, t, D)."""

@@ -120,6 +120,8 @@ class FusedCache(Cache):
         fixed: Gates given in place of the router's, (B, E), NaN where the router decides; or None.
         kept: Experts that still run for each text, (B, k) int64; None for all of them.
         held: Gates that stay from now on, (B, E); None while the router decides.
+        merged: Weights by which the experts' changes are merged into one model for each text,
+            (B, E); None while experts run on their own.
         last: Log-probabilities of every expert after the last token, (E, B, V); None if not needed.
         gates: The last position's gates of every step so far, each (B, E).
         evidence: Log-probability that each expert gave to the text's last document so far, (B, E)
@@ -138,6 +140,7 @@ class FusedCache(Cache):
         self.fixed: Tensor | None = None
         self.kept: Tensor | None = None
         self.held: Tensor | None = None
+        self.merged: Tensor | None = None
         self.last: Tensor | None = None
         self.gates: list[Tensor] = []
         self.evidence: Tensor | None = None
@@ -293,6 +296,32 @@ class FusedCache(Cache):
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         self.last = None
 
+    def merge(self, gates: Tensor | None = None) -> None:
+        """Go on with one model for each text: the experts' changes, merged by its gates.
+
+        Keys and values that were read become the same mean of the experts' own. To first order in
+        the changes these are the merged model's.
+
+        Args:
+            gates: (B, E), of a cache that has read nothing; those after the last token if None.
+        """
+        if self.kept is not None or self.merged is not None:
+            return
+        if gates is None:
+            if not self.gates:
+                return
+            gates = self.gates[-1]
+        self.held = self.merged = gates
+        batch, count = gates.shape
+        share = gates.t().reshape(count, batch, 1, 1, 1)
+        for layer in self.layers:
+            if layer.is_initialized and layer.keys is not None and len(layer.keys) > batch:
+                layer.keys, layer.values = (
+                    (part.unflatten(0, (-1, batch))[:count].float() * share).sum(0).to(part.dtype)
+                    for part in (layer.keys, layer.values)
+                )
+        self.last = None
+
     def choose(self, gates: Tensor, count: int, scores: Tensor | None = None) -> None:
         """Keep each text's best experts; their gates stay, renormalised.
 
@@ -328,8 +357,8 @@ class FusedCache(Cache):
         self.tokens = self.tokens[indices]
         if self.state is not None:
             self.state = {name: tensor[indices] for name, tensor in self.state.items()}
-        rows = (self.mask, self.fixed, self.kept, self.held)
-        self.mask, self.fixed, self.kept, self.held = (
+        rows = (self.mask, self.fixed, self.kept, self.held, self.merged)
+        self.mask, self.fixed, self.kept, self.held, self.merged = (
             None if part is None else part[indices] for part in rows
         )
         self.last = None if self.last is None else self.last[:, indices]
@@ -359,7 +388,7 @@ class FusedCache(Cache):
         """Forget everything that was read."""
         super().reset()
         self.tokens = self.mask = self.state = None
-        self.fixed = self.kept = self.held = self.last = None
+        self.fixed = self.kept = self.held = self.merged = self.last = None
         self.base = None
         self.layers = _make_layers(self._config)
         self.gates, self.columns, self.evidence = [], {}, None

@@ -1,7 +1,7 @@
 """What a fused model does otherwise than any model when it generates: prompts are read whole."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class FusedGenerationMixin(GenerationMixin):
         attention_mask: Tensor | None = None,
         is_first_iteration: bool | None = False,
         evidence_from: str = "all",
-        experts_per_text: int | None = None,
+        experts_per_text: int | Literal["merged"] | None = None,
         document_starts: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -64,7 +64,9 @@ class FusedGenerationMixin(GenerationMixin):
             evidence_from: With "prompt", a router that reads evidence keeps the gates it had after
                 the prompt; with "all" it goes on learning from what is generated.
             experts_per_text: How many of the best experts at a prompt's end go on with its text,
-                their gates kept and renormalised; all if None. See `FusedCache.narrow`.
+                their gates kept and renormalised, see `FusedCache.narrow`; with "merged" one model
+                for each text goes on, the experts' changes merged by the gates at the prompt's
+                end, see `FusedCache.merge`; all experts if None.
             document_starts: True at a document's first token of the prompts, (B, P); see `forward`.
             kwargs: See `forward`.
 
@@ -75,7 +77,9 @@ class FusedGenerationMixin(GenerationMixin):
         if past_key_values is not None:
             if not is_first_iteration:
                 past_key_values.check_prefix(input_ids)
-                if experts_per_text is not None:
+                if experts_per_text == "merged":
+                    past_key_values.merge()
+                elif experts_per_text is not None:
                     past_key_values.narrow(experts_per_text)
                 if evidence_from == "prompt" and "evidence" in self._reads:
                     past_key_values.hold()
@@ -120,7 +124,11 @@ class FusedGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def _choose_experts(
-        self, tokens: Tensor, cache: FusedCache, experts: int, given: dict[str, Any]
+        self,
+        tokens: Tensor,
+        cache: FusedCache,
+        experts: int | Literal["merged"],
+        given: dict[str, Any],
     ) -> None:
         """Choose each prompt's experts before any of them runs, where the base's states decide."""
         mixer = self._mixer
@@ -135,14 +143,22 @@ class FusedGenerationMixin(GenerationMixin):
         piece = self._prepare(tokens, mask, None, None, 1, starts)
         if not self._pass.is_laid_out:
             self._pass.lay_out()
-        cache.choose(mixer.compute_base_gates(piece), experts)
+        gates = mixer.compute_base_gates(piece)
+        if experts == "merged":
+            cache.merge(gates)
+        else:
+            cache.choose(gates, experts)
 
-    def _check_settings(self, evidence_from: str, experts: int | None, cache: Any) -> None:
+    def _check_settings(
+        self, evidence_from: str, experts: int | Literal["merged"] | None, cache: Any
+    ) -> None:
         """Refuse settings of generation that cannot be."""
         expected, got = "", ""
         if evidence_from not in ("prompt", "all"):
             expected, got = "evidence_from 'prompt' or 'all'", repr(evidence_from)
-        elif experts is not None and experts < 1:
+        elif isinstance(experts, str) and experts != "merged":
+            expected, got = "experts_per_text as a number or 'merged'", repr(experts)
+        elif isinstance(experts, int) and experts < 1:
             expected, got = "experts_per_text of at least 1", str(experts)
         elif experts is not None and self.config.mixes == "updates":
             expected, got = "a model that mixes distributions", "experts_per_text of a population"

@@ -51,7 +51,7 @@ class Sampling:
         evidence_from: With "prompt", a router that reads evidence keeps the gates it had after
             the prompt; with "all" it goes on learning from the tokens that were chosen.
         experts_per_text: So many of the best experts after the prompt write its text, their gates
-            kept; all of them if None.
+            kept; "merged" merges all of them by these gates; all of them if None.
     """
 
     max_new_tokens: int = 64
@@ -60,7 +60,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     evidence_from: EvidenceSource = "all"
-    experts_per_text: int | None = None
+    experts_per_text: int | Literal["merged"] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range, all of them at once.
@@ -74,7 +74,8 @@ class Sampling:
             "top_k >= 0": self.top_k >= 0,
             "top_p in (0, 1]": 0 < self.top_p <= 1,
             "evidence_from 'prompt' or 'all'": self.evidence_from in ("prompt", "all"),
-            "experts_per_text >= 1": self.experts_per_text is None or self.experts_per_text >= 1,
+            "experts_per_text >= 1 or 'merged'": self.experts_per_text in (None, "merged")
+            or (isinstance(self.experts_per_text, int) and self.experts_per_text >= 1),
         }
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:

@@ -107,6 +107,10 @@ class OutputMixer:
     def mix(self, piece: Piece, fixed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-probabilities at the kept positions, and the gates of all, (B, t, E)."""
         cache, experts = piece.cache, len(self._names)
+        if cache is not None and cache.merged is not None:
+            states = self._pass.run_merged(piece, cache.merged)
+            held_gates = cache.merged[:, None].expand(-1, piece.tokens.shape[1], -1)
+            return self._pass.compute_logprob(states[:, piece.keep]), held_gates
         chosen = self._choose_experts(fixed, cache)
         hidden = self._pass.run_experts(piece, chosen)  # (k, B, t, D)
         held = None if cache is None else cache.held

@@ -44,7 +44,8 @@ class Rows:
         num_experts: E; 0 where no expert is added to the base.
         positions: T, of every row.
         is_folded: Whether rows are experts in order, as many rows of each: row e * B + b.
-        merged: The one expert that occurs, where it is read from weights it is merged into.
+        merged: Weights of the experts' changes in every row, (E,), where they are read from weights
+            they are merged into.
     """
 
     expert: Tensor | None = None
@@ -52,7 +53,7 @@ class Rows:
     num_experts: int = 0
     positions: int = 1
     is_folded: bool = False
-    merged: int | None = None
+    merged: tuple[float, ...] | None = None
     _weights: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -225,7 +226,7 @@ class SharedInput:
         count = (self._width + self._num_ranks) * layers[0].in_features
         self._is_packed = _is_worth_packing(layers[0].matrix, count)
         self._factors: _Factors | None = None
-        self._merged: tuple[int, Tensor, Tensor | None] | None = None
+        self._merged: tuple[tuple[float, ...], Tensor, Tensor | None] | None = None
         self._inputs: Tensor | None = None
         self._found: tuple[Tensor, ...] = ()
 
@@ -301,19 +302,21 @@ class SharedInput:
             ]
         )
 
-    def _merge(self, expert: int) -> tuple[Tensor, Tensor | None]:
-        """All layers' weights with one expert's product added, and biases; of one at a time."""
-        if self._merged is None or self._merged[0] != expert:
+    def _merge(self, weights: tuple[float, ...]) -> tuple[Tensor, Tensor | None]:
+        """All layers' weights with the experts' weighed products, and biases; of one at a time."""
+        if self._merged is None or self._merged[0] != weights:
             parts = []
             for layer in self.layers:
-                ranks = [rank for rank, owner in enumerate(layer.owners) if owner == expert]
+                ranks = [rank for rank, owner in enumerate(layer.owners) if weights[owner]]
                 weight = layer.matrix.detach()
                 if ranks:
-                    product = layer.b.detach()[:, ranks].float() @ layer.a.detach()[ranks].float()
+                    share = [weights[layer.owners[rank]] for rank in ranks]
+                    b = layer.b.detach()[:, ranks].float() * torch.tensor(share).to(weight.device)
+                    product = b @ layer.a.detach()[ranks].float()
                     weight = (weight.float() + product).to(weight.dtype)
                 parts.append(weight)
             self._merged = None  # the former one's memory comes first
-            self._merged = (expert, _pack(torch.cat(parts)), self._make_bias())
+            self._merged = (weights, _pack(torch.cat(parts)), self._make_bias())
         return self._merged[1:]
 
     def _get_factors(self) -> _Factors:

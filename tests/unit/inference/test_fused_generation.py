@@ -17,6 +17,7 @@ from fused_helpers import (
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, TextIteratorStreamer
 
 from molora_fed.adapters.compatibility import applied
+from molora_fed.adapters.updates import average_adapters
 from molora_fed.errors import RoutingError
 from molora_fed.inference.expert_layers import plan_layers, share_weights
 from molora_fed.inference.fused_build import build_causal_lm
@@ -328,6 +329,80 @@ def test_two_experts_of_a_text_keep_their_share(neox, beams):
     torch.testing.assert_close(scores[:, 1:], fixed[:, 6:-1], **CLOSE)
 
 
+def read_merged(fused, prompt, rest, gates):
+    """What one text's merged experts say after a prompt, on the mean of their keys and values."""
+    model, caches = fused.base.model, []
+    for expert in fused.experts:
+        place = nullcontext() if expert.adapter is None else applied(model, expert.adapter)
+        with place, torch.no_grad():
+            caches.append(model(prompt, use_cache=True).past_key_values)
+    cache = DynamicCache()
+    for index, layers in enumerate(zip(*(one.layers for one in caches), strict=True)):
+        mean = (
+            sum(gate * getattr(layer, name) for gate, layer in zip(gates, layers, strict=True))
+            for name in ("keys", "values")
+        )
+        cache.update(*mean, index)
+    nothing = build_random_adapter(model, strength=0.0)
+    adapters = [one.adapter or nothing for one in fused.experts]
+    with applied(model, average_adapters(adapters, gates.tolist())), torch.no_grad():
+        return model(rest, past_key_values=cache).logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
+@pytest.mark.parametrize("merge_after", [None, 3])
+def test_merged_experts_are_one_model_by_the_gates_of_the_prompts_end(
+    tiny_checkpoint, architecture, merge_after, monkeypatch
+):
+    fused = build_fused(load_base(tiny_checkpoint(architecture)), columns=("mean_hidden",))
+    lm = build_causal_lm(fused)
+    lm.router.projection.data *= 0.1  # gates that all count
+    monkeypatch.setattr(type(lm), "merge_after", merge_after)
+    for prompts in (random_tokens(1, 6, seed=4), random_tokens(3, 6, seed=5)):
+        scores, texts = read_on(lm, prompts, 6, experts_per_text="merged")
+        gates = lm(input_ids=prompts).gates[:, -1].double()
+        assert gates.min() > 0.02
+        for row, text in enumerate(texts):
+            share = gates[row] / gates[row].sum()
+            expected = read_merged(fused, text[None, :6], text[None, 6:-1], share)
+            torch.testing.assert_close(scores[row, 1:], expected[0], atol=1e-3, rtol=1e-3)
+    groups = [layer.group for layer in lm.expert_layers.values() if layer.group is not None]
+    assert any(group._merged for group in groups) == bool(groups and merge_after)
+
+
+def test_one_expert_merged_is_that_expert(fused, lm, neox):
+    tokens = random_tokens(2, 6, seed=4)
+    for expert, one in enumerate(fused.experts):
+        gates = torch.eye(3)[expert].expand(2, -1)
+        scores, texts = read_on(lm, tokens, 6, gates=gates, experts_per_text="merged")
+        place = nullcontext() if one.adapter is None else applied(neox.model, one.adapter)
+        with place, torch.no_grad():
+            alone = neox.model(texts).logits.log_softmax(-1)
+        torch.testing.assert_close(scores, alone[:, 5:-1], **CLOSE)
+
+
+def test_merged_experts_follow_their_texts_through_beams(lm):
+    tokens = random_tokens(3, 6, seed=4)
+    settings = {"experts_per_text": "merged", "num_beams": 3}
+    found = greedy(lm, tokens, **settings)
+    alone = [greedy(lm, tokens[row : row + 1], **settings) for row in range(3)]
+    assert found.tolist() == torch.cat(alone).tolist()
+
+
+@pytest.mark.parametrize("columns", [("base_hidden",), ("prefix_hidden",)])
+def test_where_the_bases_states_decide_merged_experts_read_the_prompt_too(neox, columns):
+    fused = build_fused(neox, columns=columns)
+    lm, tokens = build_causal_lm(fused), random_tokens(1, 6)
+    gates = lm(tokens).gates[:, -1]
+    nothing = build_random_adapter(neox.model, strength=0.0)
+    adapters = [one.adapter or nothing for one in fused.experts]
+    share = gates[0].double() / gates[0].double().sum()
+    scores, texts = read_on(lm, tokens, 6, experts_per_text="merged")
+    with applied(neox.model, average_adapters(adapters, share.tolist())), torch.no_grad():
+        expected = neox.model(texts).logits.log_softmax(-1)
+    torch.testing.assert_close(scores, expected[:, 5:-1], atol=1e-3, rtol=1e-3)
+
+
 def test_gates_that_are_given_choose_their_own_experts(lm):
     tokens = random_tokens(2, 6, seed=4)
     given = torch.tensor([[float("nan")] * 3, [0.2, 0.3, 0.5]])
@@ -420,6 +495,10 @@ def test_a_cache_is_of_one_expert_or_of_all(lm):
     ("settings", "message"),
     [
         ({"experts_per_text": 0}, "expected experts_per_text of at least 1, got 0"),
+        (
+            {"experts_per_text": "all"},
+            "expected experts_per_text as a number or 'merged', got 'all'",
+        ),
         ({"experts_per_text": 2, "use_cache": False}, "expected a cache"),
         ({"evidence_from": "prompt", "use_cache": False}, "expected a cache"),
         ({"evidence_from": "nothing"}, "expected evidence_from 'prompt' or 'all', got 'nothing'"),
