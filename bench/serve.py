@@ -15,14 +15,15 @@ Page and figure are written beside the JSON after each run.
   rounds; its median and 10th to 90th percentile over rounds are shown. Of the fastest tokens of all
   rounds, which neighbours on the machine disturb least, the bars show the ratio, too.
   At batch 1 a run writes 96 tokens, so that the median of a sparse side is of tokens that its one
-  expert writes merged, as it does after 32 (`FusedForCausalLM.merge_after`).
+  expert writes merged, as it does after 32 (`FusedForCausalLM.merge_after`); so of the side that
+  merges all experts by the gates after the prompt.
 - `sampling/...`: the same with temperature 0.8 and top_p 0.95.
 - `memory/...`: each side in a process of its own, the peak above what its imports took, while it
   reads the prompts and writes a few tokens; of an accelerator its peak.
 - `limit/...`: bytes a token must read, operations, calls, and how fast this machine reads and
   multiplies, measured in the same process.
 - `quality/...`: see bench/serve_quality.py; of the built-in base with `--demo FOLDER`, a folder of
-  `molora demo`, of SmolLM2 with `--study real-base`, once that study is finished.
+  `molora demo`, of SmolLM2 with `--study real-base`, once its first specialists are trained.
 
 E counts the base as an expert; the others are LoRA adapters of rank 16 on all linear layers with
 random numbers. The router is on in everything that mixes experts: it gives each text of a batch
@@ -49,6 +50,7 @@ from serve_limits import list_needs, measure_calls, measure_machine, read_shape
 from serve_page import build_page, compare, draw_page, find_base
 from serve_quality import measure_quality, open_demo, open_study
 from serve_sides import (
+    BLENDED,
     DENSE,
     DRAWN,
     IN_TURN,
@@ -80,7 +82,7 @@ NEW_TOKENS = {1: 96, 4: 16, 16: 8}
 LEAST_ROUNDS = 3
 SLOW = (ROWS, IN_TURN, MERGED)
 """Sides that write a quarter of the tokens, which leaves time for more rounds."""
-IN_ORDER = (PLAIN, OWN, DENSE, SPARSE, SPECIALIST, ONE_PASS, *SLOW)
+IN_ORDER = (PLAIN, OWN, DENSE, SPARSE, BLENDED, SPECIALIST, ONE_PASS, *SLOW)
 """In a round what is compared with a bar runs close together."""
 SEED = 42
 

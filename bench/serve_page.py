@@ -9,13 +9,16 @@ from molora_studies.framework.contract import Figure
 from molora_studies.framework.render import draw_figure
 from serve_limits import Need
 from serve_quality import BEST, OWN_DOMAIN, WAYS
-from serve_sides import BASES, DENSE, DRAWN, ROWS, SIDES, SPARSE
+from serve_sides import BASES, BLENDED, DENSE, DRAWN, ROWS, SIDES, SPARSE
 
 __all__ = ["Ratio", "build_page", "compare", "draw_page", "find_base"]
 
 Cells = Mapping[str, Mapping[str, Any]]
 
-BARS = {(DENSE, 4): 1.4, (DENSE, 8): 1.8, (SPARSE, 4): 1.1, (SPARSE, 8): 1.1}
+BARS = {
+    **{(DENSE, 4): 1.4, (DENSE, 8): 1.8, (SPARSE, 4): 1.1, (SPARSE, 8): 1.1},
+    **{(BLENDED, 4): 1.1, (BLENDED, 8): 1.1},
+}
 QUALITY_BAR = 0.02
 _TITLES = {"smollm2": "SmolLM2-135M", "builtin": "the built-in base's size"}
 _OPENED = {
@@ -26,9 +29,10 @@ _QUALITY = (
     "Each text is the beginning of a held-out document of its own: the first half is the prompt, "
     "the second half is scored, in nats a token. Above dense: mean and 95 % interval over "
     "documents. 'Gates held' runs all experts with the gates they had after the prompt; two "
-    "experts are those with the largest, one is who predicted the prompt best; its domain's expert "
-    "was trained on the text's domain, and the best expert in hindsight is what no choice of one "
-    "expert can beat. In 'changing domain' the scored half is another domain's."
+    "experts are those with the largest, one is who predicted the prompt best; merged is one model "
+    "of all experts' changes by these gates; its domain's expert was trained on the text's domain, "
+    "and the best expert in hindsight is what no choice of one expert can beat. In 'changing "
+    "domain' the scored half is another domain's."
 )
 _MIB = 2**20
 
@@ -101,15 +105,14 @@ def _find(cells: Cells, kind: str) -> Iterator[tuple[list[str], Mapping[str, Any
 def _list_bars(cells: Cells) -> list[str]:
     rows = []
     for (_, base, dtype, experts, batch), cell in _find(cells, "speed"):
-        for side in (DENSE, SPARSE):
-            bar = BARS.get((side, int(experts[1:])))
-            if base != "smollm2" or batch != "B1" or bar is None:
+        for side in (DENSE, SPARSE, BLENDED):
+            bar, sides = BARS.get((side, int(experts[1:]))), cell["sides"]
+            if base != "smollm2" or batch != "B1" or bar is None or side not in sides:
                 continue
-            sides = cell["sides"]
             ratio = compare(sides, side, find_base(sides), "token")
             cost = [""] * 2
             limit = cells.get(f"limit/{base}/{dtype}/{experts}")
-            if limit is not None:
+            if limit is not None and side in limit["sides"]:
                 seconds = [find_limit(limit, name) for name in (side, find_base(sides))]
                 share = seconds[0] / float(np.median(sides[side]["token"]))
                 cost = [f"{seconds[0] / seconds[1]:.2f}x", f"{100 * share:.0f} %"]
@@ -209,11 +212,14 @@ def _list_quality(cell: Mapping[str, Any]) -> list[str]:
 
 
 def _judge_quality(cell: Mapping[str, Any]) -> str:
-    """Whether one expert, chosen after the prompt, is within the bar on texts of one domain."""
-    bound = Ratio(*cell["rows"]["one domain, all"]["one expert"]["above_dense"])
-    return (
-        f"Bar for one expert on one domain, {QUALITY_BAR} nats: held, {judge(bound, QUALITY_BAR)}."
-    )
+    """Whether what goes on alone after the prompt is within the bar on texts of one domain."""
+    ways = cell["rows"]["one domain, all"]
+    said = [
+        f"{way}: {judge(Ratio(*ways[way]['above_dense']), QUALITY_BAR)}"
+        for way in ("one expert", "merged")
+        if way in ways
+    ]
+    return f"Bar on texts of one domain, {QUALITY_BAR} nats, held by {', by '.join(said)}."
 
 
 def _list_served(load: Mapping[str, Any] | None) -> list[str]:
@@ -267,7 +273,9 @@ def build_page(
         f"One text, {_TITLES['smollm2']}. A bar is held if the whole spread is at or below it. The "
         "least possible is the ratio of the two limits below, the last column the share of the "
         "side's own limit in its time. Sparse keeps one expert after the prompt, merged into "
-        "weights of its own after 32 tokens: the median token of 96 is one of those.",
+        "weights of its own after 32 tokens: the median token of 96 is one of those. Merged after "
+        "the prompt are all experts, by the gates at its end, into one model, whose weights are "
+        "made after 32 tokens, too: it reads what the base reads.",
         _list_bars(cells),
     )
     if figure is not None:
@@ -351,7 +359,7 @@ def draw_page(report: Mapping[str, Any]) -> bytes | None:
                 middle = np.array([ratio.median for ratio in ratios])
                 ends = [[r.low for r in ratios], [r.high for r in ratios]]
                 bars = np.abs(np.array(ends) - middle)
-                is_own = side in (DENSE, SPARSE)
+                is_own = side in (DENSE, SPARSE, BLENDED)
                 axes.errorbar(
                     counts, middle, yerr=bars, label=side, marker="o", capsize=2,
                     linestyle="-" if is_own else "--", linewidth=2 if is_own else 1,

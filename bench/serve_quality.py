@@ -3,14 +3,15 @@
 A text's first half is the prompt. Its second half is scored with teacher forcing: dense, where the
 router decides at each token; with the gates it had after the prompt held; with the two experts of
 the largest of these; and with the one that `FusedCache.narrow` chooses, who predicted the prompt
-best where the router reads evidence. The best expert in hindsight is the one with the smallest loss
+best where the router reads evidence; and with all experts merged into one model by the gates after
+the prompt, `FusedCache.merge`. The best expert in hindsight is the one with the smallest loss
 on the scored half of a text: no choice of one expert is better. Its domain's expert is who was
 trained on the text's domain. Texts are held-out, each of another document; those that change domain
 begin with one document's half and go on with another's, so that experts are chosen at the last
 token of the first.
 
-The fused model is a demo's, or that of the first training of a finished study of fusions, its
-router the charter's default, fitted on the study's calibration blocks.
+The fused model is a demo's, or that of the first training of a study of fusions, whose specialists
+are trained, its router the charter's default, fitted on the study's calibration blocks.
 """
 
 import copy
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from molora_studies.framework.fusions import open_fusion
+from molora_studies.framework.fusions import leave_out_baselines, open_fusion
 from molora_studies.framework.registry import get_studies
 from molora_studies.framework.results import plan_study
 from molora_studies.framework.store import TaskStore
@@ -60,6 +61,7 @@ WAYS: dict[str, Callable[[Any], None]] = {
     "gates held": lambda cache: cache.hold(),
     "two experts": lambda cache: cache.narrow(2),
     "one expert": lambda cache: cache.narrow(1),
+    "merged": lambda cache: cache.merge(),
 }
 
 
@@ -75,16 +77,16 @@ def open_demo(demo: Path) -> tuple[FusedForCausalLM, list[Blocks]]:
 
 
 def open_study(name: str) -> tuple[FusedForCausalLM, list[Blocks]]:
-    """The first fusion of a finished study, with the charter's default router; held-out blocks.
+    """The first fusion of a study, with the charter's default router; its held-out blocks.
 
     Args:
-        name: A study with fusions by probability mixture.
+        name: A study with fusions by probability mixture, the first one's specialists trained.
     """
     planned = plan_study(name, get_studies().registry, find_cache_folder())
     task = next(cell.task for cell in planned.cells if cell.task.action == "fuse-members")
     store = TaskStore.in_cache(planned.cache)
-    needs = [store.read(need)[0] for need in task.needs]
-    fusion = open_fusion(task.settings, needs, store.read(task)[0].folder)
+    alone, needs = leave_out_baselines(task)
+    fusion = open_fusion(alone, [store.read(need)[0] for need in needs], store.folder(task))
     chosen = FusionRules().router
     router = get_plugins().routers.resolve(chosen)
     options = router.Options()

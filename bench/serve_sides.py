@@ -52,9 +52,10 @@ IN_TURN = "PEFT, E passes in turn"
 MERGED = "E merged models"
 DENSE = "ours, dense"
 SPARSE = "ours, sparse"
+BLENDED = "ours, merged after the prompt"
 DRAWN = "ours, dense, a generator a text"
 BASES = (PLAIN, OWN)
-SIDES = (*BASES, SPECIALIST, ONE_PASS, ROWS, IN_TURN, MERGED, DENSE, SPARSE)
+SIDES = (*BASES, SPECIALIST, ONE_PASS, ROWS, IN_TURN, MERGED, DENSE, SPARSE, BLENDED)
 OF_ANY_COUNT = (PLAIN, OWN, SPECIALIST)
 """Sides that are the same whatever E is."""
 
@@ -328,6 +329,7 @@ class Workshop:
             MERGED: lambda: Mixing(self._run_merged, self._make_all_caches, router),
             DENSE: lambda: Generating(self.fused),
             SPARSE: lambda: GeneratingSparse(self.fused),
+            BLENDED: lambda: Generating(self.fused, experts_per_text="merged"),
             DRAWN: lambda: Drawing(self.fused),
         }
         return makers[name]()

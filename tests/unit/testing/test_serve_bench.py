@@ -234,11 +234,13 @@ def test_the_page_tells_bars_limits_and_load(bench):
     dense = "| ours, dense, float32 | E4 | 1.33x (1.31-1.35) | 1.30x | 1.4x | yes | 1.00x | 38 % |"
     assert dense in page
     assert "| ours, sparse, float32 | E4 | 1.23x (1.21-1.25) | 1.20x | 1.1x | no |" in page
+    assert "| ours, merged after the prompt, float32 | E4 | 1.00x (1.00-1.00) |" in page
     assert "| concurrent | 64 | 90.0 | 200 | 500 | 0 |" in page
     assert "## Memory" not in page
     first, other = page.split("## Loss of deciding once, ")[1:]
-    assert first.startswith("SmolLM2-135M") and "0.02 nats: held, yes." in first
-    assert "+0.0100 [+0.0050, +0.0150]" in first and "0.02 nats: held, no." in other
+    assert first.startswith("SmolLM2-135M")
+    assert "0.02 nats, held by one expert: yes, by merged: yes." in first
+    assert "+0.0100 [+0.0050, +0.0150]" in first and "one expert: no, by merged: no." in other
     without = bench.page.build_page({"settings": SETTINGS, "cells": cells}, None, None)
     assert "Served" not in without
     figure = bench.page.draw_page({"settings": SETTINGS, "cells": cells})
