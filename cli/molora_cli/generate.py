@@ -3,14 +3,17 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from molora_cli.output import note
+from molora_cli.output import MAX_LINE, note
 from molora_cli.progress import reporting
 from molora_cli.shared_options import Device, Dtype, ask_compute
-from molora_fed.storage.untrusted import clean_lines
+from molora_fed.storage.untrusted import clean, clean_lines
+
+_DIGITS = 10
+"""Of a number that somebody may give."""
 
 
 class Evidence(StrEnum):
@@ -36,9 +39,10 @@ def generate(
         Evidence, typer.Option(help="Whether gates go on learning from the generated tokens.")
     ] = Evidence.ALL,
     experts: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            min=1, help="So many of the best experts go on after the prompt; all if None."
+            help="So many of the best experts go on after the prompt, or 'merged': all of them as "
+            "one model. All on their own if None."
         ),
     ] = None,
     base: Annotated[
@@ -53,7 +57,7 @@ def generate(
     from molora_fed.inference.generate import generate as generate_text
 
     sampling = Sampling(
-        max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value, experts
+        max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value, _read_experts(experts)
     )
     with reporting("loading the model", transient=True) as progress:
         model = open_causal_lm(
@@ -69,3 +73,21 @@ def generate(
     print(clean_lines(text) if sys.stdout.isatty() else text)
     gates = sorted(generation.gates.items(), key=lambda item: -item[1])
     note("gates: " + ", ".join(f"{name} {gate:.2f}" for name, gate in gates))
+
+
+def _read_experts(given: str | None) -> int | Literal["merged"] | None:
+    """Experts that go on after the prompt.
+
+    Raises:
+        BadParameter: If it is neither a number of them nor "merged".
+    """
+    if given is None:
+        return None
+    if given == "merged":
+        return "merged"
+    if given.isascii() and given.isdecimal() and len(given) < _DIGITS and int(given) >= 1:
+        return int(given)
+    raise typer.BadParameter(
+        f"expected a number from 1 on or 'merged', got '{clean(given, MAX_LINE)}'.",
+        param_hint="--experts",
+    )

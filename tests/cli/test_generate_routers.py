@@ -54,3 +54,15 @@ def test_the_others_generate(molora, fuse_with, router, rules):
     assert ran.code == 0
     assert ran.out.startswith("abc dab")
     assert ran.err.startswith("gates: ")
+
+
+def test_experts_go_on_alone_or_merged_and_nothing_else(molora, fuse_with):
+    folder = fuse_with(router="evidence-zero")
+    asked = ["generate", folder, "--prompt", "abc dab", "--max-new-tokens", 3, "--experts"]
+    for experts in ("1", "merged"):
+        ran = molora(*asked, experts)
+        assert ran.code == 0 and ran.out.startswith("abc dab"), ran.err
+    for wrong in ("0", "-1", "all", "9" * 5000):
+        ran = molora(*asked, wrong)
+        assert ran.code == 2
+        assert "expected a number from 1 on or 'merged'" in " ".join(ran.err.split())
