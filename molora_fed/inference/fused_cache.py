@@ -280,7 +280,7 @@ class FusedCache(Cache):
         Args:
             count: Experts that run on, at least 1; all of them go on as before.
         """
-        if self.kept is not None or not self.gates:
+        if self.kept is not None or self.merged is not None or not self.gates:
             return
         gates, scores = self.gates[-1], self.evidence if count == 1 else None
         if scores is not None and self.fixed is not None:
@@ -300,10 +300,12 @@ class FusedCache(Cache):
         """Go on with one model for each text: the experts' changes, merged by its gates.
 
         Keys and values that were read become the same mean of the experts' own. To first order in
-        the changes these are the merged model's.
+        the changes these are the merged model's. Nothing changes where experts were chosen before.
 
         Args:
             gates: (B, E), of a cache that has read nothing; those after the last token if None.
+
+        Source: own definition; what it costs in loss is in docs/results/serve.md.
         """
         if self.kept is not None or self.merged is not None:
             return

@@ -381,6 +381,17 @@ def test_one_expert_merged_is_that_expert(fused, lm, neox):
         torch.testing.assert_close(scores, alone[:, 5:-1], **CLOSE)
 
 
+def test_what_was_decided_first_stays(lm):
+    tokens = random_tokens(2, 6, seed=4)
+    for first, then in (("merge", "narrow"), ("narrow", "merge")):
+        cache = lm.make_cache()
+        lm(tokens, past_key_values=cache)
+        for name in (first, then):
+            getattr(cache, name)(*([1] if name == "narrow" else []))
+        assert (cache.merged is None) == (first == "narrow")
+        assert (cache.kept is None) == (first == "merge")
+
+
 def test_merged_experts_follow_their_texts_through_beams(lm):
     tokens = random_tokens(3, 6, seed=4)
     settings = {"experts_per_text": "merged", "num_beams": 3}
