@@ -175,14 +175,15 @@ def test_a_file_is_tried_on_a_cooperative_that_stays_as_it_was(molora, write, tm
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("per-domain", r"generation 3: slot 0 .* is freed .*born by inheritance .*harm at most"),
         (
             "softmax-embedding-mean",
-            r"\d\.\d{3} nats a token on held-out text after 20 steps, 5.945",
+            "nats a token on held-out text after 20 steps, 5.945 of the base",
         ),
-        ("crossover", r"generation 1: slot 0 .* is freed .* is born by crossover of "),
+        (
+            "crossover",
+            r"generation 3: slot .* is freed .* is born by crossover of .*; harm at most",
+        ),
         ("choice-letter", "4 tasks of 'choices', . answered: 4 by "),
-        ("always", "4 tasks of 'arithmetic', . answered: 4 by full_arena"),
     ],
 )
 def test_what_populations_and_cascades_use_is_tried_in_a_short_run(molora, tmp_path, name, said):
