@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from molora_fed.cascade.contract import CascadeTask
     from molora_fed.population.evolution import Generation
 
-__all__ = ["PLACES_IN_CASCADE", "PLACES_IN_POPULATION", "Tried", "answer_with", "evolve_with"]
+__all__ = [
+    "PLACES_IN_CASCADE",
+    "PLACES_IN_POPULATION",
+    "Tried",
+    "answer_with",
+    "draw_tasks_for",
+    "evolve_with",
+]
 
 PLACES_IN_POPULATION = ("adapter_routers", "fitness_scopes", "lifecycle_operators")
 """Suffixes of the hooks that take part in an evolution."""
@@ -172,7 +179,7 @@ def answer_with(what: Tried, cooperative: Path, contributors: Sequence[str]) -> 
     from molora_fed.cascade.session import ANSWERS_FILE, run_in_folder
     from molora_fed.storage.keys import load_or_make_key
 
-    tasks, folder = _draw_tasks(what), cooperative.resolve()
+    tasks, folder = draw_tasks_for(what), cooperative.resolve()
     members = {
         f"member-{number}": {"kind": "specialist", "cooperative": folder, "contributor": one}
         for number, one in enumerate(contributors[:_MEMBERS], start=1)
@@ -207,10 +214,16 @@ def answer_with(what: Tried, cooperative: Path, contributors: Sequence[str]) -> 
     yield f"replayed {ran.replay.decisions} decisions from the record, 0 differences"
 
 
-def _draw_tasks(what: Tried) -> "list[CascadeTask]":
-    """Of the family that is tried, or one that uses the extractor that is tried, or the first.
+def draw_tasks_for(what: Tried) -> "list[CascadeTask]":
+    """Tasks of the family that is tried, of one that uses the extractor tried, or of the first.
 
     Where no family uses an extractor, it reads answers to tasks that ask for another.
+
+    Args:
+        what: What is tried in a cascade.
+
+    Raises:
+        ConfigError: If no family is registered.
     """
     from molora_fed.cascade.contract import draw_tasks
 

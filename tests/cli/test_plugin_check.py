@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from molora_acar.calibration import Observation, fit_calibration
 from molora_acar.calibration_table import save_calibration
+from molora_cli.plugin_runs import Tried, draw_tasks_for
 
 from molora_fed.cascade.contract import MODES
 from molora_fed.charter import CorpusRules
@@ -183,7 +184,6 @@ def test_a_file_is_tried_on_a_cooperative_that_stays_as_it_was(molora, write, tm
             "crossover",
             r"generation 3: slot .* is freed .* is born by crossover of .*; harm at most",
         ),
-        ("choice-letter", "4 tasks of 'choices', . answered: 4 by "),
     ],
 )
 def test_what_populations_and_cascades_use_is_tried_in_a_short_run(molora, tmp_path, name, said):
@@ -194,6 +194,21 @@ def test_what_populations_and_cascades_use_is_tried_in_a_short_run(molora, tmp_p
     (found,) = read(ran).values()
     assert any(re.search(said, check["remark"]) for check in found["checks"]), ran.out
     assert not (home / "evolution").exists()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "name", "family", "extractor"),
+    [
+        ("extractors", "choice-letter", "choices", "choice-letter"),
+        ("extractors", "json-field", "arithmetic", "json-field"),  # no family asks for it
+        ("task_families", "logic", "logic", "normalised-text"),
+        ("judges", "majority", "arithmetic", "number"),
+    ],
+)
+def test_what_is_tried_in_a_cascade_gets_tasks_that_use_it(suffix, name, family, extractor):
+    tasks = draw_tasks_for(Tried(suffix, name, {}, load_plugins(), None))
+    assert len(tasks) == 4
+    assert {(task.family, task.extractor) for task in tasks} == {(family, extractor)}
 
 
 def test_files_among_options_are_named_from_where_the_command_runs(molora, tmp_path, monkeypatch):
