@@ -16,8 +16,9 @@ __all__ = ["Ratio", "build_page", "compare", "draw_page", "find_base"]
 Cells = Mapping[str, Mapping[str, Any]]
 
 BARS = {
-    **{(DENSE, 4): 1.4, (DENSE, 8): 1.8, (SPARSE, 4): 1.1, (SPARSE, 8): 1.1},
-    **{(BLENDED, 4): 1.1, (BLENDED, 8): 1.1},
+    (DENSE, 4): 1.4,
+    (DENSE, 8): 1.8,
+    **{(side, experts): 1.1 for side in (SPARSE, BLENDED) for experts in (4, 8)},
 }
 QUALITY_BAR = 0.02
 _TITLES = {"smollm2": "SmolLM2-135M", "builtin": "the built-in base's size"}
@@ -258,8 +259,8 @@ def build_page(
     lines = [
         "# Serving: a fused model beside its base, PEFT and plain loops",
         "",
-        "`python bench/serve.py --demo FOLDER --study real-base --out docs/results/serve.json`; "
-        f"its head says what each figure is. Device: {environment['device']} "
+        "Made by `python bench/serve.py`, whose head says what each figure is; "
+        f"docs/results/README.md has the whole command. Device: {environment['device']} "
         f"({environment['hardware']}), {settings['cores']} cores, {settings['threads']} threads; "
         f"{versions}." + (" Small sizes (`--quick`)." if settings["quick"] else ""),
         "",

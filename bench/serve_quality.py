@@ -2,8 +2,8 @@
 
 A text's first half is the prompt. Its second half is scored with teacher forcing: dense, where the
 router decides at each token; with the gates it had after the prompt held; with the two experts of
-the largest of these; and with the one that `FusedCache.narrow` chooses, who predicted the prompt
-best where the router reads evidence; and with all experts merged into one model by the gates after
+the largest of these; with the one that `FusedCache.narrow` chooses, who predicted the prompt best
+where the router reads evidence; and with all experts merged into one model by the gates after
 the prompt, `FusedCache.merge`. The best expert in hindsight is the one with the smallest loss
 on the scored half of a text: no choice of one expert is better. Its domain's expert is who was
 trained on the text's domain. Texts are held-out, each of another document; those that change domain
