@@ -21,7 +21,7 @@ test-processes: $(STAMP)  ## Whole federations, and commands in many real proces
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "processes and not long"
 
 test-long: $(STAMP)  ## By hand; what it says is kept
-	$(PYTEST) -v --no-header --durations=0 -m long | tee $(LONG)
+	$(PYTEST) -v --no-header --durations=0 --timeout 7200 -m long | tee $(LONG)
 
 transformers-tests: $(STAMP)  ## transformers' own tests on the fused model, from TRANSFORMERS_SDIST and TRANSFORMERS_REPOSITORY
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt parameterized

@@ -33,6 +33,8 @@ BLOCK = re.compile(r"```(bash|python)\n(.*?)```", re.DOTALL)
 FILE = re.compile(r"`(\S+\.py)`")
 MAX_CPU_SECONDS = 600
 """Of everything together, installing included: ten minutes of a machine that does nothing else."""
+BLOCK_SECONDS = 600
+"""Of one block, by the clock; the longest, which installs torch, takes one minute."""
 
 
 def list_blocks(text):
@@ -88,14 +90,20 @@ class Reader:
 
     def run(self, code):
         start = time.monotonic()
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", code],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        try:
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", code],
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=BLOCK_SECONDS,
+            )
+        except subprocess.TimeoutExpired as late:
+            said = (late.stdout or b"").decode(errors="replace")
+            raise AssertionError(f"{code}\nno end after {late.timeout} s:\n{said}") from late
         self.said += done.stdout
         print(f"{time.monotonic() - start:6.1f} s  {code.strip().splitlines()[-1][:80]}")
         assert done.returncode == 0, f"{code}\n{done.stdout}"

@@ -107,7 +107,7 @@ def test_invitations_that_are_used_wrong_expired_or_taken_back_make_no_member(
 ):
     used = server.invite("bob")
     accept_invitation(used, ContributorHome(folder / "bob"))
-    expired, taken_back = server.invite("late", days=1e-6), server.invite("unwanted")
+    expired, taken_back = server.invite("late", days=-1), server.invite("unwanted")
     Members(server.home.members).revoke("unwanted")
     key, node_key = (load_or_make_key(folder / f"thief-{n}.pem") for n in ("key", "node"))
     node = build_public_pem(node_key)
