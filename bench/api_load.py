@@ -161,12 +161,15 @@ def fit_memory(samples: list[tuple[float, int]]) -> dict[str, float]:
     }
 
 
-def start_server(folder: Path, streams: int) -> tuple[subprocess.Popen[str], str]:
+def start_server(
+    folder: Path, streams: int, experts: str | None
+) -> tuple[subprocess.Popen[str], str]:
     """A server of its own process, and its address."""
+    chosen = [] if experts is None else ["--experts", experts]
     process = subprocess.Popen(
         [
             sys.executable, "-m", "molora_cli.main", "api", str(folder), "--port", "0",
-            "--threads", "1", "--texts", str(streams),
+            "--threads", "1", "--texts", str(streams), *chosen,
         ],
         stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -184,12 +187,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of the concurrent phase")
     parser.add_argument("--serial-seconds", type=float, default=15.0)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--experts", help="who goes on after a prompt; see `molora api`")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    server, address = start_server(options.folder, options.streams)
+    server, address = start_server(options.folder, options.streams, options.experts)
     process = psutil.Process(server.pid)
     report: dict[str, Any] = {
         "streams": options.streams,
+        "experts_per_text": options.experts,
         "tokens_of_an_answer": options.tokens,
         "environment": describe_environment("cpu"),
     }

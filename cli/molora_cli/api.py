@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from molora_cli.output import note
-from molora_cli.shared_options import Device, Dtype, ask_compute
+from molora_cli.shared_options import Device, Dtype, ExpertsPerText, ask_compute, ask_experts
 
 
 def api(
@@ -43,6 +43,7 @@ def api(
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="A line for each answer, without its texts.")
     ] = False,
+    experts: ExpertsPerText = None,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,
@@ -63,6 +64,7 @@ def api(
         max_connections=connections,
         finish_seconds=finish_seconds,
         threads=threads,
+        experts_per_text=ask_experts(experts),
         limits=Limits(
             body_bytes=max_body_bytes,
             body_seconds=body_seconds,

@@ -9,7 +9,7 @@ import typer
 
 from molora_cli.output import note
 from molora_cli.progress import reporting
-from molora_cli.shared_options import Device, Dtype, ask_compute
+from molora_cli.shared_options import Device, Dtype, ExpertsPerText, ask_compute, ask_experts
 from molora_fed.errors import MoloraError
 from molora_fed.storage.untrusted import clean_lines
 
@@ -33,6 +33,7 @@ def chat(
         float, typer.Option(min=0.01, max=1, help="Keep tokens up to this probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling; each answer has its own.")] = 0,
+    experts: ExpertsPerText = None,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,
@@ -43,6 +44,7 @@ def chat(
     from molora_fed.serving.chat import Chat
     from molora_fed.serving.models import open_served
 
+    who_goes_on = ask_experts(experts)
     with reporting("loading the model", transient=True):
         opened = open_served(folder, base_folder=base, compute=ask_compute(device, dtype))
     talk = Chat(
@@ -52,6 +54,7 @@ def chat(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        experts_per_text=who_goes_on,
     )
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -3,17 +3,14 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from molora_cli.output import MAX_LINE, note
+from molora_cli.output import note
 from molora_cli.progress import reporting
-from molora_cli.shared_options import Device, Dtype, ask_compute
-from molora_fed.storage.untrusted import clean, clean_lines
-
-_DIGITS = 10
-"""Of a number that somebody may give."""
+from molora_cli.shared_options import Device, Dtype, ExpertsPerText, ask_compute, ask_experts
+from molora_fed.storage.untrusted import clean_lines
 
 
 class Evidence(StrEnum):
@@ -38,13 +35,7 @@ def generate(
     evidence_from: Annotated[
         Evidence, typer.Option(help="Whether gates go on learning from the generated tokens.")
     ] = Evidence.ALL,
-    experts: Annotated[
-        str | None,
-        typer.Option(
-            help="So many of the best experts go on after the prompt, or 'merged': all of them as "
-            "one model. All on their own if None."
-        ),
-    ] = None,
+    experts: ExpertsPerText = None,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,
@@ -57,7 +48,7 @@ def generate(
     from molora_fed.inference.generate import generate as generate_text
 
     sampling = Sampling(
-        max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value, _read_experts(experts)
+        max_new_tokens, temperature, top_k, top_p, seed, evidence_from.value, ask_experts(experts)
     )
     with reporting("loading the model", transient=True) as progress:
         model = open_causal_lm(
@@ -73,21 +64,3 @@ def generate(
     print(clean_lines(text) if sys.stdout.isatty() else text)
     gates = sorted(generation.gates.items(), key=lambda item: -item[1])
     note("gates: " + ", ".join(f"{name} {gate:.2f}" for name, gate in gates))
-
-
-def _read_experts(given: str | None) -> int | Literal["merged"] | None:
-    """Experts that go on after the prompt.
-
-    Raises:
-        BadParameter: If it is neither a number of them nor "merged".
-    """
-    if given is None:
-        return None
-    if given == "merged":
-        return "merged"
-    if given.isascii() and given.isdecimal() and len(given) < _DIGITS and int(given) >= 1:
-        return int(given)
-    raise typer.BadParameter(
-        f"expected a number from 1 on or 'merged', got '{clean(given, MAX_LINE)}'.",
-        param_hint="--experts",
-    )

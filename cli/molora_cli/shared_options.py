@@ -1,9 +1,11 @@
 """Options that several commands have: text, where models run, how a contributor trains."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from molora_cli.output import MAX_LINE
+from molora_fed.storage.untrusted import clean
 from molora_fed.types import LossOn
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ __all__ = [
     "Device",
     "DomainOption",
     "Dtype",
+    "ExpertsPerText",
     "Launcher",
     "LearningRate",
     "Privacy",
@@ -27,8 +30,12 @@ __all__ = [
     "TextField",
     "ValidateEvery",
     "ask_compute",
+    "ask_experts",
     "ask_training",
 ]
+
+_DIGITS = 10
+"""Of a number that somebody may give."""
 
 Privacy = Annotated[
     str | None,
@@ -64,6 +71,13 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(help="auto, float32 or bfloat16; the home's settings if not given."),
+]
+ExpertsPerText = Annotated[
+    str | None,
+    typer.Option(
+        help="So many of the best experts go on after the prompt, or 'merged': all of them as "
+        "one model. All on their own if not given."
+    ),
 ]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Training steps; the charter's if not given.")
@@ -113,6 +127,24 @@ def ask_compute(device: str | None, dtype: str | None) -> "Compute":
     from molora_fed.storage.compute import Compute
 
     return Compute.parse(device, dtype)
+
+
+def ask_experts(given: str | None) -> int | Literal["merged"] | None:
+    """Who goes on after a prompt.
+
+    Raises:
+        BadParameter: If it is neither a number of experts nor "merged".
+    """
+    if given is None:
+        return None
+    if given == "merged":
+        return "merged"
+    if given.isascii() and given.isdecimal() and len(given) < _DIGITS and int(given) >= 1:
+        return int(given)
+    raise typer.BadParameter(
+        f"expected a number from 1 on or 'merged', got '{clean(given, MAX_LINE)}'.",
+        param_hint="--experts",
+    )
 
 
 def ask_training(

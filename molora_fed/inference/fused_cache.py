@@ -1,7 +1,7 @@
 """What a fused model remembers of the texts it has read: keys, values, and the router's state."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -270,6 +270,13 @@ class FusedCache(Cache):
         if self.held is None and self.gates:
             self.held = self.gates[-1]
 
+    def decide(self, experts: int | Literal["merged"]) -> None:
+        """Choose once who goes on, by the last token: so many experts, or all merged into one."""
+        if experts == "merged":
+            self.merge()
+        else:
+            self.narrow(experts)
+
     def narrow(self, count: int) -> None:
         """Go on with each text's best experts alone; their gates stay, renormalised.
 
@@ -294,7 +301,7 @@ class FusedCache(Cache):
         for layer in self.layers:
             if layer.is_initialized and layer.keys is not None and len(layer.keys) > batch:
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-        self.last = None
+        self.last = self.state = None  # the router is not asked again
 
     def merge(self, gates: Tensor | None = None) -> None:
         """Go on with one model for each text: the experts' changes, merged by its gates.
@@ -322,7 +329,7 @@ class FusedCache(Cache):
                     (part.unflatten(0, (-1, batch))[:count].float() * share).sum(0).to(part.dtype)
                     for part in (layer.keys, layer.values)
                 )
-        self.last = None
+        self.last = self.state = None
 
     def choose(self, gates: Tensor, count: int, scores: Tensor | None = None) -> None:
         """Keep each text's best experts; their gates stay, renormalised.

@@ -77,10 +77,8 @@ class FusedGenerationMixin(GenerationMixin):
         if past_key_values is not None:
             if not is_first_iteration:
                 past_key_values.check_prefix(input_ids)
-                if experts_per_text == "merged":
-                    past_key_values.merge()
-                elif experts_per_text is not None:
-                    past_key_values.narrow(experts_per_text)
+                if experts_per_text is not None:
+                    past_key_values.decide(experts_per_text)
                 if evidence_from == "prompt" and "evidence" in self._reads:
                     past_key_values.hold()
             if document_starts is not None:
@@ -149,22 +147,37 @@ class FusedGenerationMixin(GenerationMixin):
         else:
             cache.choose(gates, experts)
 
+    def check_experts_per_text(self, experts: int | Literal["merged"] | None) -> None:
+        """Refuse a way to go on after a prompt that there is not.
+
+        Args:
+            experts: See `prepare_inputs_for_generation`.
+
+        Raises:
+            RoutingError: If it is no number from 1 on and not "merged", or the model's experts are
+                a population, which one row mixes in any case.
+        """
+        if isinstance(experts, str) and experts != "merged":
+            raise _build_refusal("experts_per_text as a number or 'merged'", repr(experts))
+        if isinstance(experts, int) and experts < 1:
+            raise _build_refusal("experts_per_text of at least 1", str(experts))
+        if experts is not None and self.config.mixes == "updates":
+            raise _build_refusal(
+                "a model that mixes distributions", "experts_per_text of a population"
+            )
+
     def _check_settings(
         self, evidence_from: str, experts: int | Literal["merged"] | None, cache: Any
     ) -> None:
         """Refuse settings of generation that cannot be."""
-        expected, got = "", ""
         if evidence_from not in ("prompt", "all"):
-            expected, got = "evidence_from 'prompt' or 'all'", repr(evidence_from)
-        elif isinstance(experts, str) and experts != "merged":
-            expected, got = "experts_per_text as a number or 'merged'", repr(experts)
-        elif isinstance(experts, int) and experts < 1:
-            expected, got = "experts_per_text of at least 1", str(experts)
-        elif experts is not None and self.config.mixes == "updates":
-            expected, got = "a model that mixes distributions", "experts_per_text of a population"
-        elif cache is None and (experts is not None or evidence_from == "prompt"):
-            expected, got = "a cache with experts_per_text or evidence_from", "use_cache=False"
-        if expected:
-            raise RoutingError(
-                f"Cannot generate: expected {expected}, got {got}. Correct these settings."
+            raise _build_refusal("evidence_from 'prompt' or 'all'", repr(evidence_from))
+        self.check_experts_per_text(experts)
+        if cache is None and (experts is not None or evidence_from == "prompt"):
+            raise _build_refusal(
+                "a cache with experts_per_text or evidence_from", "use_cache=False"
             )
+
+
+def _build_refusal(expected: str, got: str) -> RoutingError:
+    return RoutingError(f"Cannot generate: expected {expected}, got {got}. Correct these settings.")

@@ -4,15 +4,15 @@ transformers batches texts of other lengths by padding on the left, and so does 
 texts end at the same column, a text that joins is padded up to the longest, and columns that only
 padding is left in are cut off. A text sees its own columns alone, whoever stands beside it.
 
-Texts for which all experts run and texts for which one does are two batches: their keys and values
-have other numbers of rows.
+Texts for which all experts run, texts for which some do, and texts for which all are merged into
+one model are batches of their own: their keys and values have other numbers of rows.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -149,18 +149,28 @@ class RunningBatch:
     Not thread-safe: one thread owns it, and the model.
     """
 
-    def __init__(self, model: FusedForCausalLM, *, piece: int = PIECE_TOKENS) -> None:
+    def __init__(
+        self,
+        model: FusedForCausalLM,
+        *,
+        piece: int = PIECE_TOKENS,
+        experts_per_text: int | Literal["merged"] | None = None,
+    ) -> None:
         """Take a model.
 
         Args:
             model: Any model that `FusedForCausalLM` opens.
             piece: Tokens of a prompt that are read at once.
+            experts_per_text: Who goes on with a text after its prompt, where the router decides:
+                so many experts, or "merged"; see `FusedCache.decide`. All of them if None.
 
         Raises:
             ConfigError: If the base remembers its past otherwise than by keys and values.
-            RoutingError: If the router reads the future of a text.
+            RoutingError: If the router reads the future of a text, or there is no such way to go
+                on.
         """
         model.check_causal()
+        model.check_experts_per_text(experts_per_text)
         for layer in model.make_cache().layers:
             if type(layer) not in (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer):
                 raise ConfigError(
@@ -169,6 +179,7 @@ class RunningBatch:
                 )
         self._model = model
         self._piece = piece
+        self._experts_per_text = experts_per_text
         self._batches: dict[int, _Texts] = {}
         self._memory: dict[int, _Memory] = {}
         self._changes: dict[int, _Changes] = {}
@@ -223,6 +234,7 @@ class RunningBatch:
         prompt.read += len(piece)
         if not prompt.tokens_left:
             prompt.prediction = Prediction(output.logits[0, -1], output.gates[0, -1])
+            self._decide(prompt)
         return prompt.prediction
 
     def join(self, prompt: PromptReading, copies: int = 1) -> tuple[int, ...]:
@@ -246,8 +258,7 @@ class RunningBatch:
         prompt.has_joined = True
         rows = tuple(range(self._next_id, self._next_id + copies))
         self._next_id += copies
-        kept = prompt.cache.kept
-        place = 0 if kept is None else kept.shape[1]
+        place = _find_place(prompt.cache)
         mask = torch.ones(1, len(prompt.tokens), dtype=torch.long, device=self._model.device)
         joining = self._find_changes(place).joining
         for row in rows:
@@ -283,6 +294,14 @@ class RunningBatch:
         for texts in self._batches.values():
             found |= self._read(texts, tokens)
         return found
+
+    def _decide(self, prompt: PromptReading) -> None:
+        """Choose who goes on with a prompt that is read to its end."""
+        cache = prompt.cache
+        if cache.kept is not None:  # gates were given that need no others
+            cache.held = cache.fixed
+        elif self._experts_per_text is not None and self.num_experts > 1:
+            cache.decide(self._experts_per_text)
 
     def _read(self, texts: _Texts, tokens: Mapping[int, int]) -> dict[int, Prediction]:
         cache = texts.cache
@@ -373,6 +392,7 @@ class RunningBatch:
             }
         whole.fixed, whole.kept = gather("fixed"), gather("kept")
         whole.held, whole.last = gather("held"), gather("last", 1)
+        whole.merged = gather("merged")
         whole.gates = [torch.cat([part.cache.gates[-1][part.rows] for part in parts])]
         ids = [row for part in parts for row in part.ids]
         mask = stack([part.mask for part in parts])
@@ -389,6 +409,13 @@ class RunningBatch:
         cache.layers = [GrowingLayer() for _ in cache.layers]
         cache.base = Cache(layers=[GrowingLayer() for _ in cache.layers])
         return cache
+
+
+def _find_place(cache: FusedCache) -> int:
+    """Of the batch of texts like this: experts that were kept, 0 for all, -1 for merged ones."""
+    if cache.merged is not None:
+        return -1
+    return 0 if cache.kept is None else cache.kept.shape[1]
 
 
 def _layers_of(cache: FusedCache) -> list[Any]:

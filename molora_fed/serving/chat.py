@@ -2,6 +2,7 @@
 
 import queue
 from collections.abc import Generator
+from typing import Literal
 
 from molora_fed.errors import ConfigError
 from molora_fed.inference.fused_lm import FusedForCausalLM
@@ -32,6 +33,7 @@ class Chat:
         temperature: float = 0.7,
         top_p: float = 1.0,
         seed: int = 0,
+        experts_per_text: int | Literal["merged"] | None = None,
     ) -> None:
         """Begin; `close` ends.
 
@@ -42,9 +44,11 @@ class Chat:
             temperature: 0 takes the likeliest token.
             top_p: Keep the likeliest tokens that together reach this probability.
             seed: Of sampling; each answer has its own stream.
+            experts_per_text: Who goes on after what was said; see `RunningBatch`.
 
         Raises:
             ConfigError: If an option is out of range.
+            RoutingError: If there is no such way to go on.
         """
         self._sampling = Sampling(max_new_tokens, temperature, top_p=top_p, seed=seed)
         self._model = ServedModel(model)
@@ -55,7 +59,10 @@ class Chat:
         self.gates: dict[str, float] = {}
         self.forgotten = 0
         self._scheduler = Scheduler(
-            RunningBatch(model), self._model.copy_tokenizer(), ends=self._model.ends, max_texts=1
+            RunningBatch(model, experts_per_text=experts_per_text),
+            self._model.copy_tokenizer(),
+            ends=self._model.ends,
+            max_texts=1,
         )
         self._scheduler.start()
 

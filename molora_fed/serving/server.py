@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from molora_fed.errors import ConfigError, PortTakenError
 from molora_fed.inference.fused_lm import FusedForCausalLM
@@ -42,6 +43,8 @@ class ApiSettings:
         max_connections: Open connections at once.
         finish_seconds: How long texts under way may go on after SIGTERM.
         threads: Threads of torch; as it chooses if None.
+        experts_per_text: Who goes on with the fused model's texts after a prompt: so many experts,
+            or "merged"; all of them if None.
         limits: Of one request.
     """
 
@@ -54,6 +57,7 @@ class ApiSettings:
     max_connections: int = 512
     finish_seconds: int = 30
     threads: int | None = None
+    experts_per_text: int | Literal["merged"] | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -103,7 +107,7 @@ def _run(
     served = ServedModel(model)
     metrics = Metrics(served.experts)
     scheduler = Scheduler(
-        RunningBatch(model),
+        RunningBatch(model, experts_per_text=settings.experts_per_text),
         served.copy_tokenizer(),
         ends=served.ends,
         max_texts=settings.max_texts,

@@ -107,6 +107,19 @@ def test_the_client_of_openai(server):
     assert refused.value.param == "echo"
 
 
+def test_experts_are_chosen_after_the_prompt(molora, fused_once):
+    """The API's texts are those of `molora generate`."""
+    folder, base = fused_once / "out", fused_once / "tiny" / "base"
+    with serving(folder, "--base", base, "--experts", "merged") as running:
+        asked = {"prompt": "abc dab", "max_tokens": 12, "temperature": 0}
+        said = running.client().completions.create(model="fused", **asked)
+        alone = running.client().completions.create(model="base", **asked)
+    told = ["--prompt", "abc dab", "--max-new-tokens", 12, "--experts", "merged"]
+    ran = molora("generate", folder, "--base", base, *told)
+    assert ran.out.removesuffix("\n") == "abc dab" + said.choices[0].text
+    assert alone.choices[0].finish_reason == "length"
+
+
 def test_many_streams_at_once_are_the_texts_they_are_alone(server):
     """Every text of 64 streams, each with its own seed and length of prompt, and again alone."""
 

@@ -50,6 +50,14 @@ def test_who_answers_can_be_chosen_at_the_start(say):
     assert ran.code == 10 and "expected one of fused" in ran.err
 
 
+def test_experts_are_chosen_after_what_was_said(say):
+    ran = say("abc", "/gates", options=["--experts", "merged"])
+    shares = [float(line.split()[1]) for line in ran.out.splitlines() if "█" in line]
+    assert ran.code == 0 and sum(shares) == pytest.approx(1.0, abs=0.1)
+    ran = say("abc", options=["--experts", "best"])
+    assert ran.code == 2 and "expected a number from 1 on or 'merged'" in ran.err
+
+
 def test_what_does_not_fit_any_more_is_left_out_and_said(say):
     ran = say(*["abcd " * 8] * 4)
     assert "turns no longer fit" in ran.err

@@ -36,9 +36,19 @@ def build(base, sort):
     return build_causal_lm(build_fused(base, kinds=("lora", "lora", None), columns=COLUMNS))
 
 
-def read_alone(model, tokens, gates):
+def read_alone(model, tokens, gates, prompt_length=0, experts=None):
     """What the model says after every token of one text, (T, V) and (T, E)."""
     given = None if gates is None else gates.unsqueeze(0)
+    if experts is not None and gates is None:
+        cache = model.make_cache()
+        pieces = [torch.tensor([tokens[:prompt_length]]), *torch.tensor(tokens[prompt_length:])]
+        said = []
+        for piece in pieces:
+            said.append(model(input_ids=piece.view(1, -1), past_key_values=cache))
+            cache.decide(experts)  # at the prompt's end; nothing later
+        return torch.cat([one.logits for one in said], 1)[0], torch.cat(
+            [one.gates for one in said], 1
+        )[0]
     output = model(input_ids=torch.tensor([tokens]), gates=given)
     return output.logits[0], output.gates[0]
 
@@ -46,9 +56,9 @@ def read_alone(model, tokens, gates):
 class Crowd:
     """Texts that are read in a batch, each held against itself alone."""
 
-    def __init__(self, model, piece=5):
-        self.model = model
-        self.batch = RunningBatch(model, piece=piece)
+    def __init__(self, model, piece=5, experts=None):
+        self.model, self.experts = model, experts
+        self.batch = RunningBatch(model, piece=piece, experts_per_text=experts)
         self.texts = {}
 
     def join(self, tokens, prompt_length, gates=None):
@@ -56,7 +66,8 @@ class Crowd:
         while self.batch.read_on(prompt) is None:
             pass
         (row,) = self.batch.join(prompt)
-        self.texts[row] = [tokens, prompt_length, *read_alone(self.model, tokens, gates)]
+        said = read_alone(self.model, tokens, gates, prompt_length, self.experts)
+        self.texts[row] = [tokens, prompt_length, *said]
         self.check(row, prompt.prediction)
 
     def check(self, row, prediction):
@@ -93,6 +104,33 @@ def test_texts_of_other_lengths_join_and_leave(tiny_checkpoint, architecture, so
     while crowd.texts:
         crowd.step()
     assert len(crowd.batch) == 0
+
+
+@pytest.mark.parametrize("experts", [1, 2, "merged"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_texts_whose_experts_are_chosen_after_the_prompt(tiny_checkpoint, architecture, experts):
+    """Beside them one of a specialist, which was asked for by name."""
+    crowd = Crowd(build(load_base(tiny_checkpoint(architecture)), "fused"), experts=experts)
+    lengths = ((3, 20, None), (30, 40, None), (11, 24, ONE), (1, 30, None))
+    for index, (prompt_length, length, gates) in enumerate(lengths):
+        tokens = random_tokens(1, length, seed=index)[0].tolist()
+        crowd.join(tokens, prompt_length, gates)
+        crowd.step()
+    crowd.leave(next(iter(crowd.texts)))
+    while crowd.texts:
+        crowd.step()
+    assert len(crowd.batch) == 0
+
+
+def test_a_way_to_go_on_that_there_is_not_is_refused(tiny_checkpoint, fused):
+    base = load_base(tiny_checkpoint("llama"))
+    for model, experts in ((fused, 0), (fused, "best"), (build(base, "evolved"), 1)):
+        with pytest.raises(RoutingError, match="Cannot generate: expected .*, got "):
+            RunningBatch(model, experts_per_text=experts)
+    alone = Crowd(build(base, "base"), experts="merged")  # who is alone has nothing to choose
+    alone.join(random_tokens(1, 8, seed=0)[0].tolist(), 4)
+    while alone.texts:
+        alone.step()
 
 
 ACTIONS = st.lists(
