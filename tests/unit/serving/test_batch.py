@@ -125,7 +125,7 @@ def test_texts_whose_experts_are_chosen_after_the_prompt(tiny_checkpoint, archit
 def test_a_way_to_go_on_that_there_is_not_is_refused(tiny_checkpoint, fused):
     base = load_base(tiny_checkpoint("llama"))
     for model, experts in ((fused, 0), (fused, "best"), (build(base, "evolved"), 1)):
-        with pytest.raises(RoutingError, match="Cannot generate: expected .*, got "):
+        with pytest.raises(RoutingError, match="Cannot generate: expected "):
             RunningBatch(model, experts_per_text=experts)
     alone = Crowd(build(base, "base"), experts="merged")  # who is alone has nothing to choose
     alone.join(random_tokens(1, 8, seed=0)[0].tolist(), 4)
