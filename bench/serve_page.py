@@ -309,7 +309,8 @@ def build_page(
         "Memory",
         "MiB at the peak, above imports, of a process that serves this side alone. What does not "
         "depend on E is in the rows of E1. Ours keeps the base's weights a second time, packed "
-        "([FusedForCausalLM.packed_bytes](../../molora_fed/inference/fused_lm.py)).",
+        "([FusedForCausalLM.packed_bytes](../../molora_fed/inference/fused_lm.py)). Empty: not "
+        "measured.",
         _list_memory(cells),
     )
     for base, opened in _OPENED.items():
