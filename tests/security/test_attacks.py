@@ -9,6 +9,7 @@ import itertools
 import json
 import sys
 import threading
+import time
 from base64 import b64encode
 
 import httpx
@@ -107,7 +108,8 @@ def test_invitations_that_are_used_wrong_expired_or_taken_back_make_no_member(
 ):
     used = server.invite("bob")
     accept_invitation(used, ContributorHome(folder / "bob"))
-    expired, taken_back = server.invite("late", days=-1), server.invite("unwanted")
+    expired, taken_back = server.invite("late", days=1e-6), server.invite("unwanted")
+    wait_until(lambda: expired.expires <= time.time(), what="its end")
     Members(server.home.members).revoke("unwanted")
     key, node_key = (load_or_make_key(folder / f"thief-{n}.pem") for n in ("key", "node"))
     node = build_public_pem(node_key)
