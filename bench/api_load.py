@@ -147,12 +147,14 @@ async def run_phase(
     return phase, past
 
 
-def fit_memory(samples: list[tuple[float, int]]) -> dict[str, float]:
-    """Slope of the resident bytes over all but the first third, and how sure it is."""
+def fit_memory(samples: list[tuple[float, int]]) -> dict[str, Any]:
+    """Resident bytes as they went, and their slope over all but the first third."""
     seconds, sizes = np.array(samples[len(samples) // 3 :], dtype=float).T
     sizes /= 2**20
     (slope, _), covariance = np.polyfit(seconds, sizes, 1, cov=True)
+    ends = [len(samples) * (tenth + 1) // 10 - 1 for tenth in range(10)]
     return {
+        "mib_by_tenth": [round(samples[end][1] / 2**20, 1) for end in ends],
         "first_mib": round(samples[0][1] / 2**20, 1),
         "last_mib": round(samples[-1][1] / 2**20, 1),
         "slope_mib_per_minute": round(60 * float(slope), 3),
