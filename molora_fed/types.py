@@ -17,6 +17,7 @@ __all__ = [
     "AdapterFile",
     "Case",
     "Document",
+    "ExpertsPerText",
     "Finding",
     "Forecast",
     "GainPredictor",
@@ -64,6 +65,9 @@ Reading = Literal["base_hidden", "prefix_hidden", "mean_hidden", "experts_hidden
 
 Mixture = Literal["probability", "logit"]
 """How experts' distributions are combined by gates."""
+
+ExpertsPerText = int | Literal["merged"]
+"""Who goes on with a text after its prompt: so many experts, or all merged into one model."""
 
 Reference = Literal["best_alone", "best_specialist"]
 """What a gain is measured against: min(base, best specialist), or the best specialist."""

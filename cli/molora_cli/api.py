@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from molora_cli.output import note
-from molora_cli.shared_options import Device, Dtype, ExpertsPerText, ask_compute, ask_experts
+from molora_cli.shared_options import Device, Dtype, Experts, ask_compute, ask_experts
 
 
 def api(
@@ -43,7 +43,7 @@ def api(
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="A line for each answer, without its texts.")
     ] = False,
-    experts: ExpertsPerText = None,
+    experts: Experts = None,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,

@@ -9,7 +9,7 @@ import typer
 
 from molora_cli.output import note
 from molora_cli.progress import reporting
-from molora_cli.shared_options import Device, Dtype, ExpertsPerText, ask_compute, ask_experts
+from molora_cli.shared_options import Device, Dtype, Experts, ask_compute, ask_experts
 from molora_fed.errors import MoloraError
 from molora_fed.storage.untrusted import clean_lines
 
@@ -33,7 +33,7 @@ def chat(
         float, typer.Option(min=0.01, max=1, help="Keep tokens up to this probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling; each answer has its own.")] = 0,
-    experts: ExpertsPerText = None,
+    experts: Experts = None,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,

@@ -9,7 +9,7 @@ import typer
 
 from molora_cli.output import note
 from molora_cli.progress import reporting
-from molora_cli.shared_options import Device, Dtype, ExpertsPerText, ask_compute, ask_experts
+from molora_cli.shared_options import Device, Dtype, Experts, ask_compute, ask_experts
 from molora_fed.storage.untrusted import clean_lines
 
 
@@ -35,7 +35,7 @@ def generate(
     evidence_from: Annotated[
         Evidence, typer.Option(help="Whether gates go on learning from the generated tokens.")
     ] = Evidence.ALL,
-    experts: ExpertsPerText = None,
+    experts: Experts = None,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base, if it is elsewhere.")
     ] = None,

@@ -1,12 +1,12 @@
 """Options that several commands have: text, where models run, how a contributor trains."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from molora_cli.output import MAX_LINE
 from molora_fed.storage.untrusted import clean
-from molora_fed.types import LossOn
+from molora_fed.types import ExpertsPerText, LossOn
 
 if TYPE_CHECKING:
     from molora_fed.storage.compute import Compute
@@ -20,7 +20,7 @@ __all__ = [
     "Device",
     "DomainOption",
     "Dtype",
-    "ExpertsPerText",
+    "Experts",
     "Launcher",
     "LearningRate",
     "Privacy",
@@ -72,7 +72,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="auto, float32 or bfloat16; the home's settings if not given."),
 ]
-ExpertsPerText = Annotated[
+Experts = Annotated[
     str | None,
     typer.Option(
         help="So many of the best experts go on after the prompt, or 'merged': all of them as "
@@ -129,7 +129,7 @@ def ask_compute(device: str | None, dtype: str | None) -> "Compute":
     return Compute.parse(device, dtype)
 
 
-def ask_experts(given: str | None) -> int | Literal["merged"] | None:
+def ask_experts(given: str | None) -> ExpertsPerText | None:
     """Who goes on after a prompt.
 
     Raises:

@@ -1,13 +1,14 @@
 """What a fused model remembers of the texts it has read: keys, values, and the router's state."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from molora_fed.errors import RoutingError
+from molora_fed.types import ExpertsPerText
 
 __all__ = ["FusedCache", "GrowingLayer", "SkippedLayer", "check_fused_cache"]
 
@@ -270,8 +271,12 @@ class FusedCache(Cache):
         if self.held is None and self.gates:
             self.held = self.gates[-1]
 
-    def decide(self, experts: int | Literal["merged"]) -> None:
-        """Choose once who goes on, by the last token: so many experts, or all merged into one."""
+    def decide(self, experts: ExpertsPerText) -> None:
+        """Choose once who goes on with each text, by what was read; nothing changes after that.
+
+        Args:
+            experts: So many of the best, see `narrow`, or "merged", see `merge`.
+        """
         if experts == "merged":
             self.merge()
         else:

@@ -1,7 +1,7 @@
 """What a fused model does otherwise than any model when it generates: prompts are read whole."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from molora_fed.inference.expert_pass import ExpertPass, Piece
 from molora_fed.inference.fused_cache import FusedCache, check_fused_cache
 from molora_fed.inference.fused_config import FusedConfig
 from molora_fed.inference.mixing import Mixer, OutputMixer
+from molora_fed.types import ExpertsPerText
 
 __all__ = ["FusedGenerationMixin"]
 
@@ -49,7 +50,7 @@ class FusedGenerationMixin(GenerationMixin):
         attention_mask: Tensor | None = None,
         is_first_iteration: bool | None = False,
         evidence_from: str = "all",
-        experts_per_text: int | Literal["merged"] | None = None,
+        experts_per_text: ExpertsPerText | None = None,
         document_starts: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class FusedGenerationMixin(GenerationMixin):
         self,
         tokens: Tensor,
         cache: FusedCache,
-        experts: int | Literal["merged"],
+        experts: ExpertsPerText,
         given: dict[str, Any],
     ) -> None:
         """Choose each prompt's experts before any of them runs, where the base's states decide."""
@@ -147,7 +148,7 @@ class FusedGenerationMixin(GenerationMixin):
         else:
             cache.choose(gates, experts)
 
-    def check_experts_per_text(self, experts: int | Literal["merged"] | None) -> None:
+    def check_experts_per_text(self, experts: ExpertsPerText | None) -> None:
         """Refuse a way to go on after a prompt that there is not.
 
         Args:
@@ -167,7 +168,7 @@ class FusedGenerationMixin(GenerationMixin):
             )
 
     def _check_settings(
-        self, evidence_from: str, experts: int | Literal["merged"] | None, cache: Any
+        self, evidence_from: str, experts: ExpertsPerText | None, cache: Any
     ) -> None:
         """Refuse settings of generation that cannot be."""
         if evidence_from not in ("prompt", "all"):

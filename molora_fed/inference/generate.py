@@ -21,7 +21,7 @@ from transformers import (
 from molora_fed.errors import ConfigError
 from molora_fed.inference.fused_lm import FusedForCausalLM
 from molora_fed.storage.files import hash_bytes
-from molora_fed.types import Progress
+from molora_fed.types import ExpertsPerText, Progress
 
 __all__ = [
     "EvidenceSource",
@@ -60,7 +60,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     evidence_from: EvidenceSource = "all"
-    experts_per_text: int | Literal["merged"] | None = None
+    experts_per_text: ExpertsPerText | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range, all of them at once.

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from molora_fed.errors import ConfigError, RoutingError
 from molora_fed.inference.fused_cache import FusedCache, GrowingLayer
 from molora_fed.inference.fused_lm import FusedForCausalLM
+from molora_fed.types import ExpertsPerText
 
 __all__ = ["PIECE_TOKENS", "Prediction", "PromptReading", "RunningBatch"]
 
@@ -154,15 +155,15 @@ class RunningBatch:
         model: FusedForCausalLM,
         *,
         piece: int = PIECE_TOKENS,
-        experts_per_text: int | Literal["merged"] | None = None,
+        experts_per_text: ExpertsPerText | None = None,
     ) -> None:
         """Take a model.
 
         Args:
             model: Any model that `FusedForCausalLM` opens.
             piece: Tokens of a prompt that are read at once.
-            experts_per_text: Who goes on with a text after its prompt, where the router decides:
-                so many experts, or "merged"; see `FusedCache.decide`. All of them if None.
+            experts_per_text: Who goes on with a text after its prompt, see `FusedCache.decide`; all
+                experts if None. Texts whose given gates leave some out go on by those.
 
         Raises:
             ConfigError: If the base remembers its past otherwise than by keys and values.
@@ -298,7 +299,7 @@ class RunningBatch:
     def _decide(self, prompt: PromptReading) -> None:
         """Choose who goes on with a prompt that is read to its end."""
         cache = prompt.cache
-        if cache.kept is not None:  # gates were given that need no others
+        if cache.kept is not None:  # given gates chose; held, as texts beside it have theirs
             cache.held = cache.fixed
         elif self._experts_per_text is not None and self.num_experts > 1:
             cache.decide(self._experts_per_text)

@@ -2,7 +2,6 @@
 
 import queue
 from collections.abc import Generator
-from typing import Literal
 
 from molora_fed.errors import ConfigError
 from molora_fed.inference.fused_lm import FusedForCausalLM
@@ -11,6 +10,7 @@ from molora_fed.serving.batch import RunningBatch
 from molora_fed.serving.models import ServedModel
 from molora_fed.serving.requests import ApiError
 from molora_fed.serving.scheduler import Event, Failure, Generation, Scheduler
+from molora_fed.types import ExpertsPerText
 
 __all__ = ["Chat"]
 
@@ -33,7 +33,7 @@ class Chat:
         temperature: float = 0.7,
         top_p: float = 1.0,
         seed: int = 0,
-        experts_per_text: int | Literal["merged"] | None = None,
+        experts_per_text: ExpertsPerText | None = None,
     ) -> None:
         """Begin; `close` ends.
 

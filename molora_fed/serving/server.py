@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 from molora_fed.errors import ConfigError, PortTakenError
 from molora_fed.inference.fused_lm import FusedForCausalLM
@@ -19,6 +18,7 @@ from molora_fed.serving.metrics import Metrics
 from molora_fed.serving.models import ServedModel, open_served
 from molora_fed.serving.scheduler import Scheduler
 from molora_fed.storage.compute import Compute
+from molora_fed.types import ExpertsPerText
 
 __all__ = ["ApiSettings", "listen", "serve_api"]
 
@@ -57,7 +57,7 @@ class ApiSettings:
     max_connections: int = 512
     finish_seconds: int = 30
     threads: int | None = None
-    experts_per_text: int | Literal["merged"] | None = None
+    experts_per_text: ExpertsPerText | None = None
     limits: Limits = field(default_factory=Limits)
 
 

@@ -36,21 +36,22 @@ def build(base, sort):
     return build_causal_lm(build_fused(base, kinds=("lora", "lora", None), columns=COLUMNS))
 
 
-def read_alone(model, tokens, gates, prompt_length=0, experts=None):
+def read_alone(model, tokens, gates):
     """What the model says after every token of one text, (T, V) and (T, E)."""
     given = None if gates is None else gates.unsqueeze(0)
-    if experts is not None and gates is None:
-        cache = model.make_cache()
-        pieces = [torch.tensor([tokens[:prompt_length]]), *torch.tensor(tokens[prompt_length:])]
-        said = []
-        for piece in pieces:
-            said.append(model(input_ids=piece.view(1, -1), past_key_values=cache))
-            cache.decide(experts)  # at the prompt's end; nothing later
-        return torch.cat([one.logits for one in said], 1)[0], torch.cat(
-            [one.gates for one in said], 1
-        )[0]
     output = model(input_ids=torch.tensor([tokens]), gates=given)
     return output.logits[0], output.gates[0]
+
+
+def go_on_alone(model, tokens, prompt_length, experts):
+    """The same, token for token after the prompt, at whose end experts are chosen."""
+    cache = model.make_cache()
+    outputs = []
+    for piece in (tokens[:prompt_length], *([token] for token in tokens[prompt_length:])):
+        outputs.append(model(input_ids=torch.tensor([piece]), past_key_values=cache))
+        cache.decide(experts)  # the first time; later it changes nothing
+    logits, gates = (torch.cat([getattr(o, n) for o in outputs], 1) for n in ("logits", "gates"))
+    return logits[0], gates[0]
 
 
 class Crowd:
@@ -66,7 +67,10 @@ class Crowd:
         while self.batch.read_on(prompt) is None:
             pass
         (row,) = self.batch.join(prompt)
-        said = read_alone(self.model, tokens, gates, prompt_length, self.experts)
+        if self.experts is None or gates is not None:
+            said = read_alone(self.model, tokens, gates)
+        else:
+            said = go_on_alone(self.model, tokens, prompt_length, self.experts)
         self.texts[row] = [tokens, prompt_length, *said]
         self.check(row, prompt.prediction)
 
